@@ -1,0 +1,78 @@
+#!/bin/sh
+# The programs as a user meets them, on the small model: results, exit codes, one-line errors.
+passed=0 failed=0
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+
+check() { # description, condition...
+    text=$1
+    shift
+    if "$@"; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "failed: $text"; fi
+}
+fails() { # expected exit status, words in the one-line error, command...
+    status=$1 words=$2
+    shift 2
+    out=$("$@" 2>&1)
+    got=$?
+    lines=$(printf '%s\n' "$out" | grep -c '^error:')
+    if [ $got -eq "$status" ] && [ "$lines" -eq 1 ] && printf '%s' "$out" | grep -q -- "$words"; then passed=$((passed + 1))
+    else failed=$((failed + 1)); echo "failed: '$*' gave $got, $out"; fi
+}
+quiet() { "$@" >/dev/null 2>&1; }
+same() { cmp -s "$1" "$2"; }
+differ() { ! cmp -s "$1" "$2"; }
+
+cp -r data/10pairs "$dir/pairs"
+run="--run $dir/run --out $dir/lora.safetensors --preview 0"
+
+check "help" quiet ./train --help
+check "help" quiet ./sample --help
+check "help" quiet ./shortcut --help
+check "sample" quiet ./sample "a red apple" 3 --no-lora --out "$dir/a.png"
+check "sample again" quiet ./sample "a red apple" 3 --no-lora --out "$dir/b.png"
+check "the same seed gives the same picture" same "$dir/a.png" "$dir/b.png"
+check "another seed" quiet ./sample "a red apple" 3 --no-lora --seed 2 --out "$dir/c.png"
+check "gives another picture" differ "$dir/a.png" "$dir/c.png"
+check "empty, long and broken prompts" quiet ./sample "" 1 --no-lora --out "$dir/d.png"
+check "long prompt" quiet ./sample "$(printf 'apple %.0s' $(seq 2000))" 1 --no-lora --out "$dir/d.png"
+check "not UTF-8" quiet ./sample "$(printf 'a\377\376b')" 1 --no-lora --out "$dir/d.png"
+
+# Six steps at once, and three, then three more: the same bits.
+check "train" quiet ./train "$dir/pairs" --steps 6 --batch 2 $run
+mv "$dir/lora.safetensors" "$dir/six.safetensors"
+cp "$dir/run/state.safetensors" "$dir/six-state.safetensors"
+check "interrupted" quiet ./train "$dir/pairs" --steps 6 --batch 2 --stop-after 3 $run
+check "resume" quiet ./train "$dir/pairs" --steps 6 --batch 2 --resume $run
+check "resumed LoRA is the same but for its command line" quiet ./shortcut info "$dir/lora.safetensors"
+tail -c 100000 "$dir/lora.safetensors" >"$dir/x"
+tail -c 100000 "$dir/six.safetensors" >"$dir/y"
+check "resumed training equals uninterrupted training bit for bit" same "$dir/x" "$dir/y"
+check "LoRA" quiet ./sample "a red apple" 3 --lora "$dir/lora.safetensors" --out "$dir/e.png"
+check "changes the picture" differ "$dir/a.png" "$dir/e.png"
+check "with scale 0" quiet ./sample "a red apple" 3 --lora "$dir/lora.safetensors:0" --latents "$dir/l0" --out "$dir/f.png"
+check "without" quiet ./sample "a red apple" 3 --no-lora --latents "$dir/l1" --out "$dir/g.png"
+check "are equal" same "$dir/l0" "$dir/l1"
+check "dry run" quiet ./train "$dir/pairs" --dry-run $run
+check "info of the model" quiet ./shortcut info data/tiny-flux
+check "merge" quiet ./shortcut merge --lora "$dir/lora.safetensors" --out "$dir/merged"
+check "merged weights" quiet ./shortcut info "$dir/merged"
+printf 'a pig\na lemon\n' >"$dir/prompts"
+check "prompts" quiet ./sample --prompts "$dir/prompts" 2 --no-lora --out-dir "$dir/set"
+check "make a data set" test -s "$dir/set/metadata.jsonl" -a -s "$dir/set/000001.png"
+
+fails 2 "unknown option" ./train --nonsense
+fails 2 "needs a value" ./sample "x" 3 --size
+fails 2 "takes" ./train "$dir/pairs" --lr fast
+fails 1 "No such file" ./train "$dir/none"
+fails 1 "No such file" ./sample "x" 1 --model "$dir/none"
+fails 1 "cannot write" ./sample "x" 1 --no-lora --out "$dir/none/a.png"
+fails 1 "multiples of 16" ./sample "x" 1 --no-lora --size 100x100
+head -c 1000 "$dir/lora.safetensors" >"$dir/cut.safetensors"
+fails 1 "truncated" ./sample "x" 1 --lora "$dir/cut.safetensors"
+fails 1 "0 of 0 LoRA layers" ./sample "x" 1 --lora data/tiny-flux/vae/diffusion_pytorch_model.safetensors
+printf 'not a picture' >"$dir/pairs/banana_0000.png"
+fails 1 "banana_0000.png" ./train "$dir/pairs" $run
+fails 1 "lower --lr" ./train data/10pairs --no-cache --steps 20 --lr 1e30 $run
+
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ]

@@ -1,0 +1,314 @@
+/* The transformer, its gradients, LoRA, the SCFM target and AdamW against PyTorch
+ * (test/reference/make_flux.py), and checkpointing, LoRA files and finite differences against itself. */
+#define _POSIX_C_SOURCE 200809L
+#define SHORTCUT_IMPLEMENTATION
+#include "../shortcut.h"
+#include "test.h"
+
+static float *load(const sc_file *f, const char *name) {
+    const sc_tensor *x = sc_file_find(f, name);
+    float *values = x ? malloc((size_t)sc_count(x) * 4 + 4) : NULL;
+    if (x) sc_to_f32(values, x->data, x->dtype, sc_count(x));
+    else printf("reference has no '%s'\n", name), exit(1);
+    return values;
+}
+
+/* Differences of all tensors against the floor of 1e-6 times the whole gradient's norm. */
+static double worst_error(double worst, const float *a, const float *b, int64_t n, double floor) {
+    double difference = 0, norm = 0;
+    for (int64_t i = 0; i < n; i++) difference += ((double)a[i] - b[i]) * ((double)a[i] - b[i]), norm += (double)b[i] * b[i];
+    return fmax(worst, sqrt(difference) / (sqrt(norm) + floor));
+}
+
+typedef struct fixture {
+    sc_file *file;
+    sc_flux *flux;
+    sc_tape *tape;
+    int64_t batch, text, n;
+    int h, w;
+    float *x, *context, *pooled, *time, *guidance, *goal;
+} fixture;
+
+static fixture open_fixture(const char *name) {
+    char path[256];
+    fixture f = {0};
+    snprintf(path, sizeof path, "test/reference/%s/reference.safetensors", name);
+    f.file = sc_file_open(path);
+    snprintf(path, sizeof path, "test/reference/%s", name);
+    f.flux = f.file ? sc_flux_open(sc_cpu(), path, true, false, 0) : NULL;
+    if (!f.flux) printf("%s (run the tests from the project's folder)\n", sc_error()), exit(1);
+    f.tape = sc_tape_new(sc_cpu());
+    float *grid = load(f.file, "grid");
+    f.h = (int)grid[0], f.w = (int)grid[1], f.text = (int64_t)grid[2];
+    free(grid);
+    f.batch = sc_file_find(f.file, "x")->shape[0];
+    f.n = sc_count(sc_file_find(f.file, "x"));
+    f.x = load(f.file, "x"), f.context = load(f.file, "context"), f.pooled = load(f.file, "pooled");
+    f.time = load(f.file, "time"), f.guidance = load(f.file, "guidance"), f.goal = load(f.file, "goal");
+    return f;
+}
+
+static void close_fixture(fixture *f) {
+    free(f->x), free(f->context), free(f->pooled), free(f->time), free(f->guidance), free(f->goal);
+    sc_tape_free(f->tape);
+    sc_flux_close(f->flux);
+    sc_file_close(f->file);
+}
+
+static sc_tensor *tensor(fixture *f, const float *values) {
+    return sc_from(f->tape, 3, (const int64_t[]){f->batch, (int64_t)f->h * f->w, f->flux->config.in_channels}, values);
+}
+
+/* One forward and backward pass; returns the velocity, valid until the tape is reset. */
+static const float *run(fixture *f, const uint8_t *sets, bool backward, double *loss) {
+    sc_tape_reset(f->tape);
+    sc_tape_record(f->tape, backward);
+    sc_tape_use(f->tape, sets);
+    sc_flux_input in = {.x = tensor(f, f->x), .time = f->time, .guidance = f->guidance, .h = f->h, .w = f->w,
+                        .context = sc_from(f->tape, 3, (const int64_t[]){f->batch, f->text, f->flux->config.text_channels}, f->context),
+                        .pooled = sc_from(f->tape, 2, (const int64_t[]){f->batch, f->flux->config.pooled_channels}, f->pooled)};
+    sc_tensor *v = sc_flux_velocity(f->flux, f->tape, &in);
+    if (!v) printf("%s\n", sc_error()), exit(1);
+    if (backward) CHECK(sc_mse(f->tape, v, tensor(f, f->goal), 1, loss) && sc_backward(f->tape));
+    sc_tape_record(f->tape, false);
+    return v->data;
+}
+
+static const uint8_t students[8] = {SC_STUDENT, SC_STUDENT, SC_STUDENT, SC_STUDENT};
+
+/* ---- All weights ---- */
+
+static void test_full(const char *name) {
+    fixture f = open_fixture(name);
+    float *velocity = load(f.file, "velocity"), *expected = load(f.file, "loss");
+    sc_params *p = sc_params_full(f.flux, false);
+    double loss = 0, worst = 0, norm;
+    CHECK(rel_error(run(&f, students, true, &loss), velocity, f.n) < 1e-5);
+    CHECK(fabs(loss / expected[0] - 1) < 1e-5);
+    norm = sqrt(sc_cpu()->sum_squares(p->grad, p->count));
+    for (int64_t i = 0; i < f.flux->net->count; i++) {
+        char key[192];
+        sc_weight *w = f.flux->net->weights[i];
+        snprintf(key, sizeof key, "grad.%.128s", w->name);
+        float *grad = load(f.file, key);
+        worst = worst_error(worst, w->tensor.grad, grad, sc_count(&w->tensor), 1e-6 * norm);
+        free(grad);
+    }
+    printf("%s: largest error of %lld weight gradients %.1e\n", name, (long long)f.flux->net->count, worst);
+    CHECK(worst < 1e-4);
+    /* Checkpointing recomputes the same numbers. */
+    float *plain = malloc((size_t)p->count * 4);
+    memcpy(plain, p->grad, (size_t)p->count * 4);
+    memset(p->grad, 0, (size_t)p->count * 4);
+    sc_flux_checkpointing(f.flux, true);
+    run(&f, students, true, &loss);
+    CHECK(rel_error(p->grad, plain, p->count) < 1e-6);
+    free(plain), free(velocity), free(expected);
+    sc_params_free(p);
+    close_fixture(&f);
+}
+
+/* ---- LoRA ---- */
+
+static void set_factors(fixture *f, sc_params *p) {
+    char key[192];
+    for (int s = 0; s < 3; s++)
+        for (int i = 0; i < f->flux->module_count; i++)
+            for (int part = 0; part < 2; part++) {
+                sc_tensor *x = part ? p->adapters[i].b[SC_STUDENT + s] : p->adapters[i].a[SC_STUDENT + s];
+                snprintf(key, sizeof key, "lora%d.%s.%c", s, f->flux->modules[i].name, part ? 'b' : 'a');
+                float *values = load(f->file, key);
+                memcpy(x->data, values, (size_t)sc_count(x) * 4);
+                free(values);
+            }
+}
+
+static void test_lora(const char *name) {
+    fixture f = open_fixture(name);
+    float *velocity = load(f.file, "lora_velocity"), *base = load(f.file, "velocity");
+    sc_params *p = sc_params_lora(f.flux, 3, 3 * 0.7f, 1);
+    double loss, worst = 0;
+    char key[192];
+    CHECK(rel_error(run(&f, students, false, &loss), base, f.n) < 1e-5); /* B is zero: nothing changes */
+    set_factors(&f, p);
+    CHECK(rel_error(run(&f, students, true, &loss), velocity, f.n) < 1e-5);
+    double norm = sqrt(sc_cpu()->sum_squares(p->grad, p->count));
+    for (int i = 0; i < f.flux->module_count; i++)
+        for (int part = 0; part < 2; part++) {
+            sc_tensor *x = part ? p->adapters[i].b[SC_STUDENT] : p->adapters[i].a[SC_STUDENT];
+            snprintf(key, sizeof key, "lora_grad.%s.%c", f.flux->modules[i].name, part ? 'b' : 'a');
+            float *grad = load(f.file, key);
+            worst = worst_error(worst, x->grad, grad, sc_count(x), 1e-6 * norm);
+            free(grad);
+        }
+    printf("%s: largest error of %d LoRA gradients %.1e\n", name, 2 * f.flux->module_count, worst);
+    CHECK(worst < 1e-4);
+    /* Each sample has its own set: the first is the base's, the others the student's. */
+    uint8_t mixed[8] = {SC_TEACHER, SC_STUDENT, SC_STUDENT, SC_STUDENT};
+    const float *v = run(&f, mixed, false, &loss);
+    int64_t one = f.n / f.batch;
+    CHECK(rel_error(v, base, one) < 1e-5 && rel_error(v + one, velocity + one, f.n - one) < 1e-5);
+    free(velocity), free(base);
+    sc_params_free(p);
+    close_fixture(&f);
+}
+
+/* Saved, loaded and merged, a LoRA does what it did in training, up to its bf16. */
+static void test_lora_file(void) {
+    fixture f = open_fixture("flux_a");
+    const char *path = "build/test-lora.safetensors";
+    float *velocity = load(f.file, "lora_velocity");
+    sc_params *p = sc_params_lora(f.flux, 3, 3 * 0.7f, 1);
+    sc_lora_report report;
+    double loss;
+    set_factors(&f, p);
+    CHECK(sc_lora_save(p, SC_STUDENT, path, (const char *[]){"scales", "3:1 8:0.5", NULL}));
+    sc_params_free(p);
+    CHECK(sc_lora_load(f.flux, path, 1, &report));
+    CHECK(report.applied == f.flux->module_count && report.total == report.applied);
+    CHECK(sc_lora_scale(path, 4) == 1 && sc_lora_scale(path, 9) == 0.5f);
+    CHECK(rel_error(run(&f, NULL, false, &loss), velocity, f.n) < 5e-3);
+    float *loaded = malloc((size_t)f.n * 4);
+    memcpy(loaded, run(&f, NULL, false, &loss), (size_t)f.n * 4);
+    CHECK(sc_lora_merge(f.flux));
+    CHECK(rel_error(run(&f, NULL, false, &loss), loaded, f.n) < 1e-5);
+    fixture other = open_fixture("flux_b");
+    CHECK(!sc_lora_load(other.flux, path, 1, &report));
+    CHECK(strstr(sc_error(), "another model") != NULL);
+    sc_lora_unload(other.flux);
+    close_fixture(&other);
+    free(velocity), free(loaded);
+    close_fixture(&f);
+    remove(path);
+}
+
+/* ---- The SCFM target ---- */
+
+static void test_scfm(const char *name) {
+    fixture f = open_fixture(name);
+    sc_params *p = sc_params_lora(f.flux, 3, 3 * 0.7f, 1);
+    float *x0 = load(f.file, "x0"), *noise = load(f.file, "noise"), *table = load(f.file, "draws");
+    float *times = load(f.file, "times"), *noisy = load(f.file, "noisy"), *expected = load(f.file, "target");
+    sc_draw draws[8];
+    set_factors(&f, p);
+    for (int i = 0; i < f.batch; i++) {
+        draws[i] = (sc_draw){.teacher = table[4 * i] != 0, .steps = (int)table[4 * i + 1], .j = (int)table[4 * i + 2],
+                             .shift = table[4 * i + 3], .guidance = f.guidance[i]};
+        for (int k = 0; k < 3; k++) draws[i].t[k] = sc_shift_time(1 - (float)(draws[i].j + k) / (float)draws[i].steps, draws[i].shift);
+        draws[i].t[0] = fminf(draws[i].t[0], 1 - 1e-5f);
+        CHECK(rel_error(draws[i].t, times + 3 * i, 3) < 1e-6);
+    }
+    sc_tape_reset(f.tape);
+    sc_batch batch = {.size = (int)f.batch, .h = f.h, .w = f.w, .text_tokens = (int)f.text};
+    sc__flux_model self = {.flux = f.flux, .params = p, .batch = &batch,
+                           .context = sc_from(f.tape, 3, (const int64_t[]){f.batch, f.text, f.flux->config.text_channels}, f.context),
+                           .pooled = sc_from(f.tape, 2, (const int64_t[]){f.batch, f.flux->config.pooled_channels}, f.pooled)};
+    sc_model model = {sc__flux_model_velocity, &self};
+    sc_tensor *x = NULL, *target = NULL;
+    CHECK(sc_scfm_target(&model, f.tape, tensor(&f, x0), tensor(&f, noise), draws, 0, &x, &target));
+    CHECK(rel_error(x->data, noisy, f.n) < 1e-6);
+    CHECK(rel_error(target->data, expected, f.n) < 1e-5);
+    printf("%s: error of the SCFM target %.1e\n", name, rel_error(target->data, expected, f.n));
+    free(x0), free(noise), free(table), free(times), free(noisy), free(expected);
+    sc_params_free(p);
+    close_fixture(&f);
+}
+
+/* What chance decides stays in its bounds, and covers them. */
+static void test_draws(void) {
+    sc_recipe r = {.teacher_ratio = 0.4f, .teacher_steps = 32, .self_steps = {2, 4, 8, 16}, .shift = {2.5f, 4.5f},
+                   .dynamic_shift_ratio = 0.1f, .guidance = {0, 7.5f}};
+    sc_rng rng = {1};
+    int teacher = 0, seen[33] = {0}, bad = 0;
+    for (int i = 0; i < 10000; i++) {
+        sc_draw d;
+        sc_draw_sample(&r, &rng, 1024, false, &d);
+        teacher += d.teacher;
+        seen[d.steps]++;
+        bad += d.j % 2 || d.j < 0 || d.j > d.steps - 2 || !(d.t[0] > d.t[1] && d.t[1] > d.t[2] && d.t[2] >= 0 && d.t[0] < 1);
+        bad += d.guidance < 0 || d.guidance > 7.5f;
+    }
+    CHECK(bad == 0);
+    CHECK(abs(teacher - 4000) < 200);
+    CHECK(seen[32] == teacher && abs(seen[2] - 1500) < 150 && abs(seen[16] - 1500) < 150);
+}
+
+static void test_adamw(void) {
+    sc_file *f = sc_file_open("test/reference/adamw.safetensors");
+    float *w = load(f, "start"), *grads = load(f, "grads"), *end = load(f, "end"), m[500] = {0}, v[500] = {0};
+    sc_adamw o = {.lr = 3e-3f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f, .weight_decay = 0.1f, .grad_scale = 1};
+    for (int i = 0; i < 10; i++) {
+        o.step = i + 1;
+        sc_cpu()->adamw(w, grads + 500 * i, m, v, 500, &o);
+    }
+    printf("error after ten AdamW steps %.1e\n", rel_error(w, end, 500));
+    CHECK(rel_error(w, end, 500) < 1e-5);
+    free(w), free(grads), free(end);
+    sc_file_close(f);
+}
+
+/* ---- Finite differences of single operations, in the direction of a random vector ---- */
+
+typedef sc_tensor *(*operation)(sc_tape *t, sc_tensor **x);
+static sc_tensor *op_gelu(sc_tape *t, sc_tensor **x) { return sc_activate(t, SC_GELU_TANH, x[0]); }
+static sc_tensor *op_gelu_exact(sc_tape *t, sc_tensor **x) { return sc_activate(t, SC_GELU, x[0]); }
+static sc_tensor *op_quick_gelu(sc_tape *t, sc_tensor **x) { return sc_activate(t, SC_QUICK_GELU, x[0]); }
+static sc_tensor *op_silu(sc_tape *t, sc_tensor **x) { return sc_activate(t, SC_SILU, x[0]); }
+static sc_tensor *op_add(sc_tape *t, sc_tensor **x) { return sc_add(t, x[0], x[1]); }
+static sc_tensor *op_attention(sc_tape *t, sc_tensor **x) { return sc_attention(t, x[0], x[1], x[2], 2, 0.5f, NULL, false); }
+static sc_tensor *op_tokens(sc_tape *t, sc_tensor **x) { return sc_slice_tokens(t, sc_concat_tokens(t, x[0], x[1]), 3, 5); }
+static sc_tensor *op_channels(sc_tape *t, sc_tensor **x) { return sc_concat_channels(t, x[0], x[2]); }
+
+static double objective(sc_tape *t, operation op, sc_tensor *leaves, bool backward, double *norm) {
+    sc_tensor *x[3] = {&leaves[0], &leaves[1], &leaves[2]};
+    static float goal[4096];
+    double loss = NAN;
+    sc_tape_reset(t);
+    sc_tape_record(t, backward);
+    sc_tensor *y = op(t, x);
+    sc_tensor zero = {.data = goal, .ndim = 1, .shape = {sc_count(y)}};
+    CHECK(sc_mse(t, y, &zero, 1, &loss));
+    if (backward) CHECK(sc_backward(t));
+    (void)norm;
+    return loss;
+}
+
+static void test_operation(const char *name, operation op) {
+    enum { N = 2 * 4 * 6 };
+    static float data[3][N], grad[3][N], direction[3][N];
+    sc_tape *t = sc_tape_new(sc_cpu());
+    sc_rng rng = {7};
+    sc_tensor leaves[3];
+    double slope = 0, h = 1e-2, sides[2];
+    memset(grad, 0, sizeof grad);
+    for (int i = 0; i < 3; i++) {
+        sc_normal(&rng, data[i], N), sc_normal(&rng, direction[i], N);
+        leaves[i] = (sc_tensor){.data = data[i], .grad = grad[i], .needs_grad = true, .ndim = 3, .shape = {2, 4, 6}};
+    }
+    objective(t, op, leaves, true, NULL);
+    for (int i = 0; i < 3; i++)
+        for (int j = 0; j < N; j++) slope += (double)grad[i][j] * direction[i][j];
+    for (int side = 0; side < 2; side++) {
+        for (int i = 0; i < 3; i++)
+            for (int j = 0; j < N; j++) data[i][j] += (float)(side ? -2 * h : h) * direction[i][j];
+        sides[side] = objective(t, op, leaves, false, NULL);
+    }
+    double measured = (sides[0] - sides[1]) / (2 * h);
+    if (fabs(measured - slope) > 2e-3 * (fabs(slope) + 0.05)) printf("%s: slope %g, measured %g\n", name, slope, measured);
+    CHECK(fabs(measured - slope) <= 2e-3 * (fabs(slope) + 0.05));
+    sc_tape_free(t);
+}
+
+int main(void) {
+    if (mkdir("build", 0777) && errno != EEXIST) return 1;
+    test_full("flux_a"), test_full("flux_b");
+    test_lora("flux_a"), test_lora("flux_b");
+    test_lora_file();
+    test_scfm("flux_a"), test_scfm("flux_b");
+    test_draws();
+    test_adamw();
+    test_operation("gelu_tanh", op_gelu), test_operation("gelu", op_gelu_exact), test_operation("quick_gelu", op_quick_gelu);
+    test_operation("silu", op_silu), test_operation("add", op_add), test_operation("attention", op_attention);
+    test_operation("tokens", op_tokens), test_operation("channels", op_channels);
+    return test_report();
+}
