@@ -4,7 +4,8 @@
 
 CC ?= cc
 CFLAGS ?= -O3 -march=native
-BASE := -std=c99 -pedantic -Wall -Wextra -fno-math-errno
+BASE := -std=c99 -pedantic -Wall -Wextra -fno-math-errno -ffp-contract=fast
+BASE += $(if $(findstring clang,$(shell $(CC) --version)),-Wno-pass-failed)
 LIBS := -lm
 
 compiles = $(shell printf '%s\n' '$(1)' 'int main(void) { return 0; }' | $(CC) $(2) -x c - -o /dev/null $(3) 2>/dev/null && echo yes)

@@ -516,6 +516,7 @@ static int merge_main(const options *o) {
 }
 
 int main(int argc, char **argv) {
+    sc_start(argv);
     options o = {.model = "data/tiny-flux", .prompts = "data/prompts.txt", .evaluator = "data/evaluator", .device = "auto",
                  .guidance = 3.5f, .seed = 1, .batch = 8};
     const sc_option table[] = {

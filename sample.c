@@ -140,6 +140,7 @@ static bool draw_list(sc_pipeline *p, const options *o) {
 }
 
 int main(int argc, char **argv) {
+    sc_start(argv);
     options o = {.model = "data/tiny-flux", .out = "out.png", .device = "auto", .guidance = 3.5f, .count = 1, .seed = 1};
     const sc_option table[] = {
         {NULL, SC_FLAG, NULL, NULL, "Options:"},

@@ -534,6 +534,9 @@ int sc_parse(const char *usage, const sc_option *options, int count, int argc, c
 bool sc_parse_json(const sc_option *options, int count, const char *path);
 void sc_print_options(const sc_option *options, int count);
 
+/* First thing in main: threads that wait sleep instead of spinning, which costs a program that shares
+ * its cores a factor of ten and more. libgomp reads this only when it is loaded, so start once again. */
+void sc_start(char **argv);
 extern volatile int sc_interrupted;             /* Ctrl-C was pressed; a second time kills */
 void sc_catch_interrupt(void);
 double sc_seconds(void);                        /* since the program started */
@@ -809,7 +812,7 @@ static void sc__cpu_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix
     if (a.dtype != SC_F32 || b.dtype != SC_F32)
         buffer = sc__scratch((size_t)(a_rows * a_columns + b_rows * b_columns));
     const float *pa = sc__widen(a, a_rows, a_columns, buffer);
-    const float *pb = sc__widen(b, b_rows, b_columns, buffer + (buffer ? a_rows * a_columns : 0));
+    const float *pb = sc__widen(b, b_rows, b_columns, buffer ? buffer + a_rows * a_columns : NULL);
     if (pa != a.data) a.ld = a_columns;
     if (pb != b.data) b.ld = b_columns;
     float *pc = (float *)c.data;
@@ -5629,7 +5632,7 @@ static bool sc__pipeline_vae(sc_pipeline *p) {
     return p->vae != NULL;
 }
 
-enum { SC__VAE_TILE = 1024 }; /* pixels; larger pictures go through the VAE in tiles */
+enum { SC__VAE_TILE = 1024 }; /* pixels; larger pictures go through the VAE in tiles (6 GiB each) */
 
 bool sc_pipeline_encode(sc_pipeline *p, const float *rgb, int width, int height, float *mean, float *std) {
     if (!sc__pipeline_vae(p)) return false;
@@ -5817,6 +5820,12 @@ bool sc_picture_save(const sc_picture *p, const char *path, const char *paramete
 
 #include <signal.h>
 #include <time.h>
+
+void sc_start(char **argv) {
+    if (getenv("OMP_WAIT_POLICY")) return;
+    setenv("OMP_WAIT_POLICY", "passive", 1);
+    execv("/proc/self/exe", argv); /* where that fails, go on as we are */
+}
 
 volatile int sc_interrupted;
 

@@ -596,15 +596,18 @@ static void print_plan(const training *t, const sc_option *table, int count) {
     fflush(stdout);
 }
 
-/* --dry-run: one real step tells the memory and the time. */
+/* --dry-run: a few real steps tell the memory and the time. */
 static bool dry_run(training *t) {
-    double loss, norm, started;
-    bool ok = train_step(t, &loss, &norm); /* warms up */
-    started = sc_seconds();
-    ok = ok && train_step(t, &loss, &norm);
-    double seconds = sc_seconds() - started;
+    enum { TIMED = 5 };
+    double loss, norm, started = 0;
+    bool ok = true;
+    for (int i = 0; ok && i <= TIMED; i++) { /* the first warms up */
+        if (i == 1) started = sc_seconds();
+        ok = train_step(t, &loss, &norm);
+    }
+    double seconds = (sc_seconds() - started) / TIMED;
     if (ok)
-        printf("one step: %.2f s, so %d steps take about %.0f minutes; activations %zu MiB, trained numbers %lld MiB\n", seconds,
+        printf("one step: %.4f s, so %d steps take about %.1f minutes; activations %zu MiB, trained numbers %lld MiB\n", seconds,
                t->o.steps, seconds * t->o.steps / 60, sc_tape_bytes(t->pipeline->tape) >> 20,
                (long long)(t->params->count * 4 * (t->params->set[SC_TEACHER] ? 7 : 6)) >> 20);
     return ok;
@@ -618,6 +621,7 @@ static void close_training(training *t) {
 }
 
 int main(int argc, char **argv) {
+    sc_start(argv);
     training t = {.o = defaults()};
     sc_option table[MAX_OPTIONS];
     const char *words[1] = {NULL};
