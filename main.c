@@ -101,7 +101,7 @@ static bool evaluate(evaluator *e, const float *rgb, float *features, int *class
     float *values = (float *)sc__alloc((size_t)(channels * pixels) + 1, sizeof *values);
     bool ok = x && values && channels <= 1024 && sc_read(e->tape, x, values);
     for (int64_t i = 0; ok && i < channels * pixels; i++) mean[i / pixels] += values[i] / (float)pixels;
-    sc_linear_layer first, second;
+    sc_linear_layer first = {0}, second = {0};
     ok = ok && evaluator_linear(e, &first, "features", e->features, channels) && evaluator_linear(e, &second, "logits", e->classes, e->features);
     sc_tensor *f = ok ? sc_activate(e->tape, SC_SILU, sc_linear(e->tape, sc_from(e->tape, 2, (const int64_t[]){1, channels}, mean), &first)) : NULL;
     ok = ok && sc_read(e->tape, f, features) && sc_read(e->tape, sc_linear(e->tape, f, &second), logits);

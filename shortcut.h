@@ -1555,6 +1555,10 @@ struct sc_tape {
 };
 
 static void *sc__arena_take(sc__arena *a, size_t bytes) {
+    if (bytes > SIZE_MAX / 8) {
+        sc__fail("out of memory: %zu bytes for one tensor", bytes);
+        return NULL;
+    }
     bytes = (bytes + 255) & ~(size_t)255;
     while (a->current < a->count && a->used + bytes > a->chunks[a->current].size) {
         a->current++;

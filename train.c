@@ -410,7 +410,7 @@ static bool save_cache(const training *t, const char *fingerprint) {
         const pair *p = &t->pairs[i];
         snprintf(names[i], sizeof names[i], "latents.%d", i);
         x[i] = (sc_tensor){.data = p->mean, .dtype = SC_F32, .ndim = 4, .shape = {2, p->h, p->w, c->in_channels}};
-        named[i] = (sc_named){names[i], &x[i], SC_F16};
+        named[i] = (sc_named){names[i], &x[i], SC_F32}; /* a cached run equals the first bit for bit */
         caption[i] = p->text;
     }
     if (ok) {

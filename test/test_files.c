@@ -616,7 +616,7 @@ static void test_interrupted(void) {
     bool large = save_large(in_folder("old.safetensors"));
     bool text = sc__write_file(in_folder("text"), folder, 0);
     set_file_limit(RLIM_INFINITY);
-    char message[256];
+    char message[1024];
     snprintf(message, sizeof message, "%s", sc_error());
     CHECK(!large && text && strstr(message, "old.safetensors: cannot write: File too large"));
     CHECK(temporaries() == 0);

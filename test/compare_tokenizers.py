@@ -1,0 +1,54 @@
+"""Compares the ids of shortcut.h's tokenizers with Hugging Face's.
+
+    compare_tokenizers.py FOLDER [COUNT]     FOLDER/tokenizer: CLIP's, FOLDER/tokenizer_2: T5's
+"""
+import os
+import subprocess
+import sys
+import tempfile
+
+import tokenizers
+import transformers
+from transformers import CLIPTokenizerFast, T5TokenizerFast
+
+from awkward_texts import texts
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def ours(program, folder, data, length):
+    run = subprocess.run([program, folder, str(length)], input=b"".join(s + b"\0" for s in data),
+                         stdout=subprocess.PIPE, check=True)
+    return [[int(x) for x in line.split()] for line in run.stdout.splitlines()]
+
+
+def theirs(tokenizer, data, length):
+    data = [s.decode("utf-8", errors="replace") for s in data]
+    return tokenizer(data, padding="max_length", max_length=length, truncation=True).input_ids
+
+
+def main(folder, count):
+    data, failed = texts(count), 0
+    print(f"transformers {transformers.__version__}, tokenizers {tokenizers.__version__}")
+    with tempfile.TemporaryDirectory() as temporary:
+        program = os.path.join(temporary, "tokenize")
+        subprocess.run([os.environ.get("CC", "cc"), "-std=c99", "-O2", "-w", os.path.join(HERE, "tokenize.c"),
+                        "-o", program, "-lm"], check=True)
+        for name, kind in ("tokenizer", CLIPTokenizerFast), ("tokenizer_2", T5TokenizerFast):
+            part = os.path.join(folder, name)
+            tokenizer = kind.from_pretrained(part)
+            for length in (tokenizer.model_max_length, 4096):
+                a, b = ours(program, part, data, length), theirs(tokenizer, data, length)
+                wrong = [i for i in range(len(data)) if a[i] != b[i]]
+                failed += len(wrong) + abs(len(a) - len(b))
+                print(f"{kind.__name__}, {length} tokens: {len(data)} texts, {len(wrong)} differ")
+                for i in wrong[:5]:
+                    end = max(1, next((k for k in range(length) if a[i][k] != b[i][k]), length))
+                    print(f"  {data[i][:200]!r}\n    ours   {a[i][:end + 6]}\n    theirs {b[i][:end + 6]}")
+    return failed > 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    sys.exit(main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) == 3 else 12000))
