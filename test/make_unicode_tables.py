@@ -130,9 +130,9 @@ def differences(rows):
 def show(name, numbers):
     text = pack(numbers)
     print(f"static const char {name}[] =")
-    for i in range(0, len(text), 92):
-        print('    "' + text[i:i + 92].replace("??", '?""?')
-              + ('"' if i + 92 < len(text) else '";'))
+    for i in range(0, len(text), 90):                       # '??' would begin a trigraph
+        print('    "' + text[i:i + 90].replace("??", '?""?')
+              + ('"' if i + 90 < len(text) else '";'))
 
 
 if __name__ == "__main__":
