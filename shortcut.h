@@ -433,7 +433,8 @@ typedef struct sc_tokenizer sc_tokenizer;
 sc_tokenizer *sc_tokenizer_open(const char *folder);
 void sc_tokenizer_close(sc_tokenizer *t);
 int sc_tokenizer_length(const sc_tokenizer *t);  /* model_max_length; 0: not said */
-/* Exactly `length` ids, cut or padded, the end token kept; returns how many are not padding. -1: error. */
+/* Exactly `length` ids, cut or padded, the end token kept. Bytes that are not UTF-8 become U+FFFD.
+ * Returns how many ids are not padding; -1: error. */
 int sc_tokenize(const sc_tokenizer *t, const char *text, int length, int32_t *ids);
 
 /* ==== Text encoders: CLIP (pooled vector) and T5 (a vector for each token) ==== */
@@ -442,7 +443,8 @@ typedef struct sc_text_encoders sc_text_encoders;
 sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *folder);
 void sc_text_encoders_close(sc_text_encoders *t);
 /* context [tokens, T5's width], pooled [CLIP's width], host f32; any UTF-8, empty too. */
-bool sc_text_encode(sc_text_encoders *t, const char *prompt, int tokens, float *context, float *pooled);
+bool sc_text_encode(sc_text_encoders *t, const char *prompt, int tokens, float *context,
+                    float *pooled);
 
 /* ==== Pictures and data sets ==== */
 typedef struct sc_picture {
@@ -4406,577 +4408,1158 @@ void sc_unpack_latents(int64_t batch, int64_t channels, int64_t h, int64_t w, co
     sc__pack(batch, channels, h, w, (float *)tokens, latents, false);
 }
 
-/* ==== Tokenizers ==============================================================================
+/* ==== Unicode =================================================================================
  *
- * CLIP's is a byte-level BPE: lower-case text is cut into words, each word's bytes become letters
- * of a printable alphabet, and pairs are merged in the order of merges.txt; "</w>" ends a word.
- * T5's is a Unigram model: text is normalised with a table that the file carries (a double-array
- * trie), spaces become U+2581, and the best cut is the one with the highest sum of scores.
+ * What the tokenizers ask of characters: which are letters or numbers, their lower case, canonical
+ * composition (NFC) and graphemes (what a reader takes for one character). The tables were read off
+ * the library whose token ids ours have to equal, and are packed: a number is a few digits of base
+ * 31 and a last one of base 60, printed from '#' on without the backslash.
  */
 
-/* Unicode 14.0.0, made by test/make_unicode_tables.py. */
-static const uint32_t sc__letters[] = {
-    65, 26, 6, 26, 47, 1, 10, 1, 4, 1, 5, 23, 1, 31, 1, 458, 4, 12, 14, 5, 7, 1, 1, 1, 129, 5, 1,
-    2, 2, 4, 1, 1, 6, 1, 1, 3, 1, 1, 1, 20, 1, 83, 1, 139, 8, 166, 1, 38, 2, 1, 6, 41, 71, 27, 4,
-    4, 45, 43, 35, 2, 1, 99, 1, 1, 15, 2, 7, 2, 10, 3, 2, 1, 16, 1, 1, 30, 29, 89, 11, 1, 24, 33,
-    9, 2, 4, 1, 5, 22, 4, 1, 9, 1, 3, 1, 23, 25, 7, 11, 5, 24, 1, 6, 17, 42, 58, 54, 3, 1, 18, 1,
-    7, 10, 15, 16, 4, 8, 2, 2, 2, 22, 1, 7, 1, 1, 3, 4, 3, 1, 16, 1, 13, 2, 1, 3, 14, 2, 10, 1, 8,
-    6, 4, 2, 2, 22, 1, 7, 1, 2, 1, 2, 1, 2, 31, 4, 1, 1, 19, 3, 16, 9, 1, 3, 1, 22, 1, 7, 1, 2, 1,
-    5, 3, 1, 18, 1, 15, 2, 23, 1, 11, 8, 2, 2, 2, 22, 1, 7, 1, 2, 1, 5, 3, 1, 30, 2, 1, 3, 15, 1,
-    17, 1, 1, 6, 3, 3, 1, 4, 3, 2, 1, 1, 1, 2, 3, 2, 3, 3, 3, 12, 22, 1, 52, 8, 1, 3, 1, 23, 1, 16,
-    3, 1, 26, 3, 2, 1, 2, 2, 30, 1, 4, 8, 1, 3, 1, 23, 1, 10, 1, 5, 3, 1, 31, 2, 1, 2, 15, 2, 17,
-    9, 1, 3, 1, 41, 2, 1, 16, 1, 5, 3, 8, 3, 24, 6, 5, 18, 3, 24, 1, 9, 1, 1, 2, 7, 58, 48, 1, 2,
-    12, 7, 58, 2, 1, 1, 1, 5, 1, 24, 1, 1, 1, 10, 1, 2, 9, 1, 2, 5, 1, 1, 21, 4, 32, 1, 63, 8, 1,
-    36, 27, 5, 115, 43, 20, 1, 16, 6, 4, 4, 3, 1, 3, 2, 7, 3, 4, 13, 12, 1, 17, 38, 1, 1, 5, 1, 2,
-    43, 1, 333, 1, 4, 2, 7, 1, 1, 1, 4, 2, 41, 1, 4, 2, 33, 1, 4, 2, 7, 1, 1, 1, 4, 2, 15, 1, 57,
-    1, 4, 2, 67, 37, 16, 16, 86, 2, 6, 3, 620, 2, 17, 1, 26, 5, 75, 6, 8, 7, 18, 13, 19, 14, 18,
-    14, 13, 1, 3, 15, 52, 35, 1, 4, 1, 67, 89, 7, 5, 2, 34, 1, 1, 5, 70, 10, 31, 49, 30, 2, 5, 11,
-    44, 4, 26, 54, 23, 9, 53, 82, 1, 93, 47, 17, 8, 54, 30, 13, 2, 10, 44, 26, 36, 41, 3, 10, 36,
-    2, 9, 7, 43, 2, 3, 41, 4, 1, 6, 1, 2, 3, 1, 5, 192, 64, 278, 2, 6, 2, 38, 2, 6, 2, 8, 1, 1, 1,
-    1, 1, 1, 1, 31, 2, 53, 1, 7, 1, 1, 3, 3, 1, 7, 3, 4, 2, 6, 4, 13, 5, 3, 1, 7, 116, 1, 13, 1,
-    16, 13, 101, 1, 4, 1, 2, 10, 1, 1, 3, 5, 6, 1, 1, 1, 1, 1, 1, 4, 1, 11, 2, 4, 5, 5, 4, 1, 52,
-    2, 2683, 229, 6, 4, 3, 2, 12, 38, 1, 1, 5, 1, 2, 56, 7, 1, 16, 23, 9, 7, 1, 7, 1, 7, 1, 7, 1,
-    7, 1, 7, 1, 7, 1, 7, 80, 1, 469, 2, 42, 5, 5, 2, 4, 86, 6, 3, 1, 90, 1, 4, 5, 43, 1, 94, 17,
-    32, 48, 16, 512, 6592, 64, 22157, 67, 46, 2, 269, 3, 16, 10, 2, 20, 47, 16, 31, 2, 70, 49, 9,
-    2, 103, 2, 64, 5, 2, 1, 1, 1, 5, 24, 16, 1, 3, 1, 4, 1, 23, 29, 52, 14, 50, 62, 6, 3, 1, 1, 2,
-    11, 28, 10, 23, 25, 29, 7, 47, 28, 1, 16, 5, 1, 10, 10, 5, 1, 41, 23, 3, 1, 8, 20, 23, 3, 1, 3,
-    50, 1, 1, 3, 2, 2, 5, 2, 1, 1, 1, 24, 3, 2, 11, 7, 3, 12, 6, 2, 6, 2, 6, 9, 7, 1, 7, 1, 43, 1,
-    14, 6, 115, 29, 11172, 12, 23, 4, 49, 8452, 366, 2, 106, 38, 7, 12, 5, 5, 1, 1, 10, 1, 13, 1,
-    5, 1, 1, 1, 2, 1, 2, 1, 108, 33, 363, 18, 64, 2, 54, 40, 12, 116, 5, 1, 135, 36, 26, 6, 26, 11,
-    89, 3, 6, 2, 6, 2, 6, 2, 3, 35, 12, 1, 26, 1, 19, 1, 2, 1, 15, 2, 14, 34, 123, 389, 29, 3, 49,
-    47, 32, 13, 20, 1, 8, 6, 38, 10, 30, 2, 36, 4, 8, 48, 158, 18, 36, 4, 36, 4, 40, 8, 52, 12, 11,
-    1, 15, 1, 7, 1, 2, 1, 11, 1, 15, 1, 7, 1, 2, 67, 311, 9, 22, 10, 8, 24, 6, 1, 42, 1, 9, 69, 6,
-    2, 1, 1, 44, 1, 2, 3, 1, 2, 23, 10, 23, 9, 31, 65, 19, 1, 2, 10, 22, 10, 26, 70, 56, 6, 2, 64,
-    1, 15, 4, 1, 3, 1, 29, 42, 29, 3, 29, 35, 8, 1, 28, 27, 54, 10, 22, 10, 19, 13, 18, 110, 73,
-    55, 51, 13, 51, 13, 36, 348, 42, 6, 2, 78, 29, 10, 1, 8, 22, 42, 18, 46, 21, 27, 23, 12, 53,
-    57, 2, 2, 1, 13, 45, 32, 25, 26, 36, 29, 1, 2, 1, 8, 35, 3, 1, 12, 48, 14, 4, 21, 1, 1, 1, 35,
-    18, 1, 25, 84, 7, 1, 1, 1, 4, 1, 15, 1, 10, 7, 47, 38, 8, 2, 2, 2, 22, 1, 7, 1, 2, 1, 5, 3, 1,
-    18, 1, 12, 5, 158, 53, 18, 4, 20, 3, 30, 48, 20, 2, 1, 1, 184, 47, 41, 4, 36, 48, 20, 1, 59,
-    43, 13, 1, 71, 27, 37, 7, 185, 44, 116, 64, 31, 8, 2, 1, 2, 8, 1, 2, 1, 24, 15, 1, 1, 1, 94, 8,
-    2, 39, 16, 1, 1, 1, 28, 1, 10, 40, 7, 1, 21, 1, 11, 46, 19, 1, 18, 73, 263, 9, 1, 37, 17, 1,
-    49, 30, 112, 7, 1, 2, 1, 38, 21, 1, 25, 6, 1, 2, 1, 32, 14, 1, 327, 19, 189, 1, 79, 922, 230,
-    196, 2636, 97, 15, 1071, 4049, 583, 8633, 569, 7, 31, 17, 79, 17, 30, 18, 48, 16, 4, 31, 21, 5,
-    19, 688, 64, 128, 75, 5, 1, 66, 13, 64, 2, 1, 1, 28, 6136, 8, 1238, 42, 9, 8935, 4, 1, 7, 1, 2,
-    1, 291, 45, 3, 17, 4, 8, 396, 2308, 107, 5, 13, 3, 9, 7, 10, 5990, 85, 1, 71, 1, 2, 2, 1, 2, 2,
-    2, 4, 1, 12, 1, 1, 1, 7, 1, 65, 1, 4, 2, 8, 1, 7, 1, 28, 1, 4, 1, 5, 1, 1, 3, 7, 1, 340, 2, 25,
-    1, 25, 1, 31, 1, 25, 1, 31, 1, 25, 1, 31, 1, 25, 1, 31, 1, 25, 1, 8, 1844, 31, 481, 45, 10, 7,
-    16, 1, 321, 30, 18, 44, 1268, 7, 1, 4, 1, 2, 1, 15, 1, 197, 59, 68, 7, 1, 1204, 4, 1, 27, 1, 2,
-    1, 1, 2, 1, 1, 10, 1, 4, 1, 1, 1, 1, 6, 1, 4, 1, 1, 1, 1, 1, 1, 3, 1, 2, 1, 1, 2, 1, 1, 1, 1,
-    1, 1, 1, 1, 1, 1, 2, 1, 1, 2, 4, 1, 7, 1, 4, 1, 4, 1, 1, 1, 10, 1, 17, 5, 3, 1, 5, 1, 17, 4420,
-    42720, 32, 4153, 7, 222, 2, 5762, 14, 7473, 3103, 542, 1506, 4939,
-};
-static const uint32_t sc__numbers_table[] = {
-    48, 10, 120, 2, 5, 1, 2, 3, 1441, 10, 134, 10, 198, 10, 412, 10, 118, 10, 4, 6, 108, 10, 118,
-    10, 118, 10, 2, 6, 110, 13, 115, 10, 8, 7, 103, 10, 104, 7, 7, 19, 109, 10, 96, 10, 118, 10,
-    70, 20, 268, 10, 70, 10, 719, 20, 881, 3, 239, 10, 6, 10, 22, 10, 300, 10, 128, 11, 165, 10, 6,
-    10, 182, 10, 86, 10, 134, 10, 6, 10, 1046, 1, 3, 6, 6, 10, 198, 51, 2, 5, 726, 60, 78, 22, 630,
-    30, 1385, 1, 777, 1, 25, 9, 14, 3, 343, 4, 138, 10, 30, 8, 1, 15, 32, 10, 39, 15, 29536, 10,
-    188, 10, 320, 6, 154, 10, 38, 10, 198, 10, 22, 10, 86, 10, 406, 10, 21270, 10, 493, 45, 12, 57,
-    17, 2, 341, 27, 36, 4, 29, 1, 8, 1, 134, 5, 202, 10, 942, 8, 25, 7, 39, 9, 75, 5, 22, 6, 160,
-    2, 2, 16, 2, 46, 64, 9, 52, 2, 30, 3, 75, 5, 104, 8, 24, 8, 41, 7, 330, 6, 48, 10, 294, 31,
-    158, 10, 42, 4, 112, 7, 134, 30, 128, 10, 60, 10, 144, 10, 7, 20, 251, 10, 342, 10, 118, 10,
-    374, 10, 102, 10, 102, 12, 420, 19, 93, 10, 758, 29, 227, 10, 70, 10, 534, 21, 1067, 111,
-    17905, 10, 86, 10, 134, 10, 1, 7, 798, 23, 25673, 20, 108, 25, 1109, 50, 2368, 10, 422, 10,
-    1485, 9, 128, 10, 791, 59, 1, 3, 1, 4, 76, 45, 1, 15, 962, 13, 2787, 10,
-};
-static const int32_t sc__lower[] = {
-    192, 23, 1, 32, 24, 7, 1, 32, 40, 24, 2, 1, 50, 3, 2, 1, 7, 8, 2, 1, 17, 23, 2, 1, 46, 1, 1,
-    -121, 1, 3, 2, 1, 8, 1, 1, 210, 1, 2, 2, 1, 4, 1, 1, 206, 1, 1, 1, 1, 2, 2, 1, 205, 2, 1, 1, 1,
-    3, 1, 1, 79, 1, 1, 1, 202, 1, 1, 1, 203, 1, 1, 1, 1, 2, 1, 1, 205, 1, 1, 1, 207, 2, 1, 1, 211,
-    1, 1, 1, 209, 1, 1, 1, 1, 4, 1, 1, 211, 1, 1, 1, 213, 2, 1, 1, 214, 1, 3, 2, 1, 6, 1, 1, 218,
-    1, 1, 1, 1, 2, 1, 1, 218, 3, 1, 1, 1, 2, 1, 1, 218, 1, 1, 1, 1, 2, 2, 1, 217, 2, 2, 2, 1, 4, 1,
-    1, 219, 1, 1, 1, 1, 4, 1, 1, 1, 8, 1, 1, 2, 1, 1, 1, 1, 2, 1, 1, 2, 1, 1, 1, 1, 2, 1, 1, 2, 1,
-    9, 2, 1, 19, 9, 2, 1, 19, 1, 1, 2, 1, 2, 2, 1, 4, 1, 1, -97, 1, 1, 1, -56, 1, 20, 2, 1, 40, 1,
-    1, -130, 2, 9, 2, 1, 24, 1, 1, 10795, 1, 1, 1, 1, 2, 1, 1, -163, 1, 1, 1, 10792, 3, 1, 1, 1, 2,
-    1, 1, -195, 1, 1, 1, 69, 1, 1, 1, 71, 1, 5, 2, 1, 298, 2, 2, 1, 6, 1, 1, 1, 9, 1, 1, 116, 7, 1,
-    1, 38, 2, 3, 1, 37, 4, 1, 1, 64, 2, 2, 1, 63, 3, 17, 1, 32, 18, 9, 1, 32, 44, 1, 1, 8, 9, 12,
-    2, 1, 28, 1, 1, -60, 3, 1, 1, 1, 2, 1, 1, -7, 1, 1, 1, 1, 3, 3, 1, -130, 3, 16, 1, 80, 16, 32,
-    1, 32, 80, 17, 2, 1, 42, 27, 2, 1, 54, 1, 1, 15, 1, 7, 2, 1, 15, 48, 2, 1, 97, 38, 1, 48, 2927,
-    38, 1, 7264, 39, 1, 1, 7264, 6, 1, 1, 7264, 723, 80, 1, 38864, 80, 6, 1, 8, 2208, 43, 1, -3008,
-    45, 3, 1, -3008, 323, 75, 2, 1, 158, 1, 1, -7615, 2, 48, 2, 1, 104, 8, 1, -8, 16, 6, 1, -8, 16,
-    8, 1, -8, 16, 8, 1, -8, 16, 6, 1, -8, 17, 4, 2, -8, 15, 8, 1, -8, 32, 8, 1, -8, 16, 8, 1, -8,
-    16, 8, 1, -8, 16, 2, 1, -8, 2, 2, 1, -74, 2, 1, 1, -9, 12, 4, 1, -86, 4, 1, 1, -9, 12, 2, 1,
-    -8, 2, 2, 1, -100, 14, 2, 1, -8, 2, 2, 1, -112, 2, 1, 1, -7, 12, 2, 1, -128, 2, 2, 1, -126, 2,
-    1, 1, -9, 298, 1, 1, -7517, 4, 1, 1, -8383, 1, 1, 1, -8262, 7, 1, 1, 28, 46, 16, 1, 16, 35, 1,
-    1, 1, 819, 26, 1, 26, 1866, 48, 1, 48, 96, 1, 1, 1, 2, 1, 1, -10743, 1, 1, 1, -3814, 1, 1, 1,
-    -10727, 3, 3, 2, 1, 6, 1, 1, -10780, 1, 1, 1, -10749, 1, 1, 1, -10783, 1, 1, 1, -10782, 2, 1,
-    1, 1, 3, 1, 1, 1, 9, 2, 1, -10815, 2, 50, 2, 1, 107, 2, 2, 1, 7, 1, 1, 1, 31054, 23, 2, 1, 64,
-    14, 2, 1, 162, 7, 2, 1, 16, 31, 2, 1, 71, 2, 2, 1, 4, 1, 1, -35332, 1, 5, 2, 1, 13, 1, 1, 1, 2,
-    1, 1, -42280, 3, 2, 2, 1, 6, 10, 2, 1, 20, 1, 1, -42308, 1, 1, 1, -42319, 1, 1, 1, -42315, 1,
-    1, 1, -42305, 1, 1, 1, -42308, 2, 1, 1, -42258, 1, 1, 1, -42282, 1, 1, 1, -42261, 1, 1, 1, 928,
-    1, 8, 2, 1, 16, 1, 1, -48, 1, 1, 1, -42307, 1, 1, 1, -35384, 1, 2, 2, 1, 9, 1, 1, 1, 6, 2, 2,
-    1, 31, 1, 1, 1, 22316, 26, 1, 32, 1247, 40, 1, 40, 176, 36, 1, 40, 192, 11, 1, 39, 12, 15, 1,
-    39, 16, 7, 1, 39, 8, 2, 1, 39, 1772, 51, 1, 64, 3104, 32, 1, 32, 21920, 32, 1, 32, 31424, 34,
-    1, 34,
-};
+enum { SC__LETTER = 1, SC__DIGIT = 2 };
+enum { SC__EXTEND = 4, SC__SPACING = 8, SC__CONTROL = 16, SC__PREPEND = 32, SC__PICTURE = 64,
+       SC__CONSONANT = 128, SC__LINKER = 256 };
 
-static bool sc__in_runs(const uint32_t *runs, size_t count, uint32_t c) {
-    uint32_t at = 0;
-    for (size_t i = 0; i < count; i += 2) {
-        at += runs[i];
-        if (c < at) return false;
-        at += runs[i + 1];
-        if (c < at) return true;
+/* Packed by test/make_unicode_tables.py, as tokenizers 0.22.2 has them. */
+static const char sc__word_table[] =
+    "S5'+U%*U%S#%+%'%#%'#'$#%%''%O%%a#%%o1%(9%2+%+&%b-+%%%%&)%%#%*&%$%%%&%$G%%bO%%dG%,eA%%a1%&#%*"
+    "a7%a/W%()%Qa;%95'(%%%c3%%#%3%%+%%$5'$'%&#%4&%$[%Ab[%/#%25'$a'%-%%(#%)M%(#%-#%'#%;S%+7%)Q%%-%"
+    "5a9%_aQ%'#%6#%+5%(5'%A%(1%&%%&M%%/%%#%')%'#%4#%1%%%'%(5'$%%&-'&#%,-%(%%&M%%/%%%%%%%%%%C)%%#%"
+    "+5'&'%43%%'%%M%%/%%%%%+%'#%6#%3%%(5'-#%/1%&%%&M%%/%%%%%+%'#%B%%%'%(5'%#%$-'/&%$+%''%%)%'%%%&"
+    "%$#%'%%''%'9%:#%9;'61%%'%%O%%A%'#%>'%&#%&%%(5',/'%#%(1%%'%%O%%5%%+%'#%C%%%%%(5'%%%53%%'%%a7%"
+    "&#%4#%)'%%/'$'%(G'%-%)E%'Q%%3%%#%&/%C5'5aE%%%%0/%-5'K%%%&%$)%%Q%%&%$3%%%%-#%&+%%#%-5'&)%D#%C"
+    "I'01%%a-%?+%a[a;%8#%$5'*-%()%'#%'%%+'%(;%0#%%5'*a1%%#%)#%&a;%%k'%%)%&/%%&%$'%&a7%%)%&a'%%)%&"
+    "/%%&%$'%&?%%aW%%)%&b/%2I''A%4bU%&-%'tI%&C%%U%)b?%'''$1%+E%1G%2E%2;%%'%3aM%G#%(#%'5'*5':5'*b["
+    "%++%&a)%%#%)b5%.a#%K5'$^%&+%/a=%(U%*7'IO%-aO%O5'*5'1#%aEaC%51%'5'M^%1%%$5'$a=%>a-%@5'''%$5'$"
+    "a-%&7%)a;%&'%M)%%-%%%%'#%)f9%a(i1%&-%&a1%&-%&1%%*%$^%&aO%%/%%#%''%%/%')%&-%(;%)'%%/%a[#'$#%&"
+    "-')#%$5'*;%aM#%(#%&5%%#%'+%**%$'%%7%&)%)+%(#%%aK'$%%$+'l*a^'a6M'jB^'rXgG%*)%'%%-#'&a1%%#%)#%"
+    "&aU%+#%4O%-/%%/%%/%%/%%/%%/%%/%%/%a8#%gU%%$#'=3'++%&''$%%(bU%*'%%b^%%)%)a;%%c)%')'.a%%TA%D5'"
+    "B1'%?'D5'K?'e8gbM%a(wyC%a+aA%&h[%'A%$5'$%%8aC%4a#%&b5%$5'K3%&c;%&b/%&%%%&%$/%9A%%'%%)%%O%1-'"
+    ".aM%2aI%@5'<-%'&%$#%%5'$Y%.O%=[%+aC%@#%$5'*+%%5%$5'$+%%a7%;'%%1%(5'*O%'#%'aI%%#%'%%&+%&&%<'%"
+    "&7%+'%0-%&-%&-%-/%%/%%a;%%=%*cS%15'*l`9%0O%(aG%dpXl-%&cA%J/%0+%)&%$3%%;%%+%%&%$&%$&%$cC%El'%"
+    "6b)%&aQ%L9%a]+%%d?%75'+U%*U%/b[%'-%&-%&-%&'%G9%%U%%G%%%%%?%&=%Fd'%0a?'0aW'5%'d([%'aG%4W'(a%%"
+    "$)'-I%$#'$1%$#')a1%.^%&a-%(1%%+'Ne1%&5'*a-%(a-%(a5%,aM%07%%?%%/%%%%%7%%?%%/%%%%'aM%0j7%-M%.1"
+    "%<-%%a9%%3%a--%&&%$a;%%%%'#%&O%&1'$O%&/'$a#%,3'TG%%%%)+'$M%$-'(U%a.aU%(%'$%%$A'&aA'$#%3)%%'%"
+    "%[%.3';[%$%'%[%$''D1%%Y%*+'4aQ%.M%&1'$G%)1'$E%;/'a8b;%[aK%1aK%+-'$a-%05'*5'$Y%-O%cJa#'%a9%*%"
+    "%4'%a#[%$5'$#%,M%/)'?E%RK%$/'8O%0aO%>^'%%%&#%1a?%DS%+5'-a-%35'(#%&#%,a+%'#%0aE%2)%/5'$&%(I'/"
+    "E%%S%7%%a'/%%&%$'%%?%%5%+aC%55'/1%&%%&M%%/%%%%%+%'#%6#%0+%B5%%#%&&%$a/%%#%=&%PaO%6)%)5')'%Ba"
+    "E%8%%%#%,5'bRaC%M)%HaE%8#%/5'Ja;%1#%+5'*I'@W%99'(/%c)a=%a]b)%$G'01%&#%&1%%%%%Q%3&%25'a.1%&a3"
+    "%4&%@#%.a5%+#%9#%/aA%7#%6b;%c7a'%35'*3%%a/%5#%3[')^%aX/%%%%%a1%9#%-5'*-%%%%%a%%2#%+5'e.G%3&%"
+    "$9%%a)%@5'a>#%3K'O~M%aNcK'5fA%al]c/%3adM%5-%=di+%)s;%cu%^%65'|Zr[%+a#%%5'*bG%%5'*^%6aE%4)%05"
+    "'%/'%K%)G%g0a?%'5'c6b)%$O'aQb?%)#%a*;%a(%%%#%@frA%,aj1%M5%dx[)%%/%%%%%iK%3#%A'%&#%2)%,m-%ag@"
+    "cC%);%'3%+5%bgN5'xJI'0I'aTS'b3bS%%b7%%%%&#%&%%&)%%9%%&%$-%%b+%%)%&1%%/%%Y%%)%%+%%#%'/%%k5%&S"
+    "%%S%%a#%%S%%a#%%S%%a#%%S%%a#%%S%%1%&aI'}Xa#%*-%d9b%%b>a?%./%&5'(#%e9^%6a=%(5'gVY%(5'cF^%&#%$"
+    "5'h)/%%)%%%%%?%%fC%&3'Tb1%+#%(5'm/a['%''%)'a4a?'%?'c2)%%W%%%%%#%&&%$3%%)%%&%*#%(*%$%%%%%%#%&"
+    ".%$&%&)%%/%%)%%)%%&%$3%%C%)'%%+%%C%iL;'ao?5'q.an|^%Ddn=%*g9%&ff%%2ha'%3tM%aj*r%%y*eiG%)doM%";
+static const char sc__grapheme_table[] =
+    "$a#CaGa'C-#b+'#C$#b+iYcM+dG/+d;a?+%&+$&+$&+]-iG.7+%#CRK+4#+aM/+$#iG%-+&%+%)+E#iG%#+BW+aC7+_3"
+    "+-#+<)+%3+%'+%++O'+X%iG)3+NQ+$#iG$a%+$#35a/d3$#+$#3$#+%'3$1+$)3$#hK$%3%/+$1d3&%+81d3%#+$%35I"
+    "d3%/d3%#d3')d3&&+$%3$)+&%3&%3$#hK-#+(%d3%#d3&%+0%d30#+&%+$#3]#+%'3$%+(%+&'+'#+B%+'#+/%+$#35I"
+    "d3%/d3%%d3%+d3&#+%'3$++%%+$&3$#3$#hK8%+9#d3$-+%#+$%35Id3%/d3%%d3%+d3&&+$#+$#3$)+&%3&%3$#hK+'"
+    "+(%d3%#d3&%+1#d34#+a##+$#3$#+$%3''3%'3$#+-#+L#+$'3$#+4Id3%Ad3&&+$%+$)3%'+%'+$#hK+%+%'d3+%+A#"
+    "+$%3]#+%#3$%+$#3$#+$%3%'+%)++%+/%+3#30%+$%35a1d3$%+%#+$%3$)+%'3%'3$#hK$#iG,#+.%+A#+$%3a.#+(#"
+    "+$%3$'+%#+%/3$#+6%3a%#+%#3$/+01+aJ#+%#3$3+//+a1%+?(+(%3U=+$#3$++%%+)7+%a-+-#+aN)+$#3$-+%%+$%"
+    "3$%+;%3$%+('+4)+1#+%#3$%+*#+3#+kO'+oR)+@'+A%+B%+a(%+$#3$/+$13$#+$%3$7+-#+Q'+$#C$#+a^%+F#+a_'"
+    "+$)3$%+$'3(%3$#+$-3$'+cK%+$%3$#+^#3$#+$#3$/+%&+&1+$-3$5+&#+Ta#+U)+$#3S5+$)3$'+J3+0%+$#3B#3$)"
+    "+$%3$-+]#+$#3$%+$'3$#+$#3$++T13$1+$%3$%+bD'+%;+$#3$/+(#+*#+&#3$%+c6b)+hO#C$#+$#3$%C</C1#b+0#"
+    "b+:ACaHa'+U#b+:#b+aB-b+3%b+f+%b+0#b+aG#b+a.#b+=7b+('b+c7#b+cW%b+.#b+-#b+_)b+%-b+%9b+%cQb+.cY"
+    "b+&7b+%&b+*#b+'#b+*#b+.%b+3#b+&#b+(&b+('b+%#b+/+b+Q'b+-#b+2#b+2#b+f0%b+gO'b+7%b+W#b+(#b+fU'+"
+    "b9#+aHa%+i2-+$#b+0#b+aC%+h@&b+o}1)+%5+D%+a8%+dD#+'#+(#+;%3$%+$#3(#+a;%3VA3$%+>E+1#+J1+=7+$#3"
+    "$#+P'+$#3S#+$%3$)+$%3$%+$%3$#+H#+a+-+$%3$%+$%3$%+0#+,#+$#3R#+W&+$%+&%+)%+%#+M#3$%+$%3)#3$#+c"
+    "]%3$#+$%3$#+$%3%#3$#+j{X#+l5A+4A+c?#CbJ%+a89ChE#+cR#+bA++{V'+%%+))+L'+(#+bQ%+iE)+a)++e5%+a7)"
+    "+a.7+U)+b&#3$#+$#3Y?+M#+&%+.'+$#3Q'3$)+$%3$%+&#iG(#+.#iGV'+H++$#3$1+4%3P#+0%+$#3T'3$3+$#3$#+"
+    "%%iG))+%#3$#+aD'3$'+$%3$)+*#+&#+bI#+$'3$1+9%+$%3[%+%#+$#3$#+$)3&%3&%3$#+-#+.%3&/+'++a+#+$%3$"
+    "-+%#+&&+$%+$&3$#3$'+$#iG$#+2%+a:'3$1+$%3$'+$#3$#+;#+a9#+$%3$-+$#3$#+$%3$#+$#3$%+$#3$%+c[#+$%"
+    "3$)+&)3$%+$#3$%+?%+a:'3$1+$%3$#+$#3$%+aR#+$#3$#+$%3$1+aM#+$#3$#+&)+$#3$++d4'3$3+$#3$%+d)#+$+"
+    "3%%3&)+$#iG$#3$#iG$#3$#+b9'3$)+&%+$)3$#+'#3@5+L-+$#3$#iG$)+,#+--+$%3$'+L-iG$;+$#3$%+fQ#3$/+%"
+    "-+$#3$#+a:M+%#3$/+$#3$%+$#3$%+b&-+'&+$&+$-+$#iG$#+a*+3%%+%%3$#+$#3$#+eS%+$%3-%+$#iG$#3T%3$++"
+    "'%3$'+;#+b{-#+*?+fe(9+$'3$'+ajH++a#/+q@#+%aS3+)+a9#+/%+jq+%+bp=aA+&O+i&++'-+,1+&/+B)+b@'+ab#"
+    "aS+(aI+,#+2#+:++%?+vL/+%C+&/+%%+%++aL#+bL/+f3#+a%)+h@)+d2%+l4/+aU/+|IhAb+1'b+C#b+a$-b+0%b+2#"
+    "b+&5b+6aWb+?""?b+.#b+8#b+&3b+%)b+-n=b+$++$jEb+,hUb+Td1b+a]9b+a=a;b+0)b+]1b+.-b+L1b+BbMb+0aCb+%"
+    "5b+%nKb+d4ac%b+msyRc-+b,g^+";
+static const char sc__lower_table[] =
+    "a(Ua'aMOa'%/a'ER%'(%&2%&P%%#d$$(%'#g#$&%%#fW$#%%%fU$#%&#bI$#fO$#fQ$#%%#fU$#fY%#g%$#f^$#%'#g%"
+    "$#g)%#g+$(%%#g3$#%%#g3&#%%#g3$#%%%g1$&%%#g5$#%'#%+#'$#%%#'$#%%#'$4%&4%&#'$&%%#c0$#aV$J%%#d6%"
+    "4%+#krU$#%%#e<$#krO&#%%#f@$#b5$#b9$,%dU&%'#%,#cW*#a3%'a1%#b+%%b)%Ca'%3a'G#3,:%)#a_&#%%#0$#%&"
+    "'d6$AbK$a%a'TD%-X%%#A$0%&aF%&a1aGaq-a1gy+%#gy+)#gy+l&bIajx?$-3aeG#%*a;cg2&'cg2e8b@%-#heT%aF%"
+    "-12,-2.12,12,-2/*2,12<12,12,12,%2$%b>$#4/)bV$#4/%2$%c60%2$%cN$#0/%d2$%d.$#4d^#hbD'#i`<$#h{:*"
+    "#[QAC7#%mJUW~LaEaGT#%%#kq($#dc*$#kpD&(%%#kr6$#kq4$#kr<$#kr:%#%&#%,%ks@$aJ%,&%(#%puEP%7>%b30%"
+    "'a$%.&%%#af~N$,%(#%%#ann6&&%'6%%#ano2$#anoH$#ano@$#ano,$#ano2%#anmF$#ann:$#anmL$#~[$2%%#aF$#"
+    "ano0$#aga>$&%%#anp<$2%%#anwL<#%k~[Ua't9a5a7b4a-a7bH7a5%?a5%/a5%%a5}BaKb+bIMa'apZa%a'kwTa%a'a"
+    "(SYpyOa)a+";
+static const char sc__class_table[] =
+    "lSKgK$#gO$)g7$#gO$#g/$+g7$%fO$)g7$%fO$7g7$+%$)g7$1gK$#h#$#gK$'g7$'gK$%g7%'gK$)g7$#gK$#gO$%g7"
+    "$#gK$#gQ$%gS$#gQ$%gS$#gQ$;gKdG+gKd=#g7$)gK$#g7$'gK$#g;$#g7$-gK$-g7$%gK$#g7$%gK$#g;$#gG$#gK$#"
+    "7$#9$#;$#=$#?$#A$#C$#E$#G$%I$#K$#M$#O%#Q%#S$#U%#gK$#g7%#Ga01gK$#a#$#a%$#a'T#Y$#[$#^$#a#$#a%$"
+    "#a'$#a)$#a+$%gK$%g7$+gK$#g7$%gK$#g74#a-aM/gK&)gK$#g7$#gK&%gK%#g7$%gK$#g7G#a/B#gK$#g7$%gK$#g7"
+    "$%gK$'g7$#gK$%g7$#gK$#g7$'gK$#g7$#gK$#g7$#gK$#g7$#gK$#g7$%gKbL/gK$#g7$#gKF)gK%3gK%'gK%+gKO'g"
+    "7b$=gK%#g7$%gK$#g7$%gK$#g7$'gK$'g7$#Y$#[$#^$'gK$#g7$%gK$%g7$+gKa$#14#5'#gK$#g7$%gKaO#14#5aV#"
+    "14#5aV#14#5aV#14#5b+#5b+#5+#bS$#c%aM#14#5b+#5b(#5aU%c=$#51)cEaT%c[2)d'a4%g7?&g7%#g/[#d5$#d7%"
+    "#d;))d7&#d7%%gK$#5%%gKa&#g7aX#1%%5a:#g7l#'gKoT#5C#5bI#5.#gKc;#gGb;#g;$#gK$#g7cK#gK$#g7a/#581"
+    "gK&#g7T+gK$-g7$%gK$#g7a_#13#5J#gK$#g7$/gKZ%5_#1/%5a+#1bD'gK%#%$+g7$%gK$)g7$#gK%/%(#g7*#gK'%g"
+    "Kc6%gK$#g7$/gK$#g7$%gK$#gS$#g+$#g7$#fO$a/gK)#gK$#gQ$#g7$#gK$#g7l$%gK$%%$)gK$'%$%gK(#gK'%%$#g"
+    "K$#g7$#gK$%%$)g7$#gKat.'gKb9#5aHa%gKi2#g3$#gG$#gO$#g;$%g?aQ%3pfP#gK(5gKD%gKa8%gKdH#5c-#5?EgK"
+    "^'g7I#5aG#10#5d#&gK$#gK$#g7&%gK)%gK%#gKX#5d*#5j{X#WlU/gK$/g7$%gKp1#g7cR#g7bA+gK|&#g7%#gKL#gK"
+    "$#%$#g7(#5bQ#gK$#g7v[#5]#5^#5$#1a-'gKT%5a&#1a4#5-#1aR#5$#1b_#1$#5a9#14#5</gK'+gKc=#5'#1b'#5$"
+    "#1d/#5$#1b*#5a_#5$#1a[#5uK#5jyP+%a#/gKkf7#%bzJ%g/$'%'#gC$+g/,1g7&+gK$%g7B)gKb@'gKa{G/gK%CgK&"
+    "/gK%%gK%+gKaeY/g7aU-gK$#1";
+static const char sc__composed_table[] =
+    "f;b-yG%#%%#%%#%%#-%#'''^%'a4%#%%#%%#/%+2%#%%#%%#/'-,%%(%#%%#%%#%%#-)/2%#%%#%%#/%+0)3$%#%%#%%"
+    "#%%#-%#'''^%'a4%#%%#%%#/%+2%#%%#%%#/'-,%%(%#%%#%%#%%#-)/2%#%%#%%#/%+0'#1%aV*%a'#%a&'%a'#%a&a"
+    "+%a'#%_a4%a'#%a&%%a'#%a&-%a'#%a&-%a'#%a$#%a'#)a$2%a'#%a&'%a'#%a&%%a'#%a&a)%a'#%a&Z%a'#%_6%a'"
+    "#%a&+%a'#%a&%%a'#%a&a'%a'#%a$a0%a'#)a$%%a'#%a&%%a'#%a&'%a'#%a&a+%a'#%a&a(+%,%a'#%a$a1%a'#'a$"
+    "a2%a'#%a&a3%a'#%a&X%a'#-_8%a'#%a&a3%a'#%a&X%a'#+a$2%a'#%a&'%a'#%a&-%a'#)]6%a'#%a&a3%a'#%a&X%"
+    "a'#%a$8%a'#%a&%%a'#%a&a1%a'#%a&X%a'#%a$Y%a'#%a&X%a'#)a$4%a'#%a&%%a'#%a&'%a'#%a&+%a'#%a&%%a'#"
+    "%a&^%a'#%_a2%a'#%_#%a'#%a&/%%0%a'#%a&/%a'#%a&-%a'#a+a<A%a'#?V#%a'#^aN@%a'#%R#%a'#%V#%a'#%V#%"
+    "a'#%c=2%a'#%a&(%a'#%a&9%a'#%a&:%a'#'aV+%a'#%jO#%%#%kP#%a'#)e43%a'#%Z#%a'#%Z[%a'#%lIa.%%#%aN3"
+    "%g5#%r:#+a,8%a'#)T$%a'#%bY%%a'#%a$#%a'#%>#%a'#%f(?%a'#%a&'%a'#%Z&%a'#%a&'%a'#%Z&%a'#%a&'%a'#"
+    "%V&%a'#%a&'%a'#%]&%a'#%a&'%a'#%]&%a'#%a&'%a'#%a*M%a'#%a$#%a'#)a>V%a'#1a4,%a'#%Za'%a'#%cQa,%a"
+    "'#%a(#%a'#%eB)%a'#%nY(%%#%oJ#%a'#k3aE(%xU#'+#%'#%'#'/#'/#%+#%a)#WaH1%;#%;0%+#%'#%'#%G#WF1%;#"
+    "%.0%/#%+#-5#%#1a?b12%#3'&0+<1-K0%&$%9/98#a'a'#Q(.%#3'&0+a-1-Z0%&$%9/SaI5%%#b?c,4%a'#?a2#%a'#"
+    "%a&'%a'#)X&%a'#)e='%%#%f@#%a'#%a$#%a'#)a$*%a'#%a&+%a'#%V#%a'#)eK#%%#%f2#%a'#%a:*%a'#%a&+%a'#"
+    "%a&)%a'#%Z(%a'#)Z#%a'#iYoW|)%#%%a)#%a(%%a-$e+dI#'J#EE#s[s[xS33#))#e%d[d7%#UlKlSlQ)#R%#Ub;bAd"
+    "3aSaOT%%#%$Ud+d3d1d#d%d111#%#%'#J%+Id1d+cA%%#%$UdOdYcU'#-%),%(Ms?sGsMb~Sb~Sca)''#''#''#''#++"
+    "#a9a9#''#)'#%%#')#w9gm<fs6%a'#%a$_%a'#%a&[%a'#%a&?%a'#%c9aF%a'#%e</%a'#%a&[%a'#%a&?%a'#%a&6%"
+    "a'#%a&/%a'#%eSa@%%#%$%%%#%fVa?%a'#%a&)%a'#%o%a:%%#%p(%%a'#%a$(%a'#%a$)%a'#%a&[%a'#%a&X%a'#%a"
+    "&a%%a'#%a&1%a'#%a$'%a'#%c;aD%a'#%e>#%a'#%a&a+%a'#%a&?%a'#%a$>%a'#%hf/a$%%#%hg4aA%a'#%a&*%a'#"
+    "%a$a>%a'#%a&/%a'#%a&[%a'#%a$Z%a'#%a&[%a'#%a&?%a'#%a&*%a'#%c=a>%a'#%a&1%a'#%bY2%%#%$%%%#%h<#%"
+    "a'#%a&/%a'#%_#%a'#%a&[%a'#%hg/a$%%#%hh4aA%a'#%a$a:%a'#%a&[%a'#%gMZ%%#%-#%%#%g~A#%%#%hh@#%a'#"
+    "%a&[%a'#%a&?%a'#%a&*%a'#%a$4%a'#%a&;%a'#%a&(%a'#%h)a>%%#%%1%%#%i0,%a'#%a&a'%a'#%a$a,%a'#%a&%"
+    "%a'#%a&1%a'#%a&$%a'#%a&[%a'#%a$Z%a'#%a&%%a'#%a$$%a'#%a$,%a'#%a&a)%a'#%a&?%a'#%F#%;a8%)'%'#'h"
+    "O(-jF[%a'#%a&V%a'#%c12%a'#%a&$%a'#%a&5%a'#%a&.%a'#%heS$%%#%hdP$%%#%$$%%#%$5%%#%$.%%#%hdM)%%#"
+    "%hk&^%a'#%a&V%a'#%a&.%a'#%c9&%a'#%a&$%a'#%a&5%a'#%a&.%a'#%hf7$%%#%hkN1%a'#%a&W%a'#%V#%a'#%a&"
+    "V%a'#%c92%a'#%a&$%a'#%a&5%a'#%a&.%a'#%hfK$%%#%h`]$%%#%$$%%#%$5%%#%$.%%#%$a'%%#%k&#%a'#%a&V%a"
+    "'#%j?2%%#%$$%%#%$5%%#%$.%%#%$a'%%#%k<a,%a'#%a&a-%a'#%a&V%a'#%a&.%a'#1{?C%#%%gp%J%%#%$%%%#%$b"
+    "-%%#%gq*aD%#%%gq9J%%#%$%%%#%$b-%%#%gp.aD%#%%gp=J%%#%$%%%#)gqBG%#%%gqQJ%%#%$%%%#)gpJG%#%%gpYJ"
+    "%%#%$%%%#%$b-%%#%gq_aD%#%%gr1J%%#%$%%%#%$b-%%#%gq*aD%#%%gq9J%%#%$%%%#%$b-%%#%gr>aD%#%%grMJ%%"
+    "#%$%%%#%$b-%%#%gq>aD%#%%gqMJ%%#%$%%%#)grRG%#%%gs%J%%#%$%%%#)gqRG%#%%gr%J%%#%$%%%#%$b-%%#'gs*"
+    "aB'gs;J'#%'#b-%gr.aD%#%%gr=J%%#%$%%%#%$b-%%#%gsBaD%#%%gsQJ%%#%$%%%#%$b-%%#%gsBb.'+#''#''#'/#"
+    "'/#'+#+go1b5%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%E#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%"
+    "#%%#%%#%%#%%#%aI#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%gsNb(%#&%gsQb-%gsP#%,#'-(%gv)"
+    ")%gw,b(%#&%#*'#b5-xT(%hnS)%gsL#%4#'5(%gv=)%gwDb4''#'#b5%gw3b4%#%%#b-%gv*a_%#&%E*+Db/%E#%aHa_"
+    "%#&%#*)gy5#%#%%#b-%gwTa_%#&%/*'6I%#%%+aC%/#%a2a_%#&%#*'*K%y8J-ho'b5%gs8#%-#',(%gw=)%gxTb4'7#"
+    "'#b5mShg-<%'#I'#a%b##%+#%&#aQaI#--#))#SS#''#YQ#)1#)'#')#Qik@#'il7#9J#%ikL#%'#%il;#%%#)=#%%#)"
+    ")#%%#1)#%%#)1#%%#))#%%#a-Y#%/#%%#%'#aIaD#%%#%K#%%#1a'#%%#%%#%%#cu)cv[lo1''#''#''#''#''#''#''"
+    "#''#''#''#''#))#''#''#11#%#%')$%#%')$%#%')$%#%')$%#%QaP$7bY#?""?#''#''#''#''#''#''#''#''#''#''"
+    "#''#))#''#''#11#%#%')$%#%')$%#%')$%#%')$%#%QaP$)b=#%%#%%#%%#+9#a~q+a~q+a~uE''#A7#d9dKcI%%#r#"
+    "qQqU%#Ul1l7kU%#6'#=h;hAh'%%#";
+static const char sc__split_table[] =
+    "{WyWyIatWatIav-%%#%%#%-#%-#%%#%5#%+#d-cSd3%%#'=#bSd9d3)/#a-a*#%%#%-#)A#h?h/hC%%#ab3ad/ag177#"
+    "--#--#--#=X&7aIb0'#'%b-;'%#5b.#Ga)aU77#--#--#--#=X&gnEgo^cmDazj)jeVu/'U)947%#%%bepW$%#%%beqL"
+    "8%#%%#+%%#%%#%%#%%#%%#%%#''#%%#%%#%%#%%#''#''#%%#''#%%#''#%%#%%#%%#%%#%L(%*/%7#%5#a{|KdbnIdb"
+    "p7%%#%15%#%%#%%#%%#%bYc#<%%#%%5%%#%$%%%#";
+static const char sc__replaced_table[] =
+    "{OyG%%'GaIb_7u25d+gu/y1'%'%'%'^'%'%b'b:)aM9aH'%313.3a33a*)4%zT7{'')'x8)hs+%%iQgxZ+|N%d'q#m`5"
+    "%%a{zOyl-%jhB%j}[%q*%hgL%h~8%aqI%tz)%#%sjT%oq+%pr>%aa%%bl'%esA%boO%az;%lI%jG%bbQ%jr]%z=%a`[%"
+    "yQ%doM%cs=%bjQ%twL%ak1%fo%%a}A%ep3%fr5%qy_%ecQ%f`O%~I%js<%hq%%avE%kkL%bhU%av^%apC%hf?%q~&%rM"
+    "%iU%d|O%atM%a~Q%aj5%boK%at9%bW%bbI%bq%%ae-%uM%ji:%h)%ad1%auE%de^%cd^%elP%mw8%au=%hbC%ad+%c{:"
+    "%awK%eo;%by)%qc(%~/%cwU%aa1%j5%c{C%hS%fs?%rqP%lr-%lz8%B%kc#%a`#%auY%ec#%c`@%kf0%a~=%ib?%pvD%"
+    "cwO%adE%ek%%p5%in(%jm7%kjV%dkS%dz2%hn9%b`B%fo[%kl$%ah5%hm=%ct7%aw=%ho_%i{W%it_%bs:%hx1%hrT%d"
+    "{I%jt8%w5%c/%fgW%es'%ap/%biE%a|I%qi6%k)%am5%aoM%a{=%by1%bp3%gz5%ai=%adI%aU%t~0%eq)%ai%%i{A%m"
+    "nB%zC%cO%v/%b{Y%r7%{O%amU%adC%u-%daE%by.%cbI%zY%q}8%dK%q[%gv5%frG%p3%lb<%j#%~'%bg^%dq7%bl]%j"
+    "b$%bf^%ak'%oE%t7%el+%f)%cbA%eO%d}#%aiG%bO%f[%s~(%krE%fs#%akS%ny<%eaH%sW%caC%bM%bqS%afI%bdC%a"
+    "g#%daK%ce+%ddE%ouD%mcG%rs0%ewO%d#%an3%kE%ao5%k/%z/%ahI%gp#%sp8%dr^%nl/%sjX%cq7%dsA%idO%mc8%n"
+    "M%a{1%cdG%isI%ry8%p/%bi+%btG%jA%kC%ae-%a}U%oW%bsU%bqK%G%bn)%al;%rs,%gqA%gj(%he=%wO%dx7%dr-%a"
+    "qK%s?%odF%au[%epI%a}L%bU%l7%buR%r8%gk1%pu&%nmK%mn_%aL%cnM%adI%gd^%ie4%dz-%awN%kdU%a|,%czA%co"
+    "V%kwB%cvT%ag;)v/'c{7)etJ%ie+%~[%tW%a+%1%a;%hf)%giZ%yE'aw%'ajS)amS%fE+beS%=%a?%agS%cpB%arY%sq"
+    ",%j=%c;%lK%Y%cI%sG%cA%c3%oO%c?%a`W%7%ad;%g'%a3%c7%|M%dY%eU%pK%ak/%e=%hS%sG%f5%pQ%afU%eQ%9%$%"
+    "3%/%1%aG%%%e[%b-%jI%rS%M%aW%j-%dY%p3%dK%#%o[%ai5%d?%l)%aW%mK%aQ%vW%d7%ayY%i?%b#%ojZ%dhy)%c~q"
+    "&)ni2%~9%bD%p2%o)%a^%jY%aM%vA%b:%b3%b=%u'%b^%dU%C%i#%fG%a`3%1%dS%b3%i^%c[%b6%d?%aB%dW%b/%m7%"
+    "b[%aS%hK%iC%e=%+%a^%ad5%b-%m%%mK%B%bY%h;%k/%av)%ao>%d'%d)%jY%d^%aQ%gC%'%eM%E%U%bW%6%m/%p-%i%"
+    "%f1%g?%e)%k#%fI%|-%e1%~/%o/%b5%C%iY%aY%a@%aS%(%D%bC%bM%lO%rK%j?%iU%g9%ac7%c=%cU%d=%a/%;%aG%x"
+    "1%agO%cobW%.%ceM%dnxJ%ag1%a)%du|/%b{U%ik1%dh`2%bAdpdQvkX%,%5%czu^%czl:%bG%=%b9%d#%a%%bG%R%gw"
+    "D%dde/%c{h<%1%C%I%cz|A%dcyP%g{O%a3%cz}7%cz|_%=%x2%xC%5%ecrG%ecp>%?%h`J%hbC%9%a?%-%hbN%he;%'%"
+    "Y%O%9%%%E%aK%3%5%U%7%'%#%#%c{w9%csx:%g{>%M%c{~C%c{~*%/%M%e'%c:%C%a'%a[%bS%W%b1%C%a)%#%M%G%3%"
+    "A%k7%i&%i)%fF%a-%afP%a{Y%iF%a3%U%d6%eE%$%d)%c}hK%c}f6%-%A%K%3%b+%c}qK%b/%c}o2%aE%;%bH%dO%iwJ"
+    "%?%i|G%aS%#%c}|?%c}x$%M%A%;%c~bI%c~b0%1%|-%{0%jbD%jdI%?%bO%aL%c~u9%c~o4%c~o9%c~mZ%(%E%c9%%%j"
+    "kL%jlG%a=%M%a?%jn@%djsY%djs$%jp#%)%)%K%ed{#%edy2%d`nQ%#%cuy_%irD%#%jq4%doh9%l~/%dqs*%5%jrR%j"
+    "t9%aM%7%a+%dC%jy,%_%jzS%daa3%d`~D%d5%+%'%&%aC%K%a/%>%9%aE%K%+%W%9%b/%bS%a-%d+%dam[%danD%b,%c"
+    "G%Y%c1%dapI%danD%c(%Z%kl]%ks9%M%a%%a2%kqP%kx^%^%dbgC%dbcD%i1%eT%k{B%k}[%k~@%a.%fgC%)%e{Q%c6%"
+    "ge=%pw&%iuO%+%/%b%%8%dbw'%dnzV%li9%cX%fU%aM%dbrC%dbr0%cL%h-%lo]%lqA%c1%b9%f7%dbs-%dbq>%l{$%l"
+    "}9%dca7%db~H%l}2%l~3%aA%Y%%%dcl;%hcR%hg=%dck*%dcz+%dcv8%?%c:%eU%a7%aY%aR%a7%A%=%dcs%%dcuN%h9"
+    "%b)%mq(%mt/%*%dcvS%dc}J%l=%dcu[%aG%dctF%cU%X%(%m|(%m}K%aM%.%aS%crj?%cre:%dda#%dc}(%ddi%%ddd8"
+    "%=%Y%ddw/%dduF%M%dd~[%g=%dd~N%E%nq,%nr%%nqH%#%nw%%M%M%K%b5%nx(%n{)%detS%desZ%dew#%deu6%cxzU%"
+    "cxu@%dfk)%Q%dK%dul_%;%ocK%dfnQ%$%a5%W%dfo@%%%#%a=%odX%og'%ofH%bK%dviM%df~0%b'%b+%ol(%dvxA%dg"
+    "gR%dgkK%a=%dgk.%c'%os*%ou^%7%-%dg{^%i^%#%dhaH%otN%dx`%%dhc(%)%ozR%dxeY%dha2%p`F%pa7%,%^%dhyC"
+    "%dhv0%pb.%peC%a^%b1%ph$%dyn/%a%%dym_%dyrW%diaP%die+%did0%c9%9%din1%b=%dimH%dir'%diqB%czv=%dl"
+    "lF%pw9%bM%px2%pz1%jrT%dtoC%?%njV%5%czk(%)%cw'%tuL%qc7%.%G%meV%mfC%'%7%a9%djm+%djm,%aW%b7%b?%"
+    "dF%e+%a;%cO%hJ%c^%'%C%djm3%j5%d_%d{zB%qq/%'%a-%dle?%dlbV%djy?%d|mT%+%d|r+%iI%d|{<%qzQ%;%9%'%"
+    "b+%a(%d?%a>%e%%bL%b1%Y%rb@%reC%a'%re>%rhI%)%dk~G%dkzN%1%rjT%rkQ%weX%edsY%f+%d~{6%5%rt^%bE%e1"
+    "%fQ%dls5%dlp<%O%c#%c'%dm`/%aaxX%ckc@%@%aO%ckiC%ckaZ%c7%dnjW%Y%dn`,%c)%a'%dnfM%dnf8%iA%e5%%%c"
+    "&%lM%[%dnuY%dni<%t|.%t}K%dntK%edpH%udY%ou]%oy-%doj#%g)%eetJ%3%uiG%do{7%efcZ%efhG%do~D%#%a#%d"
+    "ph-%dpa_%ukX%un3%d/%Y%b#%up.%egx?%dp~&%j'%f5%vb0%a%%vdO%dq{)%ei`>%eib5%hU%d9%dq~R%vlD%vnI%-%"
+    "1%7%1%a1%drxU";
+
+/* Of the code points first, first + stride, ..., last. */
+typedef struct sc__run { uint32_t first, last, stride; int32_t value; } sc__run;
+typedef struct sc__runs { sc__run *run; size_t count; } sc__runs;
+typedef struct sc__pair { uint32_t whole, first, second; } sc__pair; /* second 0: one for another */
+
+typedef struct sc__unicode {
+    sc__runs word, grapheme, lower, class_;
+    sc__pair *pairs;            /* decompositions, sorted by `whole` */
+    sc__pair *composed;         /* those that NFC makes again, sorted by `first`, `second` */
+    size_t pair_count, composed_count;
+} sc__unicode;
+
+/* Code points; running out of memory is noticed once, at the end. */
+typedef struct sc__codes { uint32_t *code; size_t count, room; bool failed; } sc__codes;
+
+static void sc__codes_add(sc__codes *s, uint32_t c) {
+    if (s->count == s->room) {
+        size_t room = 2 * s->room + 64;
+        uint32_t *code = (uint32_t *)SC_REALLOC(s->code, room * sizeof *code);
+        if (!code) { s->failed = true; return; }
+        s->code = code;
+        s->room = room;
     }
-    return false;
+    s->code[s->count++] = c;
 }
 
-static bool sc__is_letter(uint32_t c) {
-    if (c < 128) return (c | 32) >= 'a' && (c | 32) <= 'z';
-    return sc__in_runs(sc__letters, sizeof sc__letters / sizeof *sc__letters, c);
+/* The code point at *text, which moves behind it. What is not UTF-8 becomes U+FFFD, one for each
+ * longest beginning of a character, as in Python and in browsers. */
+static uint32_t sc__utf8_decode(const char **text) {
+    const unsigned char *s = (const unsigned char *)*text;
+    int size = *s < 0x80 ? 1 : *s < 0xc2 ? 0 : *s < 0xe0 ? 2 : *s < 0xf0 ? 3 : *s < 0xf5 ? 4 : 0;
+    int low = *s == 0xe0 ? 0xa0 : *s == 0xf0 ? 0x90 : 0x80;
+    int high = *s == 0xed ? 0x9f : *s == 0xf4 ? 0x8f : 0xbf, i = 1;
+    uint32_t c = size == 1 ? *s : *s & (0x7fu >> size);
+    for (; i < size && s[i] >= low && s[i] <= high; i++, low = 0x80, high = 0xbf)
+        c = c << 6 | (s[i] & 63);
+    *text += i;
+    return i < size || size == 0 ? 0xfffd : c;
 }
-static bool sc__is_number(uint32_t c) {
-    if (c < 128) return c >= '0' && c <= '9';
-    return sc__in_runs(sc__numbers_table, sizeof sc__numbers_table / sizeof *sc__numbers_table, c);
+
+/* ---- Tables ---- */
+
+static uint32_t sc__unpack(const char **s) {
+    uint32_t n = 0, digit;
+    do {
+        digit = (uint32_t)(**s - 35 - (**s > '\\'));
+        ++*s;
+        if (digit >= 60) n = n * 31 + digit - 60;
+    } while (digit >= 60);
+    return n * 60 + digit;
 }
+
+static int32_t sc__unpack_signed(const char **s) {
+    uint32_t n = sc__unpack(s);
+    return n & 1 ? -(int32_t)(n / 2) - 1 : (int32_t)(n / 2);
+}
+
+/* A table of runs: the gap before each, 2 * (count - 1) + (stride - 1), and the value. */
+static bool sc__unpack_runs(sc__runs *r, const char *table) {
+    uint32_t end = 0;
+    r->run = (sc__run *)sc__alloc(strlen(table) / 3, sizeof *r->run);
+    while (r->run && *table) {
+        sc__run *run = &r->run[r->count++];
+        run->first = end + sc__unpack(&table);
+        uint32_t span = sc__unpack(&table);
+        run->stride = 1 + span % 2;
+        run->last = end = run->first + span / 2 * run->stride;
+        run->value = sc__unpack_signed(&table);
+    }
+    return r->run != NULL;
+}
+
+/* A table of decompositions into one or two code points, each number less the one above it. */
+static void sc__unpack_pairs(sc__pair *pairs, size_t *count, const char *table, bool two) {
+    for (sc__pair p = {0, 0, 0}; *table; pairs[(*count)++] = p) {
+        p.whole += (uint32_t)sc__unpack_signed(&table);
+        p.first += (uint32_t)sc__unpack_signed(&table);
+        if (two) p.second += (uint32_t)sc__unpack_signed(&table);
+    }
+}
+
+static int sc__by_whole(const void *a, const void *b) {
+    const sc__pair *x = (const sc__pair *)a, *y = (const sc__pair *)b;
+    return (x->whole > y->whole) - (x->whole < y->whole);
+}
+
+static int sc__by_parts(const void *a, const void *b) {
+    const sc__pair *x = (const sc__pair *)a, *y = (const sc__pair *)b;
+    int order = (x->first > y->first) - (x->first < y->first);
+    return order ? order : (x->second > y->second) - (x->second < y->second);
+}
+
+static void sc__unicode_free(sc__unicode *u) {
+    SC_FREE(u->word.run);
+    SC_FREE(u->grapheme.run);
+    SC_FREE(u->lower.run);
+    SC_FREE(u->class_.run);
+    SC_FREE(u->pairs);
+    SC_FREE(u->composed);
+}
+
+static bool sc__unicode_open(sc__unicode *u) {
+    size_t most = sizeof sc__composed_table + sizeof sc__split_table + sizeof sc__replaced_table;
+    u->pairs = (sc__pair *)sc__alloc(most / 2, sizeof *u->pairs);
+    u->composed = (sc__pair *)sc__alloc(sizeof sc__composed_table / 3, sizeof *u->composed);
+    if (!u->pairs || !u->composed || !sc__unpack_runs(&u->word, sc__word_table) ||
+        !sc__unpack_runs(&u->grapheme, sc__grapheme_table) ||
+        !sc__unpack_runs(&u->lower, sc__lower_table) ||
+        !sc__unpack_runs(&u->class_, sc__class_table)) return false;
+    sc__unpack_pairs(u->composed, &u->composed_count, sc__composed_table, true);
+    sc__unpack_pairs(u->pairs, &u->pair_count, sc__composed_table, true);
+    sc__unpack_pairs(u->pairs, &u->pair_count, sc__split_table, true);
+    sc__unpack_pairs(u->pairs, &u->pair_count, sc__replaced_table, false);
+    qsort(u->composed, u->composed_count, sizeof *u->composed, sc__by_parts);
+    qsort(u->pairs, u->pair_count, sizeof *u->pairs, sc__by_whole);
+    return true;
+}
+
+/* The value of the run with c in it, or 0. */
+static int32_t sc__run_value(const sc__runs *r, uint32_t c) {
+    size_t low = 0, high = r->count; /* `low` ends at the first run that begins above c */
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        if (r->run[middle].first <= c) low = middle + 1;
+        else high = middle;
+    }
+    if (!low) return 0;
+    const sc__run *run = &r->run[low - 1];
+    return c <= run->last && (c - run->first) % run->stride == 0 ? run->value : 0;
+}
+
 static bool sc__is_space(uint32_t c) {
-    return (c >= 9 && c <= 13) || c == 32 || c == 0x85 || c == 0xa0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200a) ||
-           c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f || c == 0x3000;
+    return (c >= 9 && c <= 13) || c == ' ' || c == 0x85 || c == 0xa0 || c == 0x1680 ||
+           (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f ||
+           c == 0x205f || c == 0x3000;
 }
 
-static uint32_t sc__to_lower(uint32_t c) {
-    if (c < 128) return c >= 'A' && c <= 'Z' ? c + 32 : c;
-    int32_t at = 0, code = (int32_t)c;
-    for (size_t i = 0; i < sizeof sc__lower / sizeof *sc__lower; i += 4) {
-        at += sc__lower[i];
-        if (code < at) return c;
-        int32_t steps = (code - at) / sc__lower[i + 2];
-        if (steps < sc__lower[i + 1] && at + steps * sc__lower[i + 2] == code) return (uint32_t)(code + sc__lower[i + 3]);
+/* ---- Normalisation (UAX 15) ---- */
+
+enum { SC__HANGUL = 0xac00, SC__JAMO_L = 0x1100, SC__JAMO_V = 0x1161, SC__JAMO_T = 0x11a7 };
+
+/* Appends the canonical decomposition of c. Syllables of Hangul are numbered by their jamo: 28
+ * final ones (the first is none) inside 21 vowels inside 19 initial ones. */
+static void sc__decompose(const sc__unicode *u, uint32_t c, sc__codes *out) {
+    sc__pair key = {c, 0, 0}, *pair;
+    uint32_t syllable = c - SC__HANGUL;
+    if (c < 0xc0) sc__codes_add(out, c);
+    else if (syllable < 19 * 21 * 28) {
+        sc__codes_add(out, SC__JAMO_L + syllable / 588);
+        sc__codes_add(out, SC__JAMO_V + syllable % 588 / 28);
+        if (syllable % 28) sc__codes_add(out, SC__JAMO_T + syllable % 28);
+    } else {
+        pair = (sc__pair *)bsearch(&key, u->pairs, u->pair_count, sizeof key, sc__by_whole);
+        if (!pair) sc__codes_add(out, c);
+        if (pair) sc__decompose(u, pair->first, out);
+        if (pair && pair->second) sc__decompose(u, pair->second, out);
     }
-    return c;
 }
 
-/* The code point at *s, which moves behind it; U+FFFD for a byte that does not belong. */
-static uint32_t sc__utf8_decode(const char **s) {
-    const unsigned char *p = (const unsigned char *)*s;
-    int n = p[0] < 0x80 ? 1 : p[0] < 0xc2 ? 0 : p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : p[0] < 0xf5 ? 4 : 0;
-    uint32_t c = n == 1 ? p[0] : n ? p[0] & (0x7fu >> n) : 0xfffd;
-    int i = 1;
-    for (; i < n && (p[i] & 0xc0) == 0x80; i++) c = c << 6 | (p[i] & 63);
-    bool bad = i < n || (n == 3 && (c < 0x800 || (c >= 0xd800 && c < 0xe000))) || (n == 4 && (c < 0x10000 || c > 0x10ffff));
-    *s += n && !bad ? n : 1;
-    return bad ? 0xfffd : c;
+/* The code point that a and b compose to, or 0. */
+static uint32_t sc__compose(const sc__unicode *u, uint32_t a, uint32_t b) {
+    sc__pair key = {0, a, b}, *pair;
+    if (a - SC__JAMO_L < 19 && b - SC__JAMO_V < 21)
+        return SC__HANGUL + ((a - SC__JAMO_L) * 21 + (b - SC__JAMO_V)) * 28;
+    if (a - SC__HANGUL < 19 * 21 * 28 && (a - SC__HANGUL) % 28 == 0 && b - SC__JAMO_T - 1 < 27)
+        return a + (b - SC__JAMO_T);
+    pair = (sc__pair *)bsearch(&key, u->composed, u->composed_count, sizeof key, sc__by_parts);
+    return pair ? pair->whole : 0;
 }
 
-/* ---- Vocabulary: strings to ids, by binary search ---- */
+static int sc__by_class(const void *a, const void *b) {
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
+}
 
-typedef struct sc__word { const char *text; int32_t id; float score; } sc__word;
+/* NFC of s[n]: all is decomposed, marks that follow each other are sorted by their classes, and a
+ * mark joins the last starter (class 0) unless one in between has the same class or a higher. */
+static void sc__nfc(const sc__unicode *u, const uint32_t *s, size_t n, sc__codes *out) {
+    sc__codes parts = {0};
+    for (size_t i = 0; i < n; i++) sc__decompose(u, s[i], &parts);
+    uint64_t *order = (uint64_t *)sc__alloc(parts.count, sizeof *order);
+    n = parts.count;
+    for (size_t i = 0, start = 0; order && i <= n; i++) { /* in one number: class, place, code */
+        uint32_t c = i < n ? parts.code[i] : 0;
+        int class_ = c < 0x300 ? 0 : sc__run_value(&u->class_, c);
+        if (i < n) order[i] = (uint64_t)class_ << 56 | (uint64_t)(i & 0xffffffff) << 21 | c;
+        if (class_) continue;
+        if (i - start > 1) qsort(order + start, i - start, sizeof *order, sc__by_class);
+        start = i + 1;
+    }
+    size_t starter = SIZE_MAX;
+    uint32_t last = 0; /* class of the last mark behind the starter */
+    for (size_t i = 0; order && i < n; i++) {
+        uint32_t c = (uint32_t)order[i] & 0x1fffff, class_ = (uint32_t)(order[i] >> 56), whole = 0;
+        if (starter < out->count && (out->count == starter + 1 || last < class_))
+            whole = sc__compose(u, out->code[starter], c);
+        if (whole) {
+            out->code[starter] = whole;
+            continue;
+        }
+        if (class_ == 0) starter = out->count;
+        last = class_;
+        sc__codes_add(out, c);
+    }
+    out->failed = out->failed || parts.failed || !order;
+    SC_FREE(order);
+    SC_FREE(parts.code);
+}
+
+/* ---- Graphemes (UAX 29) ---- */
+
+enum { SC__L = 1, SC__V, SC__T, SC__LV, SC__LVT }; /* jamo and syllables */
+
+static int sc__hangul(uint32_t c) {
+    if (c - SC__HANGUL < 19 * 21 * 28) return (c - SC__HANGUL) % 28 ? SC__LVT : SC__LV;
+    if ((c >= 0x1100 && c < 0x1160) || (c >= 0xa960 && c < 0xa97d)) return SC__L;
+    if ((c >= 0x1160 && c < 0x11a8) || (c >= 0xd7b0 && c < 0xd7c7)) return SC__V;
+    return (c >= 0x11a8 && c < 0x1200) || (c >= 0xd7cb && c < 0xd7fc) ? SC__T : 0;
+}
+
+static bool sc__hangul_joins(int a, int b) {
+    if (a == SC__L) return b && b != SC__T;
+    return ((a == SC__V || a == SC__LV) && b == SC__V) || (a && b == SC__T);
+}
+
+/* How many of the n code points at s are the first grapheme. */
+static size_t sc__grapheme(const sc__unicode *u, const uint32_t *s, size_t n) {
+    enum { JOINER = 0x200d, NON_JOINER = 0x200c, FLAGS = 0x1f1e6 };
+    int kind = sc__run_value(&u->grapheme, *s);
+    bool picture = kind & SC__PICTURE, consonant = kind & SC__CONSONANT;
+    bool glued = false, linked = false, flag = false;
+    size_t i = 1;
+    for (; i < n; i++) {
+        uint32_t a = s[i - 1], b = s[i];
+        int before = kind;
+        if (a == '\r' && b == '\n') continue;
+        if (a < 0x80 && b < 0x80) break;
+        kind = sc__run_value(&u->grapheme, b);
+        flag = !flag && a - FLAGS < 26 && b - FLAGS < 26; /* letters of flags go in pairs */
+        bool joins = (kind & (SC__EXTEND | SC__SPACING)) || (before & SC__PREPEND) || flag ||
+                     (glued && (kind & SC__PICTURE)) || (linked && (kind & SC__CONSONANT)) ||
+                     sc__hangul_joins(sc__hangul(a), sc__hangul(b));
+        if (((before | kind) & SC__CONTROL) || !joins) break;
+        bool extends = kind & SC__EXTEND;
+        bool extends_conjunct = extends ? b != NON_JOINER : b == JOINER;
+        glued = picture && b == JOINER;
+        picture = (kind & SC__PICTURE) || (picture && extends);
+        linked = extends_conjunct && (linked || (consonant && (kind & SC__LINKER)));
+        consonant = (kind & SC__CONSONANT) || (consonant && extends_conjunct);
+    }
+    return i;
+}
+
+/* ==== Tokenizers ==============================================================================
+ *
+ * CLIP's is a byte-level BPE (Sennrich et al. 2016): lower-case text is cut into words, each byte
+ * of a word is a token, and pairs of tokens merge in the order of merges.txt; "</w>" ends a word.
+ * T5's is a Unigram model (Kudo 2018): text is normalised with a table that the file carries,
+ * spaces become U+2581, and of all ways to cut a word the one with the highest sum of scores wins.
+ * The ids are those of Hugging Face's CLIPTokenizerFast and T5TokenizerFast.
+ *
+ * Text goes this way: special tokens are found in it, what lies between is normalised, special
+ * tokens are found again (each has one of the two ways), and what lies between is cut into words.
+ */
+
+typedef struct sc__word { const char *text; int32_t id; double score; } sc__word;
+typedef struct sc__special { sc__codes text; int32_t id; bool normalized; } sc__special;
+typedef struct sc__merge { int32_t left, right, rank, id; } sc__merge;
+typedef struct sc__charsmap { unsigned char *data; size_t size; } sc__charsmap;
+
+/* A step of T5's normaliser: `charsmap` where that is given, else stripping, else `spaces` for two
+ * or more spaces. */
+typedef struct sc__step { sc__charsmap charsmap; bool left, right; const char *spaces; } sc__step;
 
 struct sc_tokenizer {
     bool unigram;
-    int length;                 /* model_max_length */
-    sc_json *json;              /* owns the strings of the words */
+    int length;                 /* model_max_length; 0: not said */
+    int32_t begin, end, pad, unknown; /* begin, end: -1 if there is none */
+    int32_t largest;            /* id */
+    sc_json *json;              /* owns the words' text */
+    sc__unicode unicode;
     sc__word *words;            /* sorted by text */
-    int64_t count;
-    sc__word *special;          /* recognised whole, anywhere in a text */
-    int special_count;
-    int32_t begin, end, pad, unknown;
-    float worst;                /* lowest score, of which an unknown character is 10 below */
-    char *merges;               /* BPE: merges.txt; words of "left right" with their rank as id */
-    sc__word *ranks;
-    int64_t rank_count;
-    char bytes[256][4];         /* BPE: each byte's printable letter */
-    uint32_t *trie;             /* Unigram: the normaliser's double array */
-    size_t trie_count, replacement_size;
-    char *replacements;
-    size_t longest;             /* bytes of the longest word */
+    size_t count;
+    sc__special *special;
+    size_t special_count;
+    /* BPE */
+    sc__merge *merges;          /* sorted by left and right */
+    size_t merge_count;
+    int32_t letter[2][256];     /* a byte's token inside a word, and at its end; -1: none */
+    /* Unigram */
+    double worst;               /* the lowest score */
+    sc__step steps[4];
+    size_t step_count;
+    uint32_t space;             /* stands for a space: U+2581 */
+    enum { SC__NEVER, SC__FIRST, SC__ALWAYS } prepend; /* `space` before a stretch of text */
 };
 
-static int sc__compare_words(const void *a, const void *b) { return strcmp(((const sc__word *)a)->text, ((const sc__word *)b)->text); }
+/* ---- Words ---- */
 
-static const sc__word *sc__lookup(const sc__word *words, int64_t count, const char *text) {
-    sc__word key = {.text = text};
-    return count ? (const sc__word *)bsearch(&key, words, (size_t)count, sizeof *words, sc__compare_words) : NULL;
+static int sc__by_text(const void *a, const void *b) {
+    const sc__word *x = (const sc__word *)a, *y = (const sc__word *)b;
+    int order = strcmp(x->text, y->text);
+    return order ? order : (x->id > y->id) - (x->id < y->id);
 }
+
+/* Sorts the words; of equal ones the last counts. */
+static void sc__sort_words(sc_tokenizer *t) {
+    size_t n = 0;
+    if (t->count) qsort(t->words, t->count, sizeof *t->words, sc__by_text);
+    for (size_t i = 0; i < t->count; i++) {
+        n -= n && !strcmp(t->words[n - 1].text, t->words[i].text);
+        t->words[n++] = t->words[i];
+        t->largest = t->words[i].id > t->largest ? t->words[i].id : t->largest;
+    }
+    t->count = n;
+}
+
+/* The words that begin with one string are neighbours. Of words[*low, *high), which share their
+ * first `depth` bytes, keeps those that have c next. */
+static void sc__narrow(const sc_tokenizer *t, size_t *low, size_t *high, size_t depth, int c) {
+    for (int side = 0; side < 2; side++) { /* first word above c - 1, first word above c */
+        size_t from = *low, to = *high;
+        while (from < to) {
+            size_t middle = from + (to - from) / 2;
+            if ((unsigned char)t->words[middle].text[depth] < c + side) from = middle + 1;
+            else to = middle;
+        }
+        *(side ? high : low) = from;
+    }
+}
+
+/* The id of s[n], or -1. */
+static int32_t sc__word_id(const sc_tokenizer *t, const char *s, size_t n) {
+    size_t low = 0, high = t->count;
+    for (size_t i = 0; i < n; i++) sc__narrow(t, &low, &high, i, (unsigned char)s[i]);
+    return low < high && !t->words[low].text[n] ? t->words[low].id : -1;
+}
+
+/* A whole number from 0 to 2^24 - 1, or -1. */
+static int32_t sc__json_id(const sc_json *value) {
+    double id = sc_json_number(value, -1);
+    return id >= 0 && id < 1 << 24 && id == floor(id) ? (int32_t)id : -1;
+}
+
+typedef struct sc__ids { int32_t *ids; int limit, count; } sc__ids;
+
+static void sc__emit(sc__ids *out, int32_t id) {
+    if (out->count < out->limit) out->ids[out->count++] = id;
+}
+
+static void sc__text_add_codes(sc__text *text, const uint32_t *s, size_t n) {
+    char bytes[4];
+    for (size_t i = 0; i < n; i++)
+        sc__text_add(text, bytes, (size_t)sc__utf8_encode(s[i], bytes));
+}
+
+static void sc__codes_add_text(sc__codes *codes, const char *text) {
+    while (*text) sc__codes_add(codes, sc__utf8_decode(&text));
+}
+
+/* ---- BPE ---- */
+
+/* Tokens of a word, linked; a merge removes the right one. */
+typedef struct sc__symbol { int32_t id, previous, next; } sc__symbol;
+/* A merge that is possible between the part at `at` and the next one. */
+typedef struct sc__candidate { const sc__merge *merge; int32_t at; } sc__candidate;
+typedef struct sc__symbols {
+    sc__symbol *symbol;
+    sc__candidate *heap;
+    size_t heap_count;
+} sc__symbols;
+
+static int sc__by_sides(const void *a, const void *b) {
+    const sc__merge *x = (const sc__merge *)a, *y = (const sc__merge *)b;
+    int order = (x->left > y->left) - (x->left < y->left);
+    return order ? order : (x->right > y->right) - (x->right < y->right);
+}
+
+static bool sc__before(sc__candidate a, sc__candidate b) {
+    return a.merge->rank != b.merge->rank ? a.merge->rank < b.merge->rank : a.at < b.at;
+}
+
+/* Puts the merge of the part `at` and the next one, if there is one, on the heap. */
+static void sc__push_candidate(const sc_tokenizer *t, sc__symbols *p, int32_t at) {
+    if (at < 0 || p->symbol[at].next < 0) return;
+    sc__merge key = {p->symbol[at].id, p->symbol[p->symbol[at].next].id, 0, 0};
+    void *found = bsearch(&key, t->merges, t->merge_count, sizeof key, sc__by_sides);
+    if (!found) return;
+    sc__candidate new_one = {(const sc__merge *)found, at};
+    size_t i = p->heap_count++;
+    for (; i && sc__before(new_one, p->heap[(i - 1) / 2]); i = (i - 1) / 2)
+        p->heap[i] = p->heap[(i - 1) / 2];
+    p->heap[i] = new_one;
+}
+
+static sc__candidate sc__pop_candidate(sc__symbols *p) {
+    sc__candidate top = p->heap[0], last = p->heap[--p->heap_count];
+    size_t i = 0;
+    for (size_t child; (child = 2 * i + 1) < p->heap_count; i = child) {
+        if (child + 1 < p->heap_count && sc__before(p->heap[child + 1], p->heap[child])) child++;
+        if (!sc__before(p->heap[child], last)) break;
+        p->heap[i] = p->heap[child];
+    }
+    p->heap[i] = last;
+    return top;
+}
+
+/* The tokens of the word s[n]: of all possible merges always the one of the lowest rank, and of
+ * these the first from the left. */
+static bool sc__bpe_word(const sc_tokenizer *t, const char *s, size_t n, sc__ids *out) {
+    sc__symbols p = {(sc__symbol *)sc__alloc(n, sizeof *p.symbol),
+                   (sc__candidate *)sc__alloc(3 * n, sizeof *p.heap), 0};
+    bool ok = p.symbol && p.heap;
+    for (size_t i = 0; ok && i < n; i++) {
+        int32_t id = t->letter[i + 1 == n][(unsigned char)s[i]];
+        p.symbol[i] = (sc__symbol){id < 0 ? t->unknown : id, (int32_t)i - 1,
+                               i + 1 < n ? (int32_t)i + 1 : -1};
+    }
+    for (size_t i = 0; ok && i < n; i++) sc__push_candidate(t, &p, (int32_t)i);
+    while (ok && p.heap_count) {
+        sc__candidate c = sc__pop_candidate(&p);
+        sc__symbol *left = &p.symbol[c.at], *right = left->next < 0 ? NULL : &p.symbol[left->next];
+        bool there = right && left->id == c.merge->left && right->id == c.merge->right;
+        if (!there) continue; /* another merge took one of them */
+        left->id = c.merge->id;
+        left->next = right->next;
+        right->id = -1;
+        if (left->next >= 0) p.symbol[left->next].previous = c.at;
+        sc__push_candidate(t, &p, left->previous);
+        sc__push_candidate(t, &p, c.at);
+    }
+    for (int32_t i = 0; ok && i >= 0; i = p.symbol[i].next) sc__emit(out, p.symbol[i].id);
+    SC_FREE(p.symbol);
+    SC_FREE(p.heap);
+    return ok;
+}
+
+/* How many of the n code points at s are a word: 's 't 're 've 'm 'll 'd, letters, one number, or
+ * other signs. The first is no space. */
+static size_t sc__bpe_cut(const sc_tokenizer *t, const uint32_t *s, size_t n) {
+    static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d"};
+    for (size_t i = 0; *s == '\'' && i < sizeof endings / sizeof *endings; i++) {
+        size_t length = strlen(endings[i]), same = 0;
+        while (same < length && same + 1 < n && s[same + 1] == (uint32_t)endings[i][same]) same++;
+        if (same == length) return length + 1;
+    }
+    int32_t kind = sc__run_value(&t->unicode.word, *s);
+    size_t i = 1;
+    if (kind == SC__DIGIT) return 1;
+    while (i < n && !sc__is_space(s[i]) && sc__run_value(&t->unicode.word, s[i]) == kind) i++;
+    return i;
+}
+
+static bool sc__bpe_words(const sc_tokenizer *t, const uint32_t *s, size_t n, sc__ids *out) {
+    sc__text word = {0};
+    bool ok = true;
+    for (size_t i = 0, size; ok && i < n && out->count < out->limit; i += size) {
+        size = sc__is_space(s[i]) ? 1 : sc__bpe_cut(t, s + i, n - i);
+        if (sc__is_space(s[i])) continue;
+        word.length = 0;
+        sc__text_add_codes(&word, s + i, size);
+        ok = !word.failed && sc__bpe_word(t, word.data, word.length, out);
+    }
+    SC_FREE(word.data);
+    return ok;
+}
+
+/* NFC, then lower case: of U+0130 two code points, of all others one. */
+static void sc__bpe_normalise(const sc_tokenizer *t, const uint32_t *s, size_t n, sc__codes *out) {
+    sc__codes composed = {0};
+    sc__nfc(&t->unicode, s, n, &composed);
+    for (size_t i = 0; i < composed.count; i++) {
+        uint32_t c = composed.code[i];
+        if (c == 0x130) sc__codes_add_text(out, "i\xcc\x87");
+        else if (c < 0x80) sc__codes_add(out, c >= 'A' && c <= 'Z' ? c + 32 : c);
+        else sc__codes_add(out, c + (uint32_t)sc__run_value(&t->unicode.lower, c));
+    }
+    out->failed = out->failed || composed.failed;
+    SC_FREE(composed.code);
+}
+
+/* ---- Unigram ---- */
+
+/* The best cut up to a place in a word: its score, and the last token's start and id. */
+typedef struct sc__cut { double score; size_t start; int32_t id; } sc__cut;
+
+/* The tokens of the word s[n] by Viterbi's algorithm. A character that is no token of its own may
+ * be the unknown token, 10 below the worst score; neighbours of that kind are one token. */
+static bool sc__unigram_word(const sc_tokenizer *t, const char *s, size_t n, sc__ids *out) {
+    sc__cut *best = (sc__cut *)sc__alloc(n + 1, sizeof *best);
+    for (size_t i = 1; best && i <= n; i++) best[i].start = SIZE_MAX;
+    for (size_t i = 0, size; best && i < n; i += size) {
+        size_t low = 0, high = t->count;
+        bool known = false;
+        for (size = 1; i + size < n && ((unsigned char)s[i + size] & 0xc0) == 0x80;) size++;
+        for (size_t k = 0; i + k < n && low < high; k++) {
+            sc__narrow(t, &low, &high, k, (unsigned char)s[i + k]);
+            if (low == high || t->words[low].text[k + 1]) continue; /* no word ends here */
+            sc__cut *end = &best[i + k + 1];
+            double score = best[i].score + t->words[low].score;
+            if (end->start == SIZE_MAX || score > end->score)
+                *end = (sc__cut){score, i, t->words[low].id};
+            known = known || k + 1 == size;
+        }
+        double score = best[i].score + t->worst - 10;
+        if (!known && (best[i + size].start == SIZE_MAX || score > best[i + size].score))
+            best[i + size] = (sc__cut){score, i, t->unknown};
+    }
+    int32_t *ids = (int32_t *)sc__alloc(n, sizeof *ids);
+    size_t count = 0;
+    for (size_t at = n; best && ids && at > 0; at = best[at].start) ids[count++] = best[at].id;
+    for (size_t i = count; i-- > 0;)
+        if (i + 1 == count || ids[i] != t->unknown || ids[i + 1] != t->unknown)
+            sc__emit(out, ids[i]);
+    bool ok = best && ids;
+    SC_FREE(best);
+    SC_FREE(ids);
+    return ok;
+}
+
+/* Words begin with `space`, which stands for spaces; a whole text gets one more at its front. */
+static bool sc__unigram_words(const sc_tokenizer *t, const uint32_t *s, size_t n, bool first,
+                              sc__ids *out) {
+    sc__codes line = {0};
+    sc__text word = {0};
+    bool prepend = t->prepend == SC__ALWAYS || (t->prepend == SC__FIRST && first);
+    if (prepend && n && *s != ' ' && *s != t->space) sc__codes_add(&line, t->space);
+    for (size_t i = 0; i < n; i++) sc__codes_add(&line, s[i] == ' ' ? t->space : s[i]);
+    bool ok = !line.failed;
+    for (size_t i = 0, end; ok && i < line.count && out->count < out->limit; i = end) {
+        for (end = i + 1; end < line.count && line.code[end] != t->space;) end++;
+        word.length = 0;
+        sc__text_add_codes(&word, line.code + i, end - i);
+        ok = !word.failed && sc__unigram_word(t, word.data, word.length, out);
+    }
+    SC_FREE(line.code);
+    SC_FREE(word.data);
+    return ok;
+}
+
+/* The index-th 32-bit number of a charsmap; 0 behind its end. */
+static uint32_t sc__unit(const sc__charsmap *map, size_t index) {
+    const unsigned char *p = map->data + 4 * index;
+    if (index >= map->size / 4) return 0;
+    return p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+}
+
+/* The replacement for the shortest beginning of s[n] that the charsmap has, or NULL. A charsmap is
+ * the size of a trie, the trie, and the replacements, each ended by NUL. The trie is darts-clone's
+ * double array: for byte c, unit `at` goes on to at ^ offset ^ c if the label there is c, and its
+ * leaf lies at at ^ offset. Bits 0-7 and 31: label; 8: has a leaf; 9 and 10-30: offset. */
+static const char *sc__charsmap_find(const sc__charsmap *map, const char *s, size_t n) {
+    size_t units = sc__unit(map, 0) / 4, at = 0;
+    for (size_t i = 0; at < units; i++) {
+        uint32_t unit = sc__unit(map, 1 + at);
+        if (i && (unit & 0x800000ff) != (unsigned char)s[i - 1]) return NULL;
+        at ^= (size_t)(unit >> 10) << (unit >> 6 & 8);
+        if (i && unit & 0x100) {
+            size_t place = 4 * units + 4 + (sc__unit(map, 1 + at) & 0x7fffffff);
+            return at < units && place < map->size ? (const char *)map->data + place : NULL;
+        }
+        if (i == n) return NULL;
+        at ^= (unsigned char)s[i];
+    }
+    return NULL;
+}
+
+/* A grapheme of less than 6 bytes is replaced whole if the map has a beginning of it; otherwise
+ * each code point for itself. (Odd, but what the ids are defined by.) */
+static void sc__charsmap_apply(const sc_tokenizer *t, const sc__charsmap *map, const uint32_t *s,
+                               size_t n, sc__codes *out) {
+    for (size_t i = 0, size; i < n; i += size) {
+        char bytes[12];
+        size_t length = 0;
+        size = sc__grapheme(&t->unicode, s + i, n - i);
+        for (size_t k = 0; k < size && length < 6; k++)
+            length += (size_t)sc__utf8_encode(s[i + k], bytes + length);
+        const char *found = length < 6 ? sc__charsmap_find(map, bytes, length) : NULL;
+        if (found) sc__codes_add_text(out, found);
+        for (size_t k = 0; !found && k < size; k++) {
+            length = (size_t)sc__utf8_encode(s[i + k], bytes);
+            const char *other = sc__charsmap_find(map, bytes, length);
+            if (other) sc__codes_add_text(out, other);
+            else sc__codes_add(out, s[i + k]);
+        }
+    }
+}
+
+static void sc__step_apply(const sc_tokenizer *t, const sc__step *step, const uint32_t *s,
+                           size_t n, sc__codes *out) {
+    if (step->charsmap.data) {
+        sc__charsmap_apply(t, &step->charsmap, s, n, out);
+        return;
+    }
+    while (step->right && n && sc__is_space(s[n - 1])) n--;
+    for (; step->left && n && sc__is_space(*s); n--) s++;
+    for (size_t i = 0, end; i < n; i = end) {
+        for (end = i; end < n && s[end] == ' ';) end++;
+        if (step->spaces && end - i > 1) {
+            sc__codes_add_text(out, step->spaces);
+            continue;
+        }
+        end = i + 1;
+        sc__codes_add(out, s[i]);
+    }
+}
+
+static void sc__unigram_normalise(const sc_tokenizer *t, const uint32_t *s, size_t n,
+                                  sc__codes *out) {
+    for (size_t i = 0; i < n; i++) sc__codes_add(out, s[i]);
+    for (size_t i = 0; i < t->step_count && !out->failed; i++) {
+        sc__codes before = *out;
+        *out = (sc__codes){0};
+        sc__step_apply(t, &t->steps[i], before.code, before.count, out);
+        SC_FREE(before.code);
+    }
+}
+
+/* ---- Text ---- */
+
+/* The longest special token at the beginning of s[n], or NULL. */
+static const sc__special *sc__special_at(const sc_tokenizer *t, const uint32_t *s, size_t n,
+                                         bool normalized) {
+    const sc__special *best = NULL;
+    for (size_t i = 0; i < t->special_count; i++) {
+        const sc__special *x = &t->special[i];
+        size_t same = 0;
+        if (x->normalized != normalized || (best && x->text.count <= best->text.count)) continue;
+        while (same < x->text.count && same < n && s[same] == x->text.code[same]) same++;
+        if (same == x->text.count) best = x;
+    }
+    return best;
+}
+
+static void sc__normalise(const sc_tokenizer *t, const uint32_t *s, size_t n, sc__codes *out) {
+    if (t->unigram) sc__unigram_normalise(t, s, n, out);
+    else sc__bpe_normalise(t, s, n, out);
+}
+
+static bool sc__emit_text(const sc_tokenizer *t, const uint32_t *s, size_t n, bool clean,
+                          bool first, sc__ids *out);
+
+/* Emits s[n], in which there are no special tokens (of the kind to be found at this time). */
+static bool sc__emit_piece(const sc_tokenizer *t, const uint32_t *s, size_t n, bool clean,
+                           bool first, sc__ids *out) {
+    if (clean && t->unigram) return sc__unigram_words(t, s, n, first, out);
+    if (clean) return sc__bpe_words(t, s, n, out);
+    sc__codes normal = {0};
+    sc__normalise(t, s, n, &normal);
+    bool ok = !normal.failed && sc__emit_text(t, normal.code, normal.count, true, first, out);
+    SC_FREE(normal.code);
+    return ok;
+}
+
+/* Emits s[n]: the special tokens in it, and the pieces between them. `clean`: s is normalised.
+ * `first`: the text begins here. */
+static bool sc__emit_text(const sc_tokenizer *t, const uint32_t *s, size_t n, bool clean,
+                          bool first, sc__ids *out) {
+    size_t from = 0;
+    for (size_t i = 0; i <= n && out->count < out->limit; i++) {
+        const sc__special *special = i < n ? sc__special_at(t, s + i, n - i, clean) : NULL;
+        if (i < n && !special) continue;
+        if (i > from && !sc__emit_piece(t, s + from, i - from, clean, first && !from, out))
+            return false;
+        if (!special) break;
+        sc__emit(out, special->id);
+        from = i + special->text.count;
+        i = from - 1;
+    }
+    return true;
+}
+
+int sc_tokenize(const sc_tokenizer *t, const char *text, int length, int32_t *ids) {
+    sc__codes codes = {0};
+    sc__ids out = {ids, length - (t->end >= 0), 0}; /* the last place is the end token's */
+    if (length < 2) return sc__fail("a text needs room for 2 tokens at least"), -1;
+    if (strlen(text) > (size_t)1 << 28) return sc__fail("a text of more than 256 MiB"), -1;
+    sc__codes_add_text(&codes, text);
+    if (t->begin >= 0) sc__emit(&out, t->begin);
+    bool ok = !codes.failed && sc__emit_text(t, codes.code, codes.count, false, true, &out);
+    SC_FREE(codes.code);
+    if (!ok) return sc__fail("out of memory for a text of %zu bytes", strlen(text)), -1;
+    if (t->end >= 0) ids[out.count++] = t->end;
+    for (int i = out.count; i < length; i++) ids[i] = t->pad;
+    return out.count;
+}
+
+/* ---- Opening: both ---- */
 
 void sc_tokenizer_close(sc_tokenizer *t) {
     if (!t) return;
+    for (size_t i = 0; i < t->special_count; i++) SC_FREE(t->special[i].text.code);
+    for (size_t i = 0; i < t->step_count; i++) SC_FREE(t->steps[i].charsmap.data);
+    sc__unicode_free(&t->unicode);
     sc_json_free(t->json);
     SC_FREE(t->words);
     SC_FREE(t->special);
     SC_FREE(t->merges);
-    SC_FREE(t->ranks);
-    SC_FREE(t->trie);
-    SC_FREE(t->replacements);
     SC_FREE(t);
 }
 
 int sc_tokenizer_length(const sc_tokenizer *t) { return t->length; }
 
-/* ---- Opening CLIP's ---- */
+/* Tokens in configs are strings, or objects with `content`. */
+static const char *sc__token_text(const sc_json *config, const char *key, const char *fallback) {
+    const sc_json *token = sc_json_get(config, key), *content = sc_json_get(token, "content");
+    return sc_json_string(content ? content : token, fallback);
+}
 
-/* Bytes that print stand for themselves, the others for U+0100 on (GPT-2's alphabet). */
-static void sc__byte_letters(char letters[256][4]) {
+/* The token that the config names under `key`; false with the error set. */
+static bool sc__token_id(const sc_tokenizer *t, const sc_json *config, const char *path,
+                         const char *key, const char *fallback, int32_t *id) {
+    const char *text = sc__token_text(config, key, fallback);
+    *id = sc__word_id(t, text, strlen(text));
+    return *id >= 0 || sc__fail("%s: %s '%s' is not in the vocabulary", path, key, text);
+}
+
+/* Appends a special token, for which there is room. */
+static bool sc__add_special(sc_tokenizer *t, const char *text, int32_t id, const sc_json *flags,
+                            const char *path) {
+    static const char *const refused[] = {"lstrip", "rstrip", "single_word"};
+    sc__special *x = &t->special[t->special_count++];
+    if (!*text || id < 0) return sc__fail("%s: an added token without content or id", path);
+    for (int i = 0; i < 3; i++)
+        if (sc_json_bool(sc_json_get(flags, refused[i]), false))
+            return sc__fail("%s: added token '%s': %s is not supported", path, text, refused[i]);
+    x->id = id;
+    x->normalized = sc_json_bool(sc_json_get(flags, "normalized"), true);
+    t->largest = id > t->largest ? id : t->largest;
+    sc__codes_add_text(&x->text, text);
+    if (x->normalized) {
+        sc__codes plain = x->text;
+        x->text = (sc__codes){0};
+        sc__normalise(t, plain.code, plain.count, &x->text);
+        SC_FREE(plain.code);
+    }
+    if (x->text.failed) return sc__fail("out of memory for special tokens");
+    return x->text.count || sc__fail("%s: added token '%s' is empty when normalised", path, text);
+}
+
+/* ---- Opening: CLIP ---- */
+
+static bool sc__bpe_read_words(sc_tokenizer *t, const char *path) {
+    t->json = sc_json_load(path);
+    if (!t->json) return false;
+    t->count = (size_t)sc_json_length(t->json);
+    t->words = (sc__word *)sc__alloc(t->count, sizeof *t->words);
+    for (size_t i = 0; t->words && i < t->count; i++) {
+        const char *text = sc_json_key(t->json, (int64_t)i);
+        int32_t id = sc__json_id(sc_json_value(t->json, (int64_t)i));
+        if (!text || id < 0) return sc__fail("%s: must be an object of tokens and ids", path);
+        t->words[i] = (sc__word){text, id, 0};
+    }
+    if (t->words) sc__sort_words(t);
+    return t->words != NULL;
+}
+
+/* merges.txt: one line of version, then two tokens a line in the order of their ranks. As in the
+ * original, merges above the size of CLIP's vocabulary do not count. */
+static bool sc__bpe_read_merges(sc_tokenizer *t, char *text, const char *path) {
+    size_t lines = 1;
+    for (const char *s = text; *s; s++) lines += *s == '\n';
+    t->merges = (sc__merge *)sc__alloc(lines, sizeof *t->merges);
+    if (!t->merges) return false;
+    for (char *line = text + strcspn(text, "\n"); *line && t->merge_count < 49152 - 258;) {
+        char *left = line + 1, *end = left + strcspn(left, "\r\n");
+        char *right = (char *)memchr(left, ' ', (size_t)(end - left));
+        sc__merge m = {-1, -1, (int32_t)t->merge_count, -1};
+        line = left + strcspn(left, "\n");
+        if (!left[strspn(left, " \r\n")]) break; /* nothing but white space up to the end */
+        if (right) {
+            size_t size = (size_t)(end - right - 1);
+            m.left = sc__word_id(t, left, (size_t)(right - left));
+            m.right = sc__word_id(t, right + 1, size);
+            memmove(right, right + 1, size);
+            m.id = sc__word_id(t, left, (size_t)(right - left) + size);
+        }
+        if (m.left < 0 || m.right < 0 || m.id < 0)
+            return sc__fail("%s:%zu: expected two tokens that vocab.json has, as it has the token "
+                            "of both together", path, t->merge_count + 2);
+        t->merges[t->merge_count++] = m;
+    }
+    qsort(t->merges, t->merge_count, sizeof *t->merges, sc__by_sides);
+    return true;
+}
+
+/* Bytes that print stand for themselves, others for U+0100 on (the alphabet of GPT-2). */
+static void sc__bpe_letters(sc_tokenizer *t) {
     uint32_t next = 256;
     for (uint32_t b = 0; b < 256; b++) {
+        char text[8];
         bool prints = (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174;
-        letters[b][sc__utf8_encode(prints ? b : next++, letters[b])] = 0;
+        size_t n = (size_t)sc__utf8_encode(prints ? b : next++, text);
+        memcpy(text + n, "</w>", 4);
+        t->letter[0][b] = sc__word_id(t, text, n);
+        t->letter[1][b] = sc__word_id(t, text, n + 4);
     }
 }
 
-static bool sc__bpe_open(sc_tokenizer *t, const char *folder) {
-    char *vocab = sc__join(folder, "vocab.json"), *merges = sc__join(folder, "merges.txt");
-    size_t length;
-    bool ok = vocab && merges && (t->json = sc_json_load(vocab)) && (t->merges = sc__read_file(merges, &length));
-    t->count = ok ? sc_json_length(t->json) : 0;
-    t->words = ok ? (sc__word *)sc__alloc((size_t)t->count, sizeof *t->words) : NULL;
-    ok = ok && t->words;
-    for (int64_t i = 0; ok && i < t->count; i++) {
-        double id = sc_json_number(sc_json_value(t->json, i), -1);
-        if (!sc_json_key(t->json, i) || !(id >= 0 && id < 1 << 24)) ok = sc__fail("%s: must map words to ids", vocab);
-        else t->words[i] = (sc__word){.text = sc_json_key(t->json, i), .id = (int32_t)id};
+/* The special tokens are those of tokenizer_config.json, or else the usual two. */
+static bool sc__bpe_read_special(sc_tokenizer *t, const sc_json *config, const char *path) {
+    static const char start[] = "<|startoftext|>", end[] = "<|endoftext|>";
+    const sc_json *added = sc_json_get(config, "added_tokens_decoder");
+    int64_t n = sc_json_length(added);
+    t->special = (sc__special *)sc__alloc((size_t)n + 2, sizeof *t->special);
+    if (!t->special || !sc__token_id(t, config, path, "bos_token", start, &t->begin) ||
+        !sc__token_id(t, config, path, "eos_token", end, &t->end) ||
+        !sc__token_id(t, config, path, "unk_token", end, &t->unknown) ||
+        !sc__token_id(t, config, path, "pad_token", end, &t->pad)) return false;
+    for (int64_t i = 0; i < n; i++) {
+        const sc_json *token = sc_json_value(added, i);
+        const char *key = sc_json_key(added, i);
+        char *rest = NULL;
+        long id = key ? strtol(key, &rest, 10) : -1;
+        if (id < 0 || id >= 1 << 24 || *rest)
+            return sc__fail("%s: added_tokens_decoder must map ids to tokens", path);
+        const char *text = sc__token_text(added, key, "");
+        if (!sc__add_special(t, text, (int32_t)id, token, path)) return false;
     }
-    if (ok) qsort(t->words, (size_t)t->count, sizeof *t->words, sc__compare_words);
-    int64_t lines = 1;
-    for (size_t i = 0; ok && i < length; i++) lines += t->merges[i] == '\n';
-    t->ranks = ok ? (sc__word *)sc__alloc((size_t)lines, sizeof *t->ranks) : NULL;
-    ok = ok && t->ranks;
-    for (char *line = t->merges; ok && *line;) {
-        char *end = line + strcspn(line, "\n"), *next = *end ? end + 1 : end;
-        *end = 0;
-        if (end > line && end[-1] == '\r') end[-1] = 0;
-        if (*line && strncmp(line, "#version", 8)) t->ranks[t->rank_count] = (sc__word){.text = line, .id = (int32_t)t->rank_count}, t->rank_count++;
-        line = next;
-    }
-    if (ok) qsort(t->ranks, (size_t)t->rank_count, sizeof *t->ranks, sc__compare_words);
-    const sc__word *begin = ok ? sc__lookup(t->words, t->count, "<|startoftext|>") : NULL, *end = ok ? sc__lookup(t->words, t->count, "<|endoftext|>") : NULL;
-    if (ok && (!begin || !end)) ok = sc__fail("%s: no <|startoftext|> or <|endoftext|>", vocab);
-    t->special = ok ? (sc__word *)sc__alloc(2, sizeof *t->special) : NULL;
-    ok = ok && t->special;
-    if (ok) {
-        t->special[0] = *begin, t->special[1] = *end, t->special_count = 2;
-        t->begin = begin->id, t->end = t->pad = t->unknown = end->id;
-        sc__byte_letters(t->bytes);
-    }
+    const char *first = sc__token_text(config, "bos_token", start);
+    const char *last = sc__token_text(config, "eos_token", end);
+    return n || (sc__add_special(t, first, t->begin, NULL, path) &&
+                 sc__add_special(t, last, t->end, NULL, path));
+}
+
+static bool sc__bpe_open(sc_tokenizer *t, const char *folder, const sc_json *config) {
+    char *vocab = sc__join(folder, "vocab.json"), *path = sc__join(folder, "merges.txt");
+    size_t length = 0;
+    char *merges = path ? sc__read_file(path, &length) : NULL;
+    bool ok = vocab && merges && sc__bpe_read_words(t, vocab) &&
+              sc__bpe_read_merges(t, merges, path) && sc__bpe_read_special(t, config, folder);
+    if (ok) sc__bpe_letters(t);
     SC_FREE(vocab);
+    SC_FREE(path);
     SC_FREE(merges);
     return ok;
 }
 
-/* ---- Opening T5's ---- */
+/* ---- Opening: T5 ---- */
 
-static unsigned char *sc__base64(const char *text, size_t *size) {
-    static const char alphabet[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    unsigned char *out = (unsigned char *)sc__alloc(strlen(text) + 4, 1);
+static bool sc__base64(const char *text, sc__charsmap *out) {
     uint32_t bits = 0;
     int count = 0;
-    *size = 0;
-    for (; out && *text && *text != '='; text++) {
-        const char *found = strchr(alphabet, *text);
-        if (!found) { SC_FREE(out); return NULL; }
-        bits = bits << 6 | (uint32_t)(found - alphabet);
-        if ((count += 6) >= 8) out[(*size)++] = (unsigned char)(bits >> (count -= 8));
+    out->data = (unsigned char *)sc__alloc(strlen(text) + 1, 1); /* ends in NUL */
+    for (; out->data && *text && *text != '='; text++) {
+        char c = *text;
+        int digit = c >= 'A' && c <= 'Z' ? c - 'A' : c >= 'a' && c <= 'z' ? c - 'a' + 26
+                  : c >= '0' && c <= '9' ? c - '0' + 52 : c == '+' ? 62 : c == '/' ? 63 : -1;
+        if (digit < 0) return false;
+        bits = bits << 6 | (uint32_t)digit;
+        count += 6;
+        if (count >= 8) out->data[out->size++] = (unsigned char)(bits >> (count -= 8));
     }
-    return out;
+    return out->data != NULL;
 }
 
-/* precompiled_charsmap: the trie's size in bytes, the trie, then the replacements, each ended by NUL. */
-static bool sc__charsmap(sc_tokenizer *t, const sc_json *normalizer, const char *path) {
-    const char *type = sc_json_string(sc_json_get(normalizer, "type"), ""), *text = sc_json_string(sc_json_get(normalizer, "precompiled_charsmap"), NULL);
-    const sc_json *list = sc_json_get(normalizer, "normalizers");
+/* One step of the normaliser, or a sequence of them. */
+static bool sc__unigram_read_steps(sc_tokenizer *t, const sc_json *json, const char *path) {
+    const char *type = sc_json_string(sc_json_get(json, "type"), "");
+    const sc_json *list = sc_json_get(json, "normalizers");
     for (int64_t i = 0; !strcmp(type, "Sequence") && i < sc_json_length(list); i++)
-        if (!sc__charsmap(t, sc_json_at(list, i), path)) return false;
-    if (strcmp(type, "Precompiled") || !text) return true;
-    size_t size, trie;
-    unsigned char *data = sc__base64(text, &size);
-    if (!data || size < 4 || (trie = data[0] | (size_t)data[1] << 8 | (size_t)data[2] << 16 | (size_t)data[3] << 24) > size - 4 || trie % 4) {
-        SC_FREE(data);
-        return sc__fail("%s: the precompiled_charsmap is broken", path);
+        if (!sc__unigram_read_steps(t, sc_json_at(list, i), path)) return false;
+    if (!json || json->type == SC__NULL || !strcmp(type, "Sequence")) return true;
+    if (t->step_count == sizeof t->steps / sizeof *t->steps)
+        return sc__fail("%s: a normalizer of more than %zu steps", path, t->step_count);
+    sc__step *step = &t->steps[t->step_count++];
+    if (!strcmp(type, "Precompiled")) {
+        sc__charsmap *map = &step->charsmap;
+        bool ok = sc__base64(sc_json_string(sc_json_get(json, "precompiled_charsmap"), ""), map) &&
+                  map->size >= 8 && sc__unit(map, 0) % 4 == 0 && sc__unit(map, 0) <= map->size - 4;
+        return ok || sc__fail("%s: the precompiled_charsmap is broken", path);
     }
-    t->trie_count = trie / 4;
-    t->replacement_size = size - 4 - trie;
-    t->trie = (uint32_t *)sc__alloc(t->trie_count, 4);
-    t->replacements = (char *)sc__alloc(t->replacement_size + 1, 1);
-    bool ok = t->trie && t->replacements;
-    for (size_t i = 0; ok && i < trie; i++) t->trie[i / 4] |= (uint32_t)data[4 + i] << (8 * (i % 4));
-    if (ok) memcpy(t->replacements, data + 4 + trie, t->replacement_size);
-    SC_FREE(data);
-    return ok;
+    if (!strcmp(type, "Strip")) {
+        step->left = sc_json_bool(sc_json_get(json, "strip_left"), false);
+        step->right = sc_json_bool(sc_json_get(json, "strip_right"), false);
+        return true;
+    }
+    const char *pattern = sc_json_string(sc_json_get(sc_json_get(json, "pattern"), "Regex"), "");
+    step->spaces = sc_json_string(sc_json_get(json, "content"), "");
+    if (!strcmp(type, "Replace") && !strcmp(pattern, " {2,}")) return true;
+    return sc__fail("%s: a normalizer '%s' is not supported; Precompiled, Strip, and Replace of the "
+                    "Regex ' {2,}' are", path, type);
 }
 
-static bool sc__unigram_open(sc_tokenizer *t, const char *path) {
-    t->unigram = true;
-    t->json = sc_json_load(path);
-    if (!t->json) return false;
-    const sc_json *model = sc_json_get(t->json, "model"), *vocab = sc_json_get(model, "vocab"), *added = sc_json_get(t->json, "added_tokens");
-    if (strcmp(sc_json_string(sc_json_get(model, "type"), ""), "Unigram")) return sc__fail("%s: the model must be a Unigram", path);
-    t->count = sc_json_length(vocab);
-    t->special_count = (int)sc_json_length(added);
-    t->words = (sc__word *)sc__alloc((size_t)t->count, sizeof *t->words);
-    t->special = (sc__word *)sc__alloc((size_t)t->special_count, sizeof *t->special);
-    if (!t->words || !t->special) return false;
-    for (int64_t i = 0; i < t->count; i++) {
-        const sc_json *entry = sc_json_at(vocab, i);
-        const char *text = sc_json_string(sc_json_at(entry, 0), NULL);
-        if (!text) return sc__fail("%s: vocab must hold [word, score]", path);
-        t->words[i] = (sc__word){text, (int32_t)i, (float)sc_json_number(sc_json_at(entry, 1), 0)};
-        t->worst = fminf(t->worst, t->words[i].score);
-        t->longest = strlen(text) > t->longest ? strlen(text) : t->longest;
-    }
-    qsort(t->words, (size_t)t->count, sizeof *t->words, sc__compare_words);
-    t->unknown = (int32_t)sc_json_number(sc_json_get(model, "unk_id"), 2);
+/* How words begin, and which tokens stand around a text. */
+static bool sc__unigram_read_frame(sc_tokenizer *t, const char *path) {
+    static const char *const schemes[] = {"never", "first", "always"};
+    const sc_json *words = sc_json_get(t->json, "pre_tokenizer");
+    const sc_json *frame = sc_json_get(t->json, "post_processor");
+    const sc_json *single = sc_json_get(frame, "single");
+    const char *space = sc_json_string(sc_json_get(words, "replacement"), "\xe2\x96\x81");
+    const char *scheme = sc_json_string(sc_json_get(words, "prepend_scheme"), "always");
+    int prepend = 0;
+    while (prepend < 3 && strcmp(scheme, schemes[prepend])) prepend++;
+    if (strcmp(sc_json_string(sc_json_get(words, "type"), ""), "Metaspace") || prepend == 3 ||
+        !sc_json_bool(sc_json_get(words, "split"), true))
+        return sc__fail("%s: the pre_tokenizer must be a Metaspace that splits", path);
+    if (!single) return sc__fail("%s: the post_processor must be a TemplateProcessing", path);
+    t->prepend = prepend;
+    t->space = sc__utf8_decode(&space);
     t->begin = t->end = -1;
-    for (int i = 0; i < t->special_count; i++) {
-        const sc_json *entry = sc_json_at(added, i);
-        const char *text = sc_json_string(sc_json_get(entry, "content"), "");
-        t->special[i] = (sc__word){text, (int32_t)sc_json_number(sc_json_get(entry, "id"), -1), 0};
-        if (!*text || t->special[i].id < 0) return sc__fail("%s: added_tokens need content and id", path);
-        if (!strcmp(text, "</s>")) t->end = t->special[i].id;
-        if (!strcmp(text, "<pad>")) t->pad = t->special[i].id;
+    bool behind = false;
+    for (int64_t i = 0; i < sc_json_length(single); i++) {
+        const sc_json *token = sc_json_get(sc_json_at(single, i), "SpecialToken");
+        const char *name = sc_json_string(sc_json_get(token, "id"), "");
+        int32_t *place = behind ? &t->end : &t->begin;
+        if (!token) behind = true;
+        else if (*place >= 0 || (*place = sc__word_id(t, name, strlen(name))) < 0)
+            return sc__fail("%s: the post_processor may add one token on each side", path);
     }
-    if (t->end < 0) return sc__fail("%s: no </s>", path);
-    return sc__charsmap(t, sc_json_get(t->json, "normalizer"), path);
+    return true;
+}
+
+static bool sc__unigram_open(sc_tokenizer *t, const char *path, const sc_json *config) {
+    t->json = sc_json_load(path);
+    const sc_json *model = sc_json_get(t->json, "model"), *words = sc_json_get(model, "vocab");
+    const sc_json *added = sc_json_get(t->json, "added_tokens");
+    int64_t n = sc_json_length(words), n_added = sc_json_length(added);
+    if (!t->json) return false;
+    t->unigram = true;
+    if (strcmp(sc_json_string(sc_json_get(model, "type"), ""), "Unigram") ||
+        sc_json_bool(sc_json_get(model, "byte_fallback"), false))
+        return sc__fail("%s: the model must be a Unigram without byte_fallback", path);
+    t->words = (sc__word *)sc__alloc((size_t)n, sizeof *t->words);
+    t->special = (sc__special *)sc__alloc((size_t)n_added, sizeof *t->special);
+    if (!t->words || !t->special) return false;
+    for (; t->count < (size_t)n; t->count++) {
+        const sc_json *word = sc_json_at(words, (int64_t)t->count);
+        const char *text = sc_json_string(sc_json_at(word, 0), NULL);
+        double score = sc_json_number(sc_json_at(word, 1), NAN);
+        if (!text || isnan(score)) return sc__fail("%s: vocab must list [token, score]", path);
+        t->words[t->count] = (sc__word){text, (int32_t)t->count, score};
+        t->worst = t->count && t->worst < score ? t->worst : score;
+    }
+    sc__sort_words(t);
+    t->unknown = sc__json_id(sc_json_get(model, "unk_id"));
+    if (t->unknown < 0 || t->unknown >= n) return sc__fail("%s: unk_id is not in the vocab", path);
+    if (!sc__token_id(t, config, path, "pad_token", "<pad>", &t->pad) ||
+        !sc__unigram_read_steps(t, sc_json_get(t->json, "normalizer"), path) ||
+        !sc__unigram_read_frame(t, path)) return false;
+    for (int64_t i = 0; i < n_added; i++) {
+        const sc_json *token = sc_json_at(added, i);
+        const char *text = sc_json_string(sc_json_get(token, "content"), "");
+        int32_t id = sc__json_id(sc_json_get(token, "id"));
+        if (!sc__add_special(t, text, id, token, path)) return false;
+    }
+    return true;
 }
 
 sc_tokenizer *sc_tokenizer_open(const char *folder) {
     sc_tokenizer *t = (sc_tokenizer *)sc__alloc(1, sizeof *t);
-    char *unigram = sc__join(folder, "tokenizer.json"), *vocab = sc__join(folder, "vocab.json"), *config = sc__join(folder, "tokenizer_config.json");
-    bool ok = t && unigram && vocab && config;
-    if (ok && sc__exists(vocab)) ok = sc__bpe_open(t, folder);
-    else if (ok && sc__exists(unigram)) ok = sc__unigram_open(t, unigram);
-    else if (ok) ok = sc__fail("%s: no tokenizer here (vocab.json with merges.txt, or tokenizer.json)", folder);
-    if (ok && sc__exists(config)) {
-        sc_json *json = sc_json_load(config);
-        double length = sc_json_number(sc_json_get(json, "model_max_length"), 0);
-        t->length = length >= 2 && length <= 4096 ? (int)length : 0;
-        ok = json != NULL;
-        sc_json_free(json);
-    }
-    SC_FREE(unigram);
+    char *vocab = sc__join(folder, "vocab.json"), *unigram = sc__join(folder, "tokenizer.json");
+    char *path = sc__join(folder, "tokenizer_config.json");
+    bool ok = t && vocab && unigram && path && sc__unicode_open(&t->unicode);
+    sc_json *config = ok && sc__exists(path) ? sc_json_load(path) : NULL;
+    if (ok && !config && sc__exists(path)) ok = false;
+    else if (ok && sc__exists(vocab)) ok = sc__bpe_open(t, folder, config);
+    else if (ok && sc__exists(unigram)) ok = sc__unigram_open(t, unigram, config);
+    else if (ok)
+        ok = sc__fail("%s: no tokenizer here; copy CLIP's vocab.json and merges.txt, or T5's "
+                      "tokenizer.json, into this folder", folder);
+    double length = sc_json_number(sc_json_get(config, "model_max_length"), 0);
+    if (ok) t->length = length >= 2 && length <= 1 << 20 ? (int)length : 0;
+    sc_json_free(config);
     SC_FREE(vocab);
-    SC_FREE(config);
+    SC_FREE(unigram);
+    SC_FREE(path);
     if (ok) return t;
     sc_tokenizer_close(t);
     return NULL;
-}
-
-/* ---- Tokenizing ---- */
-
-typedef struct sc__ids { int32_t *ids; int limit, count; } sc__ids;
-static void sc__emit(sc__ids *out, int32_t id) {
-    if (out->count < out->limit) out->ids[out->count] = id;
-    out->count++;
-}
-
-/* Merges one word, its letters already in the byte alphabet: always the pair of the lowest rank. */
-static bool sc__bpe_word(const sc_tokenizer *t, const char *word, size_t length, sc__ids *out) {
-    size_t n = 0, *start = (size_t *)sc__alloc(length + 2, sizeof *start);
-    char *pair = (char *)sc__alloc(2 * length + 16, 1), *text = (char *)sc__alloc(length + 8, 1);
-    bool ok = start && pair && text;
-    if (ok) {
-        snprintf(text, length + 8, "%.*s</w>", (int)length, word);
-        for (size_t i = 0; i < length; i++)
-            if (((unsigned char)word[i] & 0xc0) != 0x80) start[n++] = i;
-        start[n] = length + 4; /* the last letter carries "</w>" */
-    }
-    while (ok && n > 1) {
-        size_t best = 0;
-        int32_t rank = INT32_MAX;
-        for (size_t i = 0; i + 1 < n; i++) {
-            snprintf(pair, 2 * length + 16, "%.*s %.*s", (int)(start[i + 1] - start[i]), text + start[i],
-                     (int)(start[i + 2] - start[i + 1]), text + start[i + 1]);
-            const sc__word *found = sc__lookup(t->ranks, t->rank_count, pair);
-            if (found && found->id < rank) rank = found->id, best = i;
-        }
-        if (rank == INT32_MAX) break;
-        memmove(start + best + 1, start + best + 2, (n - best - 1) * sizeof *start);
-        n--;
-    }
-    for (size_t i = 0; ok && i < n; i++) {
-        snprintf(pair, 2 * length + 16, "%.*s", (int)(start[i + 1] - start[i]), text + start[i]);
-        const sc__word *found = sc__lookup(t->words, t->count, pair);
-        sc__emit(out, found ? found->id : t->unknown);
-    }
-    SC_FREE(start);
-    SC_FREE(pair);
-    SC_FREE(text);
-    return ok;
-}
-
-/* How many bytes the word at `s` takes: 's 't 're 've 'm 'll 'd, letters, one number, or other signs. */
-static size_t sc__bpe_cut(const char *s, const char *end) {
-    static const char *const endings[] = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"};
-    for (size_t i = 0; i < sizeof endings / sizeof *endings; i++)
-        if ((size_t)(end - s) >= strlen(endings[i]) && !strncmp(s, endings[i], strlen(endings[i]))) return strlen(endings[i]);
-    const char *at = s, *next = s;
-    uint32_t c = sc__utf8_decode(&next);
-    if (sc__is_number(c)) return (size_t)(next - s);
-    bool letters = sc__is_letter(c);
-    while (at < end) {
-        next = at;
-        c = sc__utf8_decode(&next);
-        if (sc__is_space(c) || sc__is_letter(c) != letters || (!letters && sc__is_number(c))) break;
-        at = next;
-    }
-    return (size_t)(at - s);
-}
-
-static bool sc__bpe_text(const sc_tokenizer *t, const char *text, size_t length, sc__ids *out) {
-    char *lower = (char *)sc__alloc(4 * length + 8, 1), *word = (char *)sc__alloc(8 * length + 8, 1), *end = lower;
-    bool ok = lower && word;
-    for (const char *s = text; ok && s < text + length;) end += sc__utf8_encode(sc__to_lower(sc__utf8_decode(&s)), end);
-    for (const char *s = lower; ok && s < end;) {
-        const char *next = s;
-        if (sc__is_space(sc__utf8_decode(&next))) { s = next; continue; }
-        size_t bytes = sc__bpe_cut(s, end), n = 0;
-        for (size_t i = 0; i < bytes; i++) {
-            const char *letter = t->bytes[(unsigned char)s[i]];
-            memcpy(word + n, letter, strlen(letter));
-            n += strlen(letter);
-        }
-        ok = sc__bpe_word(t, word, n, out);
-        s += bytes;
-    }
-    SC_FREE(lower);
-    SC_FREE(word);
-    return ok;
-}
-
-/* The replacement for the shortest prefix of s[n] the trie knows, or NULL. (darts-clone's units.) */
-static const char *sc__charsmap_find(const sc_tokenizer *t, const char *s, size_t n) {
-    size_t at = 0;
-    if (!t->trie_count) return NULL;
-#define SC__OFFSET(unit) ((size_t)((unit) >> 10) << (((unit) & (1u << 9)) >> 6))
-    at = SC__OFFSET(t->trie[0]);
-    for (size_t i = 0; i < n; i++) {
-        unsigned char c = (unsigned char)s[i];
-        if ((at ^= c) >= t->trie_count || (t->trie[at] & (1u << 31 | 0xff)) != c) return NULL;
-        uint32_t unit = t->trie[at];
-        at ^= SC__OFFSET(unit);
-        if (unit >> 8 & 1) {
-            size_t value = at < t->trie_count ? t->trie[at] & 0x7fffffffu : SIZE_MAX;
-            return value < t->replacement_size ? t->replacements + value : NULL;
-        }
-    }
-#undef SC__OFFSET
-    return NULL;
-}
-
-/* A mark that joins the character before it, roughly Unicode's grapheme extenders. */
-static bool sc__joins(uint32_t c) {
-    return (c >= 0x300 && c < 0x370) || (c >= 0x483 && c < 0x48a) || (c >= 0x591 && c < 0x5c8 && !sc__is_letter(c)) ||
-           (c >= 0x610 && c < 0x61b) || (c >= 0x64b && c < 0x660) || (c >= 0x93a && c < 0x94f && c != 0x93d) ||
-           (c >= 0xe31 && c < 0xe4f && !sc__is_letter(c) && c != 0xe3f && c != 0xe46) || c == 0x200d || (c >= 0x20d0 && c < 0x20f1) ||
-           (c >= 0x3099 && c < 0x309b) || (c >= 0xfe00 && c < 0xfe10) || (c >= 0xfe20 && c < 0xfe30) || (c >= 0x1f3fb && c < 0x1f400);
-}
-
-static void sc__normalise_part(const sc_tokenizer *t, const char *s, const char *end, sc__text *out) {
-    const char *replacement = end - s < 6 ? sc__charsmap_find(t, s, (size_t)(end - s)) : NULL;
-    if (replacement) {
-        sc__text_add(out, replacement, strlen(replacement));
-        return;
-    }
-    while (s < end) {
-        const char *next = s;
-        char bytes[4];
-        uint32_t c = sc__utf8_decode(&next);
-        int n = sc__utf8_encode(c, bytes);
-        replacement = sc__charsmap_find(t, bytes, (size_t)n);
-        if (replacement) sc__text_add(out, replacement, strlen(replacement));
-        else sc__text_add(out, bytes, (size_t)n);
-        s = next;
-    }
-}
-
-/* Viterbi over the characters of s[n]; each unknown character costs 10 more than the worst word. */
-static bool sc__unigram_word(const sc_tokenizer *t, const char *s, size_t n, sc__ids *out) {
-    typedef struct node { float score; size_t from; int32_t id; } node;
-    node *best = (node *)sc__alloc(n + 1, sizeof *best);
-    char *piece = (char *)sc__alloc(t->longest + 1, 1);
-    size_t *path = (size_t *)sc__alloc(n + 1, sizeof *path), steps = 0;
-    bool ok = best && piece && path;
-    for (size_t i = 1; ok && i <= n; i++) best[i].score = -INFINITY;
-    for (size_t i = 0; ok && i < n; i++) {
-        if (((unsigned char)s[i] & 0xc0) == 0x80) continue;
-        const char *next = s + i;
-        size_t one = (sc__utf8_decode(&next), (size_t)(next - s)) - i;
-        bool known = false;
-        for (size_t length = 1; length <= t->longest && i + length <= n; length++) {
-            piece[length - 1] = s[i + length - 1];
-            piece[length] = 0;
-            const sc__word *w = sc__lookup(t->words, t->count, piece);
-            if (!w) continue;
-            known = known || length == one;
-            float score = best[i].score + w->score;
-            if (score > best[i + length].score) best[i + length] = (node){score, i, w->id};
-        }
-        float score = best[i].score + t->worst - 10;
-        if (!known && score > best[i + one].score) best[i + one] = (node){score, i, t->unknown};
-    }
-    for (size_t at = n; ok && at > 0; at = best[at].from) path[steps++] = at;
-    int32_t last = -1;
-    while (ok && steps) {
-        int32_t id = best[path[--steps]].id;
-        if (id != t->unknown || last != t->unknown) sc__emit(out, id); /* unknown neighbours are one */
-        last = id;
-    }
-    SC_FREE(best);
-    SC_FREE(piece);
-    SC_FREE(path);
-    return ok;
-}
-
-/* One stretch of text: normalise, strip the right, spaces to U+2581, cut before each of those. */
-static bool sc__unigram_text(const sc_tokenizer *t, const char *text, size_t length, bool first, sc__ids *out) {
-    static const char space[] = "\xe2\x96\x81";
-    sc__text clean = {0}, line = {0};
-    for (const char *s = text; s < text + length;) {
-        const char *end = s, *next;
-        bool carriage = *s == '\r' && s + 1 < text + length && s[1] == '\n';
-        sc__utf8_decode(&end);
-        if (carriage) end++;
-        else
-            for (next = end; next < text + length && sc__joins(sc__utf8_decode(&next)); ) end = next;
-        sc__normalise_part(t, s, end, &clean);
-        s = end;
-    }
-    size_t n = clean.length, spaces;
-    for (bool more = true; more && n;) { /* strip the right */
-        size_t at = n - 1;
-        while (at > 0 && ((unsigned char)clean.data[at] & 0xc0) == 0x80) at--;
-        const char *p = clean.data + at;
-        more = sc__is_space(sc__utf8_decode(&p));
-        if (more) n = at;
-    }
-    if (first && n && !(n >= 3 && !memcmp(clean.data, space, 3)) && clean.data[0] != ' ') sc__text_add(&line, space, 3);
-    for (size_t i = 0; i < n; i += spaces ? spaces : 1) {
-        for (spaces = 0; i + spaces < n && clean.data[i + spaces] == ' '; spaces++) {}
-        if (spaces) sc__text_add(&line, space, 3);
-        else sc__text_add(&line, clean.data + i, 1);
-    }
-    bool ok = (!clean.failed && !line.failed) || sc__fail("out of memory in the tokenizer");
-    for (size_t i = 0, end; ok && i < line.length; i = end) {
-        for (end = i + 1; end < line.length && (line.length - end < 3 || memcmp(line.data + end, space, 3)); end++) {}
-        ok = sc__unigram_word(t, line.data + i, end - i, out);
-    }
-    SC_FREE(clean.data);
-    SC_FREE(line.data);
-    return ok;
-}
-
-int sc_tokenize(const sc_tokenizer *t, const char *text, int length, int32_t *ids) {
-    sc__ids out = {ids, length - 1, 0}; /* the last place is the end token's */
-    const char *s = text, *start = text;
-    bool ok = length >= 2 || sc__fail("a prompt needs at least 2 tokens");
-    if (ok && !t->unigram) sc__emit(&out, t->begin);
-    while (ok) {
-        const sc__word *special = NULL;
-        for (int i = 0; *s && i < t->special_count; i++)
-            if (!strncmp(s, t->special[i].text, strlen(t->special[i].text))) special = &t->special[i];
-        if (!special && *s) { s++; continue; }
-        if (s > start) {
-            size_t n = (size_t)(s - start);
-            ok = t->unigram ? sc__unigram_text(t, start, n, start == text, &out) : sc__bpe_text(t, start, n, &out);
-        }
-        if (!special) break;
-        sc__emit(&out, special->id);
-        start = s += strlen(special->text);
-    }
-    if (!ok) return -1;
-    int count = out.count < length - 1 ? out.count : length - 1;
-    ids[count++] = t->end;
-    for (int i = count; i < length; i++) ids[i] = t->pad;
-    return count;
 }
 
 /* ==== Text encoders ===========================================================================
@@ -4984,26 +5567,36 @@ int sc_tokenize(const sc_tokenizer *t, const char *text, int length, int32_t *id
  * CLIP's text half (Radford et al. 2021): causal transformer with pre-norm blocks; FLUX takes its
  * pooled vector, the last layer's output at the end token. T5's encoder (Raffel et al. 2020): RMS
  * norms, no biases, scores without scaling, a learned bias for the distance of two tokens that the
- * first layer owns and all share; FLUX feeds the pads too, without a mask. Names are transformers'.
+ * first layer owns and all share; FLUX feeds it the pads too, without a mask. The weights have the
+ * names that transformers gives them.
  *
- * Easy to get wrong: CLIP's config says eos_token_id 2, but the end token is the highest id, and the
- * vector is taken at its first place (the pads are the same token).
+ * Easy to get wrong: CLIP's config says eos_token_id 2, but the end token is the highest id, and
+ * the vector is taken at its first place (the pads are the same token).
  */
 
-typedef struct sc__clip_layer { sc_tensor *norm[4]; sc_linear_layer q, k, v, out, up, down; } sc__clip_layer;
-typedef struct sc__t5_layer { sc_tensor *norm[2]; sc_linear_layer q, k, v, o, gate, up, down; } sc__t5_layer;
+enum { SC__MAX_TOKENS = 4096 };
+
+typedef struct sc__clip_layer {
+    sc_tensor *norm[4];         /* weight and bias of the first, of the second */
+    sc_linear_layer q, k, v, out, up, down;
+} sc__clip_layer;
+
+typedef struct sc__t5_layer {
+    sc_tensor *norm[2];
+    sc_linear_layer q, k, v, o, gate, up, down;
+} sc__t5_layer;
 
 struct sc_text_encoders {
     const sc_backend *backend;
     sc_tokenizer *clip_tokenizer, *t5_tokenizer;
     sc_net *clip, *t5;
     sc_tape *tape;
-    int clip_width, clip_heads, clip_layers, clip_length, clip_end;
+    int clip_width, clip_heads, clip_layers, clip_vocabulary, clip_length, clip_end;
     float clip_eps;
     sc_activation clip_activation, t5_activation;
     sc_tensor *clip_tokens, *clip_positions, *clip_norm[2];
     sc__clip_layer *clip_layer;
-    int t5_width, t5_heads, t5_size, t5_layers, t5_buckets, t5_distance;
+    int t5_width, t5_heads, t5_size, t5_layers, t5_vocabulary, t5_buckets, t5_distance;
     bool t5_gated;
     float t5_eps;
     sc_tensor *t5_tokens, *t5_bias, *t5_norm;
@@ -5024,130 +5617,209 @@ void sc_text_encoders_close(sc_text_encoders *t) {
 
 static bool sc__activation_named(const char *name, const char *path, sc_activation *kind) {
     static const struct { const char *name; sc_activation kind; } known[] = {
-        {"quick_gelu", SC_QUICK_GELU}, {"gelu", SC_GELU}, {"gelu_new", SC_GELU_TANH}, {"gelu_pytorch_tanh", SC_GELU_TANH}, {"silu", SC_SILU}};
+        {"quick_gelu", SC_QUICK_GELU}, {"gelu", SC_GELU}, {"gelu_new", SC_GELU_TANH},
+        {"gelu_pytorch_tanh", SC_GELU_TANH}, {"silu", SC_SILU}};
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (!strcmp(name, known[i].name)) return *kind = known[i].kind, true;
     return sc__fail("%s: activation '%s' is not supported", path, name);
 }
 
-/* ---- CLIP ---- */
+typedef struct sc__named_linear {
+    sc_linear_layer *layer;
+    const char *name;
+    int64_t out, in;
+} sc__named_linear;
 
-static sc_tensor *sc__vector(sc_net *net, const char *name, int64_t n) { return sc_net_weight(net, name, 1, &n); }
-
-static bool sc__clip_layer_open(sc_text_encoders *t, sc__clip_layer *l, int index, int64_t hidden) {
-    static const char *const norms[] = {"layer_norm1.weight", "layer_norm1.bias", "layer_norm2.weight", "layer_norm2.bias"};
-    char name[128];
-    int n = snprintf(name, sizeof name, "text_model.encoder.layers.%d.", index);
-    int64_t c = t->clip_width;
-    for (int i = 0; i < 4; i++) {
-        snprintf(name + n, sizeof name - (size_t)n, "%s", norms[i]);
-        if (!(l->norm[i] = sc__vector(t->clip, name, c))) return false;
+/* Opens `count` vectors and `linears` linear layers, whose names follow `prefix`. */
+static bool sc__open_layer(sc_net *net, const char *prefix, sc_tensor **vectors,
+                           const char *const *vector_names, int count, int64_t width,
+                           const sc__named_linear *linears, int linear_count, bool bias) {
+    char name[160];
+    for (int i = 0; i < count; i++) {
+        snprintf(name, sizeof name, "%s%s", prefix, vector_names[i]);
+        if (!(vectors[i] = sc_net_weight(net, name, 1, &width))) return false;
     }
-    struct { sc_linear_layer *layer; const char *name; int64_t out, in; } linears[] = {
-        {&l->q, "self_attn.q_proj", c, c}, {&l->k, "self_attn.k_proj", c, c}, {&l->v, "self_attn.v_proj", c, c},
-        {&l->out, "self_attn.out_proj", c, c}, {&l->up, "mlp.fc1", hidden, c}, {&l->down, "mlp.fc2", c, hidden}};
-    for (int i = 0; i < 6; i++) {
-        snprintf(name + n, sizeof name - (size_t)n, "%s", linears[i].name);
-        if (!sc_net_linear(t->clip, linears[i].layer, name, linears[i].out, linears[i].in, true)) return false;
+    for (int i = 0; i < linear_count; i++) {
+        const sc__named_linear *l = &linears[i];
+        snprintf(name, sizeof name, "%s%s", prefix, l->name);
+        if (!sc_net_linear(net, l->layer, name, l->out, l->in, bias)) return false;
     }
     return true;
 }
 
+/* x = y; gives back everything that was made since the mark. */
+static bool sc__keep(sc_tape *t, sc_tensor *x, const sc_tensor *y, sc__mark_t mark) {
+    if (!x || !y) return false;
+    int64_t n = sc_count(x);
+    t->be->copy_block(x->data, n, y->data, n, 1, n, x->dtype, false);
+    sc__release(t, mark);
+    return true;
+}
+
+/* Tokens outside of the embedding table would read past its end. */
+static bool sc__check_vocabulary(const sc_tokenizer *t, int vocabulary, const char *folder) {
+    return t->largest < vocabulary ||
+           sc__fail("%s: vocab_size is %d, but the tokenizer has the id %d", folder, vocabulary,
+                    (int)t->largest);
+}
+
+/* ---- CLIP ---- */
+
+static bool sc__clip_layer_open(sc_text_encoders *t, sc__clip_layer *l, int index,
+                                int64_t hidden) {
+    static const char *const norms[] = {"layer_norm1.weight", "layer_norm1.bias",
+                                        "layer_norm2.weight", "layer_norm2.bias"};
+    char prefix[64];
+    int64_t c = t->clip_width;
+    const sc__named_linear linears[] = {
+        {&l->q, "self_attn.q_proj", c, c}, {&l->k, "self_attn.k_proj", c, c},
+        {&l->v, "self_attn.v_proj", c, c}, {&l->out, "self_attn.out_proj", c, c},
+        {&l->up, "mlp.fc1", hidden, c}, {&l->down, "mlp.fc2", c, hidden}};
+    snprintf(prefix, sizeof prefix, "text_model.encoder.layers.%d.", index);
+    return sc__open_layer(t->clip, prefix, l->norm, norms, 4, c, linears, 6, true);
+}
+
+static bool sc__clip_read_config(sc_text_encoders *t, const sc_json *json, const char *path,
+                                 int *hidden) {
+    const char *activation = sc_json_string(sc_json_get(json, "hidden_act"), "quick_gelu");
+    t->clip_eps = (float)sc_json_number(sc_json_get(json, "layer_norm_eps"), 1e-5);
+    const sc_json *end = sc_json_get(json, "eos_token_id");
+    t->clip_end = end ? sc__json_id(end) : 49407;
+    if (!sc__config_int(json, path, "hidden_size", 512, &t->clip_width) ||
+        !sc__config_int(json, path, "num_attention_heads", 8, &t->clip_heads) ||
+        !sc__config_int(json, path, "num_hidden_layers", 12, &t->clip_layers) ||
+        !sc__config_int(json, path, "max_position_embeddings", 77, &t->clip_length) ||
+        !sc__config_int(json, path, "vocab_size", 49408, &t->clip_vocabulary) ||
+        !sc__config_int(json, path, "intermediate_size", 2048, hidden) ||
+        !sc__activation_named(activation, path, &t->clip_activation)) return false;
+    if (t->clip_width % t->clip_heads)
+        return sc__fail("%s: hidden_size must be a multiple of num_attention_heads", path);
+    return (t->clip_length >= 2 && t->clip_length <= SC__MAX_TOKENS) ||
+           sc__fail("%s: max_position_embeddings must be from 2 to %d", path, SC__MAX_TOKENS);
+}
+
 static bool sc__clip_open(sc_text_encoders *t, const char *folder) {
+    static const char *const norms[] = {"weight", "bias"};
     char *path = sc__join(folder, "config.json");
     sc_json *json = path ? sc_json_load(path) : NULL;
-    int hidden, vocabulary;
-    bool ok = json && sc__config_int(json, path, "hidden_size", 512, &t->clip_width) &&
-              sc__config_int(json, path, "num_attention_heads", 8, &t->clip_heads) &&
-              sc__config_int(json, path, "num_hidden_layers", 12, &t->clip_layers) &&
-              sc__config_int(json, path, "max_position_embeddings", 77, &t->clip_length) &&
-              sc__config_int(json, path, "vocab_size", 49408, &vocabulary) &&
-              sc__config_int(json, path, "intermediate_size", 2048, &hidden) &&
-              sc__activation_named(sc_json_string(sc_json_get(json, "hidden_act"), "quick_gelu"), path, &t->clip_activation);
-    if (ok && t->clip_width % t->clip_heads) ok = sc__fail("%s: hidden_size is not a multiple of the heads", path);
+    int hidden = 0;
+    bool ok = json && sc__clip_read_config(t, json, path, &hidden) &&
+              (t->clip = sc_net_open(t->backend, folder, sc__small_file(folder)));
     if (ok) {
-        t->clip_eps = (float)sc_json_number(sc_json_get(json, "layer_norm_eps"), 1e-5);
-        t->clip_end = (int)sc_json_number(sc_json_get(json, "eos_token_id"), 2);
-        ok = (t->clip = sc_net_open(t->backend, folder, sc__small_file(folder))) &&
-             (t->clip_layer = (sc__clip_layer *)sc__alloc((size_t)t->clip_layers, sizeof *t->clip_layer));
+        const char *tokens = "text_model.embeddings.token_embedding.weight";
+        const char *positions = "text_model.embeddings.position_embedding.weight";
+        const int64_t tokens_shape[] = {t->clip_vocabulary, t->clip_width};
+        const int64_t positions_shape[] = {t->clip_length, t->clip_width};
+        size_t n = (size_t)t->clip_layers;
+        ok = (t->clip_layer = (sc__clip_layer *)sc__alloc(n, sizeof *t->clip_layer)) &&
+             (t->clip_tokens = sc_net_weight(t->clip, tokens, 2, tokens_shape)) &&
+             (t->clip_positions = sc_net_weight(t->clip, positions, 2, positions_shape)) &&
+             sc__open_layer(t->clip, "text_model.final_layer_norm.", t->clip_norm, norms, 2,
+                            t->clip_width, NULL, 0, false);
     }
-    int64_t c = t->clip_width;
-    ok = ok && (t->clip_tokens = sc_net_weight(t->clip, "text_model.embeddings.token_embedding.weight", 2, (const int64_t[]){vocabulary, c})) &&
-         (t->clip_positions = sc_net_weight(t->clip, "text_model.embeddings.position_embedding.weight", 2, (const int64_t[]){t->clip_length, c})) &&
-         (t->clip_norm[0] = sc__vector(t->clip, "text_model.final_layer_norm.weight", c)) &&
-         (t->clip_norm[1] = sc__vector(t->clip, "text_model.final_layer_norm.bias", c));
-    for (int i = 0; ok && i < t->clip_layers; i++) ok = sc__clip_layer_open(t, &t->clip_layer[i], i, hidden);
+    for (int i = 0; ok && i < t->clip_layers; i++)
+        ok = sc__clip_layer_open(t, &t->clip_layer[i], i, hidden);
     sc_json_free(json);
     SC_FREE(path);
     return ok;
 }
 
-/* ids [length] -> the pooled vector [clip_width]. */
+/* Where the pooled vector is: at the first end token, which for the config's 2 is the highest id. */
+static int sc__clip_end(const sc_text_encoders *s, const int32_t *ids) {
+    int32_t wanted = s->clip_end;
+    int end = 0;
+    for (int i = 0; s->clip_end == 2 && i < s->clip_length; i++)
+        wanted = i == 0 || ids[i] > wanted ? ids[i] : wanted;
+    while (end < s->clip_length && ids[end] != wanted) end++;
+    return end < s->clip_length ? end : 0;
+}
+
+/* ids [clip_length] -> the pooled vector [clip_width]. */
 static bool sc__clip_encode(sc_text_encoders *s, const int32_t *ids, float *pooled) {
     sc_tape *t = s->tape;
-    int32_t positions[4096], top = 0;
-    int length = s->clip_length, end = 0;
-    for (int i = 0; i < length; i++) positions[i] = i, top = ids[i] > top ? ids[i] : top;
-    int32_t wanted = s->clip_end == 2 ? top : s->clip_end;
-    while (end < length - 1 && ids[end] != wanted) end++;
-    sc_tape_reset(t);
-    sc_tensor *x = sc_add(t, sc_embed_tokens(t, s->clip_tokens, ids, 1, length), sc_embed_tokens(t, s->clip_positions, positions, 1, length));
+    int32_t positions[SC__MAX_TOKENS];
+    int length = s->clip_length;
     float scale = 1.f / sqrtf((float)s->clip_width / (float)s->clip_heads);
+    for (int i = 0; i < length; i++) positions[i] = i;
+    sc_tape_reset(t);
+    sc_tensor *x = sc_add(t, sc_embed_tokens(t, s->clip_tokens, ids, 1, length),
+                          sc_embed_tokens(t, s->clip_positions, positions, 1, length));
+    sc__mark_t mark = sc__mark(t);
     for (int i = 0; i < s->clip_layers; i++) {
         const sc__clip_layer *l = &s->clip_layer[i];
         sc_tensor *n = sc_layer_norm(t, x, l->norm[0], l->norm[1], s->clip_eps);
-        sc_tensor *o = sc_attention(t, sc_linear(t, n, &l->q), sc_linear(t, n, &l->k), sc_linear(t, n, &l->v), s->clip_heads, scale, NULL, true);
-        x = sc_add(t, x, sc_linear(t, o, &l->out));
-        n = sc_layer_norm(t, x, l->norm[2], l->norm[3], s->clip_eps);
-        x = sc_add(t, x, sc_linear(t, sc_activate(t, s->clip_activation, sc_linear(t, n, &l->up)), &l->down));
+        sc_tensor *o = sc_attention(t, sc_linear(t, n, &l->q), sc_linear(t, n, &l->k),
+                                    sc_linear(t, n, &l->v), s->clip_heads, scale, NULL, true);
+        sc_tensor *y = sc_add(t, x, sc_linear(t, o, &l->out));
+        n = sc_layer_norm(t, y, l->norm[2], l->norm[3], s->clip_eps);
+        n = sc_activate(t, s->clip_activation, sc_linear(t, n, &l->up));
+        if (!sc__keep(t, x, sc_add(t, y, sc_linear(t, n, &l->down)), mark)) return false;
     }
-    sc_tensor *last = sc_layer_norm(t, sc_slice_tokens(t, x, end, 1), s->clip_norm[0], s->clip_norm[1], s->clip_eps);
-    return sc_read(t, last, pooled);
+    x = sc_slice_tokens(t, x, sc__clip_end(s, ids), 1);
+    return sc_read(t, sc_layer_norm(t, x, s->clip_norm[0], s->clip_norm[1], s->clip_eps), pooled);
 }
 
 /* ---- T5 ---- */
 
 static bool sc__t5_layer_open(sc_text_encoders *t, sc__t5_layer *l, int index, int64_t hidden) {
-    char name[128];
-    int n = snprintf(name, sizeof name, "encoder.block.%d.layer.", index);
+    static const char *const norms[] = {"0.layer_norm.weight", "1.layer_norm.weight"};
+    char prefix[64];
     int64_t c = t->t5_width, inner = (int64_t)t->t5_heads * t->t5_size;
-    for (int i = 0; i < 2; i++) {
-        snprintf(name + n, sizeof name - (size_t)n, "%d.layer_norm.weight", i);
-        if (!(l->norm[i] = sc__vector(t->t5, name, c))) return false;
-    }
-    struct { sc_linear_layer *layer; const char *name; int64_t out, in; } linears[] = {
-        {&l->q, "0.SelfAttention.q", inner, c}, {&l->k, "0.SelfAttention.k", inner, c}, {&l->v, "0.SelfAttention.v", inner, c},
-        {&l->o, "0.SelfAttention.o", c, inner}, {&l->gate, t->t5_gated ? "1.DenseReluDense.wi_0" : "1.DenseReluDense.wi", hidden, c},
-        {&l->down, "1.DenseReluDense.wo", c, hidden}, {&l->up, "1.DenseReluDense.wi_1", hidden, c}};
-    for (int i = 0; i < (t->t5_gated ? 7 : 6); i++) {
-        snprintf(name + n, sizeof name - (size_t)n, "%s", linears[i].name);
-        if (!sc_net_linear(t->t5, linears[i].layer, name, linears[i].out, linears[i].in, false)) return false;
-    }
-    return true;
+    const char *gate = t->t5_gated ? "1.DenseReluDense.wi_0" : "1.DenseReluDense.wi";
+    const sc__named_linear linears[] = {
+        {&l->q, "0.SelfAttention.q", inner, c}, {&l->k, "0.SelfAttention.k", inner, c},
+        {&l->v, "0.SelfAttention.v", inner, c}, {&l->o, "0.SelfAttention.o", c, inner},
+        {&l->gate, gate, hidden, c}, {&l->down, "1.DenseReluDense.wo", c, hidden},
+        {&l->up, "1.DenseReluDense.wi_1", hidden, c}};
+    snprintf(prefix, sizeof prefix, "encoder.block.%d.layer.", index);
+    int count = t->t5_gated ? 7 : 6;
+    return sc__open_layer(t->t5, prefix, l->norm, norms, 2, c, linears, count, false);
+}
+
+/* Configs have `dense_act_fn` and `is_gated_act`, or `feed_forward_proj`, which means both. */
+static bool sc__t5_read_config(sc_text_encoders *t, const sc_json *json, const char *path,
+                               int *hidden) {
+    const char *both = sc_json_string(sc_json_get(json, "feed_forward_proj"), "relu");
+    bool gated = !strncmp(both, "gated-", 6);
+    const char *activation = !strcmp(both, "gated-gelu") ? "gelu_new" : gated ? both + 6 : both;
+    activation = sc_json_string(sc_json_get(json, "dense_act_fn"), activation);
+    t->t5_gated = sc_json_bool(sc_json_get(json, "is_gated_act"), gated);
+    t->t5_eps = (float)sc_json_number(sc_json_get(json, "layer_norm_epsilon"), 1e-6);
+    if (!sc__config_int(json, path, "d_model", 512, &t->t5_width) ||
+        !sc__config_int(json, path, "num_heads", 8, &t->t5_heads) ||
+        !sc__config_int(json, path, "d_kv", 64, &t->t5_size) ||
+        !sc__config_int(json, path, "num_layers", 6, &t->t5_layers) ||
+        !sc__config_int(json, path, "d_ff", 2048, hidden) ||
+        !sc__config_int(json, path, "vocab_size", 32128, &t->t5_vocabulary) ||
+        !sc__config_int(json, path, "relative_attention_num_buckets", 32, &t->t5_buckets) ||
+        !sc__config_int(json, path, "relative_attention_max_distance", 128, &t->t5_distance) ||
+        !sc__activation_named(activation, path, &t->t5_activation)) return false;
+    return (t->t5_buckets >= 4 && t->t5_distance > t->t5_buckets / 4) ||
+           sc__fail("%s: relative_attention_num_buckets must be 4 or more, and less than four "
+                    "times relative_attention_max_distance", path);
 }
 
 static bool sc__t5_open(sc_text_encoders *t, const char *folder) {
+    static const char *const norms[] = {"weight"};
     char *path = sc__join(folder, "config.json");
     sc_json *json = path ? sc_json_load(path) : NULL;
-    int hidden, vocabulary;
-    bool ok = json && sc__config_int(json, path, "d_model", 512, &t->t5_width) && sc__config_int(json, path, "num_heads", 8, &t->t5_heads) &&
-              sc__config_int(json, path, "d_kv", 64, &t->t5_size) && sc__config_int(json, path, "num_layers", 6, &t->t5_layers) &&
-              sc__config_int(json, path, "d_ff", 2048, &hidden) && sc__config_int(json, path, "vocab_size", 32128, &vocabulary) &&
-              sc__config_int(json, path, "relative_attention_num_buckets", 32, &t->t5_buckets) &&
-              sc__config_int(json, path, "relative_attention_max_distance", 128, &t->t5_distance) &&
-              sc__activation_named(sc_json_string(sc_json_get(json, "dense_act_fn"), "gelu_new"), path, &t->t5_activation);
+    int hidden = 0;
+    bool ok = json && sc__t5_read_config(t, json, path, &hidden) &&
+              (t->t5 = sc_net_open(t->backend, folder, sc__small_file(folder)));
     if (ok) {
-        t->t5_gated = sc_json_bool(sc_json_get(json, "is_gated_act"), false);
-        t->t5_eps = (float)sc_json_number(sc_json_get(json, "layer_norm_epsilon"), 1e-6);
-        ok = (t->t5 = sc_net_open(t->backend, folder, sc__small_file(folder))) &&
-             (t->t5_layer = (sc__t5_layer *)sc__alloc((size_t)t->t5_layers, sizeof *t->t5_layer));
+        const char *table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
+        const char *tokens = "shared.weight";
+        if (!sc_file_find(t->t5->file, tokens)) tokens = "encoder.embed_tokens.weight";
+        const int64_t tokens_shape[] = {t->t5_vocabulary, t->t5_width};
+        const int64_t table_shape[] = {t->t5_buckets, t->t5_heads};
+        t->t5_layer = (sc__t5_layer *)sc__alloc((size_t)t->t5_layers, sizeof *t->t5_layer);
+        ok = t->t5_layer && (t->t5_tokens = sc_net_weight(t->t5, tokens, 2, tokens_shape)) &&
+             (t->t5_bias = sc_net_weight(t->t5, table, 2, table_shape)) &&
+             sc__open_layer(t->t5, "encoder.final_layer_norm.", &t->t5_norm, norms, 1, t->t5_width,
+                            NULL, 0, false);
     }
-    static const char table[] = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
-    bool shared = ok && sc_file_find(t->t5->file, "shared.weight");
-    ok = ok && (t->t5_tokens = sc_net_weight(t->t5, shared ? "shared.weight" : "encoder.embed_tokens.weight", 2, (const int64_t[]){vocabulary, t->t5_width})) &&
-         (t->t5_bias = sc_net_weight(t->t5, table, 2, (const int64_t[]){t->t5_buckets, t->t5_heads})) &&
-         (t->t5_norm = sc__vector(t->t5, "encoder.final_layer_norm.weight", t->t5_width));
-    for (int i = 0; ok && i < t->t5_layers; i++) ok = sc__t5_layer_open(t, &t->t5_layer[i], i, hidden);
+    for (int i = 0; ok && i < t->t5_layers; i++)
+        ok = sc__t5_layer_open(t, &t->t5_layer[i], i, hidden);
     sc_json_free(json);
     SC_FREE(path);
     return ok;
@@ -5156,25 +5828,33 @@ static bool sc__t5_open(sc_text_encoders *t, const char *folder) {
 /* Half of the buckets for keys behind the query; of each half, half for exact distances, the rest
  * for distances that grow logarithmically up to the largest. */
 static int sc__t5_bucket(int distance, int buckets, int largest) {
-    int half = buckets / 2, exact = half / 2, bucket = distance > 0 ? half : 0, d = abs(distance);
+    int half = buckets / 2, exact = half / 2, d = abs(distance), bucket = distance > 0 ? half : 0;
     if (d < exact) return bucket + d;
-    int far = exact + (int)(logf((float)d / (float)exact) / logf((float)largest / (float)exact) * (float)(half - exact));
+    float ratio = logf((float)d / (float)exact) / (float)log((double)largest / exact);
+    int far = exact + (int)(ratio * (float)(half - exact));
     return bucket + (far < half - 1 ? far : half - 1);
 }
 
-/* The bias of each head for each pair of tokens, [H, T, T]. */
+/* The bias for each head and pair of tokens, [H, T, T]: a learned number for the bucket of their
+ * distance. */
 static sc_tensor *sc__t5_position_bias(sc_text_encoders *s, int tokens) {
-    int64_t heads = s->t5_heads, n = (int64_t)s->t5_buckets * heads;
-    float *bias = (float *)sc__alloc((size_t)(heads * tokens * tokens + n), sizeof *bias), *table = bias + heads * tokens * tokens;
-    if (!bias) return NULL;
-    void *raw = sc__alloc((size_t)(n * sc_dtype_size(s->t5_bias->dtype)), 1);
-    if (raw) s->backend->download(raw, s->t5_bias->data, (size_t)(n * sc_dtype_size(s->t5_bias->dtype)));
-    if (raw) sc_to_f32(table, raw, s->t5_bias->dtype, n);
-    for (int64_t h = 0; h < heads; h++)
-        for (int q = 0; q < tokens; q++)
-            for (int k = 0; k < tokens; k++)
-                bias[(h * tokens + q) * tokens + k] = table[sc__t5_bucket(k - q, s->t5_buckets, s->t5_distance) * heads + h];
-    sc_tensor *x = raw ? sc_from(s->tape, 3, (const int64_t[]){heads, tokens, tokens}, bias) : NULL;
+    int64_t heads = s->t5_heads, n = s->t5_buckets * heads, size = heads * tokens * tokens;
+    size_t bytes = (size_t)n * (size_t)sc_dtype_size(s->t5_bias->dtype);
+    float *bias = (float *)sc__alloc((size_t)(size + n), sizeof *bias);
+    void *raw = sc__alloc(bytes, 1);
+    sc_tensor *x = NULL;
+    if (bias && raw) {
+        float *table = bias + size; /* [buckets, H] */
+        s->backend->download(raw, s->t5_bias->data, bytes);
+        sc_to_f32(table, raw, s->t5_bias->dtype, n);
+        for (int distance = 1 - tokens; distance < tokens; distance++) {
+            int bucket = sc__t5_bucket(distance, s->t5_buckets, s->t5_distance);
+            for (int q = distance < 0 ? -distance : 0; q < tokens && q + distance < tokens; q++)
+                for (int64_t h = 0; h < heads; h++)
+                    bias[(h * tokens + q) * tokens + q + distance] = table[bucket * heads + h];
+        }
+        x = sc_from(s->tape, 3, (const int64_t[]){heads, tokens, tokens}, bias);
+    }
     SC_FREE(raw);
     SC_FREE(bias);
     return x;
@@ -5184,17 +5864,20 @@ static sc_tensor *sc__t5_position_bias(sc_text_encoders *s, int tokens) {
 static bool sc__t5_encode(sc_text_encoders *s, const int32_t *ids, int tokens, float *context) {
     sc_tape *t = s->tape;
     sc_tape_reset(t);
-    sc_tensor *x = sc_embed_tokens(t, s->t5_tokens, ids, 1, tokens), *bias = sc__t5_position_bias(s, tokens);
+    sc_tensor *x = sc_embed_tokens(t, s->t5_tokens, ids, 1, tokens);
+    sc_tensor *bias = sc__t5_position_bias(s, tokens);
     if (!bias) return false;
+    sc__mark_t mark = sc__mark(t);
     for (int i = 0; i < s->t5_layers; i++) {
         const sc__t5_layer *l = &s->t5_layer[i];
         sc_tensor *n = sc_rms_norm(t, x, l->norm[0], s->t5_eps);
-        sc_tensor *o = sc_attention(t, sc_linear(t, n, &l->q), sc_linear(t, n, &l->k), sc_linear(t, n, &l->v), s->t5_heads, 1, bias, false);
-        x = sc_add(t, x, sc_linear(t, o, &l->o));
-        n = sc_rms_norm(t, x, l->norm[1], s->t5_eps);
+        sc_tensor *o = sc_attention(t, sc_linear(t, n, &l->q), sc_linear(t, n, &l->k),
+                                    sc_linear(t, n, &l->v), s->t5_heads, 1, bias, false);
+        sc_tensor *y = sc_add(t, x, sc_linear(t, o, &l->o));
+        n = sc_rms_norm(t, y, l->norm[1], s->t5_eps);
         sc_tensor *h = sc_activate(t, s->t5_activation, sc_linear(t, n, &l->gate));
         if (s->t5_gated) h = sc_multiply(t, h, sc_linear(t, n, &l->up));
-        x = sc_add(t, x, sc_linear(t, h, &l->down));
+        if (!sc__keep(t, x, sc_add(t, y, sc_linear(t, h, &l->down)), mark)) return false;
     }
     return sc_read(t, sc_rms_norm(t, x, s->t5_norm, s->t5_eps), context);
 }
@@ -5202,24 +5885,33 @@ static bool sc__t5_encode(sc_text_encoders *s, const int32_t *ids, int tokens, f
 /* ---- Both ---- */
 
 sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *folder) {
+    static const char *const names[] = {"tokenizer", "text_encoder", "tokenizer_2",
+                                        "text_encoder_2"};
     sc_text_encoders *t = (sc_text_encoders *)sc__alloc(1, sizeof *t);
-    char *parts[4] = {sc__join(folder, "tokenizer"), sc__join(folder, "text_encoder"), sc__join(folder, "tokenizer_2"), sc__join(folder, "text_encoder_2")};
-    bool ok = t && parts[0] && parts[1] && parts[2] && parts[3];
+    char *parts[4] = {0};
+    bool ok = t != NULL;
+    for (int i = 0; ok && i < 4; i++) ok = (parts[i] = sc__join(folder, names[i])) != NULL;
     if (ok) t->backend = backend;
-    ok = ok && (t->tape = sc_tape_new(backend)) && (t->clip_tokenizer = sc_tokenizer_open(parts[0])) && sc__clip_open(t, parts[1]) &&
-         (t->t5_tokenizer = sc_tokenizer_open(parts[2])) && sc__t5_open(t, parts[3]);
+    ok = ok && (t->tape = sc_tape_new(backend)) &&
+         (t->clip_tokenizer = sc_tokenizer_open(parts[0])) && sc__clip_open(t, parts[1]) &&
+         sc__check_vocabulary(t->clip_tokenizer, t->clip_vocabulary, parts[1]) &&
+         (t->t5_tokenizer = sc_tokenizer_open(parts[2])) && sc__t5_open(t, parts[3]) &&
+         sc__check_vocabulary(t->t5_tokenizer, t->t5_vocabulary, parts[3]);
     for (int i = 0; i < 4; i++) SC_FREE(parts[i]);
-    if (ok && t->clip_length > 4096) ok = sc__fail("%s: CLIP of more than 4096 tokens", folder);
     if (ok) return t;
     sc_text_encoders_close(t);
     return NULL;
 }
 
-bool sc_text_encode(sc_text_encoders *t, const char *prompt, int tokens, float *context, float *pooled) {
-    int32_t ids[4096];
-    if (tokens < 2 || tokens > 4096) return sc__fail("text tokens must be between 2 and 4096");
-    return sc_tokenize(t->clip_tokenizer, prompt, t->clip_length, ids) >= 0 && sc__clip_encode(t, ids, pooled) &&
-           sc_tokenize(t->t5_tokenizer, prompt, tokens, ids) >= 0 && sc__t5_encode(t, ids, tokens, context);
+bool sc_text_encode(sc_text_encoders *t, const char *prompt, int tokens, float *context,
+                    float *pooled) {
+    int32_t ids[SC__MAX_TOKENS];
+    if (tokens < 2 || tokens > SC__MAX_TOKENS)
+        return sc__fail("a prompt takes from 2 to %d text tokens, not %d", SC__MAX_TOKENS, tokens);
+    return sc_tokenize(t->clip_tokenizer, prompt, t->clip_length, ids) >= 0 &&
+           sc__clip_encode(t, ids, pooled) &&
+           sc_tokenize(t->t5_tokenizer, prompt, tokens, ids) >= 0 &&
+           sc__t5_encode(t, ids, tokens, context);
 }
 
 /* ==== Pictures and data sets ==================================================================
