@@ -11,6 +11,7 @@ extern "C" {
 
 /* ==== Errors ==== */
 const char *sc_error(void); /* the last failure on this thread, one line; valid until the next */
+bool sc_set_error(const char *line); /* for backends in other files; returns false */
 
 /* ==== Random numbers ==== */
 typedef struct sc_rng { uint64_t state; } sc_rng; /* the seed is the first state */
@@ -86,11 +87,14 @@ typedef struct sc_adamw {        /* one step of AdamW */
 typedef struct sc_backend {
     const char *name;
     sc_dtype activation;
+    bool on_host;               /* its memory is the host's: mapped files are used where they are */
     /* Memory: NULL with the error set when there is not enough. */
     void *(*alloc)(size_t bytes);
     void (*release)(void *p);
     void (*upload)(void *device, const void *host, size_t bytes);
-    void (*download)(void *host, const void *device, size_t bytes);
+    /* Waits for all work. False with the error set if this or any operation before it failed: the
+     * others may be asynchronous, and report nothing. */
+    bool (*download)(void *host, const void *device, size_t bytes);
     void (*zero)(void *p, size_t bytes);
     /* C[m,n] = alpha op(A) op(B) + beta C + bias; bias [n] or NULL. */
     void (*gemm)(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, sc_matrix b, float beta,
@@ -115,10 +119,11 @@ typedef struct sc_backend {
                       const sc_tensor *rope);
     void (*norm_rope_backward)(const sc_tensor *y, int64_t offset, sc_tensor *x, sc_tensor *weight,
                                const sc_tensor *rope);
-    void (*attention)(sc_tensor *o, const sc_tensor *q, const sc_tensor *k, const sc_tensor *v,
-                      int heads, float scale, const sc_tensor *bias, bool causal);
-    void (*attention_backward)(const sc_tensor *o, sc_tensor *q, sc_tensor *k, sc_tensor *v,
-                               int heads, float scale);
+    /* lse [B,H,Tq], f32, keeps log(sum(exp(scores))) for the backward pass; NULL: none follows. */
+    void (*attention)(sc_tensor *o, float *lse, const sc_tensor *q, const sc_tensor *k,
+                      const sc_tensor *v, int heads, float scale, const sc_tensor *bias, bool causal);
+    void (*attention_backward)(const sc_tensor *o, const float *lse, sc_tensor *q, sc_tensor *k,
+                               sc_tensor *v, int heads, float scale);
     void (*layer_norm)(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
                        float eps);
     void (*rms_norm)(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, float eps);
@@ -130,7 +135,7 @@ typedef struct sc_backend {
     void (*upsample)(sc_tensor *y, const sc_tensor *x);
     void (*swap_axes)(sc_tensor *y, const sc_tensor *x);
     /* Loss and optimiser, all f32. */
-    double (*mse)(const sc_tensor *prediction, const sc_tensor *target);
+    void (*mse)(double *loss, const sc_tensor *prediction, const sc_tensor *target); /* loss: device */
     void (*mse_backward)(sc_tensor *prediction, const sc_tensor *target, float factor);
     double (*sum_squares)(const float *x, int64_t n);
     void (*adamw)(float *w, const float *grad, float *m, float *v, int64_t n, const sc_adamw *o);
@@ -193,6 +198,8 @@ sc_tensor *sc_attention(sc_tape *t, sc_tensor *q, sc_tensor *k, sc_tensor *v, in
                         const sc_tensor *bias, bool causal);
 sc_tensor *sc_timestep_embedding(sc_tape *t, const float *times, int64_t batch, int64_t channels);
 sc_tensor *sc_blend(sc_tape *t, const float *p, sc_tensor *u, const float *q, sc_tensor *v); /* not recorded */
+/* Mean square error. While recording, *loss is set at the end of sc_backward (which nothing waits
+ * for until then), else now. */
 bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, float weight, double *loss);
 
 /* Operations of the frozen networks (text encoders, VAE, evaluator); not recorded. */
@@ -608,6 +615,8 @@ static SC_PRINTF(1, 2) bool sc__fail(const char *format, ...) {
     return false;
 }
 
+bool sc_set_error(const char *line) { return sc__fail("%s", line); }
+
 /* Zeroed memory for `count` items of `size` bytes; NULL with the error set. */
 static void *sc__alloc(size_t count, size_t size) {
     void *p = NULL;
@@ -849,7 +858,11 @@ static void *sc__cpu_alloc(size_t bytes) {
     return p;
 }
 static void sc__cpu_release(void *p) { free(p); }
-static void sc__cpu_copy(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
+static void sc__cpu_upload(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
+static bool sc__cpu_download(void *to, const void *from, size_t bytes) {
+    memcpy(to, from, bytes);
+    return true;
+}
 static void sc__cpu_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
 
 static void sc__cpu_copy_block(void *dst, int64_t dst_ld, const void *src, int64_t src_ld,
@@ -1132,8 +1145,9 @@ static int64_t sc__attention_rows(int64_t tokens) { /* rows of a block of scores
     return rows < 16 ? 16 : rows > 256 ? 256 : rows;
 }
 
-/* Scores of `rows` queries from `first` on, into p[rows, tokens], and their softmax. */
-static void sc__softmax_scores(float *p, const float *q, const float *k, int64_t rows, int64_t tokens,
+/* Scores of `rows` queries from `first` on, into p[rows, tokens], and their softmax. lse (or NULL)
+ * receives the logarithm of each row's sum. */
+static void sc__softmax_scores(float *p, float *lse, const float *q, const float *k, int64_t rows, int64_t tokens,
                                int64_t size, int64_t ld, float scale, const float *bias, bool causal,
                                int64_t first) {
     sc__sgemm(false, true, (int)rows, (int)tokens, (int)size, scale, q, (int)ld, k, (int)ld, 0, p,
@@ -1146,13 +1160,15 @@ static void sc__softmax_scores(float *p, const float *q, const float *k, int64_t
         for (int64_t c = 0; c < n; c++) top = row[c] > top ? row[c] : top;
         SC_SIMD_SUM(sum) for (int64_t c = 0; c < n; c++) sum += row[c] = sc__exp(row[c] - top);
         float inverse = 1 / sum;
+        if (lse) lse[r] = top + logf(sum);
         SC_SIMD for (int64_t c = 0; c < n; c++) row[c] *= inverse;
         for (int64_t c = n; c < tokens; c++) row[c] = 0;
     }
 }
 
-static void sc__cpu_attention(sc_tensor *o, const sc_tensor *q, const sc_tensor *k, const sc_tensor *v,
-                              int heads, float scale, const sc_tensor *bias, bool causal) {
+static void sc__cpu_attention(sc_tensor *o, float *lse, const sc_tensor *q, const sc_tensor *k,
+                              const sc_tensor *v, int heads, float scale, const sc_tensor *bias,
+                              bool causal) {
     int64_t channels = q->shape[2], size = channels / heads, nq = q->shape[1], nk = k->shape[1];
     int64_t block = sc__attention_rows(nk), blocks = (nq + block - 1) / block;
     float *scratch = sc__scratch((size_t)(sc__threads() * block * nk));
@@ -1162,15 +1178,18 @@ static void sc__cpu_attention(sc_tensor *o, const sc_tensor *q, const sc_tensor 
         int64_t rows = nq - first < block ? nq - first : block;
         float *p = scratch + sc__thread() * block * nk;
         int64_t query = (b * nq + first) * channels + h * size, key = b * nk * channels + h * size;
-        sc__softmax_scores(p, sc__f(q) + query, sc__f(k) + key, rows, nk, size, channels, scale,
+        float *sums = lse ? lse + (b * heads + h) * nq + first : NULL;
+        sc__softmax_scores(p, sums, sc__f(q) + query, sc__f(k) + key, rows, nk, size, channels, scale,
                            bias ? sc__f(bias) + (h * nq + first) * nk : NULL, causal, first);
         sc__sgemm(false, false, (int)rows, (int)size, (int)nk, 1, p, (int)nk, sc__f(v) + key,
                   (int)channels, 0, sc__f(o) + query, (int)channels);
     }
 }
 
-static void sc__cpu_attention_backward(const sc_tensor *o, sc_tensor *q, sc_tensor *k, sc_tensor *v,
-                                       int heads, float scale) {
+/* The scores' softmax is made again, so `lse` is not needed here. */
+static void sc__cpu_attention_backward(const sc_tensor *o, const float *lse, sc_tensor *q, sc_tensor *k,
+                                       sc_tensor *v, int heads, float scale) {
+    (void)lse;
     int64_t channels = q->shape[2], size = channels / heads, nq = q->shape[1], nk = k->shape[1];
     int64_t block = sc__attention_rows(nk);
     int ld = (int)channels, n = (int)nk, d = (int)size;
@@ -1183,7 +1202,7 @@ static void sc__cpu_attention_backward(const sc_tensor *o, sc_tensor *q, sc_tens
             int rows = (int)(nq - first < block ? nq - first : block);
             int64_t query = (b * nq + first) * channels + h * size;
             const float *out = sc__f(o) + query, *dout = sc__g(o) + query;
-            sc__softmax_scores(p, sc__f(q) + query, sc__f(k) + key, rows, nk, size, channels, scale,
+            sc__softmax_scores(p, NULL, sc__f(q) + query, sc__f(k) + key, rows, nk, size, channels, scale,
                                NULL, false, first);
             sc__sgemm(true, false, n, d, rows, 1, p, n, dout, ld, 1, sc__g(v) + key, ld);
             sc__sgemm(false, true, rows, n, d, 1, dout, ld, sc__f(v) + key, ld, 0, dp, n);
@@ -1247,9 +1266,9 @@ static double sc__sum_of_squares(const float *x, const float *minus, int64_t n) 
 static double sc__cpu_sum_squares(const float *x, int64_t n) { return sc__sum_of_squares(x, NULL, n); }
 
 /* loss = mean((prediction - target)^2);  dprediction += factor * 2 (prediction - target) / n */
-static double sc__cpu_mse(const sc_tensor *prediction, const sc_tensor *target) {
+static void sc__cpu_mse(double *loss, const sc_tensor *prediction, const sc_tensor *target) {
     int64_t n = sc_count(prediction);
-    return sc__sum_of_squares(sc__f(prediction), sc__f(target), n) / (double)n;
+    *loss = sc__sum_of_squares(sc__f(prediction), sc__f(target), n) / (double)n;
 }
 
 static void sc__cpu_mse_backward(sc_tensor *prediction, const sc_tensor *target, float factor) {
@@ -1497,9 +1516,9 @@ static void sc__cpu_swap_axes(sc_tensor *y, const sc_tensor *x) {
 }
 
 static const sc_backend sc__cpu_backend = {
-    .name = "cpu", .activation = SC_F32,
+    .name = "cpu", .activation = SC_F32, .on_host = true,
     .alloc = sc__cpu_alloc, .release = sc__cpu_release,
-    .upload = sc__cpu_copy, .download = sc__cpu_copy, .zero = sc__cpu_zero,
+    .upload = sc__cpu_upload, .download = sc__cpu_download, .zero = sc__cpu_zero,
     .gemm = sc__cpu_gemm, .copy_block = sc__cpu_copy_block, .column_sum = sc__cpu_column_sum,
     .blend = sc__cpu_blend, .embed_timestep = sc__cpu_embed_timestep,
     .activate = sc__cpu_activate, .activate_backward = sc__cpu_activate_backward,
@@ -1552,6 +1571,7 @@ struct sc_tape {
     sc__arena host, device;     /* tensor structs; their data and gradients */
     bool recording, failed;
     const uint8_t *sets;        /* LoRA set of each sample, or NULL */
+    double *loss, *loss_to;     /* in the backend's memory, and where the caller wants it */
     sc__op *ops;
     int64_t count, capacity;
 };
@@ -1612,6 +1632,7 @@ void sc_tape_reset(sc_tape *t) {
     t->host.used = t->device.used = 0;
     t->count = 0;
     t->failed = false;
+    t->loss = NULL;
 }
 
 void sc_tape_record(sc_tape *t, bool recording) { t->recording = recording; }
@@ -1664,16 +1685,12 @@ sc_tensor *sc_from(sc_tape *t, int ndim, const int64_t *shape, const float *valu
 bool sc_read(sc_tape *t, const sc_tensor *x, float *values) {
     if (!x) return false;
     size_t bytes = (size_t)(sc_count(x) * sc_dtype_size(x->dtype));
-    if (x->dtype == SC_F32) {
-        t->be->download(values, x->data, bytes);
-        return true;
-    }
+    if (x->dtype == SC_F32) return t->be->download(values, x->data, bytes);
     void *raw = sc__alloc(bytes, 1);
-    if (!raw) return false;
-    t->be->download(raw, x->data, bytes);
-    sc_to_f32(values, raw, x->dtype, sc_count(x));
+    bool ok = raw && t->be->download(raw, x->data, bytes);
+    if (ok) sc_to_f32(values, raw, x->dtype, sc_count(x));
     SC_FREE(raw);
-    return true;
+    return ok;
 }
 
 sc_tensor *sc_reshape(sc_tape *t, const sc_tensor *x, int ndim, const int64_t *shape) {
@@ -1736,7 +1753,12 @@ static bool sc__backward_from(sc_tape *t, int64_t first) {
     return !t->failed;
 }
 
-bool sc_backward(sc_tape *t) { return sc__backward_from(t, 0); }
+bool sc_backward(sc_tape *t) {
+    bool ok = sc__backward_from(t, 0);
+    if (ok && t->loss) ok = t->be->download(t->loss_to, t->loss, sizeof *t->loss);
+    t->loss = NULL;
+    return ok;
+}
 
 /* ---- Linear layers, and LoRA: y = x W^T + bias + scale (x A^T) B^T ----
  * The only place where LoRA exists. Samples next to each other with the same set share one thin
@@ -1997,16 +2019,18 @@ sc_tensor *sc_norm_rope(sc_tape *t, sc_tensor *text, sc_tensor *image, sc_tensor
 static void sc__attention_backward(sc_tape *t, sc__op *op) {
     for (int i = 0; i < 3; i++) sc__grad(t, op->in[i]);
     if (!t->failed)
-        t->be->attention_backward(op->out[0], op->in[0], op->in[1], op->in[2], (int)op->n[0], op->scale);
+        t->be->attention_backward(op->out[0], (const float *)op->extra, op->in[0], op->in[1], op->in[2], (int)op->n[0], op->scale);
 }
 
 sc_tensor *sc_attention(sc_tape *t, sc_tensor *q, sc_tensor *k, sc_tensor *v, int heads, float scale,
                         const sc_tensor *bias, bool causal) {
     sc_tensor *o = q && k && v ? sc__new_like(t, q) : NULL;
     if (!o) return NULL;
-    t->be->attention(o, q, k, v, heads, scale, bias, causal);
     sc__op *op = sc__record(t, sc__attention_backward, o, q, k, v);
-    if (op) op->n[0] = heads, op->scale = scale;
+    float *lse = op ? (float *)sc__arena_take(&t->device, (size_t)(q->shape[0] * heads * q->shape[1]) * 4) : NULL;
+    if (op && !lse) return NULL;
+    if (op) op->n[0] = heads, op->scale = scale, op->extra = lse;
+    t->be->attention(o, lse, q, k, v, heads, scale, bias, causal);
     return o;
 }
 
@@ -2026,12 +2050,16 @@ static void sc__mse_backward(sc_tape *t, sc__op *op) {
     if (sc__grad(t, op->in[0])) t->be->mse_backward(op->in[0], op->in[1], op->scale);
 }
 
-/* The loss mean((prediction - target)^2), times `weight` in the backward pass. */
+/* `weight` counts in the backward pass only. */
 bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, float weight, double *loss) {
     if (!prediction || !target) return false;
-    *loss = t->be->mse(prediction, target);
+    double *value = (double *)sc__arena_take(&t->device, sizeof *value);
+    if (!value) return false;
+    t->be->mse(value, prediction, target);
     sc__op *op = sc__record(t, sc__mse_backward, prediction, prediction, NULL, NULL);
-    if (!op) return !t->failed;
+    if (!op) return !t->failed && t->be->download(loss, value, sizeof *value);
+    t->loss = value;
+    t->loss_to = loss;
     op->in[1] = (sc_tensor *)target;
     op->scale = weight;
     return sc__grad(t, prediction) != NULL; /* it exists: the walk back starts here */
@@ -2904,9 +2932,11 @@ bool sc_file_save(const char *path, const sc_named *tensors, int64_t count,
  * disk, mapped; vectors (biases, norms) become f32, and so does everything that will be trained.
  */
 
-/* Weights of up to 512 MiB: worth widening to f32 once, since then no product has to. */
-static bool sc__small_file(const char *folder) {
+/* Weights of up to 512 MiB that a CPU will use: worth widening to f32 once, since then no product
+ * has to. */
+static bool sc__small_file(const sc_backend *backend, const char *folder) {
     struct stat s;
+    if (!backend->on_host) return false;
     char *path = sc__weights_in(folder);
     bool small = path && stat(path, &s) == 0 && s.st_size <= (off_t)512 << 20 && !strstr(path, ".index.json");
     SC_FREE(path);
@@ -2951,6 +2981,33 @@ static void sc__random_weight(sc_net *net, const char *name, float *w, const sc_
     for (int64_t i = 0; i < n; i++) w[i] *= std;
 }
 
+/* Copies a matrix to a backend with memory of its own: 8-bit types as they are, others in the type
+ * of the activations, a slice at a time. */
+static bool sc__upload_weight(sc_net *net, sc_tensor *x, const sc_tensor *found) {
+    enum { SLICE = 1 << 22 };
+    int64_t n = sc_count(x), from_size = sc_dtype_size(found->dtype);
+    bool same = from_size == 1 || found->dtype == net->backend->activation;
+    x->dtype = same ? found->dtype : net->backend->activation;
+    int64_t size = sc_dtype_size(x->dtype);
+    float *wide = same ? NULL : (float *)sc__alloc(SLICE, sizeof *wide);
+    x->data = same || wide ? net->backend->alloc((size_t)(n * size)) : NULL;
+    for (int64_t i = 0; x->data && i < n; i += SLICE) {
+        int64_t count = n - i < SLICE ? n - i : SLICE;
+        const void *from = (const char *)found->data + i * from_size;
+        if (!same) {
+            sc_to_f32(wide, from, found->dtype, count);
+            for (int64_t j = 0; size == 2 && j < count; j++) { /* in place: none lands after its own */
+                uint16_t narrow = sc__f32_to_bf16(wide[j]);
+                memcpy((char *)wide + 2 * j, &narrow, 2);
+            }
+            from = wide;
+        }
+        net->backend->upload((char *)x->data + i * size, from, (size_t)(count * size));
+    }
+    SC_FREE(wide);
+    return x->data != NULL;
+}
+
 /* Fills `x` with the f32 values of `found`, or with random ones. */
 static bool sc__fill_weight(sc_net *net, const char *name, sc_tensor *x, const sc_tensor *found) {
     int64_t n = sc_count(x);
@@ -2983,10 +3040,11 @@ sc_tensor *sc_net_weight(sc_net *net, const char *name, int ndim, const int64_t 
     const sc_tensor *found = net->file ? sc_file_find(net->file, name) : NULL;
     if (net->file && !sc__check_weight(net, name, &x, found)) return NULL;
     bool as_on_disk = found && ndim > 1 && !net->widen && found->dtype != SC_F64;
-    if (as_on_disk) {
+    bool mapped = as_on_disk && net->backend->on_host;
+    if (mapped) {
         x.dtype = found->dtype;
         x.data = found->data;
-    } else if (!sc__fill_weight(net, name, &x, found)) return NULL;
+    } else if (!(as_on_disk ? sc__upload_weight(net, &x, found) : sc__fill_weight(net, name, &x, found))) return NULL;
     if ((net->count & (net->count - 1)) == 0) { /* at powers of two: double the list */
         size_t capacity = net->count ? 2 * (size_t)net->count : 1;
         void *list = SC_REALLOC(net->weights, capacity * sizeof *net->weights);
@@ -3001,7 +3059,7 @@ sc_tensor *sc_net_weight(sc_net *net, const char *name, int ndim, const int64_t 
         SC_FREE(copy);
         return NULL;
     }
-    *w = (sc_weight){.name = copy, .tensor = x, .owned = !as_on_disk};
+    *w = (sc_weight){.name = copy, .tensor = x, .owned = !mapped};
     net->weights[net->count++] = w;
     return &w->tensor;
 }
@@ -3250,7 +3308,7 @@ bool sc_flux_save(const sc_flux *f, const char *folder, sc_dtype dtype, const ch
         size_t bytes = (size_t)(sc_count(x) * sc_dtype_size(x->dtype));
         host[i] = *x;
         ok = (host[i].data = sc__alloc(bytes, 1)) != NULL;
-        if (ok) net->backend->download(host[i].data, x->data, bytes);
+        ok = ok && net->backend->download(host[i].data, x->data, bytes);
         named[i] = (sc_named){net->weights[i]->name, &host[i], x->dtype == SC_F32 ? dtype : x->dtype};
     }
     ok = ok && sc_file_save(weights, named, net->count, metadata) &&
@@ -3404,14 +3462,7 @@ static bool sc__params_arrays(sc_params *p, bool teacher) {
 }
 
 void sc_params_copy(sc_params *p, sc_set to, sc_set from) {
-    int64_t slice = 1 << 20;
-    float *host = (float *)sc__alloc((size_t)slice, sizeof *host);
-    for (int64_t i = 0; host && i < p->count; i += slice) {
-        size_t bytes = (size_t)(p->count - i < slice ? p->count - i : slice) * 4;
-        p->backend->download(host, p->set[from] + i, bytes);
-        p->backend->upload(p->set[to] + i, host, bytes);
-    }
-    SC_FREE(host);
+    p->backend->copy_block(p->set[to], p->count, p->set[from], p->count, 1, p->count, SC_F32, false);
 }
 
 static sc_tensor *sc__params_tensor(sc_params *p, float *data, int64_t offset, bool trained, int64_t rows, int64_t columns) {
@@ -3558,7 +3609,7 @@ bool sc_lora_save(const sc_params *p, sc_set set, const char *path, const char *
     char(*names)[SC_MAX_NAME + 32] = (char(*)[SC_MAX_NAME + 32])sc__alloc((size_t)n * 2, sizeof *names);
     float *host = (float *)sc__alloc((size_t)p->count, sizeof *host), *data = host;
     bool ok = named && tensors && names && host;
-    if (ok) p->backend->download(host, p->set[set], (size_t)p->count * 4);
+    ok = ok && p->backend->download(host, p->set[set], (size_t)p->count * 4);
     for (int i = 0; ok && i < 2 * n; i++) {
         const sc_tensor *x = i % 2 ? p->adapters[i / 2].b[set] : p->adapters[i / 2].a[set];
         snprintf(names[i], sizeof names[i], "transformer.%s.lora_%c.weight", p->flux->modules[i / 2].name, i % 2 ? 'B' : 'A');
@@ -5704,7 +5755,7 @@ static bool sc__clip_open(sc_text_encoders *t, const char *folder) {
     sc_json *json = path ? sc_json_load(path) : NULL;
     int hidden = 0;
     bool ok = json && sc__clip_read_config(t, json, path, &hidden) &&
-              (t->clip = sc_net_open(t->backend, folder, sc__small_file(folder)));
+              (t->clip = sc_net_open(t->backend, folder, sc__small_file(t->backend, folder)));
     if (ok) {
         const char *tokens = "text_model.embeddings.token_embedding.weight";
         const char *positions = "text_model.embeddings.position_embedding.weight";
@@ -5805,7 +5856,7 @@ static bool sc__t5_open(sc_text_encoders *t, const char *folder) {
     sc_json *json = path ? sc_json_load(path) : NULL;
     int hidden = 0;
     bool ok = json && sc__t5_read_config(t, json, path, &hidden) &&
-              (t->t5 = sc_net_open(t->backend, folder, sc__small_file(folder)));
+              (t->t5 = sc_net_open(t->backend, folder, sc__small_file(t->backend, folder)));
     if (ok) {
         const char *table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
         const char *tokens = "shared.weight";
@@ -5843,9 +5894,8 @@ static sc_tensor *sc__t5_position_bias(sc_text_encoders *s, int tokens) {
     float *bias = (float *)sc__alloc((size_t)(size + n), sizeof *bias);
     void *raw = sc__alloc(bytes, 1);
     sc_tensor *x = NULL;
-    if (bias && raw) {
+    if (bias && raw && s->backend->download(raw, s->t5_bias->data, bytes)) {
         float *table = bias + size; /* [buckets, H] */
-        s->backend->download(raw, s->t5_bias->data, bytes);
         sc_to_f32(table, raw, s->t5_bias->dtype, n);
         for (int distance = 1 - tokens; distance < tokens; distance++) {
             int bucket = sc__t5_bucket(distance, s->t5_buckets, s->t5_distance);
@@ -6292,7 +6342,7 @@ sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *folder, con
     p->folder = sc__strdup(folder);
     char *own = sc__join(folder, "transformer");
     bool ok = p->folder && own && sc__pipeline_settings(p);
-    if (ok) p->flux = sc_flux_open(backend, o->transformer ? o->transformer : own, o->widen || sc__small_file(own), o->random, o->seed);
+    if (ok) p->flux = sc_flux_open(backend, o->transformer ? o->transformer : own, o->widen || sc__small_file(backend, own), o->random, o->seed);
     SC_FREE(own);
     ok = ok && p->flux && (p->tape = sc_tape_new(backend));
     if (ok) return p;
@@ -6323,7 +6373,7 @@ bool sc_pipeline_text(sc_pipeline *p, const char *prompt, float *context, float 
 
 static bool sc__pipeline_vae(sc_pipeline *p) {
     char *folder = p->vae ? NULL : sc__join(p->folder, "vae");
-    if (folder) p->vae = sc_vae_open(p->backend, folder, sc__small_file(folder));
+    if (folder) p->vae = sc_vae_open(p->backend, folder, sc__small_file(p->backend, folder));
     SC_FREE(folder);
     return p->vae != NULL;
 }

@@ -193,7 +193,7 @@ static bool save_state(const training *t) {
     bool ok = host != NULL;
     for (int i = 0; ok && i < n; i++) {
         float *copy = host + i * t->params->count;
-        t->pipeline->backend->download(copy, tensors[i].data, (size_t)t->params->count * 4);
+        ok = t->pipeline->backend->download(copy, tensors[i].data, (size_t)t->params->count * 4);
         tensors[i].data = copy;
     }
     ok = ok && sc_file_save(path, named, n, metadata);
