@@ -80,9 +80,15 @@ typedef enum { SC_SILU, SC_GELU_TANH, SC_GELU, SC_QUICK_GELU } sc_activation;
 
 typedef struct sc_adamw {        /* one step of AdamW */
     float lr, beta1, beta2, eps, weight_decay;
-    float grad_scale;           /* gradients are multiplied by this first (clipping) */
-    int64_t step;               /* 1 for the first */
+    float clip;                 /* a longer gradient is shortened to this norm first; 0: never */
+    int64_t step;               /* steps done before */
 } sc_adamw;
+
+typedef struct sc_trained {     /* trained numbers, all [count], f32 */
+    int64_t count;
+    float *w, *grad, *m, *v;    /* gradient and Adam's moments */
+    float *average[2];          /* exponential averages of w; NULL: none */
+} sc_trained;
 
 typedef struct sc_backend {
     const char *name;
@@ -138,8 +144,9 @@ typedef struct sc_backend {
     void (*mse)(double *loss, const sc_tensor *prediction, const sc_tensor *target); /* loss: device */
     void (*mse_backward)(sc_tensor *prediction, const sc_tensor *target, float factor);
     double (*sum_squares)(const float *x, int64_t n);
-    void (*adamw)(float *w, const float *grad, float *m, float *v, int64_t n, const sc_adamw *o);
-    void (*ema)(float *average, const float *w, int64_t n, float decay);
+    /* One step: clips, AdamW, moves the averages (average = decay average + (1 - decay) w), clears
+     * the gradient. Returns the gradient's norm before clipping; not finite: w did not change. */
+    double (*update)(const sc_trained *x, const sc_adamw *o, const float decay[2]);
 } sc_backend;
 
 const sc_backend *sc_cpu(void);
@@ -295,9 +302,9 @@ sc_params *sc_params_full(sc_flux *flux, bool teacher);
 void sc_params_free(sc_params *params);
 void sc_params_use(sc_params *params, sc_set set);          /* all weights only: compute with this copy */
 void sc_params_copy(sc_params *params, sc_set to, sc_set from);
-/* Clips the gradient to `clip` (0: not), steps AdamW, moves both averages, clears the gradient.
- * Returns the norm before clipping; NaN or infinity: nothing was changed. */
-double sc_params_step(sc_params *params, sc_adamw *adamw, float clip, float fast_decay, float slow_decay);
+/* One step of the student and both averages (see sc_backend.update), counted in adamw->step. Returns
+ * the gradient's norm before clipping; NaN or infinity: nothing was changed. */
+double sc_params_step(sc_params *params, sc_adamw *adamw, float fast_decay, float slow_decay);
 
 /* ==== LoRA files ====
  * safetensors, PEFT names: transformer.<module>.lora_A.weight [rank, in], .lora_B.weight [out, rank]. */
@@ -1279,25 +1286,31 @@ static void sc__cpu_mse_backward(sc_tensor *prediction, const sc_tensor *target,
 }
 
 /* AdamW (Loshchilov & Hutter 2019; torch.optim.AdamW): decoupled weight decay, bias-corrected moments. */
-static void sc__cpu_adamw(float *w, const float *grad, float *m, float *v, int64_t n,
-                          const sc_adamw *o) {
-    double correction1 = 1 - pow(o->beta1, (double)o->step), correction2 = 1 - pow(o->beta2, (double)o->step);
-    float b1 = o->beta1, b2 = o->beta2, decay = 1 - o->lr * o->weight_decay, eps = o->eps;
-    float scale = o->grad_scale, rate = (float)(o->lr / correction1), root = (float)(1 / sqrt(correction2));
+static double sc__cpu_update(const sc_trained *x, const sc_adamw *o, const float decay[2]) {
+    double norm = sqrt(sc__cpu_sum_squares(x->grad, x->count)), step = (double)(o->step + 1);
+    double correction1 = 1 - pow(o->beta1, step), correction2 = 1 - pow(o->beta2, step);
+    float b1 = o->beta1, b2 = o->beta2, keep = 1 - o->lr * o->weight_decay, eps = o->eps;
+    float rate = (float)(o->lr / correction1), root = (float)(1 / sqrt(correction2));
+    float clip = o->clip > 0 && norm > o->clip ? (float)(o->clip / norm) : 1.f;
     SC_PARALLEL_FOR
-    for (int64_t start = 0; start < n; start += SC__SLICE) {
-        int64_t end = start + SC__SLICE < n ? start + SC__SLICE : n;
-        SC_SIMD for (int64_t i = start; i < end; i++) {
-            float g = grad[i] * scale;
-            m[i] = b1 * m[i] + (1 - b1) * g;
-            v[i] = b2 * v[i] + (1 - b2) * g * g;
-            w[i] = w[i] * decay - rate * m[i] / (sqrtf(v[i]) * root + eps);
+    for (int64_t start = 0; start < x->count; start += SC__SLICE) {
+        int64_t end = start + SC__SLICE < x->count ? start + SC__SLICE : x->count;
+        float *w = x->w, *m = x->m, *v = x->v;
+        if (isfinite(norm)) {
+            SC_SIMD for (int64_t i = start; i < end; i++) {
+                float g = x->grad[i] * clip;
+                m[i] = b1 * m[i] + (1 - b1) * g;
+                v[i] = b2 * v[i] + (1 - b2) * g * g;
+                w[i] = w[i] * keep - rate * m[i] / (sqrtf(v[i]) * root + eps);
+            }
+            for (int k = 0; k < 2; k++) {
+                float *average = x->average[k], move = 1 - decay[k];
+                if (average) SC_SIMD for (int64_t i = start; i < end; i++) average[i] += move * (w[i] - average[i]);
+            }
         }
+        memset(x->grad + start, 0, (size_t)(end - start) * sizeof(float));
     }
-}
-
-static void sc__cpu_ema(float *average, const float *w, int64_t n, float decay) {
-    SC_SIMD for (int64_t i = 0; i < n; i++) average[i] += (1 - decay) * (w[i] - average[i]);
+    return norm;
 }
 
 /* ---- Pictures [B,C,H,W]: convolution ----
@@ -1533,7 +1546,7 @@ static const sc_backend sc__cpu_backend = {
     .group_norm = sc__cpu_group_norm, .conv2d = sc__cpu_conv2d, .upsample = sc__cpu_upsample,
     .swap_axes = sc__cpu_swap_axes,
     .mse = sc__cpu_mse, .mse_backward = sc__cpu_mse_backward, .sum_squares = sc__cpu_sum_squares,
-    .adamw = sc__cpu_adamw, .ema = sc__cpu_ema,
+    .update = sc__cpu_update,
 };
 
 const sc_backend *sc_cpu(void) {
@@ -3587,16 +3600,10 @@ void sc_params_free(sc_params *p) {
     SC_FREE(p);
 }
 
-double sc_params_step(sc_params *p, sc_adamw *o, float clip, float fast_decay, float slow_decay) {
-    double norm = sqrt(p->backend->sum_squares(p->grad, p->count));
-    if (isfinite(norm)) {
-        o->grad_scale = clip > 0 && norm > clip ? (float)(clip / norm) : 1.f;
-        o->step++;
-        p->backend->adamw(p->set[SC_STUDENT], p->grad, p->m, p->v, p->count, o);
-        p->backend->ema(p->set[SC_FAST], p->set[SC_STUDENT], p->count, fast_decay);
-        p->backend->ema(p->set[SC_SLOW], p->set[SC_STUDENT], p->count, slow_decay);
-    }
-    p->backend->zero(p->grad, (size_t)p->count * 4);
+double sc_params_step(sc_params *p, sc_adamw *o, float fast_decay, float slow_decay) {
+    const sc_trained x = {p->count, p->set[SC_STUDENT], p->grad, p->m, p->v, {p->set[SC_FAST], p->set[SC_SLOW]}};
+    double norm = p->backend->update(&x, o, (const float[2]){fast_decay, slow_decay});
+    if (isfinite(norm)) o->step++;
     return norm;
 }
 

@@ -303,7 +303,8 @@ static bool train_step(training *t, double *loss, double *norm) {
     draw_batch(t);
     if (!sc_train_gradient(t->pipeline->flux, t->params, t->pipeline->tape, &t->recipe, &t->batch, &t->rng, loss)) return false;
     t->adamw.lr = learning_rate(t);
-    *norm = sc_params_step(t->params, &t->adamw, t->o.clip, t->o.fast, t->o.slow);
+    t->adamw.clip = t->o.clip;
+    *norm = sc_params_step(t->params, &t->adamw, t->o.fast, t->o.slow);
     if (!isfinite(*loss) || !isfinite(*norm))
         return sc__fail("step %lld: the loss is %g, the gradient's norm %g: lower --lr; the last saved state is in %s",
                         (long long)t->step + 1, *loss, *norm, t->o.run);

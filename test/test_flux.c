@@ -236,10 +236,10 @@ static void test_draws(void) {
 static void test_adamw(void) {
     sc_file *f = sc_file_open("test/reference/adamw.safetensors");
     float *w = load(f, "start"), *grads = load(f, "grads"), *end = load(f, "end"), m[500] = {0}, v[500] = {0};
-    sc_adamw o = {.lr = 3e-3f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f, .weight_decay = 0.1f, .grad_scale = 1};
-    for (int i = 0; i < 10; i++) {
-        o.step = i + 1;
-        sc_cpu()->adamw(w, grads + 500 * i, m, v, 500, &o);
+    sc_adamw o = {.lr = 3e-3f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f, .weight_decay = 0.1f};
+    for (; o.step < 10; o.step++) {
+        const sc_trained x = {500, w, grads + 500 * o.step, m, v, {NULL, NULL}};
+        sc_cpu()->update(&x, &o, (const float[2]){0, 0});
     }
     printf("error after ten AdamW steps %.1e\n", rel_error(w, end, 500));
     CHECK(rel_error(w, end, 500) < 1e-5);

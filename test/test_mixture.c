@@ -103,15 +103,11 @@ static sc_tensor *model_velocity(void *self, sc_tape *t, sc_tensor *x, int64_t f
 }
 
 static void network_step(network *n, float lr, float fast, float slow) {
-    const sc_backend *be = sc_cpu();
-    double norm = sqrt(be->sum_squares(n->grad, n->count));
+    const sc_trained x = {n->count, n->set[SC_STUDENT], n->grad, n->m, n->v, {n->set[SC_FAST], n->set[SC_SLOW]}};
     n->adamw.lr = lr;
+    n->adamw.clip = 1;
+    sc_cpu()->update(&x, &n->adamw, (const float[2]){fast, slow});
     n->adamw.step++;
-    n->adamw.grad_scale = norm > 1 ? (float)(1 / norm) : 1;
-    be->adamw(n->set[SC_STUDENT], n->grad, n->m, n->v, n->count, &n->adamw);
-    be->ema(n->set[SC_FAST], n->set[SC_STUDENT], n->count, fast);
-    be->ema(n->set[SC_SLOW], n->set[SC_STUDENT], n->count, slow);
-    memset(n->grad, 0, (size_t)n->count * 4);
 }
 
 /* ---- Training ---- */
