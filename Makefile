@@ -1,6 +1,7 @@
 # make            train, sample and shortcut
 # make test       all tests;  make check: the same under sanitizers;  make bench: speed against PyTorch
-# The programs use OpenBLAS where it is installed and a plain C product where it is not.
+# The programs use OpenBLAS where it is installed and a plain C product where it is not, and contain
+# the CUDA backend where nvcc is found (make NVCC= leaves it out).
 
 CC ?= cc
 CFLAGS ?= -O3 -march=native
@@ -26,21 +27,38 @@ ifeq ($(call compiles,#include <omp.h>,-fopenmp,),yes)
   BASE += -fopenmp
 endif
 
+# Compute capability 8.x, 9.0, and newer ones by the driver's own compiler.
+NVCC ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
+CUDA_ARCH ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]
+ifneq ($(NVCC),)
+  CUDA_LIB := $(patsubst %/bin/,%/lib64,$(dir $(realpath $(shell command -v $(NVCC)))))
+  CUDA_OBJECT := build/shortcut_cuda.o
+  CUDA_LINK := -DSHORTCUT_CUDA $(CUDA_OBJECT) -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB) -lcudart_static -ldl -lpthread -lrt
+endif
+
 PROGRAMS := train sample shortcut
-TESTS := $(patsubst test/test_%.c,build/test_%,$(wildcard test/test_*.c))
+TESTS := $(patsubst test/test_%.c,build/test_%,$(wildcard test/test_*.c)) $(if $(shell command -v $(CXX)),build/test_cuda_emulated)
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 all: $(PROGRAMS)
 
-train sample: %: %.c shortcut.h
-	$(CC) $(BASE) $(CFLAGS) $< -o $@ $(LIBS)
-shortcut: main.c shortcut.h
-	$(CC) $(BASE) $(CFLAGS) $< -o $@ $(LIBS)
+train sample: %: %.c shortcut.h $(CUDA_OBJECT)
+	$(CC) $(BASE) $(CFLAGS) $< -o $@ $(CUDA_LINK) $(LIBS)
+shortcut: main.c shortcut.h $(CUDA_OBJECT)
+	$(CC) $(BASE) $(CFLAGS) $< -o $@ $(CUDA_LINK) $(LIBS)
+build/shortcut_cuda.o: shortcut_cuda.cu shortcut.h | build
+	$(NVCC) -O3 -std=c++17 --threads 2 $(CUDA_ARCH) -Xcompiler -Wall,-fno-exceptions,-fno-threadsafe-statics -c $< -o $@
 
 build:
 	mkdir -p build
 build/test_%: test/test_%.c test/test.h shortcut.h | build
 	$(CC) $(BASE) -Wno-unused-function $(CFLAGS) $< -o $@ $(LIBS)
+build/test_cuda: test/test_cuda.c test/test.h shortcut.h $(CUDA_OBJECT) | build
+	$(CC) $(BASE) -Wno-unused-function $(CFLAGS) $< -o $@ $(CUDA_LINK) $(LIBS)
+# The CUDA file as plain C++, on a small imitation of CUDA.
+build/test_cuda_emulated: test/test_cuda.c test/test.h shortcut.h shortcut_cuda.cu $(wildcard test/emulation/*.h) | build
+	$(CXX) -std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas $(filter -fsanitize% -fno-sanitize%,$(CFLAGS)) -Itest/emulation -I. -x c++ -c shortcut_cuda.cu -o $@.o
+	$(CC) $(BASE) -Wno-unused-function -DEMULATED $(CFLAGS) $< $@.o -o $@ -lstdc++ $(LIBS)
 
 test: $(PROGRAMS) $(TESTS)
 	sh test/run.sh $(TESTS)

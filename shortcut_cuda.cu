@@ -1,0 +1,1761 @@
+/* shortcut_cuda.cu - the operations of shortcut.h on an NVIDIA GPU of compute capability 8.0 or more.
+ *
+ * Activations and their gradients are bf16, sums f32; losses, LoRA factors, optimiser state and
+ * averages are f32. Products go to cuBLASLt, everything else is a kernel below, in the order of the
+ * backend table; shortcut.h's CPU operations are the specification, with the formulas.
+ *
+ * - Work is queued on one stream, in order. The host never waits but in `download`. Memory that an
+ *   operation gives back may be handed out again at once: what uses it next is queued behind.
+ * - The first failure is kept, later calls do nothing, and `download` reports it.
+ * - Every sum has a fixed order (no atomics): the same inputs give the same bits.
+ * - A matrix is row-major, B batch, T tokens, C channels, H heads, D channels of a head.
+ *
+ * Compiled as C++ against test/emulation/ the same file runs on the CPU (test/test_cuda.c).
+ */
+#include "shortcut.h"
+
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef __nv_bfloat16 bf16;
+
+/* ==== Errors and the device ================================================================== */
+
+static struct {
+    bool failed;
+    char message[256];          /* the first failure's */
+    char name[64];
+    cudaStream_t stream;
+    cublasLtHandle_t lt;
+    void *workspace;            /* cuBLASLt's */
+    size_t shared_memory;       /* a block's limit, bytes */
+    int capability;             /* 90: 9.0 */
+} gpu;
+
+static bool fail(const char *what, const char *why) {
+    if (gpu.failed) return false;
+    gpu.failed = true;
+    snprintf(gpu.message, sizeof gpu.message, "GPU: %s: %s", what, why);
+    return sc_set_error(gpu.message);
+}
+
+static bool check(cudaError_t status, const char *what) {
+    return status == cudaSuccess || fail(what, cudaGetErrorString(status));
+}
+
+/* Queues kernel(args...). `shared`: bytes of shared_memory() that a block gets. */
+template <typename... P, typename... A>
+static void launch(const char *name, void (*kernel)(P...), dim3 blocks, int threads, size_t shared, A... args) {
+    if (gpu.failed || blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return;
+#ifdef __CUDACC__
+    if (shared > 48 << 10)
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared), name);
+    kernel<<<blocks, threads, shared, gpu.stream>>>((P)args...);
+    check(cudaGetLastError(), name);
+#else
+    emulate_launch(name, blocks, threads, shared, [&] { kernel((P)args...); });
+#endif
+}
+
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* ==== Instructions ===========================================================================
+ * What C++ has no words for; test/emulation/cuda_runtime.h has the same in plain loops. */
+#ifdef __CUDACC__
+__device__ __forceinline__ void *shared_memory() {
+    extern __shared__ uint4 block_memory[];
+    return block_memory;
+}
+__device__ __forceinline__ unsigned shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
+
+/* Starts copying 16 bytes to shared memory; zeros where not `valid`. */
+__device__ __forceinline__ void copy16(void *shared, const void *global, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(valid ? 16 : 0) : "memory");
+}
+/* Closes a group of copies; waits until at most `N` groups of this thread are under way. */
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+/* Four 8 x 8 matrices of bf16: lanes 8i .. 8i+7 point to the rows of matrix i; afterwards a lane
+ * holds, of each, the pair (lane % 4) of row lane / 4. `_transposed`: of the transposed matrix. */
+__device__ __forceinline__ void load_matrices(uint32_t x[4], const bf16 *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(shared_address(row)) : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(uint32_t x[4], const bf16 *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(shared_address(row)) : "memory");
+}
+
+/* sum[16,8] += A[16,16] B[16,8] on the tensor cores. With g = lane / 4, t = lane % 4 a lane holds
+ * sum (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1); pairs of A (g, 2t), (g+8, 2t), (g, 2t+8),
+ * (g+8, 2t+8); pairs of B down its rows (2t, g), (2t+8, g). */
+__device__ __forceinline__ void multiply_add(float sum[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+                 "{%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#endif
+
+/* ==== Memory =================================================================================
+ * Blocks that are given back wait in a list for the next request of about their size, so that a
+ * step that repeats allocates nothing. */
+
+struct Block { void *p; size_t size; bool used; };
+static struct { Block *list; int count, capacity; size_t held; } blocks;
+
+/* Sizes come in steps of an eighth at most, so that they repeat. */
+static size_t block_size(size_t bytes) {
+    size_t step = 512;
+    while (step * 16 < bytes) step *= 2;
+    return (bytes + step - 1) / step * step;
+}
+
+static void free_unused_blocks() {
+    int kept = 0;
+    for (int i = 0; i < blocks.count; i++) {
+        Block b = blocks.list[i];
+        if (b.used) blocks.list[kept++] = b;
+        else check(cudaFree(b.p), "cudaFree"), blocks.held -= b.size;
+    }
+    blocks.count = kept;
+}
+
+static void *no_memory(size_t bytes) {
+    size_t left = 0, total = 0;
+    char text[400];
+    cudaGetLastError();
+    if (cudaMemGetInfo(&left, &total) != cudaSuccess) cudaGetLastError();
+    snprintf(text, sizeof text, "not enough GPU memory: %zu MiB are held and %zu MiB more are needed, but "
+             "%zu of %zu MiB are free; a smaller --batch or --resolution, checkpointing or --weights fp8 need less",
+             blocks.held >> 20, bytes >> 20, left >> 20, total >> 20);
+    sc_set_error(text);
+    return NULL;
+}
+
+static void *cuda_alloc(size_t bytes) {
+    size_t size = block_size(bytes ? bytes : 1);
+    for (int i = 0; i < blocks.count; i++)
+        if (!blocks.list[i].used && blocks.list[i].size == size) {
+            blocks.list[i].used = true;
+            return blocks.list[i].p;
+        }
+    if (blocks.count == blocks.capacity) {
+        int capacity = blocks.capacity ? 2 * blocks.capacity : 1024;
+        Block *list = (Block *)realloc(blocks.list, (size_t)capacity * sizeof *list);
+        if (!list) return sc_set_error("out of memory: list of GPU blocks"), nullptr;
+        blocks.list = list;
+        blocks.capacity = capacity;
+    }
+    void *p = NULL;
+    if (cudaMalloc(&p, size) != cudaSuccess) {
+        cudaGetLastError();
+        free_unused_blocks();
+        if (cudaMalloc(&p, size) != cudaSuccess) return no_memory(size);
+    }
+    blocks.held += size;
+    blocks.list[blocks.count++] = Block{p, size, true};
+    return p;
+}
+
+/* Large blocks go back at once: the next of them will not have exactly this size. */
+static void cuda_release(void *p) {
+    for (int i = 0; i < blocks.count; i++) {
+        if (blocks.list[i].p != p) continue;
+        blocks.list[i].used = false;
+        return;
+    }
+}
+
+/* Memory for the length of one operation. */
+template <typename T> struct Scratch {
+    T *p;
+    explicit Scratch(int64_t count) : p(NULL) {
+        if (count > 0 && !gpu.failed && !(p = (T *)cuda_alloc((size_t)count * sizeof(T))))
+            fail("scratch memory", sc_error());
+    }
+    ~Scratch() { if (p) cuda_release(p); }
+    Scratch(const Scratch &) = delete;
+    Scratch &operator=(const Scratch &) = delete;
+};
+
+/* Uploads pass through pinned memory in slices, so that the caller may reuse its own at once. */
+enum { STAGES = 4, STAGE_SIZE = 8 << 20 };
+static struct { char *p[STAGES]; cudaEvent_t done[STAGES]; int current; size_t used; } staging;
+
+static void cuda_upload(void *device, const void *host, size_t bytes) {
+    while (bytes > 0 && !gpu.failed) {
+        if (staging.used == STAGE_SIZE) { /* full: go on in the next, once its copies are done */
+            check(cudaEventRecord(staging.done[staging.current], gpu.stream), "cudaEventRecord");
+            staging.current = (staging.current + 1) % STAGES;
+            staging.used = 0;
+            check(cudaEventSynchronize(staging.done[staging.current]), "upload");
+        }
+        size_t n = STAGE_SIZE - staging.used < bytes ? STAGE_SIZE - staging.used : bytes;
+        char *stage = staging.p[staging.current] + staging.used;
+        memcpy(stage, host, n);
+        check(cudaMemcpyAsync(device, stage, n, cudaMemcpyHostToDevice, gpu.stream), "upload");
+        staging.used += n < STAGE_SIZE - staging.used ? (n + 63) / 64 * 64 : n;
+        if (staging.used > STAGE_SIZE) staging.used = STAGE_SIZE;
+        device = (char *)device + n;
+        host = (const char *)host + n;
+        bytes -= n;
+    }
+}
+
+static bool cuda_download(void *host, const void *device, size_t bytes) {
+    if (!gpu.failed && bytes > 0)
+        check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, gpu.stream), "download");
+    if (!gpu.failed) check(cudaStreamSynchronize(gpu.stream), "a kernel");
+    return !gpu.failed || sc_set_error(gpu.message);
+}
+
+static void cuda_zero(void *p, size_t bytes) {
+    if (!gpu.failed && bytes > 0) check(cudaMemsetAsync(p, 0, bytes, gpu.stream), "cudaMemsetAsync");
+}
+
+/* ==== Values, vectors, sums ================================================================== */
+
+__device__ __forceinline__ float value(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float value(float x) { return x; }
+/* e4m3: the exponent is moved to f32's place, and its bias made good by a factor of 2^(127 - 7). */
+__device__ __forceinline__ float value(uint8_t x) {
+    return __uint_as_float((uint32_t)(x & 0x80) << 24 | (uint32_t)(x & 0x7f) << 20) * 1.329227995784916e36f;
+}
+__device__ __forceinline__ void set(bf16 *p, float x) { *p = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void set(float *p, float x) { *p = x; }
+
+__device__ __forceinline__ uint32_t pack(float low, float high) { /* two bf16 */
+    return (uint32_t)__bfloat16_as_ushort(__float2bfloat16_rn(low)) |
+           (uint32_t)__bfloat16_as_ushort(__float2bfloat16_rn(high)) << 16;
+}
+__device__ __forceinline__ float low_half(uint32_t x) { return __uint_as_float(x << 16); }
+__device__ __forceinline__ float high_half(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
+
+/* V values from p on: 16 bytes of bf16 at once (V = 8, aligned), or one (V = 1). */
+template <int V> __device__ __forceinline__ void load(float x[V], const bf16 *p) {
+    if (V == 1) { x[0] = value(*p); return; }
+    uint4 raw = *(const uint4 *)p;
+    uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < V / 2; i++) x[2 * i] = low_half(words[i]), x[2 * i + 1] = high_half(words[i]);
+}
+template <int V> __device__ __forceinline__ void store(bf16 *p, const float x[V]) {
+    if (V == 1) { set(p, x[0]); return; }
+    uint4 raw = {pack(x[0], x[1 % V]), pack(x[2 % V], x[3 % V]), pack(x[4 % V], x[5 % V]), pack(x[6 % V], x[7 % V])};
+    *(uint4 *)p = raw;
+}
+template <int V> __device__ __forceinline__ void add(bf16 *p, const float x[V]) {
+    float sum[V];
+    load<V>(sum, p);
+#pragma unroll
+    for (int i = 0; i < V; i++) sum[i] += x[i];
+    store<V>(p, sum);
+}
+
+/* Whether rows of n values can be read 8 at a time. */
+static bool wide(int64_t n, const void *a, const void *b = NULL, const void *c = NULL, const void *d = NULL) {
+    return n % 8 == 0 && (((uintptr_t)a | (uintptr_t)b | (uintptr_t)c | (uintptr_t)d) & 15) == 0;
+}
+/* Runs the kernel's 8-wide form where `w`, else its plain one. */
+#define LAUNCH(w, kernel, blocks, threads, ...)                                    \
+    ((w) ? launch(#kernel, kernel<8>, dim3((unsigned)(blocks)), threads, 0, __VA_ARGS__) \
+         : launch(#kernel, kernel<1>, dim3((unsigned)(blocks)), threads, 0, __VA_ARGS__))
+/* The same for kernels that take n values one after the other, 256 threads a block. */
+#define LAUNCH_FLAT(w, kernel, n, ...) LAUNCH(w, kernel, ceil_div(n, (w) ? 2048 : 256), 256, __VA_ARGS__)
+#define FLAT_INDEX(V) (((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * (V))
+
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
+    return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+    for (int i = 16; i > 0; i /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, i));
+    return x;
+}
+
+/* Over all threads of the block (whole warps), the same for each. */
+template <bool MAX> __device__ float block_reduce(float x) {
+    __shared__ float parts[32];
+    x = MAX ? warp_max(x) : warp_sum(x);
+    __syncthreads(); /* the last call's parts have been read */
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = parts[0];
+    for (int i = 1; i < (int)blockDim.x / 32; i++) x = MAX ? fmaxf(x, parts[i]) : x + parts[i];
+    return x;
+}
+__device__ __forceinline__ float block_sum(float x) { return block_reduce<false>(x); }
+
+static const bf16 *half_data(const sc_tensor *x) { return x ? (const bf16 *)x->data : NULL; }
+static bf16 *half_grad(const sc_tensor *x) { return (bf16 *)x->grad; }
+static const float *full_data(const sc_tensor *x) { return x ? (const float *)x->data : NULL; }
+static int64_t last_size(const sc_tensor *x) { return x->shape[x->ndim - 1]; }
+static int64_t row_count(const sc_tensor *x) { return sc_count(x) / last_size(x); }
+
+/* ==== Sums over rows =========================================================================
+ * Gradients of what a whole sample, or all rows, share: F gives K values for (row, column), which
+ * are summed over slices of rows, and then over the slices, always in the same order. */
+
+/* partial [sample, slice, K, n]; 32 columns and 8 rows at a time. */
+template <int K, class F>
+__global__ void column_partials(float *partial, F f, int64_t sample_rows, int64_t slice_rows, int n) {
+    __shared__ float parts[8][K][32];
+    int lane = threadIdx.x % 32, part = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
+    int64_t first = blockIdx.z * sample_rows + blockIdx.y * slice_rows;
+    int64_t end = first + slice_rows, last = (blockIdx.z + 1) * sample_rows;
+    if (end > last) end = last;
+    float sum[K] = {0}, x[K];
+    for (int64_t r = first + part; c < n && r < end; r += 8) {
+        f(r, c, x);
+        for (int k = 0; k < K; k++) sum[k] += x[k];
+    }
+    for (int k = 0; k < K; k++) parts[part][k][lane] = sum[k];
+    __syncthreads();
+    if (part > 0 || c >= n) return;
+    for (int k = 0; k < K; k++) {
+        float total = 0;
+        for (int i = 0; i < 8; i++) total += parts[i][k][lane];
+        partial[((int64_t)(blockIdx.z * gridDim.y + blockIdx.y) * K + k) * n + c] = total;
+    }
+}
+
+/* to[sample][c] += the sum of its slices; stride: from one sample's row of `to` to the next. */
+template <class T>
+__global__ void column_totals(T *to, int64_t stride, const float *partial, int slices, int K, int k, int n) {
+    int c = blockIdx.x * blockDim.x + threadIdx.x;
+    if (c >= n) return;
+    float total = 0;
+    for (int s = 0; s < slices; s++) total += partial[((int64_t)(blockIdx.y * slices + s) * K + k) * n + c];
+    T *p = to + blockIdx.y * stride + c;
+    set(p, value(*p) + total);
+}
+
+/* Adds the K sums over each sample's rows to to[0 .. K-1]. */
+template <int K, class T, class F>
+static void column_sums(F f, int64_t samples, int64_t rows, int64_t n, T *const to[K], int64_t stride) {
+    int64_t slice = 64;
+    while (samples * ceil_div(rows, slice) > 4096) slice *= 2;
+    int64_t slices = ceil_div(rows, slice);
+    Scratch<float> partial(samples * slices * K * n);
+    dim3 blocks((unsigned)ceil_div(n, 32), (unsigned)slices, (unsigned)samples);
+    launch("column_partials", column_partials<K, F>, blocks, 256, 0, partial.p, f, rows, slice, (int)n);
+    for (int k = 0; k < K; k++)
+        launch("column_totals", column_totals<T>, dim3((unsigned)ceil_div(n, 128), (unsigned)samples), 128, 0,
+               to[k], stride, (const float *)partial.p, (int)slices, K, k, (int)n);
+}
+
+struct PlainColumns {
+    const bf16 *x;
+    int64_t n;
+    __device__ void operator()(int64_t r, int c, float sum[1]) const { sum[0] = value(x[r * n + c]); }
+};
+static void cuda_column_sum(float *sum, const void *x, int64_t rows, int64_t columns) {
+    float *to[1] = {sum};
+    column_sums<1, float>(PlainColumns{(const bf16 *)x, columns}, 1, rows, columns, to, 0);
+}
+
+/* ==== Products ===============================================================================
+ * C = alpha op(A) op(B) + beta C + bias through cuBLASLt, which is column-major: its view of a
+ * row-major matrix is the transposed one, so it is asked for C^T = op(B)^T op(A)^T. Inputs are bf16
+ * (others are converted first) or, if all three are f32, f32. How to compute a shape is asked once.
+ */
+
+#define CUBLASLT_CALLS(X)                                                                              \
+    X(Create) X(Matmul) X(MatmulDescCreate) X(MatmulDescDestroy) X(MatmulDescSetAttribute)             \
+    X(MatrixLayoutCreate) X(MatrixLayoutDestroy) X(MatrixLayoutSetAttribute) X(MatmulPreferenceCreate) \
+    X(MatmulPreferenceSetAttribute) X(MatmulPreferenceDestroy) X(MatmulAlgoGetHeuristic)
+
+/* Found at run time, so that the program starts where the library is missing. */
+static struct {
+#define X(name) decltype(&cublasLt##name) name;
+    CUBLASLT_CALLS(X)
+#undef X
+} lt;
+
+static bool open_cublas() {
+#ifdef __CUDACC__
+#define TEXT2(x) #x
+#define TEXT(x) TEXT2(x)
+    const char *name = "libcublasLt.so." TEXT(CUBLAS_VER_MAJOR);
+    void *library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
+    if (!library) return sc_set_error("no GPU: cannot load cuBLASLt " TEXT(CUBLAS_VER_MAJOR) ": install the CUDA libraries");
+    bool all = true;
+#define X(name) all = (lt.name = (decltype(lt.name))dlsym(library, "cublasLt" #name)) && all;
+    CUBLASLT_CALLS(X)
+#undef X
+    return all || sc_set_error("no GPU: this cuBLASLt lacks a function that is needed");
+#else
+#define X(name) lt.name = cublasLt##name;
+    CUBLASLT_CALLS(X)
+#undef X
+    return true;
+#endif
+}
+
+static const char *cublas_text(cublasStatus_t s) {
+    switch (s) {
+    case CUBLAS_STATUS_NOT_SUPPORTED: return "not supported";
+    case CUBLAS_STATUS_INVALID_VALUE: return "invalid value";
+    case CUBLAS_STATUS_ALLOC_FAILED: return "out of memory";
+    case CUBLAS_STATUS_ARCH_MISMATCH: return "not for this GPU";
+    case CUBLAS_STATUS_EXECUTION_FAILED: return "execution failed";
+    case CUBLAS_STATUS_NOT_INITIALIZED: return "not initialised";
+    default: return "internal error";
+    }
+}
+
+static bool check(cublasStatus_t status, const char *what) {
+    return status == CUBLAS_STATUS_SUCCESS || fail(what, cublas_text(status));
+}
+
+enum { WORKSPACE = 64 << 20, PLANS = 2048 };
+
+/* The matrices of a batch lie `stride` elements apart. */
+struct Operand { const void *data; int64_t ld; bool transposed; int64_t stride; };
+
+struct Shape { /* all that decides how a product is computed; compared byte by byte */
+    int64_t m, n, k, lda, ldb, ldc, stride_a, stride_b, stride_c, batch;
+    int32_t ta, tb, f32_in, f32_out, bias, align_a, align_b, align_c;
+};
+struct Plan {
+    bool made;
+    Shape shape;
+    cublasLtMatmulDesc_t product;
+    cublasLtMatrixLayout_t a, b, c;
+    cublasLtMatmulAlgo_t algo;
+};
+static Plan plans[PLANS];
+
+static int32_t alignment(const void *p) { /* the largest power of two up to 256 that divides it */
+    int32_t a = 256;
+    while ((uintptr_t)p % (uintptr_t)a) a /= 2;
+    return a;
+}
+
+static bool make_layout(cublasLtMatrixLayout_t *layout, bool f32, int64_t rows, int64_t columns, int64_t ld,
+                        const Shape *s, int64_t stride) {
+    int32_t batch = (int32_t)s->batch;
+    return check(lt.MatrixLayoutCreate(layout, f32 ? CUDA_R_32F : CUDA_R_16BF, (uint64_t)rows, (uint64_t)columns, ld),
+                 "matrix layout") &&
+           check(lt.MatrixLayoutSetAttribute(*layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch),
+                 "matrix batch") &&
+           check(lt.MatrixLayoutSetAttribute(*layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &stride,
+                                             sizeof stride), "matrix stride");
+}
+
+static bool choose_algorithm(Plan *p) {
+    const Shape *s = &p->shape;
+    cublasLtMatmulPreference_t wish;
+    uint64_t workspace = WORKSPACE;
+    cublasLtMatmulHeuristicResult_t found;
+    int count = 0;
+    if (!check(lt.MatmulPreferenceCreate(&wish), "product preference")) return false;
+    const struct { cublasLtMatmulPreferenceAttributes_t name; const void *value; size_t size; } wishes[] = {
+        {CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &s->align_b, 4}, /* its A is our B */
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &s->align_a, 4},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &s->align_c, 4},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &s->align_c, 4}};
+    for (const auto &w : wishes)
+        check(lt.MatmulPreferenceSetAttribute(wish, w.name, w.value, w.size), "product preference");
+    cublasStatus_t status = lt.MatmulAlgoGetHeuristic(gpu.lt, p->product, p->a, p->b, p->c, p->c, wish, 1, &found, &count);
+    lt.MatmulPreferenceDestroy(wish);
+    if (status == CUBLAS_STATUS_SUCCESS && count > 0) {
+        p->algo = found.algo;
+        return true;
+    }
+    char text[128];
+    snprintf(text, sizeof text, "no way to multiply [%lld,%lld] by [%lld,%lld]", (long long)s->m, (long long)s->k,
+             (long long)s->k, (long long)s->n);
+    return fail(text, cublas_text(status));
+}
+
+static bool make_plan(Plan *p, const Shape *s) {
+    p->shape = *s;
+    cublasOperation_t ta = s->ta ? CUBLAS_OP_T : CUBLAS_OP_N, tb = s->tb ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasLtEpilogue_t epilogue = s->bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+    if (!check(lt.MatmulDescCreate(&p->product, CUBLAS_COMPUTE_32F, CUDA_R_32F), "product")) return false;
+    p->made = check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_TRANSA, &tb, sizeof tb), "product") &&
+              check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_TRANSB, &ta, sizeof ta), "product") &&
+              check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue),
+                    "product") &&
+              make_layout(&p->a, s->f32_in, s->tb ? s->k : s->n, s->tb ? s->n : s->k, s->ldb, s, s->stride_b) &&
+              make_layout(&p->b, s->f32_in, s->ta ? s->m : s->k, s->ta ? s->k : s->m, s->lda, s, s->stride_a) &&
+              make_layout(&p->c, s->f32_out, s->n, s->m, s->ldc, s, s->stride_c) && choose_algorithm(p);
+    return p->made;
+}
+
+/* The plan for a shape: made when it is first asked for, and again when another took its place. */
+static Plan *find_plan(const Shape *s) {
+    uint64_t hash = 1469598103934665603u;
+    for (size_t i = 0; i < sizeof *s; i++) hash = (hash ^ ((const uint8_t *)s)[i]) * 1099511628211u;
+    for (int i = 0; i < 8; i++) {
+        Plan *p = &plans[(hash + (uint64_t)i) % PLANS];
+        if (!p->made) return make_plan(p, s) ? p : NULL;
+        if (!memcmp(&p->shape, s, sizeof *s)) return p;
+    }
+    Plan *p = &plans[hash % PLANS];
+    lt.MatrixLayoutDestroy(p->a);
+    lt.MatrixLayoutDestroy(p->b);
+    lt.MatrixLayoutDestroy(p->c);
+    lt.MatmulDescDestroy(p->product);
+    *p = Plan();
+    return make_plan(p, s) ? p : NULL;
+}
+
+/* `batch` products; bias [n], bf16, or NULL. */
+static void product(int64_t m, int64_t n, int64_t k, float alpha, Operand a, Operand b, bool f32_in, float beta,
+                    Operand c, bool f32_out, const bf16 *bias, int64_t batch) {
+    if (gpu.failed || m == 0 || n == 0 || batch == 0) return;
+    Shape s;
+    memset(&s, 0, sizeof s);
+    s.m = m, s.n = n, s.k = k, s.lda = a.ld, s.ldb = b.ld, s.ldc = c.ld, s.batch = batch;
+    s.stride_a = a.stride, s.stride_b = b.stride, s.stride_c = c.stride;
+    s.ta = a.transposed, s.tb = b.transposed, s.f32_in = f32_in, s.f32_out = f32_out, s.bias = bias != NULL;
+    s.align_a = alignment(a.data), s.align_b = alignment(b.data), s.align_c = alignment(c.data);
+    Plan *p = find_plan(&s);
+    if (!p) return;
+    if (bias) check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias), "bias");
+    check(lt.Matmul(gpu.lt, p->product, &alpha, b.data, p->a, a.data, p->b, &beta, c.data, p->c, (void *)c.data, p->c,
+                    &p->algo, gpu.workspace, WORKSPACE, gpu.stream), "product");
+}
+
+/* to [rows, columns], bf16, from rows `ld` apart. */
+template <class T>
+__global__ void convert_kernel(bf16 *to, const T *from, int64_t columns, int64_t ld) {
+    int64_t r = blockIdx.y, c0 = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    for (int64_t c = c0; c < c0 + 4 && c < columns; c++) set(to + r * columns + c, value(from[r * ld + c]));
+}
+
+static void convert(bf16 *to, const void *from, sc_dtype dtype, int64_t rows, int64_t columns, int64_t ld) {
+    if (ld == columns) columns *= rows, ld = columns, rows = 1;
+    for (int64_t r = 0; r < rows; r += 65535) { /* the grid's limit */
+        dim3 blocks((unsigned)ceil_div(columns, 1024), (unsigned)(rows - r < 65535 ? rows - r : 65535));
+        bf16 *out = to + r * columns;
+        if (dtype == SC_F32)
+            launch("convert", convert_kernel<float>, blocks, 256, 0, out, (const float *)from + r * ld, columns, ld);
+        else if (dtype == SC_F8_E4M3)
+            launch("convert", convert_kernel<uint8_t>, blocks, 256, 0, out, (const uint8_t *)from + r * ld, columns, ld);
+        else fail("product", "matrices must be f32, bf16 or e4m3");
+    }
+}
+
+/* The stored [rows, columns] matrix `a` in bf16: itself, or converted into `buffer`. */
+static Operand as_half(sc_matrix a, int64_t rows, int64_t columns, bf16 *buffer) {
+    if (a.dtype == SC_BF16) return Operand{a.data, a.ld, a.transposed, 0};
+    convert(buffer, a.data, a.dtype, rows, columns, a.ld);
+    return Operand{buffer, columns, a.transposed, 0};
+}
+
+static void cuda_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, sc_matrix b, float beta, sc_matrix c,
+                      const sc_tensor *bias) {
+    Operand to = {c.data, c.ld, false, 0};
+    bool f32 = c.dtype == SC_F32;
+    if (f32 && a.dtype == SC_F32 && b.dtype == SC_F32 && !bias) {
+        Operand pa = {a.data, a.ld, a.transposed, 0}, pb = {b.data, b.ld, b.transposed, 0};
+        product(m, n, k, alpha, pa, pb, true, beta, to, true, NULL, 1);
+        return;
+    }
+    Scratch<bf16> wa(a.dtype == SC_BF16 ? 0 : m * k), wb(b.dtype == SC_BF16 ? 0 : k * n), add(bias ? n : 0);
+    Operand pa = as_half(a, a.transposed ? k : m, a.transposed ? m : k, wa.p);
+    Operand pb = as_half(b, b.transposed ? n : k, b.transposed ? k : n, wb.p);
+    if (bias) convert(add.p, bias->data, bias->dtype, 1, n, n);
+    product(m, n, k, alpha, pa, pb, false, beta, to, f32, add.p, 1);
+}
+
+/* ==== Copies and elementwise operations ====================================================== */
+
+/* Rows of `columns` pieces of type T. */
+template <class T>
+__global__ void copy_kernel(T *dst, int64_t dst_ld, const T *src, int64_t src_ld, int64_t rows, int64_t columns) {
+    int64_t i = FLAT_INDEX(1);
+    if (i < rows * columns) dst[i / columns * dst_ld + i % columns] = src[i / columns * src_ld + i % columns];
+}
+
+template <int V>
+__global__ void add_block_kernel(bf16 *dst, int64_t dst_ld, const bf16 *src, int64_t src_ld, int64_t rows, int64_t columns) {
+    int64_t i = FLAT_INDEX(V);
+    if (i >= rows * columns) return;
+    float x[V];
+    load<V>(x, src + i / columns * src_ld + i % columns);
+    add<V>(dst + i / columns * dst_ld + i % columns, x);
+}
+
+template <class T>
+static void copy_pieces(void *dst, int64_t dst_ld, const void *src, int64_t src_ld, int64_t rows, int64_t columns, int64_t size) {
+    int64_t k = (int64_t)sizeof(T); /* lengths in elements of `size` bytes become lengths in pieces */
+    launch("copy", copy_kernel<T>, dim3((unsigned)ceil_div(rows * columns * size / k, 256)), 256, 0, (T *)dst,
+           dst_ld * size / k, (const T *)src, src_ld * size / k, rows, columns * size / k);
+}
+
+static void cuda_copy_block(void *dst, int64_t dst_ld, const void *src, int64_t src_ld, int64_t rows, int64_t columns,
+                            sc_dtype dtype, bool accumulate) {
+    int64_t size = sc_dtype_size(dtype);
+    uintptr_t all = (uintptr_t)dst | (uintptr_t)src | (uintptr_t)(dst_ld * size) | (uintptr_t)(src_ld * size) |
+                    (uintptr_t)(columns * size);
+    if (accumulate) {
+        if (dtype != SC_BF16) { fail("copy_block", "only bf16 accumulates"); return; }
+        LAUNCH_FLAT(all % 16 == 0, add_block_kernel, rows * columns, (bf16 *)dst, dst_ld, (const bf16 *)src, src_ld, rows, columns);
+    } else if (all % 16 == 0) copy_pieces<uint4>(dst, dst_ld, src, src_ld, rows, columns, size);
+    else if (all % 4 == 0) copy_pieces<uint32_t>(dst, dst_ld, src, src_ld, rows, columns, size);
+    else if (all % 2 == 0) copy_pieces<uint16_t>(dst, dst_ld, src, src_ld, rows, columns, size);
+    else copy_pieces<uint8_t>(dst, dst_ld, src, src_ld, rows, columns, size);
+}
+
+struct Factors { float x[64]; }; /* host numbers travel as a kernel's argument: up to 32 samples */
+
+template <int V>
+__global__ void blend_kernel(bf16 *y, Factors f, const bf16 *u, const bf16 *v, int64_t n, int64_t total) {
+    int64_t i = FLAT_INDEX(V);
+    if (i >= total) return;
+    float a[V], b[V], p = f.x[2 * (i / n)], q = f.x[2 * (i / n) + 1];
+    load<V>(a, u + i);
+    load<V>(b, v + i);
+    for (int j = 0; j < V; j++) a[j] = p * a[j] + q * b[j];
+    store<V>(y + i, a);
+}
+
+static void cuda_blend(sc_tensor *y, const float *p, const sc_tensor *u, const float *q, const sc_tensor *v) {
+    int64_t batch = y->shape[0], n = sc_count(y) / batch;
+    for (int64_t b = 0; b < batch; b += 32) {
+        Factors f = {{0}};
+        int64_t count = batch - b < 32 ? batch - b : 32;
+        for (int64_t i = 0; i < count; i++) f.x[2 * i] = p[b + i], f.x[2 * i + 1] = q[b + i];
+        bf16 *out = (bf16 *)y->data + b * n;
+        const bf16 *pu = half_data(u) + b * n, *pv = half_data(v) + b * n;
+        LAUNCH_FLAT(wide(n, out, pu, pv), blend_kernel, count * n, out, f, pu, pv, n, count * n);
+    }
+}
+
+template <int V>
+__global__ void multiply_kernel(bf16 *y, const bf16 *a, const bf16 *b, int64_t n) {
+    int64_t i = FLAT_INDEX(V);
+    if (i >= n) return;
+    float x[V], z[V];
+    load<V>(x, a + i);
+    load<V>(z, b + i);
+    for (int j = 0; j < V; j++) x[j] *= z[j];
+    store<V>(y + i, x);
+}
+static void cuda_multiply(sc_tensor *y, const sc_tensor *a, const sc_tensor *b) {
+    int64_t n = sc_count(y);
+    bool w = wide(n, y->data, a->data, b->data);
+    LAUNCH_FLAT(w, multiply_kernel, n, (bf16 *)y->data, half_data(a), half_data(b), n);
+}
+
+/* Each step is rounded to f32 where the CPU rounds it. */
+__global__ void embed_timestep_kernel(bf16 *y, Factors t, int half) {
+    int i = threadIdx.x + blockIdx.x * blockDim.x;
+    if (i >= half) return;
+    float angle = 1000.f * t.x[blockIdx.y] * (float)exp((double)(-9.2103404f * (float)i / (float)half));
+    set(y + blockIdx.y * 2 * half + i, (float)cos((double)angle));
+    set(y + blockIdx.y * 2 * half + half + i, (float)sin((double)angle));
+}
+static void cuda_embed_timestep(sc_tensor *y, const float *t) {
+    int64_t half = y->shape[1] / 2, batch = y->shape[0];
+    for (int64_t b = 0; b < batch; b += 64) {
+        Factors f = {{0}};
+        int64_t count = batch - b < 64 ? batch - b : 64;
+        for (int64_t i = 0; i < count; i++) f.x[i] = t[b + i];
+        launch("embed_timestep", embed_timestep_kernel, dim3((unsigned)ceil_div(half, 128), (unsigned)count), 128, 0,
+               (bf16 *)y->data + b * 2 * half, f, (int)half);
+    }
+}
+
+/* All but gelu are x s(u(x)); sigmoid s, and the slope of u in *slope. */
+__device__ __forceinline__ float gate(sc_activation kind, float x, float *slope) {
+    const float k = 1.5957691216057308f; /* 2 sqrt(2/pi) */
+    float u = x;
+    *slope = 1;
+    if (kind == SC_GELU_TANH) u = k * (x + 0.044715f * x * x * x), *slope = k * (1 + 3 * 0.044715f * x * x);
+    if (kind == SC_QUICK_GELU) u = 1.702f * x, *slope = 1.702f;
+    return 1 / (1 + __expf(-u));
+}
+
+template <int V>
+__global__ void activate_kernel(sc_activation kind, bf16 *y, const bf16 *x, int64_t n) {
+    int64_t i = FLAT_INDEX(V);
+    if (i >= n) return;
+    float v[V], slope;
+    load<V>(v, x + i);
+    for (int j = 0; j < V; j++)
+        v[j] = kind == SC_GELU ? 0.5f * v[j] * (1 + erff(v[j] * 0.70710678f)) : v[j] * gate(kind, v[j], &slope);
+    store<V>(y + i, v);
+}
+
+template <int V>
+__global__ void activate_backward_kernel(sc_activation kind, bf16 *dx, const bf16 *dy, const bf16 *x, int64_t n) {
+    int64_t i = FLAT_INDEX(V);
+    if (i >= n) return;
+    float v[V], d[V], slope;
+    load<V>(v, x + i);
+    load<V>(d, dy + i);
+    for (int j = 0; j < V; j++) {
+        if (kind == SC_GELU) {
+            float density = 0.39894228f * __expf(-0.5f * v[j] * v[j]);
+            d[j] *= 0.5f * (1 + erff(v[j] * 0.70710678f)) + v[j] * density;
+        } else {
+            float s = gate(kind, v[j], &slope);
+            d[j] *= s + v[j] * s * (1 - s) * slope;
+        }
+    }
+    add<V>(dx + i, d);
+}
+
+static void cuda_activate(sc_activation kind, sc_tensor *y, const sc_tensor *x) {
+    int64_t n = sc_count(x);
+    LAUNCH_FLAT(wide(n, y->data, x->data), activate_kernel, n, kind, (bf16 *)y->data, half_data(x), n);
+}
+static void cuda_activate_backward(sc_activation kind, const sc_tensor *y, sc_tensor *x) {
+    int64_t n = sc_count(x);
+    bool w = wide(n, x->grad, y->grad, x->data);
+    LAUNCH_FLAT(w, activate_backward_kernel, n, kind, half_grad(x), half_grad(y), half_data(x), n);
+}
+
+/* ==== Modulated layer norm and gated residual ================================================
+ * A block of 128 threads to a row. */
+
+/* Mean and 1 / sqrt(variance + eps) of a row. */
+template <int V>
+__device__ void moments(const bf16 *x, int n, float eps, float *mean, float *inverse) {
+    float v[V], sum = 0, square = 0;
+    for (int c = threadIdx.x * V; c < n; c += blockDim.x * V) {
+        load<V>(v, x + c);
+        for (int j = 0; j < V; j++) sum += v[j];
+    }
+    float m = block_sum(sum) / (float)n;
+    for (int c = threadIdx.x * V; c < n; c += blockDim.x * V) {
+        load<V>(v, x + c);
+        for (int j = 0; j < V; j++) square += (v[j] - m) * (v[j] - m);
+    }
+    *mean = m;
+    *inverse = 1 / sqrtf(block_sum(square) / (float)n + eps);
+}
+
+/* What mod [B, width] holds for a row: its sample's shift or scale or gate, at column `at`. */
+struct Modulation {
+    const bf16 *mod;
+    int64_t tokens, width;
+    __device__ const bf16 *row(int64_t r, int64_t at) const { return mod + r / tokens * width + at; }
+};
+
+template <int V>
+__global__ void ln_modulate_kernel(bf16 *y, const bf16 *x, Modulation mod, int n, int64_t shift, int64_t scale) {
+    int64_t r = blockIdx.x;
+    const bf16 *a = mod.row(r, scale), *b = mod.row(r, shift);
+    float v[V], s[V], t[V], mean, inverse;
+    x += r * n;
+    moments<V>(x, n, 1e-6f, &mean, &inverse);
+    for (int c = threadIdx.x * V; c < n; c += blockDim.x * V) {
+        load<V>(v, x + c);
+        load<V>(s, a + c);
+        load<V>(t, b + c);
+        for (int j = 0; j < V; j++) v[j] = (v[j] - mean) * inverse * (1 + s[j]) + t[j];
+        store<V>(y + r * n + c, v);
+    }
+}
+
+/* dx (or NULL), and each row's (mean, inverse) into stats. */
+template <int V>
+__global__ void ln_modulate_backward_kernel(bf16 *dx, float2 *stats, const bf16 *dy, const bf16 *x, Modulation mod, int n,
+                                            int64_t scale) {
+    int64_t r = blockIdx.x;
+    const bf16 *a = mod.row(r, scale);
+    float v[V], d[V], s[V], mean, inverse, g_sum = 0, gn_sum = 0;
+    x += r * n, dy += r * n;
+    moments<V>(x, n, 1e-6f, &mean, &inverse);
+    if (threadIdx.x == 0) stats[r] = make_float2(mean, inverse);
+    if (!dx) return;
+    for (int pass = 0; pass < 2; pass++) {
+        float g_mean = pass ? block_sum(g_sum) / (float)n : 0, gn_mean = pass ? block_sum(gn_sum) / (float)n : 0;
+        for (int c = threadIdx.x * V; c < n; c += blockDim.x * V) {
+            load<V>(v, x + c);
+            load<V>(d, dy + c);
+            load<V>(s, a + c);
+            for (int j = 0; j < V; j++) {
+                float g = d[j] * (1 + s[j]), norm = (v[j] - mean) * inverse;
+                if (!pass) g_sum += g, gn_sum += g * norm;
+                d[j] = (g - g_mean - norm * gn_mean) * inverse;
+            }
+            if (pass) add<V>(dx + r * n + c, d);
+        }
+    }
+}
+
+struct ModulateColumns { /* dscale, dshift */
+    const bf16 *x, *dy;
+    const float2 *stats;
+    int64_t n;
+    __device__ void operator()(int64_t r, int c, float sum[2]) const {
+        float2 s = stats[r];
+        sum[1] = value(dy[r * n + c]);
+        sum[0] = sum[1] * (value(x[r * n + c]) - s.x) * s.y;
+    }
+};
+
+static Modulation modulation(const sc_tensor *mod, const sc_tensor *x) {
+    return Modulation{half_data(mod), x->shape[1], mod->shape[1]};
+}
+
+static void cuda_ln_modulate(sc_tensor *y, const sc_tensor *x, const sc_tensor *mod, int shift, int scale) {
+    int64_t n = x->shape[2];
+    bool w = wide(n, y->data, x->data, mod->data);
+    LAUNCH(w, ln_modulate_kernel, row_count(x), 128, (bf16 *)y->data, half_data(x), modulation(mod, x), (int)n, shift * n, scale * n);
+}
+
+static void cuda_ln_modulate_backward(const sc_tensor *y, sc_tensor *x, sc_tensor *mod, int shift, int scale) {
+    int64_t n = x->shape[2], rows = row_count(x);
+    Scratch<float2> stats(rows);
+    bool w = wide(n, y->grad, x->data, mod->data, x->grad);
+    LAUNCH(w, ln_modulate_backward_kernel, rows, 128, half_grad(x), stats.p, half_grad(y), half_data(x), modulation(mod, x),
+           (int)n, scale * n);
+    if (!mod->grad) return;
+    bf16 *to[2] = {half_grad(mod) + scale * n, half_grad(mod) + shift * n};
+    ModulateColumns f = {half_data(x), half_grad(y), stats.p, n};
+    column_sums<2, bf16>(f, x->shape[0], x->shape[1], n, to, mod->shape[1]);
+}
+
+template <int V>
+__global__ void gated_residual_kernel(bf16 *y, const bf16 *x, const bf16 *h, Modulation mod, int64_t gate, int64_t n, int64_t total) {
+    int64_t i = FLAT_INDEX(V);
+    if (i >= total) return;
+    float v[V], u[V], g[V];
+    load<V>(v, x + i);
+    load<V>(u, h + i);
+    load<V>(g, mod.row(i / n, gate) + i % n);
+    for (int j = 0; j < V; j++) v[j] += g[j] * u[j];
+    store<V>(y + i, v);
+}
+
+template <int V>
+__global__ void gated_residual_backward_kernel(bf16 *dx, bf16 *dh, const bf16 *dy, Modulation mod, int64_t gate, int64_t n,
+                                               int64_t total) {
+    int64_t i = FLAT_INDEX(V);
+    if (i >= total) return;
+    float d[V], g[V];
+    load<V>(d, dy + i);
+    if (dx) add<V>(dx + i, d);
+    if (!dh) return;
+    load<V>(g, mod.row(i / n, gate) + i % n);
+    for (int j = 0; j < V; j++) d[j] *= g[j];
+    add<V>(dh + i, d);
+}
+
+struct GateColumns {
+    const bf16 *h, *dy;
+    int64_t n;
+    __device__ void operator()(int64_t r, int c, float sum[1]) const { sum[0] = value(h[r * n + c]) * value(dy[r * n + c]); }
+};
+
+static void cuda_gated_residual(sc_tensor *y, const sc_tensor *x, const sc_tensor *h, const sc_tensor *mod, int gate) {
+    int64_t n = x->shape[2], total = sc_count(x);
+    bool w = wide(n, y->data, x->data, h->data, mod->data);
+    LAUNCH_FLAT(w, gated_residual_kernel, total, (bf16 *)y->data, half_data(x), half_data(h), modulation(mod, x), gate * n, n, total);
+}
+
+static void cuda_gated_residual_backward(const sc_tensor *y, sc_tensor *x, sc_tensor *h, sc_tensor *mod, int gate) {
+    int64_t n = x->shape[2], total = sc_count(x);
+    bool w = wide(n, y->grad, x->grad, h->grad, mod->data);
+    LAUNCH_FLAT(w, gated_residual_backward_kernel, total, half_grad(x), half_grad(h), half_grad(y), modulation(mod, x), gate * n, n, total);
+    if (!mod->grad) return;
+    bf16 *to[1] = {half_grad(mod) + gate * n};
+    column_sums<1, bf16>(GateColumns{half_data(h), half_grad(y), n}, x->shape[0], x->shape[1], n, to, mod->shape[1]);
+}
+
+/* ==== QK-norm + RoPE =========================================================================
+ * A warp to a head of a token: lane l turns the pairs at channels 2l, 2l + 64, ... */
+
+struct Heads { /* item i is head i % heads of token (i / heads) % tokens of sample i / heads / tokens */
+    int64_t items, tokens, joined, offset; /* tokens of x and of y; where x's lie in y */
+    int heads, size;
+    __device__ int64_t in_x(int64_t i) const { return i * size; }
+    __device__ int64_t in_y(int64_t i) const {
+        int64_t row = i / heads;
+        return ((row / tokens * joined + offset + row % tokens) * heads + i % heads) * size;
+    }
+    __device__ int64_t in_rope(int64_t i) const { return (offset + i / heads % tokens) * size; }
+};
+
+__device__ __forceinline__ float2 load_pair(const bf16 *p) {
+    uint32_t x = *(const uint32_t *)p;
+    return make_float2(low_half(x), high_half(x));
+}
+__device__ __forceinline__ void add_pair(bf16 *p, float a, float b) {
+    uint32_t x = *(const uint32_t *)p;
+    *(uint32_t *)p = pack(low_half(x) + a, high_half(x) + b);
+}
+
+__device__ __forceinline__ float head_inverse_rms(const bf16 *x, int size) {
+    float sum = 0;
+    for (int d = threadIdx.x % 32 * 2; d < size; d += 64) {
+        float2 v = load_pair(x + d);
+        sum += v.x * v.x + v.y * v.y;
+    }
+    return 1 / sqrtf(warp_sum(sum) / (float)size + 1e-6f);
+}
+
+__global__ void norm_rope_kernel(bf16 *y, const bf16 *x, const float *weight, const float *rope, Heads m) {
+    int64_t i = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (i >= m.items) return;
+    x += m.in_x(i), y += m.in_y(i), rope += m.in_rope(i);
+    float inverse = head_inverse_rms(x, m.size);
+    for (int d = threadIdx.x % 32 * 2; d < m.size; d += 64) {
+        float2 v = load_pair(x + d);
+        float n0 = v.x * inverse * weight[d], n1 = v.y * inverse * weight[d + 1];
+        *(uint32_t *)(y + d) = pack(n0 * rope[d] - n1 * rope[d + 1], n1 * rope[d] + n0 * rope[d + 1]);
+    }
+}
+
+/* The gradient in front of the turn, for the pair at channel d. */
+__device__ __forceinline__ float2 turn_back(const bf16 *dy, const float *rope, int d) {
+    float2 g = load_pair(dy + d);
+    return make_float2(g.x * rope[d] + g.y * rope[d + 1], g.y * rope[d] - g.x * rope[d + 1]);
+}
+
+__global__ void norm_rope_backward_kernel(bf16 *dx, const bf16 *dy, const bf16 *x, const float *weight, const float *rope, Heads m) {
+    int64_t i = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (i >= m.items) return;
+    x += m.in_x(i), dx += m.in_x(i), dy += m.in_y(i), rope += m.in_rope(i);
+    float inverse = head_inverse_rms(x, m.size), dot = 0;
+    for (int d = threadIdx.x % 32 * 2; d < m.size; d += 64) {
+        float2 v = load_pair(x + d), g = turn_back(dy, rope, d);
+        dot += (weight[d] * g.x * v.x + weight[d + 1] * g.y * v.y) * inverse;
+    }
+    dot = warp_sum(dot) / (float)m.size;
+    for (int d = threadIdx.x % 32 * 2; d < m.size; d += 64) {
+        float2 v = load_pair(x + d), g = turn_back(dy, rope, d);
+        add_pair(dx + d, (weight[d] * g.x - v.x * inverse * dot) * inverse,
+                 (weight[d + 1] * g.y - v.y * inverse * dot) * inverse);
+    }
+}
+
+/* Each warp's sum over its items of dweight, partial [warps, size]. */
+__global__ void norm_rope_weight_kernel(float *partial, const bf16 *dy, const bf16 *x, const float *rope, Heads m) {
+    int64_t warps = (int64_t)gridDim.x * (blockDim.x / 32), first = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    float2 sum[4] = {{0, 0}, {0, 0}, {0, 0}, {0, 0}}; /* heads of up to 256 */
+    for (int64_t i = first; i < m.items; i += warps) {
+        const bf16 *px = x + m.in_x(i);
+        float inverse = head_inverse_rms(px, m.size);
+        for (int j = 0, d = threadIdx.x % 32 * 2; j < 4 && d < m.size; j++, d += 64) {
+            float2 v = load_pair(px + d), g = turn_back(dy + m.in_y(i), rope + m.in_rope(i), d);
+            sum[j].x += g.x * v.x * inverse;
+            sum[j].y += g.y * v.y * inverse;
+        }
+    }
+    for (int j = 0, d = threadIdx.x % 32 * 2; j < 4 && d < m.size; j++, d += 64) {
+        partial[first * m.size + d] = sum[j].x;
+        partial[first * m.size + d + 1] = sum[j].y;
+    }
+}
+
+static Heads head_map(const sc_tensor *y, int64_t offset, const sc_tensor *x, int64_t size) {
+    int64_t heads = x->shape[2] / size;
+    return Heads{row_count(x) * heads, x->shape[1], y->shape[1], offset, (int)heads, (int)size};
+}
+
+static void cuda_norm_rope(sc_tensor *y, int64_t offset, const sc_tensor *x, const sc_tensor *weight, const sc_tensor *rope) {
+    Heads m = head_map(y, offset, x, weight->shape[0]);
+    launch("norm_rope", norm_rope_kernel, dim3((unsigned)ceil_div(m.items, 8)), 256, 0, (bf16 *)y->data, half_data(x),
+           full_data(weight), full_data(rope), m);
+}
+
+static void cuda_norm_rope_backward(const sc_tensor *y, int64_t offset, sc_tensor *x, sc_tensor *weight, const sc_tensor *rope) {
+    Heads m = head_map(y, offset, x, weight->shape[0]);
+    if (x->grad)
+        launch("norm_rope_backward", norm_rope_backward_kernel, dim3((unsigned)ceil_div(m.items, 8)), 256, 0, half_grad(x),
+               half_grad(y), half_data(x), full_data(weight), full_data(rope), m);
+    if (!weight->grad) return;
+    int64_t count = ceil_div(m.items, 64) < 64 ? ceil_div(m.items, 64) : 64; /* of 8 warps each */
+    Scratch<float> partial(count * 8 * m.size);
+    launch("norm_rope_weight", norm_rope_weight_kernel, dim3((unsigned)count), 256, 0, partial.p, half_grad(y), half_data(x),
+           full_data(rope), m);
+    launch("column_totals", column_totals<float>, dim3((unsigned)ceil_div(m.size, 128), 1), 128, 0, (float *)weight->grad,
+           (int64_t)0, (const float *)partial.p, (int)(count * 8), 1, 0, m.size);
+}
+
+/* ==== Attention ==============================================================================
+ * Flash attention (Dao 2023) on the tensor cores for heads of 32, 64 and 128 channels: scores exist
+ * only tile by tile. Q, K, V, O [B,T,C], head h in columns [h D, (h + 1) D). With the sum of
+ * exponentials l and log-sum-exp L of a row of scores:  P = exp(scale Q K^T - L), O = P V;
+ * dV = P^T dO;  dS = P (dO V^T - delta), delta = rowsum(dO O);  dQ = scale dS K;  dK = scale dS^T Q.
+ *
+ * A tile of W columns lies in shared memory row by row, in pieces of 16 bytes. The pieces of a row
+ * are permuted by the row's number, so that 8 rows' pieces of one column lie in different banks. */
+
+template <int W> __device__ __forceinline__ bf16 *piece(bf16 *tile, int row, int p) {
+    constexpr int PIECES = W / 8;
+    int turn = PIECES >= 8 ? row % 8 : row / (8 / PIECES) % PIECES;
+    return tile + row * W + (p ^ turn) * 8;
+}
+
+/* Starts copying ROWS rows of W values, of which `rows` exist; the others become zero. */
+template <int ROWS, int W, int THREADS>
+__device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *from, int64_t ld, int64_t rows) {
+    constexpr int PIECES = W / 8;
+    static_assert(ROWS * PIECES % THREADS == 0, "every thread copies as much");
+#pragma unroll
+    for (int i = 0; i < ROWS * PIECES / THREADS; i++) {
+        int at = i * THREADS + threadIdx.x, r = at / PIECES, p = at % PIECES;
+        copy16(piece<W>(tile, r, p), from + (r < rows ? r * ld : 0) + p * 8, r < rows);
+    }
+}
+
+/* sum[M 16-row tiles][N 8-column tiles] += rows m0 ... of A times columns n0 ... of B, over K; both
+ * are tiles in shared memory, AW and BW wide. A_T: A is stored [k][m]; B_T: B is stored [n][k]. */
+template <int M, int N, int K, bool A_T, bool B_T, int AW, int BW>
+__device__ __forceinline__ void multiply_tiles(float (*sum)[N][4], bf16 *a, int m0, bf16 *b, int n0) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < K; k += 16) {
+        uint32_t fa[M][4], fb[4];
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+            if (A_T) load_matrices_transposed(fa[m], piece<AW>(a, k + lane % 8 + lane / 16 * 8, (m0 + m * 16) / 8 + lane / 8 % 2));
+            else load_matrices(fa[m], piece<AW>(a, m0 + m * 16 + lane % 16, k / 8 + lane / 16));
+        }
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            if (B_T) load_matrices(fb, piece<BW>(b, n0 + n * 8 + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
+            else load_matrices_transposed(fb, piece<BW>(b, k + lane % 16, n0 / 8 + n + lane / 16));
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                multiply_add(sum[m][n], fa[m], fb[0], fb[1]);
+                multiply_add(sum[m][n + 1], fa[m], fb[2], fb[3]);
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ float quad_sum(float x) { /* of the four lanes that share rows of a tile */
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+enum { QUERIES = 128, KEYS = 64 }; /* tile of the forward pass: 4 warps, 32 queries each */
+
+/* One tile of scores s becomes exp2(factor s - top); what was summed before is brought to the new
+ * maximum. `left`: how many of the tile's keys exist. */
+template <int D>
+__device__ __forceinline__ void softmax_tile(float (*s)[KEYS / 8][4], float (*out)[D / 8][4], float (*top)[2], float (*sum)[2],
+                                             int left, float factor) {
+    int lane = threadIdx.x % 32;
+    if (left < KEYS)
+#pragma unroll
+        for (int i = 0; i < 2 * KEYS / 8 * 4; i++) {
+            int m = i / (KEYS / 2), n = i / 4 % (KEYS / 8), c = i % 4;
+            if (n * 8 + lane % 4 * 2 + c % 2 >= left) s[m][n][c] = -INFINITY;
+        }
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) { /* rows g and g + 8 */
+            float old = top[m][half], best = old, total = 0;
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++) best = fmaxf(best, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+            best = quad_max(best);
+            float shrink = exp2f((old - best) * factor), base = best * factor;
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                for (int c = 2 * half; c < 2 * half + 2; c++) total += s[m][n][c] = exp2f(s[m][n][c] * factor - base);
+            top[m][half] = best;
+            sum[m][half] = sum[m][half] * shrink + total;
+#pragma unroll
+            for (int n = 0; n < D / 8; n++) out[m][n][2 * half] *= shrink, out[m][n][2 * half + 1] *= shrink;
+        }
+}
+
+/* out += P V: a lane's scores are, pair by pair, what it must hold of the left matrix. */
+template <int D>
+__device__ __forceinline__ void add_values(float (*out)[D / 8][4], float (*p)[KEYS / 8][4], bf16 *v) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < KEYS / 16; k++) {
+        uint32_t fa[2][4], fb[4];
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float *pair = &p[m][2 * k + i / 2][i % 2 * 2];
+                fa[m][i] = pack(pair[0], pair[1]);
+            }
+#pragma unroll
+        for (int n = 0; n < D / 8; n += 2) {
+            load_matrices_transposed(fb, piece<D>(v, k * 16 + lane % 16, n + lane / 16));
+#pragma unroll
+            for (int m = 0; m < 2; m++) {
+                multiply_add(out[m][n], fa[m], fb[0], fb[1]);
+                multiply_add(out[m][n + 1], fa[m], fb[2], fb[3]);
+            }
+        }
+    }
+}
+
+/* What a pass over one head reads and writes. factor = scale log2(e): exponentials are powers of 2. */
+struct Attention {
+    const bf16 *q, *k, *v, *dout;
+    bf16 *o, *dk, *dv;
+    float *lse, *delta;         /* [B,H,Tq] */
+    float *dq;                  /* [splits,B,Tq,C], the parts of the sum */
+    int nq, nk, heads;
+    float scale, factor;
+};
+
+/* grid (tiles of queries, H, B). A tile of V is on its way while scores are computed, the next of K
+ * while they are used. */
+template <int D>
+__global__ void __launch_bounds__(128) attention_kernel(Attention a) {
+    bf16 *sq = (bf16 *)shared_memory(), *sk = sq + QUERIES * D, *sv = sk + KEYS * D;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * QUERIES;
+    int64_t width = (int64_t)a.heads * D, queries = ((int64_t)blockIdx.z * a.nq + first) * width + blockIdx.y * D;
+    int64_t keys = (int64_t)blockIdx.z * a.nk * width + blockIdx.y * D;
+    const bf16 *k = a.k + keys, *v = a.v + keys;
+    float out[2][D / 8][4] = {}, top[2][2], sum[2][2] = {};
+    for (int i = 0; i < 4; i++) top[i / 2][i % 2] = -INFINITY;
+    load_tile<QUERIES, D, 128>(sq, a.q + queries, width, a.nq - first);
+    load_tile<KEYS, D, 128>(sk, k, width, a.nk);
+    commit_copies();
+    for (int j = 0; j < a.nk; j += KEYS) {
+        wait_copies<0>();
+        __syncthreads(); /* K is there, the last V no longer needed */
+        load_tile<KEYS, D, 128>(sv, v + j * width, width, a.nk - j);
+        commit_copies();
+        float s[2][KEYS / 8][4] = {};
+        multiply_tiles<2, KEYS / 8, D, false, true, D, D>(s, sq, warp * 32, sk, 0);
+        wait_copies<0>();
+        __syncthreads(); /* V is there, K no longer needed */
+        if (j + KEYS < a.nk) load_tile<KEYS, D, 128>(sk, k + (j + KEYS) * width, width, a.nk - j - KEYS);
+        commit_copies();
+        softmax_tile<D>(s, out, top, sum, a.nk - j, a.factor);
+        add_values<D>(out, s, sv);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int m = i / 2, half = i % 2, row = warp * 32 + m * 16 + half * 8 + lane / 4;
+        float total = quad_sum(sum[m][half]), inverse = 1 / total;
+        if (first + row >= a.nq) continue;
+        bf16 *o = a.o + queries + row * width + lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < D / 8; n++)
+            *(uint32_t *)(o + n * 8) = pack(out[m][n][2 * half] * inverse, out[m][n][2 * half + 1] * inverse);
+        if (a.lse && lane % 4 == 0)
+            a.lse[((int64_t)blockIdx.z * a.heads + blockIdx.y) * a.nq + first + row] = top[m][half] * a.scale + logf(total);
+    }
+}
+
+/* delta = rowsum(dO O): a warp to a head of a token. */
+template <int D>
+__global__ void attention_delta_kernel(Attention a, int64_t items) {
+    int64_t i = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    if (i >= items) return;
+    float sum = 0;
+    for (int d = threadIdx.x % 32; d < D; d += 32) sum += value(a.o[i * D + d]) * value(a.dout[i * D + d]);
+    sum = warp_sum(sum);
+    int64_t row = i / a.heads; /* of B * Tq */
+    if (threadIdx.x % 32 == 0) a.delta[(row / a.nq * a.heads + i % a.heads) * a.nq + row % a.nq] = sum;
+}
+
+/* How the 8 warps share the backward pass's products. A tile has 64 queries and BN keys. */
+template <int D, int BN> struct Backward {
+    enum {
+        BM = 64,
+        S_N = BN / 4 / 8,           /* scores [BM,BN]: 2 x 4 warps, 32 rows and S_N 8-column tiles each */
+        K_M = BN / 4 / 16,          /* dK and dV [BN,D]: 4 x 2 warps */
+        K_N = D / 2 / 8,
+        Q_ACROSS = D == 32 ? 2 : 4, /* dQ [BM,D] */
+        Q_M = BM / (8 / Q_ACROSS) / 16,
+        Q_N = D / Q_ACROSS / 8
+    };
+};
+
+/* P and dS of one tile, from the scores s and from dp = dO V^T, to shared memory. */
+template <int D, int BN>
+__device__ __forceinline__ void backward_scores(const Attention &a, float (*s)[BN / 32][4], float (*dp)[BN / 32][4], bf16 *sp,
+                                                bf16 *ds, int first_query, int first_key) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const float *lse = a.lse + ((int64_t)blockIdx.z * a.heads + blockIdx.y) * a.nq;
+    const float *delta = a.delta + ((int64_t)blockIdx.z * a.heads + blockIdx.y) * a.nq;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        int m = i / 2, half = i % 2, row = warp / 4 * 32 + m * 16 + half * 8 + lane / 4, query = first_query + row;
+        float l = query < a.nq ? lse[query] * 1.4426950408889634f : INFINITY; /* makes P zero */
+        float d = query < a.nq ? delta[query] : 0;
+#pragma unroll
+        for (int n = 0; n < BN / 32; n++) {
+            int column = warp % 4 * (BN / 4) + n * 8 + lane % 4 * 2;
+            float p[2], g[2];
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                p[c] = first_key + column + c < a.nk ? exp2f(s[m][n][2 * half + c] * a.factor - l) : 0;
+                g[c] = p[c] * (dp[m][n][2 * half + c] - d);
+            }
+            *(uint32_t *)(piece<BN>(sp, row, column / 8) + column % 8) = pack(p[0], p[1]);
+            *(uint32_t *)(piece<BN>(ds, row, column / 8) + column % 8) = pack(g[0], g[1]);
+        }
+    }
+}
+
+/* Adds this tile's part of dQ to the block's own sum in memory; the first part is stored. */
+template <int D, int BN>
+__device__ __forceinline__ void backward_queries(const Attention &a, bf16 *ds, bf16 *sk, int first_query, bool first_part) {
+    using B = Backward<D, BN>;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int m0 = warp / B::Q_ACROSS * B::Q_M * 16, n0 = warp % B::Q_ACROSS * B::Q_N * 8;
+    float dq[B::Q_M][B::Q_N][4] = {};
+    multiply_tiles<B::Q_M, B::Q_N, BN, false, false, BN, D>(dq, ds, m0, sk, n0);
+    int64_t sample = (int64_t)blockIdx.x * gridDim.z + blockIdx.z;
+#pragma unroll
+    for (int m = 0; m < B::Q_M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int query = first_query + m0 + m * 16 + half * 8 + lane / 4;
+            if (query >= a.nq) continue;
+            float *row = a.dq + ((sample * a.nq + query) * a.heads + blockIdx.y) * D + n0 + lane % 4 * 2;
+#pragma unroll
+            for (int n = 0; n < B::Q_N; n++) {
+                float2 sum = first_part ? make_float2(0, 0) : *(float2 *)(row + n * 8);
+                *(float2 *)(row + n * 8) = make_float2(sum.x + dq[m][n][2 * half], sum.y + dq[m][n][2 * half + 1]);
+            }
+        }
+}
+
+/* Adds the rows of dK or dV that exist to their place in memory. */
+template <int D, int BN>
+__device__ __forceinline__ void backward_keys(bf16 *to, float (*sum)[D / 16][4], float scale, int64_t width, int left) {
+    using B = Backward<D, BN>;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int m = 0; m < B::K_M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int row = warp / 2 * (BN / 4) + m * 16 + half * 8 + lane / 4;
+            if (row >= left) continue;
+            bf16 *p = to + row * width + warp % 2 * (D / 2) + lane % 4 * 2;
+#pragma unroll
+            for (int n = 0; n < B::K_N; n++) add_pair(p + n * 8, sum[m][n][2 * half] * scale, sum[m][n][2 * half + 1] * scale);
+        }
+}
+
+/* grid (splits, H, B). A block takes every splits-th tile of keys, keeps it, and walks over all
+ * queries. N_STAGES 2: the next queries are on their way meanwhile, where shared memory allows. */
+template <int D, int BN, int N_STAGES>
+__global__ void __launch_bounds__(256, 1) attention_backward_kernel(Attention a) {
+    using B = Backward<D, BN>;
+    enum { BM = B::BM };
+    bf16 *sk = (bf16 *)shared_memory(), *sv = sk + BN * D, *sq = sv + BN * D, *sg = sq + N_STAGES * BM * D;
+    bf16 *sp = sg + N_STAGES * BM * D, *ds = sp + BM * BN;
+    int warp = threadIdx.x / 32;
+    int64_t width = (int64_t)a.heads * D, queries = (int64_t)blockIdx.z * a.nq * width + blockIdx.y * D;
+    int64_t keys = (int64_t)blockIdx.z * a.nk * width + blockIdx.y * D;
+    auto load_queries = [&](int i) {
+        int at = i % N_STAGES * BM * D;
+        load_tile<BM, D, 256>(sq + at, a.q + queries + (int64_t)i * BM * width, width, a.nq - i * BM);
+        load_tile<BM, D, 256>(sg + at, a.dout + queries + (int64_t)i * BM * width, width, a.nq - i * BM);
+    };
+    for (int first = blockIdx.x * BN; first < a.nk; first += gridDim.x * BN) {
+        __syncthreads(); /* the last tile of keys is no longer needed */
+        load_tile<BN, D, 256>(sk, a.k + keys + first * width, width, a.nk - first);
+        load_tile<BN, D, 256>(sv, a.v + keys + first * width, width, a.nk - first);
+        load_queries(0);
+        commit_copies();
+        float dk[B::K_M][B::K_N][4] = {}, dv[B::K_M][B::K_N][4] = {};
+        for (int i = 0; i * BM < a.nq; i++) {
+            bool more = (i + 1) * BM < a.nq;
+            if (N_STAGES == 2) {
+                if (more) load_queries(i + 1);
+                commit_copies();
+            }
+            wait_copies<N_STAGES - 1>();
+            __syncthreads();
+            bf16 *q = sq + i % N_STAGES * BM * D, *g = sg + i % N_STAGES * BM * D;
+            float s[2][B::S_N][4] = {}, dp[2][B::S_N][4] = {};
+            multiply_tiles<2, B::S_N, D, false, true, D, D>(s, q, warp / 4 * 32, sk, warp % 4 * (BN / 4));
+            multiply_tiles<2, B::S_N, D, false, true, D, D>(dp, g, warp / 4 * 32, sv, warp % 4 * (BN / 4));
+            backward_scores<D, BN>(a, s, dp, sp, ds, i * BM, first);
+            __syncthreads();
+            multiply_tiles<B::K_M, B::K_N, BM, true, false, BN, D>(dv, sp, warp / 2 * (BN / 4), g, warp % 2 * (D / 2));
+            multiply_tiles<B::K_M, B::K_N, BM, true, false, BN, D>(dk, ds, warp / 2 * (BN / 4), q, warp % 2 * (D / 2));
+            backward_queries<D, BN>(a, ds, sk, i * BM, first == (int)blockIdx.x * BN);
+            __syncthreads(); /* P, dS and these queries are no longer needed */
+            if (N_STAGES == 1) {
+                if (more) load_queries(i + 1);
+                commit_copies();
+            }
+        }
+        if (a.dk) backward_keys<D, BN>(a.dk + keys + first * width, dk, a.scale, width, a.nk - first);
+        if (a.dv) backward_keys<D, BN>(a.dv + keys + first * width, dv, 1, width, a.nk - first);
+    }
+}
+
+/* dq += scale times the sum of its parts. */
+template <int V>
+__global__ void attention_queries_kernel(bf16 *dq, const float *parts, int splits, float scale, int64_t n) {
+    int64_t i = FLAT_INDEX(V);
+    if (i >= n) return;
+    float sum[V] = {0};
+    for (int s = 0; s < splits; s++)
+        for (int j = 0; j < V; j++) sum[j] += parts[s * n + i + j];
+    for (int j = 0; j < V; j++) sum[j] *= scale;
+    add<V>(dq + i, sum);
+}
+
+/* The general form, for other head sizes, a bias or a mask: scores of some queries in memory. One
+ * block of 256 threads to a row: p = softmax(s + bias) of `count` scores, and of fewer if causal. */
+__global__ void softmax_kernel(bf16 *p, const float *s, const bf16 *bias, float *lse, int64_t rows, int64_t nq, int nk,
+                               int64_t first, bool causal) {
+    int64_t h = blockIdx.y, r = blockIdx.x, at = (h * rows + r) * nk;
+    int count = causal && first + r + 1 < nk ? (int)(first + r + 1) : nk;
+    const bf16 *add = bias ? bias + (h * nq + first + r) * nk : NULL;
+    float top = -INFINITY, sum = 0;
+    for (int c = threadIdx.x; c < count; c += blockDim.x) top = fmaxf(top, s[at + c] + (add ? value(add[c]) : 0));
+    top = block_reduce<true>(top);
+    for (int c = threadIdx.x; c < count; c += blockDim.x) sum += __expf(s[at + c] + (add ? value(add[c]) : 0) - top);
+    sum = block_sum(sum);
+    for (int c = threadIdx.x; c < nk; c += blockDim.x)
+        set(p + at + c, c < count ? __expf(s[at + c] + (add ? value(add[c]) : 0) - top) / sum : 0);
+    if (lse && threadIdx.x == 0) lse[h * nq + first + r] = top + logf(sum);
+}
+
+static void attention_by_products(const Attention &a, int64_t batch, int64_t size, const bf16 *bias, bool causal) {
+    int64_t width = a.heads * size, block = ((int64_t)64 << 20) / 4 / (a.heads * (int64_t)a.nk);
+    block = block < 16 ? 16 : block > a.nq ? a.nq : block;
+    Scratch<float> scores(a.heads * block * a.nk);
+    Scratch<bf16> p(a.heads * block * a.nk);
+    for (int64_t b = 0; b < batch; b++)
+        for (int64_t first = 0; first < a.nq; first += block) {
+            int64_t rows = a.nq - first < block ? a.nq - first : block, query = (b * a.nq + first) * width;
+            Operand q = {a.q + query, width, false, size}, k = {a.k + b * a.nk * width, width, true, size};
+            Operand v = {a.v + b * a.nk * width, width, false, size}, o = {a.o + query, width, false, size};
+            Operand s = {scores.p, a.nk, false, rows * a.nk}, weights = {p.p, a.nk, false, rows * a.nk};
+            product(rows, a.nk, size, a.scale, q, k, false, 0, s, true, NULL, a.heads);
+            launch("softmax", softmax_kernel, dim3((unsigned)rows, (unsigned)a.heads), 256, 0, p.p, (const float *)scores.p, bias,
+                   a.lse ? a.lse + b * a.heads * a.nq : NULL, rows, (int64_t)a.nq, a.nk, first, causal);
+            product(rows, size, a.nk, 1, weights, v, false, 0, o, false, NULL, a.heads);
+        }
+}
+
+static Attention attention_arguments(const sc_tensor *o, const float *lse, const sc_tensor *q, const sc_tensor *k, const sc_tensor *v,
+                                     int heads, float scale) {
+    Attention a;
+    memset(&a, 0, sizeof a);
+    a.q = half_data(q), a.k = half_data(k), a.v = half_data(v), a.o = (bf16 *)o->data;
+    a.lse = (float *)lse;
+    a.nq = (int)q->shape[1], a.nk = (int)k->shape[1], a.heads = heads;
+    a.scale = scale, a.factor = scale * 1.4426950408889634f;
+    return a;
+}
+
+template <int D> static void flash_attention(const Attention &a, int64_t batch) {
+    size_t shared = (size_t)(QUERIES + 2 * KEYS) * D * sizeof(bf16);
+    launch("attention", attention_kernel<D>, dim3((unsigned)ceil_div(a.nq, QUERIES), (unsigned)a.heads, (unsigned)batch), 128, shared, a);
+}
+
+static void cuda_attention(sc_tensor *o, float *lse, const sc_tensor *q, const sc_tensor *k, const sc_tensor *v, int heads, float scale,
+                           const sc_tensor *bias, bool causal) {
+    Attention a = attention_arguments(o, lse, q, k, v, heads, scale);
+    int64_t batch = q->shape[0], size = q->shape[2] / heads;
+    if (bias || causal) attention_by_products(a, batch, size, half_data(bias), causal);
+    else if (size == 128) flash_attention<128>(a, batch);
+    else if (size == 64) flash_attention<64>(a, batch);
+    else if (size == 32) flash_attention<32>(a, batch);
+    else attention_by_products(a, batch, size, NULL, false);
+}
+
+template <int D, int BN, int N_STAGES> static void flash_backward(Attention a, int64_t batch, sc_tensor *q) {
+    constexpr size_t shared = (size_t)(2 * BN * D + N_STAGES * 2 * 64 * D + 2 * 64 * BN) * sizeof(bf16);
+    int64_t tiles = ceil_div(a.nk, BN), n = batch * a.nq * a.heads * D, items = batch * a.nq * a.heads;
+    /* A few blocks for each of a GPU's 100 to 200 processors, while the parts of dQ fit 512 MiB. */
+    int64_t splits = ceil_div(264, batch * a.heads), most = ((int64_t)512 << 20) / (4 * n);
+    if (splits > tiles) splits = tiles;
+    if (splits > most) splits = most < 1 ? 1 : most;
+    Scratch<float> parts(splits * n), delta(items);
+    a.dq = parts.p, a.delta = delta.p;
+    launch("attention_delta", attention_delta_kernel<D>, dim3((unsigned)ceil_div(items, 8)), 256, 0, a, items);
+    launch("attention_backward", attention_backward_kernel<D, BN, N_STAGES>, dim3((unsigned)splits, (unsigned)a.heads, (unsigned)batch),
+           256, shared, a);
+    if (q->grad)
+        LAUNCH_FLAT(wide(n, q->grad), attention_queries_kernel, n, half_grad(q), (const float *)parts.p, (int)splits, a.scale, n);
+}
+
+static void cuda_attention_backward(const sc_tensor *o, const float *lse, sc_tensor *q, sc_tensor *k, sc_tensor *v, int heads, float scale) {
+    Attention a = attention_arguments(o, lse, q, k, v, heads, scale);
+    int64_t batch = q->shape[0], size = q->shape[2] / heads;
+    a.dout = half_grad(o), a.dk = half_grad(k), a.dv = half_grad(v);
+    bool roomy = gpu.shared_memory >= 160 << 10;
+    if (size == 128 && roomy) flash_backward<128, 128, 2>(a, batch, q);
+    else if (size == 128) flash_backward<128, 64, 1>(a, batch, q);
+    else if (size == 64) flash_backward<64, 128, 2>(a, batch, q);
+    else if (size == 32) flash_backward<32, 128, 2>(a, batch, q);
+    else fail("attention_backward", "only heads of 32, 64 and 128 channels can be trained on a GPU");
+}
+
+/* ==== Norms and embeddings of the text encoders ============================================== */
+
+/* y = (x - mean) inverse w + b; rms: mean 0, no b. */
+template <int V>
+__global__ void layer_norm_kernel(bf16 *y, const bf16 *x, const float *w, const float *b, int n, float eps) {
+    float v[V], mean, inverse;
+    x += (int64_t)blockIdx.x * n, y += (int64_t)blockIdx.x * n;
+    moments<V>(x, n, eps, &mean, &inverse);
+    for (int c = threadIdx.x * V; c < n; c += blockDim.x * V) {
+        load<V>(v, x + c);
+        for (int j = 0; j < V; j++) v[j] = (v[j] - mean) * inverse * w[c + j] + b[c + j];
+        store<V>(y + c, v);
+    }
+}
+
+template <int V>
+__global__ void rms_norm_kernel(bf16 *y, const bf16 *x, const float *w, int n, float eps) {
+    float v[V], square = 0;
+    x += (int64_t)blockIdx.x * n, y += (int64_t)blockIdx.x * n;
+    for (int c = threadIdx.x * V; c < n; c += blockDim.x * V) {
+        load<V>(v, x + c);
+        for (int j = 0; j < V; j++) square += v[j] * v[j];
+    }
+    float inverse = 1 / sqrtf(block_sum(square) / (float)n + eps);
+    for (int c = threadIdx.x * V; c < n; c += blockDim.x * V) {
+        load<V>(v, x + c);
+        for (int j = 0; j < V; j++) v[j] *= inverse * w[c + j];
+        store<V>(y + c, v);
+    }
+}
+
+static void cuda_layer_norm(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b, float eps) {
+    int64_t n = last_size(x);
+    LAUNCH(wide(n, y->data, x->data), layer_norm_kernel, row_count(x), 128, (bf16 *)y->data, half_data(x), full_data(w), full_data(b), (int)n, eps);
+}
+static void cuda_rms_norm(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, float eps) {
+    int64_t n = last_size(x);
+    LAUNCH(wide(n, y->data, x->data), rms_norm_kernel, row_count(x), 128, (bf16 *)y->data, half_data(x), full_data(w), (int)n, eps);
+}
+
+template <class T>
+__global__ void embed_kernel(bf16 *y, const T *table, const int32_t *ids, int64_t n) {
+    int64_t r = blockIdx.x;
+    for (int64_t c = threadIdx.x; c < n; c += blockDim.x) set(y + r * n + c, value(table[ids[r] * n + c]));
+}
+static void cuda_embed_tokens(sc_tensor *y, const sc_tensor *table, const int32_t *ids) {
+    int64_t rows = row_count(y), n = table->shape[1];
+    Scratch<int32_t> device(rows);
+    if (!device.p) return;
+    cuda_upload(device.p, ids, (size_t)rows * 4);
+    dim3 grid((unsigned)rows);
+    const int32_t *at = device.p;
+    bf16 *to = (bf16 *)y->data;
+    if (table->dtype == SC_F32) launch("embed", embed_kernel<float>, grid, 128, 0, to, full_data(table), at, n);
+    else if (table->dtype == SC_BF16) launch("embed", embed_kernel<bf16>, grid, 128, 0, to, half_data(table), at, n);
+    else if (table->dtype == SC_F8_E4M3) launch("embed", embed_kernel<uint8_t>, grid, 128, 0, to, (const uint8_t *)table->data, at, n);
+    else fail("embed_tokens", "the table must be f32, bf16 or e4m3");
+}
+
+/* ==== Pictures [B,C,H,W] ===================================================================== */
+
+struct Picture { int channels, height, width, kernel, stride, pad, out_width; };
+
+/* columns [channels * kernel^2, count]: what each output pixel from `first` on sees of x. */
+__global__ void gather_kernel(bf16 *columns, const bf16 *x, Picture g, int64_t first, int64_t count) {
+    int64_t i = FLAT_INDEX(1);
+    int tap = blockIdx.y % (g.kernel * g.kernel), channel = blockIdx.y / (g.kernel * g.kernel);
+    if (i >= count) return;
+    int row = (int)((first + i) / g.out_width) * g.stride + tap / g.kernel - g.pad;
+    int column = (int)((first + i) % g.out_width) * g.stride + tap % g.kernel - g.pad;
+    bool inside = row >= 0 && row < g.height && column >= 0 && column < g.width;
+    bf16 zero = __float2bfloat16_rn(0.f);
+    columns[blockIdx.y * count + i] = inside ? x[((int64_t)channel * g.height + row) * g.width + column] : zero;
+}
+
+__global__ void fill_bias_kernel(bf16 *y, const float *bias, int64_t channels, int64_t pixels, int64_t total) {
+    int64_t i = FLAT_INDEX(1);
+    if (i < total) set(y + i, bias[i / pixels % channels]);
+}
+
+/* y [out, pixels] = bias + w [out, in * kernel^2] times the gathered columns, slab by slab. */
+static void cuda_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b, int stride, int pad_before) {
+    int64_t out = w->shape[0], kernel = w->shape[2], inner = w->shape[1] * kernel * kernel, pixels = y->shape[2] * y->shape[3];
+    Picture g = {(int)x->shape[1], (int)x->shape[2], (int)x->shape[3], (int)kernel, stride, pad_before, (int)y->shape[3]};
+    bool direct = kernel == 1 && stride == 1; /* the picture is its own gathered form */
+    int64_t slab = ((int64_t)128 << 20) / 2 / inner / 8 * 8;
+    slab = direct || slab > pixels ? pixels : slab < 8 ? 8 : slab;
+    Scratch<bf16> columns(direct ? 0 : inner * slab), weights(w->dtype == SC_BF16 ? 0 : out * inner);
+    sc_matrix matrix = {w->data, w->dtype, inner, false};
+    Operand pw = as_half(matrix, out, inner, weights.p);
+    int64_t total = sc_count(y);
+    if (b) launch("fill_bias", fill_bias_kernel, dim3((unsigned)ceil_div(total, 256)), 256, 0, (bf16 *)y->data, full_data(b), out, pixels, total);
+    for (int64_t sample = 0; sample < y->shape[0]; sample++)
+        for (int64_t first = 0; first < pixels; first += slab) {
+            int64_t count = pixels - first < slab ? pixels - first : slab;
+            const bf16 *from = half_data(x) + sample * (sc_count(x) / x->shape[0]);
+            if (!direct)
+                launch("gather", gather_kernel, dim3((unsigned)ceil_div(count, 256), (unsigned)inner), 256, 0, columns.p, from, g, first, count);
+            Operand px = {direct ? from : columns.p, count, false, 0};
+            Operand py = {(bf16 *)y->data + sample * out * pixels + first, pixels, false, 0};
+            product(out, count, inner, 1, pw, px, false, b ? 1.f : 0.f, py, false, NULL, 1);
+        }
+}
+
+static const int64_t NORM_SLICE = 8192;
+
+/* (mean, sum of squares about it) of each slice of a group: partial [groups, slices]. */
+__global__ void group_moments_kernel(float2 *partial, const bf16 *x, int64_t size) {
+    int64_t first = (int64_t)blockIdx.x * NORM_SLICE, end = first + NORM_SLICE < size ? first + NORM_SLICE : size;
+    float sum = 0, square = 0;
+    x += blockIdx.y * size;
+    for (int64_t i = first + threadIdx.x; i < end; i += blockDim.x) sum += value(x[i]);
+    float mean = block_sum(sum) / (float)(end - first);
+    for (int64_t i = first + threadIdx.x; i < end; i += blockDim.x) square += (value(x[i]) - mean) * (value(x[i]) - mean);
+    square = block_sum(square);
+    if (threadIdx.x == 0) partial[(int64_t)blockIdx.y * gridDim.x + blockIdx.x] = make_float2(mean, square);
+}
+
+/* The group's mean and 1 / sqrt(variance + eps) from its slices', in double. One thread to a group. */
+__global__ void group_merge_kernel(float2 *moments, const float2 *partial, int64_t groups, int64_t slices, int64_t size, float eps) {
+    int64_t g = FLAT_INDEX(1);
+    if (g >= groups) return;
+    double mean = 0, square = 0, count = 0;
+    for (int64_t s = 0; s < slices; s++) {
+        double n = (double)(size - s * NORM_SLICE < NORM_SLICE ? size - s * NORM_SLICE : NORM_SLICE);
+        double d = (double)partial[g * slices + s].x - mean;
+        count += n;
+        mean += d * n / count;
+        square += (double)partial[g * slices + s].y + d * d * n * (count - n) / count;
+    }
+    moments[g] = make_float2((float)mean, (float)(1 / sqrt(square / (double)size + (double)eps)));
+}
+
+__global__ void group_norm_kernel(bf16 *y, const bf16 *x, const float2 *moments, const float *w, const float *b, int64_t channels,
+                                  int64_t pixels, int64_t per_group, bool silu, int64_t total) {
+    int64_t i = FLAT_INDEX(1);
+    if (i >= total) return;
+    int64_t plane = i / pixels, channel = plane % channels;
+    float2 m = moments[plane / per_group];
+    float v = (value(x[i]) - m.x) * m.y * w[channel] + b[channel];
+    set(y + i, silu ? v / (1 + __expf(-v)) : v);
+}
+
+static void cuda_group_norm(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b, int groups, float eps, bool silu) {
+    int64_t channels = x->shape[1], pixels = x->shape[2] * x->shape[3], per_group = channels / groups, size = per_group * pixels;
+    int64_t count = x->shape[0] * groups, slices = ceil_div(size, NORM_SLICE), total = sc_count(x);
+    Scratch<float2> partial(count * slices), moments(count);
+    launch("group_moments", group_moments_kernel, dim3((unsigned)slices, (unsigned)count), 256, 0, partial.p, half_data(x), size);
+    launch("group_merge", group_merge_kernel, dim3((unsigned)ceil_div(count, 32)), 32, 0, moments.p, (const float2 *)partial.p, count, slices,
+           size, eps);
+    launch("group_norm", group_norm_kernel, dim3((unsigned)ceil_div(total, 256)), 256, 0, (bf16 *)y->data, half_data(x),
+           (const float2 *)moments.p, full_data(w), full_data(b), channels, pixels, per_group, silu, total);
+}
+
+__global__ void upsample_kernel(bf16 *y, const bf16 *x, int64_t width, int64_t total) {
+    int64_t i = FLAT_INDEX(1);
+    if (i < total) y[i] = x[i / (4 * width) * width + i % (2 * width) / 2];
+}
+static void cuda_upsample(sc_tensor *y, const sc_tensor *x) {
+    int64_t total = sc_count(y);
+    launch("upsample", upsample_kernel, dim3((unsigned)ceil_div(total, 256)), 256, 0, (bf16 *)y->data, half_data(x), x->shape[3], total);
+}
+
+/* y[b][j][i] = x[b][i][j], tiles of 32 x 32 turned in shared memory. */
+__global__ void swap_axes_kernel(bf16 *y, const bf16 *x, int64_t m, int64_t n) {
+    __shared__ bf16 tile[32][33];
+    int64_t i0 = (int64_t)blockIdx.y * 32, j0 = (int64_t)blockIdx.x * 32, at = blockIdx.z * m * n;
+    int lane = threadIdx.x % 32;
+    for (int r = threadIdx.x / 32; r < 32; r += blockDim.x / 32)
+        if (i0 + r < m && j0 + lane < n) tile[r][lane] = x[at + (i0 + r) * n + j0 + lane];
+    __syncthreads();
+    for (int r = threadIdx.x / 32; r < 32; r += blockDim.x / 32)
+        if (j0 + r < n && i0 + lane < m) y[at + (j0 + r) * m + i0 + lane] = tile[lane][r];
+}
+static void cuda_swap_axes(sc_tensor *y, const sc_tensor *x) {
+    int64_t m = x->shape[1], n = x->shape[2];
+    launch("swap_axes", swap_axes_kernel, dim3((unsigned)ceil_div(n, 32), (unsigned)ceil_div(m, 32), (unsigned)x->shape[0]), 256, 0,
+           (bf16 *)y->data, half_data(x), m, n);
+}
+
+/* ==== Loss and optimiser ===================================================================== */
+
+static const int64_t SUM_SLICE = 1 << 16;
+
+struct Difference {
+    const bf16 *a, *b;
+    __device__ float operator()(int64_t i) const { return value(a[i]) - value(b[i]); }
+};
+struct Plain {
+    const float *x;
+    __device__ float operator()(int64_t i) const { return x[i]; }
+};
+
+/* Sum of f(i)^2 over each slice. */
+template <class F>
+__global__ void square_partials(double *partial, F f, int64_t n) {
+    int64_t first = (int64_t)blockIdx.x * SUM_SLICE, end = first + SUM_SLICE < n ? first + SUM_SLICE : n;
+    float sum = 0;
+    for (int64_t i = first + threadIdx.x; i < end; i += blockDim.x) {
+        float x = f(i);
+        sum += x * x;
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) partial[blockIdx.x] = (double)sum;
+}
+
+/* total = factor * the sum of all partials. One warp; each lane's share, then the lanes in order. */
+__global__ void square_total(double *total, const double *partial, int64_t n, double factor) {
+    __shared__ double parts[32];
+    double sum = 0;
+    for (int64_t i = threadIdx.x; i < n; i += 32) sum += partial[i];
+    parts[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    for (int i = 1; i < 32; i++) sum += parts[i];
+    *total = sum * factor;
+}
+
+template <class F> static void sum_squares(double *total, F f, int64_t n, double factor) {
+    int64_t slices = ceil_div(n, SUM_SLICE);
+    Scratch<double> partial(slices);
+    launch("square_partials", square_partials<F>, dim3((unsigned)slices), 256, 0, partial.p, f, n);
+    launch("square_total", square_total, dim3(1), 32, 0, total, (const double *)partial.p, slices, factor);
+}
+
+static void cuda_mse(double *loss, const sc_tensor *prediction, const sc_tensor *target) {
+    int64_t n = sc_count(prediction);
+    sum_squares(loss, Difference{half_data(prediction), half_data(target)}, n, 1.0 / (double)n);
+}
+
+template <int V>
+__global__ void mse_backward_kernel(bf16 *dp, const bf16 *p, const bf16 *t, float s, int64_t n) {
+    int64_t i = FLAT_INDEX(V);
+    if (i >= n) return;
+    float a[V], b[V];
+    load<V>(a, p + i);
+    load<V>(b, t + i);
+    for (int j = 0; j < V; j++) a[j] = s * (a[j] - b[j]);
+    add<V>(dp + i, a);
+}
+static void cuda_mse_backward(sc_tensor *prediction, const sc_tensor *target, float factor) {
+    int64_t n = sc_count(prediction);
+    bool w = wide(n, prediction->data, prediction->grad, target->data);
+    LAUNCH_FLAT(w, mse_backward_kernel, n, half_grad(prediction), half_data(prediction), half_data(target), 2 * factor / (float)n, n);
+}
+
+static double cuda_sum_squares(const float *x, int64_t n) {
+    double sum = NAN;
+    Scratch<double> total(1);
+    if (!total.p) return NAN;
+    sum_squares(total.p, Plain{x}, n, 1);
+    return cuda_download(&sum, total.p, sizeof sum) ? sum : NAN;
+}
+
+struct Step { float lr, beta1, beta2, eps, decay, rate, root, clip, move[2]; };
+
+/* Everything that happens to a trained number in one pass: clipping, Adam, both averages, and its
+ * gradient cleared. Nothing moves if the gradient's norm is not finite. */
+__global__ void update_kernel(sc_trained x, const double *square, Step s) {
+    int64_t i = FLAT_INDEX(1);
+    if (i >= x.count) return;
+    double norm = sqrt(*square);
+    float g = x.grad[i] * (s.clip > 0 && norm > s.clip ? (float)(s.clip / norm) : 1.f);
+    x.grad[i] = 0;
+    if (!isfinite(norm)) return;
+    float m = x.m[i] = s.beta1 * x.m[i] + (1 - s.beta1) * g;
+    float v = x.v[i] = s.beta2 * x.v[i] + (1 - s.beta2) * g * g;
+    float w = x.w[i] = x.w[i] * s.decay - s.rate * m / (sqrtf(v) * s.root + s.eps);
+    for (int k = 0; k < 2; k++)
+        if (x.average[k]) x.average[k][i] += s.move[k] * (w - x.average[k][i]);
+}
+
+static double cuda_update(const sc_trained *x, const sc_adamw *o, const float decay[2]) {
+    double square = NAN, step = (double)(o->step + 1);
+    Scratch<double> total(1);
+    if (!total.p) return NAN;
+    Step s = {o->lr, o->beta1, o->beta2, o->eps, 1 - o->lr * o->weight_decay, (float)(o->lr / (1 - pow(o->beta1, step))),
+              (float)(1 / sqrt(1 - pow(o->beta2, step))), o->clip, {1 - decay[0], 1 - decay[1]}};
+    sum_squares(total.p, Plain{x->grad}, x->count, 1);
+    launch("update", update_kernel, dim3((unsigned)ceil_div(x->count, 256)), 256, 0, *x, (const double *)total.p, s);
+    return cuda_download(&square, total.p, sizeof square) ? sqrt(square) : NAN;
+}
+
+/* ==== The table ============================================================================== */
+
+static sc_backend make_table() {
+    sc_backend t;
+    memset(&t, 0, sizeof t);
+    t.name = gpu.name, t.activation = SC_BF16;
+    t.alloc = cuda_alloc, t.release = cuda_release;
+    t.upload = cuda_upload, t.download = cuda_download, t.zero = cuda_zero;
+    t.gemm = cuda_gemm, t.copy_block = cuda_copy_block, t.column_sum = cuda_column_sum;
+    t.blend = cuda_blend, t.embed_timestep = cuda_embed_timestep, t.multiply = cuda_multiply;
+    t.activate = cuda_activate, t.activate_backward = cuda_activate_backward;
+    t.ln_modulate = cuda_ln_modulate, t.ln_modulate_backward = cuda_ln_modulate_backward;
+    t.gated_residual = cuda_gated_residual, t.gated_residual_backward = cuda_gated_residual_backward;
+    t.norm_rope = cuda_norm_rope, t.norm_rope_backward = cuda_norm_rope_backward;
+    t.attention = cuda_attention, t.attention_backward = cuda_attention_backward;
+    t.layer_norm = cuda_layer_norm, t.rms_norm = cuda_rms_norm, t.embed_tokens = cuda_embed_tokens;
+    t.group_norm = cuda_group_norm, t.conv2d = cuda_conv2d, t.upsample = cuda_upsample, t.swap_axes = cuda_swap_axes;
+    t.mse = cuda_mse, t.mse_backward = cuda_mse_backward, t.sum_squares = cuda_sum_squares, t.update = cuda_update;
+    return t;
+}
+
+static bool no_gpu(cudaError_t why) {
+    char text[256];
+    int driver = 0;
+    cudaGetLastError();
+    if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
+        return sc_set_error("no GPU: no NVIDIA driver is installed");
+    if (driver < CUDART_VERSION)
+        snprintf(text, sizeof text, "no GPU: the driver is for CUDA %d.%d, this program needs %d.%d or newer", driver / 1000,
+                 driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+    else snprintf(text, sizeof text, "no GPU: %s", cudaGetErrorString(why));
+    return sc_set_error(text);
+}
+
+static bool open_device() {
+    int count = 0, major = 0, minor = 0, shared = 0;
+    cudaError_t status = cudaGetDeviceCount(&count);
+    if (status != cudaSuccess || count == 0) return no_gpu(status == cudaSuccess ? cudaErrorNoDevice : status);
+    cudaDeviceProp properties;
+    if ((status = cudaGetDeviceProperties(&properties, 0)) != cudaSuccess) return no_gpu(status);
+    major = properties.major, minor = properties.minor, shared = (int)properties.sharedMemPerBlockOptin;
+    snprintf(gpu.name, sizeof gpu.name, "%.60s", properties.name);
+    if (major < 8) {
+        char text[256];
+        snprintf(text, sizeof text, "no GPU: %s has compute capability %d.%d; 8.0 or more is needed", gpu.name, major, minor);
+        return sc_set_error(text);
+    }
+    gpu.capability = 10 * major + minor;
+    gpu.shared_memory = (size_t)shared;
+    if (!open_cublas()) return false;
+    bool ok = check(cudaSetDevice(0), "cudaSetDevice") &&
+              check(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking), "cudaStreamCreate") &&
+              check(cudaMalloc(&gpu.workspace, WORKSPACE), "cuBLASLt's workspace") && check(lt.Create(&gpu.lt), "cuBLASLt");
+    for (int i = 0; ok && i < STAGES; i++)
+        ok = check(cudaMallocHost((void **)&staging.p[i], STAGE_SIZE), "pinned memory") &&
+             check(cudaEventCreateWithFlags(&staging.done[i], cudaEventDisableTiming), "cudaEventCreate");
+    return ok;
+}
+
+extern "C" const sc_backend *sc_cuda(void) {
+    static sc_backend table;
+    static bool tried, ok;
+    static char why[256];
+    if (!tried) {
+        ok = open_device();
+        if (ok) table = make_table();
+        else snprintf(why, sizeof why, "%s", sc_error());
+    }
+    tried = true;
+    if (!ok) sc_set_error(why);
+    return ok ? &table : NULL;
+}

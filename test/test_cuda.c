@@ -1,0 +1,413 @@
+/* Every operation of the GPU's table against the CPU's, on the same random inputs.
+ *
+ * Built twice: with the real shortcut_cuda.cu (skipped where there is no GPU) and, with EMULATED,
+ * with the same file compiled as C++ on test/emulation/, whose tensors are smaller.
+ *
+ * Tolerances, relative in the L2 norm. Inputs are bf16 values, exact on both sides. bf16 keeps 8
+ * bits, so rounding one result changes it by at most 2^-9 of itself: 2^-9 = 0.00195 is the limit
+ * where f32 arithmetic is rounded once at the end (a sum is also rounded once, after adding). Where a
+ * rounded intermediate is used again, each such rounding may add as much once more: that is the
+ * factor in the calls below. f32 results (sums, norms): 1e-5.
+ *
+ * Outputs are filled with NaN before, gradients that are added to start as random numbers, and each
+ * operation runs twice from the same state (emulated: with the threads in the opposite order) and
+ * must give the same bits. */
+#define _POSIX_C_SOURCE 200809L
+#define SHORTCUT_IMPLEMENTATION
+#include "../shortcut.h"
+#include "test.h"
+
+#define ONE (1.0 / 512)
+#define F32 1e-5
+
+#ifdef EMULATED
+void sc_emulation_order(int order);
+#define LARGE(gpu, emulated) (emulated)
+#else
+#define LARGE(gpu, emulated) (gpu)
+#endif
+
+static const sc_backend *gpu;
+static sc_rng rng = {1};
+
+/* A tensor of an operation. role: i input, o output, g input whose gradient is added to, y output
+ * whose gradient is given; large letters: f32 on the GPU too. */
+typedef struct spec { char role; int ndim; int64_t shape[5]; } spec;
+
+typedef struct part {
+    char role;
+    float *data, *grad;         /* host, the start */
+    sc_tensor cpu, gpu;
+} part;
+
+typedef void (*operation)(const sc_backend *be, sc_tensor **x);
+
+static void *allocate(size_t bytes) {
+    void *p = gpu->alloc(bytes);
+    if (!p) printf("%s\n", sc_error()), exit(1);
+    return p;
+}
+
+static float *random_values(int64_t n, bool f32) {
+    float *x = malloc((size_t)n * 4 + 4);
+    sc_normal(&rng, x, n);
+    for (int64_t i = 0; i < n && !f32; i++) x[i] = sc__bf16_to_f32(sc__f32_to_bf16(x[i]));
+    return x;
+}
+
+/* values NULL: NaN */
+static void to_gpu(void *device, const float *values, sc_dtype dtype, int64_t n) {
+    uint16_t *half = malloc((size_t)n * 4 + 4);
+    memset(half, 0xff, (size_t)n * 4);
+    if (values && dtype == SC_F32) memcpy(half, values, (size_t)n * 4);
+    for (int64_t i = 0; values && dtype == SC_BF16 && i < n; i++) half[i] = sc__f32_to_bf16(values[i]);
+    gpu->upload(device, half, (size_t)(n * sc_dtype_size(dtype)));
+    free(half);
+}
+
+static float *from_gpu(const void *device, sc_dtype dtype, int64_t n) {
+    float *values = malloc((size_t)n * 4 + 4), *raw = malloc((size_t)n * 4 + 4);
+    if (!gpu->download(raw, device, (size_t)(n * sc_dtype_size(dtype)))) printf("%s\n", sc_error()), exit(1);
+    sc_to_f32(values, raw, dtype, n);
+    free(raw);
+    return values;
+}
+
+static void make_part(part *p, const spec *s) {
+    *p = (part){.role = s->role};
+    bool f32 = p->role < 'a', graded = strchr("gGyY", p->role), output = strchr("oOyY", p->role);
+    p->cpu = (sc_tensor){.ndim = s->ndim, .dtype = SC_F32};
+    memcpy(p->cpu.shape, s->shape, sizeof s->shape);
+    p->gpu = p->cpu;
+    p->gpu.dtype = f32 ? SC_F32 : SC_BF16;
+    int64_t n = sc_count(&p->cpu);
+    size_t bytes = (size_t)(n * sc_dtype_size(p->gpu.dtype));
+    p->data = output ? NULL : random_values(n, f32);
+    p->grad = graded ? random_values(n, f32) : NULL;
+    p->cpu.data = malloc((size_t)n * 4 + 4);
+    memset(p->cpu.data, 0xff, (size_t)n * 4);
+    if (p->data) memcpy(p->cpu.data, p->data, (size_t)n * 4);
+    p->gpu.data = allocate(bytes);
+    if (!graded) return;
+    p->cpu.grad = malloc((size_t)n * 4 + 4);
+    memcpy(p->cpu.grad, p->grad, (size_t)n * 4);
+    p->gpu.grad = allocate(bytes);
+    p->cpu.needs_grad = p->gpu.needs_grad = true;
+}
+
+static void free_part(part *p) {
+    free(p->data), free(p->grad), free(p->cpu.data), free(p->cpu.grad);
+    gpu->release(p->gpu.data);
+    if (p->gpu.grad) gpu->release(p->gpu.grad);
+}
+
+static void compare_values(const char *name, int part, const void *device, sc_dtype dtype, const float *want, int64_t n, double limit,
+                           float *first) {
+    float *got = from_gpu(device, dtype, n);
+    if (first) {
+        double error = rel_error(got, want, n);
+        CHECK(error <= limit);
+        if (!(error <= limit)) printf("  %s, tensor %d: error %.2e, limit %.2e\n", name, part, error, limit);
+        memcpy(first, got, (size_t)n * 4);
+    } else {
+        CHECK(!memcmp(got, want, (size_t)n * 4));
+        if (memcmp(got, want, (size_t)n * 4)) printf("  %s, tensor %d: another result when repeated\n", name, part);
+    }
+    free(got);
+}
+
+/* Runs `op` on both, and once more on the GPU; limits are per tensor role: outputs and gradients. */
+static void compare(const char *name, operation op, const spec *specs, int count, double limit) {
+    part parts[8];
+    sc_tensor *x[8], *y[8];
+    float *results[8][2];
+    memset(results, 0, sizeof results);
+    for (int i = 0; i < count; i++) make_part(&parts[i], &specs[i]), x[i] = &parts[i].cpu, y[i] = &parts[i].gpu;
+    op(sc_cpu(), x);
+    for (int pass = 0; pass < 2; pass++) {
+        for (int i = 0; i < count; i++) {
+            int64_t n = sc_count(y[i]);
+            to_gpu(y[i]->data, parts[i].data, y[i]->dtype, n);
+            if (parts[i].grad) to_gpu(y[i]->grad, parts[i].grad, y[i]->dtype, n);
+        }
+#ifdef EMULATED
+        sc_emulation_order(pass ? -1 : 1);
+#endif
+        op(gpu, y);
+        for (int i = 0; i < count; i++) {
+            bool outs[2] = {strchr("oOyY", parts[i].role), strchr("gG", parts[i].role)};
+            const void *device[2] = {y[i]->data, y[i]->grad};
+            const float *want[2] = {x[i]->data, x[i]->grad};
+            int64_t n = sc_count(y[i]);
+            double allowed = parts[i].role < 'a' ? (limit > ONE ? limit : F32) : limit;
+            for (int k = 0; k < 2; k++) {
+                if (!outs[k]) continue;
+                if (!pass) results[i][k] = malloc((size_t)n * 4 + 4);
+                compare_values(name, i, device[k], y[i]->dtype, pass ? results[i][k] : want[k], n, allowed, pass ? NULL : results[i][k]);
+            }
+        }
+    }
+    for (int i = 0; i < count; i++) free_part(&parts[i]), free(results[i][0]), free(results[i][1]);
+}
+
+#define COMPARE(op, limit, ...)                                                            \
+    do {                                                                                   \
+        const spec specs_[] = {__VA_ARGS__};                                               \
+        compare(#op, op, specs_, (int)(sizeof specs_ / sizeof *specs_), limit);            \
+    } while (0)
+
+/* ---- Elementwise ---- */
+
+static sc_activation kind;
+static void activate(const sc_backend *be, sc_tensor **x) {
+    be->activate(kind, x[1], x[0]);
+    be->activate_backward(kind, x[1], x[0]);
+}
+static void multiply(const sc_backend *be, sc_tensor **x) { be->multiply(x[2], x[0], x[1]); }
+static void blend(const sc_backend *be, sc_tensor **x) {
+    float p[70], q[70];
+    for (int i = 0; i < 70; i++) p[i] = 0.3f + (float)i, q[i] = 1.f - 0.7f * (float)i;
+    be->blend(x[2], p, x[0], q, x[1]);
+}
+static void embed_timestep(const sc_backend *be, sc_tensor **x) {
+    float t[70];
+    for (int i = 0; i < 70; i++) t[i] = i ? (float)i / 70 : 1 - 1e-5f;
+    be->embed_timestep(x[0], t);
+}
+static void copy_block(const sc_backend *be, sc_tensor **x) { /* columns 2 ... of x into columns 1 ... of y */
+    int64_t rows = x[0]->shape[0], from = x[0]->shape[1], to = x[1]->shape[1], size = sc_dtype_size(x[0]->dtype);
+    be->copy_block((char *)x[1]->data + size, to, (char *)x[0]->data + 2 * size, from, rows, to - 2, x[0]->dtype, false);
+    be->copy_block(x[1]->data, to, x[0]->data, from, rows, 1, x[0]->dtype, false);
+    be->copy_block((char *)x[1]->data + (to - 1) * size, to, (char *)x[0]->data + size, from, rows, 1, x[0]->dtype, false);
+    be->copy_block(x[1]->data, to, x[0]->data, from, rows, to, x[0]->dtype, true);
+}
+static void copy_aligned(const sc_backend *be, sc_tensor **x) { /* a row of x to all rows of y */
+    int64_t rows = x[1]->shape[0], n = x[1]->shape[1];
+    be->copy_block(x[1]->data, n, x[0]->data, 0, rows, n, x[0]->dtype, false);
+    be->copy_block(x[1]->data, n, x[0]->data, n, rows, n, x[0]->dtype, true);
+}
+static void column_sum(const sc_backend *be, sc_tensor **x) { be->column_sum(x[1]->grad, x[0]->data, x[0]->shape[0], x[0]->shape[1]); }
+
+static void test_elementwise(void) {
+    static const sc_activation kinds[] = {SC_SILU, SC_GELU_TANH, SC_GELU, SC_QUICK_GELU};
+    for (int i = 0; i < 4; i++) {
+        kind = kinds[i];
+        COMPARE(activate, ONE, {'g', 2, {7, 33}}, {'y', 2, {7, 33}});
+        COMPARE(activate, ONE, {'g', 2, {13, 264}}, {'y', 2, {13, 264}});
+    }
+    COMPARE(multiply, ONE, {'i', 1, {1001}}, {'i', 1, {1001}}, {'o', 1, {1001}});
+    COMPARE(blend, ONE, {'i', 2, {70, 13}}, {'i', 2, {70, 13}}, {'o', 2, {70, 13}});
+    COMPARE(blend, ONE, {'i', 3, {3, 5, 16}}, {'i', 3, {3, 5, 16}}, {'o', 3, {3, 5, 16}});
+    COMPARE(embed_timestep, ONE, {'o', 2, {70, 256}});
+    COMPARE(copy_block, 2 * ONE, {'i', 2, {9, 41}}, {'o', 2, {9, 39}});
+    COMPARE(copy_aligned, 2 * ONE, {'i', 2, {5, 64}}, {'o', 2, {5, 64}});
+    COMPARE(column_sum, ONE, {'i', 2, {203, 77}}, {'G', 1, {77}});
+}
+
+/* ---- Products ---- */
+
+static bool a_transposed, b_transposed;
+static void gemm(const sc_backend *be, sc_tensor **x) { /* c += 0.5 a b */
+    sc_matrix a = {x[0]->data, x[0]->dtype, x[0]->shape[1], a_transposed}, b = {x[1]->data, x[1]->dtype, x[1]->shape[1], b_transposed};
+    sc_matrix c = {x[2]->grad, x[2]->dtype, x[2]->shape[1], false};
+    int64_t m = x[2]->shape[0], n = x[2]->shape[1], k = a_transposed ? x[0]->shape[0] : x[0]->shape[1];
+    be->gemm(m, n, k, 0.5f, a, b, 1, c, NULL);
+}
+static void linear(const sc_backend *be, sc_tensor **x) { /* y = x w^T + b on rows 1 ... */
+    int64_t in = x[0]->shape[1], out = x[1]->shape[0], size = sc_dtype_size(x[0]->dtype);
+    sc_matrix a = {(char *)x[0]->data + in * size, x[0]->dtype, in, false}, w = {x[1]->data, x[1]->dtype, in, true};
+    sc_matrix y = {x[3]->data, x[3]->dtype, out, false};
+    be->gemm(x[3]->shape[0], out, in, 1, a, w, 0, y, x[2]);
+}
+
+static void test_products(void) {
+    /* f32 inputs are rounded to bf16 first: one rounding more for each of them. */
+    for (int i = 0; i < 4; i++) {
+        a_transposed = i % 2, b_transposed = i / 2;
+        spec a = {'i', 2, {a_transposed ? 37 : 19, a_transposed ? 19 : 37}}, b = {'i', 2, {b_transposed ? 23 : 37, b_transposed ? 37 : 23}};
+        spec b32 = b, a32 = a;
+        b32.role = 'I', a32.role = 'I';
+        COMPARE(gemm, ONE, a, b, {'g', 2, {19, 23}});
+        COMPARE(gemm, ONE, a, b, {'G', 2, {19, 23}});
+        COMPARE(gemm, 2 * ONE, a, b32, {'g', 2, {19, 23}});
+        COMPARE(gemm, 2 * ONE, a32, b, {'G', 2, {19, 23}});
+        COMPARE(gemm, ONE, a32, b32, {'G', 2, {19, 23}});
+    }
+    COMPARE(linear, 2 * ONE, {'i', 2, {12, 40}}, {'i', 2, {24, 40}}, {'I', 1, {24}}, {'o', 2, {11, 24}});
+    COMPARE(linear, 2 * ONE, {'i', 2, {4, 9}}, {'I', 2, {7, 9}}, {'I', 1, {7}}, {'o', 2, {3, 7}});
+    a_transposed = false, b_transposed = true;
+    COMPARE(gemm, ONE, {'i', 2, {LARGE(1000, 30), 256}}, {'i', 2, {LARGE(512, 48), 256}}, {'g', 2, {LARGE(1000, 30), LARGE(512, 48)}});
+}
+
+/* ---- Norms ---- */
+
+static void ln_modulate(const sc_backend *be, sc_tensor **x) {
+    be->ln_modulate(x[2], x[0], x[1], 0, 2);
+    be->ln_modulate_backward(x[2], x[0], x[1], 0, 2);
+}
+static void gated_residual(const sc_backend *be, sc_tensor **x) {
+    be->gated_residual(x[3], x[0], x[1], x[2], 1);
+    be->gated_residual_backward(x[3], x[0], x[1], x[2], 1);
+}
+static void norm_rope(const sc_backend *be, sc_tensor **x) { /* text, image, weight, rope, joined */
+    int64_t text = x[0]->shape[1];
+    be->norm_rope(x[4], 0, x[0], x[2], x[3]);
+    be->norm_rope(x[4], text, x[1], x[2], x[3]);
+    be->norm_rope_backward(x[4], 0, x[0], x[2], x[3]);
+    be->norm_rope_backward(x[4], text, x[1], x[2], x[3]);
+}
+static void layer_norm(const sc_backend *be, sc_tensor **x) { be->layer_norm(x[3], x[0], x[1], x[2], 1e-5f); }
+static void rms_norm(const sc_backend *be, sc_tensor **x) { be->rms_norm(x[2], x[0], x[1], 1e-6f); }
+
+static void test_norms(void) {
+    COMPARE(ln_modulate, ONE, {'g', 3, {2, 5, 37}}, {'g', 2, {2, 3 * 37}}, {'y', 3, {2, 5, 37}});
+    COMPARE(ln_modulate, ONE, {'g', 3, {3, 70, 192}}, {'g', 2, {3, 3 * 192}}, {'y', 3, {3, 70, 192}});
+    COMPARE(ln_modulate, ONE, {'i', 3, {1, 3, 1160}}, {'g', 2, {1, 3 * 1160}}, {'y', 3, {1, 3, 1160}});
+    COMPARE(gated_residual, ONE, {'g', 3, {2, 5, 37}}, {'g', 3, {2, 5, 37}}, {'g', 2, {2, 3 * 37}}, {'y', 3, {2, 5, 37}});
+    COMPARE(gated_residual, ONE, {'g', 3, {2, 70, 64}}, {'i', 3, {2, 70, 64}}, {'g', 2, {2, 2 * 64}}, {'y', 3, {2, 70, 64}});
+    static const int64_t sizes[] = {16, 32, 64, 128, 200};
+    for (int i = 0; i < 5; i++) {
+        int64_t d = sizes[i], c = 3 * d;
+        COMPARE(norm_rope, ONE, {'g', 3, {2, 4, c}}, {'g', 3, {2, 7, c}}, {'G', 1, {d}}, {'I', 3, {11, d / 2, 2}}, {'y', 3, {2, 11, c}});
+    }
+    COMPARE(layer_norm, ONE, {'i', 2, {5, 77}}, {'I', 1, {77}}, {'I', 1, {77}}, {'o', 2, {5, 77}});
+    COMPARE(layer_norm, ONE, {'i', 2, {3, 768}}, {'I', 1, {768}}, {'I', 1, {768}}, {'o', 2, {3, 768}});
+    COMPARE(rms_norm, ONE, {'i', 2, {5, 77}}, {'I', 1, {77}}, {'o', 2, {5, 77}});
+    COMPARE(rms_norm, ONE, {'i', 2, {3, 512}}, {'I', 1, {512}}, {'o', 2, {3, 512}});
+}
+
+/* ---- Attention ---- */
+
+static int heads;
+static bool causal;
+static void attention(const sc_backend *be, sc_tensor **x) {
+    int64_t size = x[0]->shape[2] / heads;
+    be->attention(x[3], x[4]->data, x[0], x[1], x[2], heads, 1.f / sqrtf((float)size), NULL, causal);
+    be->attention_backward(x[3], x[4]->data, x[0], x[1], x[2], heads, 1.f / sqrtf((float)size));
+}
+static void attention_forward(const sc_backend *be, sc_tensor **x) {
+    be->attention(x[4], x[5]->data, x[0], x[1], x[2], heads, 0.3f, x[3]->ndim == 3 ? x[3] : NULL, causal);
+}
+
+static void compare_attention(int64_t batch, int64_t queries, int64_t keys, int h, int64_t size) {
+    int64_t c = h * size;
+    heads = h;
+    causal = false;
+    /* P and dS are rounded before they are multiplied, O before delta is taken, the result at last. */
+    COMPARE(attention, 3 * ONE, {'g', 3, {batch, queries, c}}, {'g', 3, {batch, keys, c}}, {'g', 3, {batch, keys, c}}, {'y', 3, {batch, queries, c}},
+            {'O', 3, {batch, h, queries}});
+}
+
+static void test_attention(void) {
+    compare_attention(1, 128, 128, 1, 32);
+    compare_attention(2, 37, 37, 3, 32);
+    compare_attention(1, 130, 201, 1, 64);
+    compare_attention(1, 1, 5, 2, 128);
+    compare_attention(LARGE(2, 1), 199, 150, LARGE(3, 1), 128);
+#ifndef EMULATED
+    compare_attention(1, 4608, 4608, 2, 128);
+    compare_attention(1, 8704, 8704, 1, 128);
+    compare_attention(3, 1280, 1280, 6, 32);
+#endif
+    heads = 2;
+    for (int i = 0; i < 4; i++) { /* other head sizes, bias, mask: by products; P is rounded too */
+        int64_t size = i == 0 ? 24 : 64, t = 45, c = heads * size;
+        causal = i == 3;
+        COMPARE(attention_forward, 2 * ONE, {'i', 3, {2, t, c}}, {'i', 3, {2, t, c}}, {'i', 3, {2, t, c}}, {'i', i == 2 ? 3 : 1, {heads, t, t}},
+                {'o', 3, {2, t, c}}, {'O', 3, {2, heads, t}});
+    }
+}
+
+/* ---- Pictures and tokens ---- */
+
+static int stride, pad;
+static void conv2d(const sc_backend *be, sc_tensor **x) { be->conv2d(x[3], x[0], x[1], x[2], stride, pad); }
+static void group_norm(const sc_backend *be, sc_tensor **x) {
+    be->group_norm(x[3], x[0], x[1], x[2], 4, 1e-6f, true);
+    be->group_norm(x[4], x[0], x[1], x[2], 4, 1e-6f, false);
+}
+static void upsample(const sc_backend *be, sc_tensor **x) { be->upsample(x[1], x[0]); }
+static void swap_axes(const sc_backend *be, sc_tensor **x) { be->swap_axes(x[1], x[0]); }
+static void embed_tokens(const sc_backend *be, sc_tensor **x) {
+    static const int32_t ids[] = {3, 0, 10, 3, 7};
+    be->embed_tokens(x[1], x[0], ids);
+}
+
+static void test_pictures(void) {
+    stride = 1, pad = 1; /* the bias is rounded before it is added */
+    COMPARE(conv2d, 2 * ONE, {'i', 4, {2, 3, 9, 7}}, {'i', 4, {5, 3, 3, 3}}, {'I', 1, {5}}, {'o', 4, {2, 5, 9, 7}});
+    COMPARE(conv2d, 3 * ONE, {'i', 4, {1, 8, 16, 24}}, {'I', 4, {12, 8, 3, 3}}, {'I', 1, {12}}, {'o', 4, {1, 12, 16, 24}});
+    stride = 2, pad = 0;
+    COMPARE(conv2d, 2 * ONE, {'i', 4, {2, 4, 8, 6}}, {'i', 4, {3, 4, 3, 3}}, {'I', 1, {3}}, {'o', 4, {2, 3, 4, 3}});
+    stride = 1, pad = 0;
+    COMPARE(conv2d, 2 * ONE, {'i', 4, {2, 4, 5, 6}}, {'i', 4, {7, 4, 1, 1}}, {'I', 1, {7}}, {'o', 4, {2, 7, 5, 6}});
+    COMPARE(group_norm, ONE, {'i', 4, {2, 8, 5, 7}}, {'I', 1, {8}}, {'I', 1, {8}}, {'o', 4, {2, 8, 5, 7}}, {'o', 4, {2, 8, 5, 7}});
+    COMPARE(group_norm, ONE, {'i', 4, {1, 8, LARGE(256, 64), 70}}, {'I', 1, {8}}, {'I', 1, {8}}, {'o', 4, {1, 8, LARGE(256, 64), 70}}, {'o', 4, {1, 8, LARGE(256, 64), 70}});
+    COMPARE(upsample, ONE, {'i', 4, {2, 3, 5, 7}}, {'o', 4, {2, 3, 10, 14}});
+    COMPARE(swap_axes, ONE, {'i', 3, {2, 37, 70}}, {'o', 3, {2, 70, 37}});
+    COMPARE(embed_tokens, ONE, {'i', 2, {11, 37}}, {'o', 2, {5, 37}});
+    COMPARE(embed_tokens, ONE, {'I', 2, {11, 37}}, {'o', 2, {5, 37}});
+}
+
+/* ---- Loss and optimiser ---- */
+
+static void mse(const sc_backend *be, sc_tensor **x) {
+    double *device = be->alloc(sizeof *device), loss = 0;
+    be->mse(device, x[0], x[1]);
+    CHECK(be->download(&loss, device, sizeof loss));
+    be->release(device);
+    float narrow = (float)loss;
+    be->upload(x[2]->data, &narrow, sizeof narrow);
+    be->mse_backward(x[0], x[1], 300.f);
+}
+static void update(const sc_backend *be, sc_tensor **x) {
+    const sc_trained all = {x[0]->shape[0], x[0]->grad, x[1]->grad, x[2]->grad, x[3]->grad, {x[4]->grad, x[5]->grad}};
+    sc_adamw o = {.lr = 0.1f, .beta1 = 0.9f, .beta2 = 0.99f, .eps = 1e-8f, .weight_decay = 0.1f, .clip = 10, .step = 3};
+    double norm = be->update(&all, &o, (const float[2]){0.9f, 0.99f}), root = sqrt((double)all.count);
+    CHECK(norm > 0.9 * root && norm < 1.1 * root);
+}
+
+static void test_training(void) {
+    COMPARE(mse, ONE, {'g', 2, {300, 257}}, {'i', 2, {300, 257}}, {'O', 1, {1}});
+    part values[6];
+    int64_t n = LARGE(1000003, 70001);
+    for (int i = 0; i < 6; i++) make_part(&values[i], &(spec){'G', 1, {n}});
+    float *v = values[3].cpu.grad; /* Adam's second moment is positive */
+    for (int64_t i = 0; i < n; i++) v[i] = v[i] * v[i];
+    sc_tensor *x[6], *y[6];
+    for (int i = 0; i < 6; i++) {
+        x[i] = &values[i].cpu, y[i] = &values[i].gpu;
+        to_gpu(y[i]->grad, x[i]->grad, SC_F32, n);
+    }
+    update(sc_cpu(), x);
+    update(gpu, y);
+    for (int i = 0; i < 6; i++) {
+        float *got = from_gpu(y[i]->grad, SC_F32, n);
+        if (i == 1) for (int64_t j = 0; j < n; j += 1000) CHECK(got[j] == 0);
+        else CHECK(rel_error(got, x[i]->grad, n) < F32);
+        free(got);
+    }
+    double a = sc_cpu()->sum_squares(x[0]->grad, n), b = gpu->sum_squares(y[0]->grad, n);
+    CHECK_CLOSE(b / a, 1, F32);
+    for (int i = 0; i < 6; i++) free_part(&values[i]);
+}
+
+int main(void) {
+#if defined(SHORTCUT_CUDA) || defined(EMULATED)
+    gpu = sc_cuda();
+#else
+    sc_set_error("no GPU: built without CUDA");
+#endif
+    if (!gpu) {
+        SKIP(sc_error());
+        return test_report();
+    }
+    printf("%s\n", gpu->name);
+    test_elementwise();
+    test_products();
+    test_norms();
+    test_attention();
+    test_pictures();
+    test_training();
+    return test_report();
+}
