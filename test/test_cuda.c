@@ -392,6 +392,93 @@ static void test_training(void) {
     for (int i = 0; i < 6; i++) free_part(&values[i]);
 }
 
+/* ---- Whole training steps of a small FLUX ---- */
+
+static const char config[] =
+    "{\"_class_name\": \"FluxTransformer2DModel\", \"in_channels\": 16, \"num_layers\": 1, \"num_single_layers\": 1, "
+    "\"attention_head_dim\": 32, \"num_attention_heads\": 2, \"joint_attention_dim\": 24, \"pooled_projection_dim\": 20, "
+    "\"guidance_embeds\": true, \"axes_dims_rope\": [8, 12, 12]}";
+
+/* A folder with random bf16 weights, none of them zero. */
+static void make_model(const char *folder) {
+    char path[256];
+    mkdir(folder, 0777);
+    snprintf(path, sizeof path, "%s/config.json", folder);
+    sc__write_file(path, config, strlen(config));
+    sc_flux *f = sc_flux_open(sc_cpu(), folder, true, true, 1);
+    for (int64_t i = 0; f && i < f->net->count; i++) {
+        sc_tensor *w = &f->net->weights[i]->tensor;
+        float *values = w->data, size = w->ndim == 1 ? 0.1f : 1.f / sqrtf((float)w->shape[1]);
+        bool norm = strstr(f->net->weights[i]->name, "norm_") && !strstr(f->net->weights[i]->name, "norm_out");
+        sc_normal(&rng, values, sc_count(w));
+        for (int64_t j = 0; j < sc_count(w); j++) values[j] = values[j] * size + (norm ? 1.f : 0.f);
+    }
+    if (!f || !sc_flux_save(f, folder, SC_BF16, (const char *const[]){NULL})) printf("%s\n", sc_error()), exit(1);
+    sc_flux_close(f);
+}
+
+/* Trains a LoRA for some steps on `be`: losses, the first gradient, the last LoRA. */
+static void train_model(const sc_backend *be, const char *folder, bool checkpoint, int steps, double *losses, float **grad, float **lora) {
+    enum { B = 3, H = 4, W = 3, T = 5 };
+    sc_rng random = {5};
+    sc_flux *f = sc_flux_open(be, folder, false, false, 0);
+    sc_tape *t = sc_tape_new(be);
+    sc_params *p = f && t ? sc_params_lora(f, 4, 8, 3) : NULL;
+    if (!p) printf("%s\n", sc_error()), exit(1);
+    float *b = random_values(p->count, true); /* B is not zero, and the sets differ */
+    for (int64_t i = 0; i < p->count; i++) b[i] *= 0.05f;
+    be->upload(p->set[SC_STUDENT], b, (size_t)p->count * 4);
+    for (int64_t i = 0; i < p->count; i++) b[i] *= -0.5f;
+    be->upload(p->set[SC_FAST], b, (size_t)p->count * 4);
+    free(b);
+    sc_flux_checkpointing(f, checkpoint);
+    float x0[B * H * W * 16], noise[B * H * W * 16], context[B * T * 24], pooled[B * 20];
+    sc_normal(&random, x0, B * H * W * 16);
+    sc_normal(&random, noise, B * H * W * 16);
+    sc_normal(&random, context, B * T * 24);
+    sc_normal(&random, pooled, B * 20);
+    sc_batch batch = {.size = B, .h = H, .w = W, .text_tokens = T, .x0 = x0, .noise = noise, .context = context, .pooled = pooled};
+    sc_recipe recipe = {.teacher_ratio = 0.5f, .teacher_steps = 32, .self_steps = {2, 4, 8}, .shift = {2.5f, 4.5f}, .guidance = {1, 5}, .fm_ratio = 0.3f};
+    sc_adamw adamw = {.lr = 1e-2f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f, .clip = 10};
+    *grad = malloc((size_t)p->count * 4);
+    *lora = malloc((size_t)p->count * 4);
+    for (int i = 0; i < steps; i++) {
+        CHECK(sc_train_gradient(f, p, t, &recipe, &batch, &random, &losses[i]));
+        if (i == 0) CHECK(be->download(*grad, p->grad, (size_t)p->count * 4));
+        CHECK(isfinite(sc_params_step(p, &adamw, 0.9f, 0.99f)));
+    }
+    CHECK(be->download(*lora, p->set[SC_STUDENT], (size_t)p->count * 4));
+    losses[steps] = (double)p->count;
+    sc_params_free(p);
+    sc_tape_free(t);
+    sc_flux_close(f);
+}
+
+/* Roundings of some 30 operations in a row add up like independent errors: 2^-9 sqrt(30) is 1%, and
+ * the way back is as long again. */
+static void test_training_steps(void) {
+    enum { STEPS = LARGE(20, 2) };
+    double cpu[STEPS + 1], one[STEPS + 1], two[STEPS + 1];
+    float *cpu_grad, *cpu_lora, *grad, *lora, *grad2, *lora2;
+    make_model("build/test_cuda_model");
+    sc_rng start = rng;
+    train_model(sc_cpu(), "build/test_cuda_model", false, STEPS, cpu, &cpu_grad, &cpu_lora);
+    rng = start;
+    train_model(gpu, "build/test_cuda_model", false, STEPS, one, &grad, &lora);
+    rng = start;
+    train_model(gpu, "build/test_cuda_model", true, STEPS, two, &grad2, &lora2);
+    int64_t n = (int64_t)cpu[STEPS];
+    for (int i = 0; i < STEPS; i++) {
+        CHECK(fabs(one[i] - cpu[i]) < 0.02 * cpu[i]);
+        if (!(fabs(one[i] - cpu[i]) < 0.02 * cpu[i])) printf("  step %d: loss %.5f, on the CPU %.5f\n", i, one[i], cpu[i]);
+        CHECK(one[i] == two[i]);
+    }
+    printf("first gradient: relative error %.1e; loss %.6f, on the CPU %.6f\n", rel_error(grad, cpu_grad, n), one[0], cpu[0]);
+    CHECK(rel_error(grad, cpu_grad, n) < 0.03);
+    CHECK(!memcmp(grad, grad2, (size_t)n * 4) && !memcmp(lora, lora2, (size_t)n * 4));
+    free(cpu_grad), free(cpu_lora), free(grad), free(lora), free(grad2), free(lora2);
+}
+
 int main(void) {
 #if defined(SHORTCUT_CUDA) || defined(EMULATED)
     gpu = sc_cuda();
@@ -409,5 +496,6 @@ int main(void) {
     test_attention();
     test_pictures();
     test_training();
+    test_training_steps();
     return test_report();
 }
