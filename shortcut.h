@@ -97,6 +97,7 @@ typedef struct sc_backend {
     /* Memory: NULL with the error set when there is not enough. */
     void *(*alloc)(size_t bytes);
     void (*release)(void *p);
+    size_t (*memory_left)(void); /* bytes that alloc can still give, about */
     void (*upload)(void *device, const void *host, size_t bytes);
     /* Waits for all work. False with the error set if this or any operation before it failed: the
      * others may be asynchronous, and report nothing. */
@@ -183,6 +184,8 @@ void sc_tape_reset(sc_tape *tape);                       /* forget all tensors, 
 void sc_tape_record(sc_tape *tape, bool recording);
 void sc_tape_use(sc_tape *tape, const uint8_t *set_of_sample); /* [B] sc_set each; NULL: all teacher */
 size_t sc_tape_bytes(const sc_tape *tape);               /* memory held */
+size_t sc_tape_peak(const sc_tape *tape);                /* most that was in use at once, ever */
+bool sc_tape_reserve(sc_tape *tape, size_t bytes);       /* forget all tensors, hold exactly this */
 bool sc_backward(sc_tape *tape);                         /* from the recorded loss to every leaf */
 
 sc_tensor *sc_new(sc_tape *t, int ndim, const int64_t *shape);         /* activation, not initialised */
@@ -221,10 +224,12 @@ sc_tensor *sc_upsample(sc_tape *t, const sc_tensor *x);
 sc_tensor *sc_swap_axes(sc_tape *t, const sc_tensor *x);  /* [B,M,N] -> [B,N,M] */
 sc_tensor *sc_reshape(sc_tape *t, const sc_tensor *x, int ndim, const int64_t *shape); /* same data, new shape */
 
-/* A block reads in[] and makes out[0] and perhaps out[1]. sc_checkpoint keeps its inputs (at most 5)
- * only, and runs it again in the backward pass. */
+/* A block reads in[] (at most 5) and makes out[0] and perhaps out[1]. sc_checkpoint keeps its inputs
+ * only, and runs it again in the backward pass. sc_keep keeps all, but the gradients inside it live
+ * no longer than its part of the backward pass. */
 typedef bool (*sc_block)(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context);
 bool sc_checkpoint(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs, sc_tensor **out);
+bool sc_keep(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs, sc_tensor **out);
 
 /* ==== Weights of a network ==== */
 typedef struct sc_weight { char *name; sc_tensor tensor; bool owned; } sc_weight; /* owned: not the mapped file */
@@ -395,6 +400,17 @@ bool sc_scfm_target(const sc_model *model, sc_tape *t, sc_tensor *x0, sc_tensor 
 /* One training step's gradient: draws, target, student pass, backward. Resets the tape. */
 bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *recipe, const sc_batch *batch,
                        sc_rng *rng, double *loss);
+
+/* Where a device's memory is limited: chooses how many blocks keep their activations for the
+ * backward pass, the others being run again. Makes one training step for `batch`, the largest there
+ * will be, whose gradient it forgets, and reserves what was found in the tape. */
+typedef struct sc_memory_plan {
+    size_t left;                /* bytes there are for activations */
+    size_t step, block;         /* bytes of a step if all blocks run again; more for each one that keeps */
+    int blocks, kept;
+} sc_memory_plan;
+bool sc_plan_memory(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *recipe, const sc_batch *batch,
+                    sc_memory_plan *plan);
 
 /* ==== VAE: pictures <-> latents ==== */
 #define SC_VAE_LEVELS 8
@@ -865,6 +881,7 @@ static void *sc__cpu_alloc(size_t bytes) {
     return p;
 }
 static void sc__cpu_release(void *p) { free(p); }
+static size_t sc__cpu_memory_left(void) { return SIZE_MAX; } /* the system's swap decides */
 static void sc__cpu_upload(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
 static bool sc__cpu_download(void *to, const void *from, size_t bytes) {
     memcpy(to, from, bytes);
@@ -1530,7 +1547,7 @@ static void sc__cpu_swap_axes(sc_tensor *y, const sc_tensor *x) {
 
 static const sc_backend sc__cpu_backend = {
     .name = "cpu", .activation = SC_F32, .on_host = true,
-    .alloc = sc__cpu_alloc, .release = sc__cpu_release,
+    .alloc = sc__cpu_alloc, .release = sc__cpu_release, .memory_left = sc__cpu_memory_left,
     .upload = sc__cpu_upload, .download = sc__cpu_download, .zero = sc__cpu_zero,
     .gemm = sc__cpu_gemm, .copy_block = sc__cpu_copy_block, .column_sum = sc__cpu_column_sum,
     .blend = sc__cpu_blend, .embed_timestep = sc__cpu_embed_timestep,
@@ -1568,6 +1585,7 @@ typedef struct sc__arena {
     struct { char *base; size_t size; } chunks[64];
     int count, current;
     size_t used;                /* of chunks[current] */
+    size_t taken, peak;         /* by all tensors now, and at most */
 } sc__arena;
 
 typedef struct sc__op sc__op;
@@ -1585,6 +1603,7 @@ struct sc_tape {
     bool recording, failed;
     const uint8_t *sets;        /* LoRA set of each sample, or NULL */
     double *loss, *loss_to;     /* in the backend's memory, and where the caller wants it */
+    size_t block;               /* bytes that the largest checkpointed block takes when run again */
     sc__op *ops;
     int64_t count, capacity;
 };
@@ -1600,9 +1619,9 @@ static void *sc__arena_take(sc__arena *a, size_t bytes) {
         a->used = 0;
     }
     if (a->current == a->count) { /* no chunk has room: add one */
-        size_t size = (size_t)1 << 20;
-        while (size < bytes || (a->count > 0 && size < 2 * a->chunks[a->count - 1].size &&
-                                size < (size_t)256 << 20)) size *= 2;
+        size_t size = (size_t)1 << 20, held = 0;
+        for (int i = 0; i < a->count; i++) held += a->chunks[i].size;
+        while (size < bytes || size < held / 8) size *= 2; /* few chunks, little waste */
         if (a->count == (int)(sizeof a->chunks / sizeof *a->chunks)) {
             sc__fail("out of memory: the arena has %d chunks", a->count);
             return NULL;
@@ -1615,14 +1634,20 @@ static void *sc__arena_take(sc__arena *a, size_t bytes) {
     }
     void *p = a->chunks[a->current].base + a->used;
     a->used += bytes;
+    a->taken += bytes;
+    if (a->taken > a->peak) a->peak = a->taken;
     return p;
 }
+
+static void sc__arena_reset(sc__arena *a) { a->current = 0, a->used = a->taken = 0; }
 
 static void sc__arena_free(sc__arena *a) {
     for (int i = 0; i < a->count; i++) {
         if (a->backend) a->backend->release(a->chunks[i].base);
         else SC_FREE(a->chunks[i].base);
     }
+    a->count = 0;
+    sc__arena_reset(a);
 }
 
 sc_tape *sc_tape_new(const sc_backend *backend) {
@@ -1641,8 +1666,8 @@ void sc_tape_free(sc_tape *t) {
 }
 
 void sc_tape_reset(sc_tape *t) {
-    t->host.current = t->device.current = 0;
-    t->host.used = t->device.used = 0;
+    sc__arena_reset(&t->host);
+    sc__arena_reset(&t->device);
     t->count = 0;
     t->failed = false;
     t->loss = NULL;
@@ -1655,6 +1680,16 @@ size_t sc_tape_bytes(const sc_tape *t) {
     size_t bytes = 0;
     for (int i = 0; i < t->device.count; i++) bytes += t->device.chunks[i].size;
     return bytes;
+}
+
+size_t sc_tape_peak(const sc_tape *t) { return t->device.peak; }
+
+bool sc_tape_reserve(sc_tape *t, size_t bytes) {
+    sc_tape_reset(t);
+    sc__arena_free(&t->device);
+    bool ok = sc__arena_take(&t->device, bytes) != NULL;
+    sc__arena_reset(&t->device);
+    return ok;
 }
 
 /* ---- Tensors of the tape ---- */
@@ -1748,13 +1783,13 @@ static sc__op *sc__record(sc_tape *t, void (*backward)(sc_tape *, sc__op *), sc_
 }
 
 /* Marks: everything taken from the arenas after sc__mark goes back at sc__release. */
-typedef struct sc__mark_t { int host, device; size_t host_used, device_used; } sc__mark_t;
+typedef struct sc__mark_t { int host, device; size_t host_used, device_used, device_taken; } sc__mark_t;
 static sc__mark_t sc__mark(const sc_tape *t) {
-    return (sc__mark_t){t->host.current, t->device.current, t->host.used, t->device.used};
+    return (sc__mark_t){t->host.current, t->device.current, t->host.used, t->device.used, t->device.taken};
 }
 static void sc__release(sc_tape *t, sc__mark_t m) {
     t->host.current = m.host, t->host.used = m.host_used;
-    t->device.current = m.device, t->device.used = m.device_used;
+    t->device.current = m.device, t->device.used = m.device_used, t->device.taken = m.device_taken;
 }
 
 /* Runs the operations from the last down to `first` backwards and forgets them. */
@@ -2128,6 +2163,39 @@ sc_tensor *sc_swap_axes(sc_tape *t, const sc_tensor *x) {
 
 /* ---- Checkpoint: keep a block's inputs only, and run it again in the backward pass ---- */
 
+static bool sc__overlap(const sc_tensor *a, const sc_tensor *b) {
+    const char *pa = (const char *)a->data, *pb = (const char *)b->data;
+    return pa < pb + sc_count(b) * sc_dtype_size(b->dtype) && pb < pa + sc_count(a) * sc_dtype_size(a->dtype);
+}
+
+/* Runs a block without recording and gives back all that it made but its outputs: these are moved
+ * to the place where its first tensors were, unless they would be copied onto themselves. */
+static bool sc__run_lean(sc_tape *t, sc_block block, const void *context, sc_tensor **in, sc_tensor **out) {
+    bool recording = t->recording, overlap = false;
+    sc__mark_t start = sc__mark(t);
+    t->recording = false;
+    bool ok = block(t, in, out, context);
+    t->recording = recording;
+    if (!ok) return false;
+    int count = out[1] ? 2 : 1;
+    sc__mark_t end = sc__mark(t);
+    sc_tensor old[2];
+    for (int i = 0; i < count; i++) old[i] = *out[i];
+    sc__release(t, start);
+    for (int i = 0; i < count; i++) {
+        if (!(out[i] = sc__new_like(t, &old[i]))) return false;
+        for (int j = 0; j < count; j++) overlap = overlap || sc__overlap(out[i], &old[j]);
+    }
+    if (overlap) sc__release(t, end);
+    for (int i = 0; i < count; i++) {
+        int64_t n = sc_count(&old[i]);
+        if (overlap) out[i] = sc_reshape(t, &old[i], old[i].ndim, old[i].shape);
+        else t->be->copy_block(out[i]->data, n, old[i].data, n, 1, n, old[i].dtype, false);
+        if (!out[i]) return false;
+    }
+    return true;
+}
+
 typedef struct sc__checkpoint {
     sc_block block;
     const void *context;
@@ -2144,6 +2212,7 @@ static void sc__checkpoint_backward(sc_tape *t, sc__op *op) {
     sc_tensor *out[2] = {NULL, NULL};
     t->sets = c->sets;
     if (!c->block(t, op->in, out, c->context)) t->failed = true;
+    if (t->device.taken - mark.device_taken > t->block) t->block = t->device.taken - mark.device_taken;
     for (int i = 0; i < 2 && out[i]; i++) out[i]->grad = op->out[i]->grad;
     if (!t->failed) sc__backward_from(t, first);
     t->sets = sets;
@@ -2151,11 +2220,8 @@ static void sc__checkpoint_backward(sc_tape *t, sc__op *op) {
 }
 
 bool sc_checkpoint(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs, sc_tensor **out) {
-    bool recording = t->recording;
-    t->recording = false;
-    bool ok = block(t, in, out, context);
-    t->recording = recording;
-    if (!ok || !recording) return ok;
+    if (!sc__run_lean(t, block, context, in, out)) return false;
+    if (!t->recording) return true;
     sc__checkpoint *c = (sc__checkpoint *)sc__arena_take(&t->host, sizeof *c);
     if (!c) return false;
     *c = (sc__checkpoint){block, context, t->sets, inputs};
@@ -2166,6 +2232,32 @@ bool sc_checkpoint(sc_tape *t, sc_block block, const void *context, sc_tensor **
     op->out[1] = out[1];
     if (out[1]) out[1]->needs_grad = true;
     op->extra = c;
+    return true;
+}
+
+/* ---- A kept block: two operations around its own say where its backward pass begins and ends ---- */
+
+static void sc__keep_begin(sc_tape *t, sc__op *op) { /* of the way back: the gradients that leave the block */
+    sc__mark_t *mark = (sc__mark_t *)op->extra;
+    for (int i = 0; i < 5 && op->in[i]; i++) sc__grad(t, op->in[i]);
+    *mark = sc__mark(t);
+}
+static void sc__keep_end(sc_tape *t, sc__op *op) { sc__release(t, *(sc__mark_t *)op->extra); }
+
+bool sc_keep(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs, sc_tensor **out) {
+    if (!t->recording) return sc__run_lean(t, block, context, in, out);
+    sc__mark_t *mark = (sc__mark_t *)sc__arena_take(&t->host, sizeof *mark);
+    sc_tensor yes = {.needs_grad = true}, *end = mark ? sc__struct(t, 0, NULL, SC_F32) : NULL;
+    sc__op *op = end ? sc__record(t, sc__keep_end, end, &yes, NULL, NULL) : NULL;
+    if (!op) return false;
+    op->extra = mark;
+    end->grad = mark; /* never read: an operation whose output has a gradient is walked */
+    if (!block(t, in, out, context)) return false;
+    op = sc__record(t, sc__keep_begin, out[0], &yes, NULL, NULL);
+    if (!op) return false;
+    for (int i = 0; i < 5; i++) op->in[i] = i < inputs ? in[i] : NULL;
+    op->out[1] = out[1];
+    op->extra = mark;
     return true;
 }
 
@@ -3138,12 +3230,12 @@ struct sc_flux {
     sc_tensor rope;                 /* [T, D/2, 2], made for: */
     int rope_text, rope_h, rope_w;
     char *config_text;              /* config.json, as it was read */
-    bool checkpoint;                /* keep only the blocks' inputs for the backward pass */
+    int checkpointed;               /* so many of the blocks keep only their inputs for the backward pass */
 };
 
 const sc_flux_config *sc_flux_config_of(const sc_flux *flux) { return &flux->config; }
 
-void sc_flux_checkpointing(sc_flux *flux, bool on) { flux->checkpoint = on; }
+void sc_flux_checkpointing(sc_flux *f, bool on) { f->checkpointed = on ? f->config.layers + f->config.single_layers : 0; }
 
 int64_t sc_flux_parameters(const sc_flux *flux) {
     int64_t n = 0;
@@ -3426,9 +3518,9 @@ static sc_tensor *sc__flux_modulation(sc_flux *f, sc_tape *t, const sc_flux_inpu
 }
 
 /* Replaces the first one or two of x by the block's outputs. */
-static bool sc__run_block(const sc_flux *f, sc_tape *t, sc_block block, const void *context, sc_tensor **x, int inputs) {
+static bool sc__run_block(const sc_flux *f, int index, sc_tape *t, sc_block block, const void *context, sc_tensor **x, int inputs) {
     sc_tensor *out[2] = {NULL, NULL};
-    bool ok = f->checkpoint ? sc_checkpoint(t, block, context, x, inputs, out) : block(t, x, out, context);
+    bool ok = (index < f->checkpointed ? sc_checkpoint : sc_keep)(t, block, context, x, inputs, out);
     x[0] = out[0];
     if (out[1]) x[1] = out[1];
     return ok;
@@ -3446,11 +3538,11 @@ sc_tensor *sc_flux_velocity(sc_flux *f, sc_tape *t, const sc_flux_input *in) {
     sc_tensor *x[3] = {sc_linear(t, in->x, &f->x_embedder), sc_linear(t, in->context, &f->context_embedder), mod};
     if (!x[0] || !x[1] || !mod) return NULL;
     for (int i = 0; i < f->config.layers; i++)
-        if (!sc__run_block(f, t, sc__double_forward, &f->double_blocks[i], x, 3)) return NULL;
+        if (!sc__run_block(f, i, t, sc__double_forward, &f->double_blocks[i], x, 3)) return NULL;
     sc_tensor *joined[2] = {sc_concat_tokens(t, x[1], x[0]), mod};
     if (!joined[0]) return NULL;
     for (int i = 0; i < f->config.single_layers; i++)
-        if (!sc__run_block(f, t, sc__single_forward, &f->single_blocks[i], joined, 2)) return NULL;
+        if (!sc__run_block(f, f->config.layers + i, t, sc__single_forward, &f->single_blocks[i], joined, 2)) return NULL;
     sc_tensor *image = sc_slice_tokens(t, joined[0], text_tokens, image_tokens);
     sc_tensor *n = sc_ln_modulate(t, image, sc_linear(t, mod, &f->norm_out), 1, 0); /* scale comes first */
     return sc_linear(t, n, &f->proj_out);
@@ -4055,6 +4147,27 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     bool ok = sc_mse(t, v, target, 1.f, loss) && sc_backward(t);
     sc_tape_record(t, false);
     return ok;
+}
+
+bool sc_plan_memory(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *recipe, const sc_batch *batch,
+                    sc_memory_plan *plan) {
+    const size_t spare = (size_t)512 << 20; /* for the backend's own scratch memory to grow */
+    sc_rng rng = {1};
+    double loss;
+    *plan = (sc_memory_plan){.blocks = flux->config.layers + flux->config.single_layers};
+    flux->checkpointed = plan->blocks;
+    t->block = t->device.peak = 0;
+    if (!sc_train_gradient(flux, params, t, recipe, batch, &rng, &loss)) return false;
+    t->be->zero(params->grad, (size_t)params->count * 4);
+    sc_tape_reset(t);
+    size_t left = t->be->memory_left(), held = sc_tape_bytes(t);
+    plan->left = left > SIZE_MAX - held ? SIZE_MAX : left + held;
+    plan->step = t->device.peak;
+    plan->block = t->block;
+    plan->kept = plan->blocks;
+    while (plan->kept > 0 && (plan->left < spare || plan->step + (size_t)plan->kept * plan->block > plan->left - spare)) plan->kept--;
+    flux->checkpointed = plan->blocks - plan->kept;
+    return sc_tape_reserve(t, plan->step + (size_t)plan->kept * plan->block);
 }
 
 /* ==== VAE =====================================================================================
@@ -6409,6 +6522,7 @@ bool sc_pipeline_decode(sc_pipeline *p, const float *tokens, int batch, int h, i
         return sc__fail("%s: the VAE has %lld channels, the transformer makes tokens of %d", p->folder, (long long)channels, p->flux->config.out_channels);
     float *latents = (float *)sc__alloc((size_t)n, sizeof *latents);
     if (!latents) return false;
+    if (!p->backend->on_host) sc_tape_reserve(p->tape, 0); /* its memory is the VAE's now */
     sc_unpack_latents(batch, channels, 2 * h, 2 * w, tokens, latents);
     sc_vae_unnormalise(p->vae, n, latents);
     bool ok = sc_vae_decode(p->vae, batch, 2 * h, 2 * w, latents, rgb, SC__VAE_TILE);

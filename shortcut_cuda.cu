@@ -168,13 +168,20 @@ static void *cuda_alloc(size_t bytes) {
     return p;
 }
 
-/* Large blocks go back at once: the next of them will not have exactly this size. */
 static void cuda_release(void *p) {
     for (int i = 0; i < blocks.count; i++) {
         if (blocks.list[i].p != p) continue;
         blocks.list[i].used = false;
         return;
     }
+}
+
+static size_t cuda_memory_left() {
+    size_t left = 0, total = 0;
+    if (cudaMemGetInfo(&left, &total) != cudaSuccess) return cudaGetLastError(), 0;
+    for (int i = 0; i < blocks.count; i++)
+        if (!blocks.list[i].used) left += blocks.list[i].size;
+    return left;
 }
 
 /* Memory for the length of one operation. */
@@ -1693,7 +1700,7 @@ static sc_backend make_table() {
     sc_backend t;
     memset(&t, 0, sizeof t);
     t.name = gpu.name, t.activation = SC_BF16;
-    t.alloc = cuda_alloc, t.release = cuda_release;
+    t.alloc = cuda_alloc, t.release = cuda_release, t.memory_left = cuda_memory_left;
     t.upload = cuda_upload, t.download = cuda_download, t.zero = cuda_zero;
     t.gemm = cuda_gemm, t.copy_block = cuda_copy_block, t.column_sum = cuda_column_sum;
     t.blend = cuda_blend, t.embed_timestep = cuda_embed_timestep, t.multiply = cuda_multiply;

@@ -92,7 +92,7 @@ static int option_table(options *o, sc_option *table) {
         {NULL, SC_FLAG, NULL, NULL, "Data and memory:"},
         {"--resolution", SC_INT, &o->resolution, "N", "pictures up to NxN pixels, in aspect buckets (0: the model's)"},
         {"--text-tokens", SC_INT, &o->text_tokens, "N", "T5 tokens of a caption (0: the model's)"},
-        {"--checkpointing", SC_FLAG, &o->checkpointing, NULL, "recompute blocks in the backward pass: less memory"},
+        {"--checkpointing", SC_FLAG, &o->checkpointing, NULL, "recompute all blocks in the backward pass: less memory (on a GPU: as many as needed)"},
         {"--no-cache", SC_FLAG, &o->no_cache, NULL, "do not keep latents and embeddings in DATA"},
         {NULL, SC_FLAG, NULL, NULL, "Running:"},
         {"--out", SC_STRING, &o->out, "PATH", "result (LoRA: lora.safetensors; all weights: a folder)"},
@@ -272,6 +272,7 @@ static bool preview(training *t) {
     memcpy(t->batch.context, t->context + text * text_size, (size_t)text_size * 4);
     memcpy(t->batch.pooled, t->pooled + text * c->pooled_channels, (size_t)c->pooled_channels * 4);
     bool has_teacher = t->params->set[SC_TEACHER] || t->params->adapters, ok = true;
+    size_t held = sc_tape_bytes(p->tape); /* given back while the VAE works */
     for (int i = has_teacher ? 0 : 1; ok && i < 3; i++) {
         int steps = i == 0 || (!has_teacher && i == 1) ? 32 : 3;
         sc_set set = i < 2 && has_teacher ? SC_TEACHER : t->params->adapters ? SC_STUDENT : SC_SLOW;
@@ -279,6 +280,8 @@ static bool preview(training *t) {
         for (int y = 0; ok && y < 3 * height; y++)
             memcpy(sheet + ((int64_t)y * 3 + i) * width, panels + (int64_t)y * width, (size_t)width * 4);
     }
+    sc_pipeline_release(p);
+    ok = ok && sc_tape_reserve(p->tape, held);
     char path[1024];
     run_path(t, "preview.png", path);
     ok = ok && sc_picture_save(&(sc_picture){3 * width, height, sheet}, path, NULL);
@@ -521,6 +524,7 @@ static bool load_data(training *t) {
         if (ok && !t->o.no_cache) ok = save_cache(t, fingerprint);
     }
     sc_dataset_close(data);
+    sc_pipeline_release(t->pipeline); /* training needs the transformer alone */
     return ok;
 }
 
@@ -588,6 +592,24 @@ static bool open_params(training *t) {
     return true;
 }
 
+/* On a GPU: how many blocks keep their activations, tried with the largest pictures there are. */
+static bool plan_memory(training *t) {
+    sc_pipeline *p = t->pipeline;
+    if (p->backend->on_host || t->o.checkpointing) return true;
+    const double gib = 1 << 30;
+    for (int i = 0; i < t->pair_count; i++)
+        if (!i || t->pairs[i].h * t->pairs[i].w > t->batch.h * t->batch.w) t->batch.h = t->pairs[i].h, t->batch.w = t->pairs[i].w;
+    t->batch.x0 = t->batch_memory; /* zeros will do */
+    t->batch.noise = t->batch_memory + (int64_t)t->o.batch * t->batch.h * t->batch.w * sc_flux_config_of(p->flux)->in_channels;
+    sc_memory_plan plan;
+    if (!sc_plan_memory(p->flux, t->params, p->tape, &t->recipe, &t->batch, &plan)) return false;
+    printf("memory of %s: a step of %d pictures of %dx%d takes %.1f GiB, and %.1f GiB more for %d of %d blocks that are not run twice; "
+           "%.1f GiB were left\n", p->backend->name, t->o.batch, t->batch.w * p->token_pixels, t->batch.h * p->token_pixels,
+           (double)plan.step / gib, (double)plan.kept * (double)plan.block / gib, plan.kept, plan.blocks, (double)plan.left / gib);
+    fflush(stdout);
+    return true;
+}
+
 static void print_plan(const training *t, const sc_option *table, int count) {
     const options *o = &t->o;
     printf("%s: %d pairs, %d captions; %lld of %lld parameters trained\n", o->data, t->pair_count, t->text_count - 1,
@@ -652,6 +674,7 @@ int main(int argc, char **argv) {
         set_recipe(&t);
         print_plan(&t, table, count);
     }
+    ok = ok && plan_memory(&t);
     if (ok && t.o.resume) ok = load_state(&t);
     if (ok) ok = t.o.dry_run ? dry_run(&t) : train(&t);
     close_training(&t);

@@ -417,8 +417,9 @@ static void make_model(const char *folder) {
     sc_flux_close(f);
 }
 
-/* Trains a LoRA for some steps on `be`: losses, the first gradient, the last LoRA. */
-static void train_model(const sc_backend *be, const char *folder, bool checkpoint, int steps, double *losses, float **grad, float **lora) {
+/* Trains a LoRA for some steps on `be`: losses, the first gradient, the last LoRA. Of the 2 blocks,
+ * the first `checkpointed` are run again. */
+static void train_model(const sc_backend *be, const char *folder, int checkpointed, int steps, double *losses, float **grad, float **lora) {
     enum { B = 3, H = 4, W = 3, T = 5 };
     sc_rng random = {5};
     sc_flux *f = sc_flux_open(be, folder, false, false, 0);
@@ -431,7 +432,6 @@ static void train_model(const sc_backend *be, const char *folder, bool checkpoin
     for (int64_t i = 0; i < p->count; i++) b[i] *= -0.5f;
     be->upload(p->set[SC_FAST], b, (size_t)p->count * 4);
     free(b);
-    sc_flux_checkpointing(f, checkpoint);
     float x0[B * H * W * 16], noise[B * H * W * 16], context[B * T * 24], pooled[B * 20];
     sc_normal(&random, x0, B * H * W * 16);
     sc_normal(&random, noise, B * H * W * 16);
@@ -440,6 +440,10 @@ static void train_model(const sc_backend *be, const char *folder, bool checkpoin
     sc_batch batch = {.size = B, .h = H, .w = W, .text_tokens = T, .x0 = x0, .noise = noise, .context = context, .pooled = pooled};
     sc_recipe recipe = {.teacher_ratio = 0.5f, .teacher_steps = 32, .self_steps = {2, 4, 8}, .shift = {2.5f, 4.5f}, .guidance = {1, 5}, .fm_ratio = 0.3f};
     sc_adamw adamw = {.lr = 1e-2f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f, .clip = 10};
+    sc_memory_plan plan;
+    CHECK(sc_plan_memory(f, p, t, &recipe, &batch, &plan) && plan.kept == 2 && plan.blocks == 2);
+    size_t held = sc_tape_bytes(t);
+    f->checkpointed = checkpointed;
     *grad = malloc((size_t)p->count * 4);
     *lora = malloc((size_t)p->count * 4);
     for (int i = 0; i < steps; i++) {
@@ -448,6 +452,7 @@ static void train_model(const sc_backend *be, const char *folder, bool checkpoin
         CHECK(isfinite(sc_params_step(p, &adamw, 0.9f, 0.99f)));
     }
     CHECK(be->download(*lora, p->set[SC_STUDENT], (size_t)p->count * 4));
+    CHECK(sc_tape_bytes(t) == held && sc_tape_peak(t) <= held); /* the plan was enough */
     losses[steps] = (double)p->count;
     sc_params_free(p);
     sc_tape_free(t);
@@ -462,11 +467,11 @@ static void test_training_steps(void) {
     float *cpu_grad, *cpu_lora, *grad, *lora, *grad2, *lora2;
     make_model("build/test_cuda_model");
     sc_rng start = rng;
-    train_model(sc_cpu(), "build/test_cuda_model", false, STEPS, cpu, &cpu_grad, &cpu_lora);
+    train_model(sc_cpu(), "build/test_cuda_model", 0, STEPS, cpu, &cpu_grad, &cpu_lora);
     rng = start;
-    train_model(gpu, "build/test_cuda_model", false, STEPS, one, &grad, &lora);
+    train_model(gpu, "build/test_cuda_model", 0, STEPS, one, &grad, &lora);
     rng = start;
-    train_model(gpu, "build/test_cuda_model", true, STEPS, two, &grad2, &lora2);
+    train_model(gpu, "build/test_cuda_model", 1, STEPS, two, &grad2, &lora2);
     int64_t n = (int64_t)cpu[STEPS];
     for (int i = 0; i < STEPS; i++) {
         CHECK(fabs(one[i] - cpu[i]) < 0.02 * cpu[i]);
