@@ -194,8 +194,8 @@ typedef struct experiment {
     float *real;                        /* features of real pictures */
     int64_t real_count;
     double base_sharpness;
-    float *sheet;
-    int columns, column;
+    float *sheet;                       /* a strip of titles, then a row for each prompt shown */
+    int columns, column, strip, height; /* pixels of the strip, of the whole */
 } experiment;
 
 static double gradient_energy(const float *rgb, int side) {
@@ -242,7 +242,7 @@ static void put_on_sheet(experiment *x, int row, const float *rgb) {
     int side = x->p->resolution, width = side * x->columns;
     for (int c = 0; c < 3; c++)
         for (int y = 0; y < side; y++)
-            memcpy(x->sheet + ((int64_t)(c * (x->shown + 1) * side + side + row * side + y) * width + x->column * side),
+            memcpy(x->sheet + ((int64_t)(c * x->height + x->strip + row * side + y) * width + x->column * side),
                    rgb + ((int64_t)c * side + y) * side, (size_t)side * 4);
 }
 
@@ -313,14 +313,14 @@ static void draw_text(experiment *x, int column, const char *text) {
         0x7b6f, 0x2c97, 0x73e7, 0x73cf, 0x5bc9, 0x79cf, 0x79ef, 0x7252, 0x7bef, 0x7bcf, 0x7bed, 0x6bae, 0x7927, 0x6b6e,
         0x79e7, 0x79e4, 0x796f, 0x5bed, 0x7497, 0x126f, 0x5bad, 0x4927, 0x5fed, 0x6b6d, 0x7b6f, 0x7be4, 0x7b79, 0x7bad,
         0x79cf, 0x7492, 0x5b6f, 0x5b6a, 0x5bfd, 0x5aad, 0x5a92, 0x72a7, 0x0002, 0x01c0, 0x0410, 0x12a4};
-    int side = x->p->resolution, width = side * x->columns, scale = side / 64 > 0 ? side / 64 : 1;
+    int side = x->p->resolution, width = side * x->columns, scale = x->strip / 7;
     for (int i = 0; text[i] && (i + 1) * 4 * scale <= side; i++) {
         const char *found = strchr(letters, toupper((unsigned char)text[i]));
         for (int bit = 0; found && bit < 15; bit++) {
             if (!(shapes[found - letters] >> (14 - bit) & 1)) continue;
             for (int p = 0; p < 3 * scale * scale; p++) {
-                int px = column * side + (i * 4 + bit % 3 + 1) * scale + p / 3 % scale, py = side / 2 + (bit / 3 - 2) * scale + p / 3 / scale;
-                if (px < (column + 1) * side) x->sheet[((int64_t)(p % 3) * (x->shown + 1) * side + py) * width + px] = -1;
+                int px = column * side + (i * 4 + bit % 3 + 1) * scale + p / 3 % scale, py = (bit / 3 + 1) * scale + p / 3 / scale;
+                if (px < (column + 1) * side) x->sheet[((int64_t)(p % 3) * x->height + py) * width + px] = -1;
             }
         }
     }
@@ -328,7 +328,7 @@ static void draw_text(experiment *x, int column, const char *text) {
 
 /* The shift among a few at which the base's pictures come nearest to its 32-step ones. */
 static bool best_shift(experiment *x, setting *s) {
-    static const float shifts[] = {1, 1.5f, 2, 3, 4};
+    static const float shifts[] = {2, 3, 4, 5, 6};
     double best = INFINITY;
     float chosen = s->shift;
     int count = x->o.full ? x->count / 4 : x->count / 2;
@@ -348,7 +348,9 @@ static bool run_experiment(experiment *x) {
     while (loras < 8 && x->o.lora[loras]) loras++;
     x->columns = 1 + 3 * (1 + loras);
     int side = x->p->resolution;
-    int64_t area = (int64_t)side * side * x->columns * (x->shown + 1);
+    x->strip = 7 * (side / 64 > 0 ? side / 64 : 1);
+    x->height = x->strip + side * x->shown;
+    int64_t area = (int64_t)side * x->columns * x->height;
     x->sheet = (float *)sc__alloc((size_t)(3 * area), sizeof *x->sheet);
     if (!x->sheet) return false;
     for (int64_t i = 0; i < 3 * area; i++) x->sheet[i] = 1;
@@ -377,7 +379,7 @@ static bool run_experiment(experiment *x) {
             print_row(&l, &m, &base, full.real);
         }
     }
-    bool ok = sc_picture_save(&(sc_picture){side * x->columns, side * (x->shown + 1), x->sheet}, x->o.out, NULL);
+    bool ok = sc_picture_save(&(sc_picture){side * x->columns, x->height, x->sheet}, x->o.out, NULL);
     if (ok) printf("%d pictures a row of the table, from the same noise; contact sheet: %s\n", x->count, x->o.out);
     return ok;
 }
@@ -536,7 +538,10 @@ int main(int argc, char **argv) {
         {"--seed", SC_INT, &o.seed, "N", "noise of the first picture"},
     };
     const char *words[2] = {NULL, NULL};
-    int count = sc_parse(usage, table, sizeof table / sizeof *table, argc, argv, words, 2);
+    const int options_count = sizeof table / sizeof *table;
+    const char *model = sc_given(argc, argv, "--model");
+    if (!sc_parse_recipe(table, options_count, model ? model : o.model, "sample")) return sc_die();
+    int count = sc_parse(usage, table, options_count, argc, argv, words, 2);
     sc_set_threads(o.threads);
     sc_catch_interrupt();
     bool merge = count == 1 && !strcmp(words[0], "merge");

@@ -161,7 +161,10 @@ int main(int argc, char **argv) {
         {"--threads", SC_INT, &o.threads, "N", "CPU threads (0: all cores)"},
     };
     const char *words[2] = {NULL, NULL};
-    int count = sc_parse(usage, table, sizeof table / sizeof *table, argc, argv, words, 2);
+    const int options_count = sizeof table / sizeof *table;
+    const char *model = sc_given(argc, argv, "--model");
+    if (!sc_parse_recipe(table, options_count, model ? model : o.model, "sample")) return sc_die();
+    int count = sc_parse(usage, table, options_count, argc, argv, words, 2);
     const char *prompt = o.prompts ? NULL : words[0], *steps = o.prompts ? words[0] : words[1];
     if ((!prompt && !o.prompts) || (o.prompts && (!o.out_dir || count > 1))) {
         fprintf(stderr, "%s\n", usage);

@@ -562,8 +562,11 @@ typedef struct sc_option {
  * --help prints `usage` and the table and exits 0; bad usage prints one line and exits 2. */
 int sc_parse(const char *usage, const sc_option *options, int count, int argc, char **argv, const char **positional,
              int limit);
-/* Values from a JSON object whose keys are option names without "--"; false if it has others. */
-bool sc_parse_json(const sc_option *options, int count, const char *path);
+/* Values from the object `section` of MODEL/recipe.json, where there is one: the defaults measured for
+ * this model. Its keys are option names without "--"; false, with the error set, if it has others. */
+bool sc_parse_recipe(const sc_option *options, int count, const char *model, const char *section);
+/* What follows the argument `name`; NULL if it is not there (for what must be known before sc_parse). */
+const char *sc_given(int argc, char **argv, const char *name);
 void sc_print_options(const sc_option *options, int count);
 
 /* First thing in main: threads that wait sleep instead of spinning, which costs a program that shares
@@ -6863,21 +6866,34 @@ int sc_parse(const char *usage, const sc_option *options, int count, int argc, c
     return found;
 }
 
-bool sc_parse_json(const sc_option *options, int count, const char *path) {
-    sc_json *json = sc_json_load(path);
-    bool ok = json != NULL;
-    for (int64_t i = 0; ok && i < sc_json_length(json); i++) {
-        const sc_json *value = sc_json_value(json, i);
-        const char *key = sc_json_key(json, i), *string = sc_json_string(value, NULL);
-        char text[128];
+const char *sc_given(int argc, char **argv, const char *name) {
+    for (int i = 1; i < argc; i++)
+        if (!strcmp(argv[i], name)) return i + 1 < argc ? argv[i + 1] : "";
+    return NULL;
+}
+
+bool sc_parse_recipe(const sc_option *options, int count, const char *model, const char *section) {
+    static sc_json *recipe; /* kept: string options point into it */
+    char *path = sc__join(model, "recipe.json");
+    bool ok = path != NULL;
+    sc_json_free(recipe);
+    recipe = ok && sc__exists(path) ? sc_json_load(path) : NULL;
+    if (ok && sc__exists(path)) ok = recipe != NULL;
+    const sc_json *values = sc_json_get(recipe, section);
+    for (int64_t i = 0; ok && i < sc_json_length(values); i++) {
+        const sc_json *value = sc_json_value(values, i);
+        const char *key = sc_json_key(values, i), *string = sc_json_string(value, NULL);
+        char text[32];
         const sc_option *o = NULL;
         for (int j = 0; j < count; j++)
-            if (options[j].name && !strcmp(options[j].name + 2, key) && options[j].kind != SC_STRING) o = &options[j];
+            if (options[j].name && !strcmp(options[j].name + 2, key)) o = &options[j];
         if (!string) snprintf(text, sizeof text, "%.9g", sc_json_number(value, NAN));
         if (!o) ok = sc__fail("%s: there is no option '%s'", path, key);
-        else ok = sc__set_option(o, string ? string : text) || sc__fail("%s: '%s' has a wrong value", path, key);
+        else if (o->kind == SC_STRING ? !string : !sc__set_option(o, string ? string : text))
+            ok = sc__fail("%s: '%s' has a wrong value", path, key);
+        else if (o->kind == SC_STRING) *(const char **)o->value = string;
     }
-    sc_json_free(json);
+    SC_FREE(path);
     return ok;
 }
 #endif

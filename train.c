@@ -45,6 +45,7 @@ typedef struct options {
     int preview, save;              /* every so many steps; 0: at the end only */
     int stop_after;                 /* save and stop there, to go on with --resume */
     const char *preview_prompt;
+    const char *scales;             /* "3:1 8:0.5": the LoRA scale that suits a number of steps */
     bool checkpointing;
 } options;
 
@@ -89,6 +90,7 @@ static int option_table(options *o, sc_option *table) {
         {"--guidance", SC_RANGE, &o->guidance, "A,B", "guidance, uniform between these"},
         {"--fm-ratio", SC_FLOAT, &o->fm_ratio, "X", "part of the batch with the flow-matching target"},
         {"--caption-dropout", SC_FLOAT, &o->caption_dropout, "X", "flow matching: part of the captions left empty"},
+        {"--scales", SC_STRING, &o->scales, "LIST", "scales that suit numbers of steps, as \"3:1 8:0.5\": kept in the file"},
         {NULL, SC_FLAG, NULL, NULL, "Data and memory:"},
         {"--resolution", SC_INT, &o->resolution, "N", "pictures up to NxN pixels, in aspect buckets (0: the model's)"},
         {"--text-tokens", SC_INT, &o->text_tokens, "N", "T5 tokens of a caption (0: the model's)"},
@@ -232,7 +234,8 @@ static bool save_result(const training *t) {
     snprintf(rank, sizeof rank, "%d", t->o.rank);
     snprintf(seed, sizeof seed, "%d", t->o.seed);
     const char *metadata[] = {"base_model", t->o.model, "method", "SCFM", "rank", rank, "alpha", rank, "steps", steps,
-                              "seed", seed, "command", t->command, "format", "pt", NULL};
+                              "seed", seed, "command", t->command, "format", "pt",
+                              t->o.scales ? "scales" : NULL, t->o.scales, NULL};
     if (t->params->adapters) return sc_lora_save(t->params, SC_STUDENT, t->o.out, metadata);
     sc_params_use(t->params, SC_SLOW);
     bool ok = sc_flux_save(t->pipeline->flux, t->o.out, SC_BF16, metadata + 4);
@@ -651,14 +654,11 @@ int main(int argc, char **argv) {
     int count = option_table(&t.o, table), used = 0;
     for (int i = 0; i < argc && used < (int)sizeof t.command - 1; i++)
         used += snprintf(t.command + used, sizeof t.command - (size_t)used, "%s%s", i ? " " : "", argv[i]);
+    bool whole = sc_given(argc, argv, "--full") || sc_given(argc, argv, "--pretrain") ||
+                 sc_given(argc, argv, "--distill-guidance");
+    const char *model = sc_given(argc, argv, "--model");
+    if (!whole && !sc_parse_recipe(table, count, model ? model : t.o.model, "train")) return sc_die();
     sc_parse(usage, table, count, argc, argv, words, 1);
-    char recipe[1024]; /* the model's own defaults, then the command line once more on top */
-    snprintf(recipe, sizeof recipe, "%s/recipe.json", t.o.model);
-    bool whole = t.o.full || t.o.pretrain || t.o.distill_guidance, ok = true;
-    if (!whole && sc__exists(recipe)) {
-        ok = sc_parse_json(table, count, recipe);
-        sc_parse(usage, table, count, argc, argv, words, 1);
-    }
     if (!words[0]) {
         fprintf(stderr, "%s\n\nerror: which folder of pictures? (see %s --help)\n", usage, argv[0]);
         return 2;
@@ -668,7 +668,7 @@ int main(int argc, char **argv) {
     if (!check_options(&t.o)) return sc_die(), 2;
     sc_set_threads(t.o.threads);
     sc_catch_interrupt();
-    ok = ok && open_model(&t) && load_data(&t) && open_params(&t);
+    bool ok = open_model(&t) && load_data(&t) && open_params(&t);
     if (ok && !t.o.dry_run && mkdir(t.o.run, 0777) && errno != EEXIST) ok = sc__fail("%s: %s", t.o.run, strerror(errno));
     if (ok) {
         set_recipe(&t);

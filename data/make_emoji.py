@@ -29,9 +29,9 @@ SPLITS = ("train", "test")
 
 # The variety inside a caption.
 FILL = 0.93               # at scale 1 the emoji's longer side is this part of the picture's
-SCALE = (0.78, 1.05)
-SHIFT = 0.06              # largest shift, as a part of the picture's side
-TILT = 9.0                # largest rotation, degrees
+SCALE = (0.65, 1.05)
+SHIFT = 0.10              # largest shift, as a part of the picture's side
+TILT = 15.0               # largest rotation, degrees
 FLIP = 0.5                # share of mirror images
 GRADIENT = 0.4            # share of backgrounds with a soft gradient
 COARSE = 0.15             # share of coarse captions

@@ -23,7 +23,7 @@ except ImportError as missing:
     sys.exit(f"error: make bench compares with PyTorch: {missing}; pip install -r test/reference/requirements.txt")
 
 MODEL, BATCH = "data/tiny-flux", 8
-RANK = 64 if not os.path.exists(f"{MODEL}/recipe.json") else json.load(open(f"{MODEL}/recipe.json")).get("rank", 64)
+RANK = 64 if not os.path.exists(f"{MODEL}/recipe.json") else json.load(open(f"{MODEL}/recipe.json"))["train"]["rank"]
 TOKENS, TEXT = 64, 16
 
 
