@@ -17,7 +17,7 @@ static const char usage[] =
     "  ./sample --prompts prompts.txt 32 --out-dir pictures      a training set, resumable";
 
 typedef struct options {
-    const char *model, *lora[8], *size, *shift, *out, *out_dir, *prompts, *noise, *latents, *device;
+    const char *model, *lora[8], *size, *shift, *out, *out_dir, *prompts, *noise, *latents, *device, *weights;
     bool no_lora;
     float guidance;
     int seed, count, threads;
@@ -141,7 +141,7 @@ static bool draw_list(sc_pipeline *p, const options *o) {
 
 int main(int argc, char **argv) {
     sc_start(argv);
-    options o = {.model = "data/tiny-flux", .out = "out.png", .device = "auto", .guidance = 3.5f, .count = 1, .seed = 1};
+    options o = {.model = "data/tiny-flux", .out = "out.png", .device = "auto", .weights = "auto", .guidance = 3.5f, .count = 1, .seed = 1};
     const sc_option table[] = {
         {NULL, SC_FLAG, NULL, NULL, "Options:"},
         {"--model", SC_STRING, &o.model, "DIR", "FLUX pipeline folder"},
@@ -157,6 +157,7 @@ int main(int argc, char **argv) {
         {"--out-dir", SC_STRING, &o.out_dir, "DIR", "folder for --prompts' pictures and metadata.jsonl"},
         {"--noise", SC_STRING, &o.noise, "FILE", "start from the tensor 'noise' in this safetensors file"},
         {"--latents", SC_STRING, &o.latents, "FILE", "also write the final packed latents"},
+        {"--weights", SC_STRING, &o.weights, "TYPE", "matrices: auto (as in the file), or fp8, half of bf16"},
         {"--device", SC_STRING, &o.device, "NAME", "auto, cpu or cuda"},
         {"--threads", SC_INT, &o.threads, "N", "CPU threads (0: all cores)"},
     };
@@ -176,10 +177,14 @@ int main(int argc, char **argv) {
         fprintf(stderr, "error: STEPS is a number from 1 to 1000, not '%s'\n", steps);
         return 2;
     }
+    if (strcmp(o.weights, "auto") && strcmp(o.weights, "fp8")) {
+        fprintf(stderr, "error: --weights is auto or fp8, not '%s'\n", o.weights);
+        return 2;
+    }
     sc_set_threads(o.threads);
     sc_catch_interrupt();
     const sc_backend *be = sc_device(o.device);
-    sc_pipeline *p = be ? sc_pipeline_open(be, o.model, &(sc_pipeline_options){0}) : NULL;
+    sc_pipeline *p = be ? sc_pipeline_open(be, o.model, &(sc_pipeline_options){.fp8 = !strcmp(o.weights, "fp8")}) : NULL;
     bool ok = p != NULL;
     if (ok) o.width = o.height = p->resolution;
     if (ok && o.size && (sscanf(o.size, "%dx%d", &o.width, &o.height) != 2 || o.width < 1 || o.height < 1 ||

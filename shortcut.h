@@ -31,6 +31,7 @@ typedef struct sc_tensor {
     sc_dtype dtype;
     int ndim;
     int64_t shape[SC_MAX_DIMS];
+    float *scale;               /* matrices of SC_F8_E4M3: what each row is multiplied by; NULL: 1 */
 } sc_tensor;
 
 int64_t sc_count(const sc_tensor *x);
@@ -74,6 +75,7 @@ typedef struct sc_matrix {      /* row-major; `transposed`: used as its transpos
     sc_dtype dtype;
     int64_t ld;                 /* elements from one stored row to the next */
     bool transposed;
+    const float *scale;         /* of each stored row, with SC_F8_E4M3 only; NULL: 1 */
 } sc_matrix;
 
 typedef enum { SC_SILU, SC_GELU_TANH, SC_GELU, SC_QUICK_GELU } sc_activation;
@@ -106,6 +108,8 @@ typedef struct sc_backend {
     /* C[m,n] = alpha op(A) op(B) + beta C + bias; bias [n] or NULL. */
     void (*gemm)(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, sc_matrix b, float beta,
                  sc_matrix c, const sc_tensor *bias);
+    /* e4m3 with a scale for each row, so that its largest value becomes 448; from: the activations' type. */
+    void (*quantize)(uint8_t *to, float *scale, const void *from, int64_t rows, int64_t columns);
     /* dst[r][c] (+)= src[r][c]: concatenation, slices, and their gradients. */
     void (*copy_block)(void *dst, int64_t dst_ld, const void *src, int64_t src_ld, int64_t rows,
                        int64_t columns, sc_dtype dtype, bool accumulate);
@@ -232,17 +236,27 @@ bool sc_checkpoint(sc_tape *t, sc_block block, const void *context, sc_tensor **
 bool sc_keep(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs, sc_tensor **out);
 
 /* ==== Weights of a network ==== */
-typedef struct sc_weight { char *name; sc_tensor tensor; bool owned; } sc_weight; /* owned: not the mapped file */
+typedef struct sc_weight {
+    char *name;
+    sc_tensor tensor;
+    bool owned;                 /* its memory is the backend's, not the mapped file's */
+    const sc_tensor *waiting;   /* in the file: sc_net_load will copy it to the backend */
+} sc_weight;
 typedef struct sc_net {
     const sc_backend *backend;
     sc_file *file;              /* NULL: all weights are drawn at random */
     sc_rng rng;                 /* for random weights */
     bool widen;                 /* all weights become f32 (to train them, or for the speed of a small model) */
+    bool fp8;                   /* matrices become e4m3 with a scale for each row, when they are loaded */
     sc_weight **weights;        /* in the order they were asked for */
     int64_t count;
 } sc_net;
 sc_net *sc_net_open(const sc_backend *backend, const char *path, bool widen);  /* path NULL: random */
 void sc_net_close(sc_net *net);
+/* Copies what waits in the file to a backend with memory of its own (or, with fp8, to any): at once
+ * after opening, or when the network is first used, so that others may use the memory before. */
+bool sc_net_load(sc_net *net);
+size_t sc_net_waiting(const sc_net *net);   /* bytes that sc_net_load will take */
 /* The weight `name` with exactly this shape (matrices keep their type on disk unless widened, vectors become f32);
  * NULL with the error set (which names the file, what was expected and what found). */
 sc_tensor *sc_net_weight(sc_net *net, const char *name, int ndim, const int64_t *shape);
@@ -271,6 +285,8 @@ void sc_flux_close(sc_flux *flux);
 const sc_flux_config *sc_flux_config_of(const sc_flux *flux);
 int64_t sc_flux_parameters(const sc_flux *flux);
 void sc_flux_checkpointing(sc_flux *flux, bool on);     /* recompute each block in the backward pass */
+/* Keep the matrices as e4m3: half of bf16's memory. Before the model is first used; not with `widen`. */
+bool sc_flux_fp8(sc_flux *flux);
 
 /* Writes config.json and diffusion_pytorch_model.safetensors (weights as `dtype`) into `folder`. */
 bool sc_flux_save(const sc_flux *flux, const char *folder, sc_dtype dtype, const char *const *metadata);
@@ -525,6 +541,7 @@ typedef struct sc_pipeline {
 
 typedef struct sc_pipeline_options {
     bool widen;                 /* all transformer weights in f32: to train or merge them */
+    bool fp8;                   /* its matrices as e4m3 */
     bool random;                /* transformer weights drawn from `seed` */
     uint64_t seed;
     const char *transformer;    /* another transformer folder; NULL: the pipeline's own */
@@ -732,6 +749,15 @@ static inline float sc__f8_to_f32(uint8_t h) {
 }
 
 /* dst[n] (f32) <- src[n] of any floating type. */
+/* Round to nearest even; beyond 448, the largest number, stays 448. */
+static inline uint8_t sc__f32_to_f8(float f) {
+    uint32_t bits = sc__to_bits(f), sign = bits >> 24 & 0x80, magnitude = bits & 0x7fffffffu;
+    if (magnitude >= 0x43e00000u) return (uint8_t)(sign | 0x7e);
+    if (magnitude < 0x3c800000u) /* subnormal: units of 2^-9 */
+        return (uint8_t)(sign | (uint32_t)nearbyintf(sc__from_bits(magnitude) * 512.f));
+    return (uint8_t)(sign | (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1)) >> 20);
+}
+
 void sc_to_f32(float *dst, const void *src, sc_dtype dtype, int64_t n) {
     const uint16_t *half = (const uint16_t *)src;
     switch (dtype) {
@@ -836,8 +862,11 @@ static const float *sc__widen(sc_matrix a, int64_t rows, int64_t columns, float 
     if (a.dtype == SC_F32) return (const float *)a.data;
     int64_t size = sc_dtype_size(a.dtype);
     SC_PARALLEL_FOR
-    for (int64_t r = 0; r < rows; r++)
-        sc_to_f32(buffer + r * columns, (const char *)a.data + r * a.ld * size, a.dtype, columns);
+    for (int64_t r = 0; r < rows; r++) {
+        float *to = buffer + r * columns;
+        sc_to_f32(to, (const char *)a.data + r * a.ld * size, a.dtype, columns);
+        if (a.scale) SC_SIMD for (int64_t c = 0; c < columns; c++) to[c] *= a.scale[r];
+    }
     return buffer;
 }
 
@@ -870,6 +899,17 @@ static void sc__cpu_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix
                   pa + (a.transposed ? i0 : i0 * a.ld), (int)a.ld,
                   pb + (b.transposed ? j0 * b.ld : j0), (int)b.ld, add ? 1.f : beta,
                   pc + i0 * c.ld + j0, (int)c.ld);
+    }
+}
+
+static void sc__cpu_quantize(uint8_t *to, float *scale, const void *from, int64_t rows, int64_t columns) {
+    SC_PARALLEL_FOR
+    for (int64_t r = 0; r < rows; r++) {
+        const float *x = (const float *)from + r * columns;
+        float largest = 0;
+        for (int64_t c = 0; c < columns; c++) largest = fabsf(x[c]) > largest ? fabsf(x[c]) : largest;
+        scale[r] = largest > 0 ? largest / 448.f : 1.f;
+        for (int64_t c = 0; c < columns; c++) to[r * columns + c] = sc__f32_to_f8(x[c] / scale[r]);
     }
 }
 
@@ -1552,7 +1592,7 @@ static const sc_backend sc__cpu_backend = {
     .name = "cpu", .activation = SC_F32, .on_host = true,
     .alloc = sc__cpu_alloc, .release = sc__cpu_release, .memory_left = sc__cpu_memory_left,
     .upload = sc__cpu_upload, .download = sc__cpu_download, .zero = sc__cpu_zero,
-    .gemm = sc__cpu_gemm, .copy_block = sc__cpu_copy_block, .column_sum = sc__cpu_column_sum,
+    .gemm = sc__cpu_gemm, .quantize = sc__cpu_quantize, .copy_block = sc__cpu_copy_block, .column_sum = sc__cpu_column_sum,
     .blend = sc__cpu_blend, .embed_timestep = sc__cpu_embed_timestep,
     .activate = sc__cpu_activate, .activate_backward = sc__cpu_activate_backward,
     .multiply = sc__cpu_multiply,
@@ -1817,10 +1857,10 @@ bool sc_backward(sc_tape *t) {
  * dB += scale dy^T u;  dA += scale e^T x;  dx += scale e A. */
 
 static sc_matrix sc__matrix(const void *data, sc_dtype dtype, int64_t ld, bool transposed) {
-    return (sc_matrix){data, dtype, ld, transposed};
+    return (sc_matrix){data, dtype, ld, transposed, NULL};
 }
 static sc_matrix sc__whole(const sc_tensor *x, bool transposed) {
-    return sc__matrix(x->data, x->dtype, sc__last(x), transposed);
+    return (sc_matrix){x->data, x->dtype, sc__last(x), transposed, x->scale};
 }
 
 /* Rows [first, first + count) of x as a matrix; of its gradient. */
@@ -3066,7 +3106,8 @@ sc_net *sc_net_open(const sc_backend *backend, const char *path, bool widen) {
 void sc_net_close(sc_net *net) {
     if (!net) return;
     for (int64_t i = 0; i < net->count; i++) {
-        if (net->weights[i]->owned) net->backend->release(net->weights[i]->tensor.data);
+        if (net->weights[i]->owned && net->weights[i]->tensor.data) net->backend->release(net->weights[i]->tensor.data);
+        if (net->weights[i]->owned && net->weights[i]->tensor.scale) net->backend->release(net->weights[i]->tensor.scale);
         SC_FREE(net->weights[i]->name);
         SC_FREE(net->weights[i]);
     }
@@ -3089,31 +3130,61 @@ static void sc__random_weight(sc_net *net, const char *name, float *w, const sc_
     for (int64_t i = 0; i < n; i++) w[i] *= std;
 }
 
-/* Copies a matrix to a backend with memory of its own: 8-bit types as they are, others in the type
- * of the activations, a slice at a time. */
-static bool sc__upload_weight(sc_net *net, sc_tensor *x, const sc_tensor *found) {
-    enum { SLICE = 1 << 22 };
-    int64_t n = sc_count(x), from_size = sc_dtype_size(found->dtype);
-    bool same = from_size == 1 || found->dtype == net->backend->activation;
-    x->dtype = same ? found->dtype : net->backend->activation;
+/* Copies `count` values of a matrix from `first` on: 8-bit types as they are, others in the type of the
+ * activations. `wide`: room for as many floats. */
+static void sc__upload_part(const sc_net *net, void *to, const sc_tensor *found, int64_t first, int64_t count, float *wide) {
+    const void *from = (const char *)found->data + first * sc_dtype_size(found->dtype);
+    int64_t size = sc_dtype_size(net->backend->activation);
+    if (sc_dtype_size(found->dtype) == 1 || found->dtype == net->backend->activation) {
+        net->backend->upload(to, from, (size_t)(count * sc_dtype_size(found->dtype)));
+        return;
+    }
+    sc_to_f32(wide, from, found->dtype, count);
+    for (int64_t j = 0; size == 2 && j < count; j++) { /* in place: none lands after its own */
+        uint16_t narrow = sc__f32_to_bf16(wide[j]);
+        memcpy((char *)wide + 2 * j, &narrow, 2);
+    }
+    net->backend->upload(to, wide, (size_t)(count * size));
+}
+
+/* Copies a matrix that waits to the backend, some rows at a time. */
+static bool sc__load_weight(const sc_net *net, sc_weight *w) {
+    const sc_backend *be = net->backend;
+    const sc_tensor *found = w->waiting;
+    sc_tensor *x = &w->tensor;
+    int64_t n = sc_count(x), columns = sc__last(x), rows = n / columns;
+    int64_t slice = (1 << 22) / columns < 1 ? 1 : (1 << 22) / columns;
+    bool narrow = net->fp8 && x->ndim == 2 && sc_dtype_size(found->dtype) > 1;
+    x->dtype = narrow ? SC_F8_E4M3 : sc_dtype_size(found->dtype) == 1 ? found->dtype : be->activation;
     int64_t size = sc_dtype_size(x->dtype);
-    float *wide = same ? NULL : (float *)sc__alloc(SLICE, sizeof *wide);
-    x->data = same || wide ? net->backend->alloc((size_t)(n * size)) : NULL;
-    for (int64_t i = 0; x->data && i < n; i += SLICE) {
-        int64_t count = n - i < SLICE ? n - i : SLICE;
-        const void *from = (const char *)found->data + i * from_size;
-        if (!same) {
-            sc_to_f32(wide, from, found->dtype, count);
-            for (int64_t j = 0; size == 2 && j < count; j++) { /* in place: none lands after its own */
-                uint16_t narrow = sc__f32_to_bf16(wide[j]);
-                memcpy((char *)wide + 2 * j, &narrow, 2);
-            }
-            from = wide;
-        }
-        net->backend->upload((char *)x->data + i * size, from, (size_t)(count * size));
+    float *wide = (float *)sc__alloc((size_t)(slice * columns), sizeof *wide);
+    void *staged = narrow ? be->alloc((size_t)(slice * columns * sc_dtype_size(be->activation))) : NULL;
+    x->scale = narrow ? (float *)be->alloc((size_t)rows * 4) : NULL;
+    x->data = wide && (!narrow || (staged && x->scale)) ? be->alloc((size_t)(n * size)) : NULL;
+    for (int64_t r = 0; x->data && r < rows; r += slice) {
+        int64_t count = rows - r < slice ? rows - r : slice;
+        char *to = (char *)x->data + r * columns * size;
+        sc__upload_part(net, narrow ? staged : to, found, r * columns, count * columns, wide);
+        if (narrow) be->quantize((uint8_t *)to, x->scale + r, staged, count, columns);
     }
     SC_FREE(wide);
+    if (staged) be->release(staged);
+    w->owned = true;
+    if (x->data) w->waiting = NULL;
     return x->data != NULL;
+}
+
+bool sc_net_load(sc_net *net) {
+    for (int64_t i = 0; i < net->count; i++)
+        if (net->weights[i]->waiting && !sc__load_weight(net, net->weights[i])) return false;
+    return true;
+}
+
+size_t sc_net_waiting(const sc_net *net) {
+    size_t bytes = 0;
+    for (int64_t i = 0; i < net->count; i++)
+        if (net->weights[i]->waiting) bytes += (size_t)sc_count(&net->weights[i]->tensor) * (net->fp8 ? 1 : 2);
+    return bytes;
 }
 
 /* Fills `x` with the f32 values of `found`, or with random ones. */
@@ -3148,11 +3219,11 @@ sc_tensor *sc_net_weight(sc_net *net, const char *name, int ndim, const int64_t 
     const sc_tensor *found = net->file ? sc_file_find(net->file, name) : NULL;
     if (net->file && !sc__check_weight(net, name, &x, found)) return NULL;
     bool as_on_disk = found && ndim > 1 && !net->widen && found->dtype != SC_F64;
-    bool mapped = as_on_disk && net->backend->on_host;
-    if (mapped) {
+    bool waits = as_on_disk && (!net->backend->on_host || (net->fp8 && ndim == 2));
+    if (as_on_disk) {
         x.dtype = found->dtype;
-        x.data = found->data;
-    } else if (!(as_on_disk ? sc__upload_weight(net, &x, found) : sc__fill_weight(net, name, &x, found))) return NULL;
+        x.data = waits ? NULL : found->data;
+    } else if (!sc__fill_weight(net, name, &x, found)) return NULL;
     if ((net->count & (net->count - 1)) == 0) { /* at powers of two: double the list */
         size_t capacity = net->count ? 2 * (size_t)net->count : 1;
         void *list = SC_REALLOC(net->weights, capacity * sizeof *net->weights);
@@ -3167,7 +3238,7 @@ sc_tensor *sc_net_weight(sc_net *net, const char *name, int ndim, const int64_t 
         SC_FREE(copy);
         return NULL;
     }
-    *w = (sc_weight){.name = copy, .tensor = x, .owned = !mapped};
+    *w = (sc_weight){.name = copy, .tensor = x, .owned = !as_on_disk, .waiting = waits ? found : NULL};
     net->weights[net->count++] = w;
     return &w->tensor;
 }
@@ -3239,6 +3310,18 @@ struct sc_flux {
 const sc_flux_config *sc_flux_config_of(const sc_flux *flux) { return &flux->config; }
 
 void sc_flux_checkpointing(sc_flux *f, bool on) { f->checkpointed = on ? f->config.layers + f->config.single_layers : 0; }
+
+bool sc_flux_fp8(sc_flux *f) {
+    if (f->net->widen || !f->net->file) return sc__fail("weights that are f32 or random cannot become fp8");
+    f->net->fp8 = true;
+    for (int64_t i = 0; i < f->net->count; i++) {
+        sc_weight *w = f->net->weights[i];
+        if (w->owned || w->tensor.ndim != 2) continue;
+        w->waiting = sc_file_find(f->net->file, w->name);
+        w->tensor.data = NULL;
+    }
+    return true;
+}
 
 int64_t sc_flux_parameters(const sc_flux *flux) {
     int64_t n = 0;
@@ -3415,7 +3498,8 @@ bool sc_flux_save(const sc_flux *f, const char *folder, sc_dtype dtype, const ch
         const sc_tensor *x = &net->weights[i]->tensor;
         size_t bytes = (size_t)(sc_count(x) * sc_dtype_size(x->dtype));
         host[i] = *x;
-        ok = (host[i].data = sc__alloc(bytes, 1)) != NULL;
+        if (x->scale) ok = sc__fail("fp8 weights cannot be saved");
+        ok = ok && (host[i].data = sc__alloc(bytes, 1)) != NULL;
         ok = ok && net->backend->download(host[i].data, x->data, bytes);
         named[i] = (sc_named){net->weights[i]->name, &host[i], x->dtype == SC_F32 ? dtype : x->dtype};
     }
@@ -3536,7 +3620,7 @@ sc_tensor *sc_flux_velocity(sc_flux *f, sc_tape *t, const sc_flux_input *in) {
         sc__fail("latent has %lld tokens, the grid is %d x %d", (long long)in->x->shape[1], in->h, in->w);
         return NULL;
     }
-    if (!sc__flux_rope(f, (int)text_tokens, in->h, in->w)) return NULL;
+    if (!sc_net_load(f->net) || !sc__flux_rope(f, (int)text_tokens, in->h, in->w)) return NULL;
     sc_tensor *mod = sc__flux_modulation(f, t, in);
     sc_tensor *x[3] = {sc_linear(t, in->x, &f->x_embedder), sc_linear(t, in->context, &f->context_embedder), mod};
     if (!x[0] || !x[1] || !mod) return NULL;
@@ -4334,7 +4418,7 @@ sc_vae *sc_vae_open(const sc_backend *backend, const char *folder, bool widen) {
     SC_FREE(path);
     ok = ok && (v->net = sc_net_open(backend, folder, widen)) &&
          (v->tapes[0] = sc_tape_new(backend)) && (v->tapes[1] = sc_tape_new(backend)) &&
-         sc__vae_weights(v, &v->encoder, true) && sc__vae_weights(v, &v->decoder, false);
+         sc__vae_weights(v, &v->encoder, true) && sc__vae_weights(v, &v->decoder, false) && sc_net_load(v->net);
     if (ok) return v;
     sc_vae_close(v);
     return NULL;
@@ -5893,6 +5977,7 @@ static bool sc__clip_open(sc_text_encoders *t, const char *folder) {
     }
     for (int i = 0; ok && i < t->clip_layers; i++)
         ok = sc__clip_layer_open(t, &t->clip_layer[i], i, hidden);
+    ok = ok && sc_net_load(t->clip);
     sc_json_free(json);
     SC_FREE(path);
     return ok;
@@ -5994,6 +6079,7 @@ static bool sc__t5_open(sc_text_encoders *t, const char *folder) {
     }
     for (int i = 0; ok && i < t->t5_layers; i++)
         ok = sc__t5_layer_open(t, &t->t5_layer[i], i, hidden);
+    ok = ok && sc_net_load(t->t5);
     sc_json_free(json);
     SC_FREE(path);
     return ok;
@@ -6465,9 +6551,9 @@ sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *folder, con
     p->folder = sc__strdup(folder);
     char *own = sc__join(folder, "transformer");
     bool ok = p->folder && own && sc__pipeline_settings(p);
-    if (ok) p->flux = sc_flux_open(backend, o->transformer ? o->transformer : own, o->widen || sc__small_file(backend, own), o->random, o->seed);
+    if (ok) p->flux = sc_flux_open(backend, o->transformer ? o->transformer : own, o->widen || (!o->fp8 && sc__small_file(backend, own)), o->random, o->seed);
     SC_FREE(own);
-    ok = ok && p->flux && (p->tape = sc_tape_new(backend));
+    ok = ok && p->flux && (!o->fp8 || sc_flux_fp8(p->flux)) && (p->tape = sc_tape_new(backend));
     if (ok) return p;
     sc_pipeline_close(p);
     return NULL;
@@ -6489,9 +6575,12 @@ void sc_pipeline_close(sc_pipeline *p) {
     SC_FREE(p);
 }
 
+/* Where the transformer and 8 GiB to work with would not fit beside them, the encoders go again. */
 bool sc_pipeline_text(sc_pipeline *p, const char *prompt, float *context, float *pooled) {
     if (!p->text && !(p->text = sc_text_encoders_open(p->backend, p->folder))) return false;
-    return sc_text_encode(p->text, prompt, p->text_tokens, context, pooled);
+    bool ok = sc_text_encode(p->text, prompt, p->text_tokens, context, pooled);
+    if (p->backend->memory_left() < sc_net_waiting(p->flux->net) + ((size_t)8 << 30)) sc_pipeline_release(p);
+    return ok;
 }
 
 static bool sc__pipeline_vae(sc_pipeline *p) {

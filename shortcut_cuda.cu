@@ -428,15 +428,15 @@ static bool check(cublasStatus_t status, const char *what) {
 
 enum { WORKSPACE = 64 << 20, PLANS = 2048 };
 
-/* The matrices of a batch lie `stride` elements apart. */
-struct Operand { const void *data; int64_t ld; bool transposed; int64_t stride; };
+/* The matrices of a batch lie `stride` elements apart. scale: of e4m3, for each row. */
+struct Operand { const void *data; int64_t ld; bool transposed; int64_t stride; const float *scale; };
 
 struct Shape { /* all that decides how a product is computed; compared byte by byte */
     int64_t m, n, k, lda, ldb, ldc, stride_a, stride_b, stride_c, batch;
-    int32_t ta, tb, f32_in, f32_out, bias, align_a, align_b, align_c;
+    int32_t ta, tb, in, f32_out, bias, align_a, align_b, align_c; /* in: cudaDataType_t */
 };
 struct Plan {
-    bool made;
+    bool made, impossible;
     Shape shape;
     cublasLtMatmulDesc_t product;
     cublasLtMatrixLayout_t a, b, c;
@@ -450,10 +450,10 @@ static int32_t alignment(const void *p) { /* the largest power of two up to 256 
     return a;
 }
 
-static bool make_layout(cublasLtMatrixLayout_t *layout, bool f32, int64_t rows, int64_t columns, int64_t ld,
+static bool make_layout(cublasLtMatrixLayout_t *layout, int32_t type, int64_t rows, int64_t columns, int64_t ld,
                         const Shape *s, int64_t stride) {
     int32_t batch = (int32_t)s->batch;
-    return check(lt.MatrixLayoutCreate(layout, f32 ? CUDA_R_32F : CUDA_R_16BF, (uint64_t)rows, (uint64_t)columns, ld),
+    return check(lt.MatrixLayoutCreate(layout, (cudaDataType_t)type, (uint64_t)rows, (uint64_t)columns, ld),
                  "matrix layout") &&
            check(lt.MatrixLayoutSetAttribute(*layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch),
                  "matrix batch") &&
@@ -482,6 +482,8 @@ static bool choose_algorithm(Plan *p) {
         p->algo = found.algo;
         return true;
     }
+    p->impossible = s->in == CUDA_R_8F_E4M3; /* the caller has another way */
+    if (p->impossible) return false;
     char text[128];
     snprintf(text, sizeof text, "no way to multiply [%lld,%lld] by [%lld,%lld]", (long long)s->m, (long long)s->k,
              (long long)s->k, (long long)s->n);
@@ -493,92 +495,159 @@ static bool make_plan(Plan *p, const Shape *s) {
     cublasOperation_t ta = s->ta ? CUBLAS_OP_T : CUBLAS_OP_N, tb = s->tb ? CUBLAS_OP_T : CUBLAS_OP_N;
     cublasLtEpilogue_t epilogue = s->bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
     if (!check(lt.MatmulDescCreate(&p->product, CUBLAS_COMPUTE_32F, CUDA_R_32F), "product")) return false;
+#if CUBLAS_VERSION >= 120900
+    if (s->in == CUDA_R_8F_E4M3) { /* each result is multiplied by the scales of its two rows */
+        cublasLtMatmulMatrixScale_t mode = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+        if (!check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode, sizeof mode), "scales") ||
+            !check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode, sizeof mode), "scales")) return false;
+    }
+#endif
     p->made = check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_TRANSA, &tb, sizeof tb), "product") &&
               check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_TRANSB, &ta, sizeof ta), "product") &&
               check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue),
                     "product") &&
-              make_layout(&p->a, s->f32_in, s->tb ? s->k : s->n, s->tb ? s->n : s->k, s->ldb, s, s->stride_b) &&
-              make_layout(&p->b, s->f32_in, s->ta ? s->m : s->k, s->ta ? s->k : s->m, s->lda, s, s->stride_a) &&
-              make_layout(&p->c, s->f32_out, s->n, s->m, s->ldc, s, s->stride_c) && choose_algorithm(p);
+              make_layout(&p->a, s->in, s->tb ? s->k : s->n, s->tb ? s->n : s->k, s->ldb, s, s->stride_b) &&
+              make_layout(&p->b, s->in, s->ta ? s->m : s->k, s->ta ? s->k : s->m, s->lda, s, s->stride_a) &&
+              make_layout(&p->c, s->f32_out ? CUDA_R_32F : CUDA_R_16BF, s->n, s->m, s->ldc, s, s->stride_c) && choose_algorithm(p);
     return p->made;
 }
 
-/* The plan for a shape: made when it is first asked for, and again when another took its place. */
+/* The plan for a shape: made when it is first asked for, and again when another took its place. NULL:
+ * none, or the shape is impossible. */
 static Plan *find_plan(const Shape *s) {
     uint64_t hash = 1469598103934665603u;
     for (size_t i = 0; i < sizeof *s; i++) hash = (hash ^ ((const uint8_t *)s)[i]) * 1099511628211u;
     for (int i = 0; i < 8; i++) {
         Plan *p = &plans[(hash + (uint64_t)i) % PLANS];
-        if (!p->made) return make_plan(p, s) ? p : NULL;
-        if (!memcmp(&p->shape, s, sizeof *s)) return p;
+        if (!p->made && !p->impossible) return make_plan(p, s) ? p : NULL;
+        if (!memcmp(&p->shape, s, sizeof *s)) return p->made ? p : NULL;
     }
     Plan *p = &plans[hash % PLANS];
-    lt.MatrixLayoutDestroy(p->a);
-    lt.MatrixLayoutDestroy(p->b);
-    lt.MatrixLayoutDestroy(p->c);
-    lt.MatmulDescDestroy(p->product);
+    if (p->a) lt.MatrixLayoutDestroy(p->a);
+    if (p->b) lt.MatrixLayoutDestroy(p->b);
+    if (p->c) lt.MatrixLayoutDestroy(p->c);
+    if (p->product) lt.MatmulDescDestroy(p->product);
     *p = Plan();
     return make_plan(p, s) ? p : NULL;
 }
 
-/* `batch` products; bias [n], bf16, or NULL. */
-static void product(int64_t m, int64_t n, int64_t k, float alpha, Operand a, Operand b, bool f32_in, float beta,
+/* `batch` products; bias [n], bf16, or NULL. False if there is no way to compute it. */
+static bool product(int64_t m, int64_t n, int64_t k, float alpha, Operand a, Operand b, cudaDataType_t in, float beta,
                     Operand c, bool f32_out, const bf16 *bias, int64_t batch) {
-    if (gpu.failed || m == 0 || n == 0 || batch == 0) return;
+    if (gpu.failed || m == 0 || n == 0 || batch == 0) return true;
     Shape s;
     memset(&s, 0, sizeof s);
     s.m = m, s.n = n, s.k = k, s.lda = a.ld, s.ldb = b.ld, s.ldc = c.ld, s.batch = batch;
     s.stride_a = a.stride, s.stride_b = b.stride, s.stride_c = c.stride;
-    s.ta = a.transposed, s.tb = b.transposed, s.f32_in = f32_in, s.f32_out = f32_out, s.bias = bias != NULL;
+    s.ta = a.transposed, s.tb = b.transposed, s.in = in, s.f32_out = f32_out, s.bias = bias != NULL;
     s.align_a = alignment(a.data), s.align_b = alignment(b.data), s.align_c = alignment(c.data);
     Plan *p = find_plan(&s);
-    if (!p) return;
+    if (!p) return false;
+    if (in == CUDA_R_8F_E4M3) {
+        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &b.scale, sizeof b.scale), "scale");
+        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &a.scale, sizeof a.scale), "scale");
+    }
     if (bias) check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias), "bias");
     check(lt.Matmul(gpu.lt, p->product, &alpha, b.data, p->a, a.data, p->b, &beta, c.data, p->c, (void *)c.data, p->c,
                     &p->algo, gpu.workspace, WORKSPACE, gpu.stream), "product");
+    return true;
 }
 
-/* to [rows, columns], bf16, from rows `ld` apart. */
+/* to [rows, columns], bf16, from rows `ld` apart, each times its scale. */
 template <class T>
-__global__ void convert_kernel(bf16 *to, const T *from, int64_t columns, int64_t ld) {
+__global__ void convert_kernel(bf16 *to, const T *from, const float *scale, int64_t columns, int64_t ld) {
     int64_t r = blockIdx.y, c0 = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    for (int64_t c = c0; c < c0 + 4 && c < columns; c++) set(to + r * columns + c, value(from[r * ld + c]));
+    float s = scale ? scale[r] : 1;
+    for (int64_t c = c0; c < c0 + 4 && c < columns; c++) set(to + r * columns + c, s * value(from[r * ld + c]));
 }
 
-static void convert(bf16 *to, const void *from, sc_dtype dtype, int64_t rows, int64_t columns, int64_t ld) {
-    if (ld == columns) columns *= rows, ld = columns, rows = 1;
+template <class T>
+static void convert(bf16 *to, const T *from, const float *scale, int64_t rows, int64_t columns, int64_t ld) {
+    if (ld == columns && !scale) columns *= rows, ld = columns, rows = 1;
     for (int64_t r = 0; r < rows; r += 65535) { /* the grid's limit */
         dim3 blocks((unsigned)ceil_div(columns, 1024), (unsigned)(rows - r < 65535 ? rows - r : 65535));
-        bf16 *out = to + r * columns;
-        if (dtype == SC_F32)
-            launch("convert", convert_kernel<float>, blocks, 256, 0, out, (const float *)from + r * ld, columns, ld);
-        else if (dtype == SC_F8_E4M3)
-            launch("convert", convert_kernel<uint8_t>, blocks, 256, 0, out, (const uint8_t *)from + r * ld, columns, ld);
-        else fail("product", "matrices must be f32, bf16 or e4m3");
+        launch("convert", convert_kernel<T>, blocks, 256, 0, to + r * columns, from + r * ld, scale ? scale + r : NULL, columns, ld);
     }
 }
 
 /* The stored [rows, columns] matrix `a` in bf16: itself, or converted into `buffer`. */
 static Operand as_half(sc_matrix a, int64_t rows, int64_t columns, bf16 *buffer) {
-    if (a.dtype == SC_BF16) return Operand{a.data, a.ld, a.transposed, 0};
-    convert(buffer, a.data, a.dtype, rows, columns, a.ld);
-    return Operand{buffer, columns, a.transposed, 0};
+    if (a.dtype == SC_BF16) return Operand{a.data, a.ld, a.transposed, 0, NULL};
+    if (a.dtype == SC_F32) convert(buffer, (const float *)a.data, NULL, rows, columns, a.ld);
+    else if (a.dtype == SC_F8_E4M3) convert(buffer, (const uint8_t *)a.data, a.scale, rows, columns, a.ld);
+    else fail("product", "matrices must be f32, bf16 or e4m3");
+    return Operand{buffer, columns, a.transposed, 0, NULL};
+}
+
+/* Round to nearest even, as sc__f32_to_f8 of shortcut.h. */
+__device__ __forceinline__ uint8_t to_e4m3(float x) {
+    uint32_t bits = __float_as_uint(x), sign = bits >> 24 & 0x80, magnitude = bits & 0x7fffffffu;
+    if (magnitude >= 0x43e00000u) return (uint8_t)(sign | 0x7e);
+    if (magnitude < 0x3c800000u) return (uint8_t)(sign | (uint32_t)rintf(__uint_as_float(magnitude) * 512.f));
+    return (uint8_t)(sign | (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1)) >> 20);
+}
+
+/* A block of 128 threads to a row. */
+template <int V>
+__global__ void quantize_kernel(uint8_t *to, float *scale, const bf16 *from, int64_t columns, int64_t ld) {
+    float v[V], largest = 0;
+    from += blockIdx.x * ld, to += blockIdx.x * columns;
+    for (int64_t c = threadIdx.x * V; c < columns; c += blockDim.x * V) {
+        load<V>(v, from + c);
+        for (int j = 0; j < V; j++) largest = fmaxf(largest, fabsf(v[j]));
+    }
+    largest = block_reduce<true>(largest);
+    float s = largest > 0 ? largest / 448.f : 1.f;
+    if (threadIdx.x == 0) scale[blockIdx.x] = s;
+    for (int64_t c = threadIdx.x * V; c < columns; c += blockDim.x * V) {
+        load<V>(v, from + c);
+        uint32_t bytes[2] = {0, 0};
+        for (int j = 0; j < V; j++) bytes[j / 4] |= (uint32_t)to_e4m3(v[j] / s) << 8 * (j % 4);
+        if (V == 8) *(uint2 *)(to + c) = make_uint2(bytes[0], bytes[1]);
+        else to[c] = (uint8_t)bytes[0];
+    }
+}
+
+static void quantize(uint8_t *to, float *scale, const bf16 *from, int64_t rows, int64_t columns, int64_t ld) {
+    bool w = wide(columns, from, to) && ld % 8 == 0;
+    LAUNCH(w, quantize_kernel, rows, 128, to, scale, from, columns, ld);
+}
+static void cuda_quantize(uint8_t *to, float *scale, const void *from, int64_t rows, int64_t columns) {
+    quantize(to, scale, (const bf16 *)from, rows, columns, columns);
+}
+
+/* y = alpha x w^T + beta y + bias on fp8 tensor cores: x becomes e4m3 with a scale for each row, too.
+ * False where the GPU or the library cannot (then the weights are expanded). */
+static bool fp8_product(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix x, sc_matrix w, float beta, Operand y, const bf16 *bias) {
+#if CUBLAS_VERSION >= 120900
+    if (gpu.capability < 90 || x.dtype != SC_BF16 || w.dtype != SC_F8_E4M3 || !w.scale || x.transposed || !w.transposed ||
+        m < 16 || n % 16 || k % 16 || w.ld % 16 || y.ld % 8) return false;
+    Scratch<uint8_t> narrow(m * k);
+    Scratch<float> scale(m);
+    quantize(narrow.p, scale.p, (const bf16 *)x.data, m, k, x.ld);
+    return product(m, n, k, alpha, Operand{narrow.p, k, false, 0, scale.p}, Operand{w.data, w.ld, true, 0, w.scale}, CUDA_R_8F_E4M3,
+                   beta, y, false, bias, 1);
+#else
+    return false;
+#endif
 }
 
 static void cuda_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, sc_matrix b, float beta, sc_matrix c,
                       const sc_tensor *bias) {
-    Operand to = {c.data, c.ld, false, 0};
+    Operand to = {c.data, c.ld, false, 0, NULL};
     bool f32 = c.dtype == SC_F32;
     if (f32 && a.dtype == SC_F32 && b.dtype == SC_F32 && !bias) {
-        Operand pa = {a.data, a.ld, a.transposed, 0}, pb = {b.data, b.ld, b.transposed, 0};
-        product(m, n, k, alpha, pa, pb, true, beta, to, true, NULL, 1);
+        Operand pa = {a.data, a.ld, a.transposed, 0, NULL}, pb = {b.data, b.ld, b.transposed, 0, NULL};
+        product(m, n, k, alpha, pa, pb, CUDA_R_32F, beta, to, true, NULL, 1);
         return;
     }
-    Scratch<bf16> wa(a.dtype == SC_BF16 ? 0 : m * k), wb(b.dtype == SC_BF16 ? 0 : k * n), add(bias ? n : 0);
+    Scratch<bf16> add(bias ? n : 0);
+    if (bias) convert(add.p, full_data(bias), NULL, 1, n, n);
+    if (!f32 && fp8_product(m, n, k, alpha, a, b, beta, to, add.p)) return;
+    Scratch<bf16> wa(a.dtype == SC_BF16 ? 0 : m * k), wb(b.dtype == SC_BF16 ? 0 : k * n);
     Operand pa = as_half(a, a.transposed ? k : m, a.transposed ? m : k, wa.p);
     Operand pb = as_half(b, b.transposed ? n : k, b.transposed ? k : n, wb.p);
-    if (bias) convert(add.p, bias->data, bias->dtype, 1, n, n);
-    product(m, n, k, alpha, pa, pb, false, beta, to, f32, add.p, 1);
+    product(m, n, k, alpha, pa, pb, CUDA_R_16BF, beta, to, f32, add.p, 1);
 }
 
 /* ==== Copies and elementwise operations ====================================================== */
@@ -1346,13 +1415,13 @@ static void attention_by_products(const Attention &a, int64_t batch, int64_t siz
     for (int64_t b = 0; b < batch; b++)
         for (int64_t first = 0; first < a.nq; first += block) {
             int64_t rows = a.nq - first < block ? a.nq - first : block, query = (b * a.nq + first) * width;
-            Operand q = {a.q + query, width, false, size}, k = {a.k + b * a.nk * width, width, true, size};
-            Operand v = {a.v + b * a.nk * width, width, false, size}, o = {a.o + query, width, false, size};
-            Operand s = {scores.p, a.nk, false, rows * a.nk}, weights = {p.p, a.nk, false, rows * a.nk};
-            product(rows, a.nk, size, a.scale, q, k, false, 0, s, true, NULL, a.heads);
+            Operand q = {a.q + query, width, false, size, NULL}, k = {a.k + b * a.nk * width, width, true, size, NULL};
+            Operand v = {a.v + b * a.nk * width, width, false, size, NULL}, o = {a.o + query, width, false, size, NULL};
+            Operand s = {scores.p, a.nk, false, rows * a.nk, NULL}, weights = {p.p, a.nk, false, rows * a.nk, NULL};
+            product(rows, a.nk, size, a.scale, q, k, CUDA_R_16BF, 0, s, true, NULL, a.heads);
             launch("softmax", softmax_kernel, dim3((unsigned)rows, (unsigned)a.heads), 256, 0, p.p, (const float *)scores.p, bias,
                    a.lse ? a.lse + b * a.heads * a.nq : NULL, rows, (int64_t)a.nq, a.nk, first, causal);
-            product(rows, size, a.nk, 1, weights, v, false, 0, o, false, NULL, a.heads);
+            product(rows, size, a.nk, 1, weights, v, CUDA_R_16BF, 0, o, false, NULL, a.heads);
         }
 }
 
@@ -1499,7 +1568,7 @@ static void cuda_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, co
     int64_t slab = ((int64_t)128 << 20) / 2 / inner / 8 * 8;
     slab = direct || slab > pixels ? pixels : slab < 8 ? 8 : slab;
     Scratch<bf16> columns(direct ? 0 : inner * slab), weights(w->dtype == SC_BF16 ? 0 : out * inner);
-    sc_matrix matrix = {w->data, w->dtype, inner, false};
+    sc_matrix matrix = {w->data, w->dtype, inner, false, NULL};
     Operand pw = as_half(matrix, out, inner, weights.p);
     int64_t total = sc_count(y);
     if (b) launch("fill_bias", fill_bias_kernel, dim3((unsigned)ceil_div(total, 256)), 256, 0, (bf16 *)y->data, full_data(b), out, pixels, total);
@@ -1509,9 +1578,9 @@ static void cuda_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, co
             const bf16 *from = half_data(x) + sample * (sc_count(x) / x->shape[0]);
             if (!direct)
                 launch("gather", gather_kernel, dim3((unsigned)ceil_div(count, 256), (unsigned)inner), 256, 0, columns.p, from, g, first, count);
-            Operand px = {direct ? from : columns.p, count, false, 0};
-            Operand py = {(bf16 *)y->data + sample * out * pixels + first, pixels, false, 0};
-            product(out, count, inner, 1, pw, px, false, b ? 1.f : 0.f, py, false, NULL, 1);
+            Operand px = {direct ? from : columns.p, count, false, 0, NULL};
+            Operand py = {(bf16 *)y->data + sample * out * pixels + first, pixels, false, 0, NULL};
+            product(out, count, inner, 1, pw, px, CUDA_R_16BF, b ? 1.f : 0.f, py, false, NULL, 1);
         }
 }
 
@@ -1702,7 +1771,7 @@ static sc_backend make_table() {
     t.name = gpu.name, t.activation = SC_BF16;
     t.alloc = cuda_alloc, t.release = cuda_release, t.memory_left = cuda_memory_left;
     t.upload = cuda_upload, t.download = cuda_download, t.zero = cuda_zero;
-    t.gemm = cuda_gemm, t.copy_block = cuda_copy_block, t.column_sum = cuda_column_sum;
+    t.gemm = cuda_gemm, t.quantize = cuda_quantize, t.copy_block = cuda_copy_block, t.column_sum = cuda_column_sum;
     t.blend = cuda_blend, t.embed_timestep = cuda_embed_timestep, t.multiply = cuda_multiply;
     t.activate = cuda_activate, t.activate_backward = cuda_activate_backward;
     t.ln_modulate = cuda_ln_modulate, t.ln_modulate_backward = cuda_ln_modulate_backward;

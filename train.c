@@ -47,10 +47,11 @@ typedef struct options {
     const char *preview_prompt;
     const char *scales;             /* "3:1 8:0.5": the LoRA scale that suits a number of steps */
     bool checkpointing;
+    const char *weights;            /* auto or fp8 */
 } options;
 
 static options defaults(void) {
-    return (options){.model = "data/tiny-flux", .run = "run", .device = "auto", .rank = 64, .steps = 10000,
+    return (options){.model = "data/tiny-flux", .run = "run", .device = "auto", .weights = "auto", .rank = 64, .steps = 10000,
                      .batch = 8, .lr = 2e-5f, .final_lr = 1, .weight_decay = 1e-4f, .clip = 10, .beta2 = 0.999f,
                      .fast = 0.99f, .slow = 0.999f, .teacher_ratio = 0.4f, .teacher_steps = 32,
                      .self_steps = {2, 4, 8, 16}, .shift = {2.5f, 4.5f}, .dynamic_shift = 0.1f,
@@ -95,6 +96,7 @@ static int option_table(options *o, sc_option *table) {
         {"--resolution", SC_INT, &o->resolution, "N", "pictures up to NxN pixels, in aspect buckets (0: the model's)"},
         {"--text-tokens", SC_INT, &o->text_tokens, "N", "T5 tokens of a caption (0: the model's)"},
         {"--checkpointing", SC_FLAG, &o->checkpointing, NULL, "recompute all blocks in the backward pass: less memory (on a GPU: as many as needed)"},
+        {"--weights", SC_STRING, &o->weights, "TYPE", "frozen matrices: auto (as in the file), or fp8, half of bf16"},
         {"--no-cache", SC_FLAG, &o->no_cache, NULL, "do not keep latents and embeddings in DATA"},
         {NULL, SC_FLAG, NULL, NULL, "Running:"},
         {"--out", SC_STRING, &o->out, "PATH", "result (LoRA: lora.safetensors; all weights: a folder)"},
@@ -557,6 +559,7 @@ static bool check_options(const options *o) {
         return sc__fail("--teacher-ratio, --fm-ratio and --caption-dropout lie between 0 and 1");
     if (!(o->lr > 0) || !isfinite(o->lr)) return sc__fail("--lr is a positive number");
     if (!(o->fast >= 0 && o->fast < 1 && o->slow >= 0 && o->slow < 1)) return sc__fail("--fast and --slow lie from 0 to below 1");
+    if (strcmp(o->weights, "auto") && strcmp(o->weights, "fp8")) return sc__fail("--weights is auto or fp8, not '%s'", o->weights);
     if (o->full + o->pretrain + o->distill_guidance > 1) return sc__fail("--full, --pretrain and --distill-guidance exclude each other");
     return true;
 }
@@ -565,7 +568,7 @@ static bool open_model(training *t) {
     options *o = &t->o;
     bool whole = o->full || o->pretrain || o->distill_guidance;
     const sc_backend *be = sc_device(o->device);
-    sc_pipeline_options how = {.widen = whole, .random = o->pretrain && !o->transformer, .seed = (uint64_t)o->seed, .transformer = o->transformer};
+    sc_pipeline_options how = {.widen = whole, .fp8 = !strcmp(o->weights, "fp8"), .random = o->pretrain && !o->transformer, .seed = (uint64_t)o->seed, .transformer = o->transformer};
     if (!be || !(t->pipeline = sc_pipeline_open(be, o->model, &how))) return false;
     if (o->text_tokens) t->pipeline->text_tokens = o->text_tokens;
     if (o->resolution) t->pipeline->resolution = o->resolution;

@@ -208,19 +208,36 @@ static void test_elementwise(void) {
 
 static bool a_transposed, b_transposed;
 static void gemm(const sc_backend *be, sc_tensor **x) { /* c += 0.5 a b */
-    sc_matrix a = {x[0]->data, x[0]->dtype, x[0]->shape[1], a_transposed}, b = {x[1]->data, x[1]->dtype, x[1]->shape[1], b_transposed};
-    sc_matrix c = {x[2]->grad, x[2]->dtype, x[2]->shape[1], false};
+    sc_matrix a = {x[0]->data, x[0]->dtype, x[0]->shape[1], a_transposed, NULL}, b = {x[1]->data, x[1]->dtype, x[1]->shape[1], b_transposed, NULL};
+    sc_matrix c = {x[2]->grad, x[2]->dtype, x[2]->shape[1], false, NULL};
     int64_t m = x[2]->shape[0], n = x[2]->shape[1], k = a_transposed ? x[0]->shape[0] : x[0]->shape[1];
     be->gemm(m, n, k, 0.5f, a, b, 1, c, NULL);
 }
 static void linear(const sc_backend *be, sc_tensor **x) { /* y = x w^T + b on rows 1 ... */
     int64_t in = x[0]->shape[1], out = x[1]->shape[0], size = sc_dtype_size(x[0]->dtype);
-    sc_matrix a = {(char *)x[0]->data + in * size, x[0]->dtype, in, false}, w = {x[1]->data, x[1]->dtype, in, true};
-    sc_matrix y = {x[3]->data, x[3]->dtype, out, false};
+    sc_matrix a = {(char *)x[0]->data + in * size, x[0]->dtype, in, false, NULL}, w = {x[1]->data, x[1]->dtype, in, true, NULL};
+    sc_matrix y = {x[3]->data, x[3]->dtype, out, false, NULL};
     be->gemm(x[3]->shape[0], out, in, 1, a, w, 0, y, x[2]);
 }
 
+/* y = x q(w)^T + b and, with the gradient in the place of x, dx += dy q(w); x[0] [m,k], x[1] [n,k] */
+static void fp8_linear(const sc_backend *be, sc_tensor **x) {
+    int64_t m = x[0]->shape[0], k = x[0]->shape[1], n = x[1]->shape[0];
+    uint8_t *narrow = be->alloc((size_t)(n * k));
+    float *scale = be->alloc((size_t)n * 4);
+    be->quantize(narrow, scale, x[1]->data, n, k);
+    sc_matrix w = {narrow, SC_F8_E4M3, k, true, scale}, wt = {narrow, SC_F8_E4M3, k, false, scale};
+    be->gemm(m, n, k, 1, (sc_matrix){x[0]->data, x[0]->dtype, k, false, NULL}, w, 0, (sc_matrix){x[3]->data, x[3]->dtype, n, false, NULL}, x[2]);
+    be->gemm(m, k, n, 1, (sc_matrix){x[3]->grad, x[3]->dtype, n, false, NULL}, wt, 1, (sc_matrix){x[4]->grad, x[4]->dtype, k, false, NULL}, NULL);
+    be->release(narrow);
+    be->release(scale);
+}
+
 static void test_products(void) {
+    /* Expanded, the weights are rounded once more; on fp8 tensor cores (n and k multiples of 16) x is
+     * rounded to 4 bits: at most 2^-4, evenly spread 2^-4 / sqrt(3), of each value. */
+    COMPARE(fp8_linear, 2 * ONE, {'i', 2, {19, 40}}, {'i', 2, {24, 40}}, {'I', 1, {24}}, {'y', 2, {19, 24}}, {'g', 2, {19, 40}});
+    COMPARE(fp8_linear, 1.0 / 28, {'i', 2, {19, 64}}, {'i', 2, {32, 64}}, {'I', 1, {32}}, {'y', 2, {19, 32}}, {'g', 2, {19, 64}});
     /* f32 inputs are rounded to bf16 first: one rounding more for each of them. */
     for (int i = 0; i < 4; i++) {
         a_transposed = i % 2, b_transposed = i / 2;
@@ -419,10 +436,11 @@ static void make_model(const char *folder) {
 
 /* Trains a LoRA for some steps on `be`: losses, the first gradient, the last LoRA. Of the 2 blocks,
  * the first `checkpointed` are run again. */
-static void train_model(const sc_backend *be, const char *folder, int checkpointed, int steps, double *losses, float **grad, float **lora) {
+static void train_model(const sc_backend *be, const char *folder, bool fp8, int checkpointed, int steps, double *losses, float **grad, float **lora) {
     enum { B = 3, H = 4, W = 3, T = 5 };
     sc_rng random = {5};
     sc_flux *f = sc_flux_open(be, folder, false, false, 0);
+    CHECK(!fp8 || sc_flux_fp8(f));
     sc_tape *t = sc_tape_new(be);
     sc_params *p = f && t ? sc_params_lora(f, 4, 8, 3) : NULL;
     if (!p) printf("%s\n", sc_error()), exit(1);
@@ -467,11 +485,11 @@ static void test_training_steps(void) {
     float *cpu_grad, *cpu_lora, *grad, *lora, *grad2, *lora2;
     make_model("build/test_cuda_model");
     sc_rng start = rng;
-    train_model(sc_cpu(), "build/test_cuda_model", 0, STEPS, cpu, &cpu_grad, &cpu_lora);
+    train_model(sc_cpu(), "build/test_cuda_model", false, 0, STEPS, cpu, &cpu_grad, &cpu_lora);
     rng = start;
-    train_model(gpu, "build/test_cuda_model", 0, STEPS, one, &grad, &lora);
+    train_model(gpu, "build/test_cuda_model", false, 0, STEPS, one, &grad, &lora);
     rng = start;
-    train_model(gpu, "build/test_cuda_model", 1, STEPS, two, &grad2, &lora2);
+    train_model(gpu, "build/test_cuda_model", false, 1, STEPS, two, &grad2, &lora2);
     int64_t n = (int64_t)cpu[STEPS];
     for (int i = 0; i < STEPS; i++) {
         CHECK(fabs(one[i] - cpu[i]) < 0.02 * cpu[i]);
@@ -481,7 +499,12 @@ static void test_training_steps(void) {
     printf("first gradient: relative error %.1e; loss %.6f, on the CPU %.6f\n", rel_error(grad, cpu_grad, n), one[0], cpu[0]);
     CHECK(rel_error(grad, cpu_grad, n) < 0.03);
     CHECK(!memcmp(grad, grad2, (size_t)n * 4) && !memcmp(lora, lora2, (size_t)n * 4));
-    free(cpu_grad), free(cpu_lora), free(grad), free(lora), free(grad2), free(lora2);
+    free(grad), free(lora), free(grad2), free(lora2);
+    rng = start; /* e4m3 weights are 2^-4 / sqrt(3) off, and on fp8 tensor cores so is what they meet */
+    train_model(gpu, "build/test_cuda_model", true, 0, STEPS, one, &grad, &lora);
+    CHECK(fabs(one[0] - cpu[0]) < 0.1 * cpu[0] && rel_error(grad, cpu_grad, n) < 0.3);
+    printf("fp8: first gradient: relative error %.1e; loss %.6f\n", rel_error(grad, cpu_grad, n), one[0]);
+    free(cpu_grad), free(cpu_lora), free(grad), free(lora);
 }
 
 int main(void) {

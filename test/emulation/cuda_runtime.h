@@ -23,6 +23,8 @@
 #define __launch_bounds__(...)
 
 struct uint3 { unsigned x, y, z; };
+struct uint2 { unsigned x, y; };
+static inline uint2 make_uint2(unsigned x, unsigned y) { return uint2{x, y}; }
 struct uint4 { unsigned x, y, z, w; };
 struct float2 { float x, y; };
 static inline float2 make_float2(float x, float y) { return float2{x, y}; }
@@ -168,6 +170,11 @@ static inline float __uint_as_float(uint32_t bits) {
     float x;
     memcpy(&x, &bits, 4);
     return x;
+}
+static inline uint32_t __float_as_uint(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
 }
 #define __expf expf
 
