@@ -117,8 +117,9 @@ typedef struct sc_backend {
     /* y[b] = p[b] * u[b] + q[b] * v[b], one pair of host coefficients for each of the B samples. */
     void (*blend)(sc_tensor *y, const float *p, const sc_tensor *u, const float *q, const sc_tensor *v);
     void (*embed_timestep)(sc_tensor *y, const float *t);
-    void (*activate)(sc_activation kind, sc_tensor *y, const sc_tensor *x);
-    void (*activate_backward)(sc_activation kind, const sc_tensor *y, sc_tensor *x);
+    /* Rows of x into the columns of y from `at` on. */
+    void (*activate)(sc_activation kind, sc_tensor *y, int64_t at, const sc_tensor *x);
+    void (*activate_backward)(sc_activation kind, const sc_tensor *y, int64_t at, sc_tensor *x);
     void (*multiply)(sc_tensor *y, const sc_tensor *a, const sc_tensor *b);
     void (*ln_modulate)(sc_tensor *y, const sc_tensor *x, const sc_tensor *mod, int shift, int scale);
     void (*ln_modulate_backward)(const sc_tensor *y, sc_tensor *x, sc_tensor *mod, int shift, int scale);
@@ -207,6 +208,8 @@ sc_tensor *sc_norm_rope(sc_tape *t, sc_tensor *text, sc_tensor *image, sc_tensor
 sc_tensor *sc_concat_tokens(sc_tape *t, sc_tensor *a, sc_tensor *b);    /* [B,Ta,C], [B,Tb,C] -> [B,Ta+Tb,C] */
 sc_tensor *sc_slice_tokens(sc_tape *t, sc_tensor *x, int64_t from, int64_t count);
 sc_tensor *sc_concat_channels(sc_tape *t, sc_tensor *a, sc_tensor *b);  /* [B,T,Ca], [B,T,Cb] -> [B,T,Ca+Cb] */
+/* The same of a and f(b). */
+sc_tensor *sc_concat_activated(sc_tape *t, sc_tensor *a, sc_activation kind, sc_tensor *b);
 /* softmax(scale q k^T + bias) v, head by head; q [B,Tq,C], k, v [B,T,C]; bias [H,Tq,T] or NULL. */
 sc_tensor *sc_attention(sc_tape *t, sc_tensor *q, sc_tensor *k, sc_tensor *v, int heads, float scale,
                         const sc_tensor *bias, bool causal);
@@ -1016,12 +1019,11 @@ static inline void sc__activate_rows_backward(sc_activation kind, const float *d
 
 #define SC__SLICE 4096 /* elements of one parallel task */
 
-static void sc__cpu_activate(sc_activation kind, sc_tensor *y, const sc_tensor *x) {
-    int64_t total = sc_count(x);
+static void sc__cpu_activate(sc_activation kind, sc_tensor *y, int64_t at, const sc_tensor *x) {
+    int64_t n = sc__last(x), width = sc__last(y), rows = sc__rows(x);
     SC_PARALLEL_FOR
-    for (int64_t i = 0; i < total; i += SC__SLICE) {
-        int64_t n = total - i < SC__SLICE ? total - i : SC__SLICE;
-        float *py = sc__f(y) + i, *px = sc__f(x) + i;
+    for (int64_t r = 0; r < rows; r++) {
+        float *py = sc__f(y) + r * width + at, *px = sc__f(x) + r * n;
         switch (kind) { /* constant kinds, so that each loop vectorises */
         case SC_SILU: sc__activate_rows(SC_SILU, py, px, n); break;
         case SC_GELU_TANH: sc__activate_rows(SC_GELU_TANH, py, px, n); break;
@@ -1031,13 +1033,12 @@ static void sc__cpu_activate(sc_activation kind, sc_tensor *y, const sc_tensor *
     }
 }
 
-static void sc__cpu_activate_backward(sc_activation kind, const sc_tensor *y, sc_tensor *x) {
-    int64_t total = sc_count(x);
+static void sc__cpu_activate_backward(sc_activation kind, const sc_tensor *y, int64_t at, sc_tensor *x) {
+    int64_t n = sc__last(x), width = sc__last(y), rows = sc__rows(x);
     SC_PARALLEL_FOR
-    for (int64_t i = 0; i < total; i += SC__SLICE) {
-        int64_t n = total - i < SC__SLICE ? total - i : SC__SLICE;
-        const float *dy = sc__g(y) + i, *px = sc__f(x) + i;
-        float *dx = sc__g(x) + i;
+    for (int64_t r = 0; r < rows; r++) {
+        const float *dy = sc__g(y) + r * width + at, *px = sc__f(x) + r * n;
+        float *dx = sc__g(x) + r * n;
         switch (kind) {
         case SC_SILU: sc__activate_rows_backward(SC_SILU, dy, px, dx, n); break;
         case SC_GELU_TANH: sc__activate_rows_backward(SC_GELU_TANH, dy, px, dx, n); break;
@@ -1803,6 +1804,16 @@ static void *sc__grad(sc_tape *t, sc_tensor *x) {
     return x->grad;
 }
 
+/* The same for products, C = A B + beta C: a new gradient is not zeroed, but beta is 0 this time. */
+static void *sc__grad_beta(sc_tape *t, sc_tensor *x, float *beta) {
+    *beta = 1;
+    if (!x->needs_grad || x->grad) return x->grad;
+    *beta = 0;
+    x->grad = sc__arena_take(&t->device, (size_t)(sc_count(x) * sc_dtype_size(x->dtype)));
+    if (!x->grad) t->failed = true;
+    return x->grad;
+}
+
 /* Appends an operation if any of its inputs needs a gradient. */
 static sc__op *sc__record(sc_tape *t, void (*backward)(sc_tape *, sc__op *), sc_tensor *out,
                           sc_tensor *a, sc_tensor *b, sc_tensor *c) {
@@ -1897,16 +1908,18 @@ static void sc__lora_backward(sc_tape *t, sc__op *op) {
     if (a->grad)
         t->be->gemm(r, in, rows, 1, sc__whole(e, true), sc__part(x, first, false), 1,
                     sc__matrix(a->grad, SC_F32, in, false), NULL);
-    if (sc__grad(t, x))
-        t->be->gemm(rows, in, r, 1, sc__whole(e, false), sc__whole(a, false), 1,
+    float beta = 1;
+    if (rows == sc__rows(x) ? sc__grad_beta(t, x, &beta) : sc__grad(t, x))
+        t->be->gemm(rows, in, r, 1, sc__whole(e, false), sc__whole(a, false), beta,
                     sc__grad_part(x, first, false), NULL);
 }
 
 static void sc__linear_backward(sc_tape *t, sc__op *op) {
     sc_tensor *x = op->in[0], *w = op->in[1], *bias = op->in[2], *y = op->out[0];
     int64_t rows = sc__rows(x), in = sc__last(x), out = sc__last(y);
-    if (sc__grad(t, x))
-        t->be->gemm(rows, in, out, 1, sc__grad_part(y, 0, false), sc__whole(w, false), 1,
+    float beta;
+    if (sc__grad_beta(t, x, &beta))
+        t->be->gemm(rows, in, out, 1, sc__grad_part(y, 0, false), sc__whole(w, false), beta,
                     sc__grad_part(x, 0, false), NULL);
     if (w->grad)
         t->be->gemm(out, in, rows, 1, sc__grad_part(y, 0, true), sc__whole(x, false), 1,
@@ -1966,13 +1979,13 @@ sc_tensor *sc_linear(sc_tape *t, const sc_tensor *input, const sc_linear_layer *
 
 static void sc__activate_backward(sc_tape *t, sc__op *op) {
     if (sc__grad(t, op->in[0]))
-        t->be->activate_backward((sc_activation)op->n[0], op->out[0], op->in[0]);
+        t->be->activate_backward((sc_activation)op->n[0], op->out[0], 0, op->in[0]);
 }
 
 sc_tensor *sc_activate(sc_tape *t, sc_activation kind, sc_tensor *x) {
     sc_tensor *y = x ? sc__new_like(t, x) : NULL;
     if (!y) return NULL;
-    t->be->activate(kind, y, x);
+    t->be->activate(kind, y, 0, x);
     sc__op *op = sc__record(t, sc__activate_backward, y, x, NULL, NULL);
     if (op) op->n[0] = kind;
     return y;
@@ -2037,6 +2050,25 @@ sc_tensor *sc_concat_tokens(sc_tape *t, sc_tensor *a, sc_tensor *b) {
 sc_tensor *sc_concat_channels(sc_tape *t, sc_tensor *a, sc_tensor *b) {
     if (!a || !b) return NULL;
     return sc__concat(t, a, b, sc__rows(a), sc__new3(t, a->shape[0], a->shape[1], a->shape[2] + b->shape[2]));
+}
+
+static void sc__concat_activated_backward(sc_tape *t, sc__op *op) {
+    sc_tensor *a = op->in[0], *b = op->in[1], *y = op->out[0];
+    int64_t width = sc__last(a);
+    if (sc__grad(t, a)) sc__copy_columns(t, a->grad, width, 0, y->grad, sc__last(y), 0, sc__rows(a), width, true);
+    if (sc__grad(t, b)) t->be->activate_backward((sc_activation)op->n[0], y, width, b);
+}
+
+sc_tensor *sc_concat_activated(sc_tape *t, sc_tensor *a, sc_activation kind, sc_tensor *b) {
+    if (!a || !b) return NULL;
+    int64_t width = sc__last(a), sum = width + sc__last(b);
+    sc_tensor *y = sc__new3(t, a->shape[0], a->shape[1], sum);
+    if (!y) return NULL;
+    sc__copy_columns(t, y->data, sum, 0, a->data, width, 0, sc__rows(a), width, false);
+    t->be->activate(kind, y, width, b);
+    sc__op *op = sc__record(t, sc__concat_activated_backward, y, a, b, NULL);
+    if (op) op->n[0] = kind;
+    return y;
 }
 
 static void sc__slice_backward(sc_tape *t, sc__op *op) {
@@ -3589,8 +3621,7 @@ static bool sc__single_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, cons
     sc_tensor *k = sc_norm_rope(t, NULL, sc_linear(t, n, &block->k), NULL, block->norm_k, rope);
     sc_tensor *v = sc_linear(t, n, &block->v);
     sc_tensor *o = sc_attention(t, q, k, v, block->flux->config.heads, scale, NULL, false);
-    sc_tensor *h = sc_activate(t, SC_GELU_TANH, sc_linear(t, n, &block->up));
-    sc_tensor *both = sc_concat_channels(t, o, h);
+    sc_tensor *both = sc_concat_activated(t, o, SC_GELU_TANH, sc_linear(t, n, &block->up));
     out[0] = sc_gated_residual(t, in[0], sc_linear(t, both, &block->out), mod, 2);
     return out[0] != NULL;
 }

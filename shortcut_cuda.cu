@@ -759,24 +759,25 @@ __device__ __forceinline__ float gate(sc_activation kind, float x, float *slope)
     return 1 / (1 + __expf(-u));
 }
 
+/* Rows of n values: x's lie together, y's are `width` apart. */
 template <int V>
-__global__ void activate_kernel(sc_activation kind, bf16 *y, const bf16 *x, int64_t n) {
+__global__ void activate_kernel(sc_activation kind, bf16 *y, int64_t width, const bf16 *x, int64_t n, int64_t total) {
     int64_t i = FLAT_INDEX(V);
-    if (i >= n) return;
+    if (i >= total) return;
     float v[V], slope;
     load<V>(v, x + i);
     for (int j = 0; j < V; j++)
         v[j] = kind == SC_GELU ? 0.5f * v[j] * (1 + erff(v[j] * 0.70710678f)) : v[j] * gate(kind, v[j], &slope);
-    store<V>(y + i, v);
+    store<V>(y + i / n * width + i % n, v);
 }
 
 template <int V>
-__global__ void activate_backward_kernel(sc_activation kind, bf16 *dx, const bf16 *dy, const bf16 *x, int64_t n) {
+__global__ void activate_backward_kernel(sc_activation kind, bf16 *dx, const bf16 *dy, int64_t width, const bf16 *x, int64_t n, int64_t total) {
     int64_t i = FLAT_INDEX(V);
-    if (i >= n) return;
+    if (i >= total) return;
     float v[V], d[V], slope;
     load<V>(v, x + i);
-    load<V>(d, dy + i);
+    load<V>(d, dy + i / n * width + i % n);
     for (int j = 0; j < V; j++) {
         if (kind == SC_GELU) {
             float density = 0.39894228f * __expf(-0.5f * v[j] * v[j]);
@@ -789,14 +790,17 @@ __global__ void activate_backward_kernel(sc_activation kind, bf16 *dx, const bf1
     add<V>(dx + i, d);
 }
 
-static void cuda_activate(sc_activation kind, sc_tensor *y, const sc_tensor *x) {
-    int64_t n = sc_count(x);
-    LAUNCH_FLAT(wide(n, y->data, x->data), activate_kernel, n, kind, (bf16 *)y->data, half_data(x), n);
+static void cuda_activate(sc_activation kind, sc_tensor *y, int64_t at, const sc_tensor *x) {
+    int64_t n = last_size(x), width = last_size(y), total = sc_count(x);
+    bf16 *to = (bf16 *)y->data + at;
+    bool w = wide(n | width, to, x->data);
+    LAUNCH_FLAT(w, activate_kernel, total, kind, to, width, half_data(x), n, total);
 }
-static void cuda_activate_backward(sc_activation kind, const sc_tensor *y, sc_tensor *x) {
-    int64_t n = sc_count(x);
-    bool w = wide(n, x->grad, y->grad, x->data);
-    LAUNCH_FLAT(w, activate_backward_kernel, n, kind, half_grad(x), half_grad(y), half_data(x), n);
+static void cuda_activate_backward(sc_activation kind, const sc_tensor *y, int64_t at, sc_tensor *x) {
+    int64_t n = last_size(x), width = last_size(y), total = sc_count(x);
+    const bf16 *dy = half_grad(y) + at;
+    bool w = wide(n | width, dy, x->grad, x->data);
+    LAUNCH_FLAT(w, activate_backward_kernel, total, kind, half_grad(x), dy, width, half_data(x), n, total);
 }
 
 /* ==== Modulated layer norm and gated residual ================================================

@@ -160,8 +160,10 @@ static void compare(const char *name, operation op, const spec *specs, int count
 
 static sc_activation kind;
 static void activate(const sc_backend *be, sc_tensor **x) {
-    be->activate(kind, x[1], x[0]);
-    be->activate_backward(kind, x[1], x[0]);
+    int64_t at = x[1]->shape[1] - x[0]->shape[1]; /* 0, or the second of two equal parts */
+    be->activate(kind, x[1], 0, x[0]);
+    be->activate(kind, x[1], at, x[0]);
+    be->activate_backward(kind, x[1], at, x[0]);
 }
 static void multiply(const sc_backend *be, sc_tensor **x) { be->multiply(x[2], x[0], x[1]); }
 static void blend(const sc_backend *be, sc_tensor **x) {
@@ -194,6 +196,7 @@ static void test_elementwise(void) {
         kind = kinds[i];
         COMPARE(activate, ONE, {'g', 2, {7, 33}}, {'y', 2, {7, 33}});
         COMPARE(activate, ONE, {'g', 2, {13, 264}}, {'y', 2, {13, 264}});
+        COMPARE(activate, ONE, {'g', 2, {5, 16}}, {'y', 2, {5, 32}});
     }
     COMPARE(multiply, ONE, {'i', 1, {1001}}, {'i', 1, {1001}}, {'o', 1, {1001}});
     COMPARE(blend, ONE, {'i', 2, {70, 13}}, {'i', 2, {70, 13}}, {'o', 2, {70, 13}});
