@@ -42,16 +42,16 @@ SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 all: $(PROGRAMS)
 
-train sample: %: %.c shortcut.h $(CUDA_OBJECT)
+train sample: %: %.c shortcut.h tools.h $(CUDA_OBJECT)
 	$(CC) $(BASE) $(CFLAGS) $< -o $@ $(CUDA_LINK) $(LIBS)
-shortcut: main.c shortcut.h $(CUDA_OBJECT)
+shortcut: main.c shortcut.h tools.h $(CUDA_OBJECT)
 	$(CC) $(BASE) $(CFLAGS) $< -o $@ $(CUDA_LINK) $(LIBS)
 build/shortcut_cuda.o: shortcut_cuda.cu shortcut.h | build
 	$(NVCC) -O3 -std=c++17 --threads 2 $(CUDA_ARCH) -Xcompiler -Wall,-fno-exceptions,-fno-threadsafe-statics -c $< -o $@
 
 build:
 	mkdir -p build
-build/test_%: test/test_%.c test/test.h shortcut.h | build
+build/test_%: test/test_%.c test/test.h shortcut.h tools.h | build
 	$(CC) $(BASE) -Wno-unused-function $(CFLAGS) $< -o $@ $(LIBS)
 build/test_cuda: test/test_cuda.c test/test.h shortcut.h $(CUDA_OBJECT) | build
 	$(CC) $(BASE) -Wno-unused-function $(CFLAGS) $< -o $@ $(CUDA_LINK) $(LIBS)

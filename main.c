@@ -1,18 +1,20 @@
 /* ./shortcut: the experiment (base against distilled, numbers and a picture), info, merge. */
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
-#define SHORTCUT_STB
-#define SHORTCUT_TOOLS
 #include "shortcut.h"
+#include "tools.h"
 
 static const char usage[] =
     "usage: ./shortcut [options]                 the experiment: few steps, before and after\n"
     "       ./shortcut info PATH                 what is in a model folder or safetensors file\n"
     "       ./shortcut merge --lora FILE --out DIR   LoRAs into a copy of the transformer\n"
     "\n"
-    "The experiment draws the same prompts from the same noise with the base at 32, 3, 4 and 8 steps\n"
-    "(each at its best shift) and with every --lora at 3, 4 and 8, measures all against the base's 32\n"
-    "steps, and writes a contact sheet. Measures: paired RMSE; Frechet distance in the evaluator's\n"
+    "The experiment draws the same prompts from the same noise with the base at 32, 3, 4 and 8 "
+    "steps\n"
+    "(each at its best shift) and with every --lora at 3, 4 and 8, measures all against the base's "
+    "32\n"
+    "steps, and writes a contact sheet. Measures: paired RMSE; Frechet distance in the "
+    "evaluator's\n"
     "features; sharpness (gradient energy over the 32-step pictures'); how often the evaluator\n"
     "recognises the prompt; seconds per picture.";
 
@@ -43,40 +45,52 @@ static void evaluator_close(evaluator *e) {
 static bool evaluator_open(evaluator *e, const sc_backend *be, const char *folder) {
     char *path = sc__join(folder, "config.json");
     sc_json *json = path ? sc_json_load(path) : NULL;
-    const sc_json *channels = sc_json_get(json, "channels"), *captions = sc_json_get(json, "captions");
+    const sc_json *channels = sc_json_get(json, "channels"),
+                  *captions = sc_json_get(json, "captions");
     *e = (evaluator){.levels = (int)sc_json_length(channels)};
     bool ok = json && sc__config_int(json, path, "norm_num_groups", 8, &e->groups) &&
               sc__config_int(json, path, "feature_dim", 64, &e->features) &&
               sc__config_int(json, path, "sample_size", 128, &e->side) &&
               sc__config_int(json, path, "num_classes", 0, &e->classes);
-    if (ok && (e->levels < 1 || e->levels > 8 || sc_json_length(captions) != e->classes)) ok = sc__fail("%s: not an evaluator's", path);
-    for (int i = 0; ok && i < e->levels; i++) e->channels[i] = (int)sc_json_number(sc_json_at(channels, i), 0);
+    if (ok && (e->levels < 1 || e->levels > 8 || sc_json_length(captions) != e->classes))
+        ok = sc__fail("%s: not an evaluator's", path);
+    for (int i = 0; ok && i < e->levels; i++)
+        e->channels[i] = (int)sc_json_number(sc_json_at(channels, i), 0);
     e->eps = (float)sc_json_number(sc_json_get(json, "norm_eps"), 1e-5);
     e->captions = ok ? (char **)sc__alloc((size_t)e->classes, sizeof *e->captions) : NULL;
-    for (int i = 0; e->captions && i < e->classes; i++) e->captions[i] = sc__strdup(sc_json_string(sc_json_at(captions, i), ""));
-    ok = ok && e->captions && (e->net = sc_net_open(be, folder, true)) && (e->tape = sc_tape_new(be));
+    for (int i = 0; e->captions && i < e->classes; i++)
+        e->captions[i] = sc__strdup(sc_json_string(sc_json_at(captions, i), ""));
+    ok = ok && e->captions && (e->net = sc_net_open(be, folder, true)) &&
+         (e->tape = sc_tape_new(be));
     sc_json_free(json);
     free(path);
     return ok;
 }
 
-static sc_tensor *get(evaluator *e, int ndim, const int64_t *shape, const char *name, int level, const char *what) {
+static sc_tensor *get(evaluator *e, int ndim, const int64_t *shape, const char *name, int level,
+                      const char *what) {
     char full[64];
-    snprintf(full, sizeof full, level < 0 ? "%s%.0d%s" : "%s%d%s", name, level < 0 ? 0 : level, what);
+    snprintf(full, sizeof full, level < 0 ? "%s%.0d%s" : "%s%d%s", name, level < 0 ? 0 : level,
+             what);
     for (int64_t i = 0; i < e->net->count; i++) /* asked for before */
         if (!strcmp(e->net->weights[i]->name, full)) return &e->net->weights[i]->tensor;
     return sc_net_weight(e->net, full, ndim, shape);
 }
 
-static sc_tensor *evaluator_conv(evaluator *e, sc_tensor *x, const char *name, int level, int stride) {
+static sc_tensor *evaluator_conv(evaluator *e, sc_tensor *x, const char *name, int level,
+                                 int stride) {
     int64_t in = x ? x->shape[1] : 0, out = e->channels[level];
-    sc_tensor *w = get(e, 4, (const int64_t[]){out, in, 3, 3}, name, level, ".weight"), *b = get(e, 1, &out, name, level, ".bias");
-    sc_tensor *nw = get(e, 1, &out, name, level, "_norm.weight"), *nb = get(e, 1, &out, name, level, "_norm.bias");
+    sc_tensor *w = get(e, 4, (const int64_t[]){out, in, 3, 3}, name, level, ".weight"),
+              *b = get(e, 1, &out, name, level, ".bias");
+    sc_tensor *nw = get(e, 1, &out, name, level, "_norm.weight"),
+              *nb = get(e, 1, &out, name, level, "_norm.bias");
     if (!x || !w || !b || !nw || !nb) return NULL;
-    return sc_group_norm(e->tape, sc_conv2d(e->tape, x, w, b, stride, 1), nw, nb, e->groups, e->eps, true);
+    return sc_group_norm(e->tape, sc_conv2d(e->tape, x, w, b, stride, 1), nw, nb, e->groups, e->eps,
+                         true);
 }
 
-static bool evaluator_linear(evaluator *e, sc_linear_layer *l, const char *name, int64_t out, int64_t in) {
+static bool evaluator_linear(evaluator *e, sc_linear_layer *l, const char *name, int64_t out,
+                             int64_t in) {
     l->weight = get(e, 2, (const int64_t[]){out, in}, name, -1, ".weight");
     l->bias = get(e, 1, &out, name, -1, ".bias");
     return l->weight && l->bias;
@@ -85,26 +99,37 @@ static bool evaluator_linear(evaluator *e, sc_linear_layer *l, const char *name,
 /* One picture [3, side, side] -> features, and the class it looks most like. */
 static bool evaluate(evaluator *e, const float *rgb, float *features, int *class_of) {
     int half = e->side / 2;
-    float *small = (float *)sc__alloc((size_t)(3 * half * half + e->classes + 1024), sizeof *small), *logits = small + 3 * half * half;
+    float *small = (float *)sc__alloc((size_t)(3 * half * half + e->classes + 1024), sizeof *small),
+          *logits = small + 3 * half * half;
     if (!small) return false;
     for (int c = 0; c < 3; c++)
         for (int y = 0; y < half; y++)
             for (int x = 0; x < half; x++) {
                 const float *p = rgb + ((int64_t)c * e->side + 2 * y) * e->side + 2 * x;
-                small[(c * half + y) * half + x] = 0.25f * (p[0] + p[1] + p[e->side] + p[e->side + 1]);
+                small[(c * half + y) * half + x] =
+                    0.25f * (p[0] + p[1] + p[e->side] + p[e->side + 1]);
             }
     sc_tape_reset(e->tape);
     sc_tensor *x = sc_from(e->tape, 4, (const int64_t[]){1, 3, half, half}, small);
-    for (int i = 0; i < e->levels; i++) x = evaluator_conv(e, evaluator_conv(e, x, "down", i, 2), "conv", i, 1);
+    for (int i = 0; i < e->levels; i++)
+        x = evaluator_conv(e, evaluator_conv(e, x, "down", i, 2), "conv", i, 1);
     float mean[1024] = {0};
     int64_t channels = x ? x->shape[1] : 0, pixels = x ? x->shape[2] * x->shape[3] : 0;
     float *values = (float *)sc__alloc((size_t)(channels * pixels) + 1, sizeof *values);
     bool ok = x && values && channels <= 1024 && sc_read(e->tape, x, values);
-    for (int64_t i = 0; ok && i < channels * pixels; i++) mean[i / pixels] += values[i] / (float)pixels;
+    for (int64_t i = 0; ok && i < channels * pixels; i++)
+        mean[i / pixels] += values[i] / (float)pixels;
     sc_linear_layer first = {0}, second = {0};
-    ok = ok && evaluator_linear(e, &first, "features", e->features, channels) && evaluator_linear(e, &second, "logits", e->classes, e->features);
-    sc_tensor *f = ok ? sc_activate(e->tape, SC_SILU, sc_linear(e->tape, sc_from(e->tape, 2, (const int64_t[]){1, channels}, mean), &first)) : NULL;
-    ok = ok && sc_read(e->tape, f, features) && sc_read(e->tape, sc_linear(e->tape, f, &second), logits);
+    ok = ok && evaluator_linear(e, &first, "features", e->features, channels) &&
+         evaluator_linear(e, &second, "logits", e->classes, e->features);
+    sc_tensor *f =
+        ok ? sc_activate(e->tape, SC_SILU,
+                         sc_linear(e->tape,
+                                   sc_from(e->tape, 2, (const int64_t[]){1, channels}, mean),
+                                   &first))
+           : NULL;
+    ok = ok && sc_read(e->tape, f, features) &&
+         sc_read(e->tape, sc_linear(e->tape, f, &second), logits);
     *class_of = 0;
     for (int i = 1; ok && i < e->classes; i++)
         if (logits[i] > logits[*class_of]) *class_of = i;
@@ -123,7 +148,8 @@ static void moments(const float *x, int64_t n, int d, double *mean, double *cova
     for (int64_t i = 0; i < n; i++)
         for (int j = 0; j < d; j++)
             for (int k = 0; k < d; k++)
-                covariance[j * d + k] += (x[i * d + j] - mean[j]) * (x[i * d + k] - mean[k]) / (double)(n - 1);
+                covariance[j * d + k] +=
+                    (x[i * d + j] - mean[j]) * (x[i * d + k] - mean[k]) / (double)(n - 1);
 }
 
 /* Jacobi rotations: the symmetric a becomes diagonal, the columns of v its eigenvectors. */
@@ -132,7 +158,8 @@ static void eigen(double *a, double *v, int d) {
     for (int sweep = 0; sweep < 30; sweep++)
         for (int p = 0; p < d; p++)
             for (int q = p + 1; q < d; q++) {
-                if (fabs(a[p * d + q]) < 1e-14 * (fabs(a[p * d + p]) + fabs(a[q * d + q])) + 1e-300) continue;
+                if (fabs(a[p * d + q]) < 1e-14 * (fabs(a[p * d + p]) + fabs(a[q * d + q])) + 1e-300)
+                    continue;
                 double theta = (a[q * d + q] - a[p * d + p]) / (2 * a[p * d + q]);
                 double t = (theta >= 0 ? 1 : -1) / (fabs(theta) + sqrt(theta * theta + 1));
                 double c = 1 / sqrt(t * t + 1), s = t * c;
@@ -152,16 +179,22 @@ static void eigen(double *a, double *v, int d) {
 static double frechet(const float *a, int64_t na, const float *b, int64_t nb, int d) {
     int dd = d * d;
     double *memory = (double *)sc__alloc((size_t)(6 * dd + 2 * d), sizeof *memory);
-    if (!memory || na < 2 || nb < 2) { free(memory); return NAN; }
-    double *ca = memory, *cb = ca + dd, *v = cb + dd, *root = v + dd, *product = root + dd, *middle = product + dd;
+    if (!memory || na < 2 || nb < 2) {
+        free(memory);
+        return NAN;
+    }
+    double *ca = memory, *cb = ca + dd, *v = cb + dd, *root = v + dd, *product = root + dd,
+           *middle = product + dd;
     double *ma = middle + dd, *mb = ma + d, distance = 0;
     moments(a, na, d, ma, ca);
     moments(b, nb, d, mb, cb);
-    for (int i = 0; i < d; i++) distance += (ma[i] - mb[i]) * (ma[i] - mb[i]) + ca[i * d + i] + cb[i * d + i];
+    for (int i = 0; i < d; i++)
+        distance += (ma[i] - mb[i]) * (ma[i] - mb[i]) + ca[i * d + i] + cb[i * d + i];
     eigen(ca, v, d);
     for (int i = 0; i < d; i++)
         for (int j = 0; j < d; j++)
-            for (int k = 0; k < d; k++) root[i * d + j] += v[i * d + k] * sqrt(fmax(ca[k * d + k], 0)) * v[j * d + k];
+            for (int k = 0; k < d; k++)
+                root[i * d + j] += v[i * d + k] * sqrt(fmax(ca[k * d + k], 0)) * v[j * d + k];
     for (int i = 0; i < d; i++)
         for (int j = 0; j < d; j++)
             for (int k = 0; k < d; k++) product[i * d + j] += root[i * d + k] * cb[k * d + j];
@@ -176,22 +209,33 @@ static double frechet(const float *a, int64_t na, const float *b, int64_t nb, in
 
 /* ---- Pictures of one setting ---- */
 
-typedef struct prompt { char *text; int class_of; float *context, *pooled; } prompt;
+typedef struct prompt {
+    char *text;
+    int class_of;
+    float *context, *pooled;
+} prompt;
 
-typedef struct setting { const char *lora; int steps; float shift, scale; char label[64]; } setting;
+typedef struct setting {
+    const char *lora;
+    int steps;
+    float shift, scale;
+    char label[64];
+} setting;
 
-typedef struct measures { double rmse, frechet, real, sharpness, recognition, seconds; } measures;
+typedef struct measures {
+    double rmse, frechet, real, sharpness, recognition, seconds;
+} measures;
 
 typedef struct experiment {
     options o;
     sc_pipeline *p;
     evaluator judge;
     prompt *prompts;
-    int prompt_count, count, shown;     /* pictures in all, and those on the sheet */
-    int64_t pixels;                     /* numbers of a picture */
-    float *base;                        /* [count, pixels]: the base's 32-step pictures */
-    float *base_features, *features;    /* [count, features] */
-    float *real;                        /* features of real pictures */
+    int prompt_count, count, shown;  /* pictures in all, and those on the sheet */
+    int64_t pixels;                  /* numbers of a picture */
+    float *base;                     /* [count, pixels]: the base's 32-step pictures */
+    float *base_features, *features; /* [count, features] */
+    float *real;                     /* features of real pictures */
     int64_t real_count;
     double base_sharpness;
     float *sheet;                       /* a strip of titles, then a row for each prompt shown */
@@ -220,8 +264,10 @@ static bool draw_batch(experiment *x, const setting *s, int first, int n, float 
     sc_pipeline *p = x->p;
     const sc_flux_config *c = sc_flux_config_of(p->flux);
     int h = p->resolution / p->token_pixels;
-    int64_t size = (int64_t)h * h * c->in_channels, text = (int64_t)p->text_tokens * c->text_channels;
-    float *memory = (float *)sc__alloc((size_t)(n * (size + text + c->pooled_channels)), sizeof *memory);
+    int64_t size = (int64_t)h * h * c->in_channels,
+            text = (int64_t)p->text_tokens * c->text_channels;
+    float *memory =
+        (float *)sc__alloc((size_t)(n * (size + text + c->pooled_channels)), sizeof *memory);
     if (!memory) return false;
     float *latents = memory, *context = latents + n * size, *pooled = context + n * text;
     for (int i = 0; i < n; i++) {
@@ -231,7 +277,8 @@ static bool draw_batch(experiment *x, const setting *s, int first, int n, float 
         memcpy(context + i * text, q->context, (size_t)text * 4);
         memcpy(pooled + (int64_t)i * c->pooled_channels, q->pooled, (size_t)c->pooled_channels * 4);
     }
-    sc_sampling sampling = {.steps = s->steps, .shift = s->shift, .guidance = x->o.guidance, .h = h, .w = h};
+    sc_sampling sampling = {
+        .steps = s->steps, .shift = s->shift, .guidance = x->o.guidance, .h = h, .w = h};
     bool ok = sc_sample(p->flux, p->tape, &sampling, n, p->text_tokens, context, pooled, latents) &&
               sc_pipeline_decode(p, latents, n, h, h, rgb);
     free(memory);
@@ -242,12 +289,14 @@ static void put_on_sheet(experiment *x, int row, const float *rgb) {
     int side = x->p->resolution, width = side * x->columns;
     for (int c = 0; c < 3; c++)
         for (int y = 0; y < side; y++)
-            memcpy(x->sheet + ((int64_t)(c * x->height + x->strip + row * side + y) * width + x->column * side),
+            memcpy(x->sheet + ((int64_t)(c * x->height + x->strip + row * side + y) * width +
+                               x->column * side),
                    rgb + ((int64_t)c * side + y) * side, (size_t)side * 4);
 }
 
 /* Draws and measures `count` pictures. `base`: keep them as what others are compared with. */
-static bool run_setting(experiment *x, const setting *s, int count, bool base, bool show, measures *m) {
+static bool run_setting(experiment *x, const setting *s, int count, bool base, bool show,
+                        measures *m) {
     int d = x->judge.features, side = x->p->resolution, right = 0, known = 0;
     float *rgb = (float *)sc__alloc((size_t)(x->o.batch * x->pixels), sizeof *rgb);
     double started = sc_seconds(), drawing = 0, squares = 0, energy = 0;
@@ -266,7 +315,8 @@ static bool run_setting(experiment *x, const setting *s, int count, bool base, b
             int wanted = x->prompts[(first + i) % x->prompt_count].class_of;
             known += wanted >= 0, right += wanted >= 0 && class_of == wanted;
             energy += gradient_energy(picture, side);
-            for (int64_t j = 0; j < x->pixels; j++) squares += (picture[j] - reference[j]) * (picture[j] - reference[j]) / 4;
+            for (int64_t j = 0; j < x->pixels; j++)
+                squares += (picture[j] - reference[j]) * (picture[j] - reference[j]) / 4;
             if (show && first + i < x->shown) put_on_sheet(x, first + i, picture);
         }
         sc_progress(s->label, first + n, count, started, NULL);
@@ -274,7 +324,9 @@ static bool run_setting(experiment *x, const setting *s, int count, bool base, b
     }
     free(rgb);
     if (!ok) return false;
-    if (base) memcpy(x->base_features, x->features, (size_t)count * (size_t)d * 4), x->base_sharpness = energy;
+    if (base)
+        memcpy(x->base_features, x->features, (size_t)count * (size_t)d * 4),
+            x->base_sharpness = energy;
     m->rmse = sqrt(squares / ((double)count * (double)x->pixels));
     m->frechet = frechet(x->features, count, x->base_features, count, d);
     m->real = x->real ? frechet(x->features, count, x->real, x->real_count, d) : NAN;
@@ -287,8 +339,8 @@ static bool run_setting(experiment *x, const setting *s, int count, bool base, b
 /* ---- The table ---- */
 
 static void print_head(void) {
-    printf("%-34s %5s %5s %6s %8s %9s %6s %6s %6s %7s %6s\n", "pictures", "steps", "shift", "scale", "RMSE", "Frechet", "closed",
-           "sharp", "recog", "dReal", "s/pic");
+    printf("%-34s %5s %5s %6s %8s %9s %6s %6s %6s %7s %6s\n", "pictures", "steps", "shift", "scale",
+           "RMSE", "Frechet", "closed", "sharp", "recog", "dReal", "s/pic");
 }
 
 /* `base`: the base's measures at as many steps, of which the gap is a share; NULL: none. */
@@ -310,17 +362,20 @@ static void print_row(const setting *s, const measures *m, const measures *base,
 static void draw_text(experiment *x, int column, const char *text) {
     static const char letters[] = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ.-:/";
     static const uint16_t shapes[] = {
-        0x7b6f, 0x2c97, 0x73e7, 0x73cf, 0x5bc9, 0x79cf, 0x79ef, 0x7252, 0x7bef, 0x7bcf, 0x7bed, 0x6bae, 0x7927, 0x6b6e,
-        0x79e7, 0x79e4, 0x796f, 0x5bed, 0x7497, 0x126f, 0x5bad, 0x4927, 0x5fed, 0x6b6d, 0x7b6f, 0x7be4, 0x7b79, 0x7bad,
-        0x79cf, 0x7492, 0x5b6f, 0x5b6a, 0x5bfd, 0x5aad, 0x5a92, 0x72a7, 0x0002, 0x01c0, 0x0410, 0x12a4};
+        0x7b6f, 0x2c97, 0x73e7, 0x73cf, 0x5bc9, 0x79cf, 0x79ef, 0x7252, 0x7bef, 0x7bcf,
+        0x7bed, 0x6bae, 0x7927, 0x6b6e, 0x79e7, 0x79e4, 0x796f, 0x5bed, 0x7497, 0x126f,
+        0x5bad, 0x4927, 0x5fed, 0x6b6d, 0x7b6f, 0x7be4, 0x7b79, 0x7bad, 0x79cf, 0x7492,
+        0x5b6f, 0x5b6a, 0x5bfd, 0x5aad, 0x5a92, 0x72a7, 0x0002, 0x01c0, 0x0410, 0x12a4};
     int side = x->p->resolution, width = side * x->columns, scale = x->strip / 7;
     for (int i = 0; text[i] && (i + 1) * 4 * scale <= side; i++) {
         const char *found = strchr(letters, toupper((unsigned char)text[i]));
         for (int bit = 0; found && bit < 15; bit++) {
             if (!(shapes[found - letters] >> (14 - bit) & 1)) continue;
             for (int p = 0; p < 3 * scale * scale; p++) {
-                int px = column * side + (i * 4 + bit % 3 + 1) * scale + p / 3 % scale, py = (bit / 3 + 1) * scale + p / 3 / scale;
-                if (px < (column + 1) * side) x->sheet[((int64_t)(p % 3) * x->height + py) * width + px] = -1;
+                int px = column * side + (i * 4 + bit % 3 + 1) * scale + p / 3 % scale,
+                    py = (bit / 3 + 1) * scale + p / 3 / scale;
+                if (px < (column + 1) * side)
+                    x->sheet[((int64_t)(p % 3) * x->height + py) * width + px] = -1;
             }
         }
     }
@@ -354,7 +409,10 @@ static bool run_experiment(experiment *x) {
     x->sheet = (float *)sc__alloc((size_t)(3 * area), sizeof *x->sheet);
     if (!x->sheet) return false;
     for (int64_t i = 0; i < 3 * area; i++) x->sheet[i] = 1;
-    float shift = x->p->shift > 0 ? x->p->shift : sc_dynamic_shift((int64_t)(side / x->p->token_pixels) * (side / x->p->token_pixels));
+    float shift =
+        x->p->shift > 0
+            ? x->p->shift
+            : sc_dynamic_shift((int64_t)(side / x->p->token_pixels) * (side / x->p->token_pixels));
     setting s = {.steps = 32, .shift = shift, .label = "base"};
     measures full, base, m;
     print_head();
@@ -370,7 +428,10 @@ static bool run_experiment(experiment *x) {
         if (!best_shift(x, &s) || !run_setting(x, &s, x->count, false, true, &base)) return false;
         print_row(&s, &base, NULL, full.real);
         for (int j = 0; j < loras; j++) {
-            setting l = {.lora = x->o.lora[j], .steps = few[i], .shift = shift, .scale = sc_lora_scale(x->o.lora[j], few[i])};
+            setting l = {.lora = x->o.lora[j],
+                         .steps = few[i],
+                         .shift = shift,
+                         .scale = sc_lora_scale(x->o.lora[j], few[i])};
             snprintf(l.label, sizeof l.label, "%.60s", x->o.lora[j]);
             x->column++;
             snprintf(title, sizeof title, "%s %d", loras == 1 ? "SCFM" : "LORA", few[i]);
@@ -379,8 +440,11 @@ static bool run_experiment(experiment *x) {
             print_row(&l, &m, &base, full.real);
         }
     }
-    bool ok = sc_picture_save(&(sc_picture){side * x->columns, x->height, x->sheet}, x->o.out, NULL);
-    if (ok) printf("%d pictures a row of the table, from the same noise; contact sheet: %s\n", x->count, x->o.out);
+    bool ok =
+        sc_picture_save(&(sc_picture){side * x->columns, x->height, x->sheet}, x->o.out, NULL);
+    if (ok)
+        printf("%d pictures a row of the table, from the same noise; contact sheet: %s\n", x->count,
+               x->o.out);
     return ok;
 }
 
@@ -407,7 +471,8 @@ static bool load_prompts(experiment *x) {
             if (!strcmp(x->judge.captions[i], line)) q->class_of = i;
         q->context = (float *)sc__alloc((size_t)x->p->text_tokens * (size_t)c->text_channels, 4);
         q->pooled = (float *)sc__alloc((size_t)c->pooled_channels, 4);
-        ok = q->text && q->context && q->pooled && sc_pipeline_text(x->p, line, q->context, q->pooled);
+        ok = q->text && q->context && q->pooled &&
+             sc_pipeline_text(x->p, line, q->context, q->pooled);
     }
     free(text);
     return ok && (x->prompt_count || sc__fail("%s: no prompts", x->o.prompts));
@@ -416,12 +481,14 @@ static bool load_prompts(experiment *x) {
 /* Features of the pictures in a folder, cut and scaled to the evaluator's size. */
 static bool load_real(experiment *x) {
     sc_dataset *data = sc_dataset_open(x->o.real);
-    bool ok = data && (x->real = (float *)sc__alloc((size_t)(data->count * x->judge.features), sizeof *x->real));
+    bool ok = data && (x->real = (float *)sc__alloc((size_t)(data->count * x->judge.features),
+                                                    sizeof *x->real));
     double started = sc_seconds();
     for (int64_t i = 0; ok && i < data->count; i++, x->real_count++) {
         sc_picture picture = {0}, fitted = {0};
         int class_of;
-        ok = sc_picture_load(&picture, data->pairs[i].path) && sc_picture_fit(&fitted, &picture, x->judge.side, x->judge.side) &&
+        ok = sc_picture_load(&picture, data->pairs[i].path) &&
+             sc_picture_fit(&fitted, &picture, x->judge.side, x->judge.side) &&
              evaluate(&x->judge, fitted.rgb, x->real + i * x->judge.features, &class_of);
         sc_picture_free(&picture);
         sc_picture_free(&fitted);
@@ -435,9 +502,11 @@ static int experiment_main(const options *o) {
     experiment x = {.o = *o};
     const sc_backend *be = sc_device(o->device);
     if (!x.o.lora[0] && sc__exists("lora.safetensors")) x.o.lora[0] = "lora.safetensors";
-    bool ok = be && (x.p = sc_pipeline_open(be, o->model, &(sc_pipeline_options){0})) && evaluator_open(&x.judge, be, o->evaluator);
+    bool ok = be && (x.p = sc_pipeline_open(be, o->model, &(sc_pipeline_options){0})) &&
+              evaluator_open(&x.judge, be, o->evaluator);
     if (ok && x.judge.side != x.p->resolution)
-        ok = sc__fail("the evaluator looks at %d pixels, the model draws %d", x.judge.side, x.p->resolution);
+        ok = sc__fail("the evaluator looks at %d pixels, the model draws %d", x.judge.side,
+                      x.p->resolution);
     ok = ok && load_prompts(&x) && (!o->real || load_real(&x));
     if (ok) {
         x.count = o->count ? o->count : o->full ? 1026 : 108;
@@ -449,8 +518,10 @@ static int experiment_main(const options *o) {
         x.features = (float *)sc__alloc((size_t)(x.count * x.judge.features), sizeof(float));
         ok = x.base && x.base_features && x.features && run_experiment(&x);
     }
-    for (int i = 0; x.prompts && i < x.prompt_count; i++) free(x.prompts[i].text), free(x.prompts[i].context), free(x.prompts[i].pooled);
-    free(x.prompts), free(x.base), free(x.base_features), free(x.features), free(x.real), free(x.sheet);
+    for (int i = 0; x.prompts && i < x.prompt_count; i++)
+        free(x.prompts[i].text), free(x.prompts[i].context), free(x.prompts[i].pooled);
+    free(x.prompts), free(x.base), free(x.base_features), free(x.features), free(x.real),
+        free(x.sheet);
     evaluator_close(&x.judge);
     sc_pipeline_close(x.p);
     return ok ? 0 : sc_die();
@@ -466,13 +537,19 @@ static bool info_file(const char *path) {
         const sc_tensor *x = sc_file_tensor(file, i);
         numbers[x->dtype] += sc_count(x), total += sc_count(x);
     }
-    printf("%s: %lld tensors, %lld numbers (", sc_file_path(file), (long long)sc_file_count(file), (long long)total);
+    printf("%s: %lld tensors, %lld numbers (", sc_file_path(file), (long long)sc_file_count(file),
+           (long long)total);
     for (int d = 0, first = 1; d <= SC_U8; d++)
-        if (numbers[d]) printf("%s%lld %s", first ? "" : ", ", (long long)numbers[d], sc_dtype_name((sc_dtype)d)), first = 0;
+        if (numbers[d])
+            printf("%s%lld %s", first ? "" : ", ", (long long)numbers[d],
+                   sc_dtype_name((sc_dtype)d)),
+                first = 0;
     printf(")\n");
-    static const char *const keys[] = {"base_model", "method", "rank", "alpha", "steps", "seed", "scales", "command"};
+    static const char *const keys[] = {"base_model", "method", "rank",   "alpha",
+                                       "steps",      "seed",   "scales", "command"};
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
-        if (sc_file_metadata(file, keys[i])) printf("  %s: %s\n", keys[i], sc_file_metadata(file, keys[i]));
+        if (sc_file_metadata(file, keys[i]))
+            printf("  %s: %s\n", keys[i], sc_file_metadata(file, keys[i]));
     sc_file_close(file);
     return true;
 }
@@ -491,9 +568,12 @@ static int info_main(const char *path) {
         ok = p != NULL;
         if (ok) {
             const sc_flux_config *c = sc_flux_config_of(p->flux);
-            printf("FLUX transformer: %lld parameters, %d double and %d single blocks, %d heads of %d, guidance %s\n",
-                   (long long)sc_flux_parameters(p->flux), c->layers, c->single_layers, c->heads, c->head_size, c->guidance ? "yes" : "no");
-            printf("pictures of %dx%d pixels, %d text tokens, shift %g\n", p->resolution, p->resolution, p->text_tokens, p->shift);
+            printf("FLUX transformer: %lld parameters, %d double and %d single blocks, %d heads of "
+                   "%d, guidance %s\n",
+                   (long long)sc_flux_parameters(p->flux), c->layers, c->single_layers, c->heads,
+                   c->head_size, c->guidance ? "yes" : "no");
+            printf("pictures of %dx%d pixels, %d text tokens, shift %g\n", p->resolution,
+                   p->resolution, p->text_tokens, p->shift);
         }
         sc_pipeline_close(p);
     } else ok = info_file(path);
@@ -510,7 +590,8 @@ static int merge_main(const options *o) {
         ok = sc_lora_load(flux, o->lora[i], sc_lora_scale(o->lora[i], 3), &report);
         if (ok) printf("%s: applied %d/%d\n", o->lora[i], report.applied, report.total);
     }
-    ok = ok && sc_lora_merge(flux) && sc_flux_save(flux, o->out, SC_BF16, (const char *[]){"format", "pt", NULL});
+    ok = ok && sc_lora_merge(flux) &&
+         sc_flux_save(flux, o->out, SC_BF16, (const char *[]){"format", "pt", NULL});
     if (ok) printf("wrote %s\n", o->out);
     sc_flux_close(flux);
     free(folder);
@@ -519,12 +600,18 @@ static int merge_main(const options *o) {
 
 int main(int argc, char **argv) {
     sc_start(argv);
-    options o = {.model = "data/tiny-flux", .prompts = "data/prompts.txt", .evaluator = "data/evaluator", .device = "auto",
-                 .guidance = 3.5f, .seed = 1, .batch = 8};
+    options o = {.model = "data/tiny-flux",
+                 .prompts = "data/prompts.txt",
+                 .evaluator = "data/evaluator",
+                 .device = "auto",
+                 .guidance = 3.5f,
+                 .seed = 1,
+                 .batch = 8};
     const sc_option table[] = {
         {NULL, SC_FLAG, NULL, NULL, "Options:"},
         {"--model", SC_STRING, &o.model, "DIR", "FLUX pipeline folder"},
-        {"--lora", SC_STRINGS, o.lora, "FILE", "LoRA to compare, repeatable (default: lora.safetensors)"},
+        {"--lora", SC_STRINGS, o.lora, "FILE",
+         "LoRA to compare, repeatable (default: lora.safetensors)"},
         {"--prompts", SC_STRING, &o.prompts, "FILE", "one prompt a line"},
         {"--evaluator", SC_STRING, &o.evaluator, "DIR", "the network that judges"},
         {"--real", SC_STRING, &o.real, "DIR", "real pictures: also compare distances to them"},
@@ -546,7 +633,8 @@ int main(int argc, char **argv) {
     sc_catch_interrupt();
     bool merge = count == 1 && !strcmp(words[0], "merge");
     if (!o.out) o.out = merge ? "merged" : "sheet.png";
-    if (o.batch < 1 || o.count < 0 || o.count == 1) return fprintf(stderr, "error: --batch from 1, --count from 2 up\n"), 2;
+    if (o.batch < 1 || o.count < 0 || o.count == 1)
+        return fprintf(stderr, "error: --batch from 1, --count from 2 up\n"), 2;
     if (count == 0) return experiment_main(&o);
     if (count == 2 && !strcmp(words[0], "info")) return info_main(words[1]);
     if (merge) return merge_main(&o);

@@ -1,9 +1,8 @@
 /* ./sample "PROMPT" [STEPS]: pictures from a FLUX model folder, with LoRAs. */
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
-#define SHORTCUT_STB
-#define SHORTCUT_TOOLS
 #include "shortcut.h"
+#include "tools.h"
 
 static const char usage[] =
     "usage: ./sample \"PROMPT\" [STEPS] [options]\n"
@@ -13,11 +12,13 @@ static const char usage[] =
     "\n"
     "  ./sample \"a red apple\" 3\n"
     "  ./sample \"a red apple\" 32 --no-lora\n"
-    "  ./sample \"a lighthouse\" 4 --model FLUX.1-dev --lora mine.safetensors:1.2 --size 1024x1024\n"
+    "  ./sample \"a lighthouse\" 4 --model FLUX.1-dev --lora mine.safetensors:1.2 --size "
+    "1024x1024\n"
     "  ./sample --prompts prompts.txt 32 --out-dir pictures      a training set, resumable";
 
 typedef struct options {
-    const char *model, *lora[8], *size, *shift, *out, *out_dir, *prompts, *noise, *latents, *device, *weights;
+    const char *model, *lora[8], *size, *shift, *out, *out_dir, *prompts, *noise, *latents, *device,
+        *weights;
     bool no_lora;
     float guidance;
     int seed, count, threads;
@@ -32,19 +33,23 @@ static bool load_lora(sc_pipeline *p, const char *argument, int steps) {
     char *end = NULL;
     float scale = colon ? strtof(colon + 1, &end) : 0;
     bool given = colon && end != colon + 1 && !*end;
-    snprintf(path, sizeof path, "%.*s", (int)(given ? colon - argument : (long)strlen(argument)), argument);
+    snprintf(path, sizeof path, "%.*s", (int)(given ? colon - argument : (long)strlen(argument)),
+             argument);
     if (!given) scale = sc_lora_scale(path, steps);
     sc_lora_report report;
     if (!sc_lora_load(p->flux, path, scale, &report)) return false;
     fprintf(stderr, "%s: applied %d/%d, scale %g%s\n", path, report.applied, report.total, scale,
             given ? "" : " (for this number of steps; FILE:SCALE to change)");
-    if (report.applied < report.total) fprintf(stderr, "warning: these fit no layer: %s\n", report.missed);
+    if (report.applied < report.total)
+        fprintf(stderr, "warning: these fit no layer: %s\n", report.missed);
     return true;
 }
 
 /* ---- One picture ---- */
 
-typedef struct text { float *context, *pooled; } text;
+typedef struct text {
+    float *context, *pooled;
+} text;
 
 static bool progress(void *label, int step, int steps) {
     static double started;
@@ -69,28 +74,41 @@ static bool save_latents(const char *path, float *latents, int64_t tokens, int64
     return sc_file_save(path, &named, 1, NULL);
 }
 
-static bool draw(sc_pipeline *p, const options *o, const char *prompt, uint64_t seed, const char *path) {
+static bool draw(sc_pipeline *p, const options *o, const char *prompt, uint64_t seed,
+                 const char *path) {
     const sc_flux_config *c = sc_flux_config_of(p->flux);
     int h = o->height / p->token_pixels, w = o->width / p->token_pixels;
-    int64_t tokens = (int64_t)h * w, n = tokens * c->in_channels, pixels = (int64_t)3 * o->width * o->height;
+    int64_t tokens = (int64_t)h * w, n = tokens * c->in_channels,
+            pixels = (int64_t)3 * o->width * o->height;
     int64_t context_size = (int64_t)p->text_tokens * c->text_channels;
-    float *memory = (float *)sc__alloc((size_t)(n + pixels + context_size + c->pooled_channels), sizeof *memory);
+    float *memory = (float *)sc__alloc((size_t)(n + pixels + context_size + c->pooled_channels),
+                                       sizeof *memory);
     if (!memory) return false;
-    float *latents = memory, *rgb = latents + n, *context = rgb + pixels, *pooled = context + context_size;
+    float *latents = memory, *rgb = latents + n, *context = rgb + pixels,
+          *pooled = context + context_size;
     float shift = p->shift > 0 ? p->shift : sc_dynamic_shift(tokens);
-    if (o->shift) shift = !strcmp(o->shift, "auto") ? sc_dynamic_shift(tokens) : strtof(o->shift, NULL);
+    if (o->shift)
+        shift = !strcmp(o->shift, "auto") ? sc_dynamic_shift(tokens) : strtof(o->shift, NULL);
     sc_rng rng = {seed};
     sc_normal(&rng, latents, n);
-    sc_sampling s = {.steps = o->steps, .shift = shift, .guidance = o->guidance, .h = h, .w = w,
-                     .progress = progress, .user = (void *)(uintptr_t)"step"};
-    bool ok = (!o->noise || load_noise(o->noise, latents, n)) && sc_pipeline_text(p, prompt, context, pooled) &&
+    sc_sampling s = {.steps = o->steps,
+                     .shift = shift,
+                     .guidance = o->guidance,
+                     .h = h,
+                     .w = w,
+                     .progress = progress,
+                     .user = (void *)(uintptr_t) "step"};
+    bool ok = (!o->noise || load_noise(o->noise, latents, n)) &&
+              sc_pipeline_text(p, prompt, context, pooled) &&
               sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, context, pooled, latents) &&
               (!o->latents || save_latents(o->latents, latents, tokens, c->in_channels)) &&
               sc_pipeline_decode(p, latents, 1, h, w, rgb);
     char parameters[2048];
-    snprintf(parameters, sizeof parameters, "%.1000s\nSteps: %d, Sampler: Euler, Seed: %llu, Size: %dx%d, Guidance: %g, Shift: %g, Model: %.200s, Lora: %.300s",
-             prompt, o->steps, (unsigned long long)seed, o->width, o->height, o->guidance, shift, o->model,
-             o->lora[0] ? o->lora[0] : "none");
+    snprintf(parameters, sizeof parameters,
+             "%.1000s\nSteps: %d, Sampler: Euler, Seed: %llu, Size: %dx%d, Guidance: %g, Shift: "
+             "%g, Model: %.200s, Lora: %.300s",
+             prompt, o->steps, (unsigned long long)seed, o->width, o->height, o->guidance, shift,
+             o->model, o->lora[0] ? o->lora[0] : "none");
     ok = ok && sc_picture_save(&(sc_picture){o->width, o->height, rgb}, path, parameters);
     free(memory);
     return ok;
@@ -111,7 +129,8 @@ static bool draw_list(sc_pipeline *p, const options *o) {
     char *text = sc__read_file(o->prompts, &length), path[1024];
     bool ok = text != NULL;
     sc__text metadata = {0};
-    if (ok && mkdir(o->out_dir, 0777) && errno != EEXIST) ok = sc__fail("%s: %s", o->out_dir, strerror(errno));
+    if (ok && mkdir(o->out_dir, 0777) && errno != EEXIST)
+        ok = sc__fail("%s: %s", o->out_dir, strerror(errno));
     int index = 0;
     for (char *line = text, *next; ok && line && *line && !sc_interrupted; line = next) {
         size_t n = strcspn(line, "\n");
@@ -141,11 +160,18 @@ static bool draw_list(sc_pipeline *p, const options *o) {
 
 int main(int argc, char **argv) {
     sc_start(argv);
-    options o = {.model = "data/tiny-flux", .out = "out.png", .device = "auto", .weights = "auto", .guidance = 3.5f, .count = 1, .seed = 1};
+    options o = {.model = "data/tiny-flux",
+                 .out = "out.png",
+                 .device = "auto",
+                 .weights = "auto",
+                 .guidance = 3.5f,
+                 .count = 1,
+                 .seed = 1};
     const sc_option table[] = {
         {NULL, SC_FLAG, NULL, NULL, "Options:"},
         {"--model", SC_STRING, &o.model, "DIR", "FLUX pipeline folder"},
-        {"--lora", SC_STRINGS, o.lora, "FILE[:SCALE]", "LoRA, repeatable (default: lora.safetensors if present)"},
+        {"--lora", SC_STRINGS, o.lora, "FILE[:SCALE]",
+         "LoRA, repeatable (default: lora.safetensors if present)"},
         {"--no-lora", SC_FLAG, &o.no_lora, NULL, "the bare model"},
         {"--guidance", SC_FLOAT, &o.guidance, "G", "guidance scale"},
         {"--shift", SC_STRING, &o.shift, "S", "time shift, or auto (default: the model's)"},
@@ -154,10 +180,13 @@ int main(int argc, char **argv) {
         {"--count", SC_INT, &o.count, "N", "pictures of a prompt"},
         {"--out", SC_STRING, &o.out, "FILE", "PNG to write"},
         {"--prompts", SC_STRING, &o.prompts, "FILE", "one prompt a line"},
-        {"--out-dir", SC_STRING, &o.out_dir, "DIR", "folder for --prompts' pictures and metadata.jsonl"},
-        {"--noise", SC_STRING, &o.noise, "FILE", "start from the tensor 'noise' in this safetensors file"},
+        {"--out-dir", SC_STRING, &o.out_dir, "DIR",
+         "folder for --prompts' pictures and metadata.jsonl"},
+        {"--noise", SC_STRING, &o.noise, "FILE",
+         "start from the tensor 'noise' in this safetensors file"},
         {"--latents", SC_STRING, &o.latents, "FILE", "also write the final packed latents"},
-        {"--weights", SC_STRING, &o.weights, "TYPE", "matrices: auto (as in the file), or fp8, half of bf16"},
+        {"--weights", SC_STRING, &o.weights, "TYPE",
+         "matrices: auto (as in the file), or fp8, half of bf16"},
         {"--device", SC_STRING, &o.device, "NAME", "auto, cpu or cuda"},
         {"--threads", SC_INT, &o.threads, "N", "CPU threads (0: all cores)"},
     };
@@ -184,14 +213,20 @@ int main(int argc, char **argv) {
     sc_set_threads(o.threads);
     sc_catch_interrupt();
     const sc_backend *be = sc_device(o.device);
-    sc_pipeline *p = be ? sc_pipeline_open(be, o.model, &(sc_pipeline_options){.fp8 = !strcmp(o.weights, "fp8")}) : NULL;
+    sc_pipeline *p =
+        be ? sc_pipeline_open(be, o.model, &(sc_pipeline_options){.fp8 = !strcmp(o.weights, "fp8")})
+           : NULL;
     bool ok = p != NULL;
     if (ok) o.width = o.height = p->resolution;
-    if (ok && o.size && (sscanf(o.size, "%dx%d", &o.width, &o.height) != 2 || o.width < 1 || o.height < 1 ||
-                         o.width > 1 << 14 || o.height > 1 << 14 || o.width % p->token_pixels || o.height % p->token_pixels))
+    if (ok && o.size &&
+        (sscanf(o.size, "%dx%d", &o.width, &o.height) != 2 || o.width < 1 || o.height < 1 ||
+         o.width > 1 << 14 || o.height > 1 << 14 || o.width % p->token_pixels ||
+         o.height % p->token_pixels))
         ok = sc__fail("--size is WxH in multiples of %d pixels, not '%s'", p->token_pixels, o.size);
-    if (ok && !o.lora[0] && !o.no_lora && sc__exists("lora.safetensors")) o.lora[0] = "lora.safetensors";
-    for (int i = 0; ok && !o.no_lora && i < 8 && o.lora[i]; i++) ok = load_lora(p, o.lora[i], o.steps);
+    if (ok && !o.lora[0] && !o.no_lora && sc__exists("lora.safetensors"))
+        o.lora[0] = "lora.safetensors";
+    for (int i = 0; ok && !o.no_lora && i < 8 && o.lora[i]; i++)
+        ok = load_lora(p, o.lora[i], o.steps);
     if (ok && o.prompts) ok = draw_list(p, &o);
     for (int i = 0; ok && prompt && i < o.count; i++) {
         char path[1024];

@@ -3,17 +3,18 @@
  * This file is the driver: options, data, progress, files. The method itself is in shortcut.h. */
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
-#define SHORTCUT_STB
-#define SHORTCUT_TOOLS
 #include "shortcut.h"
+#include "tools.h"
 
 static const char usage[] =
     "usage: ./train DATA [options]\n"
     "\n"
-    "Distils the model into a few-step sampler by SCFM, with a LoRA, from the text-picture pairs in\n"
+    "Distils the model into a few-step sampler by SCFM, with a LoRA, from the text-picture pairs "
+    "in\n"
     "DATA (pictures and metadata.jsonl, or name.png + name.txt), and writes lora.safetensors.\n"
     "\n"
-    "  ./train data/10pairs                                the shipped small model, minutes on a CPU\n"
+    "  ./train data/10pairs                                the shipped small model, minutes on a "
+    "CPU\n"
     "  ./train my-pictures --model FLUX.1-dev --resolution 512\n"
     "  ./train pictures --pretrain --out tiny/transformer  all weights, from random ones\n"
     "\n"
@@ -22,40 +23,59 @@ static const char usage[] =
 /* Every hyper-parameter; the comments give the paper's values for FLUX.1-dev. */
 typedef struct options {
     const char *data, *model, *out, *run, *device, *start, *transformer;
-    bool full, pretrain, distill_guidance;      /* default: SCFM with a LoRA */
+    bool full, pretrain, distill_guidance; /* default: SCFM with a LoRA */
     bool resume, dry_run, no_cache;
-    int rank;                       /* 64 */
-    float alpha;                    /* as the rank: scale 1 */
-    int steps, batch, warmup;       /* 10000, 8, 0 */
-    float lr, final_lr;             /* 2e-5; the rate goes to this fraction of it along a cosine: 1, constant */
-    float weight_decay, clip;       /* 1e-4, 10 */
-    float beta2;                    /* 0.999 */
-    float fast, slow;               /* EMA decays: 0.99, 0.999 */
-    int ema_restart;                /* copy the student into both every so many steps: 0, never (SD3.5: 2000) */
-    float teacher_ratio;            /* 0.4 */
-    int teacher_steps;              /* 32 */
-    int self_steps[8];              /* 2,4,8,16 */
-    float shift[2];                 /* 2.5 to 4.5 */
-    float dynamic_shift;            /* 0.1 */
-    float guidance[2];              /* 0 to 7.5 */
-    float fm_ratio;                 /* 0; above it, part of the batch is plain flow matching */
-    float caption_dropout;          /* 0.1, with flow matching only */
-    int resolution, text_tokens;    /* 512, 256 */
+    int rank;                 /* 64 */
+    float alpha;              /* as the rank: scale 1 */
+    int steps, batch, warmup; /* 10000, 8, 0 */
+    float lr, final_lr; /* 2e-5; the rate goes to this fraction of it along a cosine: 1, constant */
+    float weight_decay, clip; /* 1e-4, 10 */
+    float beta2;              /* 0.999 */
+    float fast, slow;         /* EMA decays: 0.99, 0.999 */
+    int ema_restart; /* copy the student into both every so many steps: 0, never (SD3.5: 2000) */
+    float teacher_ratio;         /* 0.4 */
+    int teacher_steps;           /* 32 */
+    int self_steps[8];           /* 2,4,8,16 */
+    float shift[2];              /* 2.5 to 4.5 */
+    float dynamic_shift;         /* 0.1 */
+    float guidance[2];           /* 0 to 7.5 */
+    float fm_ratio;              /* 0; above it, part of the batch is plain flow matching */
+    float caption_dropout;       /* 0.1, with flow matching only */
+    int resolution, text_tokens; /* 512, 256 */
     int threads, seed;
-    int preview, save;              /* every so many steps; 0: at the end only */
-    int stop_after;                 /* save and stop there, to go on with --resume */
+    int preview, save; /* every so many steps; 0: at the end only */
+    int stop_after;    /* save and stop there, to go on with --resume */
     const char *preview_prompt;
-    const char *scales;             /* "3:1 8:0.5": the LoRA scale that suits a number of steps */
+    const char *scales; /* "3:1 8:0.5": the LoRA scale that suits a number of steps */
     bool checkpointing;
-    const char *weights;            /* auto or fp8 */
+    const char *weights; /* auto or fp8 */
 } options;
 
 static options defaults(void) {
-    return (options){.model = "data/tiny-flux", .run = "run", .device = "auto", .weights = "auto", .rank = 64, .steps = 10000,
-                     .batch = 8, .lr = 2e-5f, .final_lr = 1, .weight_decay = 1e-4f, .clip = 10, .beta2 = 0.999f,
-                     .fast = 0.99f, .slow = 0.999f, .teacher_ratio = 0.4f, .teacher_steps = 32,
-                     .self_steps = {2, 4, 8, 16}, .shift = {2.5f, 4.5f}, .dynamic_shift = 0.1f,
-                     .guidance = {0, 7.5f}, .caption_dropout = 0.1f, .seed = 1, .preview = 500, .save = 500};
+    return (options){.model = "data/tiny-flux",
+                     .run = "run",
+                     .device = "auto",
+                     .weights = "auto",
+                     .rank = 64,
+                     .steps = 10000,
+                     .batch = 8,
+                     .lr = 2e-5f,
+                     .final_lr = 1,
+                     .weight_decay = 1e-4f,
+                     .clip = 10,
+                     .beta2 = 0.999f,
+                     .fast = 0.99f,
+                     .slow = 0.999f,
+                     .teacher_ratio = 0.4f,
+                     .teacher_steps = 32,
+                     .self_steps = {2, 4, 8, 16},
+                     .shift = {2.5f, 4.5f},
+                     .dynamic_shift = 0.1f,
+                     .guidance = {0, 7.5f},
+                     .caption_dropout = 0.1f,
+                     .seed = 1,
+                     .preview = 500,
+                     .save = 500};
 }
 
 /* The command line as a table; recipe.json of the model folder uses the same names. */
@@ -64,9 +84,12 @@ static int option_table(options *o, sc_option *table) {
         {NULL, SC_FLAG, NULL, NULL, "What to train:"},
         {"--model", SC_STRING, &o->model, "DIR", "FLUX pipeline folder"},
         {"--full", SC_FLAG, &o->full, NULL, "all weights instead of a LoRA"},
-        {"--pretrain", SC_FLAG, &o->pretrain, NULL, "all weights, from random ones, by flow matching"},
-        {"--distill-guidance", SC_FLAG, &o->distill_guidance, NULL, "all weights: learn guidance as an input"},
-        {"--transformer", SC_STRING, &o->transformer, "DIR", "take the transformer from this folder"},
+        {"--pretrain", SC_FLAG, &o->pretrain, NULL,
+         "all weights, from random ones, by flow matching"},
+        {"--distill-guidance", SC_FLAG, &o->distill_guidance, NULL,
+         "all weights: learn guidance as an input"},
+        {"--transformer", SC_STRING, &o->transformer, "DIR",
+         "take the transformer from this folder"},
         {"--start", SC_STRING, &o->start, "FILE", "start from this LoRA"},
         {"--rank", SC_INT, &o->rank, "N", "LoRA rank"},
         {"--alpha", SC_FLOAT, &o->alpha, "X", "LoRA alpha (0: the rank)"},
@@ -75,36 +98,49 @@ static int option_table(options *o, sc_option *table) {
         {"--batch", SC_INT, &o->batch, "N", "pairs in a step"},
         {"--lr", SC_FLOAT, &o->lr, "X", "learning rate"},
         {"--warmup", SC_INT, &o->warmup, "N", "steps of linear warm-up"},
-        {"--final-lr", SC_FLOAT, &o->final_lr, "X", "the rate ends, on a cosine, at this part of --lr"},
+        {"--final-lr", SC_FLOAT, &o->final_lr, "X",
+         "the rate ends, on a cosine, at this part of --lr"},
         {"--weight-decay", SC_FLOAT, &o->weight_decay, "X", "AdamW weight decay"},
         {"--beta2", SC_FLOAT, &o->beta2, "X", "AdamW's second beta"},
         {"--clip", SC_FLOAT, &o->clip, "X", "gradient norm at most this"},
         {"--fast", SC_FLOAT, &o->fast, "X", "decay of the fast average"},
         {"--slow", SC_FLOAT, &o->slow, "X", "decay of the slow average"},
-        {"--ema-restart", SC_INT, &o->ema_restart, "N", "restart both averages every N steps (0: never)"},
+        {"--ema-restart", SC_INT, &o->ema_restart, "N",
+         "restart both averages every N steps (0: never)"},
         {NULL, SC_FLAG, NULL, NULL, "The SCFM recipe:"},
-        {"--teacher-ratio", SC_FLOAT, &o->teacher_ratio, "X", "part of the samples whose first half-step is the teacher's"},
+        {"--teacher-ratio", SC_FLOAT, &o->teacher_ratio, "X",
+         "part of the samples whose first half-step is the teacher's"},
         {"--teacher-steps", SC_INT, &o->teacher_steps, "N", "grid of the teacher's half-steps"},
         {"--self-steps", SC_INTS, &o->self_steps, "N,N", "grids of the student's own"},
         {"--shift", SC_RANGE, &o->shift, "A,B", "time shift, uniform between these"},
-        {"--dynamic-shift", SC_FLOAT, &o->dynamic_shift, "X", "part of the samples with FLUX's dynamic shift"},
+        {"--dynamic-shift", SC_FLOAT, &o->dynamic_shift, "X",
+         "part of the samples with FLUX's dynamic shift"},
         {"--guidance", SC_RANGE, &o->guidance, "A,B", "guidance, uniform between these"},
-        {"--fm-ratio", SC_FLOAT, &o->fm_ratio, "X", "part of the batch with the flow-matching target"},
-        {"--caption-dropout", SC_FLOAT, &o->caption_dropout, "X", "flow matching: part of the captions left empty"},
-        {"--scales", SC_STRING, &o->scales, "LIST", "scales that suit numbers of steps, as \"3:1 8:0.5\": kept in the file"},
+        {"--fm-ratio", SC_FLOAT, &o->fm_ratio, "X",
+         "part of the batch with the flow-matching target"},
+        {"--caption-dropout", SC_FLOAT, &o->caption_dropout, "X",
+         "flow matching: part of the captions left empty"},
+        {"--scales", SC_STRING, &o->scales, "LIST",
+         "scales that suit numbers of steps, as \"3:1 8:0.5\": kept in the file"},
         {NULL, SC_FLAG, NULL, NULL, "Data and memory:"},
-        {"--resolution", SC_INT, &o->resolution, "N", "pictures up to NxN pixels, in aspect buckets (0: the model's)"},
+        {"--resolution", SC_INT, &o->resolution, "N",
+         "pictures up to NxN pixels, in aspect buckets (0: the model's)"},
         {"--text-tokens", SC_INT, &o->text_tokens, "N", "T5 tokens of a caption (0: the model's)"},
-        {"--checkpointing", SC_FLAG, &o->checkpointing, NULL, "recompute all blocks in the backward pass: less memory (on a GPU: as many as needed)"},
-        {"--weights", SC_STRING, &o->weights, "TYPE", "frozen matrices: auto (as in the file), or fp8, half of bf16"},
+        {"--checkpointing", SC_FLAG, &o->checkpointing, NULL,
+         "recompute all blocks in the backward pass: less memory (on a GPU: as many as needed)"},
+        {"--weights", SC_STRING, &o->weights, "TYPE",
+         "frozen matrices: auto (as in the file), or fp8, half of bf16"},
         {"--no-cache", SC_FLAG, &o->no_cache, NULL, "do not keep latents and embeddings in DATA"},
         {NULL, SC_FLAG, NULL, NULL, "Running:"},
-        {"--out", SC_STRING, &o->out, "PATH", "result (LoRA: lora.safetensors; all weights: a folder)"},
+        {"--out", SC_STRING, &o->out, "PATH",
+         "result (LoRA: lora.safetensors; all weights: a folder)"},
         {"--run", SC_STRING, &o->run, "DIR", "folder for loss.csv, preview.png and the state"},
         {"--resume", SC_FLAG, &o->resume, NULL, "go on from the state in the run folder"},
-        {"--dry-run", SC_FLAG, &o->dry_run, NULL, "print the plan, the memory and the time, and stop"},
+        {"--dry-run", SC_FLAG, &o->dry_run, NULL,
+         "print the plan, the memory and the time, and stop"},
         {"--preview", SC_INT, &o->preview, "N", "a preview picture every N steps (0: none)"},
-        {"--preview-prompt", SC_STRING, &o->preview_prompt, "TEXT", "its prompt (default: the first caption)"},
+        {"--preview-prompt", SC_STRING, &o->preview_prompt, "TEXT",
+         "its prompt (default: the first caption)"},
         {"--save", SC_INT, &o->save, "N", "save result and state every N steps (0: at the end)"},
         {"--stop-after", SC_INT, &o->stop_after, "N", "save and stop after step N (0: go through)"},
         {"--device", SC_STRING, &o->device, "NAME", "auto, cpu or cuda"},
@@ -120,8 +156,8 @@ static int option_table(options *o, sc_option *table) {
 /* ---- Data: latents and text embeddings of every pair, computed once ---- */
 
 typedef struct pair {
-    int h, w, text;                 /* grid of tokens; index of the caption's embedding */
-    float *mean, *std;              /* [h*w, in_channels] the normalised posterior, packed */
+    int h, w, text;    /* grid of tokens; index of the caption's embedding */
+    float *mean, *std; /* [h*w, in_channels] the normalised posterior, packed */
 } pair;
 
 typedef struct training {
@@ -133,7 +169,8 @@ typedef struct training {
     sc_rng rng;
     pair *pairs;
     int pair_count;
-    float *context, *pooled;        /* [texts, T, text_channels], [texts, pooled_channels]; text 0 is empty */
+    float *context,
+        *pooled; /* [texts, T, text_channels], [texts, pooled_channels]; text 0 is empty */
     int text_count;
     sc_batch batch;
     float *batch_memory;
@@ -150,11 +187,13 @@ static void draw_batch(training *t) {
     float *x0 = t->batch_memory, *noise = x0 + t->o.batch * n;
     for (int b = 0; b < t->o.batch; b++) {
         const pair *p = first;
-        if (b) do p = &t->pairs[sc_uniform_int(&t->rng, t->pair_count)];
+        if (b) do
+                p = &t->pairs[sc_uniform_int(&t->rng, t->pair_count)];
             while (p->h != first->h || p->w != first->w);
         sc_normal(&t->rng, x0 + b * n, n);
         for (int64_t i = 0; i < n; i++) x0[b * n + i] = p->mean[i] + p->std[i] * x0[b * n + i];
-        memcpy(t->batch.context + b * text_size, t->context + p->text * text_size, (size_t)text_size * 4);
+        memcpy(t->batch.context + b * text_size, t->context + p->text * text_size,
+               (size_t)text_size * 4);
         memcpy(t->batch.pooled + b * c->pooled_channels, t->pooled + p->text * c->pooled_channels,
                (size_t)c->pooled_channels * 4);
     }
@@ -174,11 +213,13 @@ static void run_path(const training *t, const char *name, char path[1024]) {
 /* The arrays of the state, by name; the teacher's only where it is a copy of all weights. */
 static int state_arrays(const training *t, sc_named *named, sc_tensor *tensors) {
     sc_params *p = t->params;
-    float *arrays[] = {p->set[SC_STUDENT], p->set[SC_FAST], p->set[SC_SLOW], p->m, p->v, p->set[SC_TEACHER]};
+    float *arrays[] = {p->set[SC_STUDENT], p->set[SC_FAST], p->set[SC_SLOW], p->m, p->v,
+                       p->set[SC_TEACHER]};
     static const char *const names[] = {"student", "fast", "slow", "m", "v", "teacher"};
     int n = p->set[SC_TEACHER] ? 6 : 5;
     for (int i = 0; i < n; i++) {
-        tensors[i] = (sc_tensor){.data = arrays[i], .dtype = SC_F32, .ndim = 1, .shape = {p->count}};
+        tensors[i] =
+            (sc_tensor){.data = arrays[i], .dtype = SC_F32, .ndim = 1, .shape = {p->count}};
         named[i] = (sc_named){names[i], &tensors[i], SC_F32};
     }
     return n;
@@ -218,7 +259,8 @@ static bool load_state(training *t) {
     for (int i = 0; ok && i < n; i++) {
         const sc_tensor *x = sc_file_find(file, named[i].name);
         if (!x || x->dtype != SC_F32 || sc_count(x) != t->params->count)
-            ok = sc__fail("%s: '%s' does not fit: resume with the model, rank and mode the run had", path, named[i].name);
+            ok = sc__fail("%s: '%s' does not fit: resume with the model, rank and mode the run had",
+                          path, named[i].name);
         else t->pipeline->backend->upload(tensors[i].data, x->data, (size_t)t->params->count * 4);
     }
     if (ok) {
@@ -235,9 +277,25 @@ static bool save_result(const training *t) {
     snprintf(steps, sizeof steps, "%lld", (long long)t->step);
     snprintf(rank, sizeof rank, "%d", t->o.rank);
     snprintf(seed, sizeof seed, "%d", t->o.seed);
-    const char *metadata[] = {"base_model", t->o.model, "method", "SCFM", "rank", rank, "alpha", rank, "steps", steps,
-                              "seed", seed, "command", t->command, "format", "pt",
-                              t->o.scales ? "scales" : NULL, t->o.scales, NULL};
+    const char *metadata[] = {"base_model",
+                              t->o.model,
+                              "method",
+                              "SCFM",
+                              "rank",
+                              rank,
+                              "alpha",
+                              rank,
+                              "steps",
+                              steps,
+                              "seed",
+                              seed,
+                              "command",
+                              t->command,
+                              "format",
+                              "pt",
+                              t->o.scales ? "scales" : NULL,
+                              t->o.scales,
+                              NULL};
     if (t->params->adapters) return sc_lora_save(t->params, SC_STUDENT, t->o.out, metadata);
     sc_params_use(t->params, SC_SLOW);
     bool ok = sc_flux_save(t->pipeline->flux, t->o.out, SC_BF16, metadata + 4);
@@ -247,16 +305,22 @@ static bool save_result(const training *t) {
 
 /* ---- Preview: base 32 steps | base 3 | student 3, from the same noise ---- */
 
-static bool preview_panel(training *t, int steps, sc_set set, const float *noise, float *latents, float *rgb) {
+static bool preview_panel(training *t, int steps, sc_set set, const float *noise, float *latents,
+                          float *rgb) {
     sc_pipeline *p = t->pipeline;
     const sc_flux_config *c = sc_flux_config_of(p->flux);
     int64_t n = (int64_t)t->batch.h * t->batch.w * c->in_channels;
     uint8_t sets[1] = {(uint8_t)set};
-    sc_sampling s = {.steps = steps, .shift = p->shift > 0 ? p->shift : sc_dynamic_shift(n / c->in_channels),
-                     .guidance = 0.5f * (t->o.guidance[0] + t->o.guidance[1]), .h = t->batch.h, .w = t->batch.w, .sets = sets};
+    sc_sampling s = {.steps = steps,
+                     .shift = p->shift > 0 ? p->shift : sc_dynamic_shift(n / c->in_channels),
+                     .guidance = 0.5f * (t->o.guidance[0] + t->o.guidance[1]),
+                     .h = t->batch.h,
+                     .w = t->batch.w,
+                     .sets = sets};
     if (!t->params->adapters) sc_params_use(t->params, set);
     memcpy(latents, noise, (size_t)n * 4);
-    bool ok = sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, t->batch.context, t->batch.pooled, latents) &&
+    bool ok = sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, t->batch.context, t->batch.pooled,
+                        latents) &&
               sc_pipeline_decode(p, latents, 1, t->batch.h, t->batch.w, rgb);
     if (!t->params->adapters) sc_params_use(t->params, SC_STUDENT);
     return ok;
@@ -267,7 +331,8 @@ static bool preview(training *t) {
     const sc_flux_config *c = sc_flux_config_of(p->flux);
     int64_t tokens = (int64_t)t->batch.h * t->batch.w, n = tokens * c->in_channels;
     int side = p->token_pixels, height = t->batch.h * side, width = t->batch.w * side;
-    int64_t text_size = (int64_t)p->text_tokens * c->text_channels, pixels = (int64_t)3 * height * width;
+    int64_t text_size = (int64_t)p->text_tokens * c->text_channels,
+            pixels = (int64_t)3 * height * width;
     int text = t->text_count > 1 ? 1 : 0;
     float *memory = (float *)sc__alloc((size_t)(2 * n + 4 * pixels), sizeof *memory);
     if (!memory) return false;
@@ -283,7 +348,8 @@ static bool preview(training *t) {
         sc_set set = i < 2 && has_teacher ? SC_TEACHER : t->params->adapters ? SC_STUDENT : SC_SLOW;
         ok = preview_panel(t, steps, set, noise, latents, panels);
         for (int y = 0; ok && y < 3 * height; y++)
-            memcpy(sheet + ((int64_t)y * 3 + i) * width, panels + (int64_t)y * width, (size_t)width * 4);
+            memcpy(sheet + ((int64_t)y * 3 + i) * width, panels + (int64_t)y * width,
+                   (size_t)width * 4);
     }
     sc_pipeline_release(p);
     ok = ok && sc_tape_reserve(p->tape, held);
@@ -304,17 +370,21 @@ static float learning_rate(const training *t) {
 }
 
 static bool save_all(training *t, bool finished) {
-    return save_result(t) && save_state(t) && (!t->o.preview || (!finished && t->step % t->o.preview) || preview(t));
+    return save_result(t) && save_state(t) &&
+           (!t->o.preview || (!finished && t->step % t->o.preview) || preview(t));
 }
 
 static bool train_step(training *t, double *loss, double *norm) {
     draw_batch(t);
-    if (!sc_train_gradient(t->pipeline->flux, t->params, t->pipeline->tape, &t->recipe, &t->batch, &t->rng, loss)) return false;
+    if (!sc_train_gradient(t->pipeline->flux, t->params, t->pipeline->tape, &t->recipe, &t->batch,
+                           &t->rng, loss))
+        return false;
     t->adamw.lr = learning_rate(t);
     t->adamw.clip = t->o.clip;
     *norm = sc_params_step(t->params, &t->adamw, t->o.fast, t->o.slow);
     if (!isfinite(*loss) || !isfinite(*norm))
-        return sc__fail("step %lld: the loss is %g, the gradient's norm %g: lower --lr; the last saved state is in %s",
+        return sc__fail("step %lld: the loss is %g, the gradient's norm %g: lower --lr; the last "
+                        "saved state is in %s",
                         (long long)t->step + 1, *loss, *norm, t->o.run);
     t->step++;
     if (t->o.ema_restart && t->step % t->o.ema_restart == 0) {
@@ -333,32 +403,39 @@ static bool train(training *t) {
     if (!csv) return sc__fail("%s: %s", path, strerror(errno));
     if (!first) fprintf(csv, "step,loss,gradient_norm,learning_rate\n");
     bool ok = true;
-    while (ok && t->step < t->o.steps && !sc_interrupted && !(t->o.stop_after && t->step >= t->o.stop_after)) {
+    while (ok && t->step < t->o.steps && !sc_interrupted &&
+           !(t->o.stop_after && t->step >= t->o.stop_after)) {
         if (!(ok = train_step(t, &loss, &norm))) break;
         smooth = t->step - first == 1 ? loss : 0.98 * smooth + 0.02 * loss;
         fprintf(csv, "%lld,%.6g,%.6g,%.6g\n", (long long)t->step, loss, norm, t->adamw.lr);
         snprintf(extra, sizeof extra, "loss %.4f, %.1f pictures/s", smooth,
                  (double)(t->step - first) * t->o.batch / (sc_seconds() - started));
         sc_progress("step", t->step, t->o.steps, started, extra);
-        if (t->o.save && t->step % t->o.save == 0 && t->step < t->o.steps) ok = fflush(csv) == 0 && save_all(t, false);
+        if (t->o.save && t->step % t->o.save == 0 && t->step < t->o.steps)
+            ok = fflush(csv) == 0 && save_all(t, false);
     }
     if (fclose(csv) && ok) ok = sc__fail("%s: %s", path, strerror(errno));
     if (!ok || !save_all(t, true)) return false;
-    if (t->step < t->o.steps) fprintf(stderr, "\nstopped at step %lld of %d; go on with --resume\n", (long long)t->step, t->o.steps);
+    if (t->step < t->o.steps)
+        fprintf(stderr, "\nstopped at step %lld of %d; go on with --resume\n", (long long)t->step,
+                t->o.steps);
     printf("wrote %s and %s/{loss.csv,state.safetensors,preview.png}\n", t->o.out, t->o.run);
     return true;
 }
 
 /* ---- The cache: DATA/.shortcut-cache.safetensors ----
- * latents.<i> [2, h, w, in_channels]: mean and std of pair i; caption [pairs]: its text; context, pooled.
- * The metadata's fingerprint says what they were made from. */
+ * latents.<i> [2, h, w, in_channels]: mean and std of pair i; caption [pairs]: its text; context,
+ * pooled. The metadata's fingerprint says what they were made from. */
 
-static void cache_path(const training *t, char path[1024]) { snprintf(path, 1024, "%s/.shortcut-cache.safetensors", t->o.data); }
+static void cache_path(const training *t, char path[1024]) {
+    snprintf(path, 1024, "%s/.shortcut-cache.safetensors", t->o.data);
+}
 
 static bool alloc_texts(training *t, int count) {
     const sc_flux_config *c = sc_flux_config_of(t->pipeline->flux);
     t->text_count = count;
-    t->context = (float *)sc__alloc((size_t)count * (size_t)t->pipeline->text_tokens * (size_t)c->text_channels, 4);
+    t->context = (float *)sc__alloc(
+        (size_t)count * (size_t)t->pipeline->text_tokens * (size_t)c->text_channels, 4);
     t->pooled = (float *)sc__alloc((size_t)count * (size_t)c->pooled_channels, 4);
     return t->context && t->pooled;
 }
@@ -379,11 +456,14 @@ static bool load_cache(training *t, const char *fingerprint) {
     const sc_flux_config *c = sc_flux_config_of(t->pipeline->flux);
     sc_file *file = sc__exists(path) ? sc_file_open(path) : NULL;
     const char *made_from = file ? sc_file_metadata(file, "fingerprint") : NULL;
-    const sc_tensor *context = file ? sc_file_find(file, "context") : NULL, *pooled = file ? sc_file_find(file, "pooled") : NULL;
+    const sc_tensor *context = file ? sc_file_find(file, "context") : NULL,
+                    *pooled = file ? sc_file_find(file, "pooled") : NULL;
     const sc_tensor *caption = file ? sc_file_find(file, "caption") : NULL;
-    bool ok = made_from && !strcmp(made_from, fingerprint) && context && pooled && caption && caption->dtype == SC_I32 &&
-              context->ndim == 3 && context->shape[1] == t->pipeline->text_tokens && context->shape[2] == c->text_channels &&
-              pooled->ndim == 2 && pooled->shape[0] == context->shape[0] && pooled->shape[1] == c->pooled_channels;
+    bool ok = made_from && !strcmp(made_from, fingerprint) && context && pooled && caption &&
+              caption->dtype == SC_I32 && context->ndim == 3 &&
+              context->shape[1] == t->pipeline->text_tokens &&
+              context->shape[2] == c->text_channels && pooled->ndim == 2 &&
+              pooled->shape[0] == context->shape[0] && pooled->shape[1] == c->pooled_channels;
     if (ok) {
         t->pair_count = (int)sc_count(caption);
         t->pairs = (pair *)sc__alloc((size_t)t->pair_count, sizeof *t->pairs);
@@ -397,9 +477,10 @@ static bool load_cache(training *t, const char *fingerprint) {
         snprintf(name, sizeof name, "latents.%d", i);
         const sc_tensor *x = sc_file_find(file, name);
         int text = ((const int32_t *)caption->data)[i];
-        ok = x && x->ndim == 4 && x->shape[0] == 2 && x->shape[3] == c->in_channels && text >= 0 && text < t->text_count &&
-             alloc_pair(t, i, (int)x->shape[1], (int)x->shape[2]);
-        if (ok) sc_to_f32(t->pairs[i].mean, x->data, x->dtype, sc_count(x)), t->pairs[i].text = text;
+        ok = x && x->ndim == 4 && x->shape[0] == 2 && x->shape[3] == c->in_channels && text >= 0 &&
+             text < t->text_count && alloc_pair(t, i, (int)x->shape[1], (int)x->shape[2]);
+        if (ok)
+            sc_to_f32(t->pairs[i].mean, x->data, x->dtype, sc_count(x)), t->pairs[i].text = text;
     }
     sc_file_close(file);
     return ok;
@@ -418,13 +499,21 @@ static bool save_cache(const training *t, const char *fingerprint) {
     for (int i = 0; ok && i < n; i++) {
         const pair *p = &t->pairs[i];
         snprintf(names[i], sizeof names[i], "latents.%d", i);
-        x[i] = (sc_tensor){.data = p->mean, .dtype = SC_F32, .ndim = 4, .shape = {2, p->h, p->w, c->in_channels}};
-        named[i] = (sc_named){names[i], &x[i], SC_F32}; /* a cached run equals the first bit for bit */
+        x[i] = (sc_tensor){
+            .data = p->mean, .dtype = SC_F32, .ndim = 4, .shape = {2, p->h, p->w, c->in_channels}};
+        named[i] =
+            (sc_named){names[i], &x[i], SC_F32}; /* a cached run equals the first bit for bit */
         caption[i] = p->text;
     }
     if (ok) {
-        x[n] = (sc_tensor){.data = t->context, .dtype = SC_F32, .ndim = 3, .shape = {t->text_count, t->pipeline->text_tokens, c->text_channels}};
-        x[n + 1] = (sc_tensor){.data = t->pooled, .dtype = SC_F32, .ndim = 2, .shape = {t->text_count, c->pooled_channels}};
+        x[n] = (sc_tensor){.data = t->context,
+                           .dtype = SC_F32,
+                           .ndim = 3,
+                           .shape = {t->text_count, t->pipeline->text_tokens, c->text_channels}};
+        x[n + 1] = (sc_tensor){.data = t->pooled,
+                               .dtype = SC_F32,
+                               .ndim = 2,
+                               .shape = {t->text_count, c->pooled_channels}};
         x[n + 2] = (sc_tensor){.data = caption, .dtype = SC_I32, .ndim = 1, .shape = {n}};
         named[n] = (sc_named){"context", &x[n], SC_F32};
         named[n + 1] = (sc_named){"pooled", &x[n + 1], SC_F32};
@@ -438,7 +527,8 @@ static bool save_cache(const training *t, const char *fingerprint) {
 /* ---- Data from the folder ---- */
 
 static uint64_t mix(uint64_t hash, const void *data, size_t n) { /* FNV-1a */
-    for (size_t i = 0; i < n; i++) hash = (hash ^ ((const unsigned char *)data)[i]) * 0x100000001b3u;
+    for (size_t i = 0; i < n; i++)
+        hash = (hash ^ ((const unsigned char *)data)[i]) * 0x100000001b3u;
     return hash;
 }
 
@@ -451,7 +541,8 @@ static uint64_t mix_file(uint64_t hash, const char *path) {
 
 /* What the cache depends on: pictures, captions, sizes, and the networks that encode them. */
 static void fingerprint_of(const training *t, const sc_dataset *data, char text[32]) {
-    static const char *const parts[] = {"vae", "text_encoder", "text_encoder_2", "tokenizer/vocab.json", "tokenizer_2/tokenizer.json"};
+    static const char *const parts[] = {"vae", "text_encoder", "text_encoder_2",
+                                        "tokenizer/vocab.json", "tokenizer_2/tokenizer.json"};
     uint64_t hash = 0xcbf29ce484222325u;
     char path[1024];
     for (int64_t i = 0; i < data->count; i++) {
@@ -474,7 +565,10 @@ static bool encode_texts(training *t, const sc_dataset *data) {
     const sc_flux_config *c = sc_flux_config_of(t->pipeline->flux);
     int64_t size = (int64_t)t->pipeline->text_tokens * c->text_channels;
     const char **texts = (const char **)sc__alloc((size_t)data->count + 1, sizeof *texts);
-    if (!texts || !alloc_texts(t, (int)data->count + 1)) { free(texts); return false; }
+    if (!texts || !alloc_texts(t, (int)data->count + 1)) {
+        free(texts);
+        return false;
+    }
     int known = 1;
     texts[0] = "";
     for (int64_t i = 0; i < data->count; i++) {
@@ -487,7 +581,8 @@ static bool encode_texts(training *t, const sc_dataset *data) {
     double started = sc_seconds();
     bool ok = true;
     for (int i = 0; ok && i < known; i++) {
-        ok = sc_pipeline_text(t->pipeline, texts[i], t->context + i * size, t->pooled + (int64_t)i * c->pooled_channels);
+        ok = sc_pipeline_text(t->pipeline, texts[i], t->context + i * size,
+                              t->pooled + (int64_t)i * c->pooled_channels);
         sc_progress("caption", i + 1, known, started, NULL);
     }
     free(texts);
@@ -504,7 +599,8 @@ static bool encode_picture(training *t, const sc_pair *source, int index) {
         sc_bucket(picture.width, picture.height, p->resolution, multiple, &width, &height);
         ok = sc_picture_fit(&fitted, &picture, width, height) &&
              alloc_pair(t, index, height / p->token_pixels, width / p->token_pixels) &&
-             sc_pipeline_encode(p, fitted.rgb, width, height, t->pairs[index].mean, t->pairs[index].std);
+             sc_pipeline_encode(p, fitted.rgb, width, height, t->pairs[index].mean,
+                                t->pairs[index].std);
     }
     sc_picture_free(&picture);
     sc_picture_free(&fitted);
@@ -523,7 +619,8 @@ static bool load_data(training *t) {
         ok = t->pairs && encode_texts(t, data);
         double started = sc_seconds();
         for (int64_t i = 0; ok && i < data->count; i++) {
-            ok = encode_picture(t, &data->pairs[i], (int)i) && (!sc_interrupted || sc__fail("stopped"));
+            ok = encode_picture(t, &data->pairs[i], (int)i) &&
+                 (!sc_interrupted || sc__fail("stopped"));
             sc_progress("picture", i + 1, data->count, started, NULL);
         }
         if (ok && !t->o.no_cache) ok = save_cache(t, fingerprint);
@@ -537,30 +634,44 @@ static bool load_data(training *t) {
 
 static void set_recipe(training *t) {
     const options *o = &t->o;
-    t->recipe = (sc_recipe){.objective = o->pretrain && o->fm_ratio >= 1 ? SC_FLOW_MATCHING : o->distill_guidance ? SC_GUIDANCE : SC_SCFM,
-                            .teacher_ratio = o->teacher_ratio, .teacher_steps = o->teacher_steps,
-                            .shift = {o->shift[0], o->shift[1]}, .dynamic_shift_ratio = o->dynamic_shift,
-                            .guidance = {o->guidance[0], o->guidance[1]}, .fm_ratio = o->fm_ratio,
+    t->recipe = (sc_recipe){.objective = o->pretrain && o->fm_ratio >= 1 ? SC_FLOW_MATCHING
+                                         : o->distill_guidance           ? SC_GUIDANCE
+                                                                         : SC_SCFM,
+                            .teacher_ratio = o->teacher_ratio,
+                            .teacher_steps = o->teacher_steps,
+                            .shift = {o->shift[0], o->shift[1]},
+                            .dynamic_shift_ratio = o->dynamic_shift,
+                            .guidance = {o->guidance[0], o->guidance[1]},
+                            .fm_ratio = o->fm_ratio,
                             .caption_dropout = o->pretrain ? o->caption_dropout : 0};
     memcpy(t->recipe.self_steps, o->self_steps, sizeof o->self_steps);
-    t->adamw = (sc_adamw){.beta1 = 0.9f, .beta2 = o->beta2, .eps = 1e-8f, .weight_decay = o->weight_decay};
+    t->adamw =
+        (sc_adamw){.beta1 = 0.9f, .beta2 = o->beta2, .eps = 1e-8f, .weight_decay = o->weight_decay};
     t->rng.state = (uint64_t)o->seed;
 }
 
 /* Refuses what cannot be meant. */
 static bool check_options(const options *o) {
-    if (o->steps < 1 || o->batch < 1 || o->batch > 4096) return sc__fail("--steps and --batch are numbers from 1 up");
+    if (o->steps < 1 || o->batch < 1 || o->batch > 4096)
+        return sc__fail("--steps and --batch are numbers from 1 up");
     if (o->rank < 1 || o->rank > 1024) return sc__fail("--rank is a number from 1 to 1024");
-    if (o->teacher_steps < 2 || o->teacher_steps % 2) return sc__fail("--teacher-steps is an even number");
+    if (o->teacher_steps < 2 || o->teacher_steps % 2)
+        return sc__fail("--teacher-steps is an even number");
     for (int i = 0; o->self_steps[i]; i++)
-        if (o->self_steps[i] < 2 || o->self_steps[i] % 2) return sc__fail("--self-steps are even numbers");
-    if (!(o->shift[0] > 0 && o->shift[1] > 0)) return sc__fail("--shift is a positive number, or two");
-    if (!(o->teacher_ratio >= 0 && o->teacher_ratio <= 1 && o->fm_ratio >= 0 && o->fm_ratio <= 1 && o->caption_dropout >= 0 && o->caption_dropout <= 1))
+        if (o->self_steps[i] < 2 || o->self_steps[i] % 2)
+            return sc__fail("--self-steps are even numbers");
+    if (!(o->shift[0] > 0 && o->shift[1] > 0))
+        return sc__fail("--shift is a positive number, or two");
+    if (!(o->teacher_ratio >= 0 && o->teacher_ratio <= 1 && o->fm_ratio >= 0 && o->fm_ratio <= 1 &&
+          o->caption_dropout >= 0 && o->caption_dropout <= 1))
         return sc__fail("--teacher-ratio, --fm-ratio and --caption-dropout lie between 0 and 1");
     if (!(o->lr > 0) || !isfinite(o->lr)) return sc__fail("--lr is a positive number");
-    if (!(o->fast >= 0 && o->fast < 1 && o->slow >= 0 && o->slow < 1)) return sc__fail("--fast and --slow lie from 0 to below 1");
-    if (strcmp(o->weights, "auto") && strcmp(o->weights, "fp8")) return sc__fail("--weights is auto or fp8, not '%s'", o->weights);
-    if (o->full + o->pretrain + o->distill_guidance > 1) return sc__fail("--full, --pretrain and --distill-guidance exclude each other");
+    if (!(o->fast >= 0 && o->fast < 1 && o->slow >= 0 && o->slow < 1))
+        return sc__fail("--fast and --slow lie from 0 to below 1");
+    if (strcmp(o->weights, "auto") && strcmp(o->weights, "fp8"))
+        return sc__fail("--weights is auto or fp8, not '%s'", o->weights);
+    if (o->full + o->pretrain + o->distill_guidance > 1)
+        return sc__fail("--full, --pretrain and --distill-guidance exclude each other");
     return true;
 }
 
@@ -568,7 +679,11 @@ static bool open_model(training *t) {
     options *o = &t->o;
     bool whole = o->full || o->pretrain || o->distill_guidance;
     const sc_backend *be = sc_device(o->device);
-    sc_pipeline_options how = {.widen = whole, .fp8 = !strcmp(o->weights, "fp8"), .random = o->pretrain && !o->transformer, .seed = (uint64_t)o->seed, .transformer = o->transformer};
+    sc_pipeline_options how = {.widen = whole,
+                               .fp8 = !strcmp(o->weights, "fp8"),
+                               .random = o->pretrain && !o->transformer,
+                               .seed = (uint64_t)o->seed,
+                               .transformer = o->transformer};
     if (!be || !(t->pipeline = sc_pipeline_open(be, o->model, &how))) return false;
     if (o->text_tokens) t->pipeline->text_tokens = o->text_tokens;
     if (o->resolution) t->pipeline->resolution = o->resolution;
@@ -580,7 +695,9 @@ static bool open_params(training *t) {
     options *o = &t->o;
     sc_flux *flux = t->pipeline->flux;
     bool whole = o->full || o->pretrain || o->distill_guidance;
-    t->params = whole ? sc_params_full(flux, !o->pretrain) : sc_params_lora(flux, o->rank, o->alpha > 0 ? o->alpha : (float)o->rank, (uint64_t)o->seed);
+    t->params = whole ? sc_params_full(flux, !o->pretrain)
+                      : sc_params_lora(flux, o->rank, o->alpha > 0 ? o->alpha : (float)o->rank,
+                                       (uint64_t)o->seed);
     if (!t->params) return false;
     if (o->start && !whole && !sc_lora_start(t->params, o->start)) return false;
     const sc_flux_config *c = sc_flux_config_of(flux);
@@ -590,9 +707,13 @@ static bool open_params(training *t) {
         largest = n > largest ? n : largest;
     }
     int64_t text = (int64_t)t->pipeline->text_tokens * c->text_channels, b = o->batch;
-    t->batch_memory = (float *)sc__alloc((size_t)(b * (2 * largest + text + c->pooled_channels)), sizeof(float));
+    t->batch_memory =
+        (float *)sc__alloc((size_t)(b * (2 * largest + text + c->pooled_channels)), sizeof(float));
     if (!t->batch_memory) return false;
-    t->batch = (sc_batch){.size = o->batch, .text_tokens = t->pipeline->text_tokens, .no_context = t->context, .no_pooled = t->pooled,
+    t->batch = (sc_batch){.size = o->batch,
+                          .text_tokens = t->pipeline->text_tokens,
+                          .no_context = t->context,
+                          .no_pooled = t->pooled,
                           .context = t->batch_memory + 2 * b * largest};
     t->batch.pooled = t->batch.context + b * text;
     return true;
@@ -604,22 +725,28 @@ static bool plan_memory(training *t) {
     if (p->backend->on_host || t->o.checkpointing) return true;
     const double gib = 1 << 30;
     for (int i = 0; i < t->pair_count; i++)
-        if (!i || t->pairs[i].h * t->pairs[i].w > t->batch.h * t->batch.w) t->batch.h = t->pairs[i].h, t->batch.w = t->pairs[i].w;
+        if (!i || t->pairs[i].h * t->pairs[i].w > t->batch.h * t->batch.w)
+            t->batch.h = t->pairs[i].h, t->batch.w = t->pairs[i].w;
     t->batch.x0 = t->batch_memory; /* zeros will do */
-    t->batch.noise = t->batch_memory + (int64_t)t->o.batch * t->batch.h * t->batch.w * sc_flux_config_of(p->flux)->in_channels;
+    t->batch.noise = t->batch_memory + (int64_t)t->o.batch * t->batch.h * t->batch.w *
+                                           sc_flux_config_of(p->flux)->in_channels;
     sc_memory_plan plan;
     if (!sc_plan_memory(p->flux, t->params, p->tape, &t->recipe, &t->batch, &plan)) return false;
-    printf("memory of %s: a step of %d pictures of %dx%d takes %.1f GiB, and %.1f GiB more for %d of %d blocks that are not run twice; "
-           "%.1f GiB were left\n", p->backend->name, t->o.batch, t->batch.w * p->token_pixels, t->batch.h * p->token_pixels,
-           (double)plan.step / gib, (double)plan.kept * (double)plan.block / gib, plan.kept, plan.blocks, (double)plan.left / gib);
+    printf("memory of %s: a step of %d pictures of %dx%d takes %.1f GiB, and %.1f GiB more for %d "
+           "of %d blocks that are not run twice; "
+           "%.1f GiB were left\n",
+           p->backend->name, t->o.batch, t->batch.w * p->token_pixels, t->batch.h * p->token_pixels,
+           (double)plan.step / gib, (double)plan.kept * (double)plan.block / gib, plan.kept,
+           plan.blocks, (double)plan.left / gib);
     fflush(stdout);
     return true;
 }
 
 static void print_plan(const training *t, const sc_option *table, int count) {
     const options *o = &t->o;
-    printf("%s: %d pairs, %d captions; %lld of %lld parameters trained\n", o->data, t->pair_count, t->text_count - 1,
-           (long long)t->params->count, (long long)sc_flux_parameters(t->pipeline->flux));
+    printf("%s: %d pairs, %d captions; %lld of %lld parameters trained\n", o->data, t->pair_count,
+           t->text_count - 1, (long long)t->params->count,
+           (long long)sc_flux_parameters(t->pipeline->flux));
     printf("options:");
     sc_print_options(table, count);
     fflush(stdout);
@@ -636,8 +763,10 @@ static bool dry_run(training *t) {
     }
     double seconds = (sc_seconds() - started) / TIMED;
     if (ok)
-        printf("one step: %.4f s, so %d steps take about %.1f minutes; activations %zu MiB, trained numbers %lld MiB\n", seconds,
-               t->o.steps, seconds * t->o.steps / 60, sc_tape_bytes(t->pipeline->tape) >> 20,
+        printf("one step: %.4f s, so %d steps take about %.1f minutes; activations %zu MiB, "
+               "trained numbers %lld MiB\n",
+               seconds, t->o.steps, seconds * t->o.steps / 60,
+               sc_tape_bytes(t->pipeline->tape) >> 20,
                (long long)(t->params->count * 4 * (t->params->set[SC_TEACHER] ? 7 : 6)) >> 20);
     return ok;
 }
@@ -656,11 +785,13 @@ int main(int argc, char **argv) {
     const char *words[1] = {NULL};
     int count = option_table(&t.o, table), used = 0;
     for (int i = 0; i < argc && used < (int)sizeof t.command - 1; i++)
-        used += snprintf(t.command + used, sizeof t.command - (size_t)used, "%s%s", i ? " " : "", argv[i]);
+        used += snprintf(t.command + used, sizeof t.command - (size_t)used, "%s%s", i ? " " : "",
+                         argv[i]);
     bool whole = sc_given(argc, argv, "--full") || sc_given(argc, argv, "--pretrain") ||
                  sc_given(argc, argv, "--distill-guidance");
     const char *model = sc_given(argc, argv, "--model");
-    if (!whole && !sc_parse_recipe(table, count, model ? model : t.o.model, "train")) return sc_die();
+    if (!whole && !sc_parse_recipe(table, count, model ? model : t.o.model, "train"))
+        return sc_die();
     sc_parse(usage, table, count, argc, argv, words, 1);
     if (!words[0]) {
         fprintf(stderr, "%s\n\nerror: which folder of pictures? (see %s --help)\n", usage, argv[0]);
@@ -672,7 +803,8 @@ int main(int argc, char **argv) {
     sc_set_threads(t.o.threads);
     sc_catch_interrupt();
     bool ok = open_model(&t) && load_data(&t) && open_params(&t);
-    if (ok && !t.o.dry_run && mkdir(t.o.run, 0777) && errno != EEXIST) ok = sc__fail("%s: %s", t.o.run, strerror(errno));
+    if (ok && !t.o.dry_run && mkdir(t.o.run, 0777) && errno != EEXIST)
+        ok = sc__fail("%s: %s", t.o.run, strerror(errno));
     if (ok) {
         set_recipe(&t);
         print_plan(&t, table, count);

@@ -2,8 +2,8 @@
  * scaling, buckets, EXIF, broken files, the parameters chunk, and folders good and bad. */
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
-#define SHORTCUT_STB
 #include "../shortcut.h"
+#include "../tools.h"
 #include "test.h"
 
 /* CHECK inside a condition */

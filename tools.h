@@ -1,0 +1,416 @@
+/* tools.h: what train.c, sample.c, main.c and the tests share and a library should not hold: PNG
+ * and JPEG files through stb, options, progress, Ctrl-C. Include it after shortcut.h's
+ * implementation, in one .c file. These functions print and may exit; shortcut.h's never do. */
+#ifndef TOOLS_H
+#define TOOLS_H
+
+#include <signal.h>
+#include <time.h>
+
+/* ==== PNG and JPEG files ======================================================================
+ *
+ * stb decodes and encodes; around it, size limits, the
+ * checks that stb does not make (a truncated JPEG, a PNG's checksums), EXIF orientation, and the
+ * `parameters` text chunk that picture tools look for.
+ */
+
+#ifdef __has_include
+#if !__has_include(<stb/stb_image.h>) || !__has_include(<stb/stb_image_write.h>)
+#error "stb_image.h not found: install the package libstb-dev"
+#endif
+#endif
+#define STB_IMAGE_IMPLEMENTATION
+#define STBI_ONLY_PNG
+#define STBI_ONLY_JPEG
+#define STBI_NO_STDIO
+#include <stb/stb_image.h>
+#define STB_IMAGE_WRITE_IMPLEMENTATION
+#define STBI_WRITE_NO_STDIO
+#include <stb/stb_image_write.h>
+
+#define SC__MAX_PIXELS 64000000
+
+/* The CRC of PNG chunks: polynomial 0xedb88320, bits reflected. */
+static uint32_t sc__crc(const uint8_t *p, size_t n) {
+    uint32_t table[256], crc = 0xffffffffu;
+    for (uint32_t i = 0; i < 256; i++) {
+        table[i] = i;
+        for (int bit = 0; bit < 8; bit++)
+            table[i] = table[i] >> 1 ^ (table[i] & 1 ? 0xedb88320u : 0);
+    }
+    while (n--) crc = crc >> 8 ^ table[(crc ^ *p++) & 0xff];
+    return ~crc;
+}
+
+/* JPEG: a walk over its markers to the end marker, and the Huffman tables, which old versions of
+ * stb trust to have at most 256 codes. Between markers are 0xff 0 and restarts (0xd0 to 0xd7). */
+static const char *sc__jpeg_damage(const uint8_t *bytes, size_t size) {
+    size_t at = 2, n;
+    while (at + 2 <= size) {
+        uint8_t marker = bytes[at] == 0xff ? bytes[at + 1] : 0;
+        if (marker == 0xd9) return NULL;
+        if (marker == 0 || marker == 0xff || (marker & 0xf8) == 0xd0) {
+            at++;
+            continue;
+        }
+        n = size - at < 4 ? 0 : sc__bytes(bytes + at + 2, 2, true);
+        if (n < 2 || n > size - at - 2) break;
+        size_t end = at + n + 2, codes = 0;
+        for (size_t table = at + 4; marker == 0xc4 && table < end; table += 17 + codes) {
+            codes = 0;
+            for (size_t i = 1; i <= 16 && table + 17 <= end; i++) codes += bytes[table + i];
+            if (codes > 256 || table + 17 + codes > end) return "damaged JPEG (Huffman table)";
+        }
+        at = end;
+    }
+    return "truncated JPEG";
+}
+
+/* What is wrong with the container; NULL: nothing. */
+static const char *sc__picture_damage(const uint8_t *bytes, size_t size) {
+    if (size > 8 && !memcmp(bytes, "\x89PNG\r\n\x1a\n", 8)) {
+        size_t n;
+        for (size_t at = 8; size - at >= 12; at += n + 12) {
+            n = sc__bytes(bytes + at, 4, true);
+            if (n > size - at - 12) break;
+            if (sc__crc(bytes + at + 4, n + 4) != sc__bytes(bytes + at + 8 + n, 4, true))
+                return "damaged PNG (wrong checksum)";
+            if (!memcmp(bytes + at + 4, "IEND", 4)) return NULL;
+        }
+        return "truncated PNG";
+    }
+    if (size < 4 || bytes[0] != 0xff || bytes[1] != 0xd8) return "not a PNG or JPEG picture";
+    return sc__jpeg_damage(bytes, size);
+}
+
+/* A PNG or JPEG file as floats, upright, without alpha. Free it with sc_picture_free. */
+bool sc_picture_load(sc_picture *p, const char *path) {
+    size_t size = 0;
+    int width, height, channels;
+    char *file = sc__read_file(path, &size);
+    const uint8_t *bytes = (const uint8_t *)file;
+    void *pixels = NULL;
+    *p = (sc_picture){0};
+    if (!file) return false;
+    const char *damage = sc__picture_damage(bytes, size);
+    bool ok = !damage || sc__fail("%s: %s", path, damage);
+    if (ok && stbi_info_from_memory(bytes, (int)size, &width, &height, &channels) &&
+        (int64_t)width * height > SC__MAX_PIXELS)
+        ok = sc__fail("%s: %d x %d pixels; at most %d million are supported", path, width, height,
+                      SC__MAX_PIXELS / 1000000);
+    bool deep = ok && stbi_is_16_bit_from_memory(bytes, (int)size);
+    if (ok && deep)
+        pixels = stbi_load_16_from_memory(bytes, (int)size, &width, &height, &channels, 0);
+    if (ok && !deep)
+        pixels = stbi_load_from_memory(bytes, (int)size, &width, &height, &channels, 0);
+    if (ok && !pixels) ok = sc__fail("%s: cannot decode: %s", path, stbi_failure_reason());
+    ok = ok && sc_picture_from_pixels(p, pixels, width, height, channels, deep ? 16 : 8,
+                                      sc_exif_orientation(bytes, size));
+    stbi_image_free(pixels);
+    SC_FREE(file);
+    return ok;
+}
+
+/* ---- Writing ---- */
+
+typedef struct sc__png {
+    sc__writer writer;
+    const char *parameters;
+    bool ok;
+} sc__png;
+
+/* A chunk "parameters": tEXt for ASCII, iTXt (UTF-8, not compressed) for anything else. */
+static bool sc__png_text(sc__writer *w, const char *text) {
+    size_t n = strlen(text), head = 8 + 11;
+    bool ascii = true;
+    for (size_t i = 0; i < n; i++) ascii = ascii && (uint8_t)text[i] < 0x80;
+    uint8_t *chunk = (uint8_t *)sc__alloc(n + 64, 1);
+    if (!chunk) return false;
+    memcpy(chunk + 4, ascii ? "tEXtparameters" : "iTXtparameters", 15);
+    if (!ascii) head += 4; /* no compression, its method, no language, no translated keyword */
+    memcpy(chunk + head, text, n);
+    uint32_t length = (uint32_t)(head - 8 + n), crc = sc__crc(chunk + 4, head - 4 + n);
+    for (int i = 0; i < 4; i++) {
+        chunk[i] = (uint8_t)(length >> (24 - 8 * i));
+        chunk[head + n + (size_t)i] = (uint8_t)(crc >> (24 - 8 * i));
+    }
+    bool ok = sc__write_bytes(w, chunk, head + n + 4);
+    SC_FREE(chunk);
+    return ok;
+}
+
+/* stb hands over the whole file; the text goes behind the signature and IHDR (33 bytes). */
+static void sc__png_bytes(void *context, void *data, int size) {
+    sc__png *png = (sc__png *)context;
+    png->ok = size > 33 && sc__write_bytes(&png->writer, data, 33) &&
+              (!png->parameters || sc__png_text(&png->writer, png->parameters)) &&
+              sc__write_bytes(&png->writer, (char *)data + 33, (size_t)size - 33);
+}
+
+/* Writes a PNG; parameters (UTF-8, or NULL) go into its text chunk of that name. */
+bool sc_picture_save(const sc_picture *p, const char *path, const char *parameters) {
+    sc__png png = {.parameters = parameters};
+    uint8_t *pixels = (uint8_t *)sc__alloc((size_t)p->width * (size_t)p->height, 3);
+    if (!pixels) return false;
+    sc_picture_to_pixels(p, pixels);
+    bool ok = sc__write_begin(&png.writer, path);
+    if (ok) {
+        sc__fail("%s: out of memory", path); /* unless something else fails */
+        stbi_write_png_to_func(sc__png_bytes, &png, p->width, p->height, 3, pixels, 3 * p->width);
+        ok = sc__write_end(&png.writer, png.ok);
+    }
+    SC_FREE(pixels);
+    return ok;
+}
+
+/* ==== The program: start, interrupt, clock, device ============================================ */
+
+/* First thing in main: threads that wait sleep instead of spinning, which costs a program that
+ * shares its cores a factor of ten and more. libgomp reads this when it is loaded: start once
+ * again. */
+void sc_start(char **argv) {
+    if (getenv("OMP_WAIT_POLICY")) return;
+    setenv("OMP_WAIT_POLICY", "passive", 1);
+    execv("/proc/self/exe", argv); /* where that fails, go on as we are */
+}
+
+volatile int sc_interrupted; /* Ctrl-C was pressed; a second time kills */
+
+static void sc__on_interrupt(int sig) {
+    sc_interrupted = 1;
+    signal(sig, SIG_DFL);
+}
+void sc_catch_interrupt(void) {
+    signal(SIGINT, sc__on_interrupt);
+    signal(SIGTERM, sc__on_interrupt);
+}
+
+double sc_seconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* Prints the last error; what main returns then. */
+int sc_die(void) {
+    fprintf(stderr, "error: %s\n", sc_error());
+    return 1;
+}
+
+/* "auto", "cpu" or "cuda"; NULL with the error set. */
+const sc_backend *sc_device(const char *name) {
+    if (!strcmp(name, "cpu")) return sc_cpu();
+#ifdef SHORTCUT_CUDA
+    const sc_backend *cuda = strcmp(name, "auto") && strcmp(name, "cuda") ? NULL : sc_cuda();
+    if (cuda) return cuda;
+    if (!strcmp(name, "cuda")) return NULL; /* error already set */
+#endif
+    if (!strcmp(name, "auto")) return sc_cpu();
+    if (!strcmp(name, "cuda"))
+        sc__fail("this program was built without CUDA: run make where nvcc is installed");
+    else sc__fail("--device must be auto, cpu or cuda, not '%s'", name);
+    return NULL;
+}
+
+static const char *sc__clock(double seconds, char text[32]) {
+    long s = seconds < 0 ? 0 : (long)(seconds + 0.5);
+    if (s < 3600) snprintf(text, 32, "%ld:%02ld", s / 60, s % 60);
+    else snprintf(text, 32, "%ld:%02ld:%02ld", s / 3600, s / 60 % 60, s % 60);
+    return text;
+}
+
+/* One line of progress, rewritten in place on a terminal: "label 12/300, extra, 0:40, 1:20 left".
+ */
+void sc_progress(const char *label, int64_t done, int64_t total, double started,
+                 const char *extra) {
+    static double last;
+    char left[32], spent[32];
+    double now = sc_seconds(), elapsed = now - started;
+    bool terminal = isatty(2), end = done >= total;
+    if (!end && now - last < (terminal ? 0.2 : 10)) return;
+    if (end && elapsed < 2 && !terminal) return;
+    last = now;
+    fprintf(stderr, "%s%s %lld/%lld%s%s, %s", terminal ? "\r" : "", label, (long long)done,
+            (long long)total, extra ? ", " : "", extra ? extra : "", sc__clock(elapsed, spent));
+    if (!end && done > 0)
+        fprintf(stderr, ", %s left",
+                sc__clock(elapsed / (double)done * (double)(total - done), left));
+    fprintf(stderr, "%s%s", terminal ? "\033[K" : "", !terminal || end ? "\n" : "");
+}
+
+/* ==== Options ================================================================================ */
+
+typedef enum { SC_FLAG, SC_INT, SC_FLOAT, SC_RANGE, SC_STRING, SC_STRINGS, SC_INTS } sc_option_kind;
+typedef struct sc_option {
+    const char *name; /* "--steps"; NULL: a heading in the help */
+    sc_option_kind kind;
+    void *value; /* bool, int, float, float[2], char *, char *[8], int[8] */
+    const char *argument, *help;
+} sc_option;
+
+/* Parses up to `limit` numbers separated by commas; false if it is anything else. */
+static bool sc__numbers(const char *text, double *values, int limit, int *count) {
+    char *end;
+    for (*count = 0; *count < limit; text = end + 1) {
+        values[*count] = strtod(text, &end);
+        if (end == text || !isfinite(values[*count])) return false;
+        ++*count;
+        if (!*end) return true;
+        if (*end != ',') return false;
+    }
+    return false;
+}
+
+static bool sc__set_option(const sc_option *o, const char *text) {
+    double v[8];
+    int count = 0;
+    if (o->kind == SC_STRING) return *(const char **)o->value = text, true;
+    if (o->kind == SC_STRINGS) {
+        const char **list = (const char **)o->value;
+        for (int i = 0; i < 8; i++)
+            if (!list[i]) return list[i] = text, true;
+        return sc__fail("%s can be given at most 8 times", o->name);
+    }
+    if (!sc__numbers(text, v, o->kind == SC_INTS ? 7 : o->kind == SC_RANGE ? 2 : 1, &count))
+        return sc__fail("%s takes %s, not '%s'", o->name, o->argument, text);
+    for (int i = 0; i < count; i++)
+        if ((o->kind == SC_INT || o->kind == SC_INTS) &&
+            (v[i] != floor(v[i]) || fabs(v[i]) > INT_MAX))
+            return sc__fail("%s takes whole numbers, not '%s'", o->name, text);
+    switch (o->kind) {
+    case SC_INT: *(int *)o->value = (int)v[0]; break;
+    case SC_FLOAT: *(float *)o->value = (float)v[0]; break;
+    case SC_RANGE:
+        ((float *)o->value)[0] = (float)v[0], ((float *)o->value)[1] = (float)v[count - 1];
+        break;
+    default:
+        for (int i = 0; i < 8; i++) ((int *)o->value)[i] = i < count ? (int)v[i] : 0;
+    }
+    return true;
+}
+
+static void sc__option_text(const sc_option *o, char *text, size_t size) {
+    int used = 0;
+    text[0] = 0;
+    switch (o->kind) {
+    case SC_FLAG: snprintf(text, size, "%s", *(bool *)o->value ? "yes" : "no"); break;
+    case SC_INT: snprintf(text, size, "%d", *(int *)o->value); break;
+    case SC_FLOAT: snprintf(text, size, "%g", *(float *)o->value); break;
+    case SC_RANGE:
+        snprintf(text, size, "%g,%g", ((float *)o->value)[0], ((float *)o->value)[1]);
+        break;
+    case SC_STRING:
+        snprintf(text, size, "%s", *(const char **)o->value ? *(const char **)o->value : "");
+        break;
+    case SC_INTS:
+        for (const int *v = (int *)o->value; *v && used < (int)size; v++)
+            used += snprintf(text + used, size - (size_t)used, "%s%d", used ? "," : "", *v);
+        break;
+    case SC_STRINGS: break;
+    }
+}
+
+void sc_print_options(const sc_option *options, int count) {
+    for (int i = 0; i < count; i++) {
+        char text[256];
+        if (!options[i].name || options[i].kind == SC_STRINGS) continue;
+        sc__option_text(&options[i], text, sizeof text);
+        if (text[0]) printf(" %s %s", options[i].name, text);
+    }
+    printf("\n");
+}
+
+static void sc__help(const char *usage, const sc_option *options, int count) {
+    printf("%s\n", usage);
+    for (int i = 0; i < count; i++) {
+        char left[64], value[256];
+        if (!options[i].name) {
+            printf("\n%s\n", options[i].help);
+            continue;
+        }
+        snprintf(left, sizeof left, "%s %s", options[i].name,
+                 options[i].argument ? options[i].argument : "");
+        sc__option_text(&options[i], value, sizeof value);
+        bool show = options[i].kind != SC_FLAG && value[0];
+        printf("  %-26s %s%s%s%s\n", left, options[i].help, show ? " [" : "", show ? value : "",
+               show ? "]" : "");
+    }
+}
+
+/* Reads argv into the options' values; what is left over goes to `positional` (at most `limit`).
+ * --help prints `usage` and the table and exits 0; bad usage prints one line and exits 2. */
+int sc_parse(const char *usage, const sc_option *options, int count, int argc, char **argv,
+             const char **positional, int limit) {
+    int found = 0;
+    bool literal = false; /* after "--" */
+    for (int i = 1; i < argc; i++) {
+        const sc_option *o = NULL;
+        if (!literal && !strcmp(argv[i], "--")) {
+            literal = true;
+            continue;
+        }
+        if (literal || strncmp(argv[i], "--", 2)) {
+            if (found == limit) {
+                fprintf(stderr, "error: unexpected argument '%s' (see %s --help)\n", argv[i],
+                        argv[0]);
+                exit(2);
+            }
+            positional[found++] = argv[i];
+            continue;
+        }
+        if (!strcmp(argv[i], "--help")) {
+            sc__help(usage, options, count);
+            exit(0);
+        }
+        for (int j = 0; j < count; j++)
+            if (options[j].name && !strcmp(options[j].name, argv[i])) o = &options[j];
+        bool ok = o != NULL;
+        if (!o) sc__fail("unknown option '%s'", argv[i]);
+        else if (o->kind == SC_FLAG) *(bool *)o->value = true;
+        else if (i + 1 == argc) ok = sc__fail("%s needs a value: %s", o->name, o->argument);
+        else ok = sc__set_option(o, argv[++i]);
+        if (!ok) {
+            fprintf(stderr, "error: %s (see %s --help)\n", sc_error(), argv[0]);
+            exit(2);
+        }
+    }
+    return found;
+}
+
+/* What follows the argument `name`; NULL: it is not there (for what must be known before sc_parse).
+ */
+const char *sc_given(int argc, char **argv, const char *name) {
+    for (int i = 1; i < argc; i++)
+        if (!strcmp(argv[i], name)) return i + 1 < argc ? argv[i + 1] : "";
+    return NULL;
+}
+
+/* Values from the object `section` of MODEL/recipe.json, where there is one: the defaults measured
+ * for this model. Its keys are option names without "--"; false, the error set, if it has others.
+ */
+bool sc_parse_recipe(const sc_option *options, int count, const char *model, const char *section) {
+    static sc_json *recipe; /* kept: string options point into it */
+    char *path = sc__join(model, "recipe.json");
+    bool ok = path != NULL;
+    sc_json_free(recipe);
+    recipe = ok && sc__exists(path) ? sc_json_load(path) : NULL;
+    if (ok && sc__exists(path)) ok = recipe != NULL;
+    const sc_json *values = sc_json_get(recipe, section);
+    for (int64_t i = 0; ok && i < sc_json_length(values); i++) {
+        const sc_json *value = sc_json_value(values, i);
+        const char *key = sc_json_key(values, i), *string = sc_json_string(value, NULL);
+        char text[32];
+        const sc_option *o = NULL;
+        for (int j = 0; j < count; j++)
+            if (options[j].name && !strcmp(options[j].name + 2, key)) o = &options[j];
+        if (!string) snprintf(text, sizeof text, "%.9g", sc_json_number(value, NAN));
+        if (!o) ok = sc__fail("%s: there is no option '%s'", path, key);
+        else if (o->kind == SC_STRING ? !string : !sc__set_option(o, string ? string : text))
+            ok = sc__fail("%s: '%s' has a wrong value", path, key);
+        else if (o->kind == SC_STRING) *(const char **)o->value = string;
+    }
+    SC_FREE(path);
+    return ok;
+}
+
+#endif /* TOOLS_H */
