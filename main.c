@@ -7,7 +7,8 @@
 static const char usage[] =
     "usage: ./shortcut [options]                 the experiment: few steps, before and after\n"
     "       ./shortcut info PATH                 what is in a model folder or safetensors file\n"
-    "       ./shortcut merge --lora FILE --out DIR   LoRAs into a copy of the transformer\n"
+    "       ./shortcut merge --lora FILE[:SCALE] --out DIR     LoRAs into a copy of the "
+    "transformer\n"
     "\n"
     "The experiment draws the same prompts from the same noise with the base at 32, 3, 4 and 8 "
     "steps\n"
@@ -21,7 +22,7 @@ static const char usage[] =
 typedef struct options {
     const char *model, *lora[8], *prompts, *evaluator, *real, *out, *device;
     float guidance;
-    bool full;
+    bool full, kohya;
     int count, seed, threads, batch;
 } options;
 
@@ -554,47 +555,141 @@ static bool info_file(const char *path) {
     return true;
 }
 
-static int info_main(const char *path) {
-    char *index = sc__join(path, "model_index.json");
-    bool ok = true;
-    if (index && sc__exists(index)) {
-        static const char *const parts[] = {"transformer", "text_encoder", "text_encoder_2", "vae"};
-        for (int i = 0; i < 4; i++) {
-            char *part = sc__join(path, parts[i]);
-            if (!part || !info_file(part)) printf("%s\n", sc_error());
-            free(part);
-        }
-        sc_pipeline *p = sc_pipeline_open(sc_cpu(), path, &(sc_pipeline_options){0});
-        ok = p != NULL;
-        if (ok) {
-            const sc_flux_config *c = sc_flux_config_of(p->flux);
-            printf("FLUX transformer: %lld parameters, %d double and %d single blocks, %d heads of "
-                   "%d, guidance %s\n",
-                   (long long)sc_flux_parameters(p->flux), c->layers, c->single_layers, c->heads,
-                   c->head_size, c->guidance ? "yes" : "no");
-            printf("pictures of %dx%d pixels, %d text tokens, shift %g\n", p->resolution,
-                   p->resolution, p->text_tokens, p->shift);
-        }
-        sc_pipeline_close(p);
-    } else ok = info_file(path);
-    free(index);
-    return ok ? 0 : sc_die();
+/* How many names were printed, of those that go with `heading`; the first few are. */
+static void info_name(const char *heading, const char *name, int count) {
+    if (count < 8) printf("    %s %s\n", heading, name);
+    if (count == 8) printf("    ...\n");
 }
 
-static int merge_main(const options *o) {
-    char *folder = sc__join(o->model, "transformer");
-    sc_flux *flux = folder ? sc_flux_open(sc_cpu(), folder, true, false, 0) : NULL;
-    bool ok = flux && (o->lora[0] || sc__fail("merge needs --lora FILE"));
-    for (int i = 0; ok && i < 8 && o->lora[i]; i++) {
-        sc_lora_report report;
-        ok = sc_lora_load(flux, o->lora[i], sc_lora_scale(o->lora[i], 3), &report);
-        if (ok) printf("%s: applied %d/%d\n", o->lora[i], report.applied, report.total);
+/* A part as it was recognised: file, layout, parameters, types, and what does not fit. */
+static bool info_net(const char *what, const sc_net *net) {
+    int64_t parameters = 0, stored[SC_U8 + 1] = {0};
+    int missing = 0;
+    for (int64_t i = 0; i < net->count; i++) {
+        parameters += sc_count(&net->weights[i]->tensor);
+        stored[net->weights[i]->source.dtype] += !net->weights[i]->missing;
     }
-    ok = ok && sc_lora_merge(flux) &&
-         sc_flux_save(flux, o->out, SC_BF16, (const char *[]){"format", "pt", NULL});
+    printf("  %s: %lld parameters in %lld tensors", what, (long long)parameters,
+           (long long)net->count);
+    for (int d = 0; net->file && d <= SC_U8; d++)
+        if (stored[d]) printf(", %lld %s", (long long)stored[d], sc_dtype_name((sc_dtype)d));
+    printf("\n    %s\n", net->file ? sc_file_path(net->file) : "no weights here");
+    for (int64_t i = 0; i < net->count; i++)
+        if (net->weights[i]->missing) info_name("missing:", net->weights[i]->name, missing++);
+    if (missing > 8) printf("    %d missing in all\n", missing);
+    return missing == 0;
+}
+
+/* Tensors that none of the `count` nets asked for, of those that share the file of net `first`. */
+static void info_unexpected(sc_net *const *nets, int count, int first) {
+    int unexpected = 0;
+    const sc_file *file = nets[first] ? nets[first]->file : NULL;
+    for (int i = 0; file && i < first; i++) /* listed already */
+        if (nets[i] && nets[i]->file && !strcmp(sc_file_path(nets[i]->file), sc_file_path(file)))
+            return;
+    for (int64_t k = 0; file && k < file->count; k++) {
+        bool used = false;
+        for (int i = first; i < count; i++) {
+            const sc_file *other = nets[i] ? nets[i]->file : NULL;
+            if (other && !strcmp(sc_file_path(other), sc_file_path(file)))
+                used = used || other->entries[k].used;
+        }
+        if (!used) info_name("unexpected:", file->entries[k].name, unexpected++);
+    }
+    if (unexpected > 8) printf("    %d unexpected in all\n", unexpected);
+}
+
+/* Whether this is a model: diffusers' folder, or something that holds a part. */
+static bool is_model(const char *path) {
+    char *index = sc__join(path, "model_index.json");
+    bool found = index && sc__exists(index);
+    free(index);
+    for (int part = 0; !found && part < SC__PARTS; part++) {
+        char *where = sc__part_path(path, (sc__part_kind)part);
+        found = where != NULL;
+        free(where);
+    }
+    return found;
+}
+
+/* The transformer's plan: from its file, or, where that is not there or broken, from config.json.
+ */
+static sc_flux *info_flux(const char *model) {
+    char *path = sc__part_path(model, SC__TRANSFORMER), *folder = sc__join(model, "transformer");
+    sc_flux *flux = path ? sc_flux_open(NULL, path, false, false, 0) : NULL;
+    if (!flux) printf("  transformer: %s\n", sc_error());
+    if (!flux && folder) flux = sc_flux_open(NULL, folder, false, true, 0);
+    free(path), free(folder);
+    return flux;
+}
+
+/* A part's plan could not be made: that is only bad where the part is there. */
+static bool info_absent(const char *model, sc__part_kind part) {
+    char *path = sc__part_path(model, part);
+    bool absent = !path;
+    free(path);
+    return absent;
+}
+
+static int info_model(const char *model) {
+    sc_flux *flux = info_flux(model);
+    sc_text_encoders *text = sc_text_encoders_open(NULL, model);
+    if (!text) printf("  text encoders: %s\n", sc_error());
+    char *path = sc__part_path(model, SC__VAE);
+    sc_vae *vae = path ? sc_vae_open(NULL, path, false) : NULL;
+    if (!vae) printf("  vae: %s\n", sc_error());
+    static const char *const names[] = {"transformer", "text_encoder", "text_encoder_2", "vae"};
+    sc_net *nets[] = {flux ? flux->net : NULL, text ? text->clip : NULL, text ? text->t5 : NULL,
+                      vae ? vae->net : NULL};
+    bool ok =
+        (text || info_absent(model, SC__CLIP) || info_absent(model, SC__T5)) && (vae || !path);
+    for (int i = 0; i < 4; i++) {
+        if (!nets[i]) continue;
+        ok = info_net(names[i], nets[i]) && ok &&
+             (nets[i]->file || info_absent(model, SC__TRANSFORMER));
+        info_unexpected(nets, 4, i);
+    }
+    if (flux) {
+        const sc_flux_config *c = &flux->config;
+        printf("  FLUX: %d double and %d single blocks, %d heads of %d, guidance %s\n", c->layers,
+               c->single_layers, c->heads, c->head_size,
+               c->guidance ? "yes (dev)" : "no (schnell)");
+    }
+    static const char *const tokenizers[] = {"tokenizer", "tokenizer_2"};
+    for (int i = 0; i < 2; i++) {
+        sc_tokenizer *t = sc__open_tokenizer(model, tokenizers[i]);
+        if (t) printf("  %s: %d tokens of a prompt\n", tokenizers[i], sc_tokenizer_length(t));
+        else printf("  %s: %s\n", tokenizers[i], sc_error());
+        sc_tokenizer_close(t);
+    }
+    sc_flux_close(flux);
+    sc_text_encoders_close(text);
+    sc_vae_close(vae);
+    free(path);
+    return ok ? 0
+              : (fprintf(stderr, "error: %s: tensors or files of a part are missing\n", model), 1);
+}
+
+static int info_main(const char *path) {
+    if (!is_model(path)) return info_file(path) ? 0 : sc_die();
+    printf("%s:\n", path);
+    return info_model(path);
+}
+
+/* LoRAs folded into a copy of the transformer, or, with --kohya, into one file of kohya's names. */
+static int merge_main(const options *o) {
+    char *path = sc__part_path(o->model, SC__TRANSFORMER);
+    sc_flux *flux = path ? sc_flux_open(sc_cpu(), path, false, false, 0) : NULL;
+    bool ok = flux && (o->lora[0] || sc__fail("merge needs --lora FILE[:SCALE]"));
+    for (int i = 0; ok && i < 8 && o->lora[i]; i++) ok = sc_load_lora_argument(flux, o->lora[i], 3);
+    const char *metadata[] = {"format", "pt", NULL};
+    sc_dtype type = ok ? flux->net->weights[0]->source.dtype : SC_BF16;
+    if (type != SC_F32 && type != SC_F16) type = SC_BF16;
+    ok = ok && (o->kohya ? sc_lora_save_kohya(flux, o->out, metadata)
+                         : sc_flux_save(flux, o->out, type, metadata));
     if (ok) printf("wrote %s\n", o->out);
     sc_flux_close(flux);
-    free(folder);
+    free(path);
     return ok ? 0 : sc_die();
 }
 
@@ -618,7 +713,8 @@ int main(int argc, char **argv) {
         {"--full", SC_FLAG, &o.full, NULL, "1026 pictures a row, as in the README, not 108"},
         {"--count", SC_INT, &o.count, "N", "pictures a row (0: 108, or --full's)"},
         {"--guidance", SC_FLOAT, &o.guidance, "G", "guidance scale"},
-        {"--out", SC_STRING, &o.out, "PATH", "contact sheet (merge: the folder to write)"},
+        {"--out", SC_STRING, &o.out, "PATH", "contact sheet (merge: the folder or file to write)"},
+        {"--kohya", SC_FLAG, &o.kohya, NULL, "merge: write one LoRA file in kohya's names instead"},
         {"--batch", SC_INT, &o.batch, "N", "pictures drawn at once"},
         {"--device", SC_STRING, &o.device, "NAME", "auto, cpu or cuda"},
         {"--threads", SC_INT, &o.threads, "N", "CPU threads (0: all cores)"},
@@ -632,7 +728,7 @@ int main(int argc, char **argv) {
     sc_set_threads(o.threads);
     sc_catch_interrupt();
     bool merge = count == 1 && !strcmp(words[0], "merge");
-    if (!o.out) o.out = merge ? "merged" : "sheet.png";
+    if (!o.out) o.out = !merge ? "sheet.png" : o.kohya ? "lora-kohya.safetensors" : "merged";
     if (o.batch < 1 || o.count < 0 || o.count == 1)
         return fprintf(stderr, "error: --batch from 1, --count from 2 up\n"), 2;
     if (count == 0) return experiment_main(&o);

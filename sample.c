@@ -25,26 +25,6 @@ typedef struct options {
     int steps, width, height;
 } options;
 
-/* ---- LoRAs ---- */
-
-static bool load_lora(sc_pipeline *p, const char *argument, int steps) {
-    char path[1024];
-    const char *colon = strrchr(argument, ':');
-    char *end = NULL;
-    float scale = colon ? strtof(colon + 1, &end) : 0;
-    bool given = colon && end != colon + 1 && !*end;
-    snprintf(path, sizeof path, "%.*s", (int)(given ? colon - argument : (long)strlen(argument)),
-             argument);
-    if (!given) scale = sc_lora_scale(path, steps);
-    sc_lora_report report;
-    if (!sc_lora_load(p->flux, path, scale, &report)) return false;
-    fprintf(stderr, "%s: applied %d/%d, scale %g%s\n", path, report.applied, report.total, scale,
-            given ? "" : " (for this number of steps; FILE:SCALE to change)");
-    if (report.applied < report.total)
-        fprintf(stderr, "warning: these fit no layer: %s\n", report.missed);
-    return true;
-}
-
 /* ---- One picture ---- */
 
 typedef struct text {
@@ -226,7 +206,7 @@ int main(int argc, char **argv) {
     if (ok && !o.lora[0] && !o.no_lora && sc__exists("lora.safetensors"))
         o.lora[0] = "lora.safetensors";
     for (int i = 0; ok && !o.no_lora && i < 8 && o.lora[i]; i++)
-        ok = load_lora(p, o.lora[i], o.steps);
+        ok = sc_load_lora_argument(p->flux, o.lora[i], o.steps);
     if (ok && o.prompts) ok = draw_list(p, &o);
     for (int i = 0; ok && prompt && i < o.count; i++) {
         char path[1024];

@@ -239,36 +239,42 @@ bool sc_checkpoint(sc_tape *t, sc_block block, const void *context, sc_tensor **
 bool sc_keep(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs, sc_tensor **out);
 
 /* ==== Weights of a network ==== */
+#define SC_MAX_NAME 128         /* of a module */
+
 typedef struct sc_weight {
     char *name;
     sc_tensor tensor;
+    sc_tensor source;           /* as its file has it (mapped); data is NULL where it was drawn */
     bool owned;                 /* its memory is the backend's, not the mapped file's */
-    const sc_tensor *waiting;   /* in the file: sc_net_load will copy it to the backend */
+    bool waiting;               /* in the file: sc_net_load will copy it to the backend */
+    bool missing;               /* of a plan: the file has no such weight, or of another shape */
 } sc_weight;
 typedef struct sc_net {
-    const sc_backend *backend;
+    const sc_backend *backend;  /* NULL: a plan; weights have names and shapes, but no data */
     sc_file *file;              /* NULL: all weights are drawn at random */
     sc_rng rng;                 /* for random weights */
-    bool widen;                 /* all weights become f32 (to train them, or for the speed of a small model) */
+    bool widen;                 /* all weights become f32 (to train them, or for a small model's speed) */
     bool fp8;                   /* matrices become e4m3 with a scale for each row, when they are loaded */
+    int levels;                 /* of a VAE, whose files may count them backwards */
     sc_weight **weights;        /* in the order they were asked for */
     int64_t count;
 } sc_net;
-sc_net *sc_net_open(const sc_backend *backend, const char *path, bool widen);  /* path NULL: random */
+/* path: a safetensors file, an index of shards, or a folder with either; NULL: random weights. */
+sc_net *sc_net_open(const sc_backend *backend, const char *path, bool widen);
 void sc_net_close(sc_net *net);
 /* Copies what waits in the file to a backend with memory of its own (or, with fp8, to any): at once
  * after opening, or when the network is first used, so that others may use the memory before. */
 bool sc_net_load(sc_net *net);
 size_t sc_net_waiting(const sc_net *net);   /* bytes that sc_net_load will take */
-/* The weight `name` with exactly this shape (matrices keep their type on disk unless widened, vectors become f32);
- * NULL with the error set (which names the file, what was expected and what found). */
+/* The weight `name` with exactly this shape, under whatever name the file has it (matrices keep
+ * their type on disk unless widened, vectors become f32). NULL with the error set, which names the
+ * file, what was expected and what found. */
 sc_tensor *sc_net_weight(sc_net *net, const char *name, int ndim, const int64_t *shape);
 /* "name.weight" [out, in] and, with `bias`, "name.bias" [out]. */
-bool sc_net_linear(sc_net *net, sc_linear_layer *layer, const char *name, int64_t out, int64_t in, bool bias);
+bool sc_net_linear(sc_net *net, sc_linear_layer *layer, const char *name, int64_t out, int64_t in,
+                   bool bias);
 
 /* ==== FLUX transformer ==== */
-#define SC_MAX_NAME 128
-
 typedef struct sc_flux_config {     /* transformer/config.json */
     int in_channels;                /* of a packed latent token: 64 */
     int out_channels;
@@ -282,8 +288,10 @@ typedef struct sc_flux_config {     /* transformer/config.json */
 
 typedef struct sc_flux sc_flux;
 
-/* Opens `folder` (config.json and weights). random: weights are drawn from `seed` instead of read. */
-sc_flux *sc_flux_open(const sc_backend *backend, const char *folder, bool widen, bool random, uint64_t seed);
+/* Opens a folder (config.json and weights) or a single file, whose shapes then say the config.
+ * random: weights are drawn from `seed` instead of read. backend NULL: a plan, without data. */
+sc_flux *sc_flux_open(const sc_backend *backend, const char *path, bool widen, bool random,
+                      uint64_t seed);
 void sc_flux_close(sc_flux *flux);
 const sc_flux_config *sc_flux_config_of(const sc_flux *flux);
 int64_t sc_flux_parameters(const sc_flux *flux);
@@ -291,7 +299,8 @@ void sc_flux_checkpointing(sc_flux *flux, bool on);     /* recompute each block 
 /* Keep the matrices as e4m3: half of bf16's memory. Before the model is first used; not with `widen`. */
 bool sc_flux_fp8(sc_flux *flux);
 
-/* Writes config.json and diffusion_pytorch_model.safetensors (weights as `dtype`) into `folder`. */
+/* Writes config.json and diffusion_pytorch_model.safetensors (weights as `dtype`: f32, bf16 or f16)
+ * into `folder`, with W + scale B A where LoRAs are loaded; one weight at a time is in memory. */
 bool sc_flux_save(const sc_flux *flux, const char *folder, sc_dtype dtype, const char *const *metadata);
 
 typedef struct sc_flux_input {
@@ -331,22 +340,26 @@ void sc_params_copy(sc_params *params, sc_set to, sc_set from);
 double sc_params_step(sc_params *params, sc_adamw *adamw, float fast_decay, float slow_decay);
 
 /* ==== LoRA files ====
- * safetensors, PEFT names: transformer.<module>.lora_A.weight [rank, in], .lora_B.weight [out, rank]. */
+ * Written: safetensors, PEFT names, transformer.<module>.lora_A.weight [rank, in] and
+ * .lora_B.weight [out, rank], bf16, the scale alpha / rank multiplied into B. Read: those, with any
+ * rank and alpha, and the names of diffusers, kohya, OneTrainer, BFL and ComfyUI. */
 bool sc_lora_save(const sc_params *params, sc_set set, const char *path, const char *const *metadata);
+/* The loaded LoRAs, with their scales, as one file in kohya's names (lora_unet_..., bf16): the parts
+ * of a fused layer become one of their ranks' sum, exactly. */
+bool sc_lora_save_kohya(const sc_flux *flux, const char *path, const char *const *metadata);
 typedef struct sc_lora_report {
     int applied, total;         /* adapters: a pair of A and B each */
-    char missed[512];           /* names that fit no layer, separated by spaces, cut with ... */
+    char missed[2048];          /* names that fit no layer, separated by spaces, cut with ... */
 } sc_lora_report;
-/* Adds a LoRA file to a model, under the teacher set (what sampling uses). False if no adapter applies,
- * or one that names a layer has the wrong shape. Stays until sc_lora_unload. */
+/* Adds a LoRA file to a model, under the teacher set (what sampling uses), on top of those that are
+ * loaded. False if no adapter applies, or one that names a layer has the wrong shape or holds NaN.
+ * Stays until sc_lora_unload. */
 bool sc_lora_load(sc_flux *flux, const char *path, float scale, sc_lora_report *report);
 /* The scale that a LoRA file's metadata recommends for a number of steps ("3:1 8:0.6": the nearest); else 1. */
 float sc_lora_scale(const char *path, int steps);
 void sc_lora_unload(sc_flux *flux); /* takes all loaded LoRAs off again */
 /* Copies a LoRA file's factors into the sets of `params` (all of its layers, the same rank). */
 bool sc_lora_start(sc_params *params, const char *path);
-/* W += scale * B A for every loaded adapter (the model opened with `widen`), then unloads them. */
-bool sc_lora_merge(sc_flux *flux);
 
 /* ==== Flow matching ====
  * t = 1 is noise, t = 0 is data: x_t = (1 - t) x0 + t eps; the velocity is eps - x0. */
@@ -444,11 +457,13 @@ typedef struct sc_vae_config {  /* vae/config.json */
     bool attention;             /* in the middle of both halves */
     bool quant, post_quant;     /* 1x1 convolutions around the latents: not in FLUX */
     float scale, shift;         /* normalised: (latents - shift) * scale; 0.3611, 0.1159 */
+    int resolution;             /* sample_size: usual side of a picture, 1024 */
 } sc_vae_config;
 
 typedef struct sc_vae sc_vae;
-/* Opens `folder` (config.json and weights); widen: converts the weights to f32 once, now. */
-sc_vae *sc_vae_open(const sc_backend *backend, const char *folder, bool widen);
+/* Opens a folder (config.json and weights) or a single file, whose shapes then say the config; widen:
+ * converts the weights to f32 once, now. backend NULL: a plan, without data. */
+sc_vae *sc_vae_open(const sc_backend *backend, const char *path, bool widen);
 void sc_vae_close(sc_vae *vae);
 const sc_vae_config *sc_vae_config_of(const sc_vae *vae);
 int sc_vae_factor(const sc_vae *vae);   /* pixels per latent: f */
@@ -488,8 +503,9 @@ int sc_tokenize(const sc_tokenizer *t, const char *text, int length, int32_t *id
 
 /* ==== Text encoders: CLIP (pooled vector) and T5 (a vector for each token) ==== */
 typedef struct sc_text_encoders sc_text_encoders;
-/* From a pipeline folder: text_encoder, tokenizer, text_encoder_2, tokenizer_2. */
-sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *folder);
+/* From a pipeline: text_encoder, tokenizer, text_encoder_2, tokenizer_2, or single files. backend
+ * NULL: a plan, without data and tokenizers. */
+sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *model);
 void sc_text_encoders_close(sc_text_encoders *t);
 /* context [tokens, T5's width], pooled [CLIP's width], host f32; any UTF-8, empty too. */
 bool sc_text_encode(sc_text_encoders *t, const char *prompt, int tokens, float *context,
@@ -527,7 +543,10 @@ typedef struct sc_dataset {
 sc_dataset *sc_dataset_open(const char *folder);
 void sc_dataset_close(sc_dataset *data);
 
-/* ==== Pipeline: a whole model folder in diffusers' layout ==== */
+/* ==== Pipeline: a whole model ====
+ * A folder in diffusers' layout; a folder with single files (flux1-dev.safetensors, ae.safetensors,
+ * clip_l.safetensors, t5xxl_*.safetensors, of any names), tokenizer and tokenizer_2; or a file that
+ * holds all or some of the parts, the rest being beside it. */
 
 typedef struct sc_pipeline {
     const sc_backend *backend;
@@ -550,7 +569,8 @@ typedef struct sc_pipeline_options {
     const char *transformer;    /* another transformer folder; NULL: the pipeline's own */
 } sc_pipeline_options;
 
-sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *folder, const sc_pipeline_options *options);
+sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *model,
+                              const sc_pipeline_options *options);
 void sc_pipeline_close(sc_pipeline *p);
 void sc_pipeline_release(sc_pipeline *p);   /* lets the text encoders and the VAE go until they are needed again */
 
@@ -2679,7 +2699,12 @@ bool sc_json_bool(const sc_json *v, bool fallback) {
 
 /* One mapped file. Names of tensors point into its header. */
 typedef struct sc__mapping { const char *shard; void *data; size_t size; sc_json *header; } sc__mapping;
-typedef struct sc__entry { const char *name; sc_tensor tensor; uint64_t begin, end; } sc__entry;
+typedef struct sc__entry {
+    const char *name;
+    sc_tensor tensor;
+    uint64_t begin, end;
+    bool used;                  /* something asked for it */
+} sc__entry;
 
 struct sc_file {
     char *path;
@@ -2943,11 +2968,15 @@ int64_t sc_file_count(const sc_file *f) { return f->count; }
 const char *sc_file_name(const sc_file *f, int64_t i) { return f->entries[i].name; }
 const sc_tensor *sc_file_tensor(const sc_file *f, int64_t i) { return &f->entries[i].tensor; }
 
-const sc_tensor *sc_file_find(const sc_file *f, const char *name) {
+static sc__entry *sc__find_entry(const sc_file *f, const char *name) {
     sc__entry key = {.name = name};
     if (!f->count) return NULL;
-    void *found = bsearch(&key, f->entries, (size_t)f->count, sizeof *f->entries, sc__by_name);
-    return found ? &((const sc__entry *)found)->tensor : NULL;
+    return (sc__entry *)bsearch(&key, f->entries, (size_t)f->count, sizeof key, sc__by_name);
+}
+
+const sc_tensor *sc_file_find(const sc_file *f, const char *name) {
+    const sc__entry *found = sc__find_entry(f, name);
+    return found ? &found->tensor : NULL;
 }
 
 /* Of shards, the first that has the key speaks. */
@@ -3040,10 +3069,13 @@ static bool sc__write_tensor(sc__writer *w, const sc_named *x) {
     return true;
 }
 
+/* Makes a tensor's values when their turn has come, in memory that is freed afterwards. */
+typedef bool (*sc__fill)(const void *user, const sc_named *x, sc_tensor *host);
+
 /* Wider types go first, so that each tensor is aligned to its type; else the given order stays.
- * metadata: key, value, key, value, ..., NULL; or NULL. */
-bool sc_file_save(const char *path, const sc_named *tensors, int64_t count,
-                  const char *const *metadata) {
+ * metadata: key, value, key, value, ..., NULL; or NULL. fill NULL: the values are on the host. */
+static bool sc__save(const char *path, const sc_named *tensors, int64_t count,
+                     const char *const *metadata, sc__fill fill, const void *user) {
     sc_named *sorted = (sc_named *)sc__alloc((size_t)count, sizeof *sorted);
     sc__text header = {0};
     sc__writer w;
@@ -3058,12 +3090,184 @@ bool sc_file_save(const char *path, const sc_named *tensors, int64_t count,
     if (ok) {
         for (int i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header.length >> (8 * i));
         ok = sc__write_bytes(&w, length, 8) && sc__write_bytes(&w, header.data, header.length);
-        for (int64_t i = 0; ok && i < count; i++) ok = sc__write_tensor(&w, &sorted[i]);
+        for (int64_t i = 0; ok && i < count; i++) {
+            sc_tensor host = *sorted[i].tensor;
+            sc_named x = {sorted[i].name, &host, sorted[i].dtype};
+            ok = (!fill || fill(user, &sorted[i], &host)) && sc__write_tensor(&w, &x);
+            if (fill) SC_FREE(host.data);
+        }
         ok = sc__write_end(&w, ok);
     }
     SC_FREE(header.data);
     SC_FREE(sorted);
     return ok;
+}
+
+bool sc_file_save(const char *path, const sc_named *tensors, int64_t count,
+                  const char *const *metadata) {
+    return sc__save(path, tensors, count, metadata, NULL, NULL);
+}
+
+/* ==== Names ===================================================================================
+ *
+ * In this header a weight has the name that diffusers (transformer, VAE) or transformers (text
+ * encoders) gives it. Black Forest Labs' own files, ComfyUI's and the LoRA trainers' hold the same
+ * numbers under other names, some of them as rows of a larger matrix. This table says which and
+ * where; weights and LoRA factors alike are found through it, so a layout is data here, not code.
+ *
+ * Easy to get wrong: BFL's last modulation has (shift, scale), norm_out (scale, shift): its rows
+ * swap halves; of a LoRA these are B's rows, never A's. The VAE's decoder counts levels backwards.
+ */
+
+/* `name` is `parts` of the `whole` equal parts that the rows of `other` fall into, from part
+ * `first` on (whole 0: they are the same). In both, * stands for one word between dots, and ~ for a
+ * level of the VAE, counted from the other end in `other`; what follows the name is kept. */
+typedef struct sc__alias {
+    const char *name, *other;
+    int first, parts, whole;
+    bool swapped;               /* the two halves of the rows are exchanged */
+} sc__alias;
+
+#define SC__SAME(name, other) {name, other, 0, 0, 0, false}
+static const sc__alias sc__same_name = SC__SAME("", "");
+
+static const sc__alias sc__aliases[] = {
+    /* The transformer: flux1-dev.safetensors. */
+    SC__SAME("x_embedder", "img_in"),
+    SC__SAME("context_embedder", "txt_in"),
+    SC__SAME("time_text_embed.timestep_embedder.linear_1", "time_in.in_layer"),
+    SC__SAME("time_text_embed.timestep_embedder.linear_2", "time_in.out_layer"),
+    SC__SAME("time_text_embed.guidance_embedder.linear_1", "guidance_in.in_layer"),
+    SC__SAME("time_text_embed.guidance_embedder.linear_2", "guidance_in.out_layer"),
+    SC__SAME("time_text_embed.text_embedder.linear_1", "vector_in.in_layer"),
+    SC__SAME("time_text_embed.text_embedder.linear_2", "vector_in.out_layer"),
+    SC__SAME("transformer_blocks.*.norm1.linear", "double_blocks.*.img_mod.lin"),
+    {"transformer_blocks.*.attn.to_q", "double_blocks.*.img_attn.qkv", 0, 1, 3, false},
+    {"transformer_blocks.*.attn.to_k", "double_blocks.*.img_attn.qkv", 1, 1, 3, false},
+    {"transformer_blocks.*.attn.to_v", "double_blocks.*.img_attn.qkv", 2, 1, 3, false},
+    SC__SAME("transformer_blocks.*.attn.norm_q.weight",
+             "double_blocks.*.img_attn.norm.query_norm.scale"),
+    SC__SAME("transformer_blocks.*.attn.norm_k.weight",
+             "double_blocks.*.img_attn.norm.key_norm.scale"),
+    SC__SAME("transformer_blocks.*.attn.to_out.0", "double_blocks.*.img_attn.proj"),
+    SC__SAME("transformer_blocks.*.ff.net.0.proj", "double_blocks.*.img_mlp.0"),
+    SC__SAME("transformer_blocks.*.ff.net.2", "double_blocks.*.img_mlp.2"),
+    SC__SAME("transformer_blocks.*.norm1_context.linear", "double_blocks.*.txt_mod.lin"),
+    {"transformer_blocks.*.attn.add_q_proj", "double_blocks.*.txt_attn.qkv", 0, 1, 3, false},
+    {"transformer_blocks.*.attn.add_k_proj", "double_blocks.*.txt_attn.qkv", 1, 1, 3, false},
+    {"transformer_blocks.*.attn.add_v_proj", "double_blocks.*.txt_attn.qkv", 2, 1, 3, false},
+    SC__SAME("transformer_blocks.*.attn.norm_added_q.weight",
+             "double_blocks.*.txt_attn.norm.query_norm.scale"),
+    SC__SAME("transformer_blocks.*.attn.norm_added_k.weight",
+             "double_blocks.*.txt_attn.norm.key_norm.scale"),
+    SC__SAME("transformer_blocks.*.attn.to_add_out", "double_blocks.*.txt_attn.proj"),
+    SC__SAME("transformer_blocks.*.ff_context.net.0.proj", "double_blocks.*.txt_mlp.0"),
+    SC__SAME("transformer_blocks.*.ff_context.net.2", "double_blocks.*.txt_mlp.2"),
+    SC__SAME("single_transformer_blocks.*.norm.linear", "single_blocks.*.modulation.lin"),
+    {"single_transformer_blocks.*.attn.to_q", "single_blocks.*.linear1", 0, 1, 7, false},
+    {"single_transformer_blocks.*.attn.to_k", "single_blocks.*.linear1", 1, 1, 7, false},
+    {"single_transformer_blocks.*.attn.to_v", "single_blocks.*.linear1", 2, 1, 7, false},
+    {"single_transformer_blocks.*.proj_mlp", "single_blocks.*.linear1", 3, 4, 7, false},
+    SC__SAME("single_transformer_blocks.*.proj_out", "single_blocks.*.linear2"),
+    SC__SAME("single_transformer_blocks.*.attn.norm_q.weight",
+             "single_blocks.*.norm.query_norm.scale"),
+    SC__SAME("single_transformer_blocks.*.attn.norm_k.weight",
+             "single_blocks.*.norm.key_norm.scale"),
+    {"norm_out.linear", "final_layer.adaLN_modulation.1", 0, 0, 0, true},
+    SC__SAME("proj_out", "final_layer.linear"),
+    /* The VAE: ae.safetensors. */
+    SC__SAME("encoder.down_blocks.*.resnets.*.conv_shortcut",
+             "encoder.down.*.block.*.nin_shortcut"),
+    SC__SAME("encoder.down_blocks.*.resnets.*", "encoder.down.*.block.*"),
+    SC__SAME("encoder.down_blocks.*.downsamplers.0.conv", "encoder.down.*.downsample.conv"),
+    SC__SAME("decoder.up_blocks.~.resnets.*.conv_shortcut", "decoder.up.~.block.*.nin_shortcut"),
+    SC__SAME("decoder.up_blocks.~.resnets.*", "decoder.up.~.block.*"),
+    SC__SAME("decoder.up_blocks.~.upsamplers.0.conv", "decoder.up.~.upsample.conv"),
+    SC__SAME("*.mid_block.resnets.0", "*.mid.block_1"),
+    SC__SAME("*.mid_block.resnets.1", "*.mid.block_2"),
+    SC__SAME("*.mid_block.attentions.0.group_norm", "*.mid.attn_1.norm"),
+    SC__SAME("*.mid_block.attentions.0.to_q", "*.mid.attn_1.q"),
+    SC__SAME("*.mid_block.attentions.0.to_k", "*.mid.attn_1.k"),
+    SC__SAME("*.mid_block.attentions.0.to_v", "*.mid.attn_1.v"),
+    SC__SAME("*.mid_block.attentions.0.to_out.0", "*.mid.attn_1.proj_out"),
+    SC__SAME("*.conv_norm_out", "*.norm_out"),
+    /* T5: some files name its table by its place in the encoder. */
+    SC__SAME("shared", "encoder.embed_tokens"),
+};
+enum { SC__ALIASES = (int)(sizeof sc__aliases / sizeof *sc__aliases) };
+
+/* What stands before the names of weights in single files, and in files that hold all parts. */
+static const char *const sc__weight_prefixes[] = {"", "model.diffusion_model.", "diffusion_model.",
+    "vae.", "first_stage_model.", "text_encoders.clip_l.transformer.",
+    "text_encoders.t5xxl.transformer.", "transformer.", NULL};
+
+/* `name` translated by `alias`; false if it is not about this name. levels: of the VAE. */
+static bool sc__translate(const sc__alias *alias, const char *name, int levels, char other[256]) {
+    const char *word[4], *p;
+    int length[4], words = 0, next = 0, n = 0;
+    for (p = alias->name; *p; p++) {
+        if (*p != '*' && *p != '~') {
+            if (*p != *name++) return false;
+            continue;
+        }
+        word[words] = name;
+        name += length[words++] = (int)strcspn(name, ".");
+    }
+    if (alias->name[0] && *name && *name != '.') return false;
+    for (p = alias->other; *p && n < 200; p++) {
+        if (*p == '*') n += snprintf(other + n, (size_t)(256 - n), "%.*s", length[next], word[next]);
+        else if (*p == '~') n += snprintf(other + n, 32, "%d", levels - 1 - atoi(word[next]));
+        else other[n++] = *p;
+        next += *p == '*' || *p == '~';
+        if (n > 200) return false;
+    }
+    return n + snprintf(other + n, (size_t)(256 - n), "%s", name) < 256;
+}
+
+/* The tensor of `f` that holds `name` followed by `end`: under its own name or another, behind any
+ * of `prefixes` (one that ends in _ makes every dot of the name a _, as kohya's do). NULL: none. */
+static sc__entry *sc__find_as(const sc_file *f, const char *const *prefixes, const char *name,
+                              const char *end, int levels, const sc__alias **alias) {
+    char other[256], full[512];
+    for (int i = -1; i < SC__ALIASES; i++) {
+        *alias = i < 0 ? &sc__same_name : &sc__aliases[i];
+        if (!sc__translate(*alias, name, levels, other)) continue;
+        for (int p = 0; prefixes[p]; p++) {
+            size_t n = strlen(prefixes[p]);
+            snprintf(full, sizeof full, "%s%s%s", prefixes[p], other, end);
+            for (size_t c = n; n && prefixes[p][n - 1] == '_' && c < n + strlen(other); c++)
+                if (full[c] == '.') full[c] = '_';
+            sc__entry *found = sc__find_entry(f, full);
+            if (found) return found;
+        }
+    }
+    return NULL;
+}
+
+/* Rows of x [rows, ...] that `alias` means; x's shape becomes theirs. False: it does not divide. */
+static bool sc__take_rows(sc_tensor *x, const sc__alias *alias) {
+    if (!alias->whole) return true;
+    if (x->ndim < 1 || x->shape[0] % alias->whole) return false;
+    int64_t row = x->shape[0] ? sc_count(x) / x->shape[0] : 0, part = x->shape[0] / alias->whole;
+    x->data = (char *)x->data + alias->first * part * row * sc_dtype_size(x->dtype);
+    x->shape[0] = alias->parts * part;
+    return true;
+}
+
+/* Exchanges the first and the second half of `bytes`. */
+static void sc__swap_halves(void *data, size_t bytes) {
+    char *x = (char *)data, *y = x + bytes / 2;
+    for (size_t i = 0; i < bytes / 2; i++) {
+        char c = x[i];
+        x[i] = y[i], y[i] = c;
+    }
+}
+
+/* The same sides, but for sides of 1 at the end: a matrix may be stored as a 1x1 convolution. */
+static bool sc__same_shape(const sc_tensor *a, const sc_tensor *b) {
+    for (int i = 0; i < a->ndim || i < b->ndim; i++)
+        if ((i < a->ndim ? a->shape[i] : 1) != (i < b->ndim ? b->shape[i] : 1)) return false;
+    return true;
 }
 
 /* ==== Weights of a network ====================================================================
@@ -3077,8 +3281,9 @@ bool sc_file_save(const char *path, const sc_named *tensors, int64_t count,
  * has to. */
 static bool sc__small_file(const sc_backend *backend, const char *folder) {
     struct stat s;
-    if (!backend->on_host) return false;
-    char *path = sc__weights_in(folder);
+    if (!backend || !backend->on_host) return false;
+    bool is_file = stat(folder, &s) == 0 && S_ISREG(s.st_mode);
+    char *path = is_file ? sc__strdup(folder) : sc__weights_in(folder);
     bool small = path && stat(path, &s) == 0 && s.st_size <= (off_t)512 << 20 && !strstr(path, ".index.json");
     SC_FREE(path);
     return small;
@@ -3099,8 +3304,9 @@ sc_net *sc_net_open(const sc_backend *backend, const char *path, bool widen) {
 void sc_net_close(sc_net *net) {
     if (!net) return;
     for (int64_t i = 0; i < net->count; i++) {
-        if (net->weights[i]->owned && net->weights[i]->tensor.data) net->backend->release(net->weights[i]->tensor.data);
-        if (net->weights[i]->owned && net->weights[i]->tensor.scale) net->backend->release(net->weights[i]->tensor.scale);
+        sc_tensor *x = &net->weights[i]->tensor;
+        if (net->weights[i]->owned && x->data) net->backend->release(x->data);
+        if (x->scale) net->backend->release(x->scale);
         SC_FREE(net->weights[i]->name);
         SC_FREE(net->weights[i]);
     }
@@ -3143,7 +3349,7 @@ static void sc__upload_part(const sc_net *net, void *to, const sc_tensor *found,
 /* Copies a matrix that waits to the backend, some rows at a time. */
 static bool sc__load_weight(const sc_net *net, sc_weight *w) {
     const sc_backend *be = net->backend;
-    const sc_tensor *found = w->waiting;
+    const sc_tensor *found = &w->source;
     sc_tensor *x = &w->tensor;
     int64_t n = sc_count(x), columns = sc__last(x), rows = n / columns;
     int64_t slice = (1 << 22) / columns < 1 ? 1 : (1 << 22) / columns;
@@ -3152,7 +3358,7 @@ static bool sc__load_weight(const sc_net *net, sc_weight *w) {
     int64_t size = sc_dtype_size(x->dtype);
     float *wide = (float *)sc__alloc((size_t)(slice * columns), sizeof *wide);
     void *staged = narrow ? be->alloc((size_t)(slice * columns * sc_dtype_size(be->activation))) : NULL;
-    x->scale = narrow ? (float *)be->alloc((size_t)rows * 4) : NULL;
+    if (narrow) x->scale = (float *)be->alloc((size_t)rows * 4);
     x->data = wide && (!narrow || (staged && x->scale)) ? be->alloc((size_t)(n * size)) : NULL;
     for (int64_t r = 0; x->data && r < rows; r += slice) {
         int64_t count = rows - r < slice ? rows - r : slice;
@@ -3163,7 +3369,7 @@ static bool sc__load_weight(const sc_net *net, sc_weight *w) {
     SC_FREE(wide);
     if (staged) be->release(staged);
     w->owned = true;
-    if (x->data) w->waiting = NULL;
+    w->waiting = !x->data;
     return x->data != NULL;
 }
 
@@ -3180,43 +3386,103 @@ size_t sc_net_waiting(const sc_net *net) {
     return bytes;
 }
 
-/* Fills `x` with the f32 values of `found`, or with random ones. */
-static bool sc__fill_weight(sc_net *net, const char *name, sc_tensor *x, const sc_tensor *found) {
+/* Where a weight's values are: x has the rows that are wanted, as they are stored. */
+typedef struct sc__source {
+    sc_tensor x;
+    sc_tensor scales;           /* of 8 bits: one number, or [rows]; else data is NULL */
+    bool swapped;               /* the halves of the rows are exchanged */
+} sc__source;
+
+/* The scale that an 8-bit weight is stored with. Files without any are plain casts; one that
+ * announces scales (ComfyUI's mark `scaled_fp8`) must have them. */
+static bool sc__read_scale(const sc_file *f, const sc__entry *weight, const sc__alias *alias,
+                           sc__source *s) {
+    static const char *const forms[] = {"weight_scale", "scale_weight"};
+    char name[512];
+    sc__entry *found = NULL, *mark = NULL;
+    size_t stem = strlen(weight->name);
+    stem -= stem > 6 ? 6 : 0;   /* "weight" */
+    for (int i = 0; i < 2 && !found; i++) {
+        snprintf(name, sizeof name, "%.*s%s", (int)stem, weight->name, forms[i]);
+        found = sc__find_entry(f, name);
+    }
+    for (int i = 0; !mark && sc__weight_prefixes[i]; i++) {
+        snprintf(name, sizeof name, "%sscaled_fp8", sc__weight_prefixes[i]);
+        if ((mark = sc__find_entry(f, name))) mark->used = true;
+    }
+    if (!found) return !mark || sc__fail("%s: '%s' is an 8-bit weight without its '.scale_weight'; "
+                                         "the file says that it has them", f->path, weight->name);
+    found->used = true;
+    int64_t n = sc_count(&found->tensor);
+    if ((n != 1 && n != weight->tensor.shape[0]) || found->tensor.dtype > SC_F64)
+        return sc__fail("%s: '%s' must be one number, or one a row", f->path, found->name);
+    s->scales = found->tensor;
+    return n == 1 || sc__take_rows(&s->scales, alias);
+}
+
+/* The scales of a source's rows, [rows]. */
+static float *sc__row_scales(const sc__source *s, const char *name) {
+    int64_t rows = s->x.shape[0], n = sc_count(&s->scales);
+    float *scales = (float *)sc__alloc((size_t)rows, sizeof *scales);
+    if (!scales) return NULL;
+    sc_to_f32(scales, s->scales.data, s->scales.dtype, n);
+    for (int64_t i = n; i < rows; i++) scales[i] = scales[0];
+    bool ok = true;
+    for (int64_t i = 0; i < rows; i++) ok = ok && isfinite(scales[i]) && scales[i] > 0;
+    if (ok) return scales;
+    SC_FREE(scales);
+    return sc__fail("the scale of '%s' is not a positive number", name), NULL;
+}
+
+/* Finds the weight `name` of the shape that `want` has. */
+static bool sc__find_weight(const sc_net *net, const char *name, const sc_tensor *want,
+                            sc__source *s) {
+    char expected[96], actual[96];
+    const char *path = sc_file_path(net->file);
+    const sc__alias *alias;
+    sc__entry *e = sc__find_as(net->file, sc__weight_prefixes, name, "", net->levels, &alias);
+    if (!e) return sc__fail("%s: tensor '%s' is missing", path, name);
+    e->used = true;
+    *s = (sc__source){.x = e->tensor, .swapped = alias->swapped};
+    if (e->tensor.dtype > SC_F64)
+        return sc__fail("%s: tensor '%s' has type %s; weights must be floating point", path,
+                        e->name, sc_dtype_name(e->tensor.dtype));
+    if (!sc__take_rows(&s->x, alias) || !sc__same_shape(&s->x, want))
+        return sc__fail("%s: tensor '%s' has shape %s; '%s' must be %s here", path, e->name,
+                        sc__shape_text(&e->tensor, actual), name, sc__shape_text(want, expected));
+    return e->tensor.dtype != SC_F8_E4M3 || sc__read_scale(net->file, e, alias, s);
+}
+
+/* The f32 values of a source, scaled, in their order. */
+static bool sc__source_values(const sc__source *s, const char *name, float *values) {
+    int64_t n = sc_count(&s->x), rows = s->x.shape[0];
+    float *scales = s->scales.data ? sc__row_scales(s, name) : NULL;
+    if (s->scales.data && !scales) return false;
+    sc_to_f32(values, s->x.data, s->x.dtype, n);
+    for (int64_t i = 0; scales && i < n; i++) values[i] *= scales[i / (n / rows)];
+    if (s->swapped) sc__swap_halves(values, (size_t)n * sizeof *values);
+    SC_FREE(scales);
+    for (int64_t i = 0; i < n; i++)
+        if (!isfinite(values[i])) return sc__fail("'%s' holds a value that is %g", name, values[i]);
+    return true;
+}
+
+/* Fills `x` with the f32 values of a source, or, where that is NULL, with random ones. */
+static bool sc__fill_weight(sc_net *net, const char *name, sc_tensor *x, const sc__source *s) {
     int64_t n = sc_count(x);
     float *host = (float *)sc__alloc((size_t)n, sizeof *host);
     if (!host) return false;
-    if (found) sc_to_f32(host, found->data, found->dtype, n);
-    else sc__random_weight(net, name, host, x);
+    bool ok = !s || sc__source_values(s, name, host);
+    if (!s) sc__random_weight(net, name, host, x);
     x->dtype = SC_F32;
-    x->data = net->backend->alloc((size_t)n * 4);
+    x->data = ok ? net->backend->alloc((size_t)n * 4) : NULL;
     if (x->data) net->backend->upload(x->data, host, (size_t)n * 4);
     SC_FREE(host);
     return x->data != NULL;
 }
 
-static bool sc__check_weight(const sc_net *net, const char *name, const sc_tensor *want, const sc_tensor *found) {
-    char expected[96], actual[96];
-    const char *path = sc_file_path(net->file);
-    if (!found) return sc__fail("%s: tensor '%s' is missing", path, name);
-    if (found->dtype > SC_F64) return sc__fail("%s: tensor '%s' has type %s; weights must be floating point", path, name, sc_dtype_name(found->dtype));
-    bool same = found->ndim == want->ndim;
-    for (int i = 0; same && i < want->ndim; i++) same = found->shape[i] == want->shape[i];
-    if (same) return true;
-    return sc__fail("%s: tensor '%s' has shape %s; config.json asks for %s", path, name,
-                    sc__shape_text(found, actual), sc__shape_text(want, expected));
-}
-
-sc_tensor *sc_net_weight(sc_net *net, const char *name, int ndim, const int64_t *shape) {
-    sc_tensor x = {.ndim = ndim, .dtype = SC_F32};
-    for (int i = 0; i < ndim; i++) x.shape[i] = shape[i];
-    const sc_tensor *found = net->file ? sc_file_find(net->file, name) : NULL;
-    if (net->file && !sc__check_weight(net, name, &x, found)) return NULL;
-    bool as_on_disk = found && ndim > 1 && !net->widen && found->dtype != SC_F64;
-    bool waits = as_on_disk && (!net->backend->on_host || (net->fp8 && ndim == 2));
-    if (as_on_disk) {
-        x.dtype = found->dtype;
-        x.data = waits ? NULL : found->data;
-    } else if (!sc__fill_weight(net, name, &x, found)) return NULL;
+/* Adds a weight to the net's list; NULL with the error set. */
+static sc_tensor *sc__keep_weight(sc_net *net, const char *name, sc_weight weight) {
     if ((net->count & (net->count - 1)) == 0) { /* at powers of two: double the list */
         size_t capacity = net->count ? 2 * (size_t)net->count : 1;
         void *list = SC_REALLOC(net->weights, capacity * sizeof *net->weights);
@@ -3225,25 +3491,188 @@ sc_tensor *sc_net_weight(sc_net *net, const char *name, int ndim, const int64_t 
         if (!list) return NULL;
     }
     sc_weight *w = (sc_weight *)sc__alloc(1, sizeof *w);
-    char *copy = sc__strdup(name);
-    if (!w || !copy) {
+    weight.name = sc__strdup(name);
+    if (!w || !weight.name) {
         SC_FREE(w);
-        SC_FREE(copy);
+        SC_FREE(weight.name);
         return NULL;
     }
-    *w = (sc_weight){.name = copy, .tensor = x, .owned = !as_on_disk, .waiting = waits ? found : NULL};
+    *w = weight;
     net->weights[net->count++] = w;
     return &w->tensor;
 }
 
-bool sc_net_linear(sc_net *net, sc_linear_layer *layer, const char *name, int64_t out, int64_t in, bool bias) {
+/* Puts an 8-bit source's scales beside the weight that keeps its bits. */
+static bool sc__keep_scales(const sc_net *net, const sc__source *s, const char *name, sc_tensor *x) {
+    size_t bytes = (size_t)x->shape[0] * sizeof(float);
+    float *scales = sc__row_scales(s, name);
+    x->scale = scales ? (float *)net->backend->alloc(bytes) : NULL;
+    if (x->scale) net->backend->upload(x->scale, scales, bytes);
+    SC_FREE(scales);
+    return x->scale != NULL;
+}
+
+/* product: only products read the weight, so it may stay in 8 bits with scales beside it. */
+static sc_tensor *sc__net_weight(sc_net *net, const char *name, int ndim, const int64_t *shape,
+                                 bool product) {
+    sc_weight w = {.tensor = {.ndim = ndim, .dtype = SC_F32}};
+    sc_tensor *x = &w.tensor;
+    sc__source s = {0};
+    for (int i = 0; i < ndim; i++) x->shape[i] = shape[i];
+    bool found = net->file && sc__find_weight(net, name, x, &s);
+    w.source = s.x;
+    w.missing = net->file && !found;
+    if (!net->backend) return sc__keep_weight(net, name, w);
+    if (w.missing) return NULL;
+    bool as_on_disk = found && ndim > 1 && !net->widen && s.x.dtype != SC_F64 && !s.swapped &&
+                      (product || !s.scales.data);
+    if (as_on_disk) {
+        bool narrowed = net->fp8 && ndim == 2 && sc_dtype_size(s.x.dtype) > 1;
+        w.waiting = !net->backend->on_host || narrowed;
+        x->dtype = s.x.dtype;
+        x->data = w.waiting ? NULL : s.x.data;
+        if (s.scales.data && !sc__keep_scales(net, &s, name, x)) return NULL;
+    } else {
+        w.owned = true;
+        if (!sc__fill_weight(net, name, x, found ? &s : NULL)) return NULL;
+    }
+    return sc__keep_weight(net, name, w);
+}
+
+sc_tensor *sc_net_weight(sc_net *net, const char *name, int ndim, const int64_t *shape) {
+    return sc__net_weight(net, name, ndim, shape, false);
+}
+
+bool sc_net_linear(sc_net *net, sc_linear_layer *layer, const char *name, int64_t out, int64_t in,
+                   bool bias) {
     char full[256];
     snprintf(full, sizeof full, "%s.weight", name);
-    layer->weight = sc_net_weight(net, full, 2, (const int64_t[]){out, in});
+    layer->weight = sc__net_weight(net, full, 2, (const int64_t[]){out, in}, true);
     if (!layer->weight) return false;
     snprintf(full, sizeof full, "%s.bias", name);
     layer->bias = bias ? sc_net_weight(net, full, 1, &out) : NULL;
     return !bias || layer->bias;
+}
+
+/* ---- The parts of a pipeline, wherever they are ---- */
+
+typedef enum { SC__TRANSFORMER, SC__VAE, SC__CLIP, SC__T5, SC__PARTS } sc__part_kind;
+
+/* Their folders in diffusers' layout, a weight that no other part has, and a single file's name. */
+static const struct { const char *folder, *probe, *file; } sc__parts[SC__PARTS] = {
+    {"transformer", "x_embedder.weight", "flux1-dev.safetensors"},
+    {"vae", "decoder.conv_in.weight", "ae.safetensors"},
+    {"text_encoder", "text_model.embeddings.token_embedding.weight", "clip_l.safetensors"},
+    {"text_encoder_2", "encoder.block.0.layer.0.SelfAttention.q.weight", "t5xxl_fp16.safetensors"}};
+
+/* The folder that a model is, or that its single file is in. */
+static char *sc__model_folder(const char *model) {
+    struct stat s;
+    char *folder = sc__strdup(model), *slash = folder ? strrchr(folder, '/') : NULL;
+    if (!folder || stat(model, &s) || S_ISDIR(s.st_mode)) return folder;
+    if (slash) *slash = 0;
+    else snprintf(folder, strlen(folder) + 1, ".");
+    return folder;
+}
+
+/* Whether the safetensors file at `path` has this part; no matter if it cannot be read. */
+static bool sc__file_has(const char *path, sc__part_kind part) {
+    struct stat s;
+    const sc__alias *alias;
+    if (stat(path, &s) || !S_ISREG(s.st_mode)) return false;
+    sc_file *file = sc_file_open(path);
+    const char *probe = sc__parts[part].probe;
+    bool has = file && sc__find_as(file, sc__weight_prefixes, probe, "", 1, &alias);
+    sc_file_close(file);
+    return has;
+}
+
+/* The only file in `folder` that has this part. */
+static char *sc__part_file(const char *folder, sc__part_kind part) {
+    char *found = NULL;
+    bool several = false;
+    DIR *list = opendir(folder);
+    if (!list) return sc__fail("%s: %s", folder, strerror(errno)), NULL;
+    for (struct dirent *entry; !several && (entry = readdir(list));) {
+        char *path = sc__matches(entry->d_name, "*.safetensors") ? sc__join(folder, entry->d_name) : NULL;
+        bool has = path && sc__file_has(path, part);
+        several = has && found;
+        if (several)
+            sc__fail("%s and %s both hold a %s: leave one of them in this folder", found, path,
+                     sc__parts[part].folder);
+        if (has && !found) found = path;
+        else SC_FREE(path);
+    }
+    closedir(list);
+    if (!found)
+        sc__fail("%s: no %s here: neither a folder of that name with weights nor a file such as %s",
+                 folder, sc__parts[part].folder, sc__parts[part].file);
+    if (found && !several) return found;
+    SC_FREE(found);
+    return NULL;
+}
+
+/* Where a part of a model is: its folder in diffusers' layout; the model itself, where that is a
+ * file that has the part; or a file in the folder. NULL with an error that says what to put there. */
+static char *sc__part_path(const char *model, sc__part_kind part) {
+    if (!sc__exists(model)) return sc__fail("%s: No such file or directory", model), NULL;
+    if (sc__file_has(model, part)) return sc__strdup(model);
+    char *base = sc__model_folder(model);
+    char *folder = base ? sc__join(base, sc__parts[part].folder) : NULL;
+    char *weights = folder && sc__exists(folder) ? sc__weights_in(folder) : NULL;
+    char *found = weights ? sc__strdup(folder) : folder ? sc__part_file(base, part) : NULL;
+    SC_FREE(weights);
+    SC_FREE(folder);
+    SC_FREE(base);
+    return found;
+}
+
+/* ---- What a file without config.json says by its shapes ---- */
+
+/* Side `dim` of a weight in the net's file; `fallback` where there is none. */
+static int sc__side(const sc_net *net, const char *name, int dim, int fallback) {
+    const sc__alias *alias;
+    sc__entry *e = net->file ? sc__find_as(net->file, sc__weight_prefixes, name, "", net->levels,
+                                           &alias) : NULL;
+    sc_tensor x = e ? e->tensor : (sc_tensor){0};
+    if (!e || dim >= x.ndim || !sc__take_rows(&x, alias) || x.shape[dim] > 1 << 24) return fallback;
+    return (int)x.shape[dim];
+}
+
+/* How many weights "before%dafter" there are, counted from 0. */
+static int sc__count_layers(const sc_net *net, const char *format, int fallback) {
+    char name[SC_MAX_NAME];
+    for (int n = 0;; n++) {
+        const char *at = strstr(format, "%d");
+        snprintf(name, sizeof name, "%.*s%d%s", (int)(at - format), format, n, at + 2);
+        if (!sc__side(net, name, 0, 0)) return n ? n : fallback;
+    }
+}
+
+/* The config.json beside a part's weights, parsed, its text and its name; json is NULL where there
+ * is none. False if it cannot be read. */
+static bool sc__read_config(const char *path, sc_json **json, char **name, char **text) {
+    struct stat s;
+    size_t length;
+    bool folder = stat(path, &s) == 0 && S_ISDIR(s.st_mode);
+    *name = folder ? sc__join(path, "config.json") : sc__strdup(path);
+    *json = NULL;
+    *text = NULL;
+    if (!*name || !folder || !sc__exists(*name)) return *name != NULL;
+    *text = sc__read_file(*name, &length);
+    *json = *text ? sc_json_parse(*text, length, *name) : NULL;
+    return *json != NULL;
+}
+
+/* An integer >= 1 from a config; false with the error set. */
+static bool sc__config_int(const sc_json *config, const char *path, const char *key, int fallback,
+                           int *value) {
+    double number = sc_json_number(sc_json_get(config, key), fallback);
+    *value = fallback;
+    if (!(number >= 1 && number <= 1 << 24 && number == floor(number)))
+        return sc__fail("%s: '%s' must be a whole number from 1 up", path, key);
+    *value = (int)number;
+    return true;
 }
 
 /* ==== FLUX transformer ========================================================================
@@ -3309,8 +3738,8 @@ bool sc_flux_fp8(sc_flux *f) {
     f->net->fp8 = true;
     for (int64_t i = 0; i < f->net->count; i++) {
         sc_weight *w = f->net->weights[i];
-        if (w->owned || w->tensor.ndim != 2) continue;
-        w->waiting = sc_file_find(f->net->file, w->name);
+        if (w->owned || w->tensor.ndim != 2 || sc_dtype_size(w->source.dtype) == 1) continue;
+        w->waiting = true;
         w->tensor.data = NULL;
     }
     return true;
@@ -3324,40 +3753,61 @@ int64_t sc_flux_parameters(const sc_flux *flux) {
 
 /* ---- Opening ---- */
 
-/* An integer >= 1 from a config; false with the error set. */
-static bool sc__config_int(const sc_json *config, const char *path, const char *key, int fallback, int *value) {
-    double number = sc_json_number(sc_json_get(config, key), fallback);
-    *value = fallback;
-    if (!(number >= 1 && number <= 1 << 24 && number == floor(number)))
-        return sc__fail("%s: '%s' must be a whole number from 1 up", path, key);
-    *value = (int)number;
-    return true;
-}
-
-static bool sc__flux_read_config(sc_flux_config *c, const sc_json *json, const char *path) {
+/* The numbers come from config.json, what it lacks is as in FLUX.1-dev; where there is none they are
+ * read off the shapes of the weights, with FLUX.1's proportions of RoPE axes: 1/8, 7/16, 7/16. */
+static bool sc__flux_read_config(sc_flux_config *c, const sc_net *net, const sc_json *json,
+                                 const char *path) {
     const sc_json *axes = sc_json_get(json, "axes_dims_rope");
     const char *class_name = sc_json_string(sc_json_get(json, "_class_name"), "FluxTransformer2DModel");
     if (strcmp(class_name, "FluxTransformer2DModel"))
-        return sc__fail("%s: this is a %s; only FLUX.1 (FluxTransformer2DModel) is supported", path, class_name);
-    if (!sc__config_int(json, path, "in_channels", 64, &c->in_channels) ||
-        !sc__config_int(json, path, "out_channels", c->in_channels, &c->out_channels) ||
-        !sc__config_int(json, path, "num_layers", 19, &c->layers) ||
-        !sc__config_int(json, path, "num_single_layers", 38, &c->single_layers) ||
-        !sc__config_int(json, path, "num_attention_heads", 24, &c->heads) ||
-        !sc__config_int(json, path, "attention_head_dim", 128, &c->head_size) ||
-        !sc__config_int(json, path, "joint_attention_dim", 4096, &c->text_channels) ||
-        !sc__config_int(json, path, "pooled_projection_dim", 768, &c->pooled_channels)) return false;
+        return sc__fail("%s: this is a %s; only FLUX.1 (FluxTransformer2DModel) is supported", path,
+                        class_name);
+    int in = sc__side(net, "x_embedder.weight", 1, 64), out = sc__side(net, "proj_out.weight", 0, in);
+    int width = sc__side(net, "x_embedder.weight", 0, 3072);
+    int layers = sc__count_layers(net, "transformer_blocks.%d.attn.to_q.weight", 19);
+    int singles = sc__count_layers(net, "single_transformer_blocks.%d.attn.to_q.weight", 38);
+    int size = sc__side(net, "transformer_blocks.0.attn.norm_q.weight", 0, 128);
+    int text = sc__side(net, "context_embedder.weight", 1, 4096);
+    int pooled = sc__side(net, "time_text_embed.text_embedder.linear_1.weight", 1, 768);
+    if (!sc__config_int(json, path, "in_channels", in, &c->in_channels) ||
+        !sc__config_int(json, path, "out_channels", json ? c->in_channels : out, &c->out_channels) ||
+        !sc__config_int(json, path, "num_layers", layers, &c->layers) ||
+        !sc__config_int(json, path, "num_single_layers", singles, &c->single_layers) ||
+        !sc__config_int(json, path, "attention_head_dim", size, &c->head_size) ||
+        !sc__config_int(json, path, "num_attention_heads", width / c->head_size, &c->heads) ||
+        !sc__config_int(json, path, "joint_attention_dim", text, &c->text_channels) ||
+        !sc__config_int(json, path, "pooled_projection_dim", pooled, &c->pooled_channels)) return false;
     int sum = 0;
     for (int i = 0; i < 3; i++) {
-        c->rope_axes[i] = (int)sc_json_number(sc_json_at(axes, i), (int[]){16, 56, 56}[i]);
-        if (c->rope_axes[i] < 2 || c->rope_axes[i] > 256 || c->rope_axes[i] % 2) return sc__fail("%s: axes_dims_rope must be even numbers up to 256", path);
+        int usual = i ? c->head_size * 7 / 16 : c->head_size / 8;
+        c->rope_axes[i] = (int)sc_json_number(sc_json_at(axes, i), usual);
+        if (c->rope_axes[i] < 2 || c->rope_axes[i] > 256 || c->rope_axes[i] % 2)
+            return sc__fail("%s: axes_dims_rope must be even numbers up to 256", path);
         sum += c->rope_axes[i];
     }
     if (sum != c->head_size || sum > 256)
-        return sc__fail("%s: axes_dims_rope sum to %d; attention_head_dim is %d (at most 256)", path, sum, c->head_size);
-    if ((int64_t)c->heads * c->head_size > 1 << 20) return sc__fail("%s: %d heads of %d is too wide", path, c->heads, c->head_size);
-    c->guidance = sc_json_bool(sc_json_get(json, "guidance_embeds"), false);
+        return sc__fail("%s: axes_dims_rope sum to %d; attention_head_dim is %d (at most 256)", path,
+                        sum, c->head_size);
+    if ((int64_t)c->heads * c->head_size > 1 << 20)
+        return sc__fail("%s: %d heads of %d is too wide", path, c->heads, c->head_size);
+    int guided = sc__side(net, "time_text_embed.guidance_embedder.linear_1.weight", 0, 0);
+    c->guidance = sc_json_bool(sc_json_get(json, "guidance_embeds"), !json && guided);
     return true;
+}
+
+/* config.json for a model that was read without one. */
+static char *sc__flux_config_text(const sc_flux_config *c) {
+    char text[1024];
+    snprintf(text, sizeof text,
+             "{\n  \"_class_name\": \"FluxTransformer2DModel\",\n  \"attention_head_dim\": %d,\n"
+             "  \"axes_dims_rope\": [%d, %d, %d],\n  \"guidance_embeds\": %s,\n"
+             "  \"in_channels\": %d,\n  \"joint_attention_dim\": %d,\n"
+             "  \"num_attention_heads\": %d,\n  \"num_layers\": %d,\n  \"num_single_layers\": %d,\n"
+             "  \"out_channels\": %d,\n  \"patch_size\": 1,\n  \"pooled_projection_dim\": %d\n}\n",
+             c->head_size, c->rope_axes[0], c->rope_axes[1], c->rope_axes[2],
+             c->guidance ? "true" : "false", c->in_channels, c->text_channels, c->heads, c->layers,
+             c->single_layers, c->out_channels, c->pooled_channels);
+    return sc__strdup(text);
 }
 
 static bool sc__flux_linear(sc_flux *f, sc_linear_layer *layer, const char *prefix, const char *name, int64_t out, int64_t in) {
@@ -3443,27 +3893,29 @@ static void sc__flux_zero(sc_flux *f) {
     }
 }
 
-sc_flux *sc_flux_open(const sc_backend *backend, const char *folder, bool widen, bool random, uint64_t seed) {
-    char *path = sc__join(folder, "config.json");
+sc_flux *sc_flux_open(const sc_backend *backend, const char *path, bool widen, bool random,
+                      uint64_t seed) {
+    char *name = NULL;
+    sc_json *json = NULL;
     sc_flux *f = (sc_flux *)sc__alloc(1, sizeof *f);
-    size_t length;
-    if (path && f) f->config_text = sc__read_file(path, &length);
-    sc_json *json = f && f->config_text ? sc_json_parse(f->config_text, length, path) : NULL;
-    bool ok = json && sc__flux_read_config(&f->config, json, path);
+    if (!f) return NULL;
+    bool ok = sc__read_config(path, &json, &name, &f->config_text);
+    if (ok && random && !json) ok = sc__fail("%s: No such file", name);
+    ok = ok && (!json || sc__flux_read_config(&f->config, &(sc_net){0}, json, name)) &&
+         (f->net = sc_net_open(backend, random ? NULL : path, widen || random)) &&
+         (json || sc__flux_read_config(&f->config, f->net, json, name));
     sc_json_free(json);
-    SC_FREE(path);
+    SC_FREE(name);
+    if (ok && !f->config_text) ok = (f->config_text = sc__flux_config_text(&f->config)) != NULL;
     if (ok) {
-        f->double_blocks = (sc__double_block *)sc__alloc((size_t)f->config.layers, sizeof *f->double_blocks);
-        f->single_blocks = (sc__single_block *)sc__alloc((size_t)f->config.single_layers, sizeof *f->single_blocks);
-        f->modules = (sc__module *)sc__alloc((size_t)(10 + 14 * f->config.layers + 6 * f->config.single_layers), sizeof *f->modules);
-        f->net = sc_net_open(backend, random ? NULL : folder, widen || random);
-        ok = f->double_blocks && f->single_blocks && f->modules && f->net;
-    }
-    if (ok) {
+        size_t doubles = (size_t)f->config.layers, singles = (size_t)f->config.single_layers;
+        f->double_blocks = (sc__double_block *)sc__alloc(doubles, sizeof *f->double_blocks);
+        f->single_blocks = (sc__single_block *)sc__alloc(singles, sizeof *f->single_blocks);
+        f->modules = (sc__module *)sc__alloc(10 + 14 * doubles + 6 * singles, sizeof *f->modules);
         f->net->rng.state = seed;
-        ok = sc__flux_weights(f);
+        ok = f->double_blocks && f->single_blocks && f->modules && sc__flux_weights(f);
     }
-    if (ok && random) sc__flux_zero(f);
+    if (ok && random && backend) sc__flux_zero(f);
     if (ok) return f;
     sc_flux_close(f);
     return NULL;
@@ -3472,6 +3924,7 @@ sc_flux *sc_flux_open(const sc_backend *backend, const char *folder, bool widen,
 void sc_flux_close(sc_flux *f) {
     if (!f) return;
     if (f->rope.data) f->net->backend->release(f->rope.data);
+    if (f->net && f->net->backend) sc_lora_unload(f);
     sc_net_close(f->net);
     SC_FREE(f->config_text);
     SC_FREE(f->double_blocks);
@@ -3480,26 +3933,58 @@ void sc_flux_close(sc_flux *f) {
     SC_FREE(f);
 }
 
-bool sc_flux_save(const sc_flux *f, const char *folder, sc_dtype dtype, const char *const *metadata) {
-    sc_net *net = f->net;
-    char *config = sc__join(folder, "config.json"), *weights = sc__join(folder, "diffusion_pytorch_model.safetensors");
-    sc_named *named = (sc_named *)sc__alloc((size_t)net->count, sizeof *named);
-    sc_tensor *host = (sc_tensor *)sc__alloc((size_t)net->count, sizeof *host);
-    bool ok = config && weights && named && host;
-    if (ok && mkdir(folder, 0777) && errno != EEXIST) ok = sc__fail("%s: %s", folder, strerror(errno));
-    for (int64_t i = 0; ok && i < net->count; i++) {
-        const sc_tensor *x = &net->weights[i]->tensor;
-        size_t bytes = (size_t)(sc_count(x) * sc_dtype_size(x->dtype));
-        host[i] = *x;
-        if (x->scale) ok = sc__fail("fp8 weights cannot be saved");
-        ok = ok && (host[i].data = sc__alloc(bytes, 1)) != NULL;
-        ok = ok && net->backend->download(host[i].data, x->data, bytes);
-        named[i] = (sc_named){net->weights[i]->name, &host[i], x->dtype == SC_F32 ? dtype : x->dtype};
+/* Downloads a weight as f32, with its scale and with the loaded LoRAs: W + sum scale B A. */
+static bool sc__merged_values(const sc_flux *f, const sc_tensor *w, float *values) {
+    const sc_backend *be = f->net->backend;
+    const sc_linear_layer *layer = NULL;
+    int64_t n = sc_count(w);
+    for (int i = 0; i < f->module_count; i++)
+        if (f->modules[i].layer->weight == w) layer = f->modules[i].layer;
+    void *raw = sc__alloc((size_t)n, (size_t)sc_dtype_size(w->dtype));
+    bool ok = raw && be->download(raw, w->data, (size_t)(n * sc_dtype_size(w->dtype)));
+    if (ok) sc_to_f32(values, raw, w->dtype, n);
+    SC_FREE(raw);
+    float *scales = ok && w->scale ? (float *)sc__alloc((size_t)w->shape[0], sizeof *scales) : NULL;
+    if (w->scale) ok = scales && be->download(scales, w->scale, (size_t)w->shape[0] * 4);
+    for (int64_t i = 0; ok && scales && i < n; i++) values[i] *= scales[i / w->shape[1]];
+    SC_FREE(scales);
+    for (const sc_adapter *l = layer ? layer->adapters : NULL; ok && l; l = l->next) {
+        const sc_tensor *a = l->a[SC_TEACHER], *b = l->b[SC_TEACHER];
+        if (!l->loaded) continue;
+        float *host = (float *)sc__alloc((size_t)(sc_count(a) + sc_count(b)), sizeof *host);
+        ok = host && be->download(host, a->data, (size_t)sc_count(a) * 4) &&
+             be->download(host + sc_count(a), b->data, (size_t)sc_count(b) * 4);
+        if (ok)
+            sc__cpu_gemm(w->shape[0], w->shape[1], l->rank, l->scale,
+                         sc__matrix(host + sc_count(a), SC_F32, l->rank, false),
+                         sc__matrix(host, SC_F32, w->shape[1], false), 1,
+                         sc__matrix(values, SC_F32, w->shape[1], false), NULL);
+        SC_FREE(host);
     }
-    ok = ok && sc_file_save(weights, named, net->count, metadata) &&
+    return ok;
+}
+
+/* One weight at a time: the host never holds more. */
+static bool sc__flux_fill(const void *user, const sc_named *x, sc_tensor *host) {
+    *host = *x->tensor;
+    host->dtype = SC_F32;
+    host->data = sc__alloc((size_t)sc_count(host), sizeof(float));
+    return host->data && sc__merged_values((const sc_flux *)user, x->tensor, (float *)host->data);
+}
+
+bool sc_flux_save(const sc_flux *f, const char *folder, sc_dtype dtype,
+                  const char *const *metadata) {
+    sc_net *net = f->net;
+    char *config = sc__join(folder, "config.json");
+    char *weights = sc__join(folder, "diffusion_pytorch_model.safetensors");
+    sc_named *named = (sc_named *)sc__alloc((size_t)net->count, sizeof *named);
+    bool ok = config && weights && named && sc_net_load(net);
+    if (ok && mkdir(folder, 0777) && errno != EEXIST)
+        ok = sc__fail("%s: %s", folder, strerror(errno));
+    for (int64_t i = 0; ok && i < net->count; i++)
+        named[i] = (sc_named){net->weights[i]->name, &net->weights[i]->tensor, dtype};
+    ok = ok && sc__save(weights, named, net->count, metadata, sc__flux_fill, f) &&
          sc__write_file(config, f->config_text, strlen(f->config_text));
-    for (int64_t i = 0; host && i < net->count; i++) SC_FREE(host[i].data);
-    SC_FREE(host);
     SC_FREE(named);
     SC_FREE(weights);
     SC_FREE(config);
@@ -3806,54 +4291,125 @@ bool sc_lora_save(const sc_params *p, sc_set set, const char *path, const char *
     return ok;
 }
 
-/* The module that a tensor name such as "transformer.x_embedder.lora_A.weight" is about, or NULL. */
-static sc__module *sc__lora_module(sc_flux *f, const char *name, const char *suffix) {
-    static const char *const prefixes[] = {"transformer.", "base_model.model.", ""};
-    size_t length = strlen(name), tail = strlen(suffix);
-    if (length <= tail || strcmp(name + length - tail, suffix)) return NULL;
-    for (int p = 0; p < 3; p++) {
-        size_t skip = strlen(prefixes[p]);
-        if (strncmp(name, prefixes[p], skip)) continue;
-        for (int i = 0; i < f->module_count; i++)
-            if (strlen(f->modules[i].name) == length - tail - skip &&
-                !strncmp(f->modules[i].name, name + skip, length - tail - skip)) return &f->modules[i];
-    }
-    return NULL;
+/* What stands before a module's name in LoRA files, and behind it for A and B: PEFT and diffusers,
+ * BFL and ComfyUI, kohya, OneTrainer; diffusers of before PEFT. */
+static const char *const sc__lora_prefixes[] = {"transformer.", "", "base_model.model.",
+    "base_model.model.transformer.", "diffusion_model.", "model.diffusion_model.", "lora_unet_",
+    "lora_transformer_", NULL};
+static const char *const sc__lora_ends[][2] = {
+    {".lora_A.weight", ".lora_B.weight"}, {".lora_down.weight", ".lora_up.weight"},
+    {".lora.down.weight", ".lora.up.weight"}, {".lora_A.default.weight", ".lora_B.default.weight"}};
+enum { SC__LORA_ENDS = (int)(sizeof sc__lora_ends / sizeof *sc__lora_ends) };
+
+/* `name` without `end`; 0 if it does not end so. */
+static size_t sc__stem(const char *name, const char *end) {
+    size_t n = strlen(name), m = strlen(end);
+    return n > m && !strcmp(name + n - m, end) ? n - m : 0;
 }
 
-/* The B and the scale (alpha / rank; 1 without alpha) that belong to the A called `name`. */
-static bool sc__lora_pair(const sc_file *file, const char *name, const sc_tensor *a, const sc_linear_layer *layer,
-                          const sc_tensor **b, float *scale) {
-    char other[SC_MAX_NAME + 64];
-    int stem = (int)(strlen(name) - strlen(".lora_A.weight"));
-    snprintf(other, sizeof other, "%.*s.lora_B.weight", stem, name);
-    *b = sc_file_find(file, other);
-    if (!*b) return sc__fail("%s: '%s' has no partner '%s'", sc_file_path(file), name, other);
-    const sc_tensor *w = layer->weight, *parts[2] = {a, *b};
-    for (int i = 0; i < 2; i++)
-        if (parts[i]->ndim != 2 || parts[i]->shape[i] != a->shape[0] || parts[i]->shape[1 - i] != w->shape[1 - i] ||
-            parts[i]->dtype > SC_F64)
-            return sc__fail("%s: '%.*s' does not fit a layer of %lld x %lld: is this LoRA for another model?",
-                            sc_file_path(file), stem, name, (long long)w->shape[0], (long long)w->shape[1]);
-    snprintf(other, sizeof other, "%.*s.alpha", stem, name);
-    const sc_tensor *alpha = sc_file_find(file, other);
-    *scale = 1;
-    if (alpha && sc_count(alpha) == 1) sc_to_f32(scale, alpha->data, alpha->dtype, 1), *scale /= (float)a->shape[0];
-    return true;
+typedef struct sc__factors {    /* of one LoRA on one layer; a NULL: it has none */
+    int64_t rank;
+    float *a, *b;               /* [rank, in], [out, rank]; b has the file's own scale in it */
+} sc__factors;
+
+/* alpha / rank. alpha is a tensor (kohya), or in the metadata (diffusers); without one it is the
+ * rank. */
+static bool sc__lora_own_scale(const sc_file *file, const char *stem, int length, int64_t rank,
+                               float *scale) {
+    char name[512];
+    float alpha = (float)rank;
+    snprintf(name, sizeof name, "%.*s.alpha", length, stem);
+    sc__entry *e = sc__find_entry(file, name);
+    const char *text = sc_file_metadata(file, "lora_adapter_metadata");
+    sc_json *json = text ? sc_json_parse(text, strlen(text), file->path) : NULL;
+    const sc_json *value = sc_json_get(json, "transformer.lora_alpha");
+    if (!value) value = sc_json_get(json, "lora_alpha");
+    alpha = (float)sc_json_number(value, alpha);
+    if (e) e->used = true;
+    if (e && sc_count(&e->tensor) == 1) sc_to_f32(&alpha, e->tensor.data, e->tensor.dtype, 1);
+    sc_json_free(json);
+    *scale = alpha / (float)rank;
+    return isfinite(alpha) || sc__fail("%s: '%s' is %g", file->path, name, alpha);
 }
 
-static sc_tensor *sc__lora_factor(const sc_backend *be, const sc_tensor *x) {
-    sc_tensor *y = (sc_tensor *)sc__alloc(1, sizeof *y);
-    float *host = (float *)sc__alloc((size_t)sc_count(x), sizeof *host);
-    if (y && host) {
-        *y = (sc_tensor){.dtype = SC_F32, .ndim = 2, .shape = {x->shape[0], x->shape[1]}};
-        sc_to_f32(host, x->data, x->dtype, sc_count(x));
-        y->data = be->alloc((size_t)sc_count(x) * 4);
-        if (y->data) be->upload(y->data, host, (size_t)sc_count(x) * 4);
-    }
-    SC_FREE(host);
-    if (y && y->data) return y;
-    SC_FREE(y);
+/* The factors of `module`, whose weight is w [out, in], if the file has any. */
+static bool sc__lora_read(const sc_file *file, const char *module, const sc_tensor *w,
+                          sc__factors *x) {
+    const sc__alias *alias = NULL;
+    sc__entry *a = NULL, *b = NULL;
+    char name[512];
+    int end = 0, stem = 0;
+    *x = (sc__factors){0};
+    for (; end < SC__LORA_ENDS && !a; end += !a)
+        a = sc__find_as(file, sc__lora_prefixes, module, sc__lora_ends[end][0], 0, &alias);
+    if (!a) return true;
+    stem = (int)sc__stem(a->name, sc__lora_ends[end][0]);
+    snprintf(name, sizeof name, "%.*s%s", stem, a->name, sc__lora_ends[end][1]);
+    b = sc__find_entry(file, name);
+    if (!b) return sc__fail("%s: '%s' has no partner '%s'", file->path, a->name, name);
+    a->used = b->used = true;
+    x->rank = a->tensor.shape[0];
+    sc_tensor rows = b->tensor, want_a = {.ndim = 2, .shape = {x->rank, w->shape[1]}};
+    sc_tensor want_b = {.ndim = 2, .shape = {w->shape[0], x->rank}};
+    if (!sc__same_shape(&a->tensor, &want_a) || !sc__take_rows(&rows, alias) ||
+        !sc__same_shape(&rows, &want_b) || x->rank < 1 || a->tensor.dtype > SC_F64 ||
+        rows.dtype > SC_F64)
+        return sc__fail("%s: '%.*s' does not fit '%s', a layer of %lld x %lld: is this LoRA for "
+                        "another model?", file->path, stem, a->name, module,
+                        (long long)w->shape[0], (long long)w->shape[1]);
+    int64_t na = sc_count(&a->tensor), nb = sc_count(&rows);
+    float scale;
+    if (!sc__lora_own_scale(file, a->name, stem, x->rank, &scale)) return false;
+    x->a = (float *)sc__alloc((size_t)(na + nb), sizeof *x->a);
+    if (!x->a) return false;
+    x->b = x->a + na;
+    sc_to_f32(x->a, a->tensor.data, a->tensor.dtype, na);
+    sc_to_f32(x->b, rows.data, rows.dtype, nb);
+    if (alias->swapped) sc__swap_halves(x->b, (size_t)nb * sizeof *x->b);
+    bool finite = true;
+    for (int64_t i = 0; i < na + nb; i++) finite = finite && isfinite(x->a[i]);
+    for (int64_t i = 0; i < nb; i++) x->b[i] *= scale;
+    if (finite) return true;
+    SC_FREE(x->a);
+    return sc__fail("%s: '%.*s' holds NaN or infinity", file->path, stem, a->name);
+}
+
+/* Appends a name to the list of those that fit no layer. */
+static void sc__lora_missed(sc_lora_report *report, const char *name) {
+    size_t used = strlen(report->missed), room = sizeof report->missed - used;
+    bool full = used > 3 && !strcmp(report->missed + used - 3, "...");
+    if (!full && strlen(name) + 8 < room)
+        snprintf(report->missed + used, room, "%s%s", used ? " " : "", name);
+    else if (!full) snprintf(report->missed + used, room, " ...");
+}
+
+/* Counts the adapters in the file, and those that no layer took. In a file that fits, anything else
+ * that was left over counts too: it would have changed the picture. */
+static void sc__lora_count(const sc_file *file, sc_lora_report *report) {
+    for (int others = 0; others < 2 && (!others || report->applied); others++)
+        for (int64_t i = 0; i < file->count; i++) {
+            const sc__entry *e = &file->entries[i];
+            bool is_a = false, is_b = sc__stem(e->name, ".alpha") > 0;
+            for (int end = 0; end < SC__LORA_ENDS; end++) {
+                is_a = is_a || sc__stem(e->name, sc__lora_ends[end][0]);
+                is_b = is_b || sc__stem(e->name, sc__lora_ends[end][1]);
+            }
+            if (others ? is_a || is_b || e->used : !is_a) continue;
+            report->total++;
+            report->applied += e->used;
+            if (!e->used) sc__lora_missed(report, e->name);
+        }
+}
+
+static sc_tensor *sc__lora_factor(const sc_backend *be, const float *values, int64_t rows,
+                                  int64_t columns) {
+    sc_tensor *x = (sc_tensor *)sc__alloc(1, sizeof *x);
+    if (!x) return NULL;
+    *x = (sc_tensor){.dtype = SC_F32, .ndim = 2, .shape = {rows, columns}};
+    x->data = be->alloc((size_t)(rows * columns) * 4);
+    if (x->data) be->upload(x->data, values, (size_t)(rows * columns) * 4);
+    if (x->data) return x;
+    SC_FREE(x);
     return NULL;
 }
 
@@ -3876,18 +4432,15 @@ void sc_lora_unload(sc_flux *f) {
         }
 }
 
-static bool sc__lora_add(sc_flux *f, const sc_file *file, sc_linear_layer *layer, const char *name, const sc_tensor *a,
+static bool sc__lora_add(const sc_backend *be, sc_linear_layer *layer, const sc__factors *x,
                          float scale) {
-    const sc_tensor *b;
-    float own;
-    if (!sc__lora_pair(file, name, a, layer, &b, &own)) return false;
     sc_adapter *lora = (sc_adapter *)sc__alloc(1, sizeof *lora);
     if (!lora) return false;
-    *lora = (sc_adapter){.rank = (int)a->shape[0], .scale = scale * own, .loaded = true};
-    lora->a[SC_TEACHER] = sc__lora_factor(f->net->backend, a);
-    lora->b[SC_TEACHER] = sc__lora_factor(f->net->backend, b);
+    *lora = (sc_adapter){.rank = (int)x->rank, .scale = scale, .loaded = true};
+    lora->a[SC_TEACHER] = sc__lora_factor(be, x->a, x->rank, layer->weight->shape[1]);
+    lora->b[SC_TEACHER] = sc__lora_factor(be, x->b, layer->weight->shape[0], x->rank);
     if (!lora->a[SC_TEACHER] || !lora->b[SC_TEACHER]) {
-        sc__lora_free(f->net->backend, lora);
+        sc__lora_free(be, lora);
         return false;
     }
     lora->next = layer->adapters;
@@ -3899,19 +4452,102 @@ bool sc_lora_load(sc_flux *f, const char *path, float scale, sc_lora_report *rep
     *report = (sc_lora_report){0};
     sc_file *file = sc_file_open(path);
     bool ok = file != NULL;
-    for (int64_t i = 0; ok && i < sc_file_count(file); i++) {
-        const char *name = sc_file_name(file, i);
-        size_t length = strlen(name), used = strlen(report->missed);
-        if (length < 14 || strcmp(name + length - 14, ".lora_A.weight")) continue;
-        report->total++;
-        sc__module *module = sc__lora_module(f, name, ".lora_A.weight");
-        if (module) ok = sc__lora_add(f, file, module->layer, name, sc_file_tensor(file, i), scale), report->applied += ok;
-        else if (used + length + 6 < sizeof report->missed)
-            snprintf(report->missed + used, sizeof report->missed - used, "%s%s", used ? " " : "", name);
+    for (int i = 0; ok && i < f->module_count; i++) {
+        sc__factors x;
+        sc_linear_layer *layer = f->modules[i].layer;
+        ok = sc__lora_read(file, f->modules[i].name, layer->weight, &x);
+        if (!ok || !x.a) continue;
+        ok = sc__lora_add(f->net->backend, layer, &x, scale);
+        SC_FREE(x.a);
     }
+    if (ok) sc__lora_count(file, report);
     if (ok && !report->applied)
-        ok = sc__fail("%s: 0 of %d LoRA layers fit this model: is it a LoRA for another one?", path, report->total);
+        ok = sc__fail("%s: 0 of %d LoRA layers fit this model: is it a LoRA for another one?", path,
+                      report->total);
     sc_file_close(file);
+    return ok;
+}
+
+/* ---- Writing kohya's names ---- */
+
+/* One layer of BFL's, as kohya's file has it: the adapters of all its parts, one below the other in
+ * A, and B with each part's factors in its own rows and columns. */
+typedef struct sc__fused {
+    char name[512];
+    sc_tensor a, b;
+} sc__fused;
+
+/* The alias of a module in BFL's layout. */
+static const sc__alias *sc__bfl_alias(const char *module, char other[256]) {
+    for (int i = 0; i < SC__ALIASES; i++)
+        if (sc__translate(&sc__aliases[i], module, 0, other)) return &sc__aliases[i];
+    return NULL;
+}
+
+/* Modules [first, first + count) are the parts of one layer; out->a.data is NULL without LoRAs. */
+static bool sc__fuse(const sc_flux *f, int first, int count, bool swapped, sc__fused *out) {
+    const sc_backend *be = f->net->backend;
+    int64_t rank = 0, rows = 0, row = 0, r = 0, in = f->modules[first].layer->weight->shape[1];
+    for (int i = first; i < first + count; i++) {
+        rows += f->modules[i].layer->weight->shape[0];
+        for (const sc_adapter *l = f->modules[i].layer->adapters; l; l = l->next)
+            rank += l->loaded ? l->rank : 0;
+    }
+    out->a = (sc_tensor){.dtype = SC_F32, .ndim = 2, .shape = {rank, in}};
+    out->b = (sc_tensor){.dtype = SC_F32, .ndim = 2, .shape = {rows, rank}};
+    if (!rank) return true;
+    float *a = (float *)sc__alloc((size_t)(rank * in), sizeof *a), *b, *part;
+    out->a.data = a;
+    out->b.data = b = (float *)sc__alloc((size_t)(rows * rank), sizeof *b);
+    bool ok = a && b;
+    for (int i = first; i < first + count; i++) {
+        int64_t height = f->modules[i].layer->weight->shape[0];
+        for (const sc_adapter *l = f->modules[i].layer->adapters; ok && l; l = l->next) {
+            if (!l->loaded) continue;
+            part = (float *)sc__alloc((size_t)(height * l->rank), sizeof *part);
+            ok = part && be->download(a + r * in, l->a[SC_TEACHER]->data, (size_t)(l->rank * in) * 4) &&
+                 be->download(part, l->b[SC_TEACHER]->data, (size_t)(height * l->rank) * 4);
+            for (int64_t j = 0; ok && j < height * l->rank; j++)
+                b[(row + j / l->rank) * rank + r + j % l->rank] = l->scale * part[j];
+            SC_FREE(part);
+            r += l->rank;
+        }
+        row += height;
+    }
+    if (ok && swapped) sc__swap_halves(b, (size_t)(rows * rank) * sizeof *b);
+    return ok;
+}
+
+/* No alpha: it is then the rank, so the scale is 1; diffusers refuses some layers' alphas. */
+bool sc_lora_save_kohya(const sc_flux *f, const char *path, const char *const *metadata) {
+    int n = f->module_count, layers = 0, count;
+    sc__fused *fused = (sc__fused *)sc__alloc((size_t)n, sizeof *fused);
+    sc_named *named = (sc_named *)sc__alloc((size_t)n * 2, sizeof *named);
+    char(*names)[600] = (char(*)[600])sc__alloc((size_t)n * 2, sizeof *names);
+    bool ok = fused && named && names;
+    for (int i = 0; ok && i < n; i += count) {
+        char other[256], next[256];
+        const sc__alias *alias = sc__bfl_alias(f->modules[i].name, other);
+        for (count = 1; i + count < n; count++)
+            if (!sc__bfl_alias(f->modules[i + count].name, next) || strcmp(other, next)) break;
+        ok = alias && sc__fuse(f, i, count, alias->swapped, &fused[layers]);
+        if (!ok || !fused[layers].a.data) continue;
+        for (char *c = other; *c; c++) *c = *c == '.' ? '_' : *c;
+        for (int k = 0; k < 2; k++) {
+            int at = 2 * layers + k;
+            snprintf(names[at], sizeof *names, "lora_unet_%s.lora_%s.weight", other, k ? "up" : "down");
+            named[at] = (sc_named){names[at], k ? &fused[layers].b : &fused[layers].a, SC_BF16};
+        }
+        layers++;
+    }
+    ok = ok && sc_file_save(path, named, 2 * layers, metadata);
+    for (int i = 0; fused && i < n; i++) {
+        SC_FREE(fused[i].a.data);
+        SC_FREE(fused[i].b.data);
+    }
+    SC_FREE(fused);
+    SC_FREE(named);
+    SC_FREE(names);
     return ok;
 }
 
@@ -3936,40 +4572,23 @@ bool sc_lora_start(sc_params *p, const char *path) {
     sc_file *file = sc_file_open(path);
     bool ok = file != NULL;
     for (int i = 0; ok && i < p->flux->module_count; i++) {
-        char name[SC_MAX_NAME + 32];
-        const sc_tensor *b = NULL;
-        float scale = 1, *values = NULL;
-        snprintf(name, sizeof name, "transformer.%s.lora_A.weight", p->flux->modules[i].name);
-        const sc_tensor *a = sc_file_find(file, name);
-        if (!a) ok = sc__fail("%s: no tensor '%s'", path, name);
-        else if (a->shape[0] != p->rank) ok = sc__fail("%s: rank %lld; this run has rank %d", path, (long long)a->shape[0], p->rank);
-        ok = ok && sc__lora_pair(file, name, a, p->flux->modules[i].layer, &b, &scale);
-        for (int part = 0; ok && part < 2; part++) {
-            const sc_tensor *x = part ? b : a;
-            values = (float *)sc__alloc((size_t)sc_count(x), sizeof *values);
-            ok = values != NULL;
-            if (ok) sc_to_f32(values, x->data, x->dtype, sc_count(x));
-            for (int64_t j = 0; ok && part && j < sc_count(x); j++) values[j] *= scale / p->adapters[i].scale;
-            for (int s = SC_STUDENT; ok && s < SC_SETS; s++)
-                p->backend->upload((part ? p->adapters[i].b : p->adapters[i].a)[s]->data, values, (size_t)sc_count(x) * 4);
-            SC_FREE(values);
+        const char *module = p->flux->modules[i].name;
+        const sc_tensor *w = p->flux->modules[i].layer->weight;
+        sc__factors x;
+        ok = sc__lora_read(file, module, w, &x);
+        if (ok && !x.a) ok = sc__fail("%s: no factors for '%s'", path, module);
+        if (ok && x.rank != p->rank)
+            ok = sc__fail("%s: rank %lld; this run has rank %d", path, (long long)x.rank, p->rank);
+        size_t na = (size_t)(p->rank * w->shape[1]), nb = (size_t)(p->rank * w->shape[0]);
+        for (size_t j = 0; ok && j < nb; j++) x.b[j] /= p->adapters[i].scale;
+        for (int s = SC_STUDENT; ok && s < SC_SETS; s++) {
+            p->backend->upload(p->adapters[i].a[s]->data, x.a, na * sizeof *x.a);
+            p->backend->upload(p->adapters[i].b[s]->data, x.b, nb * sizeof *x.b);
         }
+        SC_FREE(x.a);
     }
     sc_file_close(file);
     return ok;
-}
-
-bool sc_lora_merge(sc_flux *f) {
-    for (int i = 0; i < f->module_count; i++) {
-        sc_tensor *w = f->modules[i].layer->weight;
-        if (w->dtype != SC_F32) return sc__fail("merging needs f32 weights");
-        for (const sc_adapter *l = f->modules[i].layer->adapters; l; l = l->next)
-            if (l->loaded)
-                f->net->backend->gemm(w->shape[0], w->shape[1], l->rank, l->scale, sc__whole(l->b[SC_TEACHER], false),
-                                      sc__whole(l->a[SC_TEACHER], false), 1, sc__whole(w, false), NULL);
-    }
-    sc_lora_unload(f);
-    return true;
 }
 
 /* ==== Flow matching: times and sampler ======================================================= */
@@ -4291,30 +4910,43 @@ int sc_vae_factor(const sc_vae *v) { return 1 << (v->config.levels - 1); }
 
 /* ---- Opening ---- */
 
-static bool sc__vae_read_config(sc_vae_config *c, const sc_json *json, const char *path) {
+/* Levels of a file without config.json, by their widths; other fields, in sc__vae_read_config. */
+static void sc__vae_read_levels(sc_vae_config *c, const sc_net *net) {
+    char name[SC_MAX_NAME];
+    for (c->levels = 0; c->levels < SC_VAE_LEVELS; c->levels++) {
+        snprintf(name, sizeof name, "encoder.down_blocks.%d.resnets.0.conv1.weight", c->levels);
+        if (!(c->channels[c->levels] = sc__side(net, name, 0, 0))) break;
+    }
+}
+
+static bool sc__vae_read_config(sc_vae_config *c, const sc_net *net, const sc_json *json,
+                                const char *path) {
     const char *class_name = sc_json_string(sc_json_get(json, "_class_name"), "AutoencoderKL");
     const char *activation = sc_json_string(sc_json_get(json, "act_fn"), "silu");
     const sc_json *channels = sc_json_get(json, "block_out_channels");
-    int pixels_in, pixels_out;
+    int pixels_in, pixels_out, latents = sc__side(net, "decoder.conv_in.weight", 1, 4);
+    int layers = sc__count_layers(net, "encoder.down_blocks.0.resnets.%d.conv1.weight", 1);
     if (strcmp(class_name, "AutoencoderKL"))
         return sc__fail("%s: this is a %s, not an AutoencoderKL", path, class_name);
     if (strcmp(activation, "silu"))
         return sc__fail("%s: act_fn must be silu, not '%s'", path, activation);
     if (!sc__config_int(json, path, "in_channels", 3, &pixels_in) ||
         !sc__config_int(json, path, "out_channels", 3, &pixels_out) ||
-        !sc__config_int(json, path, "latent_channels", 4, &c->latent_channels) ||
-        !sc__config_int(json, path, "layers_per_block", 1, &c->layers) ||
+        !sc__config_int(json, path, "latent_channels", json ? 4 : latents, &c->latent_channels) ||
+        !sc__config_int(json, path, "layers_per_block", json ? 1 : layers, &c->layers) ||
+        !sc__config_int(json, path, "sample_size", 1024, &c->resolution) ||
         !sc__config_int(json, path, "norm_num_groups", 32, &c->groups)) return false;
     if (pixels_in != 3 || pixels_out != 3)
         return sc__fail("%s: pictures must have 3 channels", path);
-    if (sc_json_length(channels) < 1 || sc_json_length(channels) > SC_VAE_LEVELS)
+    if (json) c->levels = sc_json_length(channels) > SC_VAE_LEVELS ? 0 : (int)sc_json_length(channels);
+    else sc__vae_read_levels(c, net);
+    if (c->levels < 1)
         return sc__fail("%s: block_out_channels must list 1 to %d levels", path, SC_VAE_LEVELS);
     if (c->layers >= SC_VAE_LAYERS || c->latent_channels > 1024)
         return sc__fail("%s: layers_per_block may be up to %d, latent_channels up to 1024", path,
                         SC_VAE_LAYERS - 1);
-    c->levels = (int)sc_json_length(channels);
     for (int i = 0; i < c->levels; i++) {
-        double n = sc_json_number(sc_json_at(channels, i), 0);
+        double n = sc_json_number(sc_json_at(channels, i), json ? 0 : c->channels[i]);
         if (!(n >= 1 && n <= 16384 && n == floor(n)) || (int)n % c->groups)
             return sc__fail("%s: block_out_channels must be multiples of norm_num_groups (%d)",
                             path, c->groups);
@@ -4328,10 +4960,12 @@ static bool sc__vae_read_config(sc_vae_config *c, const sc_json *json, const cha
             return sc__fail("%s: %s must be %s, not '%s'", path, key, kind, found);
     }
     c->attention = sc_json_bool(sc_json_get(json, "mid_block_add_attention"), true);
-    c->quant = sc_json_bool(sc_json_get(json, "use_quant_conv"), true);
-    c->post_quant = sc_json_bool(sc_json_get(json, "use_post_quant_conv"), true);
-    c->scale = (float)sc_json_number(sc_json_get(json, "scaling_factor"), 0.18215);
-    c->shift = (float)sc_json_number(sc_json_get(json, "shift_factor"), 0);
+    c->quant = sc_json_bool(sc_json_get(json, "use_quant_conv"),
+                            json || sc__side(net, "quant_conv.weight", 0, 0));
+    c->post_quant = sc_json_bool(sc_json_get(json, "use_post_quant_conv"),
+                                 json || sc__side(net, "post_quant_conv.weight", 0, 0));
+    c->scale = (float)sc_json_number(sc_json_get(json, "scaling_factor"), json ? 0.18215 : 0.3611);
+    c->shift = (float)sc_json_number(sc_json_get(json, "shift_factor"), json ? 0 : 0.1159);
     if (!(c->scale > 0) || !isfinite(c->scale) || !isfinite(c->shift))
         return sc__fail("%s: scaling_factor must be positive", path);
     return true;
@@ -4401,16 +5035,21 @@ static bool sc__vae_weights(sc_vae *v, sc__vae_half *h, bool encoder) {
            sc__vae_affine(v, &h->conv_out, half, "conv_out", encoder ? latents : 3, width, 3);
 }
 
-sc_vae *sc_vae_open(const sc_backend *backend, const char *folder, bool widen) {
+sc_vae *sc_vae_open(const sc_backend *backend, const char *path, bool widen) {
+    char *name = NULL, *text = NULL;
+    sc_json *json = NULL;
     sc_vae *v = (sc_vae *)sc__alloc(1, sizeof *v);
-    char *path = sc__join(folder, "config.json");
-    sc_json *json = v && path ? sc_json_load(path) : NULL;
-    bool ok = json && sc__vae_read_config(&v->config, json, path);
+    bool ok = v && sc__read_config(path, &json, &name, &text) &&
+              (!json || sc__vae_read_config(&v->config, &(sc_net){0}, json, name)) &&
+              (v->net = sc_net_open(backend, path, widen)) &&
+              (json || sc__vae_read_config(&v->config, v->net, json, name));
     sc_json_free(json);
-    SC_FREE(path);
-    ok = ok && (v->net = sc_net_open(backend, folder, widen)) &&
-         (v->tapes[0] = sc_tape_new(backend)) && (v->tapes[1] = sc_tape_new(backend)) &&
-         sc__vae_weights(v, &v->encoder, true) && sc__vae_weights(v, &v->decoder, false) && sc_net_load(v->net);
+    SC_FREE(name);
+    SC_FREE(text);
+    if (ok) v->net->levels = v->config.levels;
+    for (int i = 0; ok && backend && i < 2; i++) ok = (v->tapes[i] = sc_tape_new(backend)) != NULL;
+    ok = ok && sc__vae_weights(v, &v->encoder, true) && sc__vae_weights(v, &v->decoder, false) &&
+         sc_net_load(v->net);
     if (ok) return v;
     sc_vae_close(v);
     return NULL;
@@ -4418,8 +5057,8 @@ sc_vae *sc_vae_open(const sc_backend *backend, const char *folder, bool widen) {
 
 void sc_vae_close(sc_vae *v) {
     if (!v) return;
-    sc_tape_free(v->tapes[0]);
-    sc_tape_free(v->tapes[1]);
+    for (int i = 0; i < 2; i++)
+        if (v->tapes[i]) sc_tape_free(v->tapes[i]);
     sc_net_close(v->net);
     SC_FREE(v);
 }
@@ -5859,7 +6498,7 @@ void sc_text_encoders_close(sc_text_encoders *t) {
     sc_tokenizer_close(t->t5_tokenizer);
     sc_net_close(t->clip);
     sc_net_close(t->t5);
-    sc_tape_free(t->tape);
+    if (t->tape) sc_tape_free(t->tape);
     SC_FREE(t->clip_layer);
     SC_FREE(t->t5_layer);
     SC_FREE(t);
@@ -5934,13 +6573,19 @@ static bool sc__clip_read_config(sc_text_encoders *t, const sc_json *json, const
     const char *activation = sc_json_string(sc_json_get(json, "hidden_act"), "quick_gelu");
     t->clip_eps = (float)sc_json_number(sc_json_get(json, "layer_norm_eps"), 1e-5);
     const sc_json *end = sc_json_get(json, "eos_token_id");
-    t->clip_end = end ? sc__json_id(end) : 49407;
-    if (!sc__config_int(json, path, "hidden_size", 512, &t->clip_width) ||
-        !sc__config_int(json, path, "num_attention_heads", 8, &t->clip_heads) ||
-        !sc__config_int(json, path, "num_hidden_layers", 12, &t->clip_layers) ||
-        !sc__config_int(json, path, "max_position_embeddings", 77, &t->clip_length) ||
-        !sc__config_int(json, path, "vocab_size", 49408, &t->clip_vocabulary) ||
-        !sc__config_int(json, path, "intermediate_size", 2048, hidden) ||
+    t->clip_end = end ? sc__json_id(end) : json ? 49407 : 2;
+    const char *layers = "text_model.encoder.layers.%d.mlp.fc1.weight";
+    int hidden_side = sc__side(t->clip, "text_model.encoder.layers.0.mlp.fc1.weight", 0, 2048);
+    int width = sc__side(t->clip, "text_model.embeddings.token_embedding.weight", 1, 512);
+    int words = sc__side(t->clip, "text_model.embeddings.token_embedding.weight", 0, 49408);
+    int length = sc__side(t->clip, "text_model.embeddings.position_embedding.weight", 0, 77);
+    if (!sc__config_int(json, path, "hidden_size", width, &t->clip_width) ||
+        !sc__config_int(json, path, "num_attention_heads", json ? 8 : width / 64, &t->clip_heads) ||
+        !sc__config_int(json, path, "num_hidden_layers", sc__count_layers(t->clip, layers, 12),
+                         &t->clip_layers) ||
+        !sc__config_int(json, path, "max_position_embeddings", length, &t->clip_length) ||
+        !sc__config_int(json, path, "vocab_size", words, &t->clip_vocabulary) ||
+        !sc__config_int(json, path, "intermediate_size", hidden_side, hidden) ||
         !sc__activation_named(activation, path, &t->clip_activation)) return false;
     if (t->clip_width % t->clip_heads)
         return sc__fail("%s: hidden_size must be a multiple of num_attention_heads", path);
@@ -5948,13 +6593,22 @@ static bool sc__clip_read_config(sc_text_encoders *t, const sc_json *json, const
            sc__fail("%s: max_position_embeddings must be from 2 to %d", path, SC__MAX_TOKENS);
 }
 
-static bool sc__clip_open(sc_text_encoders *t, const char *folder) {
+/* Opens the weights at `path` and its config; `json` and `name` as sc__read_config gives them. */
+static sc_net *sc__text_net(const sc_backend *backend, const char *path, sc_json **json,
+                            char **name) {
+    char *text = NULL;
+    bool ok = sc__read_config(path, json, name, &text);
+    SC_FREE(text);
+    return ok ? sc_net_open(backend, path, sc__small_file(backend, path)) : NULL;
+}
+
+static bool sc__clip_open(sc_text_encoders *t, const char *path) {
     static const char *const norms[] = {"weight", "bias"};
-    char *path = sc__join(folder, "config.json");
-    sc_json *json = path ? sc_json_load(path) : NULL;
+    char *name = NULL;
+    sc_json *json = NULL;
     int hidden = 0;
-    bool ok = json && sc__clip_read_config(t, json, path, &hidden) &&
-              (t->clip = sc_net_open(t->backend, folder, sc__small_file(t->backend, folder)));
+    bool ok = (t->clip = sc__text_net(t->backend, path, &json, &name)) &&
+              sc__clip_read_config(t, json, name, &hidden);
     if (ok) {
         const char *tokens = "text_model.embeddings.token_embedding.weight";
         const char *positions = "text_model.embeddings.position_embedding.weight";
@@ -5971,7 +6625,7 @@ static bool sc__clip_open(sc_text_encoders *t, const char *folder) {
         ok = sc__clip_layer_open(t, &t->clip_layer[i], i, hidden);
     ok = ok && sc_net_load(t->clip);
     sc_json_free(json);
-    SC_FREE(path);
+    SC_FREE(name);
     return ok;
 }
 
@@ -6030,19 +6684,26 @@ static bool sc__t5_layer_open(sc_text_encoders *t, sc__t5_layer *l, int index, i
 /* Configs have `dense_act_fn` and `is_gated_act`, or `feed_forward_proj`, which means both. */
 static bool sc__t5_read_config(sc_text_encoders *t, const sc_json *json, const char *path,
                                int *hidden) {
-    const char *both = sc_json_string(sc_json_get(json, "feed_forward_proj"), "relu");
+    const char *bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
+    const char *layers = "encoder.block.%d.layer.0.SelfAttention.q.weight";
+    int gate = sc__side(t->t5, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0, 0);
+    int up = sc__side(t->t5, "encoder.block.0.layer.1.DenseReluDense.wi.weight", 0, 2048);
+    int inner = sc__side(t->t5, "encoder.block.0.layer.0.SelfAttention.q.weight", 0, 512);
+    int words = sc__side(t->t5, "shared.weight", 0, 32128), heads = sc__side(t->t5, bias, 1, 8);
+    const char *both = sc_json_string(sc_json_get(json, "feed_forward_proj"),
+                                      !json && gate ? "gated-gelu" : "relu");
     bool gated = !strncmp(both, "gated-", 6);
     const char *activation = !strcmp(both, "gated-gelu") ? "gelu_new" : gated ? both + 6 : both;
     activation = sc_json_string(sc_json_get(json, "dense_act_fn"), activation);
     t->t5_gated = sc_json_bool(sc_json_get(json, "is_gated_act"), gated);
     t->t5_eps = (float)sc_json_number(sc_json_get(json, "layer_norm_epsilon"), 1e-6);
-    if (!sc__config_int(json, path, "d_model", 512, &t->t5_width) ||
-        !sc__config_int(json, path, "num_heads", 8, &t->t5_heads) ||
-        !sc__config_int(json, path, "d_kv", 64, &t->t5_size) ||
-        !sc__config_int(json, path, "num_layers", 6, &t->t5_layers) ||
-        !sc__config_int(json, path, "d_ff", 2048, hidden) ||
-        !sc__config_int(json, path, "vocab_size", 32128, &t->t5_vocabulary) ||
-        !sc__config_int(json, path, "relative_attention_num_buckets", 32, &t->t5_buckets) ||
+    if (!sc__config_int(json, path, "d_model", sc__side(t->t5, "shared.weight", 1, 512), &t->t5_width) ||
+        !sc__config_int(json, path, "num_heads", heads, &t->t5_heads) ||
+        !sc__config_int(json, path, "d_kv", json ? 64 : inner / heads, &t->t5_size) ||
+        !sc__config_int(json, path, "num_layers", sc__count_layers(t->t5, layers, 6), &t->t5_layers) ||
+        !sc__config_int(json, path, "d_ff", gate ? gate : up, hidden) ||
+        !sc__config_int(json, path, "vocab_size", words, &t->t5_vocabulary) ||
+        !sc__config_int(json, path, "relative_attention_num_buckets", sc__side(t->t5, bias, 0, 32), &t->t5_buckets) ||
         !sc__config_int(json, path, "relative_attention_max_distance", 128, &t->t5_distance) ||
         !sc__activation_named(activation, path, &t->t5_activation)) return false;
     return (t->t5_buckets >= 4 && t->t5_distance > t->t5_buckets / 4) ||
@@ -6050,17 +6711,16 @@ static bool sc__t5_read_config(sc_text_encoders *t, const sc_json *json, const c
                     "times relative_attention_max_distance", path);
 }
 
-static bool sc__t5_open(sc_text_encoders *t, const char *folder) {
+static bool sc__t5_open(sc_text_encoders *t, const char *path) {
     static const char *const norms[] = {"weight"};
-    char *path = sc__join(folder, "config.json");
-    sc_json *json = path ? sc_json_load(path) : NULL;
+    char *name = NULL;
+    sc_json *json = NULL;
     int hidden = 0;
-    bool ok = json && sc__t5_read_config(t, json, path, &hidden) &&
-              (t->t5 = sc_net_open(t->backend, folder, sc__small_file(t->backend, folder)));
+    bool ok = (t->t5 = sc__text_net(t->backend, path, &json, &name)) &&
+              sc__t5_read_config(t, json, name, &hidden);
     if (ok) {
         const char *table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
         const char *tokens = "shared.weight";
-        if (!sc_file_find(t->t5->file, tokens)) tokens = "encoder.embed_tokens.weight";
         const int64_t tokens_shape[] = {t->t5_vocabulary, t->t5_width};
         const int64_t table_shape[] = {t->t5_buckets, t->t5_heads};
         t->t5_layer = (sc__t5_layer *)sc__alloc((size_t)t->t5_layers, sizeof *t->t5_layer);
@@ -6073,7 +6733,7 @@ static bool sc__t5_open(sc_text_encoders *t, const char *folder) {
         ok = sc__t5_layer_open(t, &t->t5_layer[i], i, hidden);
     ok = ok && sc_net_load(t->t5);
     sc_json_free(json);
-    SC_FREE(path);
+    SC_FREE(name);
     return ok;
 }
 
@@ -6135,20 +6795,34 @@ static bool sc__t5_encode(sc_text_encoders *s, const int32_t *ids, int tokens, f
 
 /* ---- Both ---- */
 
-sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *folder) {
-    static const char *const names[] = {"tokenizer", "text_encoder", "tokenizer_2",
-                                        "text_encoder_2"};
+/* A tokenizer's folder beside the models; what single files never carry. */
+static sc_tokenizer *sc__open_tokenizer(const char *model, const char *name) {
+    char *base = sc__model_folder(model), *path = base ? sc__join(base, name) : NULL;
+    sc_tokenizer *t = NULL;
+    if (path && sc__exists(path)) t = sc_tokenizer_open(path);
+    else if (path)
+        sc__fail("%s: no tokenizer here; single-file models carry none: copy the folders tokenizer "
+                 "and tokenizer_2 of any FLUX.1 in diffusers' layout to %s", path, base);
+    SC_FREE(base);
+    SC_FREE(path);
+    return t;
+}
+
+sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *model) {
     sc_text_encoders *t = (sc_text_encoders *)sc__alloc(1, sizeof *t);
-    char *parts[4] = {0};
-    bool ok = t != NULL;
-    for (int i = 0; ok && i < 4; i++) ok = (parts[i] = sc__join(folder, names[i])) != NULL;
+    char *clip = sc__part_path(model, SC__CLIP), *t5 = clip ? sc__part_path(model, SC__T5) : NULL;
+    bool ok = t && clip && t5;
     if (ok) t->backend = backend;
-    ok = ok && (t->tape = sc_tape_new(backend)) &&
-         (t->clip_tokenizer = sc_tokenizer_open(parts[0])) && sc__clip_open(t, parts[1]) &&
-         sc__check_vocabulary(t->clip_tokenizer, t->clip_vocabulary, parts[1]) &&
-         (t->t5_tokenizer = sc_tokenizer_open(parts[2])) && sc__t5_open(t, parts[3]) &&
-         sc__check_vocabulary(t->t5_tokenizer, t->t5_vocabulary, parts[3]);
-    for (int i = 0; i < 4; i++) SC_FREE(parts[i]);
+    if (ok && backend) ok = (t->tape = sc_tape_new(backend)) != NULL;
+    if (ok && !backend) ok = sc__clip_open(t, clip) && sc__t5_open(t, t5);
+    else
+        ok = ok && (t->clip_tokenizer = sc__open_tokenizer(model, "tokenizer")) &&
+             sc__clip_open(t, clip) &&
+             sc__check_vocabulary(t->clip_tokenizer, t->clip_vocabulary, clip) &&
+             (t->t5_tokenizer = sc__open_tokenizer(model, "tokenizer_2")) && sc__t5_open(t, t5) &&
+             sc__check_vocabulary(t->t5_tokenizer, t->t5_vocabulary, t5);
+    SC_FREE(clip);
+    SC_FREE(t5);
     if (ok) return t;
     sc_text_encoders_close(t);
     return NULL;
@@ -6509,43 +7183,62 @@ void sc_dataset_close(sc_dataset *d) {
  * data is cached never loads them, and can be let go again.
  */
 
-/* Numbers of the scheduler and the tokenizer that decide how the model is used. */
-static bool sc__pipeline_settings(sc_pipeline *p) {
-    char *scheduler = sc__join(p->folder, "scheduler/scheduler_config.json");
-    char *tokenizer = sc__join(p->folder, "tokenizer_2/tokenizer_config.json");
-    char *vae = sc__join(p->folder, "vae/config.json");
-    sc_json *json = scheduler ? sc_json_load(scheduler) : NULL;
-    bool dynamic = sc_json_bool(sc_json_get(json, "use_dynamic_shifting"), true), ok = json != NULL;
-    p->shift = dynamic ? 0 : (float)sc_json_number(sc_json_get(json, "shift"), 1);
+/* A number or a truth value in folder/name under `key`; `fallback` where there is no such file or
+ * key. False if the file is broken. */
+static bool sc__setting(const char *folder, const char *name, const char *key, double fallback,
+                        double *number) {
+    char *path = sc__join(folder, name);
+    bool there = path && sc__exists(path);
+    sc_json *json = there ? sc_json_load(path) : NULL;
+    const sc_json *value = sc_json_get(json, key);
+    bool yes = sc_json_bool(value, false), no = !sc_json_bool(value, true);
+    *number = yes ? 1 : no ? 0 : sc_json_number(value, fallback);
+    bool ok = path && (json || !there);
     sc_json_free(json);
-    json = ok && tokenizer ? sc_json_load(tokenizer) : NULL;
-    ok = ok && json;
-    double length = sc_json_number(sc_json_get(json, "model_max_length"), 512);
-    p->text_tokens = length >= 1 && length <= 512 ? (int)length : 512;
-    sc_json_free(json);
-    json = ok && vae ? sc_json_load(vae) : NULL;
-    ok = ok && json;
-    int64_t levels = sc_json_length(sc_json_get(json, "block_out_channels"));
-    p->resolution = (int)sc_json_number(sc_json_get(json, "sample_size"), 1024);
-    p->token_pixels = 2 << (levels > 0 && levels <= SC_VAE_LEVELS ? levels - 1 : 3); /* 2x2 latents of f x f pixels */
-    sc_json_free(json);
-    if (ok && (p->resolution < p->token_pixels || p->resolution > 1 << 14)) ok = sc__fail("%s: a wrong sample_size", vae);
-    SC_FREE(scheduler);
-    SC_FREE(tokenizer);
-    SC_FREE(vae);
+    SC_FREE(path);
     return ok;
 }
 
-sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *folder, const sc_pipeline_options *o) {
+/* Numbers of the scheduler, the tokenizer and the VAE that decide how the model is used. Single
+ * files come without a scheduler: then it is FLUX.1-dev's or schnell's. */
+static bool sc__pipeline_settings(sc_pipeline *p, bool guided) {
+    static const char scheduler[] = "scheduler/scheduler_config.json";
+    char *folder = sc__model_folder(p->folder), *vae = folder ? sc__part_path(p->folder, SC__VAE) : NULL;
+    sc_vae *plan = vae ? sc_vae_open(NULL, vae, false) : NULL;
+    bool ok = plan != NULL;
+    double dynamic, shift, length;
+    ok = ok && sc__setting(folder, scheduler, "use_dynamic_shifting", guided, &dynamic) &&
+         sc__setting(folder, scheduler, "shift", 1, &shift) &&
+         sc__setting(folder, "tokenizer_2/tokenizer_config.json", "model_max_length",
+                     guided ? 512 : 256, &length);
+    if (ok) {
+        p->shift = dynamic != 0 ? 0 : (float)shift;
+        p->text_tokens = length >= 1 && length <= 512 ? (int)length : 512;
+        p->resolution = plan->config.resolution;
+        p->token_pixels = 2 * sc_vae_factor(plan); /* 2x2 latents of f x f pixels */
+        if (p->resolution < p->token_pixels || p->resolution > 1 << 14)
+            ok = sc__fail("%s: a wrong sample_size", vae);
+    }
+    sc_vae_close(plan);
+    SC_FREE(vae);
+    SC_FREE(folder);
+    return ok;
+}
+
+sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *model,
+                              const sc_pipeline_options *o) {
     sc_pipeline *p = (sc_pipeline *)sc__alloc(1, sizeof *p);
     if (!p) return NULL;
     p->backend = backend;
-    p->folder = sc__strdup(folder);
-    char *own = sc__join(folder, "transformer");
-    bool ok = p->folder && own && sc__pipeline_settings(p);
-    if (ok) p->flux = sc_flux_open(backend, o->transformer ? o->transformer : own, o->widen || (!o->fp8 && sc__small_file(backend, own)), o->random, o->seed);
-    SC_FREE(own);
-    ok = ok && p->flux && (!o->fp8 || sc_flux_fp8(p->flux)) && (p->tape = sc_tape_new(backend));
+    p->folder = sc__strdup(model);
+    char *path = o->transformer ? sc__strdup(o->transformer) : o->random ? sc__join(model, "transformer")
+                                                            : sc__part_path(model, SC__TRANSFORMER);
+    bool widen = o->widen || (path && !o->random && !o->fp8 && sc__small_file(backend, path));
+    if (p->folder && path) p->flux = sc_flux_open(backend, path, widen, o->random, o->seed);
+    SC_FREE(path);
+    bool ok = p->flux && (!o->fp8 || sc_flux_fp8(p->flux)) &&
+              sc__pipeline_settings(p, p->flux->config.guidance) &&
+              (p->tape = sc_tape_new(backend));
     if (ok) return p;
     sc_pipeline_close(p);
     return NULL;
@@ -6562,7 +7255,7 @@ void sc_pipeline_close(sc_pipeline *p) {
     if (!p) return;
     sc_pipeline_release(p);
     sc_flux_close(p->flux);
-    sc_tape_free(p->tape);
+    if (p->tape) sc_tape_free(p->tape);
     SC_FREE(p->folder);
     SC_FREE(p);
 }
@@ -6576,9 +7269,9 @@ bool sc_pipeline_text(sc_pipeline *p, const char *prompt, float *context, float 
 }
 
 static bool sc__pipeline_vae(sc_pipeline *p) {
-    char *folder = p->vae ? NULL : sc__join(p->folder, "vae");
-    if (folder) p->vae = sc_vae_open(p->backend, folder, sc__small_file(p->backend, folder));
-    SC_FREE(folder);
+    char *path = p->vae ? NULL : sc__part_path(p->folder, SC__VAE);
+    if (path) p->vae = sc_vae_open(p->backend, path, sc__small_file(p->backend, path));
+    SC_FREE(path);
     return p->vae != NULL;
 }
 

@@ -191,6 +191,24 @@ double sc_seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
+/* FILE or FILE:SCALE (else the file's own scale for `steps`); prints "applied n/N" and what did not. */
+bool sc_load_lora_argument(sc_flux *flux, const char *argument, int steps) {
+    char path[1024], *end = NULL;
+    const char *colon = strrchr(argument, ':');
+    float scale = colon ? strtof(colon + 1, &end) : 0;
+    bool given = colon && end != colon + 1 && !*end;
+    int length = (int)(given ? colon - argument : (long)strlen(argument));
+    snprintf(path, sizeof path, "%.*s", length, argument);
+    if (!given) scale = sc_lora_scale(path, steps);
+    sc_lora_report report;
+    if (!sc_lora_load(flux, path, scale, &report)) return false;
+    fprintf(stderr, "%s: applied %d/%d, scale %g%s\n", path, report.applied, report.total, scale,
+            given ? "" : " (FILE:SCALE to change)");
+    if (report.applied < report.total)
+        fprintf(stderr, "warning: these fit no layer: %s\n", report.missed);
+    return true;
+}
+
 /* Prints the last error; what main returns then. */
 int sc_die(void) {
     fprintf(stderr, "error: %s\n", sc_error());

@@ -1,0 +1,300 @@
+"""Random FLUX pipelines, and the layouts and LoRA dialects that people have them in.
+
+    formats.py FOLDER [tiny|schnell|wide]    writes all of them into FOLDER
+
+tiny and schnell have small configs; wide has FLUX.1-dev's true widths, one double and one single
+block (4 GB as f32), and takes the real tokenizers from $SHORTCUT_FLUX_DIR. Every other layout is
+made from diffusers' own, so that all of them hold one model.
+"""
+import json
+import os
+import shutil
+import sys
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+FP8 = torch.float8_e4m3fn
+
+CONFIGS = {
+    "tiny": dict(layers=(2, 3), head=32, heads=3, guidance=True, clip=(128, 2, 2), t5=(48, 3, 16, 96, 2), vae=(32, 64), blocks=1, words=1000),
+    "schnell": dict(layers=(1, 2), head=64, heads=2, guidance=False, clip=(64, 1, 3), t5=(64, 2, 24, 80, 1), vae=(32, 32, 64), blocks=2, words=1000),
+    "wide": dict(layers=(1, 1), head=128, heads=24, guidance=True, clip=(768, 12, 1), t5=(4096, 64, 64, 10240, 1), vae=(128, 256, 512, 512), blocks=2,
+                 words=49408),
+}
+
+
+# ---- One model in diffusers' layout ----
+
+def rope_axes(head):
+    return (head // 8, head * 7 // 16, head * 7 // 16)
+
+
+def random_weights(model, spread=0.05):
+    """Not as they come: norms would be 1, biases 0, and exchanging them would go unnoticed."""
+    for p in model.parameters():
+        if p.ndim < 2:
+            p.data += spread * torch.randn_like(p)
+    return model.eval()
+
+
+def pipeline(name):
+    c = CONFIGS[name]
+    torch.manual_seed(sum(map(ord, name)))
+    parts = os.environ.get("SHORTCUT_FLUX_DIR", "") if name == "wide" else os.path.join(HERE, "../data/tiny-flux")
+    clip_width, clip_heads, clip_layers = c["clip"]
+    t5_width, t5_heads, t5_head, t5_hidden, t5_layers = c["t5"]
+    tokenizer = CLIPTokenizer.from_pretrained(os.path.join(parts, "tokenizer"))
+    tokenizer_2 = T5TokenizerFast.from_pretrained(os.path.join(parts, "tokenizer_2"))
+    text_encoder = CLIPTextModel(CLIPTextConfig(
+        hidden_size=clip_width, intermediate_size=4 * clip_width, num_attention_heads=clip_heads, num_hidden_layers=clip_layers,
+        vocab_size=c["words"], max_position_embeddings=tokenizer.model_max_length, hidden_act="quick_gelu", bos_token_id=0, eos_token_id=2,
+        pad_token_id=1, projection_dim=clip_width))
+    text_encoder_2 = T5EncoderModel(T5Config(
+        d_model=t5_width, num_heads=t5_heads, d_kv=t5_head, d_ff=t5_hidden, num_layers=t5_layers, vocab_size=32128 if name == "wide" else 1000,
+        feed_forward_proj="gated-gelu", dense_act_fn="gelu_pytorch_tanh", tie_word_embeddings=False, is_encoder_decoder=False, use_cache=False))
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=c["layers"][0], num_single_layers=c["layers"][1], attention_head_dim=c["head"],
+        num_attention_heads=c["heads"], joint_attention_dim=t5_width, pooled_projection_dim=clip_width, guidance_embeds=c["guidance"],
+        axes_dims_rope=rope_axes(c["head"]))
+    levels = len(c["vae"])
+    vae = AutoencoderKL(
+        block_out_channels=c["vae"], down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
+        layers_per_block=c["blocks"], latent_channels=16, norm_num_groups=32, scaling_factor=0.3611, shift_factor=0.1159, sample_size=64,
+        use_quant_conv=False, use_post_quant_conv=False)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0 if c["guidance"] else 1.0, use_dynamic_shifting=c["guidance"])
+    for model in transformer, vae, text_encoder, text_encoder_2:
+        random_weights(model)
+    return FluxPipeline(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, text_encoder_2=text_encoder_2,
+                        tokenizer_2=tokenizer_2, scheduler=scheduler)
+
+
+# ---- Names and rows of the other layouts ----
+
+def to_bfl(sd):
+    """Black Forest Labs' names: q, k, v (and a single block's MLP) are rows of one matrix, and the last modulation has the shift first."""
+    out = {}
+
+    def take(new, *old):
+        for kind in "weight", "bias":
+            out[f"{new}.{kind}"] = torch.cat([sd[f"{o}.{kind}"] for o in old])
+    for new, old in (("img_in", "x_embedder"), ("txt_in", "context_embedder"), ("final_layer.linear", "proj_out")):
+        take(new, old)
+    for new, old in ("time", "timestep"), ("vector", "text"), ("guidance", "guidance"):
+        if f"time_text_embed.{old}_embedder.linear_1.weight" in sd:
+            take(f"{new}_in.in_layer", f"time_text_embed.{old}_embedder.linear_1")
+            take(f"{new}_in.out_layer", f"time_text_embed.{old}_embedder.linear_2")
+    for kind in "weight", "bias":
+        scale, shift = sd[f"norm_out.linear.{kind}"].chunk(2)
+        out[f"final_layer.adaLN_modulation.1.{kind}"] = torch.cat([shift, scale])
+    for i in range(1000):
+        old, new = f"transformer_blocks.{i}.", f"double_blocks.{i}."
+        if old + "norm1.linear.weight" not in sd:
+            break
+        for stream, mod, ff, qkv, proj, norm in (("img", "norm1", "ff", ("to_q", "to_k", "to_v"), "to_out.0", "norm_"),
+                                                 ("txt", "norm1_context", "ff_context", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "norm_added_")):
+            take(f"{new}{stream}_mod.lin", f"{old}{mod}.linear")
+            take(f"{new}{stream}_attn.qkv", *(f"{old}attn.{x}" for x in qkv))
+            take(f"{new}{stream}_attn.proj", f"{old}attn.{proj}")
+            take(f"{new}{stream}_mlp.0", f"{old}{ff}.net.0.proj")
+            take(f"{new}{stream}_mlp.2", f"{old}{ff}.net.2")
+            out[f"{new}{stream}_attn.norm.query_norm.scale"] = sd[f"{old}attn.{norm}q.weight"]
+            out[f"{new}{stream}_attn.norm.key_norm.scale"] = sd[f"{old}attn.{norm}k.weight"]
+    for i in range(1000):
+        old, new = f"single_transformer_blocks.{i}.", f"single_blocks.{i}."
+        if old + "norm.linear.weight" not in sd:
+            break
+        take(new + "modulation.lin", old + "norm.linear")
+        take(new + "linear1", *(old + x for x in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")))
+        take(new + "linear2", old + "proj_out")
+        out[new + "norm.query_norm.scale"] = sd[old + "attn.norm_q.weight"]
+        out[new + "norm.key_norm.scale"] = sd[old + "attn.norm_k.weight"]
+    return out
+
+
+def to_ldm(sd, levels):
+    """The autoencoder's names of latent diffusion, as in ae.safetensors; its attention is 1x1 convolutions."""
+    names = (("mid_block.resnets.0", "mid.block_1"), ("mid_block.resnets.1", "mid.block_2"), ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
+             ("mid_block.attentions.0.to_q", "mid.attn_1.q"), ("mid_block.attentions.0.to_k", "mid.attn_1.k"), ("mid_block.attentions.0.to_v", "mid.attn_1.v"),
+             ("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out"), ("conv_norm_out", "norm_out"), ("conv_shortcut", "nin_shortcut"),
+             ("downsamplers.0.conv", "downsample.conv"), ("upsamplers.0.conv", "upsample.conv"), ("resnets.", "block."), ("down_blocks.", "down."))
+    out = {}
+    for name, x in sd.items():
+        linear = ".attentions." in name and x.ndim == 2
+        for old, new in names:
+            name = name.replace(old, new)
+        for i in range(levels):
+            name = name.replace(f"up_blocks.{i}.", f"up.{levels - 1 - i}.")
+        out[name] = x[:, :, None, None] if linear else x
+    return out
+
+
+def to_fp8(sd, convention):
+    """Matrices as e4m3fn; convention: None (plain cast), 'scale_weight' (ComfyUI, with its marker) or 'weight_scale'. Also what the file then means."""
+    out, meaning = {}, {}
+    for name, x in sd.items():
+        if x.ndim != 2 or not name.endswith(".weight"):
+            out[name] = x.to(torch.bfloat16)
+            meaning[name] = out[name].float()
+            continue
+        scale = torch.tensor(1.0) if convention is None else (x.abs().max() / 448).float()
+        out[name] = (x / scale).to(FP8)
+        meaning[name] = out[name].float() * scale
+        if convention:
+            out[name[:-len("weight")] + convention] = scale
+    if convention == "scale_weight":
+        out["scaled_fp8"] = torch.zeros(2, dtype=FP8)
+    return out, meaning
+
+
+def contiguous(sd, dtype=None):
+    return {k: (v if dtype is None else v.to(dtype)).clone().contiguous() for k, v in sd.items()}
+
+
+# ---- LoRA files ----
+
+def lora_factors(sd, rank, seed, spread=0.02):
+    """{module of diffusers: (A, B)} on every linear layer."""
+    g = torch.Generator().manual_seed(seed)
+    return {name[:-7]: (torch.randn(rank, x.shape[1], generator=g) / x.shape[1] ** 0.5, spread * torch.randn(x.shape[0], rank, generator=g))
+            for name, x in sd.items() if x.ndim == 2 and name.endswith(".weight")}
+
+
+def bfl_factors(sd, rank, seed, spread=0.02):
+    """The same on BFL's fused layers."""
+    return lora_factors(to_bfl(sd), rank, seed, spread)
+
+
+def lora_file(factors, dialect, alpha=None):
+    """The tensors of a LoRA file; alpha: in a tensor of its own (the factors' product is then scaled by alpha / rank)."""
+    prefix, a, b, flat = {
+        "peft": ("transformer.", ".lora_A.weight", ".lora_B.weight", False),
+        "bare": ("", ".lora_A.weight", ".lora_B.weight", False),
+        "model": ("base_model.model.", ".lora_A.weight", ".lora_B.weight", False),
+        "old": ("transformer.", ".lora.down.weight", ".lora.up.weight", False),
+        "comfy": ("diffusion_model.", ".lora_A.weight", ".lora_B.weight", False),
+        "comfy-down": ("diffusion_model.", ".lora_down.weight", ".lora_up.weight", False),
+        "kohya": ("lora_unet_", ".lora_down.weight", ".lora_up.weight", True),
+        "onetrainer": ("lora_transformer_", ".lora_down.weight", ".lora_up.weight", True)}[dialect]
+    out = {}
+    for name, (down, up) in factors.items():
+        key = prefix + (name.replace(".", "_") if flat else name)
+        out[key + a], out[key + b] = down.contiguous(), up.contiguous()
+        if alpha is not None:
+            out[key + ".alpha"] = torch.tensor(float(alpha))
+    return out
+
+
+def dense(factors, scale=1.0):
+    """{module: scale B A}"""
+    return {name: scale * (b.double() @ a.double()) for name, (a, b) in factors.items()}
+
+
+def bfl_dense(differences):
+    """The same on diffusers' modules, of differences on BFL's."""
+    out = {}
+    for name, d in differences.items():
+        n = d.shape[1] if "linear1" in name else d.shape[0] // 3
+        block = "single_transformer_blocks." if name.startswith("single") else "transformer_blocks."
+        where = block + name.split(".")[1] + "." if "blocks." in name else ""
+        added = ".txt_attn." in name
+        if name.endswith("qkv") or name.endswith("linear1"):
+            for i, x in enumerate(("add_q_proj", "add_k_proj", "add_v_proj") if added else ("to_q", "to_k", "to_v")):
+                out[where + "attn." + x] = d[i * n:(i + 1) * n]
+            if name.endswith("linear1"):
+                out[where + "proj_mlp"] = d[3 * n:]
+            continue
+        if name == "final_layer.adaLN_modulation.1":
+            shift, scale = d.chunk(2)
+            out["norm_out.linear"] = torch.cat([scale, shift])
+            continue
+        last = name.split(".", 2)[2] if where else name
+        out[where + {"img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear", "img_attn.proj": "attn.to_out.0",
+                     "txt_attn.proj": "attn.to_add_out", "img_mlp.0": "ff.net.0.proj", "img_mlp.2": "ff.net.2", "txt_mlp.0": "ff_context.net.0.proj",
+                     "txt_mlp.2": "ff_context.net.2", "modulation.lin": "norm.linear", "linear2": "proj_out", "img_in": "x_embedder",
+                     "txt_in": "context_embedder", "final_layer.linear": "proj_out",
+                     "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1", "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+                     "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1", "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+                     "vector_in.in_layer": "time_text_embed.text_embedder.linear_1", "vector_in.out_layer": "time_text_embed.text_embedder.linear_2"}[last]] = d
+    return out
+
+
+# ---- All layouts ----
+
+def write_diffusers(pipe, folder, dtype=torch.float32, shard="1GB"):
+    pipe.save_pretrained(folder, max_shard_size=shard)
+    if dtype == torch.float32:
+        return folder
+    for part in "transformer", "vae", "text_encoder", "text_encoder_2":
+        model = getattr(pipe, part)
+        files = [f for f in os.listdir(os.path.join(folder, part)) if f != "config.json"]
+        for f in files:
+            os.remove(os.path.join(folder, part, f))
+        name = "model" if part.startswith("text") else "diffusion_pytorch_model"
+        save_file(contiguous(own_state(model), dtype), os.path.join(folder, part, name + ".safetensors"))
+    return folder
+
+
+def own_state(model):
+    """T5's table stands twice in its state."""
+    return {k: v for k, v in model.state_dict().items() if k != "encoder.embed_tokens.weight"}
+
+
+def write_tokenizers(pipe, folder):
+    pipe.tokenizer.save_pretrained(os.path.join(folder, "tokenizer"))
+    pipe.tokenizer_2.save_pretrained(os.path.join(folder, "tokenizer_2"))
+
+
+def write_single_files(pipe, folder, transformer, dtype=torch.float32, t5=None):
+    """BFL's and ComfyUI's files beside each other; t5: (name, tensors)."""
+    os.makedirs(folder, exist_ok=True)
+    write_tokenizers(pipe, folder)
+    levels = len(pipe.vae.config.block_out_channels)
+    save_file(contiguous(transformer), os.path.join(folder, "flux1-dev.safetensors"))
+    save_file(contiguous(to_ldm(pipe.vae.state_dict(), levels), dtype), os.path.join(folder, "ae.safetensors"))
+    save_file(contiguous(own_state(pipe.text_encoder), dtype), os.path.join(folder, "clip_l.safetensors"))
+    name, tensors = t5 or ("t5xxl_fp16", contiguous(own_state(pipe.text_encoder_2), dtype))
+    save_file(contiguous(tensors), os.path.join(folder, name + ".safetensors"))
+    return folder
+
+
+def write_all_in_one(pipe, folder, transformer, dtype=torch.float32):
+    os.makedirs(folder, exist_ok=True)
+    write_tokenizers(pipe, folder)
+    levels = len(pipe.vae.config.block_out_channels)
+    parts = {"model.diffusion_model.": transformer, "vae.": to_ldm(pipe.vae.state_dict(), levels),
+             "text_encoders.clip_l.transformer.": own_state(pipe.text_encoder), "text_encoders.t5xxl.transformer.": own_state(pipe.text_encoder_2)}
+    path = os.path.join(folder, "flux1-dev-all.safetensors")
+    save_file({prefix + k: v.clone().contiguous() for prefix, part in parts.items() for k, v in contiguous(part, dtype).items()}, path)
+    return path
+
+
+def write_all(name, folder):
+    pipe = pipeline(name)
+    shutil.rmtree(folder, ignore_errors=True)
+    sd = pipe.transformer.state_dict()
+    bfl = to_bfl(sd)
+    write_diffusers(pipe, os.path.join(folder, "sharded"), shard="200KB" if name != "wide" else "600MB")
+    write_diffusers(pipe, os.path.join(folder, "single"))
+    write_diffusers(pipe, os.path.join(folder, "bf16"), torch.bfloat16)
+    write_diffusers(pipe, os.path.join(folder, "f16"), torch.float16)
+    write_single_files(pipe, os.path.join(folder, "bfl"), bfl)
+    for convention in None, "scale_weight", "weight_scale":
+        t5 = ("t5xxl_fp8_e4m3fn" + ("_scaled" if convention else ""), to_fp8(own_state(pipe.text_encoder_2), convention)[0])
+        write_single_files(pipe, os.path.join(folder, f"fp8-{convention}"), to_fp8(bfl, convention)[0], t5=t5)
+    write_all_in_one(pipe, os.path.join(folder, "all-in-one"), bfl)
+    loras = os.path.join(folder, "loras")
+    os.makedirs(loras)
+    for dialect in "peft", "bare", "model", "old", "onetrainer":
+        save_file(lora_file(lora_factors(sd, 4, 7), dialect), os.path.join(loras, dialect + ".safetensors"))
+    for dialect in "kohya", "comfy", "comfy-down":
+        save_file(lora_file(bfl_factors(sd, 5, 8), dialect, alpha=3), os.path.join(loras, dialect + ".safetensors"))
+
+
+if __name__ == "__main__":
+    for which in sys.argv[2:] or ["tiny", "schnell"]:
+        write_all(which, os.path.join(sys.argv[1], which))
+        print(json.dumps({which: sorted(os.listdir(os.path.join(sys.argv[1], which)))}))
