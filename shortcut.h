@@ -1,3 +1,62 @@
+/* shortcut.h: FLUX.1 and SCFM (few-step distillation of flow-matching models) in one C99 header.
+ *
+ * Cai et al., "Shortcutting Pre-trained Flow Matching Diffusion Models is Almost Free Lunch",
+ * NeurIPS 2025, arXiv 2510.17858. MIT licence, see LICENSE.
+ *
+ * USE. In one .c file, before including it, #define SHORTCUT_IMPLEMENTATION; include it anywhere
+ * for the declarations (C99 and C++). It needs libc, libm and POSIX. With -DSHORTCUT_OPENBLAS
+ * -lopenblas products go to OpenBLAS, with -fopenmp it uses all cores. Pictures are float arrays:
+ * decoding files is the program's affair. A picture in three steps (where a result is NULL or false,
+ * sc_error() says why):
+ *
+ *     sc_pipeline *p = sc_pipeline_open(sc_cpu(), "data/tiny-flux", &(sc_pipeline_options){0});
+ *     const sc_flux_config *c = sc_flux_config_of(p->flux);
+ *     sc_lora_load(p->flux, "lora.safetensors", 1, &(sc_lora_report){0});
+ *     int h = p->resolution / p->token_pixels;                          // a grid of h x h tokens
+ *     float *context = malloc(sizeof(float) * p->text_tokens * c->text_channels);
+ *     float *pooled = malloc(sizeof(float) * c->pooled_channels);
+ *     float *latents = malloc(sizeof(float) * h * h * c->in_channels);
+ *     float *rgb = malloc(sizeof(float) * 3 * p->resolution * p->resolution);
+ *     sc_rng rng = {1};                                                 // the seed
+ *     sc_normal(&rng, latents, h * h * c->in_channels);
+ *     sc_pipeline_text(p, "a red apple", context, pooled);
+ *     sc_sampling s = {.steps = 3, .shift = p->shift, .guidance = 2, .h = h, .w = h};
+ *     sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, context, pooled, latents);
+ *     sc_pipeline_decode(p, latents, 1, h, h, rgb);                     // [3, 128, 128] in [-1, 1]
+ *     sc_pipeline_close(p);
+ *
+ * Training is sc_params_lora() once, then sc_train_gradient() and sc_params_step() in a loop, and
+ * sc_lora_save() at the end; train.c is that loop with data, progress and files around it.
+ *
+ * CONTENTS, each section opened by what it does and why:
+ *     declarations of all that is public
+ *     errors, memory, random numbers, data types
+ *     CPU operations              forward and backward side by side under one formula
+ *     tape                        eager operations, recorded for the way back
+ *     files                       JSON, safetensors, writing without half-written files
+ *     weights, FLUX transformer   the model, written once, forward
+ *     what is trained, LoRA files
+ *     flow matching, SCFM         the paper: start reading there
+ *     VAE, Unicode, tokenizers, text encoders, pictures and data sets, pipeline
+ *
+ * NOTATION
+ *     B batch   T tokens   C channels   H heads   D head size   L layers   h, w grid of tokens
+ *     x_t = (1 - t) x0 + t eps   x0 data, eps noise; t = 1 is noise
+ *     v   velocity, eps - x0     g  guidance scale     s  time shift     N  steps of a grid
+ *     [B,T,C]  shape, row-major  A, B  LoRA factors: W + scale * B A
+ *
+ * EASY TO GET WRONG
+ *   - t = 1 is noise, t = 0 is data, and an Euler step goes down: x - (t - t') v.
+ *   - Time and guidance enter their sinusoids times 1000, in f32, cosines first.
+ *   - The first time is 1 - 1e-5, not 1 (which is what bf16 makes of it).
+ *   - Text tokens come before image tokens in attention; RoPE turns pairs (2i, 2i + 1).
+ *   - A block's modulation is (shift, scale, gate) twice; norm_out's is (scale, shift), and BFL's
+ *     files have those two swapped: rows of W, and of a LoRA's B, never of A.
+ *   - CLIP's pooled vector is taken where the highest id first stands (the eos_token_id in its
+ *     config.json is wrong); T5's padding is not masked.
+ *   - Latents are (z - shift_factor) * scaling_factor, then packed 2x2: channel, row, column.
+ *   - In SCFM the second half-step always uses the slow average, and no gradient enters the target.
+ */
 #ifndef SHORTCUT_H
 #define SHORTCUT_H
 
