@@ -69,10 +69,17 @@ check:
 	$(MAKE) --no-print-directory CFLAGS="$(SANITIZE)" test
 	$(MAKE) --no-print-directory clean
 
+# The GPU against its ceilings, at FLUX.1-dev's full size, and against PyTorch where it is installed.
+bench-cuda: build/bench_cuda train
+	build/bench_cuda
+	python3 test/bench_cuda.py
+build/bench_cuda: test/bench_cuda.c shortcut.h $(CUDA_OBJECT) | build
+	$(if $(NVCC),,$(error bench-cuda needs nvcc))$(CC) $(BASE) -Wno-unused-function $(CFLAGS) $< -o $@ $(CUDA_LINK) $(LIBS)
+
 bench: $(PROGRAMS)
 	python3 test/bench.py
 
 clean:
 	rm -rf build $(PROGRAMS)
 
-.PHONY: all test check bench clean
+.PHONY: all test check bench bench-cuda clean

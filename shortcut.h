@@ -348,7 +348,8 @@ typedef struct sc_flux_config {     /* transformer/config.json */
 typedef struct sc_flux sc_flux;
 
 /* Opens a folder (config.json and weights) or a single file, whose shapes then say the config.
- * random: weights are drawn from `seed` instead of read. backend NULL: a plan, without data. */
+ * random: weights are drawn from `seed` instead of read: with `widen` to train them, without to
+ * measure speed. backend NULL: a plan, without data. */
 sc_flux *sc_flux_open(const sc_backend *backend, const char *path, bool widen, bool random,
                       uint64_t seed);
 void sc_flux_close(sc_flux *flux);
@@ -3526,6 +3527,25 @@ static bool sc__source_values(const sc__source *s, const char *name, float *valu
     return true;
 }
 
+/* Random matrices that are not widened are for measuring speed: a block of numbers, repeated. */
+static bool sc__repeat_weight(sc_net *net, sc_tensor *x) {
+    enum { BLOCK = 1 << 20 };
+    int64_t n = sc_count(x), size = sc_dtype_size(net->backend->activation);
+    sc_tensor block = {.dtype = SC_F32, .ndim = 1, .shape = {BLOCK}};
+    float *values = (float *)sc__alloc(BLOCK, sizeof *values), *wide = (float *)sc__alloc(BLOCK, sizeof *wide);
+    x->dtype = net->backend->activation;
+    x->data = values && wide ? net->backend->alloc((size_t)(n * size)) : NULL;
+    float std = 1.f / sqrtf((float)sc__last(x));
+    if (values) sc_normal(&net->rng, values, BLOCK);
+    for (int64_t i = 0; values && i < BLOCK; i++) values[i] *= std;
+    block.data = values;
+    for (int64_t i = 0; x->data && i < n; i += BLOCK)
+        sc__upload_part(net, (char *)x->data + i * size, &block, 0, n - i < BLOCK ? n - i : BLOCK, wide);
+    SC_FREE(values);
+    SC_FREE(wide);
+    return x->data != NULL;
+}
+
 /* Fills `x` with the f32 values of a source, or, where that is NULL, with random ones. */
 static bool sc__fill_weight(sc_net *net, const char *name, sc_tensor *x, const sc__source *s) {
     int64_t n = sc_count(x);
@@ -3593,7 +3613,8 @@ static sc_tensor *sc__net_weight(sc_net *net, const char *name, int ndim, const 
         if (s.scales.data && !sc__keep_scales(net, &s, name, x)) return NULL;
     } else {
         w.owned = true;
-        if (!sc__fill_weight(net, name, x, found ? &s : NULL)) return NULL;
+        bool repeated = !found && !net->widen && ndim > 1;
+        if (!(repeated ? sc__repeat_weight(net, x) : sc__fill_weight(net, name, x, found ? &s : NULL))) return NULL;
     }
     return sc__keep_weight(net, name, w);
 }
@@ -3961,7 +3982,7 @@ sc_flux *sc_flux_open(const sc_backend *backend, const char *path, bool widen, b
     bool ok = sc__read_config(path, &json, &name, &f->config_text);
     if (ok && random && !json) ok = sc__fail("%s: No such file", name);
     ok = ok && (!json || sc__flux_read_config(&f->config, &(sc_net){0}, json, name)) &&
-         (f->net = sc_net_open(backend, random ? NULL : path, widen || random)) &&
+         (f->net = sc_net_open(backend, random ? NULL : path, widen)) &&
          (json || sc__flux_read_config(&f->config, f->net, json, name));
     sc_json_free(json);
     SC_FREE(name);
@@ -3974,7 +3995,7 @@ sc_flux *sc_flux_open(const sc_backend *backend, const char *path, bool widen, b
         f->net->rng.state = seed;
         ok = f->double_blocks && f->single_blocks && f->modules && sc__flux_weights(f);
     }
-    if (ok && random && backend) sc__flux_zero(f);
+    if (ok && random && widen && backend) sc__flux_zero(f);
     if (ok) return f;
     sc_flux_close(f);
     return NULL;

@@ -1,0 +1,141 @@
+"""Second half of `make bench-cuda`: tiny-flux on the GPU through ./train, and, where PyTorch, diffusers
+and peft are installed, FLUX.1-dev's training step and sampling there, as build/bench_cuda does them.
+
+python3 test/bench_cuda.py [--tiny]    --tiny: a small model on any device, to try this script
+"""
+import csv
+import filecmp
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+BATCH, GRID, TEXT = 8, 32, 256          # 512 x 512 pixels
+
+
+def tiny_flux():
+    """Time of ./train data/10pairs, whether it repeats bit for bit, and the first losses on both devices."""
+    folder = tempfile.mkdtemp()
+
+    def train(name, *options):
+        out = f"{folder}/{name}.safetensors"
+        command = ["./train", "data/10pairs", "--out", out, "--run", f"{folder}/{name}", "--preview", "0", *options]
+        start = time.time()
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            print("tiny-flux:", done.stderr.strip().splitlines()[-1])
+            return None, 0, []
+        losses = [float(row["loss"]) for row in csv.DictReader(open(f"{folder}/{name}/loss.csv"))]
+        return out, time.time() - start, losses
+
+    first, seconds, _ = train("first", "--device", "cuda")
+    if not first:
+        return
+    second, _, _ = train("second", "--device", "cuda")
+    print(f"tiny-flux: ./train data/10pairs took {seconds:.1f} s; repeated, the LoRA is",
+          "the same" if filecmp.cmp(first, second, shallow=False) else "NOT the same")
+    _, _, gpu = train("gpu", "--device", "cuda", "--stop-after", "20")
+    _, _, cpu = train("cpu", "--device", "cpu", "--stop-after", "20")
+    print("first 20 losses, GPU against CPU: largest relative difference",
+          f"{max(abs(a - b) / b for a, b in zip(gpu, cpu)):.1e}")
+
+
+def median_time(torch, run, repeats=5):
+    times = []
+    for i in range(repeats + 2):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.time()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if i >= 2:
+            times.append(time.time() - start)
+    return statistics.median(times)
+
+
+def make_model(torch, tiny):
+    from diffusers import FluxTransformer2DModel
+    from peft import LoraConfig
+
+    small = dict(num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=24,
+                 pooled_projection_dim=20, axes_dims_rope=(4, 6, 6)) if tiny else {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model = FluxTransformer2DModel(guidance_embeds=True, **small)
+    torch.set_default_dtype(torch.float32)
+    model.requires_grad_(False)
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for name in ("student", "fast", "slow"):
+        model.add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=linears), adapter_name=name)
+    return model, device
+
+
+def inputs(torch, model, device, batch, grid, text):
+    config = model.config
+    normal = lambda *shape: torch.randn(*shape, device=device, dtype=torch.bfloat16)
+    ids = torch.zeros(grid * grid, 3, device=device)
+    ids[:, 1] = torch.arange(grid * grid, device=device) // grid
+    ids[:, 2] = torch.arange(grid * grid, device=device) % grid
+    one = torch.full((batch,), 0.7, device=device, dtype=torch.bfloat16)
+    return dict(hidden_states=normal(batch, grid * grid, config.in_channels),
+                encoder_hidden_states=normal(batch, text, config.joint_attention_dim),
+                pooled_projections=normal(batch, config.pooled_projection_dim), timestep=one, guidance=3 * one,
+                img_ids=ids, txt_ids=torch.zeros(text, 3, device=device), return_dict=False)
+
+
+def training_step(torch, model, forward, x, optimiser):
+    """Two target passes without gradient, one student pass with it, AdamW (the averages are left out)."""
+    with torch.no_grad():
+        model.set_adapter("fast")
+        v1 = forward(**x)[0]
+        model.set_adapter("slow")
+        v2 = forward(**{**x, "hidden_states": x["hidden_states"] - 0.1 * v1})[0]
+    model.set_adapter("student")
+    loss = torch.nn.functional.mse_loss(forward(**x)[0].float(), (0.5 * (v1 + v2)).float())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], 10)
+    optimiser.step()
+    optimiser.zero_grad()
+
+
+def pytorch(tiny):
+    try:
+        import torch
+        import diffusers  # noqa: F401
+        import peft  # noqa: F401
+    except ImportError as missing:
+        print(f"PyTorch: skipped: {missing}")
+        return
+    if not tiny and not torch.cuda.is_available():
+        print("PyTorch: skipped: no GPU")
+        return
+    model, device = make_model(torch, tiny)
+    batch, grid, text = (2, 4, 8) if tiny else (BATCH, GRID, TEXT)
+    for name, forward in (("eager", model), ("torch.compile", torch.compile(model))):
+        if tiny and name != "eager":
+            continue
+        try:
+            with torch.no_grad():
+                model.disable_adapters()
+                x = inputs(torch, model, device, 1, 2 * grid, 2 * text)
+                seconds = median_time(torch, lambda: [forward(**x) for _ in range(3)])
+            print(f"PyTorch {name}: 3 steps at 1024x1024, transformer only: {seconds:.3f} s", flush=True)
+            model.enable_adapters()
+            model.enable_gradient_checkpointing()
+            model.train()
+            x = inputs(torch, model, device, batch, grid, text)
+            model.set_adapter("student")
+            optimiser = torch.optim.AdamW([p for n, p in model.named_parameters() if "student" in n], lr=2e-5, fused=device == "cuda")
+            seconds = median_time(torch, lambda: training_step(torch, model, forward, x, optimiser))
+            print(f"PyTorch {name}: SCFM step, 512x512, batch {batch}, rank 64: {seconds:.3f} s", flush=True)
+        except RuntimeError as error: # out of memory, or a compiler that is missing
+            print(f"PyTorch {name}: failed: {str(error).splitlines()[0]}", flush=True)
+
+
+if __name__ == "__main__":
+    if "--tiny" not in sys.argv:
+        tiny_flux()
+    pytorch("--tiny" in sys.argv)
