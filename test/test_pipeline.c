@@ -1,0 +1,183 @@
+/* Tokenizers, text encoders and whole pipelines against Hugging Face's and diffusers'
+ * (test/reference/make_tokens.py, make_pipeline.py), bad tokenizers, and the fuzzer's corpus.
+ * SHORTCUT_FLUX_DIR: a FLUX.1 folder, for its tokenizers (no weights needed). */
+#define _POSIX_C_SOURCE 200809L
+#define SHORTCUT_IMPLEMENTATION
+#include "../shortcut.h"
+#include "test.h"
+#include <dirent.h>
+#include "fuzz_tokenizer.c"
+
+static sc_file *open_reference(const char *name) {
+    char path[256];
+    snprintf(path, sizeof path, "test/reference/%s.safetensors", name);
+    sc_file *f = sc_file_open(path);
+    if (!f) printf("%s (run the tests from the project's folder)\n", sc_error()), exit(1);
+    return f;
+}
+
+static const sc_tensor *find(const sc_file *f, const char *name) {
+    const sc_tensor *x = sc_file_find(f, name);
+    if (!x) printf("%s has no '%s'\n", sc_file_path(f), name), exit(1);
+    return x;
+}
+
+/* ---- Tokenizers ---- */
+
+static uint64_t hash_ids(uint64_t hash, const int32_t *ids, int n) { /* FNV-1a */
+    for (int i = 0; i < n; i++) hash = (hash ^ (uint64_t)(uint32_t)ids[i]) * 0x100000001b3u;
+    return hash;
+}
+
+/* All texts, at the tokenizer's own length and at one that holds them whole. */
+static void test_tokenizer(const sc_file *f, const char *folder, const char *key, const char *part) {
+    enum { LONG = 2048 };
+    static int32_t ids[LONG];
+    char path[1024], name[64];
+    snprintf(path, sizeof path, "%s/%s", folder, part);
+    snprintf(name, sizeof name, "%s.%s", key, part);
+    sc_tokenizer *t = sc_tokenizer_open(path);
+    CHECK(t != NULL);
+    if (!t) {
+        printf("%s\n", sc_error());
+        return;
+    }
+    const sc_tensor *texts = find(f, "texts"), *expected = find(f, name);
+    const char *text = texts->data;
+    int own = sc_tokenizer_length(t), wrong = 0;
+    CHECK(own > 0 && own <= LONG);
+    for (int64_t i = 0; i < sc_count(expected); i++, text += strlen(text) + 1) {
+        uint64_t hash = 0xcbf29ce484222325u;
+        bool ok = sc_tokenize(t, text, own, ids) >= 0;
+        hash = hash_ids(hash, ids, own);
+        ok = ok && sc_tokenize(t, text, LONG, ids) >= 0;
+        hash = hash_ids(hash, ids, LONG);
+        ok = ok && hash == ((const uint64_t *)expected->data)[i];
+        if (!ok && wrong++ < 5) printf("%s: text %lld differs: %.80s\n", path, (long long)i, text);
+        test_passed += ok, test_failed += !ok;
+    }
+    printf("%s.%s: %lld texts, %d differ\n", key, part, (long long)sc_count(expected), wrong);
+    CHECK(text == (const char *)texts->data + sc_count(texts) && sc_count(expected) >= 1000);
+    sc_tokenizer_close(t);
+}
+
+static void test_tokenizers(void) {
+    sc_file *f = open_reference("tokens");
+    const char *flux = getenv("SHORTCUT_FLUX_DIR");
+    test_tokenizer(f, "data/tiny-flux", "tiny", "tokenizer");
+    test_tokenizer(f, "data/tiny-flux", "tiny", "tokenizer_2");
+    if (flux && *flux) {
+        test_tokenizer(f, flux, "flux", "tokenizer");
+        test_tokenizer(f, flux, "flux", "tokenizer_2");
+    } else SKIP("FLUX.1's tokenizers: SHORTCUT_FLUX_DIR is not set");
+    sc_file_close(f);
+}
+
+/* ---- Text encoders ---- */
+
+/* The encoders of `folder` for all prompts of the reference; their ids as well. */
+static void test_encoders(const char *folder, const char *reference) {
+    sc_file *f = open_reference(reference);
+    sc_text_encoders *t = sc_text_encoders_open(sc_cpu(), folder);
+    CHECK(t != NULL);
+    if (!t) printf("%s\n", sc_error()), exit(1);
+    const sc_tensor *contexts = find(f, "context"), *pools = find(f, "pooled"), *ids = find(f, "ids");
+    int tokens = (int)contexts->shape[1], clip = (int)ids->shape[1] - tokens;
+    int64_t context_size = tokens * contexts->shape[2], pooled_size = pools->shape[1];
+    float *context = malloc((size_t)(context_size + pooled_size) * 4), *pooled = context + context_size;
+    int32_t *mine = malloc((size_t)(clip + tokens) * 4);
+    const char *prompt = find(f, "prompts")->data;
+    double worst[2] = {0, 0};
+    CHECK(contexts->shape[0] > 3);
+    for (int64_t i = 0; i < contexts->shape[0]; i++, prompt += strlen(prompt) + 1) {
+        const int64_t *theirs = (const int64_t *)ids->data + i * (clip + tokens);
+        bool same = sc_tokenize(t->clip_tokenizer, prompt, clip, mine) > 0 &&
+                    sc_tokenize(t->t5_tokenizer, prompt, tokens, mine + clip) > 0;
+        for (int k = 0; k < clip + tokens; k++) same = same && mine[k] == theirs[k];
+        CHECK(same);
+        CHECK(sc_text_encode(t, prompt, tokens, context, pooled));
+        double a = rel_error(context, (const float *)contexts->data + i * context_size, context_size);
+        double b = rel_error(pooled, (const float *)pools->data + i * pooled_size, pooled_size);
+        CHECK(a < 1e-5 && b < 1e-5);
+        worst[0] = fmax(worst[0], a), worst[1] = fmax(worst[1], b);
+    }
+    printf("%s: largest error of T5 %.1e, of CLIP %.1e\n", folder, worst[0], worst[1]);
+    free(context), free(mine);
+    sc_text_encoders_close(t);
+    sc_file_close(f);
+}
+
+/* ---- Pipelines ---- */
+
+/* From the reference's noise to latents and a picture; `prefix` "": bare, "lora_": with the LoRA. */
+static void test_drawing(sc_pipeline *p, const sc_file *f, const char *folder, const char *prefix) {
+    const float *settings = find(f, "settings")->data;
+    const sc_tensor *noise = find(f, "noise");
+    char name[64];
+    int h = (int)settings[2], w = (int)settings[3];
+    int64_t n = sc_count(noise), context_size = sc_count(find(f, "context")), pixels = sc_count(find(f, "picture"));
+    float *memory = malloc((size_t)(n + pixels + 2 * context_size) * 4);
+    float *latents = memory, *rgb = latents + n, *context = rgb + pixels, *pooled = context + context_size;
+    sc_sampling s = {.steps = (int)settings[0], .guidance = settings[1], .h = h, .w = w,
+                     .shift = settings[5] > 0 ? settings[5] : sc_dynamic_shift((int64_t)h * w)};
+    memcpy(latents, noise->data, (size_t)n * 4);
+    CHECK(p->shift == settings[5]);
+    CHECK(sc_pipeline_text(p, find(f, "prompts")->data, context, pooled));
+    CHECK(sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, context, pooled, latents));
+    CHECK(sc_pipeline_decode(p, latents, 1, h, w, rgb));
+    snprintf(name, sizeof name, "%slatents", prefix);
+    double a = rel_error(latents, find(f, name)->data, n), b = 0;
+    snprintf(name, sizeof name, "%spicture", prefix);
+    const float *picture = find(f, name)->data;
+    for (int64_t i = 0; i < pixels; i++) b = fmax(b, fabs(fmin(fmax(rgb[i], -1), 1) - fmin(fmax(picture[i], -1), 1)));
+    printf("%s: error of %slatents %.1e, largest of a pixel %.4f/255\n", folder, prefix, a, b * 127.5);
+    CHECK(a < 5e-5);
+    CHECK(b * 127.5 < 0.1);
+    free(memory);
+}
+
+static void test_pipeline(const char *name) {
+    char folder[128], reference[128], lora[256];
+    snprintf(folder, sizeof folder, "test/reference/%s", name);
+    snprintf(reference, sizeof reference, "%s/reference", name);
+    snprintf(lora, sizeof lora, "%s/lora.safetensors", folder);
+    test_encoders(folder, reference);
+    sc_file *f = open_reference(reference);
+    sc_pipeline *p = sc_pipeline_open(sc_cpu(), folder, &(sc_pipeline_options){0});
+    if (!p) printf("%s\n", sc_error()), exit(1);
+    test_drawing(p, f, folder, "");
+    sc_lora_report report;
+    CHECK(sc_lora_load(p->flux, lora, 1, &report) && report.applied == report.total);
+    test_drawing(p, f, folder, "lora_");
+    sc_lora_unload(p->flux);
+    test_drawing(p, f, folder, "");
+    sc_pipeline_close(p);
+    sc_file_close(f);
+}
+
+/* ---- The corpus ---- */
+
+static void replay(const char *corpus) {
+    DIR *list = opendir(corpus);
+    int files = 0;
+    for (struct dirent *e; list && (e = readdir(list));) {
+        char path[512];
+        size_t size = 0;
+        if (*e->d_name == '.') continue;
+        snprintf(path, sizeof path, "%s/%s", corpus, e->d_name);
+        char *data = sc__read_file(path, &size);
+        if (data) files += LLVMFuzzerTestOneInput((const uint8_t *)data, size) == 0;
+        SC_FREE(data);
+    }
+    if (list) closedir(list);
+    CHECK(files > 10);
+    printf("%s: %d inputs\n", corpus, files);
+}
+
+int main(void) {
+    test_tokenizers();
+    test_encoders("data/tiny-flux", "text_tiny");
+    test_pipeline("pipeline_a"), test_pipeline("pipeline_b");
+    replay("test/corpus/tokenizer");
+    return test_report();
+}
