@@ -54,23 +54,60 @@ static bool save_latents(const char *path, float *latents, int64_t tokens, int64
     return sc_file_save(path, &named, 1, NULL);
 }
 
+static float time_shift(const sc_pipeline *p, const options *o, int64_t tokens) {
+    if (!o->shift) return p->shift > 0 ? p->shift : sc_dynamic_shift(tokens);
+    return !strcmp(o->shift, "auto") ? sc_dynamic_shift(tokens) : strtof(o->shift, NULL);
+}
+
+/* The settings as the usual picture tools read them: the prompt, then "Key: value, ..."; malloced.
+ */
+static char *parameters_of(const options *o, const char *prompt, uint64_t seed, float shift) {
+    sc__text t = {0};
+    char line[512];
+    int n = snprintf(line, sizeof line,
+                     "\nSteps: %d, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: %g, Seed: "
+                     "%llu, Size: %dx%d, Shift: %g, Model: ",
+                     o->steps, o->guidance, (unsigned long long)seed, o->width, o->height, shift);
+    sc__text_add(&t, prompt, strlen(prompt));
+    sc__text_add(&t, line, (size_t)n);
+    sc__text_add(&t, o->model, strlen(o->model));
+    for (int i = 0; !o->no_lora && i < 8 && o->lora[i]; i++) {
+        sc__text_add(&t, i ? " " : ", Lora: ", i ? 1 : 8);
+        sc__text_add(&t, o->lora[i], strlen(o->lora[i]));
+    }
+    sc__text_add(&t, "", 1);
+    if (t.failed) sc__fail("out of memory");
+    return t.failed ? NULL : t.data;
+}
+
+/* Whether the PNG at `path` was drawn with these parameters: its text chunk is behind IHDR. */
+static bool drawn(const char *path, const char *parameters) {
+    size_t size = 0, n = strlen(parameters), at = 33 + 8 + 11;
+    char *file = sc__exists(path) ? sc__read_file(path, &size) : NULL;
+    if (file && size > at && file[37] == 'i') at += 4;
+    bool same = file && size > at + n && !memcmp(file + 41, "parameters", 11) &&
+                !memcmp(file + at, parameters, n);
+    free(file);
+    return same;
+}
+
+/* Draws one picture and prints how long its parts took. */
 static bool draw(sc_pipeline *p, const options *o, const char *prompt, uint64_t seed,
                  const char *path) {
     const sc_flux_config *c = sc_flux_config_of(p->flux);
     int h = o->height / p->token_pixels, w = o->width / p->token_pixels;
-    int64_t tokens = (int64_t)h * w, n = tokens * c->in_channels,
-            pixels = (int64_t)3 * o->width * o->height;
+    int64_t tokens = (int64_t)h * w, n = tokens * c->in_channels;
+    int64_t pixels = (int64_t)3 * o->width * o->height;
     int64_t context_size = (int64_t)p->text_tokens * c->text_channels;
+    float shift = time_shift(p, o, tokens);
+    char *parameters = parameters_of(o, prompt, seed, shift);
+    if (!parameters) return false;
+    if (o->prompts && drawn(path, parameters)) return free(parameters), true;
     float *memory = (float *)sc__alloc((size_t)(n + pixels + context_size + c->pooled_channels),
                                        sizeof *memory);
-    if (!memory) return false;
-    float *latents = memory, *rgb = latents + n, *context = rgb + pixels,
-          *pooled = context + context_size;
-    float shift = p->shift > 0 ? p->shift : sc_dynamic_shift(tokens);
-    if (o->shift)
-        shift = !strcmp(o->shift, "auto") ? sc_dynamic_shift(tokens) : strtof(o->shift, NULL);
+    float *latents = memory, *rgb = latents + n, *context = rgb + pixels;
+    float *pooled = context + context_size;
     sc_rng rng = {seed};
-    sc_normal(&rng, latents, n);
     sc_sampling s = {.steps = o->steps,
                      .shift = shift,
                      .guidance = o->guidance,
@@ -78,18 +115,23 @@ static bool draw(sc_pipeline *p, const options *o, const char *prompt, uint64_t 
                      .w = w,
                      .progress = progress,
                      .user = (void *)(uintptr_t) "step"};
-    bool ok = (!o->noise || load_noise(o->noise, latents, n)) &&
-              sc_pipeline_text(p, prompt, context, pooled) &&
-              sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, context, pooled, latents) &&
-              (!o->latents || save_latents(o->latents, latents, tokens, c->in_channels)) &&
-              sc_pipeline_decode(p, latents, 1, h, w, rgb);
-    char parameters[2048];
-    snprintf(parameters, sizeof parameters,
-             "%.1000s\nSteps: %d, Sampler: Euler, Seed: %llu, Size: %dx%d, Guidance: %g, Shift: "
-             "%g, Model: %.200s, Lora: %.300s",
-             prompt, o->steps, (unsigned long long)seed, o->width, o->height, o->guidance, shift,
-             o->model, o->lora[0] ? o->lora[0] : "none");
+    double times[4] = {sc_seconds()};
+    bool ok = memory != NULL;
+    if (ok) sc_normal(&rng, latents, n);
+    ok = ok && (!o->noise || load_noise(o->noise, latents, n)) &&
+         sc_pipeline_text(p, prompt, context, pooled);
+    times[1] = sc_seconds();
+    ok = ok && sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, context, pooled, latents) &&
+         (!o->latents || save_latents(o->latents, latents, tokens, c->in_channels));
+    times[2] = sc_seconds();
+    ok = ok && sc_pipeline_decode(p, latents, 1, h, w, rgb);
+    times[3] = sc_seconds();
     ok = ok && sc_picture_save(&(sc_picture){o->width, o->height, rgb}, path, parameters);
+    if (ok)
+        printf("%s: \"%.200s\", %d steps, seed %llu (text %.1f s, steps %.1f s, VAE %.1f s)\n",
+               path, prompt, o->steps, (unsigned long long)seed, times[1] - times[0],
+               times[2] - times[1], times[3] - times[2]);
+    free(parameters);
     free(memory);
     return ok;
 }
@@ -104,6 +146,8 @@ static void numbered(const char *out, int index, char path[1024]) {
 
 /* ---- A training set from the model itself ---- */
 
+/* Pictures that are there with the same settings are not drawn again, so a run that was stopped
+ * goes on where it was. */
 static bool draw_list(sc_pipeline *p, const options *o) {
     size_t length;
     char *text = sc__read_file(o->prompts, &length), path[1024];
@@ -122,7 +166,7 @@ static bool draw_list(sc_pipeline *p, const options *o) {
             char name[64];
             snprintf(name, sizeof name, "%06d.png", index);
             snprintf(path, sizeof path, "%s/%s", o->out_dir, name);
-            if (!sc__exists(path)) ok = draw(p, o, line, (uint64_t)o->seed + (uint64_t)index, path);
+            if (!(ok = draw(p, o, line, (uint64_t)o->seed + (uint64_t)index, path))) break;
             sc__text_add(&metadata, "{\"file_name\": ", 14);
             sc__text_quote(&metadata, name);
             sc__text_add(&metadata, ", \"prompt\": ", 12);
@@ -131,7 +175,7 @@ static bool draw_list(sc_pipeline *p, const options *o) {
         }
     }
     snprintf(path, sizeof path, "%s/metadata.jsonl", o->out_dir);
-    ok = ok && sc__write_file(path, metadata.data, metadata.length);
+    if (index) ok = sc__write_file(path, metadata.data, metadata.length) && ok; /* also of a part */
     if (ok) printf("%s: %d pictures and metadata.jsonl\n", o->out_dir, index);
     free(metadata.data);
     free(text);
@@ -198,6 +242,8 @@ int main(int argc, char **argv) {
            : NULL;
     bool ok = p != NULL;
     if (ok) o.width = o.height = p->resolution;
+    if (o.shift && strcmp(o.shift, "auto") && !(strtof(o.shift, &end) > 0 && !*end))
+        ok = ok && sc__fail("--shift is a positive number or auto, not '%s'", o.shift);
     if (ok && o.size &&
         (sscanf(o.size, "%dx%d", &o.width, &o.height) != 2 || o.width < 1 || o.height < 1 ||
          o.width > 1 << 14 || o.height > 1 << 14 || o.width % p->token_pixels ||
@@ -212,7 +258,6 @@ int main(int argc, char **argv) {
         char path[1024];
         numbered(o.out, i, path);
         ok = draw(p, &o, prompt, (uint64_t)o.seed + (uint64_t)i, path);
-        if (ok) printf("%s: \"%s\", %d steps, seed %d\n", path, prompt, o.steps, o.seed + i);
     }
     sc_pipeline_close(p);
     return ok ? 0 : sc_die();

@@ -4707,6 +4707,9 @@ bool sc_sample(sc_flux *f, sc_tape *t, const sc_sampling *s, int batch, int text
             .pooled = sc_from(t, 2, (const int64_t[]){batch, c->pooled_channels}, pooled)};
         sc_tensor *v = sc_flux_velocity(f, t, &in);
         ok = sc_read(t, sc_blend(t, one, x, delta, v), latents);
+        for (int64_t j = 0; ok && j < sc_count(x); j++)
+            if (!isfinite(latents[j]))
+                ok = sc__fail("step %d gave NaN or infinity: are the weights damaged?", i + 1);
         if (ok && s->progress && !s->progress(s->user, i + 1, s->steps)) ok = sc__fail("stopped");
     }
     SC_FREE(host);

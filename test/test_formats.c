@@ -1,0 +1,497 @@
+/* Layouts of the transformer's file and dialects of LoRA files, against the same numbers in diffusers'
+ * layout; what is wrong with such files; and the names of the real FLUX.1-dev ($SHORTCUT_FLUX_DIR). */
+#define _POSIX_C_SOURCE 200809L
+#define SHORTCUT_IMPLEMENTATION
+#include "../shortcut.h"
+#include "test.h"
+
+#define MODEL "test/reference/flux_a" /* 1 double and 2 single blocks, 2 heads of 16 */
+
+/* ---- Files made of tensors ---- */
+
+typedef struct tensors {
+    sc_named named[600];
+    sc_tensor tensor[600];
+    char name[600][160];
+    int count;
+} tensors;
+
+static void add(tensors *t, const char *name, sc_dtype type, int64_t rows, int64_t columns, void *data) {
+    int i = t->count++;
+    snprintf(t->name[i], sizeof t->name[i], "%s", name);
+    t->tensor[i] = (sc_tensor){.data = data, .dtype = type, .ndim = columns ? 2 : rows ? 1 : 0, .shape = {rows, columns}};
+    t->named[i] = (sc_named){t->name[i], &t->tensor[i], type};
+}
+
+static tensors *new_tensors(void) { return calloc(1, sizeof(tensors)); }
+
+static void free_tensors(tensors *t) {
+    for (int i = 0; i < t->count; i++) free(t->tensor[i].data);
+    free(t);
+}
+
+static char folder[64];
+
+static const char *in_folder(const char *name) {
+    static char path[4][200];
+    static int turn;
+    turn = (turn + 1) % 4;
+    snprintf(path[turn], sizeof path[turn], "%s/%s", folder, name);
+    return path[turn];
+}
+
+static const char *save(const tensors *t, const char *name) {
+    const char *path = in_folder(name);
+    CHECK(sc_file_save(path, t->named, t->count, NULL));
+    return path;
+}
+
+/* ---- BFL's layout, spelt out ---- */
+
+typedef struct fused { const char *name; int parts; const char *part[4]; bool swapped; } fused;
+
+#define DOUBLE "transformer_blocks.0."
+#define SINGLE(i) "single_transformer_blocks." #i "."
+static const fused bfl[] = {
+    {"img_in", 1, {"x_embedder"}, false}, {"txt_in", 1, {"context_embedder"}, false},
+    {"time_in.in_layer", 1, {"time_text_embed.timestep_embedder.linear_1"}, false},
+    {"time_in.out_layer", 1, {"time_text_embed.timestep_embedder.linear_2"}, false},
+    {"guidance_in.in_layer", 1, {"time_text_embed.guidance_embedder.linear_1"}, false},
+    {"guidance_in.out_layer", 1, {"time_text_embed.guidance_embedder.linear_2"}, false},
+    {"vector_in.in_layer", 1, {"time_text_embed.text_embedder.linear_1"}, false},
+    {"vector_in.out_layer", 1, {"time_text_embed.text_embedder.linear_2"}, false},
+    {"double_blocks.0.img_mod.lin", 1, {DOUBLE "norm1.linear"}, false},
+    {"double_blocks.0.txt_mod.lin", 1, {DOUBLE "norm1_context.linear"}, false},
+    {"double_blocks.0.img_attn.qkv", 3, {DOUBLE "attn.to_q", DOUBLE "attn.to_k", DOUBLE "attn.to_v"}, false},
+    {"double_blocks.0.txt_attn.qkv", 3, {DOUBLE "attn.add_q_proj", DOUBLE "attn.add_k_proj", DOUBLE "attn.add_v_proj"}, false},
+    {"double_blocks.0.img_attn.proj", 1, {DOUBLE "attn.to_out.0"}, false},
+    {"double_blocks.0.txt_attn.proj", 1, {DOUBLE "attn.to_add_out"}, false},
+    {"double_blocks.0.img_mlp.0", 1, {DOUBLE "ff.net.0.proj"}, false},
+    {"double_blocks.0.img_mlp.2", 1, {DOUBLE "ff.net.2"}, false},
+    {"double_blocks.0.txt_mlp.0", 1, {DOUBLE "ff_context.net.0.proj"}, false},
+    {"double_blocks.0.txt_mlp.2", 1, {DOUBLE "ff_context.net.2"}, false},
+    {"single_blocks.0.modulation.lin", 1, {SINGLE(0) "norm.linear"}, false},
+    {"single_blocks.0.linear1", 4, {SINGLE(0) "attn.to_q", SINGLE(0) "attn.to_k", SINGLE(0) "attn.to_v", SINGLE(0) "proj_mlp"}, false},
+    {"single_blocks.0.linear2", 1, {SINGLE(0) "proj_out"}, false},
+    {"single_blocks.1.modulation.lin", 1, {SINGLE(1) "norm.linear"}, false},
+    {"single_blocks.1.linear1", 4, {SINGLE(1) "attn.to_q", SINGLE(1) "attn.to_k", SINGLE(1) "attn.to_v", SINGLE(1) "proj_mlp"}, false},
+    {"single_blocks.1.linear2", 1, {SINGLE(1) "proj_out"}, false},
+    {"final_layer.adaLN_modulation.1", 1, {"norm_out.linear"}, true},
+    {"final_layer.linear", 1, {"proj_out"}, false}};
+enum { BFL = sizeof bfl / sizeof *bfl };
+static const char *const bfl_norms[][2] = {
+    {"double_blocks.0.img_attn.norm.query_norm.scale", DOUBLE "attn.norm_q.weight"},
+    {"double_blocks.0.img_attn.norm.key_norm.scale", DOUBLE "attn.norm_k.weight"},
+    {"double_blocks.0.txt_attn.norm.query_norm.scale", DOUBLE "attn.norm_added_q.weight"},
+    {"double_blocks.0.txt_attn.norm.key_norm.scale", DOUBLE "attn.norm_added_k.weight"},
+    {"single_blocks.0.norm.query_norm.scale", SINGLE(0) "attn.norm_q.weight"},
+    {"single_blocks.0.norm.key_norm.scale", SINGLE(0) "attn.norm_k.weight"},
+    {"single_blocks.1.norm.query_norm.scale", SINGLE(1) "attn.norm_q.weight"},
+    {"single_blocks.1.norm.key_norm.scale", SINGLE(1) "attn.norm_k.weight"}};
+
+static float *values(const sc_file *f, const char *name, int64_t *rows, int64_t *columns) {
+    const sc_tensor *x = sc_file_find(f, name);
+    float *v = x ? malloc((size_t)sc_count(x) * 4) : NULL;
+    if (!v) printf("no '%s'\n", name), exit(1);
+    sc_to_f32(v, x->data, x->dtype, sc_count(x));
+    *rows = x->shape[0], *columns = x->ndim > 1 ? x->shape[1] : 0;
+    return v;
+}
+
+static void swap_rows(float *x, int64_t rows, int64_t columns) {
+    for (int64_t i = 0; i < rows / 2 * columns; i++) {
+        float y = x[i];
+        x[i] = x[i + rows / 2 * columns], x[i + rows / 2 * columns] = y;
+    }
+}
+
+/* scaled: matrices as e4m3 with a scale each ("scale_weight"; "weight_scale", one a row). */
+static void add_matrix(tensors *t, const char *name, float *v, int64_t rows, int64_t columns, const char *scaled) {
+    char full[200];
+    if (!scaled) {
+        add(t, name, SC_F32, rows, columns, v);
+        return;
+    }
+    bool by_row = !strcmp(scaled, "weight_scale");
+    uint8_t *bits = malloc((size_t)(rows * columns));
+    float *scale = malloc((size_t)rows * 4);
+    for (int64_t r = 0; r < rows; r++) {
+        scale[r] = by_row ? 0.001f * (float)(r + 1) : 0.0625f;
+        for (int64_t c = 0; c < columns; c++) bits[r * columns + c] = sc__f32_to_f8(v[r * columns + c] / scale[r]);
+    }
+    free(v);
+    add(t, name, SC_F8_E4M3, rows, columns, bits);
+    snprintf(full, sizeof full, "%.*s%s", (int)strlen(name) - 6, name, scaled);
+    add(t, full, SC_F32, by_row ? rows : 0, 0, scale);
+}
+
+/* The reference's weights in BFL's layout. */
+static tensors *to_bfl(const char *prefix, const char *scaled) {
+    tensors *t = new_tensors();
+    sc_file *f = sc_file_open(MODEL "/diffusion_pytorch_model.safetensors");
+    char name[200];
+    int64_t rows, columns;
+    for (int i = 0; i < BFL; i++)
+        for (int bias = 0; bias < 2; bias++) {
+            float *all = NULL;
+            int64_t total = 0;
+            for (int p = 0; p < bfl[i].parts; p++) {
+                snprintf(name, sizeof name, "%s.%s", bfl[i].part[p], bias ? "bias" : "weight");
+                float *v = values(f, name, &rows, &columns);
+                int64_t width = bias ? 1 : columns;
+                all = realloc(all, (size_t)((total + rows) * width) * 4);
+                memcpy(all + total * width, v, (size_t)(rows * width) * 4);
+                total += rows;
+                free(v);
+            }
+            if (bfl[i].swapped) swap_rows(all, total, bias ? 1 : columns);
+            snprintf(name, sizeof name, "%s%s.%s", prefix, bfl[i].name, bias ? "bias" : "weight");
+            if (bias) add(t, name, SC_F32, total, 0, all);
+            else add_matrix(t, name, all, total, columns, scaled);
+        }
+    for (size_t i = 0; i < sizeof bfl_norms / sizeof *bfl_norms; i++) {
+        float *v = values(f, bfl_norms[i][1], &rows, &columns);
+        snprintf(name, sizeof name, "%s%s", prefix, bfl_norms[i][0]);
+        add(t, name, SC_F32, rows, 0, v);
+    }
+    sc_file_close(f);
+    return t;
+}
+
+/* ---- Weights ---- */
+
+/* A folder with config.json and this file. */
+static sc_flux *open_as(const tensors *t, const char *name) {
+    size_t length;
+    char *config = sc__read_file(MODEL "/config.json", &length), path[200];
+    mkdir(in_folder(name), 0777);
+    snprintf(path, sizeof path, "%s/config.json", name);
+    CHECK(sc__write_file(in_folder(path), config, length));
+    snprintf(path, sizeof path, "%s/flux.safetensors", name);
+    save(t, path);
+    free(config);
+    return sc_flux_open(sc_cpu(), in_folder(name), false, false, 0);
+}
+
+static float *merged_weight(const sc_flux *f, int i) {
+    const sc_tensor *w = &f->net->weights[i]->tensor;
+    float *v = malloc((size_t)sc_count(w) * 4);
+    CHECK(sc__merged_values(f, w, v));
+    return v;
+}
+
+/* Largest difference of all weights, as a part of the largest value. */
+static double difference(const sc_flux *a, const sc_flux *b) {
+    double worst = 0, largest = 1e-30;
+    CHECK(a && b && a->net->count == b->net->count);
+    for (int i = 0; a && b && i < a->net->count; i++) {
+        float *x = merged_weight(a, i), *y = merged_weight(b, i);
+        for (int64_t j = 0; j < sc_count(&a->net->weights[i]->tensor); j++) {
+            worst = fmax(worst, fabs((double)x[j] - y[j]));
+            largest = fmax(largest, fabs(y[j]));
+        }
+        free(x), free(y);
+    }
+    return worst / largest;
+}
+
+static void test_layouts(void) {
+    static const char *const prefixes[] = {"", "model.diffusion_model."};
+    sc_flux *original = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
+    if (!original) printf("%s (run the tests from the project's folder)\n", sc_error()), exit(1);
+    for (int i = 0; i < 2; i++) {
+        tensors *t = to_bfl(prefixes[i], NULL);
+        sc_flux *f = open_as(t, "bfl");
+        if (!f) printf("%s\n", sc_error());
+        CHECK(f && difference(f, original) == 0);
+        sc_flux_close(f);
+        free_tensors(t);
+    }
+    /* 8 bits: products and merging see the same values; they are the originals', rounded. */
+    static const char *const scales[] = {"scale_weight", "weight_scale"};
+    for (int i = 0; i < 2; i++) {
+        tensors *t = to_bfl("", scales[i]);
+        sc_flux *f = open_as(t, "fp8"), *wide = sc_flux_open(sc_cpu(), in_folder("fp8"), true, false, 0);
+        CHECK(f && f->double_blocks[0].image.q.weight->dtype == SC_F8_E4M3 && f->double_blocks[0].image.q.weight->scale);
+        CHECK(difference(f, wide) == 0);
+        CHECK(difference(f, original) < 0.1 && difference(f, original) > 0);
+        sc_flux_close(f), sc_flux_close(wide);
+        free_tensors(t);
+    }
+    sc_flux_close(original);
+}
+
+/* Shapes say the config where there is no config.json; these heads are too small for FLUX's axes. */
+static void test_shapes(void) {
+    tensors *t = to_bfl("", NULL);
+    const char *path = save(t, "shapes.safetensors");
+    CHECK(!sc_flux_open(sc_cpu(), path, false, false, 0) && strstr(sc_error(), "axes_dims_rope"));
+    sc_net *net = sc_net_open(NULL, path, false);
+    sc_flux_config c;
+    CHECK(!sc__flux_read_config(&c, net, NULL, path));
+    CHECK(c.layers == 1 && c.single_layers == 2 && c.heads == 2 && c.head_size == 16 && c.in_channels == 16 &&
+          c.text_channels == 24 && c.pooled_channels == 20);
+    sc_net_close(net);
+    free_tensors(t);
+}
+
+static void refused(sc_flux *f, const char *words) {
+    CHECK(!f && strstr(sc_error(), words));
+    if (f || !strstr(sc_error(), words)) printf("  not '%s': %s\n", words, sc_error());
+    sc_flux_close(f);
+}
+
+static void test_bad_weights(void) {
+    tensors *t = to_bfl("", "scale_weight");
+    add(t, "scaled_fp8", SC_F8_E4M3, 2, 0, calloc(2, 1));
+    sc_flux *f = open_as(t, "bad");
+    CHECK(f);
+    sc_flux_close(f);
+    float *scale = NULL;
+    int lost = 0;
+    for (int i = 0; i < t->count; i++)
+        if (strstr(t->name[i], "img_attn.qkv.scale_weight")) scale = t->tensor[lost = i].data;
+    *scale = NAN;
+    refused(open_as(t, "bad"), "is not a positive number");
+    *scale = 1;
+    snprintf(t->name[lost], sizeof t->name[lost], "something.else");
+    refused(open_as(t, "bad"), "without its '.scale_weight'");
+    free_tensors(t);
+    t = to_bfl("", NULL);
+    ((float *)t->tensor[1].data)[3] = NAN; /* a bias; matrices are not read when they are opened */
+    refused(open_as(t, "bad"), "holds a value that is nan");
+    ((float *)t->tensor[1].data)[3] = 0;
+    t->tensor[0].shape[0]--;
+    refused(open_as(t, "bad"), "must be [32,16] here");
+    t->tensor[0].shape[0]++;
+    snprintf(t->name[0], sizeof t->name[0], "img_out.weight");
+    refused(open_as(t, "bad"), "'x_embedder.weight' is missing");
+    free_tensors(t);
+}
+
+/* ---- Where parts are ---- */
+
+static void test_parts(void) {
+    tensors *t = to_bfl("", NULL);
+    char *path;
+    mkdir(in_folder("parts"), 0777);
+    CHECK(!sc__part_path(in_folder("parts"), SC__TRANSFORMER) && strstr(sc_error(), "flux1-dev.safetensors"));
+    save(t, "parts/mine.safetensors");
+    CHECK((path = sc__part_path(in_folder("parts"), SC__TRANSFORMER)) && strstr(path, "mine.safetensors"));
+    free(path);
+    CHECK((path = sc__part_path(in_folder("parts/mine.safetensors"), SC__TRANSFORMER)));
+    free(path);
+    CHECK(!sc__part_path(in_folder("parts/mine.safetensors"), SC__VAE) && strstr(sc_error(), "ae.safetensors"));
+    CHECK(!sc__part_path(in_folder("parts"), SC__T5) && strstr(sc_error(), "t5xxl_fp16.safetensors"));
+    save(t, "parts/other.safetensors");
+    CHECK(!sc__part_path(in_folder("parts"), SC__TRANSFORMER) && strstr(sc_error(), "leave one"));
+    CHECK(!sc__open_tokenizer(in_folder("parts"), "tokenizer") && strstr(sc_error(), "copy the folders"));
+    free_tensors(t);
+}
+
+/* ---- LoRA files ---- */
+
+static const struct { const char *prefix, *a, *b; bool bfl, alpha; } dialects[] = {
+    {"transformer.", ".lora_A.weight", ".lora_B.weight", false, false},
+    {"base_model.model.", ".lora_A.weight", ".lora_B.weight", false, true},
+    {"", ".lora_A.weight", ".lora_B.weight", false, false},
+    {"transformer.", ".lora.down.weight", ".lora.up.weight", false, true},
+    {"lora_transformer_", ".lora_down.weight", ".lora_up.weight", false, true},
+    {"lora_unet_", ".lora_down.weight", ".lora_up.weight", true, true},
+    {"diffusion_model.", ".lora_A.weight", ".lora_B.weight", true, false},
+    {"diffusion_model.", ".lora_down.weight", ".lora_up.weight", true, true}};
+
+/* Random factors on every layer, in diffusers' or in BFL's names; w: what they add to each module. */
+static tensors *random_lora(const sc_flux *f, int dialect, int rank, float alpha, uint64_t seed, float **w) {
+    tensors *t = new_tensors();
+    sc_rng rng = {seed};
+    bool fuse = dialects[dialect].bfl;
+    for (int i = 0; i < (fuse ? BFL : f->module_count); i++) {
+        const char *one[4] = {f->modules[fuse ? 0 : i].name};
+        const char *const *parts = fuse ? bfl[i].part : one;
+        int count = fuse ? bfl[i].parts : 1, module[4];
+        int64_t out = 0, in = 0;
+        for (int p = 0; p < count; p++) {
+            for (module[p] = 0; strcmp(f->modules[module[p]].name, parts[p]); module[p]++) {}
+            out += f->modules[module[p]].layer->weight->shape[0];
+            in = f->modules[module[p]].layer->weight->shape[1];
+        }
+        float *a = malloc((size_t)(rank * in) * 4), *b = malloc((size_t)(rank * out) * 4), *own = malloc(4);
+        sc_normal(&rng, a, rank * in), sc_normal(&rng, b, rank * out);
+        float *ordered = malloc((size_t)(rank * out) * 4), *rows = ordered;
+        memcpy(ordered, b, (size_t)(rank * out) * 4);
+        if (fuse && bfl[i].swapped) swap_rows(ordered, out, rank);
+        for (int p = 0; w && p < count; p++) {
+            int64_t height = f->modules[module[p]].layer->weight->shape[0];
+            for (int64_t r = 0; r < height; r++, rows += rank)
+                for (int64_t c = 0; c < in; c++)
+                    for (int k = 0; k < rank; k++)
+                        w[module[p]][r * in + c] += alpha / (float)rank * rows[k] * a[k * in + c];
+        }
+        free(ordered);
+        char name[160];
+        snprintf(name, sizeof name, "%s", fuse ? bfl[i].name : parts[0]);
+        for (char *c = name; dialects[dialect].prefix[0] == 'l' && *c; c++) *c = *c == '.' ? '_' : *c;
+        char full[400];
+        snprintf(full, sizeof full, "%s%s%s", dialects[dialect].prefix, name, dialects[dialect].a);
+        add(t, full, SC_F32, rank, in, a);
+        snprintf(full, sizeof full, "%s%s%s", dialects[dialect].prefix, name, dialects[dialect].b);
+        add(t, full, SC_F32, out, rank, b);
+        *own = alpha;
+        snprintf(full, sizeof full, "%s%s.alpha", dialects[dialect].prefix, name);
+        if (dialects[dialect].alpha) add(t, full, SC_F32, 0, 0, own);
+        else free(own);
+    }
+    return t;
+}
+
+static float **zero_differences(const sc_flux *f) {
+    float **w = calloc((size_t)f->module_count, sizeof *w);
+    for (int i = 0; i < f->module_count; i++) w[i] = calloc((size_t)sc_count(f->modules[i].layer->weight), 4);
+    return w;
+}
+
+/* Largest error of the merged differences, as a part of the largest value; frees w. */
+static double merged_error(const sc_flux *f, const sc_flux *base, float **w) {
+    double worst = 0, largest = 1e-30;
+    for (int i = 0; i < f->module_count; i++) {
+        const sc_tensor *x = f->modules[i].layer->weight, *y = base->modules[i].layer->weight;
+        int64_t n = sc_count(x);
+        float *a = malloc((size_t)n * 4), *b = malloc((size_t)n * 4);
+        CHECK(sc__merged_values(f, x, a) && sc__merged_values(base, y, b));
+        for (int64_t j = 0; j < n; j++) {
+            worst = fmax(worst, fabs((double)a[j] - b[j] - w[i][j]));
+            largest = fmax(largest, fabs(w[i][j]));
+        }
+        free(a), free(b), free(w[i]);
+    }
+    free(w);
+    return worst / largest;
+}
+
+static void test_dialects(void) {
+    sc_flux *base = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
+    sc_flux *f = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
+    sc_lora_report report;
+    for (int d = 0; d < (int)(sizeof dialects / sizeof *dialects); d++) {
+        float **w = zero_differences(f);
+        int rank = 1 + d, n = dialects[d].bfl ? BFL : f->module_count;
+        tensors *t = random_lora(f, d, rank, dialects[d].alpha ? 2.5f : (float)rank, 5, w);
+        CHECK(sc_lora_load(f, save(t, "lora.safetensors"), 1, &report));
+        CHECK(report.applied == n && report.total == n && !*report.missed);
+        CHECK(merged_error(f, base, w) < 1e-5);
+        sc_lora_unload(f);
+        free_tensors(t);
+    }
+    /* Two files with scales, one of them negative, on top of each other; then both as kohya's. */
+    float **w = zero_differences(f), **again = zero_differences(f);
+    tensors *t = random_lora(f, 0, 3, 3 * 0.5f, 6, w), *u = random_lora(f, 5, 2, -2, 7, w);
+    for (int i = 0; i < u->count; i++)
+        if (u->tensor[i].ndim == 0) *(float *)u->tensor[i].data = 4;
+    CHECK(sc_lora_load(f, save(t, "one.safetensors"), 0.5f, &report));
+    CHECK(sc_lora_load(f, save(u, "two.safetensors"), -0.5f, &report));
+    for (int i = 0; i < f->module_count; i++) memcpy(again[i], w[i], (size_t)sc_count(f->modules[i].layer->weight) * 4);
+    CHECK(merged_error(f, base, w) < 1e-5);
+    const char *path = in_folder("kohya.safetensors");
+    CHECK(sc_lora_save_kohya(f, path, NULL));
+    sc_lora_unload(f);
+    CHECK(sc_lora_load(f, path, 1, &report) && report.applied == BFL && report.total == BFL);
+    CHECK(merged_error(f, base, again) < 1e-2); /* its factors are bf16 */
+    free_tensors(t), free_tensors(u);
+    sc_flux_close(f), sc_flux_close(base);
+}
+
+static void test_bad_loras(void) {
+    sc_flux *f = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
+    sc_lora_report report;
+    tensors *t = random_lora(f, 0, 2, 2, 8, NULL);
+    snprintf(t->name[0], sizeof t->name[0], "transformer.y_embedder.lora_A.weight");
+    snprintf(t->name[1], sizeof t->name[1], "transformer.y_embedder.lora_B.weight");
+    CHECK(sc_lora_load(f, save(t, "lora.safetensors"), 1, &report));
+    CHECK(report.applied == f->module_count - 1 && report.total == f->module_count);
+    CHECK(strstr(report.missed, "y_embedder") != NULL);
+    add(t, "transformer.x_embedder.dora_scale", SC_F32, 4, 0, calloc(4, 4));
+    CHECK(sc_lora_load(f, save(t, "lora.safetensors"), 1, &report) && strstr(report.missed, "dora_scale"));
+    sc_lora_unload(f);
+    for (int i = 0; i < t->count; i++)
+        snprintf(t->name[i], sizeof t->name[i], "lora_unet_down_blocks_%d_attentions_0_proj_in.lora_%s.weight", i / 2, i % 2 ? "up" : "down");
+    t->count--;
+    CHECK(!sc_lora_load(f, save(t, "sdxl.safetensors"), 1, &report) && strstr(sc_error(), "0 of "));
+    CHECK(strstr(report.missed, "down_blocks_0") && strstr(report.missed, "...") && strlen(report.missed) < sizeof report.missed);
+    t->count++;
+    free_tensors(t);
+    static const char *const words[] = {"has no partner", "another model", "holds NaN", "another model"};
+    for (int i = 0; i < 4; i++) {
+        t = random_lora(f, 5, 2, 2, 8, NULL);
+        if (i == 0) snprintf(t->name[1], sizeof t->name[1], "nothing");
+        if (i == 1) t->tensor[1].shape[0]--;
+        if (i == 2) ((float *)t->tensor[1].data)[3] = NAN;
+        if (i == 3) t->tensor[0].shape[0]--;
+        CHECK(!sc_lora_load(f, save(t, "lora.safetensors"), 1, &report) && strstr(sc_error(), words[i]));
+        if (!strstr(sc_error(), words[i])) printf("  %s\n", sc_error());
+        sc_lora_unload(f);
+        free_tensors(t);
+    }
+    sc_flux_close(f);
+}
+
+/* ---- The real names ---- */
+
+static void test_real(void) {
+    char path[1024];
+    const char *real = getenv("SHORTCUT_FLUX_DIR");
+    if (!real) { SKIP("SHORTCUT_FLUX_DIR is not set"); return; }
+    snprintf(path, sizeof path, "%s/transformer", real);
+    sc_flux *f = sc_flux_open(NULL, path, false, true, 0);
+    snprintf(path, sizeof path, "%s/transformer/diffusion_pytorch_model.safetensors.index.json", real);
+    sc_json *index = sc_json_load(path);
+    const sc_json *map = sc_json_get(index, "weight_map");
+    CHECK(f && map);
+    if (!f || !map) return;
+    CHECK(sc_flux_parameters(f) == 11901408320 && f->net->count == sc_json_length(map) && f->module_count == 504);
+    for (int64_t i = 0; i < f->net->count; i++) CHECK(sc_json_get(map, f->net->weights[i]->name));
+    f->net->backend = sc_cpu(); /* of a plan: only shapes are needed for a LoRA */
+    sc_params *p = sc_params_lora(f, 1, 0.5f, 3);
+    CHECK(p && sc_lora_save(p, SC_STUDENT, in_folder("real.safetensors"), NULL));
+    sc_params_free(p);
+    sc_file *file = sc_file_open(in_folder("real.safetensors"));
+    CHECK(file && sc_file_count(file) == 1008);
+    for (int i = 0; file && i < f->module_count; i++) {
+        snprintf(path, sizeof path, "transformer.%s.lora_A.weight", f->modules[i].name);
+        const sc_tensor *a = sc_file_find(file, path);
+        snprintf(path, sizeof path, "transformer.%s.lora_B.weight", f->modules[i].name);
+        const sc_tensor *b = sc_file_find(file, path), *w = f->modules[i].layer->weight;
+        CHECK(a && b && a->dtype == SC_BF16 && a->shape[0] == 1 && a->shape[1] == w->shape[1] &&
+              b->dtype == SC_BF16 && b->shape[0] == w->shape[0] && b->shape[1] == 1);
+    }
+    sc_file_close(file);
+    f->net->backend = NULL;
+    sc_flux_close(f);
+    sc_json_free(index);
+}
+
+static void remove_tree(const char *path) {
+    DIR *list = opendir(path);
+    for (struct dirent *e; list && (e = readdir(list));) {
+        char inner[600];
+        if (e->d_name[0] == '.') continue;
+        snprintf(inner, sizeof inner, "%s/%s", path, e->d_name);
+        if (remove(inner)) remove_tree(inner);
+    }
+    if (list) closedir(list);
+    remove(path);
+}
+
+int main(void) {
+    snprintf(folder, sizeof folder, "/tmp/test_formats_XXXXXX");
+    if (!mkdtemp(folder)) return perror(folder), 1;
+    test_layouts();
+    test_shapes();
+    test_bad_weights();
+    test_parts();
+    test_dialects();
+    test_bad_loras();
+    test_real();
+    remove_tree(folder);
+    return test_report();
+}
