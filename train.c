@@ -535,14 +535,33 @@ static uint64_t mix(uint64_t hash, const void *data, size_t n) { /* FNV-1a */
 static uint64_t mix_file(uint64_t hash, const char *path) {
     struct stat s = {0};
     if (stat(path, &s)) return hash;
-    int64_t facts[2] = {(int64_t)s.st_size, (int64_t)s.st_mtime};
+    int64_t facts[3] = {(int64_t)s.st_size, (int64_t)s.st_mtim.tv_sec, (int64_t)s.st_mtim.tv_nsec};
     return mix(hash, facts, sizeof facts);
+}
+
+/* The files of a part's weights: all shards, wherever they are. */
+static uint64_t mix_part(uint64_t hash, const char *model, sc__part_kind part) {
+    char *path = sc__part_path(model, part);
+    sc_file *file = path ? sc_file_open(path) : NULL;
+    char *folder = file ? sc__model_folder(file->path) : NULL;
+    for (int64_t i = 0; folder && i < file->part_count; i++) {
+        const char *shard = file->parts[i].shard;
+        char *full = shard ? sc__join(folder, shard) : sc__strdup(file->path);
+        if (full) hash = mix_file(hash, full);
+        free(full);
+    }
+    sc_file_close(file);
+    free(folder);
+    free(path);
+    return hash;
 }
 
 /* What the cache depends on: pictures, captions, sizes, and the networks that encode them. */
 static void fingerprint_of(const training *t, const sc_dataset *data, char text[32]) {
-    static const char *const parts[] = {"vae", "text_encoder", "text_encoder_2",
-                                        "tokenizer/vocab.json", "tokenizer_2/tokenizer.json"};
+    static const char *const files[] = {
+        "vae/config.json", "text_encoder/config.json", "text_encoder_2/config.json",
+        "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json",
+        "tokenizer_2/tokenizer.json"};
     uint64_t hash = 0xcbf29ce484222325u;
     char path[1024];
     for (int64_t i = 0; i < data->count; i++) {
@@ -550,12 +569,14 @@ static void fingerprint_of(const training *t, const sc_dataset *data, char text[
         hash = mix(hash, data->pairs[i].caption, strlen(data->pairs[i].caption) + 1);
         hash = mix_file(hash, data->pairs[i].path);
     }
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        snprintf(path, sizeof path, "%s/%s", t->o.model, parts[i]);
-        char *weights = strchr(parts[i], '/') ? sc__strdup(path) : sc__weights_in(path);
-        if (weights) hash = mix_file(hash, weights);
-        free(weights);
+    char *folder = sc__model_folder(t->o.model);
+    for (size_t i = 0; folder && i < sizeof files / sizeof *files; i++) {
+        snprintf(path, sizeof path, "%s/%s", folder, files[i]);
+        hash = mix_file(hash, path);
     }
+    free(folder);
+    for (int part = SC__VAE; part < SC__PARTS; part++)
+        hash = mix_part(hash, t->o.model, (sc__part_kind)part);
     int sizes[2] = {t->pipeline->resolution, t->pipeline->text_tokens};
     hash = mix(hash, sizes, sizeof sizes);
     snprintf(text, 32, "%016llx", (unsigned long long)hash);

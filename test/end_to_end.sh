@@ -52,12 +52,28 @@ check "changes the picture" differ "$dir/a.png" "$dir/e.png"
 check "with scale 0" quiet ./sample "a red apple" 3 --lora "$dir/lora.safetensors:0" --latents "$dir/l0" --out "$dir/f.png"
 check "without" quiet ./sample "a red apple" 3 --no-lora --latents "$dir/l1" --out "$dir/g.png"
 check "are equal" same "$dir/l0" "$dir/l1"
+cache="$dir/pairs/.shortcut-cache.safetensors"
+first=$(ls -i "$cache")
+check "cached" quiet ./train "$dir/pairs" --steps 1 --batch 1 $run
+check "latents and embeddings are used again" test "$first" = "$(ls -i "$cache")"
+touch "$(ls "$dir"/pairs/*.png | head -n 1)"
+check "a changed picture" quiet ./train "$dir/pairs" --steps 1 --batch 1 $run
+check "makes them anew" test "$first" != "$(ls -i "$cache")"
+mv "$dir/six.safetensors" "$dir/lora.safetensors"
 check "dry run" quiet ./train "$dir/pairs" --dry-run $run
 check "info of the model" quiet ./shortcut info data/tiny-flux
 check "merge" quiet ./shortcut merge --lora "$dir/lora.safetensors" --out "$dir/merged"
 check "merged weights" quiet ./shortcut info "$dir/merged"
+check "kohya's names" quiet ./shortcut merge --kohya --lora "$dir/lora.safetensors" --out "$dir/kohya.safetensors"
+check "are read" quiet ./sample "a red apple" 3 --lora "$dir/kohya.safetensors:1" --out "$dir/h.png"
+check "LoRAs stack" quiet ./sample "a red apple" 3 --lora "$dir/kohya.safetensors:-1" --lora "$dir/lora.safetensors:1" \
+    --latents "$dir/l2" --out "$dir/h.png"
+check "several sizes" quiet ./sample "a red apple" 1 --no-lora --size 144x80 --shift auto --out "$dir/i.png"
 printf 'a pig\na lemon\n' >"$dir/prompts"
 check "prompts" quiet ./sample --prompts "$dir/prompts" 2 --no-lora --out-dir "$dir/set"
+rm "$dir/set/000000.png"
+check "prompts again" quiet ./sample --prompts "$dir/prompts" 2 --no-lora --out-dir "$dir/set"
+check "draw what is missing" test -s "$dir/set/000000.png"
 check "make a data set" test -s "$dir/set/metadata.jsonl" -a -s "$dir/set/000001.png"
 
 fails 2 "unknown option" ./train --nonsense
@@ -66,6 +82,7 @@ fails 2 "takes" ./train "$dir/pairs" --lr fast
 fails 1 "No such file" ./train "$dir/none"
 fails 1 "No such file" ./sample "x" 1 --model "$dir/none"
 fails 1 "cannot write" ./sample "x" 1 --no-lora --out "$dir/none/a.png"
+fails 1 "positive number or auto" ./sample "x" 1 --no-lora --shift fast
 fails 1 "multiples of 16" ./sample "x" 1 --no-lora --size 100x100
 head -c 1000 "$dir/lora.safetensors" >"$dir/cut.safetensors"
 fails 1 "truncated" ./sample "x" 1 --lora "$dir/cut.safetensors"
