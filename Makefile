@@ -1,5 +1,6 @@
 # make            train, sample and shortcut
 # make test       all tests;  make check: the same under sanitizers;  make bench: speed against PyTorch
+# make fuzz       the readers of files, ten minutes each (needs clang)
 # The programs use OpenBLAS where it is installed and a plain C product where it is not, and contain
 # the CUDA backend where nvcc is found (make NVCC= leaves it out).
 
@@ -37,7 +38,7 @@ ifneq ($(NVCC),)
 endif
 
 PROGRAMS := train sample shortcut
-TESTS := $(patsubst test/test_%.c,build/test_%,$(wildcard test/test_*.c)) $(if $(shell command -v $(CXX)),build/test_cuda_emulated)
+TESTS := $(patsubst test/test_%.c,build/test_%,$(wildcard test/test_*.c)) $(if $(shell command -v $(CXX)),build/test_cuda_emulated) build/test_ops_plain build/test_flux_plain
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 all: $(PROGRAMS)
@@ -53,6 +54,9 @@ build:
 	mkdir -p build
 build/test_%: test/test_%.c test/test.h shortcut.h tools.h | build
 	$(CC) $(BASE) -Wno-unused-function $(CFLAGS) $< -o $@ $(LIBS)
+# The same tests of a build with plain C products, on one thread.
+build/test_%_plain: test/test_%.c test/test.h shortcut.h tools.h | build
+	$(CC) -std=c99 -pedantic -Wall -Wextra -Wno-unused-function $(CFLAGS) $< -o $@ -lm
 build/test_cuda: test/test_cuda.c test/test.h shortcut.h $(CUDA_OBJECT) | build
 	$(CC) $(BASE) -Wno-unused-function $(CFLAGS) $< -o $@ $(CUDA_LINK) $(LIBS)
 # The CUDA file as plain C++, on a small imitation of CUDA.
@@ -82,4 +86,13 @@ bench: $(PROGRAMS)
 clean:
 	rm -rf build $(PROGRAMS)
 
-.PHONY: all test check bench bench-cuda clean
+# Ten minutes for each reader of files, with clang's libFuzzer; what it finds is left in build/.
+FUZZ_SECONDS ?= 600
+fuzz: build/fuzz_json build/fuzz_safetensors build/fuzz_tokenizer
+	for name in json safetensors tokenizer; do mkdir -p build/corpus/$$name && \
+	    build/fuzz_$$name -max_len=4096 -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/$$name- \
+	        build/corpus/$$name test/corpus/$$name || exit 1; done
+build/fuzz_%: test/fuzz_%.c shortcut.h | build
+	clang -std=c99 -g -O1 -fsanitize=fuzzer,address,undefined $< -o $@ -lm
+
+.PHONY: all test check fuzz bench bench-cuda clean

@@ -60,6 +60,12 @@
 #ifndef SHORTCUT_H
 #define SHORTCUT_H
 
+/* POSIX under -std=c99; no effect where the program included a system header before this one, which
+ * then must have asked for it itself. */
+#if defined(SHORTCUT_IMPLEMENTATION) && defined(__STRICT_ANSI__) && !defined(_POSIX_C_SOURCE)
+#define _POSIX_C_SOURCE 200809L
+#endif
+
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -6775,7 +6781,7 @@ static bool sc__t5_read_config(sc_text_encoders *t, const sc_json *json, const c
     int words = sc__side(t->t5, "shared.weight", 0, 32128), heads = sc__side(t->t5, bias, 1, 8);
     const char *both = sc_json_string(sc_json_get(json, "feed_forward_proj"),
                                       !json && gate ? "gated-gelu" : "relu");
-    bool gated = !strncmp(both, "gated-", 6);
+    bool gated = strstr(both, "gated-") == both;
     const char *activation = !strcmp(both, "gated-gelu") ? "gelu_new" : gated ? both + 6 : both;
     activation = sc_json_string(sc_json_get(json, "dense_act_fn"), activation);
     t->t5_gated = sc_json_bool(sc_json_get(json, "is_gated_act"), gated);

@@ -1,8 +1,7 @@
 /* Fuzzes the JSON reader: no input may crash it, every refusal is one line with a line number, and
  * what is accepted, written out and read again is the same.
  *
- *   clang -g -O1 -fsanitize=fuzzer,address,undefined test/fuzz_json.c -o fuzz_json -lm
- *   ./fuzz_json -max_len=4096 NEW_FOLDER test/corpus/json
+ *   make fuzz
  *
  * test_files.c includes this file to replay the corpus. */
 #ifndef SHORTCUT_H

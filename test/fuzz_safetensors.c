@@ -2,8 +2,7 @@
  * be read as the type it has. An input is read twice: as a whole file, and as a header alone, to
  * which its length and the data that it claims are added (a mutated header hardly ever fits both).
  *
- *   clang -g -O1 -fsanitize=fuzzer,address,undefined test/fuzz_safetensors.c -o fuzz_st -lm
- *   ./fuzz_st -max_len=4096 NEW_FOLDER test/corpus/safetensors
+ *   make fuzz
  *
  * test_files.c includes this file to replay the corpus. */
 #ifndef SHORTCUT_H

@@ -5,8 +5,7 @@
  *   tokenizer_config.json 1 tokenizer.json 1 TEXT                   T5
  *   tokenizer_config.json 1 vocab.json 1 merges.txt 1 TEXT          CLIP
  *
- *   clang -g -O1 -fsanitize=fuzzer,address,undefined test/fuzz_tokenizer.c -o fuzz_tok -lm
- *   ./fuzz_tok -max_len=4096 NEW_FOLDER test/corpus/tokenizer
+ *   make fuzz
  *
  * test_pipeline.c includes this file to replay the corpus. */
 #ifndef SHORTCUT_H
@@ -16,8 +15,8 @@
 #endif
 
 #ifndef MUST
-#define MUST(condition) \
-    do { \
+#define MUST(condition)                                                                            \
+    do {                                                                                           \
         if (!(condition)) fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition), abort(); \
     } while (0)
 #endif
@@ -26,7 +25,8 @@ enum { FUZZ_PARTS = 4, FUZZ_IDS = 40 };
 static char fuzz_folder[64]; /* the files of the tokenizer being read, in memory where possible */
 
 static void fuzz_clean_up(void) {
-    static const char *const names[] = {"tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt"};
+    static const char *const names[] = {"tokenizer_config.json", "tokenizer.json", "vocab.json",
+                                        "merges.txt"};
     char path[128];
     for (int i = 0; i < 4; i++) {
         snprintf(path, sizeof path, "%s/%s", fuzz_folder, names[i]);
@@ -62,7 +62,9 @@ static void fuzz_text(const sc_tokenizer *t, const char *text) {
 static void fuzz_shipped(const char *text) {
     static sc_tokenizer *shipped[2];
     for (int i = 0; i < 2; i++) {
-        if (!shipped[i]) shipped[i] = sc_tokenizer_open(i ? "data/tiny-flux/tokenizer_2" : "data/tiny-flux/tokenizer");
+        if (!shipped[i])
+            shipped[i] =
+                sc_tokenizer_open(i ? "data/tiny-flux/tokenizer_2" : "data/tiny-flux/tokenizer");
         if (shipped[i]) fuzz_text(shipped[i], text);
     }
 }
@@ -83,7 +85,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         MUST(mkdtemp(fuzz_folder));
         atexit(fuzz_remove_folder);
     }
-    for (int i = 0; i < parts && parts > 1; i++) fuzz_write(names[parts == 3][i], part[i], length[i]);
+    for (int i = 0; i < parts && parts > 1; i++)
+        fuzz_write(names[parts == 3][i], part[i], length[i]);
     sc_tokenizer *t = parts > 1 ? sc_tokenizer_open(fuzz_folder) : NULL;
     if (t) fuzz_text(t, part[parts]);
     else if (parts > 1) MUST(strcmp(sc_error(), "no error") && !strpbrk(sc_error(), "\r\n"));

@@ -30,7 +30,8 @@ static uint64_t hash_ids(uint64_t hash, const int32_t *ids, int n) { /* FNV-1a *
 }
 
 /* All texts, at the tokenizer's own length and at one that holds them whole. */
-static void test_tokenizer(const sc_file *f, const char *folder, const char *key, const char *part) {
+static void test_tokenizer(const sc_file *f, const char *folder, const char *key,
+                           const char *part) {
     enum { LONG = 2048 };
     static int32_t ids[LONG];
     char path[1024], name[64];
@@ -81,10 +82,12 @@ static void test_encoders(const char *folder, const char *reference) {
     sc_text_encoders *t = sc_text_encoders_open(sc_cpu(), folder);
     CHECK(t != NULL);
     if (!t) printf("%s\n", sc_error()), exit(1);
-    const sc_tensor *contexts = find(f, "context"), *pools = find(f, "pooled"), *ids = find(f, "ids");
+    const sc_tensor *contexts = find(f, "context"), *pools = find(f, "pooled"),
+                    *ids = find(f, "ids");
     int tokens = (int)contexts->shape[1], clip = (int)ids->shape[1] - tokens;
     int64_t context_size = tokens * contexts->shape[2], pooled_size = pools->shape[1];
-    float *context = malloc((size_t)(context_size + pooled_size) * 4), *pooled = context + context_size;
+    float *context = malloc((size_t)(context_size + pooled_size) * 4),
+          *pooled = context + context_size;
     int32_t *mine = malloc((size_t)(clip + tokens) * 4);
     const char *prompt = find(f, "prompts")->data;
     double worst[2] = {0, 0};
@@ -96,7 +99,8 @@ static void test_encoders(const char *folder, const char *reference) {
         for (int k = 0; k < clip + tokens; k++) same = same && mine[k] == theirs[k];
         CHECK(same);
         CHECK(sc_text_encode(t, prompt, tokens, context, pooled));
-        double a = rel_error(context, (const float *)contexts->data + i * context_size, context_size);
+        double a =
+            rel_error(context, (const float *)contexts->data + i * context_size, context_size);
         double b = rel_error(pooled, (const float *)pools->data + i * pooled_size, pooled_size);
         CHECK(a < 1e-5 && b < 1e-5);
         worst[0] = fmax(worst[0], a), worst[1] = fmax(worst[1], b);
@@ -109,16 +113,22 @@ static void test_encoders(const char *folder, const char *reference) {
 
 /* ---- Pipelines ---- */
 
-/* From the reference's noise to latents and a picture; `prefix` "": bare, "lora_": with the LoRA. */
+/* From the reference's noise to latents and a picture; `prefix` "": bare, "lora_": with the LoRA.
+ */
 static void test_drawing(sc_pipeline *p, const sc_file *f, const char *folder, const char *prefix) {
     const float *settings = find(f, "settings")->data;
     const sc_tensor *noise = find(f, "noise");
     char name[64];
     int h = (int)settings[2], w = (int)settings[3];
-    int64_t n = sc_count(noise), context_size = sc_count(find(f, "context")), pixels = sc_count(find(f, "picture"));
+    int64_t n = sc_count(noise), context_size = sc_count(find(f, "context")),
+            pixels = sc_count(find(f, "picture"));
     float *memory = malloc((size_t)(n + pixels + 2 * context_size) * 4);
-    float *latents = memory, *rgb = latents + n, *context = rgb + pixels, *pooled = context + context_size;
-    sc_sampling s = {.steps = (int)settings[0], .guidance = settings[1], .h = h, .w = w,
+    float *latents = memory, *rgb = latents + n, *context = rgb + pixels,
+          *pooled = context + context_size;
+    sc_sampling s = {.steps = (int)settings[0],
+                     .guidance = settings[1],
+                     .h = h,
+                     .w = w,
                      .shift = settings[5] > 0 ? settings[5] : sc_dynamic_shift((int64_t)h * w)};
     memcpy(latents, noise->data, (size_t)n * 4);
     CHECK(p->shift == settings[5]);
@@ -129,8 +139,10 @@ static void test_drawing(sc_pipeline *p, const sc_file *f, const char *folder, c
     double a = rel_error(latents, find(f, name)->data, n), b = 0;
     snprintf(name, sizeof name, "%spicture", prefix);
     const float *picture = find(f, name)->data;
-    for (int64_t i = 0; i < pixels; i++) b = fmax(b, fabs(fmin(fmax(rgb[i], -1), 1) - fmin(fmax(picture[i], -1), 1)));
-    printf("%s: error of %slatents %.1e, largest of a pixel %.4f/255\n", folder, prefix, a, b * 127.5);
+    for (int64_t i = 0; i < pixels; i++)
+        b = fmax(b, fabs(fmin(fmax(rgb[i], -1), 1) - fmin(fmax(picture[i], -1), 1)));
+    printf("%s: error of %slatents %.1e, largest of a pixel %.4f/255\n", folder, prefix, a,
+           b * 127.5);
     CHECK(a < 5e-5);
     CHECK(b * 127.5 < 0.1);
     free(memory);
