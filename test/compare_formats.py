@@ -12,8 +12,10 @@ import subprocess
 import sys
 import tempfile
 
+import diffusers
 import numpy
 import torch
+import transformers
 from diffusers import FluxTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -22,6 +24,8 @@ from formats import (bfl_dense, bfl_factors, contiguous, dense, lora_factors, lo
                      write_all_in_one, write_diffusers, write_single_files)
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+diffusers.utils.logging.set_verbosity_error()
+transformers.utils.logging.set_verbosity_error()
 PROMPT, WIDTH, HEIGHT, STEPS, GUIDANCE = "a red apple on a table", 96, 64, 4, 3.5
 failed = 0
 
@@ -59,6 +63,27 @@ def our_latents(model, noise, steps, folder, *more):
     program("sample", PROMPT, steps, "--model", model, "--size", f"{WIDTH}x{HEIGHT}", "--guidance", GUIDANCE, "--noise", noise.path,
             "--out", picture, "--latents", latents, *(more or ["--no-lora"]))
     return load_file(latents)["latents"], numpy.asarray(Image.open(picture).convert("RGB")).astype(int)
+
+
+TEXTS = ["", "a", "a lighthouse at dusk, long exposure, " * 60, "красный маяк на берегу моря, закат", "夕暮れの灯台、油絵", "منارة عند الغروب",
+         "\U0001f468\u200d\U0001f469\u200d\U0001f467 at the \U0001f3d6\ufe0f \u2764\ufe0f", "  tabs\tand\nlines  ", "naïve café ﬁ ½ ①"]
+
+
+def texts(name, pipe, folder):
+    """Context and pooled vectors of awkward prompts, at two lengths."""
+    model, encode = os.path.join(folder, "model"), os.path.join(folder, "encode")
+    write_single_files(pipe, model, {"x": torch.zeros(1)})
+    subprocess.run([os.environ.get("CC", "cc"), "-std=c99", "-O2", "-w", os.path.join(ROOT, "test", "encode.c"), "-o", encode, "-lm"], check=True)
+    for tokens in (256, 512) if name == "wide" else (16, 40):
+        out = os.path.join(folder, "texts.safetensors")
+        subprocess.run([encode, model, str(tokens), out], input=b"".join(t.encode() + b"\0" for t in TEXTS), check=True)
+        ours, worst = load_file(out), 0
+        for i, text in enumerate(TEXTS):
+            with torch.no_grad():
+                context, pooled, _ = pipe.encode_prompt(text, None, max_sequence_length=tokens)
+            worst = max(worst, relative(ours[f"context.{i}"], context.flatten()), relative(ours[f"pooled.{i}"], pooled.flatten()))
+        report(f"{name}, {len(TEXTS)} texts of {tokens} tokens", worst, 1e-5)
+    shutil.rmtree(model)
 
 
 def their_picture(pipe, noise):
@@ -203,6 +228,7 @@ def main(names):
             pipe = pipeline(name)
             pipe.set_progress_bar_config(disable=True)
             noise = Noise(pipe, folder)
+            texts(name, pipe, folder)
             layouts(name, pipe, noise, folder)
             loras(name, pipe, noise, folder)
     print(f"{failed} failed")

@@ -14,7 +14,7 @@ import sys
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast, T5Config, T5EncoderModel, T5TokenizerFast
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FP8 = torch.float8_e4m3fn
@@ -47,7 +47,7 @@ def pipeline(name):
     parts = os.environ.get("SHORTCUT_FLUX_DIR", "") if name == "wide" else os.path.join(HERE, "../data/tiny-flux")
     clip_width, clip_heads, clip_layers = c["clip"]
     t5_width, t5_heads, t5_head, t5_hidden, t5_layers = c["t5"]
-    tokenizer = CLIPTokenizer.from_pretrained(os.path.join(parts, "tokenizer"))
+    tokenizer = CLIPTokenizerFast.from_pretrained(os.path.join(parts, "tokenizer"))  # the slow one treats accents and Chinese differently
     tokenizer_2 = T5TokenizerFast.from_pretrained(os.path.join(parts, "tokenizer_2"))
     text_encoder = CLIPTextModel(CLIPTextConfig(
         hidden_size=clip_width, intermediate_size=4 * clip_width, num_attention_heads=clip_heads, num_hidden_layers=clip_layers,

@@ -1,0 +1,33 @@
+/* encode MODEL TOKENS OUT < TEXTS: what the text encoders make of texts, each of which ends in NUL:
+ * context.<i> [tokens, channels] and pooled.<i> in OUT. */
+#define _POSIX_C_SOURCE 200809L
+#define SHORTCUT_IMPLEMENTATION
+#include "../shortcut.h"
+
+int main(int argc, char **argv) {
+    enum { MOST = 256 };
+    static sc_named named[2 * MOST];
+    static sc_tensor tensors[2 * MOST];
+    static char names[2 * MOST][32];
+    sc__text text = {0};
+    int length = argc == 4 ? atoi(argv[2]) : 0, count = 0;
+    sc_text_encoders *t = length > 0 ? sc_text_encoders_open(sc_cpu(), argv[1]) : NULL;
+    if (!t) return fprintf(stderr, "%s\n", sc_error()), 1;
+    for (int c; (c = getchar()) != EOF && count < 2 * MOST;) {
+        char byte = (char)c;
+        sc__text_add(&text, &byte, 1);
+        if (c) continue;
+        text.length = 0;
+        int64_t widths[2] = {(int64_t)length * t->t5_width, t->clip_width};
+        for (int k = 0; k < 2; k++) {
+            sc_tensor *x = &tensors[count + k];
+            *x = (sc_tensor){.dtype = SC_F32, .ndim = 1, .shape = {widths[k]}, .data = sc__alloc((size_t)widths[k], 4)};
+            snprintf(names[count + k], sizeof *names, "%s.%d", k ? "pooled" : "context", count / 2);
+            named[count + k] = (sc_named){names[count + k], x, SC_F32};
+        }
+        if (!sc_text_encode(t, text.data, length, tensors[count].data, tensors[count + 1].data))
+            return fprintf(stderr, "%s\n", sc_error()), 1;
+        count += 2;
+    }
+    return sc_file_save(argv[3], named, count, NULL) ? 0 : (fprintf(stderr, "%s\n", sc_error()), 1);
+}
