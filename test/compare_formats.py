@@ -139,31 +139,32 @@ def layouts(name, pipe, noise, folder):
         tensors, meaning = to_fp8(bfl, convention)
         t5, t5_meaning = to_fp8(own_state(pipe.text_encoder_2), convention)
         theirs = copy.copy(pipe)
-        theirs.register_modules(transformer=copy.deepcopy(pipe.transformer), text_encoder_2=copy.deepcopy(pipe.text_encoder_2))
-        theirs.transformer.load_state_dict(from_bfl(meaning, theirs.transformer))
+        theirs.register_modules(transformer=from_bfl(meaning, pipe.transformer, folder), text_encoder_2=copy.deepcopy(pipe.text_encoder_2))
         theirs.text_encoder_2.load_state_dict({**t5_meaning, "encoder.embed_tokens.weight": t5_meaning["shared.weight"]}, strict=False)
         one(f"fp8, scales: {convention}", theirs, lambda: write_single_files(pipe, here, tensors, t5=("t5xxl_fp8_e4m3fn", t5)))
     if name == "wide":  # diffusers' own reader knows this width only
-        write_diffusers(pipe, here)
-        path = os.path.join(folder, "single.safetensors")
-        save_file(contiguous(bfl), path)
-        theirs = FluxTransformer2DModel.from_single_file(path, config=here, subfolder="transformer").state_dict()
+        theirs = from_bfl(bfl, pipe.transformer, folder).state_dict()
         report("our BFL names, read by diffusers: differing tensors", sum(not torch.equal(theirs[k], v) for k, v in sd.items()), 0)
 
 
-def from_bfl(bfl, model):
-    """Values of BFL's tensors under diffusers' names, by running names of unique numbers through to_bfl."""
-    out, count = {}, 0
-    marks = {}
+def from_bfl(bfl, model, folder):
+    """A transformer with the values of BFL's tensors. diffusers' own reader knows FLUX.1-dev's width only; for others, unique numbers are run
+    through to_bfl to see where each lands."""
+    if model.inner_dim == 3072:
+        config, path = os.path.join(folder, "config"), os.path.join(folder, "single.safetensors")
+        model.save_config(config)
+        save_file(contiguous(bfl), path)
+        return FluxTransformer2DModel.from_single_file(path, config=config).eval()
+    marks, count = {}, 0
     for k, v in model.state_dict().items():
-        marks[k] = torch.arange(count, count + v.numel(), dtype=torch.int32).view(v.shape)
+        marks[k] = torch.arange(count, count + v.numel()).view(v.shape)
         count += v.numel()
     flat = torch.empty(count)
     for k, mark in to_bfl(marks).items():
-        flat[mark.flatten().long()] = bfl[k].flatten().float()
-    for k, mark in marks.items():
-        out[k] = flat[mark.long()]
-    return out
+        flat[mark.flatten()] = bfl[k].flatten().float()
+    model = copy.deepcopy(model)
+    model.load_state_dict({k: flat[mark] for k, mark in marks.items()})
+    return model
 
 
 def merged(model, folder, *loras):
