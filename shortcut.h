@@ -2764,7 +2764,12 @@ bool sc_json_bool(const sc_json *v, bool fallback) {
 /* ---- Reading safetensors ---- */
 
 /* One mapped file. Names of tensors point into its header. */
-typedef struct sc__mapping { const char *shard; void *data; size_t size; sc_json *header; } sc__mapping;
+typedef struct sc__mapping {
+    const char *shard;
+    void *data;
+    size_t size;
+    sc_json *header;
+} sc__mapping;
 typedef struct sc__entry {
     const char *name;
     sc_tensor tensor;
@@ -3281,7 +3286,8 @@ static bool sc__translate(const sc__alias *alias, const char *name, int levels, 
     }
     if (alias->name[0] && *name && *name != '.') return false;
     for (p = alias->other; *p && n < 200; p++) {
-        if (*p == '*') n += snprintf(other + n, (size_t)(256 - n), "%.*s", length[next], word[next]);
+        if (*p == '*')
+            n += snprintf(other + n, (size_t)(256 - n), "%.*s", length[next], word[next]);
         else if (*p == '~') n += snprintf(other + n, 32, "%d", levels - 1 - atoi(word[next]));
         else other[n++] = *p;
         next += *p == '*' || *p == '~';
@@ -3350,7 +3356,8 @@ static bool sc__small_file(const sc_backend *backend, const char *folder) {
     if (!backend || !backend->on_host) return false;
     bool is_file = stat(folder, &s) == 0 && S_ISREG(s.st_mode);
     char *path = is_file ? sc__strdup(folder) : sc__weights_in(folder);
-    bool small = path && stat(path, &s) == 0 && s.st_size <= (off_t)512 << 20 && !strstr(path, ".index.json");
+    bool small = path && stat(path, &s) == 0 && s.st_size <= (off_t)512 << 20 &&
+                 !strstr(path, ".index.json");
     SC_FREE(path);
     return small;
 }
@@ -3395,9 +3402,10 @@ static void sc__random_weight(sc_net *net, const char *name, float *w, const sc_
     for (int64_t i = 0; i < n; i++) w[i] *= std;
 }
 
-/* Copies `count` values of a matrix from `first` on: 8-bit types as they are, others in the type of the
- * activations. `wide`: room for as many floats. */
-static void sc__upload_part(const sc_net *net, void *to, const sc_tensor *found, int64_t first, int64_t count, float *wide) {
+/* Copies `count` values of a matrix from `first` on: 8-bit types as they are, others in the type of
+ * the activations. `wide`: room for as many floats. */
+static void sc__upload_part(const sc_net *net, void *to, const sc_tensor *found, int64_t first,
+                            int64_t count, float *wide) {
     const void *from = (const char *)found->data + first * sc_dtype_size(found->dtype);
     int64_t size = sc_dtype_size(net->backend->activation);
     if (sc_dtype_size(found->dtype) == 1 || found->dtype == net->backend->activation) {
@@ -3420,10 +3428,13 @@ static bool sc__load_weight(const sc_net *net, sc_weight *w) {
     int64_t n = sc_count(x), columns = sc__last(x), rows = n / columns;
     int64_t slice = (1 << 22) / columns < 1 ? 1 : (1 << 22) / columns;
     bool narrow = net->fp8 && x->ndim == 2 && sc_dtype_size(found->dtype) > 1;
-    x->dtype = narrow ? SC_F8_E4M3 : sc_dtype_size(found->dtype) == 1 ? found->dtype : be->activation;
+    x->dtype = narrow                             ? SC_F8_E4M3
+               : sc_dtype_size(found->dtype) == 1 ? found->dtype
+                                                  : be->activation;
     int64_t size = sc_dtype_size(x->dtype);
     float *wide = (float *)sc__alloc((size_t)(slice * columns), sizeof *wide);
-    void *staged = narrow ? be->alloc((size_t)(slice * columns * sc_dtype_size(be->activation))) : NULL;
+    void *staged =
+        narrow ? be->alloc((size_t)(slice * columns * sc_dtype_size(be->activation))) : NULL;
     if (narrow) x->scale = (float *)be->alloc((size_t)rows * 4);
     x->data = wide && (!narrow || (staged && x->scale)) ? be->alloc((size_t)(n * size)) : NULL;
     for (int64_t r = 0; x->data && r < rows; r += slice) {
@@ -3448,7 +3459,8 @@ bool sc_net_load(sc_net *net) {
 size_t sc_net_waiting(const sc_net *net) {
     size_t bytes = 0;
     for (int64_t i = 0; i < net->count; i++)
-        if (net->weights[i]->waiting) bytes += (size_t)sc_count(&net->weights[i]->tensor) * (net->fp8 ? 1 : 2);
+        if (net->weights[i]->waiting)
+            bytes += (size_t)sc_count(&net->weights[i]->tensor) * (net->fp8 ? 1 : 2);
     return bytes;
 }
 
@@ -3538,7 +3550,8 @@ static bool sc__repeat_weight(sc_net *net, sc_tensor *x) {
     enum { BLOCK = 1 << 20 };
     int64_t n = sc_count(x), size = sc_dtype_size(net->backend->activation);
     sc_tensor block = {.dtype = SC_F32, .ndim = 1, .shape = {BLOCK}};
-    float *values = (float *)sc__alloc(BLOCK, sizeof *values), *wide = (float *)sc__alloc(BLOCK, sizeof *wide);
+    float *values = (float *)sc__alloc(BLOCK, sizeof *values),
+          *wide = (float *)sc__alloc(BLOCK, sizeof *wide);
     x->dtype = net->backend->activation;
     x->data = values && wide ? net->backend->alloc((size_t)(n * size)) : NULL;
     float std = 1.f / sqrtf((float)sc__last(x));
@@ -3546,7 +3559,8 @@ static bool sc__repeat_weight(sc_net *net, sc_tensor *x) {
     for (int64_t i = 0; values && i < BLOCK; i++) values[i] *= std;
     block.data = values;
     for (int64_t i = 0; x->data && i < n; i += BLOCK)
-        sc__upload_part(net, (char *)x->data + i * size, &block, 0, n - i < BLOCK ? n - i : BLOCK, wide);
+        sc__upload_part(net, (char *)x->data + i * size, &block, 0, n - i < BLOCK ? n - i : BLOCK,
+                        wide);
     SC_FREE(values);
     SC_FREE(wide);
     return x->data != NULL;
@@ -3588,7 +3602,8 @@ static sc_tensor *sc__keep_weight(sc_net *net, const char *name, sc_weight weigh
 }
 
 /* Puts an 8-bit source's scales beside the weight that keeps its bits. */
-static bool sc__keep_scales(const sc_net *net, const sc__source *s, const char *name, sc_tensor *x) {
+static bool sc__keep_scales(const sc_net *net, const sc__source *s, const char *name,
+                            sc_tensor *x) {
     size_t bytes = (size_t)x->shape[0] * sizeof(float);
     float *scales = sc__row_scales(s, name);
     x->scale = scales ? (float *)net->backend->alloc(bytes) : NULL;
@@ -3620,7 +3635,9 @@ static sc_tensor *sc__net_weight(sc_net *net, const char *name, int ndim, const 
     } else {
         w.owned = true;
         bool repeated = !found && !net->widen && ndim > 1;
-        if (!(repeated ? sc__repeat_weight(net, x) : sc__fill_weight(net, name, x, found ? &s : NULL))) return NULL;
+        if (!(repeated ? sc__repeat_weight(net, x)
+                       : sc__fill_weight(net, name, x, found ? &s : NULL)))
+            return NULL;
     }
     return sc__keep_weight(net, name, w);
 }
@@ -3680,7 +3697,8 @@ static char *sc__part_file(const char *folder, sc__part_kind part) {
     DIR *list = opendir(folder);
     if (!list) return sc__fail("%s: %s", folder, strerror(errno)), NULL;
     for (struct dirent *entry; !several && (entry = readdir(list));) {
-        char *path = sc__matches(entry->d_name, "*.safetensors") ? sc__join(folder, entry->d_name) : NULL;
+        char *path =
+            sc__matches(entry->d_name, "*.safetensors") ? sc__join(folder, entry->d_name) : NULL;
         bool has = path && sc__file_has(path, part);
         several = has && found;
         if (several)
@@ -3699,7 +3717,8 @@ static char *sc__part_file(const char *folder, sc__part_kind part) {
 }
 
 /* Where a part of a model is: its folder in diffusers' layout; the model itself, where that is a
- * file that has the part; or a file in the folder. NULL with an error that says what to put there. */
+ * file that has the part; or a file in the folder. NULL with an error that says what to put there.
+ */
 static char *sc__part_path(const char *model, sc__part_kind part) {
     if (!sc__exists(model)) return sc__fail("%s: No such file or directory", model), NULL;
     if (sc__file_has(model, part)) return sc__strdup(model);
@@ -3812,15 +3831,18 @@ struct sc_flux {
     sc_tensor rope;                 /* [T, D/2, 2], made for: */
     int rope_text, rope_h, rope_w;
     char *config_text;              /* config.json, as it was read */
-    int checkpointed;               /* so many of the blocks keep only their inputs for the backward pass */
+    int checkpointed; /* so many of the blocks keep only their inputs for the backward pass */
 };
 
 const sc_flux_config *sc_flux_config_of(const sc_flux *flux) { return &flux->config; }
 
-void sc_flux_checkpointing(sc_flux *f, bool on) { f->checkpointed = on ? f->config.layers + f->config.single_layers : 0; }
+void sc_flux_checkpointing(sc_flux *f, bool on) {
+    f->checkpointed = on ? f->config.layers + f->config.single_layers : 0;
+}
 
 bool sc_flux_fp8(sc_flux *f) {
-    if (f->net->widen || !f->net->file) return sc__fail("weights that are f32 or random cannot become fp8");
+    if (f->net->widen || !f->net->file)
+        return sc__fail("weights that are f32 or random cannot become fp8");
     f->net->fp8 = true;
     for (int64_t i = 0; i < f->net->count; i++) {
         sc_weight *w = f->net->weights[i];
@@ -3839,16 +3861,19 @@ int64_t sc_flux_parameters(const sc_flux *flux) {
 
 /* ---- Opening ---- */
 
-/* The numbers come from config.json, what it lacks is as in FLUX.1-dev; where there is none they are
- * read off the shapes of the weights, with FLUX.1's proportions of RoPE axes: 1/8, 7/16, 7/16. */
+/* The numbers come from config.json, what it lacks is as in FLUX.1-dev; where there is none they
+ * are read off the shapes of the weights, with FLUX.1's proportions of RoPE axes: 1/8, 7/16, 7/16.
+ */
 static bool sc__flux_read_config(sc_flux_config *c, const sc_net *net, const sc_json *json,
                                  const char *path) {
     const sc_json *axes = sc_json_get(json, "axes_dims_rope");
-    const char *class_name = sc_json_string(sc_json_get(json, "_class_name"), "FluxTransformer2DModel");
+    const char *class_name =
+        sc_json_string(sc_json_get(json, "_class_name"), "FluxTransformer2DModel");
     if (strcmp(class_name, "FluxTransformer2DModel"))
         return sc__fail("%s: this is a %s; only FLUX.1 (FluxTransformer2DModel) is supported", path,
                         class_name);
-    int in = sc__side(net, "x_embedder.weight", 1, 64), out = sc__side(net, "proj_out.weight", 0, in);
+    int in = sc__side(net, "x_embedder.weight", 1, 64),
+        out = sc__side(net, "proj_out.weight", 0, in);
     int width = sc__side(net, "x_embedder.weight", 0, 3072);
     int layers = sc__count_layers(net, "transformer_blocks.%d.attn.to_q.weight", 19);
     int singles = sc__count_layers(net, "single_transformer_blocks.%d.attn.to_q.weight", 38);
@@ -3856,13 +3881,15 @@ static bool sc__flux_read_config(sc_flux_config *c, const sc_net *net, const sc_
     int text = sc__side(net, "context_embedder.weight", 1, 4096);
     int pooled = sc__side(net, "time_text_embed.text_embedder.linear_1.weight", 1, 768);
     if (!sc__config_int(json, path, "in_channels", in, &c->in_channels) ||
-        !sc__config_int(json, path, "out_channels", json ? c->in_channels : out, &c->out_channels) ||
+        !sc__config_int(json, path, "out_channels", json ? c->in_channels : out,
+                        &c->out_channels) ||
         !sc__config_int(json, path, "num_layers", layers, &c->layers) ||
         !sc__config_int(json, path, "num_single_layers", singles, &c->single_layers) ||
         !sc__config_int(json, path, "attention_head_dim", size, &c->head_size) ||
         !sc__config_int(json, path, "num_attention_heads", width / c->head_size, &c->heads) ||
         !sc__config_int(json, path, "joint_attention_dim", text, &c->text_channels) ||
-        !sc__config_int(json, path, "pooled_projection_dim", pooled, &c->pooled_channels)) return false;
+        !sc__config_int(json, path, "pooled_projection_dim", pooled, &c->pooled_channels))
+        return false;
     int sum = 0;
     for (int i = 0; i < 3; i++) {
         int usual = i ? c->head_size * 7 / 16 : c->head_size / 8;
@@ -3872,8 +3899,8 @@ static bool sc__flux_read_config(sc_flux_config *c, const sc_net *net, const sc_
         sum += c->rope_axes[i];
     }
     if (sum != c->head_size || sum > 256)
-        return sc__fail("%s: axes_dims_rope sum to %d; attention_head_dim is %d (at most 256)", path,
-                        sum, c->head_size);
+        return sc__fail("%s: axes_dims_rope sum to %d; attention_head_dim is %d (at most 256)",
+                        path, sum, c->head_size);
     if ((int64_t)c->heads * c->head_size > 1 << 20)
         return sc__fail("%s: %d heads of %d is too wide", path, c->heads, c->head_size);
     int guided = sc__side(net, "time_text_embed.guidance_embedder.linear_1.weight", 0, 0);
@@ -3896,7 +3923,8 @@ static char *sc__flux_config_text(const sc_flux_config *c) {
     return sc__strdup(text);
 }
 
-static bool sc__flux_linear(sc_flux *f, sc_linear_layer *layer, const char *prefix, const char *name, int64_t out, int64_t in) {
+static bool sc__flux_linear(sc_flux *f, sc_linear_layer *layer, const char *prefix,
+                            const char *name, int64_t out, int64_t in) {
     sc__module *m = &f->modules[f->module_count++];
     snprintf(m->name, sizeof m->name, "%.60s%.60s", prefix, name);
     m->layer = layer;
@@ -3906,23 +3934,28 @@ static bool sc__flux_linear(sc_flux *f, sc_linear_layer *layer, const char *pref
 static bool sc__flux_norm(sc_flux *f, sc_tensor **weight, const char *prefix, const char *name) {
     char full[SC_MAX_NAME];
     snprintf(full, sizeof full, "%.60s%.50s.weight", prefix, name);
-    return (*weight = sc_net_weight(f->net, full, 1, (const int64_t[]){f->config.head_size})) != NULL;
+    return (*weight = sc_net_weight(f->net, full, 1, (const int64_t[]){f->config.head_size})) !=
+           NULL;
 }
 
 static bool sc__flux_stream(sc_flux *f, sc__stream *s, const char *prefix, bool text) {
     static const char *const names[2][9] = {
-        {"norm1.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2",
-         "attn.norm_q", "attn.norm_k"},
-        {"norm1_context.linear", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-         "ff_context.net.0.proj", "ff_context.net.2", "attn.norm_added_q", "attn.norm_added_k"}};
+        {"norm1.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj",
+         "ff.net.2", "attn.norm_q", "attn.norm_k"},
+        {"norm1_context.linear", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
+         "attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2", "attn.norm_added_q",
+         "attn.norm_added_k"}};
     const char *const *name = names[text];
     int64_t c = (int64_t)f->config.heads * f->config.head_size;
     return sc__flux_linear(f, &s->mod, prefix, name[0], 6 * c, c) &&
-           sc__flux_linear(f, &s->q, prefix, name[1], c, c) && sc__flux_linear(f, &s->k, prefix, name[2], c, c) &&
-           sc__flux_linear(f, &s->v, prefix, name[3], c, c) && sc__flux_linear(f, &s->out, prefix, name[4], c, c) &&
+           sc__flux_linear(f, &s->q, prefix, name[1], c, c) &&
+           sc__flux_linear(f, &s->k, prefix, name[2], c, c) &&
+           sc__flux_linear(f, &s->v, prefix, name[3], c, c) &&
+           sc__flux_linear(f, &s->out, prefix, name[4], c, c) &&
            sc__flux_linear(f, &s->up, prefix, name[5], 4 * c, c) &&
            sc__flux_linear(f, &s->down, prefix, name[6], c, 4 * c) &&
-           sc__flux_norm(f, &s->norm_q, prefix, name[7]) && sc__flux_norm(f, &s->norm_k, prefix, name[8]);
+           sc__flux_norm(f, &s->norm_q, prefix, name[7]) &&
+           sc__flux_norm(f, &s->norm_k, prefix, name[8]);
 }
 
 static bool sc__flux_single(sc_flux *f, sc__single_block *s, const char *prefix) {
@@ -3951,10 +3984,12 @@ static bool sc__flux_weights(sc_flux *f) {
     int64_t width = (int64_t)c->heads * c->head_size;
     char prefix[SC_MAX_NAME];
     if (!sc__flux_linear(f, &f->x_embedder, "", "x_embedder", width, c->in_channels) ||
-        !sc__flux_linear(f, &f->context_embedder, "", "context_embedder", width, c->text_channels) ||
+        !sc__flux_linear(f, &f->context_embedder, "", "context_embedder", width,
+                         c->text_channels) ||
         !sc__flux_embedder(f, &f->time, "timestep", 256) ||
         (c->guidance && !sc__flux_embedder(f, &f->guidance, "guidance", 256)) ||
-        !sc__flux_embedder(f, &f->pooled, "text", c->pooled_channels)) return false;
+        !sc__flux_embedder(f, &f->pooled, "text", c->pooled_channels))
+        return false;
     for (int i = 0; i < c->layers; i++) {
         snprintf(prefix, sizeof prefix, "transformer_blocks.%d.", i);
         f->double_blocks[i].flux = f;
@@ -4089,10 +4124,12 @@ static const sc_tensor *sc__flux_rope(sc_flux *f, int text, int h, int w) {
     if (!table) return NULL;
     for (int64_t token = 0; token < tokens; token++) {
         int64_t pixel = token - text;
-        double position[3] = {0, pixel < 0 ? 0 : (double)(pixel / w), pixel < 0 ? 0 : (double)(pixel % w)};
+        double position[3] = {0, pixel < 0 ? 0 : (double)(pixel / w),
+                              pixel < 0 ? 0 : (double)(pixel % w)};
         for (int axis = 0; axis < 3; axis++)
             for (int i = 0; i < f->config.rope_axes[axis]; i += 2) {
-                double angle = position[axis] * pow(10000.0, -(double)i / f->config.rope_axes[axis]);
+                double angle =
+                    position[axis] * pow(10000.0, -(double)i / f->config.rope_axes[axis]);
                 *turn++ = (float)cos(angle);
                 *turn++ = (float)sin(angle);
             }
@@ -4110,7 +4147,8 @@ static sc_tensor *sc__embed(sc_tape *t, const sc__embedder *e, sc_tensor *x) {
     return sc_linear(t, sc_activate(t, SC_SILU, sc_linear(t, x, &e->first)), &e->second);
 }
 
-static sc_tensor *sc__mlp(sc_tape *t, sc_tensor *x, const sc_linear_layer *up, const sc_linear_layer *down) {
+static sc_tensor *sc__mlp(sc_tape *t, sc_tensor *x, const sc_linear_layer *up,
+                          const sc_linear_layer *down) {
     return sc_linear(t, sc_activate(t, SC_GELU_TANH, sc_linear(t, x, up)), down);
 }
 
@@ -4131,12 +4169,14 @@ static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, cons
     const sc_tensor *rope = &block->flux->rope;
     sc_tensor *query = sc_norm_rope(t, q[1], q[0], block->text.norm_q, block->image.norm_q, rope);
     sc_tensor *key = sc_norm_rope(t, k[1], k[0], block->text.norm_k, block->image.norm_k, rope);
-    sc_tensor *o = sc_attention(t, query, key, sc_concat_tokens(t, v[1], v[0]), heads, scale, NULL, false);
+    sc_tensor *o =
+        sc_attention(t, query, key, sc_concat_tokens(t, v[1], v[0]), heads, scale, NULL, false);
     int64_t from[2] = {in[1]->shape[1], 0};
     for (int i = 0; i < 2; i++) {
         sc_tensor *own = sc_slice_tokens(t, o, from[i], in[i]->shape[1]);
         sc_tensor *x = sc_gated_residual(t, in[i], sc_linear(t, own, &stream[i]->out), mod[i], 2);
-        sc_tensor *h = sc__mlp(t, sc_ln_modulate(t, x, mod[i], 3, 4), &stream[i]->up, &stream[i]->down);
+        sc_tensor *h =
+            sc__mlp(t, sc_ln_modulate(t, x, mod[i], 3, 4), &stream[i]->up, &stream[i]->down);
         out[i] = sc_gated_residual(t, x, h, mod[i], 5);
     }
     return out[0] && out[1];
@@ -4163,14 +4203,17 @@ static sc_tensor *sc__flux_modulation(sc_flux *f, sc_tape *t, const sc_flux_inpu
     int64_t batch = in->x->shape[0];
     sc_tensor *sum = sc__embed(t, &f->time, sc_timestep_embedding(t, in->time, batch, 256));
     if (f->config.guidance)
-        sum = sc_add(t, sum, sc__embed(t, &f->guidance, sc_timestep_embedding(t, in->guidance, batch, 256)));
+        sum = sc_add(
+            t, sum, sc__embed(t, &f->guidance, sc_timestep_embedding(t, in->guidance, batch, 256)));
     return sc_activate(t, SC_SILU, sc_add(t, sum, sc__embed(t, &f->pooled, in->pooled)));
 }
 
 /* Replaces the first one or two of x by the block's outputs. */
-static bool sc__run_block(const sc_flux *f, int index, sc_tape *t, sc_block block, const void *context, sc_tensor **x, int inputs) {
+static bool sc__run_block(const sc_flux *f, int index, sc_tape *t, sc_block block,
+                          const void *context, sc_tensor **x, int inputs) {
     sc_tensor *out[2] = {NULL, NULL};
-    bool ok = (index < f->checkpointed ? sc_checkpoint : sc_keep)(t, block, context, x, inputs, out);
+    bool ok =
+        (index < f->checkpointed ? sc_checkpoint : sc_keep)(t, block, context, x, inputs, out);
     x[0] = out[0];
     if (out[1]) x[1] = out[1];
     return ok;
@@ -4180,21 +4223,26 @@ sc_tensor *sc_flux_velocity(sc_flux *f, sc_tape *t, const sc_flux_input *in) {
     if (!in->x || !in->context || !in->pooled) return NULL;
     int64_t text_tokens = in->context->shape[1], image_tokens = (int64_t)in->h * in->w;
     if (in->x->shape[1] != image_tokens) {
-        sc__fail("latent has %lld tokens, the grid is %d x %d", (long long)in->x->shape[1], in->h, in->w);
+        sc__fail("latent has %lld tokens, the grid is %d x %d", (long long)in->x->shape[1], in->h,
+                 in->w);
         return NULL;
     }
     if (!sc_net_load(f->net) || !sc__flux_rope(f, (int)text_tokens, in->h, in->w)) return NULL;
     sc_tensor *mod = sc__flux_modulation(f, t, in);
-    sc_tensor *x[3] = {sc_linear(t, in->x, &f->x_embedder), sc_linear(t, in->context, &f->context_embedder), mod};
+    sc_tensor *x[3] = {sc_linear(t, in->x, &f->x_embedder),
+                       sc_linear(t, in->context, &f->context_embedder), mod};
     if (!x[0] || !x[1] || !mod) return NULL;
     for (int i = 0; i < f->config.layers; i++)
         if (!sc__run_block(f, i, t, sc__double_forward, &f->double_blocks[i], x, 3)) return NULL;
     sc_tensor *joined[2] = {sc_concat_tokens(t, x[1], x[0]), mod};
     if (!joined[0]) return NULL;
     for (int i = 0; i < f->config.single_layers; i++)
-        if (!sc__run_block(f, f->config.layers + i, t, sc__single_forward, &f->single_blocks[i], joined, 2)) return NULL;
+        if (!sc__run_block(f, f->config.layers + i, t, sc__single_forward, &f->single_blocks[i],
+                           joined, 2))
+            return NULL;
     sc_tensor *image = sc_slice_tokens(t, joined[0], text_tokens, image_tokens);
-    sc_tensor *n = sc_ln_modulate(t, image, sc_linear(t, mod, &f->norm_out), 1, 0); /* scale comes first */
+    sc_tensor *n =
+        sc_ln_modulate(t, image, sc_linear(t, mod, &f->norm_out), 1, 0); /* scale comes first */
     return sc_linear(t, n, &f->proj_out);
 }
 
@@ -4213,14 +4261,17 @@ static float *sc__params_array(sc_params *p) {
 static bool sc__params_arrays(sc_params *p, bool teacher) {
     for (int s = teacher ? SC_TEACHER : SC_STUDENT; s < SC_SETS; s++)
         if (!(p->set[s] = sc__params_array(p))) return false;
-    return (p->grad = sc__params_array(p)) && (p->m = sc__params_array(p)) && (p->v = sc__params_array(p));
+    return (p->grad = sc__params_array(p)) && (p->m = sc__params_array(p)) &&
+           (p->v = sc__params_array(p));
 }
 
 void sc_params_copy(sc_params *p, sc_set to, sc_set from) {
-    p->backend->copy_block(p->set[to], p->count, p->set[from], p->count, 1, p->count, SC_F32, false);
+    p->backend->copy_block(p->set[to], p->count, p->set[from], p->count, 1, p->count, SC_F32,
+                           false);
 }
 
-static sc_tensor *sc__params_tensor(sc_params *p, float *data, int64_t offset, bool trained, int64_t rows, int64_t columns) {
+static sc_tensor *sc__params_tensor(sc_params *p, float *data, int64_t offset, bool trained,
+                                    int64_t rows, int64_t columns) {
     sc_tensor *x = (sc_tensor *)sc__alloc(1, sizeof *x);
     if (!x) return NULL;
     *x = (sc_tensor){.data = data + offset, .dtype = SC_F32, .ndim = 2, .shape = {rows, columns}};
@@ -4241,7 +4292,8 @@ static bool sc__attach(sc_params *p, float scale) {
         for (int s = 0; s < SC_SETS; s++) {
             if (!p->set[s]) continue;
             lora->a[s] = sc__params_tensor(p, p->set[s], offset, s == SC_STUDENT, p->rank, in);
-            lora->b[s] = sc__params_tensor(p, p->set[s], offset + p->rank * in, s == SC_STUDENT, out, p->rank);
+            lora->b[s] = sc__params_tensor(p, p->set[s], offset + p->rank * in, s == SC_STUDENT,
+                                           out, p->rank);
             if (!lora->a[s] || !lora->b[s]) return false;
         }
         offset += p->rank * (in + out);
@@ -4263,7 +4315,8 @@ sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed) {
     }
     p->adapters = (sc_adapter *)sc__alloc((size_t)flux->module_count, sizeof *p->adapters);
     float *start = (float *)sc__alloc((size_t)p->count, sizeof *start), *a = start;
-    bool ok = p->adapters && start && sc__params_arrays(p, false) && sc__attach(p, alpha / (float)rank);
+    bool ok =
+        p->adapters && start && sc__params_arrays(p, false) && sc__attach(p, alpha / (float)rank);
     if (ok) {
         sc_rng rng = {seed};
         for (int i = 0; i < flux->module_count; i++) {
@@ -4273,7 +4326,8 @@ sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed) {
             for (int64_t j = 0; j < n; j++) a[j] /= (float)rank;
             a += n + rank * w->shape[0];
         }
-        for (int s = SC_STUDENT; s < SC_SETS; s++) p->backend->upload(p->set[s], start, (size_t)p->count * 4);
+        for (int s = SC_STUDENT; s < SC_SETS; s++)
+            p->backend->upload(p->set[s], start, (size_t)p->count * 4);
     }
     SC_FREE(start);
     if (ok) return p;
@@ -4343,7 +4397,8 @@ void sc_params_free(sc_params *p) {
 }
 
 double sc_params_step(sc_params *p, sc_adamw *o, float fast_decay, float slow_decay) {
-    const sc_trained x = {p->count, p->set[SC_STUDENT], p->grad, p->m, p->v, {p->set[SC_FAST], p->set[SC_SLOW]}};
+    const sc_trained x = {
+        p->count, p->set[SC_STUDENT], p->grad, p->m, p->v, {p->set[SC_FAST], p->set[SC_SLOW]}};
     double norm = p->backend->update(&x, o, (const float[2]){fast_decay, slow_decay});
     if (isfinite(norm)) o->step++;
     return norm;
@@ -4355,13 +4410,15 @@ bool sc_lora_save(const sc_params *p, sc_set set, const char *path, const char *
     int n = p->flux->module_count;
     sc_named *named = (sc_named *)sc__alloc((size_t)n * 2, sizeof *named);
     sc_tensor *tensors = (sc_tensor *)sc__alloc((size_t)n * 2, sizeof *tensors);
-    char(*names)[SC_MAX_NAME + 32] = (char(*)[SC_MAX_NAME + 32])sc__alloc((size_t)n * 2, sizeof *names);
+    char(*names)[SC_MAX_NAME + 32] =
+        (char(*)[SC_MAX_NAME + 32]) sc__alloc((size_t)n * 2, sizeof *names);
     float *host = (float *)sc__alloc((size_t)p->count, sizeof *host), *data = host;
     bool ok = named && tensors && names && host;
     ok = ok && p->backend->download(host, p->set[set], (size_t)p->count * 4);
     for (int i = 0; ok && i < 2 * n; i++) {
         const sc_tensor *x = i % 2 ? p->adapters[i / 2].b[set] : p->adapters[i / 2].a[set];
-        snprintf(names[i], sizeof names[i], "transformer.%s.lora_%c.weight", p->flux->modules[i / 2].name, i % 2 ? 'B' : 'A');
+        snprintf(names[i], sizeof names[i], "transformer.%s.lora_%c.weight",
+                 p->flux->modules[i / 2].name, i % 2 ? 'B' : 'A');
         tensors[i] = *x;
         tensors[i].data = data;
         if (i % 2) /* the scale alpha / rank is folded into B */
@@ -4591,7 +4648,8 @@ static bool sc__fuse(const sc_flux *f, int first, int count, bool swapped, sc__f
         for (const sc_adapter *l = f->modules[i].layer->adapters; ok && l; l = l->next) {
             if (!l->loaded) continue;
             part = (float *)sc__alloc((size_t)(height * l->rank), sizeof *part);
-            ok = part && be->download(a + r * in, l->a[SC_TEACHER]->data, (size_t)(l->rank * in) * 4) &&
+            ok = part &&
+                 be->download(a + r * in, l->a[SC_TEACHER]->data, (size_t)(l->rank * in) * 4) &&
                  be->download(part, l->b[SC_TEACHER]->data, (size_t)(height * l->rank) * 4);
             for (int64_t j = 0; ok && j < height * l->rank; j++)
                 b[(row + j / l->rank) * rank + r + j % l->rank] = l->scale * part[j];
@@ -4621,7 +4679,8 @@ bool sc_lora_save_kohya(const sc_flux *f, const char *path, const char *const *m
         for (char *c = other; *c; c++) *c = *c == '.' ? '_' : *c;
         for (int k = 0; k < 2; k++) {
             int at = 2 * layers + k;
-            snprintf(names[at], sizeof *names, "lora_unet_%s.lora_%s.weight", other, k ? "up" : "down");
+            snprintf(names[at], sizeof *names, "lora_unet_%s.lora_%s.weight", other,
+                     k ? "up" : "down");
             named[at] = (sc_named){names[at], k ? &fused[layers].b : &fused[layers].a, SC_BF16};
         }
         layers++;
@@ -7292,7 +7351,8 @@ static bool sc__setting(const char *folder, const char *name, const char *key, d
  * files come without a scheduler: then it is FLUX.1-dev's or schnell's. */
 static bool sc__pipeline_settings(sc_pipeline *p, bool guided) {
     static const char scheduler[] = "scheduler/scheduler_config.json";
-    char *folder = sc__model_folder(p->folder), *vae = folder ? sc__part_path(p->folder, SC__VAE) : NULL;
+    char *folder = sc__model_folder(p->folder),
+         *vae = folder ? sc__part_path(p->folder, SC__VAE) : NULL;
     sc_vae *plan = vae ? sc_vae_open(NULL, vae, false) : NULL;
     bool ok = plan != NULL;
     double dynamic, shift, length;
@@ -7320,8 +7380,9 @@ sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *model,
     if (!p) return NULL;
     p->backend = backend;
     p->folder = sc__strdup(model);
-    char *path = o->transformer ? sc__strdup(o->transformer) : o->random ? sc__join(model, "transformer")
-                                                            : sc__part_path(model, SC__TRANSFORMER);
+    char *path = o->transformer ? sc__strdup(o->transformer)
+                 : o->random    ? sc__join(model, "transformer")
+                                : sc__part_path(model, SC__TRANSFORMER);
     bool widen = o->widen || (path && !o->random && !o->fp8 && sc__small_file(backend, path));
     if (p->folder && path) p->flux = sc_flux_open(backend, path, widen, o->random, o->seed);
     SC_FREE(path);
@@ -7353,7 +7414,8 @@ void sc_pipeline_close(sc_pipeline *p) {
 bool sc_pipeline_text(sc_pipeline *p, const char *prompt, float *context, float *pooled) {
     if (!p->text && !(p->text = sc_text_encoders_open(p->backend, p->folder))) return false;
     bool ok = sc_text_encode(p->text, prompt, p->text_tokens, context, pooled);
-    if (p->backend->memory_left() < sc_net_waiting(p->flux->net) + ((size_t)8 << 30)) sc_pipeline_release(p);
+    if (p->backend->memory_left() < sc_net_waiting(p->flux->net) + ((size_t)8 << 30))
+        sc_pipeline_release(p);
     return ok;
 }
 
@@ -7366,12 +7428,14 @@ static bool sc__pipeline_vae(sc_pipeline *p) {
 
 enum { SC__VAE_TILE = 1024 }; /* pixels; larger pictures go through the VAE in tiles (6 GiB each) */
 
-bool sc_pipeline_encode(sc_pipeline *p, const float *rgb, int width, int height, float *mean, float *std) {
+bool sc_pipeline_encode(sc_pipeline *p, const float *rgb, int width, int height, float *mean,
+                        float *std) {
     if (!sc__pipeline_vae(p)) return false;
     int64_t channels = sc_vae_config_of(p->vae)->latent_channels, f = sc_vae_factor(p->vae);
     int64_t h = height / f, w = width / f, n = channels * h * w;
     float *latents = (float *)sc__alloc((size_t)(2 * n), sizeof *latents), *deviation = latents + n;
-    bool ok = latents && sc_vae_encode(p->vae, 1, height, width, rgb, latents, deviation, SC__VAE_TILE);
+    bool ok =
+        latents && sc_vae_encode(p->vae, 1, height, width, rgb, latents, deviation, SC__VAE_TILE);
     if (ok) {
         sc_vae_normalise(p->vae, n, latents, deviation);
         sc_pack_latents(1, channels, h, w, latents, mean);
@@ -7385,7 +7449,8 @@ bool sc_pipeline_decode(sc_pipeline *p, const float *tokens, int batch, int h, i
     if (!sc__pipeline_vae(p)) return false;
     int64_t channels = sc_vae_config_of(p->vae)->latent_channels, n = batch * channels * 4 * h * w;
     if (channels * 4 != p->flux->config.out_channels)
-        return sc__fail("%s: the VAE has %lld channels, the transformer makes tokens of %d", p->folder, (long long)channels, p->flux->config.out_channels);
+        return sc__fail("%s: the VAE has %lld channels, the transformer makes tokens of %d",
+                        p->folder, (long long)channels, p->flux->config.out_channels);
     float *latents = (float *)sc__alloc((size_t)n, sizeof *latents);
     if (!latents) return false;
     if (!p->backend->on_host) sc_tape_reserve(p->tape, 0); /* its memory is the VAE's now */
