@@ -508,6 +508,9 @@ static int experiment_main(const options *o) {
     if (ok && x.judge.side != x.p->resolution)
         ok = sc__fail("the evaluator looks at %d pixels, the model draws %d", x.judge.side,
                       x.p->resolution);
+    for (int i = 0; ok && i < 8 && x.o.lora[i]; i++) /* now, not after minutes of base pictures */
+        ok = sc_lora_load(x.p->flux, x.o.lora[i], 1, &(sc_lora_report){0});
+    if (ok) sc_lora_unload(x.p->flux);
     ok = ok && load_prompts(&x) && (!o->real || load_real(&x));
     if (ok) {
         x.count = o->count ? o->count : o->full ? 1026 : 108;

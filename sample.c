@@ -176,6 +176,7 @@ static bool draw_list(sc_pipeline *p, const options *o) {
     }
     snprintf(path, sizeof path, "%s/metadata.jsonl", o->out_dir);
     if (index) ok = sc__write_file(path, metadata.data, metadata.length) && ok; /* also of a part */
+    if (ok && !index && !sc_interrupted) ok = sc__fail("%s: no prompts", o->prompts);
     if (ok) printf("%s: %d pictures and metadata.jsonl\n", o->out_dir, index);
     free(metadata.data);
     free(text);
@@ -227,12 +228,16 @@ int main(int argc, char **argv) {
     char *end = NULL;
     o.steps = steps ? (int)strtol(steps, &end, 10) : 3;
     if (o.steps < 1 || o.steps > 1000 || (end && *end)) {
-        fprintf(stderr, "error: STEPS is a number from 1 to 1000, not '%s'\n", steps);
-        return 2;
+        sc__fail("STEPS is a number from 1 to 1000, not '%s'", steps);
+        return sc_die(), 2;
+    }
+    if (o.count < 1) {
+        sc__fail("--count is a number from 1 up, not %d", o.count);
+        return sc_die(), 2;
     }
     if (strcmp(o.weights, "auto") && strcmp(o.weights, "fp8")) {
-        fprintf(stderr, "error: --weights is auto or fp8, not '%s'\n", o.weights);
-        return 2;
+        sc__fail("--weights is auto or fp8, not '%s'", o.weights);
+        return sc_die(), 2;
     }
     sc_set_threads(o.threads);
     sc_catch_interrupt();

@@ -556,12 +556,15 @@ static SC_THREAD_LOCAL char sc__message[1024];
 
 const char *sc_error(void) { return sc__message[0] ? sc__message : "no error"; }
 
-/* Sets the message; returns false, so that `return sc__fail(...)` reads well. */
+/* Sets the message; returns false, so that `return sc__fail(...)` reads well. Names that come from
+ * files or the command line may hold control characters: the message stays one harmless line. */
 static SC_PRINTF(1, 2) bool sc__fail(const char *format, ...) {
     va_list args;
     va_start(args, format);
     vsnprintf(sc__message, sizeof sc__message, format, args);
     va_end(args);
+    for (char *c = sc__message; *c; c++)
+        if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
     return false;
 }
 

@@ -1669,7 +1669,7 @@ static bool sc__bpe_read_merges(sc_tokenizer *t, char *text, const char *path) {
         t->merges[t->merge_count++] = m;
     }
     qsort(t->merges, t->merge_count, sizeof *t->merges, sc__by_sides);
-    return true;
+    return t->merge_count || sc__fail("%s: no merges", path);
 }
 
 /* Bytes that print stand for themselves, others for U+0100 on (the alphabet of GPT-2). */
@@ -2599,8 +2599,10 @@ static bool sc__setting(const char *folder, const char *name, const char *key, d
     sc_json *json = there ? sc_json_load(path) : NULL;
     const sc_json *value = sc_json_get(json, key);
     bool yes = sc_json_bool(value, false), no = !sc_json_bool(value, true);
-    *number = yes ? 1 : no ? 0 : sc_json_number(value, fallback);
+    bool absent = !value || value->type == SC__NULL;
+    *number = absent ? fallback : yes ? 1 : no ? 0 : sc_json_number(value, NAN);
     bool ok = path && (json || !there);
+    if (ok && isnan(*number)) ok = sc__fail("%s: '%s' must be a number", path, key);
     sc_json_free(json);
     SC_FREE(path);
     return ok;
@@ -2626,6 +2628,8 @@ static bool sc__pipeline_settings(sc_pipeline *p, bool guided) {
         p->token_pixels = 2 * sc_vae_factor(plan); /* 2x2 latents of f x f pixels */
         if (p->resolution < p->token_pixels || p->resolution > 1 << 14)
             ok = sc__fail("%s: a wrong sample_size", vae);
+        if (!dynamic && !(shift > 0))
+            ok = sc__fail("%s/%s: 'shift' must be positive", folder, scheduler);
     }
     sc_vae_close(plan);
     SC_FREE(vae);

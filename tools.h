@@ -369,8 +369,8 @@ int sc_parse(const char *usage, const sc_option *options, int count, int argc, c
         }
         if (literal || strncmp(argv[i], "--", 2)) {
             if (found == limit) {
-                fprintf(stderr, "error: unexpected argument '%s' (see %s --help)\n", argv[i],
-                        argv[0]);
+                sc__fail("unexpected argument '%s'", argv[i]);
+                fprintf(stderr, "error: %s (see %s --help)\n", sc_error(), argv[0]);
                 exit(2);
             }
             positional[found++] = argv[i];

@@ -369,8 +369,10 @@ static float learning_rate(const training *t) {
     return rate * (o->final_lr + (1 - o->final_lr) * 0.5f * (1 + cosf(3.14159265f * done)));
 }
 
+/* One of the two may fail, as where --out cannot be written; the other keeps what was learned. */
 static bool save_all(training *t, bool finished) {
-    return save_result(t) && save_state(t) &&
+    bool state = save_state(t), result = save_result(t);
+    return state && result &&
            (!t->o.preview || (!finished && t->step % t->o.preview) || preview(t));
 }
 

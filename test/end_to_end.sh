@@ -1,26 +1,6 @@
 #!/bin/sh
 # The programs as a user meets them, on the small model: results, exit codes, one-line errors.
-passed=0 failed=0
-dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
-
-check() { # description, condition...
-    text=$1
-    shift
-    if "$@"; then passed=$((passed + 1)); else failed=$((failed + 1)); echo "failed: $text"; fi
-}
-fails() { # expected exit status, words in the one-line error, command...
-    status=$1 words=$2
-    shift 2
-    out=$("$@" 2>&1)
-    got=$?
-    lines=$(printf '%s\n' "$out" | grep -c '^error:')
-    if [ $got -eq "$status" ] && [ "$lines" -eq 1 ] && printf '%s' "$out" | grep -q -- "$words"; then passed=$((passed + 1))
-    else failed=$((failed + 1)); echo "failed: '$*' gave $got, $out"; fi
-}
-quiet() { "$@" >/dev/null 2>&1; }
-same() { cmp -s "$1" "$2"; }
-differ() { ! cmp -s "$1" "$2"; }
+. test/check.sh
 
 cp -r data/10pairs "$dir/pairs"
 run="--run $dir/run --out $dir/lora.safetensors --preview 0"
@@ -91,5 +71,4 @@ printf 'not a picture' >"$dir/pairs/banana_0000.png"
 fails 1 "banana_0000.png" ./train "$dir/pairs" $run
 fails 1 "lower --lr" ./train data/10pairs --no-cache --steps 20 --lr 1e30 $run
 
-echo "$passed passed, $failed failed"
-[ $failed -eq 0 ]
+report

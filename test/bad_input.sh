@@ -1,0 +1,152 @@
+#!/bin/sh
+# Bad input to the programs: one clear line, exit 1 (usage: 2), no half-written file, nothing lost.
+# Single files and pictures are tested in test_files.c, test_formats.c and test_pictures.c.
+. test/check.sh
+
+pairs=$dir/pairs model=$dir/model
+mkdir "$pairs"
+cp data/10pairs/balloon_0000.png "$pairs/a.png"
+echo "a balloon" >"$pairs/a.txt"
+train() { ./train "$pairs" --no-cache --batch 1 --rank 1 --preview 0 --run "$dir/run" --out "$dir/lora" "$@"; }
+sample() { ./sample x 1 --no-lora --out "$dir/out.png" "$@"; }
+
+# ---- Usage ----
+fails 2 "which folder" ./train
+fails 2 "from 1 to 1000" ./sample x 0
+fails 2 "from 1 to 1000" ./sample x y
+fails 2 "unexpected" ./sample x 3 y
+fails 2 "takes N" ./sample x 1 --seed x
+fails 2 "from 1 up" ./sample x 1 --count 0
+fails 2 "from 1 up" train --batch 0
+fails 2 "from 1 to" train --rank 0
+fails 2 "takes N,N" train --self-steps 4,a
+fails 2 "even" train --self-steps 3
+fails 2 "unknown option '--?.31m?b'" ./sample x 1 "$(printf -- '--\033[31m\nb')"
+fails 1 "a?.31m?b: No such file" sample --model "$(printf 'a\033[31m\nb')"
+
+# ---- Captions and pictures ----
+check "a caption" quiet train --steps 1
+: >"$pairs/a.txt"
+check "no text in it" quiet train --steps 1
+head -c 100000 /dev/zero | tr '\0' a >"$pairs/a.txt"
+check "a long one" quiet train --steps 1
+printf 'a\377\376\000\033b' >"$pairs/a.txt"
+check "not UTF-8" quiet train --steps 1
+rm "$pairs/a.txt"
+fails 1 "no caption" train
+while read -r line words; do
+    printf '%s\n' "$line" >"$pairs/metadata.jsonl"
+    fails 1 "$words" train
+done <<'LINES'
+{ metadata.jsonl:1
+{"file_name":"a.png"} no 'prompt'
+{"file_name":"b.png","prompt":"x"} b.png: No such file
+{"file_name":"../../a.png","prompt":"x"} outside the folder
+{"file_name":3,"prompt":"x"} no 'file_name'
+[1] no 'file_name'
+LINES
+head -c 3000 /dev/zero | tr '\0' '[' >"$pairs/metadata.jsonl"
+fails 1 "nested deeper" train
+rm "$pairs/metadata.jsonl"
+echo x >"$pairs/a.txt"
+head -c 300 data/10pairs/balloon_0000.png >"$pairs/a.png"
+fails 1 "a.png: truncated PNG" train
+: >"$pairs/a.png"
+fails 1 "a.png: not a PNG or JPEG" train
+for picture in one.png grey.png grey_alpha.png rgba.png exif6.jpg; do
+    cp test/reference/pictures/$picture "$pairs/a.${picture#*.}"
+    rm -f "$pairs/a.$(echo pngjpg | sed "s/${picture#*.}//")"
+    check "$picture" quiet train --steps 1
+done
+rm "$pairs/a.jpg"
+cp data/10pairs/balloon_0000.png "$pairs/a.png"
+
+# ---- Model folders ----
+broken() { # file, what to do with it, words
+    rm -rf "$model"
+    mkdir "$model"
+    cp -r data/tiny-flux/. "$model"
+    eval "$2" <"data/tiny-flux/$1" >"$model/$1"
+    fails 1 "$3" sample --model "$model"
+}
+for file in transformer/config.json vae/config.json text_encoder/config.json tokenizer/vocab.json \
+    text_encoder_2/config.json tokenizer_2/tokenizer.json scheduler/scheduler_config.json recipe.json; do
+    broken $file true "$file"
+    broken $file "head -c 60" "$file"
+done
+for file in transformer/diffusion_pytorch_model vae/diffusion_pytorch_model text_encoder/model text_encoder_2/model; do
+    broken $file.safetensors "head -c 2000" "$file.safetensors"
+    broken $file.safetensors "sed '1s/\"BF16\"/ \"F64\"/'" "$file.safetensors"
+done
+weights=transformer/diffusion_pytorch_model.safetensors
+broken $weights "sed '1s/\"BF16\"/ \"I16\"/'" "has type 'I16'"
+broken $weights "sed '1s/\[192,64\]/[64,192]/'" "has shape .64,192."
+broken transformer/config.json "sed 's/\(attention_heads\": \)6/\15/'" "must be .160,64. here"
+broken transformer/config.json "sed 's/\(num_layers\": \)2/\11e300/'" "whole number"
+broken text_encoder/config.json "sed 's/\(vocab_size\": \)1000/\110/'" "must be .10,64. here"
+broken vae/config.json "sed 's/\(norm_num_groups\": \)[0-9]*/\10/'" "whole number"
+broken tokenizer/merges.txt "head -n 1" "no merges"
+broken scheduler/scheduler_config.json "sed 's/\"shift\": [0-9.]*/\"shift\": -1/'" "must be positive"
+broken scheduler/scheduler_config.json "sed 's/\"shift\": [0-9.]*/\"shift\": \"x\"/'" "must be a number"
+rm -rf "$model"
+
+# ---- Other files ----
+fails 1 "another model" ./sample x 1 --lora test/reference/pipeline_a/lora.safetensors
+fails 1 "not a safetensors" ./sample x 1 --lora README.md
+fails 1 "needs a tensor 'noise'" sample --noise test/reference/pipeline_a/lora.safetensors
+: >"$dir/prompts"
+fails 1 "no prompts" ./sample --prompts "$dir/prompts" 1 --no-lora --out-dir "$dir/set"
+fails 1 "No such file" ./sample --prompts "$dir/none" 1 --no-lora --out-dir "$dir/set"
+fails 1 "Not a directory" ./sample --prompts README.md 1 --no-lora --out-dir "$dir/prompts/set"
+fails 1 "No such file" ./shortcut --lora "$dir/none"
+fails 1 "No such file" ./shortcut info "$dir/none"
+fails 1 "No such file" ./shortcut merge --lora "$dir/none" --out "$dir/merged"
+check "no merged folder is left" test ! -e "$dir/merged"
+
+# ---- Writing ----
+fails 1 "cannot write" train --steps 1 --out "$dir/none/lora"
+check "what was learned is in the state" quiet train --steps 1 --resume
+fails 1 "cannot write" train --steps 1 --out "$dir"
+fails 1 "run" train --steps 1 --run "$dir/prompts/run"
+rm -f "$dir/lora" "$dir/out.png" "$dir/run/state.safetensors"
+( # a full disk: files of at most 10 KiB
+    passed=0 failed=0
+    trap '' XFSZ
+    ulimit -f 20
+    fails 1 "cannot write" sample
+    fails 1 "cannot write" sample --latents "$dir/latents"
+    fails 1 "cannot write" train --steps 1 --rank 16
+    report
+) >"$dir/full"
+check "a full disk: $(cat "$dir/full")" grep -q "^3 passed, 0 failed" "$dir/full"
+check "leaves nothing" test ! -e "$dir/lora" -a ! -e "$dir/out.png" -a ! -e "$dir/latents" -a ! -e "$dir/run/state.safetensors"
+check "no temporary file either" test -z "$(find "$dir" -name '*.tmp*' -o -name 'out.png*' -o -name 'lora*')"
+echo kept >"$dir/lora"
+fails 1 "lower --lr" train --steps 20 --lr 1e30
+check "a loss that is not a number leaves the old file" grep -q kept "$dir/lora"
+
+# ---- Stopped, by Ctrl-C or for good, and resumed: bit for bit the same ----
+weights_of() { tail -c 100000 "$1"; } # without the header, which has the command line
+long() { train --steps 40 --rank 16 "$@"; }
+check "40 steps" quiet long
+weights_of "$dir/lora" >"$dir/expected"
+for signal in INT TERM KILL; do
+    rm -rf "$dir/run" "$dir/lora"
+    ./train "$pairs" --no-cache --batch 1 --rank 16 --preview 0 --run "$dir/run" --out "$dir/lora" --steps 40 --save 2 \
+        >"$dir/log" 2>&1 &
+    while kill -0 $! 2>/dev/null && [ "$(cat "$dir/run/loss.csv" 2>/dev/null | wc -l)" -lt 8 ]; do sleep 0.05; done
+    kill -$signal $! 2>/dev/null
+    wait $! 2>/dev/null
+    check "SIG$signal stops it in time" test "$(wc -l <"$dir/run/loss.csv")" -lt 41
+    check "and leaves a whole file" quiet ./shortcut info "$dir/lora"
+    check "resumed" quiet long --save 2 --resume
+    weights_of "$dir/lora" >"$dir/got"
+    check "SIG$signal and --resume equal a run that was not stopped" same "$dir/got" "$dir/expected"
+done
+fails 1 "does not fit" train --steps 40 --rank 2 --resume
+head -c 300 "$dir/run/state.safetensors" >"$dir/cut"
+cp "$dir/cut" "$dir/run/state.safetensors"
+fails 1 "truncated" long --resume
+rm "$dir/run/state.safetensors"
+fails 1 "No such file" long --resume
+report
