@@ -91,7 +91,7 @@ typedef struct sc_tensor {
     sc_dtype dtype;
     int ndim;
     int64_t shape[SC_MAX_DIMS];
-    float *scale;               /* matrices of SC_F8_E4M3: what each row is multiplied by; NULL: 1 */
+    float *scale;              /* matrices of SC_F8_E4M3: what each row is multiplied by; NULL: 1 */
 } sc_tensor;
 
 int64_t sc_count(const sc_tensor *x);
@@ -114,7 +114,8 @@ double sc_json_number(const sc_json *value, double fallback);
 bool sc_json_bool(const sc_json *value, bool fallback);
 
 typedef struct sc_file sc_file;                     /* one or several mapped safetensors files */
-sc_file *sc_file_open(const char *path);            /* a .safetensors, an .index.json, or a folder with either */
+/* a .safetensors, an .index.json, or a folder with either */
+sc_file *sc_file_open(const char *path);
 void sc_file_close(sc_file *file);
 const char *sc_file_path(const sc_file *file);
 int64_t sc_file_count(const sc_file *file);
@@ -123,8 +124,10 @@ const sc_tensor *sc_file_tensor(const sc_file *file, int64_t index);
 const sc_tensor *sc_file_find(const sc_file *file, const char *name);    /* NULL: absent */
 const char *sc_file_metadata(const sc_file *file, const char *key);      /* NULL: absent */
 
-typedef struct sc_named { const char *name; const sc_tensor *tensor; sc_dtype dtype; } sc_named; /* dtype: as written */
-bool sc_file_save(const char *path, const sc_named *tensors, int64_t count, const char *const *metadata);
+/* dtype: as written */
+typedef struct sc_named { const char *name; const sc_tensor *tensor; sc_dtype dtype; } sc_named;
+bool sc_file_save(const char *path, const sc_named *tensors, int64_t count,
+                  const char *const *metadata);
 
 /* ==== Backend: the operations, behind one table ====
  * Every pointer inside a tensor that a backend is given is memory of that backend. Activations have
@@ -168,23 +171,27 @@ typedef struct sc_backend {
     /* C[m,n] = alpha op(A) op(B) + beta C + bias; bias [n] or NULL. */
     void (*gemm)(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, sc_matrix b, float beta,
                  sc_matrix c, const sc_tensor *bias);
-    /* e4m3 with a scale for each row, so that its largest value becomes 448; from: the activations' type. */
+    /* e4m3 with a scale for each row, so that its largest value becomes 448; from: the activations'
+     * type. */
     void (*quantize)(uint8_t *to, float *scale, const void *from, int64_t rows, int64_t columns);
     /* dst[r][c] (+)= src[r][c]: concatenation, slices, and their gradients. */
     void (*copy_block)(void *dst, int64_t dst_ld, const void *src, int64_t src_ld, int64_t rows,
                        int64_t columns, sc_dtype dtype, bool accumulate);
     void (*column_sum)(float *sum, const void *x, int64_t rows, int64_t columns); /* sum[c] += */
     /* y[b] = p[b] * u[b] + q[b] * v[b], one pair of host coefficients for each of the B samples. */
-    void (*blend)(sc_tensor *y, const float *p, const sc_tensor *u, const float *q, const sc_tensor *v);
+    void (*blend)(sc_tensor *y, const float *p, const sc_tensor *u, const float *q,
+                  const sc_tensor *v);
     void (*embed_timestep)(sc_tensor *y, const float *t);
     /* Rows of x into the columns of y from `at` on. */
     void (*activate)(sc_activation kind, sc_tensor *y, int64_t at, const sc_tensor *x);
     void (*activate_backward)(sc_activation kind, const sc_tensor *y, int64_t at, sc_tensor *x);
     void (*multiply)(sc_tensor *y, const sc_tensor *a, const sc_tensor *b);
-    void (*ln_modulate)(sc_tensor *y, const sc_tensor *x, const sc_tensor *mod, int shift, int scale);
-    void (*ln_modulate_backward)(const sc_tensor *y, sc_tensor *x, sc_tensor *mod, int shift, int scale);
-    void (*gated_residual)(sc_tensor *y, const sc_tensor *x, const sc_tensor *h, const sc_tensor *mod,
-                           int gate);
+    void (*ln_modulate)(sc_tensor *y, const sc_tensor *x, const sc_tensor *mod, int shift,
+                        int scale);
+    void (*ln_modulate_backward)(const sc_tensor *y, sc_tensor *x, sc_tensor *mod, int shift,
+                                 int scale);
+    void (*gated_residual)(sc_tensor *y, const sc_tensor *x, const sc_tensor *h,
+                           const sc_tensor *mod, int gate);
     void (*gated_residual_backward)(const sc_tensor *y, sc_tensor *x, sc_tensor *h, sc_tensor *mod,
                                     int gate);
     void (*norm_rope)(sc_tensor *y, int64_t offset, const sc_tensor *x, const sc_tensor *weight,
@@ -193,7 +200,8 @@ typedef struct sc_backend {
                                const sc_tensor *rope);
     /* lse [B,H,Tq], f32, keeps log(sum(exp(scores))) for the backward pass; NULL: none follows. */
     void (*attention)(sc_tensor *o, float *lse, const sc_tensor *q, const sc_tensor *k,
-                      const sc_tensor *v, int heads, float scale, const sc_tensor *bias, bool causal);
+                      const sc_tensor *v, int heads, float scale, const sc_tensor *bias,
+                      bool causal);
     void (*attention_backward)(const sc_tensor *o, const float *lse, sc_tensor *q, sc_tensor *k,
                                sc_tensor *v, int heads, float scale);
     void (*layer_norm)(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
@@ -202,12 +210,13 @@ typedef struct sc_backend {
     void (*embed_tokens)(sc_tensor *y, const sc_tensor *table, const int32_t *ids);
     void (*group_norm)(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
                        int groups, float eps, bool silu);
-    void (*conv2d)(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b, int stride,
-                   int pad_before);
+    void (*conv2d)(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
+                   int stride, int pad_before);
     void (*upsample)(sc_tensor *y, const sc_tensor *x);
     void (*swap_axes)(sc_tensor *y, const sc_tensor *x);
     /* Loss and optimiser, all f32. */
-    void (*mse)(double *loss, const sc_tensor *prediction, const sc_tensor *target); /* loss: device */
+    /* loss: device */
+    void (*mse)(double *loss, const sc_tensor *prediction, const sc_tensor *target);
     void (*mse_backward)(sc_tensor *prediction, const sc_tensor *target, float factor);
     double (*sum_squares)(const float *x, int64_t n);
     /* One step: clips, AdamW, moves the averages (average = decay average + (1 - decay) w), clears
@@ -220,9 +229,9 @@ void sc_set_threads(int n);         /* CPU threads; 0: one per core */
 const sc_backend *sc_cuda(void);    /* shortcut_cuda.cu; NULL with the error set: no usable GPU */
 
 /* ==== Tape: eager operations, recorded when a gradient is wanted ====
- * Every operation returns a new tensor in the tape's arena (valid until sc_tape_reset), or NULL with
- * the error set; an operation given NULL returns NULL, so a model is written without checks and
- * tests its last result only. Shapes: B batch, T tokens, C channels, H heads. */
+ * Every operation returns a new tensor in the tape's arena (valid until sc_tape_reset), or NULL
+ * with the error set; an operation given NULL returns NULL, so a model is written without checks
+ * and tests its last result only. Shapes: B batch, T tokens, C channels, H heads. */
 typedef struct sc_tape sc_tape;
 
 /* The four sets of LoRA weights that share one frozen base. */
@@ -247,56 +256,70 @@ sc_tape *sc_tape_new(const sc_backend *backend);
 void sc_tape_free(sc_tape *tape);
 void sc_tape_reset(sc_tape *tape);                       /* forget all tensors, keep the memory */
 void sc_tape_record(sc_tape *tape, bool recording);
-void sc_tape_use(sc_tape *tape, const uint8_t *set_of_sample); /* [B] sc_set each; NULL: all teacher */
+/* [B] sc_set each; NULL: all teacher */
+void sc_tape_use(sc_tape *tape, const uint8_t *set_of_sample);
 size_t sc_tape_bytes(const sc_tape *tape);               /* memory held */
 size_t sc_tape_peak(const sc_tape *tape);                /* most that was in use at once, ever */
 bool sc_tape_reserve(sc_tape *tape, size_t bytes);       /* forget all tensors, hold exactly this */
 bool sc_backward(sc_tape *tape);                         /* from the recorded loss to every leaf */
 
-sc_tensor *sc_new(sc_tape *t, int ndim, const int64_t *shape);         /* activation, not initialised */
-sc_tensor *sc_from(sc_tape *t, int ndim, const int64_t *shape, const float *values); /* upload of f32 */
+sc_tensor *sc_new(sc_tape *t, int ndim, const int64_t *shape);     /* activation, not initialised */
+/* upload of f32 */
+sc_tensor *sc_from(sc_tape *t, int ndim, const int64_t *shape, const float *values);
 bool sc_read(sc_tape *t, const sc_tensor *x, float *values);            /* download as f32 */
 
-sc_tensor *sc_linear(sc_tape *t, const sc_tensor *x, const sc_linear_layer *layer); /* [..., in] -> [..., out] */
+/* [..., in] -> [..., out] */
+sc_tensor *sc_linear(sc_tape *t, const sc_tensor *x, const sc_linear_layer *layer);
 sc_tensor *sc_activate(sc_tape *t, sc_activation kind, sc_tensor *x);
 sc_tensor *sc_add(sc_tape *t, sc_tensor *a, sc_tensor *b);              /* same shape */
-sc_tensor *sc_multiply(sc_tape *t, sc_tensor *a, sc_tensor *b);         /* same shape; not recorded */
+sc_tensor *sc_multiply(sc_tape *t, sc_tensor *a, sc_tensor *b);       /* same shape; not recorded */
 sc_tensor *sc_ln_modulate(sc_tape *t, sc_tensor *x, sc_tensor *mod, int shift, int scale);
 sc_tensor *sc_gated_residual(sc_tape *t, sc_tensor *x, sc_tensor *h, sc_tensor *mod, int gate);
 sc_tensor *sc_norm_rope(sc_tape *t, sc_tensor *text, sc_tensor *image, sc_tensor *text_weight,
                         sc_tensor *image_weight, const sc_tensor *rope);
-sc_tensor *sc_concat_tokens(sc_tape *t, sc_tensor *a, sc_tensor *b);    /* [B,Ta,C], [B,Tb,C] -> [B,Ta+Tb,C] */
+/* [B,Ta,C], [B,Tb,C] -> [B,Ta+Tb,C] */
+sc_tensor *sc_concat_tokens(sc_tape *t, sc_tensor *a, sc_tensor *b);
 sc_tensor *sc_slice_tokens(sc_tape *t, sc_tensor *x, int64_t from, int64_t count);
-sc_tensor *sc_concat_channels(sc_tape *t, sc_tensor *a, sc_tensor *b);  /* [B,T,Ca], [B,T,Cb] -> [B,T,Ca+Cb] */
+/* [B,T,Ca], [B,T,Cb] -> [B,T,Ca+Cb] */
+sc_tensor *sc_concat_channels(sc_tape *t, sc_tensor *a, sc_tensor *b);
 /* The same of a and f(b). */
 sc_tensor *sc_concat_activated(sc_tape *t, sc_tensor *a, sc_activation kind, sc_tensor *b);
 /* softmax(scale q k^T + bias) v, head by head; q [B,Tq,C], k, v [B,T,C]; bias [H,Tq,T] or NULL. */
-sc_tensor *sc_attention(sc_tape *t, sc_tensor *q, sc_tensor *k, sc_tensor *v, int heads, float scale,
-                        const sc_tensor *bias, bool causal);
+sc_tensor *sc_attention(sc_tape *t, sc_tensor *q, sc_tensor *k, sc_tensor *v, int heads,
+                        float scale, const sc_tensor *bias, bool causal);
 sc_tensor *sc_timestep_embedding(sc_tape *t, const float *times, int64_t batch, int64_t channels);
-sc_tensor *sc_blend(sc_tape *t, const float *p, sc_tensor *u, const float *q, sc_tensor *v); /* not recorded */
+/* not recorded */
+sc_tensor *sc_blend(sc_tape *t, const float *p, sc_tensor *u, const float *q, sc_tensor *v);
 /* Mean square error. While recording, *loss is set at the end of sc_backward (which nothing waits
  * for until then), else now. */
 bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, float weight, double *loss);
 
 /* Operations of the frozen networks (text encoders, VAE, evaluator); not recorded. */
-sc_tensor *sc_layer_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b, float eps);
+sc_tensor *sc_layer_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
+                         float eps);
 sc_tensor *sc_rms_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, float eps);
-sc_tensor *sc_embed_tokens(sc_tape *t, const sc_tensor *table, const int32_t *ids, int64_t batch, int64_t tokens);
-/* Pictures are [B,C,H,W]. conv2d: w [out,in,k,k], b [out]; zero padding: pad_before on the top and left,
- * and on the other sides as much as makes H_out = H / stride. upsample: nearest, twice the sides. */
-sc_tensor *sc_conv2d(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b, int stride, int pad_before);
-sc_tensor *sc_group_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b, int groups, float eps, bool silu);
+sc_tensor *sc_embed_tokens(sc_tape *t, const sc_tensor *table, const int32_t *ids, int64_t batch,
+                           int64_t tokens);
+/* Pictures are [B,C,H,W]. conv2d: w [out,in,k,k], b [out]; zero padding: pad_before on the top and
+ * left, and on the other sides as much as makes H_out = H / stride. upsample: nearest, twice the
+ * sides. */
+sc_tensor *sc_conv2d(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
+                     int stride, int pad_before);
+sc_tensor *sc_group_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
+                         int groups, float eps, bool silu);
 sc_tensor *sc_upsample(sc_tape *t, const sc_tensor *x);
 sc_tensor *sc_swap_axes(sc_tape *t, const sc_tensor *x);  /* [B,M,N] -> [B,N,M] */
-sc_tensor *sc_reshape(sc_tape *t, const sc_tensor *x, int ndim, const int64_t *shape); /* same data, new shape */
+/* same data, new shape */
+sc_tensor *sc_reshape(sc_tape *t, const sc_tensor *x, int ndim, const int64_t *shape);
 
-/* A block reads in[] (at most 5) and makes out[0] and perhaps out[1]. sc_checkpoint keeps its inputs
- * only, and runs it again in the backward pass. sc_keep keeps all, but the gradients inside it live
- * no longer than its part of the backward pass. */
+/* A block reads in[] (at most 5) and makes out[0] and perhaps out[1]. sc_checkpoint keeps its
+ * inputs only, and runs it again in the backward pass. sc_keep keeps all, but the gradients inside
+ * it live no longer than its part of the backward pass. */
 typedef bool (*sc_block)(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context);
-bool sc_checkpoint(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs, sc_tensor **out);
-bool sc_keep(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs, sc_tensor **out);
+bool sc_checkpoint(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs,
+                   sc_tensor **out);
+bool sc_keep(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs,
+             sc_tensor **out);
 
 /* ==== Weights of a network ==== */
 #define SC_MAX_NAME 128         /* of a module */
@@ -313,8 +336,8 @@ typedef struct sc_net {
     const sc_backend *backend;  /* NULL: a plan; weights have names and shapes, but no data */
     sc_file *file;              /* NULL: all weights are drawn at random */
     sc_rng rng;                 /* for random weights */
-    bool widen;                 /* all weights become f32 (to train them, or for a small model's speed) */
-    bool fp8;                   /* matrices become e4m3 with a scale for each row, when they are loaded */
+    bool widen;           /* all weights become f32 (to train them, or for a small model's speed) */
+    bool fp8;             /* matrices become e4m3 with a scale for each row, when they are loaded */
     int levels;                 /* of a VAE, whose files may count them backwards */
     sc_weight **weights;        /* in the order they were asked for */
     int64_t count;
@@ -356,13 +379,15 @@ sc_flux *sc_flux_open(const sc_backend *backend, const char *path, bool widen, b
 void sc_flux_close(sc_flux *flux);
 const sc_flux_config *sc_flux_config_of(const sc_flux *flux);
 int64_t sc_flux_parameters(const sc_flux *flux);
-void sc_flux_checkpointing(sc_flux *flux, bool on);     /* recompute each block in the backward pass */
-/* Keep the matrices as e4m3: half of bf16's memory. Before the model is first used; not with `widen`. */
+void sc_flux_checkpointing(sc_flux *flux, bool on);  /* recompute each block in the backward pass */
+/* Keep the matrices as e4m3: half of bf16's memory. Before the model is first used; not with
+ * `widen`. */
 bool sc_flux_fp8(sc_flux *flux);
 
 /* Writes config.json and diffusion_pytorch_model.safetensors (weights as `dtype`: f32, bf16 or f16)
  * into `folder`, with W + scale B A where LoRAs are loaded; one weight at a time is in memory. */
-bool sc_flux_save(const sc_flux *flux, const char *folder, sc_dtype dtype, const char *const *metadata);
+bool sc_flux_save(const sc_flux *flux, const char *folder, sc_dtype dtype,
+                  const char *const *metadata);
 
 typedef struct sc_flux_input {
     sc_tensor *x;               /* [B, h*w, in_channels] noisy packed latents */
@@ -377,36 +402,39 @@ typedef struct sc_flux_input {
 sc_tensor *sc_flux_velocity(sc_flux *flux, sc_tape *tape, const sc_flux_input *in);
 
 /* ==== What is trained ====
- * All trained numbers lie in one f32 array, in up to four copies (sets), so that a set is chosen by a
- * pointer and one call updates everything. They are either the LoRA factors or all weights. */
+ * All trained numbers lie in one f32 array, in up to four copies (sets), so that a set is chosen by
+ * a pointer and one call updates everything. They are either the LoRA factors or all weights. */
 typedef struct sc_params {
     const sc_backend *backend;
     int64_t count;
     float *set[SC_SETS];        /* NULL: not there (the teacher of a LoRA is the bare base) */
     float *grad, *m, *v;        /* gradients and Adam's moments */
     sc_flux *flux;
-    sc_adapter *adapters;       /* one for each of the model's linear layers; NULL: all weights are trained */
+    /* one for each of the model's linear layers; NULL: all weights are trained */
+    sc_adapter *adapters;
     int rank;
 } sc_params;
 
-/* A new LoRA on every linear layer: A gaussian (std 1/rank), B zero; attached to the model until freed. */
+/* A new LoRA on every linear layer: A gaussian (std 1/rank), B zero; attached to the model until
+ * freed. */
 sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed);
 /* All weights (opened with `widen`); teacher: keep a frozen copy of them. */
 sc_params *sc_params_full(sc_flux *flux, bool teacher);
 void sc_params_free(sc_params *params);
-void sc_params_use(sc_params *params, sc_set set);          /* all weights only: compute with this copy */
+void sc_params_use(sc_params *params, sc_set set);    /* all weights only: compute with this copy */
 void sc_params_copy(sc_params *params, sc_set to, sc_set from);
-/* One step of the student and both averages (see sc_backend.update), counted in adamw->step. Returns
- * the gradient's norm before clipping; NaN or infinity: nothing was changed. */
+/* One step of the student and both averages (see sc_backend.update), counted in adamw->step.
+ * Returns the gradient's norm before clipping; NaN or infinity: nothing was changed. */
 double sc_params_step(sc_params *params, sc_adamw *adamw, float fast_decay, float slow_decay);
 
 /* ==== LoRA files ====
  * Written: safetensors, PEFT names, transformer.<module>.lora_A.weight [rank, in] and
  * .lora_B.weight [out, rank], bf16, the scale alpha / rank multiplied into B. Read: those, with any
  * rank and alpha, and the names of diffusers, kohya, OneTrainer, BFL and ComfyUI. */
-bool sc_lora_save(const sc_params *params, sc_set set, const char *path, const char *const *metadata);
-/* The loaded LoRAs, with their scales, as one file in kohya's names (lora_unet_..., bf16): the parts
- * of a fused layer become one of their ranks' sum, exactly. */
+bool sc_lora_save(const sc_params *params, sc_set set, const char *path,
+                  const char *const *metadata);
+/* The loaded LoRAs, with their scales, as one file in kohya's names (lora_unet_..., bf16): the
+ * parts of a fused layer become one of their ranks' sum, exactly. */
 bool sc_lora_save_kohya(const sc_flux *flux, const char *path, const char *const *metadata);
 typedef struct sc_lora_report {
     int applied, total;         /* adapters: a pair of A and B each */
@@ -416,7 +444,8 @@ typedef struct sc_lora_report {
  * loaded. False if no adapter applies, or one that names a layer has the wrong shape or holds NaN.
  * Stays until sc_lora_unload. */
 bool sc_lora_load(sc_flux *flux, const char *path, float scale, sc_lora_report *report);
-/* The scale that a LoRA file's metadata recommends for a number of steps ("3:1 8:0.6": the nearest); else 1. */
+/* The scale that a LoRA file's metadata recommends for a number of steps ("3:1 8:0.6": the
+ * nearest); else 1. */
 float sc_lora_scale(const char *path, int steps);
 void sc_lora_unload(sc_flux *flux); /* takes all loaded LoRAs off again */
 /* Copies a LoRA file's factors into the sets of `params` (all of its layers, the same rank). */
@@ -426,7 +455,8 @@ bool sc_lora_start(sc_params *params, const char *path);
  * t = 1 is noise, t = 0 is data: x_t = (1 - t) x0 + t eps; the velocity is eps - x0. */
 float sc_shift_time(float u, float shift);                      /* s u / (1 + (s - 1) u) */
 float sc_dynamic_shift(int64_t tokens);                         /* FLUX: exp(mu(tokens)) */
-void sc_schedule(float *times, int steps, float shift);         /* steps + 1 times, from 1 - 1e-5 down to 0 */
+/* steps + 1 times, from 1 - 1e-5 down to 0 */
+void sc_schedule(float *times, int steps, float shift);
 
 typedef struct sc_sampling {
     int steps;
@@ -434,12 +464,13 @@ typedef struct sc_sampling {
     float guidance;
     int h, w;                   /* grid of tokens */
     const uint8_t *sets;        /* [B] LoRA set of each sample; NULL: the loaded LoRAs, if any */
-    bool (*progress)(void *user, int step, int steps);  /* after each step; false stops. NULL: none */
+    /* after each step; false stops. NULL: none */
+    bool (*progress)(void *user, int step, int steps);
     void *user;
 } sc_sampling;
 
-/* Euler from noise to data: latents [B, h*w, in_channels] (host f32) holds noise before, the sample after.
- * context [B, T, text_channels] and pooled [B, pooled_channels] are host f32. */
+/* Euler from noise to data: latents [B, h*w, in_channels] (host f32) holds noise before, the sample
+ * after. context [B, T, text_channels] and pooled [B, pooled_channels] are host f32. */
 bool sc_sample(sc_flux *flux, sc_tape *tape, const sc_sampling *s, int batch, int text_tokens,
                const float *context, const float *pooled, float *latents);
 
@@ -476,34 +507,36 @@ typedef struct sc_draw {        /* what chance decides for one sample */
     float t[3];                 /* t_j, t_j+1, t_j+2 */
 } sc_draw;
 
-void sc_draw_sample(const sc_recipe *recipe, sc_rng *rng, int64_t tokens, bool flow_matching, sc_draw *draw);
+void sc_draw_sample(const sc_recipe *recipe, sc_rng *rng, int64_t tokens, bool flow_matching,
+                    sc_draw *draw);
 
-/* A velocity model in four versions (sets), as an objective sees it; [first, first + x->shape[0]) says
- * which samples of the batch x holds. FLUX is one; a toy network may be another. */
+/* A velocity model in four versions (sets), as an objective sees it; [first, first + x->shape[0])
+ * says which samples of the batch x holds. FLUX is one; a toy network may be another. */
 typedef struct sc_model {
     sc_tensor *(*velocity)(void *self, sc_tape *t, sc_tensor *x, int64_t first, const uint8_t *sets,
                            const float *time, const float *guidance);
     void *self;
 } sc_model;
 
-/* method.md's steps 5 and 6 for the samples [first, B): noisy input x and target, both [B-first, ...]. */
-bool sc_scfm_target(const sc_model *model, sc_tape *t, sc_tensor *x0, sc_tensor *noise, const sc_draw *draws,
-                    int64_t first, sc_tensor **x, sc_tensor **target);
+/* method.md's steps 5 and 6 for the samples [first, B): noisy input x and target, both
+ * [B-first, ...]. */
+bool sc_scfm_target(const sc_model *model, sc_tape *t, sc_tensor *x0, sc_tensor *noise,
+                    const sc_draw *draws, int64_t first, sc_tensor **x, sc_tensor **target);
 
 /* One training step's gradient: draws, target, student pass, backward. Resets the tape. */
-bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *recipe, const sc_batch *batch,
-                       sc_rng *rng, double *loss);
+bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *recipe,
+                       const sc_batch *batch, sc_rng *rng, double *loss);
 
 /* Where a device's memory is limited: chooses how many blocks keep their activations for the
  * backward pass, the others being run again. Makes one training step for `batch`, the largest there
  * will be, whose gradient it forgets, and reserves what was found in the tape. */
 typedef struct sc_memory_plan {
     size_t left;                /* bytes there are for activations */
-    size_t step, block;         /* bytes of a step if all blocks run again; more for each one that keeps */
+    size_t step, block;  /* bytes of a step if all blocks run again; more for each one that keeps */
     int blocks, kept;
 } sc_memory_plan;
-bool sc_plan_memory(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *recipe, const sc_batch *batch,
-                    sc_memory_plan *plan);
+bool sc_plan_memory(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *recipe,
+                    const sc_batch *batch, sc_memory_plan *plan);
 
 #ifdef __cplusplus
 }
@@ -573,7 +606,8 @@ bool sc_set_error(const char *line) { return sc__fail("%s", line); }
 /* Zeroed memory for `count` items of `size` bytes; NULL with the error set. */
 static void *sc__alloc(size_t count, size_t size) {
     void *p = NULL;
-    if (size == 0 || count <= SIZE_MAX / 2 / size) p = SC_CALLOC(count ? count : 1, size ? size : 1);
+    if (size == 0 || count <= SIZE_MAX / 2 / size)
+        p = SC_CALLOC(count ? count : 1, size ? size : 1);
     if (!p) sc__fail("out of memory (%zu items of %zu bytes)", count, size);
     return p;
 }
@@ -596,7 +630,9 @@ uint64_t sc_random_bits(sc_rng *rng) {
 float sc_uniform(sc_rng *rng) { return (float)(sc_random_bits(rng) >> 40) * 0x1p-24f; }
 
 /* Uniform in {0, ..., n-1}. */
-int sc_uniform_int(sc_rng *rng, int n) { return (int)((sc_random_bits(rng) >> 32) * (uint64_t)n >> 32); }
+int sc_uniform_int(sc_rng *rng, int n) {
+    return (int)((sc_random_bits(rng) >> 32) * (uint64_t)n >> 32);
+}
 
 /* Fills x[n] with N(0, 1), two values from each Box-Muller draw. */
 void sc_normal(sc_rng *rng, float *x, int64_t n) {
@@ -609,8 +645,9 @@ void sc_normal(sc_rng *rng, float *x, int64_t n) {
 }
 
 static const struct { const char *name; int size; } sc__dtypes[] = {
-    [SC_F32] = {"F32", 4}, [SC_BF16] = {"BF16", 2}, [SC_F16] = {"F16", 2}, [SC_F8_E4M3] = {"F8_E4M3", 1},
-    [SC_F64] = {"F64", 8}, [SC_I64] = {"I64", 8},   [SC_I32] = {"I32", 4}, [SC_U8] = {"U8", 1},
+    [SC_F32] = {"F32", 4}, [SC_BF16] = {"BF16", 2}, [SC_F16] = {"F16", 2},
+    [SC_F8_E4M3] = {"F8_E4M3", 1}, [SC_F64] = {"F64", 8}, [SC_I64] = {"I64", 8},
+    [SC_I32] = {"I32", 4}, [SC_U8] = {"U8", 1},
 };
 
 int sc_dtype_size(sc_dtype dtype) { return sc__dtypes[dtype].size; }
@@ -634,7 +671,7 @@ static inline uint16_t sc__f32_to_bf16(float f) {
     return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
-/* Half floats: exponent bias 15, 10 bits of mantissa; multiplying by 2^112 moves the bias to 127. */
+/* Half floats: exponent bias 15, 10 bits of mantissa; times 2^112 moves the bias to 127. */
 static inline float sc__f16_to_f32(uint16_t h) {
     uint32_t magnitude = (uint32_t)(h & 0x7fff) << 13, sign = (uint32_t)(h & 0x8000) << 16;
     if ((h & 0x7c00) == 0x7c00) return sc__from_bits(sign | 0x7f800000u | magnitude); /* inf, NaN */
@@ -674,7 +711,9 @@ void sc_to_f32(float *dst, const void *src, sc_dtype dtype, int64_t n) {
     case SC_F32: memcpy(dst, src, (size_t)n * 4); break;
     case SC_BF16: for (int64_t i = 0; i < n; i++) dst[i] = sc__bf16_to_f32(half[i]); break;
     case SC_F16: for (int64_t i = 0; i < n; i++) dst[i] = sc__f16_to_f32(half[i]); break;
-    case SC_F8_E4M3: for (int64_t i = 0; i < n; i++) dst[i] = sc__f8_to_f32(((const uint8_t *)src)[i]); break;
+    case SC_F8_E4M3:
+        for (int64_t i = 0; i < n; i++) dst[i] = sc__f8_to_f32(((const uint8_t *)src)[i]);
+        break;
     case SC_F64: for (int64_t i = 0; i < n; i++) dst[i] = (float)((const double *)src)[i]; break;
     default: for (int64_t i = 0; i < n; i++) dst[i] = NAN; break;
     }
@@ -753,7 +792,9 @@ static void sc__sgemm(bool ta, bool tb, int m, int n, int k, float alpha, const 
                 const float *bj = b + (int64_t)j * ldb;
                 float sum = 0;
                 if (ta) for (int p = 0; p < k; p++) sum += a[(int64_t)p * lda + i] * bj[p];
-                else SC_SIMD_SUM(sum) for (int p = 0; p < k; p++) sum += a[(int64_t)i * lda + p] * bj[p];
+                else
+                    SC_SIMD_SUM(sum)
+                    for (int p = 0; p < k; p++) sum += a[(int64_t)i * lda + p] * bj[p];
                 row[j] += alpha * sum;
             }
         } else {
@@ -812,12 +853,14 @@ static void sc__cpu_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix
     }
 }
 
-static void sc__cpu_quantize(uint8_t *to, float *scale, const void *from, int64_t rows, int64_t columns) {
+static void sc__cpu_quantize(uint8_t *to, float *scale, const void *from, int64_t rows,
+                             int64_t columns) {
     SC_PARALLEL_FOR
     for (int64_t r = 0; r < rows; r++) {
         const float *x = (const float *)from + r * columns;
         float largest = 0;
-        for (int64_t c = 0; c < columns; c++) largest = fabsf(x[c]) > largest ? fabsf(x[c]) : largest;
+        for (int64_t c = 0; c < columns; c++)
+            largest = fabsf(x[c]) > largest ? fabsf(x[c]) : largest;
         scale[r] = largest > 0 ? largest / 448.f : 1.f;
         for (int64_t c = 0; c < columns; c++) to[r * columns + c] = sc__f32_to_f8(x[c] / scale[r]);
     }
@@ -849,7 +892,8 @@ static void sc__cpu_copy_block(void *dst, int64_t dst_ld, const void *src, int64
     for (int64_t r = 0; r < rows; r++) {
         char *d = (char *)dst + r * dst_ld * size;
         const char *s = (const char *)src + r * src_ld * size;
-        if (accumulate) SC_SIMD for (int64_t c = 0; c < columns; c++) ((float *)d)[c] += ((const float *)s)[c];
+        if (accumulate)
+            SC_SIMD for (int64_t c = 0; c < columns; c++)((float *)d)[c] += ((const float *)s)[c];
         else memcpy(d, s, (size_t)(columns * size));
     }
 }
@@ -881,9 +925,9 @@ static void sc__cpu_multiply(sc_tensor *y, const sc_tensor *a, const sc_tensor *
     SC_SIMD for (int64_t i = 0; i < n; i++) out[i] = pa[i] * pb[i];
 }
 
-/* Sinusoids of 1000 t, cosines first: y[b] = [cos(1000 t f_i), sin(1000 t f_i)], f_i = 10000^(-i/half).
- * Each step is rounded as there: at t = 1 the last bit of f_i already turns the result by 1e-4.
- * (diffusers: Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)) */
+/* Sinusoids of 1000 t, cosines first: y[b] = [cos(1000 t f_i), sin(1000 t f_i)], 
+ * f_i = 10000^(-i/half). Each step is rounded as there: at t = 1 the last bit of f_i already turns
+ * the result by 1e-4. (diffusers: Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)) */
 static void sc__cpu_embed_timestep(sc_tensor *y, const float *t) {
     int64_t half = y->shape[1] / 2;
     for (int64_t b = 0; b < y->shape[0]; b++) {
@@ -903,7 +947,9 @@ static void sc__cpu_embed_timestep(sc_tensor *y, const float *t) {
 static inline float sc__gate_argument(sc_activation kind, float x, float *slope) {
     const float k = 1.5957691216057308f; /* 2 sqrt(2/pi) */
     switch (kind) {
-    case SC_GELU_TANH: *slope = k * (1 + 3 * 0.044715f * x * x); return k * (x + 0.044715f * x * x * x);
+    case SC_GELU_TANH:
+        *slope = k * (1 + 3 * 0.044715f * x * x);
+        return k * (x + 0.044715f * x * x * x);
     case SC_QUICK_GELU: *slope = 1.702f; return 1.702f * x;
     default: *slope = 1; return x;
     }
@@ -935,12 +981,15 @@ static void sc__cpu_activate(sc_activation kind, sc_tensor *y, int64_t at, const
         case SC_SILU: sc__activate_rows(SC_SILU, py, px, n); break;
         case SC_GELU_TANH: sc__activate_rows(SC_GELU_TANH, py, px, n); break;
         case SC_QUICK_GELU: sc__activate_rows(SC_QUICK_GELU, py, px, n); break;
-        case SC_GELU: for (int64_t j = 0; j < n; j++) py[j] = 0.5f * px[j] * (1 + erff(px[j] * 0.70710678f)); break;
+        case SC_GELU:
+            for (int64_t j = 0; j < n; j++) py[j] = 0.5f * px[j] * (1 + erff(px[j] * 0.70710678f));
+            break;
         }
     }
 }
 
-static void sc__cpu_activate_backward(sc_activation kind, const sc_tensor *y, int64_t at, sc_tensor *x) {
+static void sc__cpu_activate_backward(sc_activation kind, const sc_tensor *y, int64_t at,
+                                      sc_tensor *x) {
     int64_t n = sc__last(x), width = sc__last(y), rows = sc__rows(x);
     SC_PARALLEL_FOR
     for (int64_t r = 0; r < rows; r++) {
@@ -960,8 +1009,9 @@ static void sc__cpu_activate_backward(sc_activation kind, const sc_tensor *y, in
     }
 }
 
-/* ---- Modulated layer norm: y = n(x) (1 + scale) + shift, n(x) = (x - mean) / sqrt(var + 1e-6) ----
- * x [B,T,C]; mod [B,K*C] holds K vectors of C per sample, `shift` and `scale` say which.
+/* ---- Modulated layer norm: y = n(x) (1 + scale) + shift ----
+ * n(x) = (x - mean) / sqrt(var + 1e-6); x [B,T,C]; mod [B,K*C] holds K vectors of C per sample,
+ * `shift` and `scale` say which.
  * dscale = sum_t dy n;  dshift = sum_t dy;  with g = dy (1 + scale):
  * dx = (g - mean(g) - n mean(g n)) / sqrt(var + 1e-6). */
 
@@ -983,12 +1033,13 @@ static void sc__cpu_ln_modulate(sc_tensor *y, const sc_tensor *x, const sc_tenso
         const float *a = m + scale * n, *b = m + shift * n;
         float *py = sc__f(y) + r * n, mean, inverse;
         sc__moments(px, n, 1e-6f, &mean, &inverse);
-        SC_SIMD for (int64_t c = 0; c < n; c++) py[c] = (px[c] - mean) * inverse * (1 + a[c]) + b[c];
+        SC_SIMD for (int64_t c = 0; c < n; c++) py[c] =
+            (px[c] - mean) * inverse * (1 + a[c]) + b[c];
     }
 }
 
-static void sc__cpu_ln_modulate_backward(const sc_tensor *y, sc_tensor *x, sc_tensor *mod, int shift,
-                                         int scale) {
+static void sc__cpu_ln_modulate_backward(const sc_tensor *y, sc_tensor *x, sc_tensor *mod,
+                                         int shift, int scale) {
     int64_t tokens = x->shape[1], n = x->shape[2], width = mod->shape[1];
     SC_PARALLEL_FOR
     for (int64_t b = 0; b < x->shape[0]; b++) { /* a sample owns its row of dmod */
@@ -1012,8 +1063,8 @@ static void sc__cpu_ln_modulate_backward(const sc_tensor *y, sc_tensor *x, sc_te
                 gn_sum += g * (px[c] - mean) * inverse;
             }
             float *dx = sc__g(x) + r * n, g_mean = g_sum / (float)n, gn_mean = gn_sum / (float)n;
-            SC_SIMD for (int64_t c = 0; c < n; c++)
-                dx[c] += (dy[c] * (1 + a[c]) - g_mean - (px[c] - mean) * inverse * gn_mean) * inverse;
+            SC_SIMD for (int64_t c = 0; c < n; c++) dx[c] +=
+                (dy[c] * (1 + a[c]) - g_mean - (px[c] - mean) * inverse * gn_mean) * inverse;
         }
     }
 }
@@ -1050,8 +1101,8 @@ static void sc__cpu_gated_residual_backward(const sc_tensor *y, sc_tensor *x, sc
 }
 
 /* ---- QK-norm + RoPE, per head of D: n = w x / sqrt(mean(x^2) + 1e-6), then each pair turns:
- * (y0, y1) = (n0 cos - n1 sin, n1 cos + n0 sin).  x [B,Tx,C]; y [B,T,C], written from token `offset`
- * on; weight [D]; rope [T,D/2,2] (cos, sin). Backward turns dy back (g), then, with n = w u:
+ * (y0, y1) = (n0 cos - n1 sin, n1 cos + n0 sin).  x [B,Tx,C]; y [B,T,C], written from token
+ * `offset` on; weight [D]; rope [T,D/2,2] (cos, sin). Backward turns dy back (g), and with n = w u:
  * dw += g u;  dx += (w g - u mean(w g u)) / sqrt(mean(x^2) + 1e-6). */
 
 static inline float sc__inverse_rms(const float *x, int64_t n, float eps) {
@@ -1060,9 +1111,10 @@ static inline float sc__inverse_rms(const float *x, int64_t n, float eps) {
     return 1.f / sqrtf(sum / (float)n + eps);
 }
 
-static void sc__cpu_norm_rope(sc_tensor *y, int64_t offset, const sc_tensor *x, const sc_tensor *weight,
-                              const sc_tensor *rope) {
-    int64_t tokens = x->shape[1], channels = x->shape[2], size = weight->shape[0], rows = sc__rows(x);
+static void sc__cpu_norm_rope(sc_tensor *y, int64_t offset, const sc_tensor *x,
+                              const sc_tensor *weight, const sc_tensor *rope) {
+    int64_t tokens = x->shape[1], channels = x->shape[2], size = weight->shape[0],
+            rows = sc__rows(x);
     const float *w = sc__f(weight);
     SC_PARALLEL_FOR
     for (int64_t r = 0; r < rows; r++) {
@@ -1082,9 +1134,11 @@ static void sc__cpu_norm_rope(sc_tensor *y, int64_t offset, const sc_tensor *x, 
 
 static void sc__cpu_norm_rope_backward(const sc_tensor *y, int64_t offset, sc_tensor *x,
                                        sc_tensor *weight, const sc_tensor *rope) {
-    int64_t batch = x->shape[0], tokens = x->shape[1], channels = x->shape[2], size = weight->shape[0];
+    int64_t batch = x->shape[0], tokens = x->shape[1], channels = x->shape[2],
+            size = weight->shape[0];
     const float *w = sc__f(weight);
-    float *partial = weight->grad ? sc__scratch((size_t)(batch * size)) : NULL; /* dw of each sample */
+    /* dw of each sample */
+    float *partial = weight->grad ? sc__scratch((size_t)(batch * size)) : NULL;
     if (partial) memset(partial, 0, (size_t)(batch * size) * 4);
     SC_PARALLEL_FOR
     for (int64_t b = 0; b < batch; b++)
@@ -1099,9 +1153,11 @@ static void sc__cpu_norm_rope_backward(const sc_tensor *y, int64_t offset, sc_te
                 g[d + 1] = dy[d + 1] * turn[d] - dy[d] * turn[d + 1];
             }
             if (partial)
-                SC_SIMD for (int64_t d = 0; d < size; d++) partial[b * size + d] += g[d] * px[d] * inverse;
+                SC_SIMD for (int64_t d = 0; d < size; d++) partial[b * size + d] +=
+                    g[d] * px[d] * inverse;
             if (!x->grad) continue;
-            SC_SIMD_SUM(dot) for (int64_t d = 0; d < size; d++) dot += w[d] * g[d] * px[d] * inverse;
+            SC_SIMD_SUM(dot)
+            for (int64_t d = 0; d < size; d++) dot += w[d] * g[d] * px[d] * inverse;
             float *dx = sc__g(x) + (b * tokens + t) * channels + h;
             dot /= (float)size;
             SC_SIMD for (int64_t d = 0; d < size; d++)
@@ -1122,9 +1178,9 @@ static int64_t sc__attention_rows(int64_t tokens) { /* rows of a block of scores
 
 /* Scores of `rows` queries from `first` on, into p[rows, tokens], and their softmax. lse (or NULL)
  * receives the logarithm of each row's sum. */
-static void sc__softmax_scores(float *p, float *lse, const float *q, const float *k, int64_t rows, int64_t tokens,
-                               int64_t size, int64_t ld, float scale, const float *bias, bool causal,
-                               int64_t first) {
+static void sc__softmax_scores(float *p, float *lse, const float *q, const float *k, int64_t rows,
+                               int64_t tokens, int64_t size, int64_t ld, float scale,
+                               const float *bias, bool causal, int64_t first) {
     sc__sgemm(false, true, (int)rows, (int)tokens, (int)size, scale, q, (int)ld, k, (int)ld, 0, p,
               (int)tokens);
     for (int64_t r = 0; r < rows; r++) {
@@ -1149,21 +1205,22 @@ static void sc__cpu_attention(sc_tensor *o, float *lse, const sc_tensor *q, cons
     float *scratch = sc__scratch((size_t)(sc__threads() * block * nk));
     SC_PARALLEL_FOR
     for (int64_t task = 0; task < q->shape[0] * heads * blocks; task++) {
-        int64_t b = task / (heads * blocks), h = task / blocks % heads, first = task % blocks * block;
+        int64_t b = task / (heads * blocks), h = task / blocks % heads,
+                first = task % blocks * block;
         int64_t rows = nq - first < block ? nq - first : block;
         float *p = scratch + sc__thread() * block * nk;
         int64_t query = (b * nq + first) * channels + h * size, key = b * nk * channels + h * size;
         float *sums = lse ? lse + (b * heads + h) * nq + first : NULL;
-        sc__softmax_scores(p, sums, sc__f(q) + query, sc__f(k) + key, rows, nk, size, channels, scale,
-                           bias ? sc__f(bias) + (h * nq + first) * nk : NULL, causal, first);
+        sc__softmax_scores(p, sums, sc__f(q) + query, sc__f(k) + key, rows, nk, size, channels,
+                           scale, bias ? sc__f(bias) + (h * nq + first) * nk : NULL, causal, first);
         sc__sgemm(false, false, (int)rows, (int)size, (int)nk, 1, p, (int)nk, sc__f(v) + key,
                   (int)channels, 0, sc__f(o) + query, (int)channels);
     }
 }
 
 /* The scores' softmax is made again, so `lse` is not needed here. */
-static void sc__cpu_attention_backward(const sc_tensor *o, const float *lse, sc_tensor *q, sc_tensor *k,
-                                       sc_tensor *v, int heads, float scale) {
+static void sc__cpu_attention_backward(const sc_tensor *o, const float *lse, sc_tensor *q,
+                                       sc_tensor *k, sc_tensor *v, int heads, float scale) {
     (void)lse;
     int64_t channels = q->shape[2], size = channels / heads, nq = q->shape[1], nk = k->shape[1];
     int64_t block = sc__attention_rows(nk);
@@ -1177,26 +1234,29 @@ static void sc__cpu_attention_backward(const sc_tensor *o, const float *lse, sc_
             int rows = (int)(nq - first < block ? nq - first : block);
             int64_t query = (b * nq + first) * channels + h * size;
             const float *out = sc__f(o) + query, *dout = sc__g(o) + query;
-            sc__softmax_scores(p, NULL, sc__f(q) + query, sc__f(k) + key, rows, nk, size, channels, scale,
-                               NULL, false, first);
+            sc__softmax_scores(p, NULL, sc__f(q) + query, sc__f(k) + key, rows, nk, size, channels,
+                               scale, NULL, false, first);
             sc__sgemm(true, false, n, d, rows, 1, p, n, dout, ld, 1, sc__g(v) + key, ld);
             sc__sgemm(false, true, rows, n, d, 1, dout, ld, sc__f(v) + key, ld, 0, dp, n);
             for (int64_t r = 0; r < rows; r++) {
                 float dot = 0;
                 SC_SIMD_SUM(dot)
                 for (int64_t c = 0; c < size; c++) dot += out[r * ld + c] * dout[r * ld + c];
-                SC_SIMD for (int64_t c = 0; c < nk; c++) dp[r * nk + c] = p[r * nk + c] * (dp[r * nk + c] - dot);
+                SC_SIMD for (int64_t c = 0; c < nk; c++) dp[r * nk + c] =
+                    p[r * nk + c] * (dp[r * nk + c] - dot);
             }
-            sc__sgemm(false, false, rows, d, n, scale, dp, n, sc__f(k) + key, ld, 1, sc__g(q) + query, ld);
-            sc__sgemm(true, false, n, d, rows, scale, dp, n, sc__f(q) + query, ld, 1, sc__g(k) + key, ld);
+            sc__sgemm(false, false, rows, d, n, scale, dp, n, sc__f(k) + key, ld, 1,
+                      sc__g(q) + query, ld);
+            sc__sgemm(true, false, n, d, rows, scale, dp, n, sc__f(q) + query, ld, 1,
+                      sc__g(k) + key, ld);
         }
     }
 }
 
 /* ---- Norms and embeddings of the text encoders ---- */
 
-static void sc__cpu_layer_norm(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
-                               float eps) {
+static void sc__cpu_layer_norm(sc_tensor *y, const sc_tensor *x, const sc_tensor *w,
+                               const sc_tensor *b, float eps) {
     int64_t n = sc__last(x), rows = sc__rows(x);
     SC_PARALLEL_FOR
     for (int64_t r = 0; r < rows; r++) {
@@ -1225,20 +1285,24 @@ static void sc__cpu_embed_tokens(sc_tensor *y, const sc_tensor *table, const int
 
 /* ---- Loss and optimiser ---- */
 
-/* Sums in slices, in double, added in order: the result does not depend on the number of threads. */
+/* Sums in slices, in double, added in order: the number of threads does not change the result. */
 static double sc__sum_of_squares(const float *x, const float *minus, int64_t n) {
     double total = 0;
     for (int64_t start = 0; start < n; start += SC__SLICE) {
         int64_t end = start + SC__SLICE < n ? start + SC__SLICE : n;
         float sum = 0;
-        if (minus) SC_SIMD_SUM(sum) for (int64_t i = start; i < end; i++) sum += (x[i] - minus[i]) * (x[i] - minus[i]);
+        if (minus)
+            SC_SIMD_SUM(sum)
+            for (int64_t i = start; i < end; i++) sum += (x[i] - minus[i]) * (x[i] - minus[i]);
         else SC_SIMD_SUM(sum) for (int64_t i = start; i < end; i++) sum += x[i] * x[i];
         total += sum;
     }
     return total;
 }
 
-static double sc__cpu_sum_squares(const float *x, int64_t n) { return sc__sum_of_squares(x, NULL, n); }
+static double sc__cpu_sum_squares(const float *x, int64_t n) {
+    return sc__sum_of_squares(x, NULL, n);
+}
 
 /* loss = mean((prediction - target)^2);  dprediction += factor * 2 (prediction - target) / n */
 static void sc__cpu_mse(double *loss, const sc_tensor *prediction, const sc_tensor *target) {
@@ -1253,7 +1317,8 @@ static void sc__cpu_mse_backward(sc_tensor *prediction, const sc_tensor *target,
     SC_SIMD for (int64_t i = 0; i < n; i++) dp[i] += s * (p[i] - t[i]);
 }
 
-/* AdamW (Loshchilov & Hutter 2019; torch.optim.AdamW): decoupled weight decay, bias-corrected moments. */
+/* AdamW (Loshchilov & Hutter 2019; torch.optim.AdamW): decoupled weight decay, bias-corrected
+ * moments. */
 static double sc__cpu_update(const sc_trained *x, const sc_adamw *o, const float decay[2]) {
     double norm = sqrt(sc__cpu_sum_squares(x->grad, x->count)), step = (double)(o->step + 1);
     double correction1 = 1 - pow(o->beta1, step), correction2 = 1 - pow(o->beta2, step);
@@ -1273,7 +1338,9 @@ static double sc__cpu_update(const sc_trained *x, const sc_adamw *o, const float
             }
             for (int k = 0; k < 2; k++) {
                 float *average = x->average[k], move = 1 - decay[k];
-                if (average) SC_SIMD for (int64_t i = start; i < end; i++) average[i] += move * (w[i] - average[i]);
+                if (average)
+                    SC_SIMD for (int64_t i = start; i < end; i++) average[i] +=
+                        move * (w[i] - average[i]);
             }
         }
         memset(x->grad + start, 0, (size_t)(end - start) * sizeof(float));
@@ -1497,24 +1564,22 @@ static void sc__cpu_swap_axes(sc_tensor *y, const sc_tensor *x) {
 }
 
 static const sc_backend sc__cpu_backend = {
-    .name = "cpu", .activation = SC_F32, .on_host = true,
-    .alloc = sc__cpu_alloc, .release = sc__cpu_release, .memory_left = sc__cpu_memory_left,
-    .upload = sc__cpu_upload, .download = sc__cpu_download, .zero = sc__cpu_zero,
-    .gemm = sc__cpu_gemm, .quantize = sc__cpu_quantize, .copy_block = sc__cpu_copy_block, .column_sum = sc__cpu_column_sum,
-    .blend = sc__cpu_blend, .embed_timestep = sc__cpu_embed_timestep,
-    .activate = sc__cpu_activate, .activate_backward = sc__cpu_activate_backward,
-    .multiply = sc__cpu_multiply,
+    .name = "cpu", .activation = SC_F32, .on_host = true, .alloc = sc__cpu_alloc,
+    .release = sc__cpu_release, .memory_left = sc__cpu_memory_left, .upload = sc__cpu_upload,
+    .download = sc__cpu_download, .zero = sc__cpu_zero, .gemm = sc__cpu_gemm,
+    .quantize = sc__cpu_quantize, .copy_block = sc__cpu_copy_block,
+    .column_sum = sc__cpu_column_sum, .blend = sc__cpu_blend,
+    .embed_timestep = sc__cpu_embed_timestep, .activate = sc__cpu_activate,
+    .activate_backward = sc__cpu_activate_backward, .multiply = sc__cpu_multiply,
     .ln_modulate = sc__cpu_ln_modulate, .ln_modulate_backward = sc__cpu_ln_modulate_backward,
     .gated_residual = sc__cpu_gated_residual,
-    .gated_residual_backward = sc__cpu_gated_residual_backward,
-    .norm_rope = sc__cpu_norm_rope, .norm_rope_backward = sc__cpu_norm_rope_backward,
-    .attention = sc__cpu_attention, .attention_backward = sc__cpu_attention_backward,
-    .layer_norm = sc__cpu_layer_norm, .rms_norm = sc__cpu_rms_norm,
-    .embed_tokens = sc__cpu_embed_tokens,
+    .gated_residual_backward = sc__cpu_gated_residual_backward, .norm_rope = sc__cpu_norm_rope,
+    .norm_rope_backward = sc__cpu_norm_rope_backward, .attention = sc__cpu_attention,
+    .attention_backward = sc__cpu_attention_backward, .layer_norm = sc__cpu_layer_norm,
+    .rms_norm = sc__cpu_rms_norm, .embed_tokens = sc__cpu_embed_tokens,
     .group_norm = sc__cpu_group_norm, .conv2d = sc__cpu_conv2d, .upsample = sc__cpu_upsample,
-    .swap_axes = sc__cpu_swap_axes,
-    .mse = sc__cpu_mse, .mse_backward = sc__cpu_mse_backward, .sum_squares = sc__cpu_sum_squares,
-    .update = sc__cpu_update,
+    .swap_axes = sc__cpu_swap_axes, .mse = sc__cpu_mse, .mse_backward = sc__cpu_mse_backward,
+    .sum_squares = sc__cpu_sum_squares, .update = sc__cpu_update,
 };
 
 const sc_backend *sc_cpu(void) {
@@ -1663,7 +1728,9 @@ sc_tensor *sc_new(sc_tape *t, int ndim, const int64_t *shape) {
 static sc_tensor *sc__new3(sc_tape *t, int64_t b, int64_t n, int64_t c) {
     return sc_new(t, 3, (const int64_t[]){b, n, c});
 }
-static sc_tensor *sc__new_like(sc_tape *t, const sc_tensor *x) { return sc_new(t, x->ndim, x->shape); }
+static sc_tensor *sc__new_like(sc_tape *t, const sc_tensor *x) {
+    return sc_new(t, x->ndim, x->shape);
+}
 
 sc_tensor *sc_from(sc_tape *t, int ndim, const int64_t *shape, const float *values) {
     sc_tensor *x = sc_new(t, ndim, shape);
@@ -1711,7 +1778,8 @@ static void *sc__grad(sc_tape *t, sc_tensor *x) {
     return x->grad;
 }
 
-/* The same for products, C = A B + beta C: a new gradient is not zeroed, but beta is 0 this time. */
+/* The same for products, C = A B + beta C: a new gradient is not zeroed, but beta is 0 this time.
+ */
 static void *sc__grad_beta(sc_tape *t, sc_tensor *x, float *beta) {
     *beta = 1;
     if (!x->needs_grad || x->grad) return x->grad;
@@ -1744,9 +1812,13 @@ static sc__op *sc__record(sc_tape *t, void (*backward)(sc_tape *, sc__op *), sc_
 }
 
 /* Marks: everything taken from the arenas after sc__mark goes back at sc__release. */
-typedef struct sc__mark_t { int host, device; size_t host_used, device_used, device_taken; } sc__mark_t;
+typedef struct sc__mark_t {
+    int host, device;
+    size_t host_used, device_used, device_taken;
+} sc__mark_t;
 static sc__mark_t sc__mark(const sc_tape *t) {
-    return (sc__mark_t){t->host.current, t->device.current, t->host.used, t->device.used, t->device.taken};
+    return (sc__mark_t){t->host.current, t->device.current, t->host.used, t->device.used,
+                        t->device.taken};
 }
 static void sc__release(sc_tape *t, sc__mark_t m) {
     t->host.current = m.host, t->host.used = m.host_used;
@@ -1784,11 +1856,13 @@ static sc_matrix sc__whole(const sc_tensor *x, bool transposed) {
 /* Rows [first, first + count) of x as a matrix; of its gradient. */
 static sc_matrix sc__part(const sc_tensor *x, int64_t first, bool transposed) {
     int64_t n = sc__last(x);
-    return sc__matrix((char *)x->data + first * n * sc_dtype_size(x->dtype), x->dtype, n, transposed);
+    return sc__matrix((char *)x->data + first * n * sc_dtype_size(x->dtype), x->dtype, n,
+                      transposed);
 }
 static sc_matrix sc__grad_part(const sc_tensor *x, int64_t first, bool transposed) {
     int64_t n = sc__last(x);
-    return sc__matrix((char *)x->grad + first * n * sc_dtype_size(x->dtype), x->dtype, n, transposed);
+    return sc__matrix((char *)x->grad + first * n * sc_dtype_size(x->dtype), x->dtype, n,
+                      transposed);
 }
 
 /* The next run of samples from *sample on that use the same set: its set, its samples. */
@@ -1803,7 +1877,8 @@ static void sc__lora_backward(sc_tape *t, sc__op *op) {
     sc_tensor *x = op->in[0], *u = op->in[3], *y = op->out[0];
     const sc_adapter *lora = (const sc_adapter *)op->extra;
     sc_tensor *a = lora->a[op->n[1]], *b = lora->b[op->n[1]];
-    int64_t first = op->n[0], rows = sc__rows(u), in = sc__last(x), out = sc__last(y), r = lora->rank;
+    int64_t first = op->n[0], rows = sc__rows(u), in = sc__last(x), out = sc__last(y),
+            r = lora->rank;
     float s = lora->scale;
     sc_tensor *e = sc__new_like(t, u);
     if (!e) { t->failed = true; return; }
@@ -1835,15 +1910,15 @@ static void sc__linear_backward(sc_tape *t, sc__op *op) {
 }
 
 /* Adds the adapters' part for one run of samples with one set, and records it. */
-static bool sc__linear_lora(sc_tape *t, sc_tensor *x, sc_tensor *y, const sc_linear_layer *l, sc_set set,
-                            int64_t first, int64_t rows) {
+static bool sc__linear_lora(sc_tape *t, sc_tensor *x, sc_tensor *y, const sc_linear_layer *l,
+                            sc_set set, int64_t first, int64_t rows) {
     int64_t in = sc__last(x), out = sc__last(y);
     for (const sc_adapter *lora = l->adapters; lora; lora = lora->next) {
         if (!lora->a[set]) continue;
         sc_tensor *u = sc_new(t, 2, (const int64_t[]){rows, lora->rank});
         if (!u) return false;
-        t->be->gemm(rows, lora->rank, in, 1, sc__part(x, first, false), sc__whole(lora->a[set], true),
-                    0, sc__whole(u, false), NULL);
+        t->be->gemm(rows, lora->rank, in, 1, sc__part(x, first, false),
+                    sc__whole(lora->a[set], true), 0, sc__whole(u, false), NULL);
         t->be->gemm(rows, out, lora->rank, lora->scale, sc__whole(u, false),
                     sc__whole(lora->b[set], true), 1, sc__part(y, first, false), NULL);
         sc__op *op = sc__record(t, sc__lora_backward, y, x, lora->a[set], lora->b[set]);
@@ -1900,16 +1975,18 @@ sc_tensor *sc_activate(sc_tape *t, sc_activation kind, sc_tensor *x) {
 
 /* A block of `rows` rows: out[r, at_out ...] = in[r, at_in ...]; n = {rows, columns, offset}. */
 static void sc__copy_columns(sc_tape *t, void *dst, int64_t dst_ld, int64_t dst_at, const void *src,
-                             int64_t src_ld, int64_t src_at, int64_t rows, int64_t columns, bool add) {
+                             int64_t src_ld, int64_t src_at, int64_t rows, int64_t columns,
+                             bool add) {
     int64_t size = sc_dtype_size(t->be->activation);
-    t->be->copy_block((char *)dst + dst_at * size, dst_ld, (const char *)src + src_at * size, src_ld,
-                      rows, columns, t->be->activation, add);
+    t->be->copy_block((char *)dst + dst_at * size, dst_ld, (const char *)src + src_at * size,
+                      src_ld, rows, columns, t->be->activation, add);
 }
 
 static void sc__add_backward(sc_tape *t, sc__op *op) {
     for (int i = 0; i < 2; i++) {
         int64_t n = sc_count(op->out[0]);
-        if (sc__grad(t, op->in[i])) sc__copy_columns(t, op->in[i]->grad, n, 0, op->out[0]->grad, n, 0, 1, n, true);
+        if (sc__grad(t, op->in[i]))
+            sc__copy_columns(t, op->in[i]->grad, n, 0, op->out[0]->grad, n, 0, 1, n, true);
     }
 }
 
@@ -1929,13 +2006,14 @@ sc_tensor *sc_multiply(sc_tape *t, sc_tensor *a, sc_tensor *b) {
     return y;
 }
 
-/* Concatenation of rows of `wa` and `wb` elements: tokens and channels differ only in what a row is. */
+/* Concatenation of rows of `wa` and `wb` elements: tokens and channels differ only in what a row
+ * is. */
 static void sc__concat_backward(sc_tape *t, sc__op *op) {
     int64_t rows = op->n[0], width[2] = {op->n[1], op->n[2]}, sum = width[0] + width[1];
     for (int i = 0; i < 2; i++)
         if (sc__grad(t, op->in[i]))
-            sc__copy_columns(t, op->in[i]->grad, width[i], 0, op->out[0]->grad, sum, i * width[0], rows,
-                             width[i], true);
+            sc__copy_columns(t, op->in[i]->grad, width[i], 0, op->out[0]->grad, sum, i * width[0],
+                             rows, width[i], true);
 }
 
 static sc_tensor *sc__concat(sc_tape *t, sc_tensor *a, sc_tensor *b, int64_t rows, sc_tensor *y) {
@@ -1956,13 +2034,15 @@ sc_tensor *sc_concat_tokens(sc_tape *t, sc_tensor *a, sc_tensor *b) {
 
 sc_tensor *sc_concat_channels(sc_tape *t, sc_tensor *a, sc_tensor *b) {
     if (!a || !b) return NULL;
-    return sc__concat(t, a, b, sc__rows(a), sc__new3(t, a->shape[0], a->shape[1], a->shape[2] + b->shape[2]));
+    return sc__concat(t, a, b, sc__rows(a),
+                      sc__new3(t, a->shape[0], a->shape[1], a->shape[2] + b->shape[2]));
 }
 
 static void sc__concat_activated_backward(sc_tape *t, sc__op *op) {
     sc_tensor *a = op->in[0], *b = op->in[1], *y = op->out[0];
     int64_t width = sc__last(a);
-    if (sc__grad(t, a)) sc__copy_columns(t, a->grad, width, 0, y->grad, sc__last(y), 0, sc__rows(a), width, true);
+    if (sc__grad(t, a))
+        sc__copy_columns(t, a->grad, width, 0, y->grad, sc__last(y), 0, sc__rows(a), width, true);
     if (sc__grad(t, b)) t->be->activate_backward((sc_activation)op->n[0], y, width, b);
 }
 
@@ -1981,15 +2061,17 @@ sc_tensor *sc_concat_activated(sc_tape *t, sc_tensor *a, sc_activation kind, sc_
 static void sc__slice_backward(sc_tape *t, sc__op *op) {
     sc_tensor *x = op->in[0], *y = op->out[0];
     if (sc__grad(t, x))
-        sc__copy_columns(t, x->grad, x->shape[1] * x->shape[2], op->n[0], y->grad, y->shape[1] * y->shape[2], 0,
-                         x->shape[0], y->shape[1] * y->shape[2], true);
+        sc__copy_columns(t, x->grad, x->shape[1] * x->shape[2], op->n[0], y->grad,
+                         y->shape[1] * y->shape[2], 0, x->shape[0], y->shape[1] * y->shape[2],
+                         true);
 }
 
 sc_tensor *sc_slice_tokens(sc_tape *t, sc_tensor *x, int64_t from, int64_t count) {
     sc_tensor *y = x ? sc__new3(t, x->shape[0], count, x->shape[2]) : NULL;
     if (!y) return NULL;
     int64_t c = x->shape[2];
-    sc__copy_columns(t, y->data, count * c, 0, x->data, x->shape[1] * c, from * c, x->shape[0], count * c, false);
+    sc__copy_columns(t, y->data, count * c, 0, x->data, x->shape[1] * c, from * c, x->shape[0],
+                     count * c, false);
     sc__op *op = sc__record(t, sc__slice_backward, y, x, NULL, NULL);
     if (op) op->n[0] = from * c;
     return y;
@@ -1998,7 +2080,8 @@ sc_tensor *sc_slice_tokens(sc_tape *t, sc_tensor *x, int64_t from, int64_t count
 static void sc__ln_modulate_backward(sc_tape *t, sc__op *op) {
     sc__grad(t, op->in[0]);
     sc__grad(t, op->in[1]);
-    if (!t->failed) t->be->ln_modulate_backward(op->out[0], op->in[0], op->in[1], (int)op->n[0], (int)op->n[1]);
+    if (!t->failed)
+        t->be->ln_modulate_backward(op->out[0], op->in[0], op->in[1], (int)op->n[0], (int)op->n[1]);
 }
 
 sc_tensor *sc_ln_modulate(sc_tape *t, sc_tensor *x, sc_tensor *mod, int shift, int scale) {
@@ -2012,7 +2095,8 @@ sc_tensor *sc_ln_modulate(sc_tape *t, sc_tensor *x, sc_tensor *mod, int shift, i
 
 static void sc__gated_residual_backward(sc_tape *t, sc__op *op) {
     for (int i = 0; i < 3; i++) sc__grad(t, op->in[i]);
-    if (!t->failed) t->be->gated_residual_backward(op->out[0], op->in[0], op->in[1], op->in[2], (int)op->n[0]);
+    if (!t->failed)
+        t->be->gated_residual_backward(op->out[0], op->in[0], op->in[1], op->in[2], (int)op->n[0]);
 }
 
 sc_tensor *sc_gated_residual(sc_tape *t, sc_tensor *x, sc_tensor *h, sc_tensor *mod, int gate) {
@@ -2026,10 +2110,12 @@ sc_tensor *sc_gated_residual(sc_tape *t, sc_tensor *x, sc_tensor *h, sc_tensor *
 
 static void sc__norm_rope_backward(sc_tape *t, sc__op *op) {
     if (sc__grad(t, op->in[0]) || op->in[1]->grad)
-        t->be->norm_rope_backward(op->out[0], op->n[0], op->in[0], op->in[1], (const sc_tensor *)op->extra);
+        t->be->norm_rope_backward(op->out[0], op->n[0], op->in[0], op->in[1],
+                                  (const sc_tensor *)op->extra);
 }
 
-/* Queries or keys of both streams, normalised and turned, joined with the text first; text may be NULL. */
+/* Queries or keys of both streams, normalised and turned, joined with the text first; text may be
+ * NULL. */
 sc_tensor *sc_norm_rope(sc_tape *t, sc_tensor *text, sc_tensor *image, sc_tensor *text_weight,
                         sc_tensor *image_weight, const sc_tensor *rope) {
     if (!image || (!text && text_weight)) return NULL;
@@ -2049,15 +2135,18 @@ sc_tensor *sc_norm_rope(sc_tape *t, sc_tensor *text, sc_tensor *image, sc_tensor
 static void sc__attention_backward(sc_tape *t, sc__op *op) {
     for (int i = 0; i < 3; i++) sc__grad(t, op->in[i]);
     if (!t->failed)
-        t->be->attention_backward(op->out[0], (const float *)op->extra, op->in[0], op->in[1], op->in[2], (int)op->n[0], op->scale);
+        t->be->attention_backward(op->out[0], (const float *)op->extra, op->in[0], op->in[1],
+                                  op->in[2], (int)op->n[0], op->scale);
 }
 
-sc_tensor *sc_attention(sc_tape *t, sc_tensor *q, sc_tensor *k, sc_tensor *v, int heads, float scale,
-                        const sc_tensor *bias, bool causal) {
+sc_tensor *sc_attention(sc_tape *t, sc_tensor *q, sc_tensor *k, sc_tensor *v, int heads,
+                        float scale, const sc_tensor *bias, bool causal) {
     sc_tensor *o = q && k && v ? sc__new_like(t, q) : NULL;
     if (!o) return NULL;
     sc__op *op = sc__record(t, sc__attention_backward, o, q, k, v);
-    float *lse = op ? (float *)sc__arena_take(&t->device, (size_t)(q->shape[0] * heads * q->shape[1]) * 4) : NULL;
+    float *lse =
+        op ? (float *)sc__arena_take(&t->device, (size_t)(q->shape[0] * heads * q->shape[1]) * 4)
+           : NULL;
     if (op && !lse) return NULL;
     if (op) op->n[0] = heads, op->scale = scale, op->extra = lse;
     t->be->attention(o, lse, q, k, v, heads, scale, bias, causal);
@@ -2081,7 +2170,8 @@ static void sc__mse_backward(sc_tape *t, sc__op *op) {
 }
 
 /* `weight` counts in the backward pass only. */
-bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, float weight, double *loss) {
+bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, float weight,
+            double *loss) {
     if (!prediction || !target) return false;
     double *value = (double *)sc__arena_take(&t->device, sizeof *value);
     if (!value) return false;
@@ -2095,7 +2185,8 @@ bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, float we
     return sc__grad(t, prediction) != NULL; /* it exists: the walk back starts here */
 }
 
-sc_tensor *sc_layer_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b, float eps) {
+sc_tensor *sc_layer_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
+                         float eps) {
     sc_tensor *y = x ? sc__new_like(t, x) : NULL;
     if (y) t->be->layer_norm(y, x, w, b, eps);
     return y;
@@ -2107,32 +2198,41 @@ sc_tensor *sc_rms_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, float
     return y;
 }
 
-sc_tensor *sc_embed_tokens(sc_tape *t, const sc_tensor *table, const int32_t *ids, int64_t batch, int64_t tokens) {
+sc_tensor *sc_embed_tokens(sc_tape *t, const sc_tensor *table, const int32_t *ids, int64_t batch,
+                           int64_t tokens) {
     sc_tensor *y = sc__new3(t, batch, tokens, table->shape[1]);
     for (int64_t i = 0; i < batch * tokens; i++)
         if (ids[i] < 0 || ids[i] >= table->shape[0]) {
-            sc__fail("token id %d is outside the table of %lld embeddings", (int)ids[i], (long long)table->shape[0]);
+            sc__fail("token id %d is outside the table of %lld embeddings", (int)ids[i],
+                     (long long)table->shape[0]);
             return NULL;
         }
     if (y) t->be->embed_tokens(y, table, ids);
     return y;
 }
 
-sc_tensor *sc_conv2d(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b, int stride, int pad_before) {
+sc_tensor *sc_conv2d(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
+                     int stride, int pad_before) {
     if (!x) return NULL;
-    sc_tensor *y = sc_new(t, 4, (const int64_t[]){x->shape[0], w->shape[0], x->shape[2] / stride, x->shape[3] / stride});
+    sc_tensor *y = sc_new(
+        t, 4,
+        (const int64_t[]){x->shape[0], w->shape[0], x->shape[2] / stride, x->shape[3] / stride});
     if (y) t->be->conv2d(y, x, w, b, stride, pad_before);
     return y;
 }
 
-sc_tensor *sc_group_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b, int groups, float eps, bool silu) {
+sc_tensor *sc_group_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
+                         int groups, float eps, bool silu) {
     sc_tensor *y = x ? sc__new_like(t, x) : NULL;
     if (y) t->be->group_norm(y, x, w, b, groups, eps, silu);
     return y;
 }
 
 sc_tensor *sc_upsample(sc_tape *t, const sc_tensor *x) {
-    sc_tensor *y = x ? sc_new(t, 4, (const int64_t[]){x->shape[0], x->shape[1], 2 * x->shape[2], 2 * x->shape[3]}) : NULL;
+    sc_tensor *y =
+        x ? sc_new(t, 4,
+                   (const int64_t[]){x->shape[0], x->shape[1], 2 * x->shape[2], 2 * x->shape[3]})
+          : NULL;
     if (y) t->be->upsample(y, x);
     return y;
 }
@@ -2147,12 +2247,14 @@ sc_tensor *sc_swap_axes(sc_tape *t, const sc_tensor *x) {
 
 static bool sc__overlap(const sc_tensor *a, const sc_tensor *b) {
     const char *pa = (const char *)a->data, *pb = (const char *)b->data;
-    return pa < pb + sc_count(b) * sc_dtype_size(b->dtype) && pb < pa + sc_count(a) * sc_dtype_size(a->dtype);
+    return pa < pb + sc_count(b) * sc_dtype_size(b->dtype) &&
+           pb < pa + sc_count(a) * sc_dtype_size(a->dtype);
 }
 
 /* Runs a block without recording and gives back all that it made but its outputs: these are moved
  * to the place where its first tensors were, unless they would be copied onto themselves. */
-static bool sc__run_lean(sc_tape *t, sc_block block, const void *context, sc_tensor **in, sc_tensor **out) {
+static bool sc__run_lean(sc_tape *t, sc_block block, const void *context, sc_tensor **in,
+                         sc_tensor **out) {
     bool recording = t->recording, overlap = false;
     sc__mark_t start = sc__mark(t);
     t->recording = false;
@@ -2194,20 +2296,23 @@ static void sc__checkpoint_backward(sc_tape *t, sc__op *op) {
     sc_tensor *out[2] = {NULL, NULL};
     t->sets = c->sets;
     if (!c->block(t, op->in, out, c->context)) t->failed = true;
-    if (t->device.taken - mark.device_taken > t->block) t->block = t->device.taken - mark.device_taken;
+    if (t->device.taken - mark.device_taken > t->block)
+        t->block = t->device.taken - mark.device_taken;
     for (int i = 0; i < 2 && out[i]; i++) out[i]->grad = op->out[i]->grad;
     if (!t->failed) sc__backward_from(t, first);
     t->sets = sets;
     sc__release(t, mark);
 }
 
-bool sc_checkpoint(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs, sc_tensor **out) {
+bool sc_checkpoint(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs,
+                   sc_tensor **out) {
     if (!sc__run_lean(t, block, context, in, out)) return false;
     if (!t->recording) return true;
     sc__checkpoint *c = (sc__checkpoint *)sc__arena_take(&t->host, sizeof *c);
     if (!c) return false;
     *c = (sc__checkpoint){block, context, t->sets, inputs};
-    sc_tensor yes = {.needs_grad = true}; /* weights inside may need a gradient where no input does */
+    /* weights inside may need a gradient where no input does */
+    sc_tensor yes = {.needs_grad = true};
     sc__op *op = sc__record(t, sc__checkpoint_backward, out[0], &yes, NULL, NULL);
     if (!op) return false;
     for (int i = 0; i < inputs; i++) op->in[i] = in[i];
@@ -2217,16 +2322,18 @@ bool sc_checkpoint(sc_tape *t, sc_block block, const void *context, sc_tensor **
     return true;
 }
 
-/* ---- A kept block: two operations around its own say where its backward pass begins and ends ---- */
+/* ---- A kept block: two operations around its own say where its way back begins and ends ---- */
 
-static void sc__keep_begin(sc_tape *t, sc__op *op) { /* of the way back: the gradients that leave the block */
+/* of the way back: the gradients that leave the block */
+static void sc__keep_begin(sc_tape *t, sc__op *op) {
     sc__mark_t *mark = (sc__mark_t *)op->extra;
     for (int i = 0; i < 5 && op->in[i]; i++) sc__grad(t, op->in[i]);
     *mark = sc__mark(t);
 }
 static void sc__keep_end(sc_tape *t, sc__op *op) { sc__release(t, *(sc__mark_t *)op->extra); }
 
-bool sc_keep(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs, sc_tensor **out) {
+bool sc_keep(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs,
+             sc_tensor **out) {
     if (!t->recording) return sc__run_lean(t, block, context, in, out);
     sc__mark_t *mark = (sc__mark_t *)sc__arena_take(&t->host, sizeof *mark);
     sc_tensor yes = {.needs_grad = true}, *end = mark ? sc__struct(t, 0, NULL, SC_F32) : NULL;
@@ -4537,10 +4644,16 @@ bool sc_sample(sc_flux *f, sc_tape *t, const sc_sampling *s, int batch, int text
     for (int i = 0; ok && i < s->steps; i++) {
         sc_tape_reset(t);
         for (int b = 0; b < batch; b++) time[b] = times[i], delta[b] = times[i + 1] - times[i];
-        sc_tensor *x = sc_from(t, 3, (const int64_t[]){batch, (int64_t)s->h * s->w, c->in_channels}, latents);
+        sc_tensor *x =
+            sc_from(t, 3, (const int64_t[]){batch, (int64_t)s->h * s->w, c->in_channels}, latents);
         sc_flux_input in = {
-            .x = x, .time = time, .guidance = guidance, .h = s->h, .w = s->w,
-            .context = sc_from(t, 3, (const int64_t[]){batch, text_tokens, c->text_channels}, context),
+            .x = x,
+            .time = time,
+            .guidance = guidance,
+            .h = s->h,
+            .w = s->w,
+            .context =
+                sc_from(t, 3, (const int64_t[]){batch, text_tokens, c->text_channels}, context),
             .pooled = sc_from(t, 2, (const int64_t[]){batch, c->pooled_channels}, pooled)};
         sc_tensor *v = sc_flux_velocity(f, t, &in);
         ok = sc_read(t, sc_blend(t, one, x, delta, v), latents);
@@ -4572,9 +4685,12 @@ bool sc_sample(sc_flux *f, sc_tape *t, const sc_sampling *s, int batch, int text
 
 /* ---- Chance: steps 2 to 4 ---- */
 
-static float sc__between(sc_rng *rng, const float range[2]) { return range[0] + (range[1] - range[0]) * sc_uniform(rng); }
+static float sc__between(sc_rng *rng, const float range[2]) {
+    return range[0] + (range[1] - range[0]) * sc_uniform(rng);
+}
 
-void sc_draw_sample(const sc_recipe *r, sc_rng *rng, int64_t tokens, bool flow_matching, sc_draw *d) {
+void sc_draw_sample(const sc_recipe *r, sc_rng *rng, int64_t tokens, bool flow_matching,
+                    sc_draw *d) {
     int choices = 0;
     while (choices < 8 && r->self_steps[choices]) choices++;
     d->flow_matching = flow_matching;
@@ -4587,7 +4703,8 @@ void sc_draw_sample(const sc_recipe *r, sc_rng *rng, int64_t tokens, bool flow_m
     d->shift = dynamic ? sc_dynamic_shift(tokens) : shift;
     d->guidance = sc__between(rng, r->guidance);
     d->j = 2 * sc_uniform_int(rng, d->steps / 2);
-    for (int i = 0; i < 3; i++) d->t[i] = sc_shift_time(1.f - (float)(d->j + i) / (float)d->steps, d->shift);
+    for (int i = 0; i < 3; i++)
+        d->t[i] = sc_shift_time(1.f - (float)(d->j + i) / (float)d->steps, d->shift);
     if (flow_matching) d->t[0] = sc_shift_time(unit, d->shift); /* any time, not a grid's */
     d->t[0] = fminf(d->t[0], 1.f - 1e-5f);
 }
@@ -4604,13 +4721,14 @@ static sc_tensor *sc__samples(sc_tape *t, const sc_tensor *x, int64_t first, int
     return y;
 }
 
-bool sc_scfm_target(const sc_model *model, sc_tape *t, sc_tensor *x0, sc_tensor *noise, const sc_draw *draws,
-                    int64_t first, sc_tensor **x, sc_tensor **target) {
+bool sc_scfm_target(const sc_model *model, sc_tape *t, sc_tensor *x0, sc_tensor *noise,
+                    const sc_draw *draws, int64_t first, sc_tensor **x, sc_tensor **target) {
     int64_t n = x0->shape[0] - first;
     float *host = (float *)sc__arena_take(&t->host, (size_t)n * 9 * sizeof *host);
     uint8_t *sets = (uint8_t *)sc__arena_take(&t->host, (size_t)n * 2), *slow = sets + n;
     if (!host || !sets) return false;
-    float *t0 = host, *t1 = host + n, *guidance = host + 2 * n, *keep = host + 3 * n, *one = host + 4 * n;
+    float *t0 = host, *t1 = host + n, *guidance = host + 2 * n, *keep = host + 3 * n,
+          *one = host + 4 * n;
     float *back = host + 5 * n, *w1 = host + 6 * n, *w2 = host + 7 * n;
     for (int64_t i = 0; i < n; i++) {
         const sc_draw *d = &draws[first + i];
@@ -4630,7 +4748,8 @@ bool sc_scfm_target(const sc_model *model, sc_tape *t, sc_tensor *x0, sc_tensor 
     sc__mark_t mark = sc__mark(t);
     sc_tensor *v1 = model->velocity(model->self, t, *x, first, sets, t0, guidance);
     sc_tensor *halfway = sc_blend(t, one, *x, back, v1);
-    sc_tensor *v2 = halfway ? model->velocity(model->self, t, halfway, first, slow, t1, guidance) : NULL;
+    sc_tensor *v2 =
+        halfway ? model->velocity(model->self, t, halfway, first, slow, t1, guidance) : NULL;
     if (v2) t->be->blend(*target, w1, v1, w2, v2);
     sc__release(t, mark);
     sc_tape_record(t, true);
@@ -4648,8 +4767,9 @@ typedef struct sc__flux_model {
 
 /* With LoRA each sample brings its own set into one pass; with whole weights each run of samples
  * that share a set is a pass. */
-static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x, int64_t first, const uint8_t *sets,
-                                          const float *time, const float *guidance) {
+static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x, int64_t first,
+                                          const uint8_t *sets, const float *time,
+                                          const float *guidance) {
     sc__flux_model *m = (sc__flux_model *)self;
     int64_t batch = x->shape[0], count = batch;
     bool whole = m->params->adapters == NULL;
@@ -4658,10 +4778,13 @@ static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x, 
     for (int64_t i = 0; i < batch; i += count) {
         if (whole) sc_params_use(m->params, sc__next_run(t, batch, &i, &count));
         bool all = count == batch;
-        sc_flux_input in = {.x = all ? x : sc__samples(t, x, i, count), .time = time + i, .guidance = guidance + i,
+        sc_flux_input in = {.x = all ? x : sc__samples(t, x, i, count),
+                            .time = time + i,
+                            .guidance = guidance + i,
                             .context = sc__samples(t, m->context, first + i, count),
                             .pooled = sc__samples(t, m->pooled, first + i, count),
-                            .h = m->batch->h, .w = m->batch->w};
+                            .h = m->batch->h,
+                            .w = m->batch->w};
         sc_tensor *v = sc_flux_velocity(m->flux, t, &in);
         if (!v || all) return v;
         if (!y && !(y = sc__new3(t, batch, v->shape[1], v->shape[2]))) return NULL;
@@ -4672,20 +4795,26 @@ static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x, 
 }
 
 /* Flow matching for the samples [0, n): x_t and the target eps - x0. */
-static bool sc__flow_matching_target(sc_tape *t, sc_tensor *x0, sc_tensor *noise, const sc_draw *draws, int64_t n,
-                                     sc_tensor *x, sc_tensor *target) {
+static bool sc__flow_matching_target(sc_tape *t, sc_tensor *x0, sc_tensor *noise,
+                                     const sc_draw *draws, int64_t n, sc_tensor *x,
+                                     sc_tensor *target) {
     float *host = (float *)sc__arena_take(&t->host, (size_t)n * 4 * sizeof *host);
     if (!host) return false;
     for (int64_t i = 0; i < n; i++)
-        host[i] = 1 - draws[i].t[0], host[n + i] = draws[i].t[0], host[2 * n + i] = 1, host[3 * n + i] = -1;
-    t->be->blend(sc__samples(t, x, 0, n), host, sc__samples(t, x0, 0, n), host + n, sc__samples(t, noise, 0, n));
-    t->be->blend(sc__samples(t, target, 0, n), host + 2 * n, sc__samples(t, noise, 0, n), host + 3 * n, sc__samples(t, x0, 0, n));
+        host[i] = 1 - draws[i].t[0], host[n + i] = draws[i].t[0], host[2 * n + i] = 1,
+        host[3 * n + i] = -1;
+    t->be->blend(sc__samples(t, x, 0, n), host, sc__samples(t, x0, 0, n), host + n,
+                 sc__samples(t, noise, 0, n));
+    t->be->blend(sc__samples(t, target, 0, n), host + 2 * n, sc__samples(t, noise, 0, n),
+                 host + 3 * n, sc__samples(t, x0, 0, n));
     return true;
 }
 
-/* Guidance distillation: the target v_u + g (v_c - v_u) of the frozen teacher, itself asked with g = 1. */
-static bool sc__guidance_target(sc__flux_model *m, sc_tape *t, const float *time, const float *guidance, const float *ones,
-                                const uint8_t *teacher, sc_tensor *x, sc_tensor *target) {
+/* Guidance distillation: the target v_u + g (v_c - v_u) of the frozen teacher, itself
+ * asked with g = 1. */
+static bool sc__guidance_target(sc__flux_model *m, sc_tape *t, const float *time,
+                                const float *guidance, const float *ones, const uint8_t *teacher,
+                                sc_tensor *x, sc_tensor *target) {
     int64_t n = x->shape[0];
     const sc_batch *b = m->batch;
     sc_tensor *context = m->context, *pooled = m->pooled;
@@ -4695,7 +4824,8 @@ static bool sc__guidance_target(sc__flux_model *m, sc_tape *t, const float *time
     m->context = sc__new_like(t, context);
     m->pooled = sc__new_like(t, pooled);
     int64_t nc = sc_count(context) / n, np = sc_count(pooled) / n;
-    sc_tensor *none = sc_from(t, 1, &nc, b->no_context), *none_pooled = sc_from(t, 1, &np, b->no_pooled);
+    sc_tensor *none = sc_from(t, 1, &nc, b->no_context),
+              *none_pooled = sc_from(t, 1, &np, b->no_pooled);
     bool ok = with && m->context && m->pooled && none && none_pooled;
     if (ok) {
         sc__copy_columns(t, m->context->data, nc, 0, none->data, 0, 0, n, nc, false);
@@ -4723,18 +4853,20 @@ static bool sc__upload_text(sc__flux_model *m, sc_tape *t, const sc_draw *draws)
         memcpy(b->context + i * nc, b->no_context, (size_t)nc * 4);
         memcpy(b->pooled + i * np, b->no_pooled, (size_t)np * 4);
     }
-    m->context = sc_from(t, 3, (const int64_t[]){b->size, b->text_tokens, c->text_channels}, b->context);
+    m->context =
+        sc_from(t, 3, (const int64_t[]){b->size, b->text_tokens, c->text_channels}, b->context);
     m->pooled = sc_from(t, 2, (const int64_t[]){b->size, np}, b->pooled);
     return m->context && m->pooled;
 }
 
-bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *r, const sc_batch *b,
-                       sc_rng *rng, double *loss) {
+bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *r,
+                       const sc_batch *b, sc_rng *rng, double *loss) {
     int64_t n = b->size, tokens = (int64_t)b->h * b->w;
     const int64_t shape[] = {n, tokens, flux->config.in_channels};
     sc_tape_reset(t);
     sc_draw *draws = (sc_draw *)sc__arena_take(&t->host, (size_t)n * sizeof *draws);
-    float *time = (float *)sc__arena_take(&t->host, (size_t)n * 3 * sizeof *time), *guidance = time + n, *ones = time + 2 * n;
+    float *time = (float *)sc__arena_take(&t->host, (size_t)n * 3 * sizeof *time),
+          *guidance = time + n, *ones = time + 2 * n;
     uint8_t *student = (uint8_t *)sc__arena_take(&t->host, (size_t)n * 2), *teacher = student + n;
     if (!draws || !time || !student) return false;
     /* 1 to 4. Chance. The flow-matching samples come first. */
@@ -4749,12 +4881,16 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     sc__flux_model flux_model = {.flux = flux, .params = params, .batch = b};
     sc_model model = {sc__flux_model_velocity, &flux_model};
     sc_tensor *x0 = sc_from(t, 3, shape, b->x0), *noise = sc_from(t, 3, shape, b->noise);
-    sc_tensor *x = sc_new(t, 3, shape), *target = sc_new(t, 3, shape), *part_x = NULL, *part_target = NULL;
+    sc_tensor *x = sc_new(t, 3, shape), *target = sc_new(t, 3, shape), *part_x = NULL,
+              *part_target = NULL;
     if (!sc__upload_text(&flux_model, t, draws) || !x0 || !noise || !x || !target) return false;
     if (plain && !sc__flow_matching_target(t, x0, noise, draws, plain, x, target)) return false;
-    if (r->objective == SC_GUIDANCE && !sc__guidance_target(&flux_model, t, time, guidance, ones, teacher, x, target)) return false;
+    if (r->objective == SC_GUIDANCE &&
+        !sc__guidance_target(&flux_model, t, time, guidance, ones, teacher, x, target))
+        return false;
     if (plain < n) {
-        if (!sc_scfm_target(&model, t, x0, noise, draws, plain, &part_x, &part_target)) return false;
+        if (!sc_scfm_target(&model, t, x0, noise, draws, plain, &part_x, &part_target))
+            return false;
         int64_t count = sc_count(part_x), at = plain * (count / (n - plain));
         sc__copy_columns(t, x->data, count, at, part_x->data, count, 0, 1, count, false);
         sc__copy_columns(t, target->data, count, at, part_target->data, count, 0, 1, count, false);
@@ -4767,8 +4903,8 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     return ok;
 }
 
-bool sc_plan_memory(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *recipe, const sc_batch *batch,
-                    sc_memory_plan *plan) {
+bool sc_plan_memory(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *recipe,
+                    const sc_batch *batch, sc_memory_plan *plan) {
     const size_t spare = (size_t)512 << 20; /* for the backend's own scratch memory to grow */
     sc_rng rng = {1};
     double loss;
@@ -4783,7 +4919,9 @@ bool sc_plan_memory(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recip
     plan->step = t->device.peak;
     plan->block = t->block;
     plan->kept = plan->blocks;
-    while (plan->kept > 0 && (plan->left < spare || plan->step + (size_t)plan->kept * plan->block > plan->left - spare)) plan->kept--;
+    while (plan->kept > 0 && (plan->left < spare ||
+                              plan->step + (size_t)plan->kept * plan->block > plan->left - spare))
+        plan->kept--;
     flux->checkpointed = plan->blocks - plan->kept;
     return sc_tape_reserve(t, plan->step + (size_t)plan->kept * plan->block);
 }

@@ -1,11 +1,11 @@
 /* shortcut_pipeline.h: from prompts and picture files to the arrays shortcut.h works on, and back.
  *
  * shortcut.h is the transformer, its training and its sampler; it sees latents and text vectors as
- * floats. Here is what surrounds it in a FLUX.1 model folder: the VAE (pictures <-> latents), CLIP's
- * and T5's tokenizers (prompts -> ids) and encoders (ids -> vectors), pictures and data sets, and
- * the pipeline that opens all of it. Include this instead of shortcut.h, in the same manner: in one
- * .c file #define SHORTCUT_IMPLEMENTATION first. It needs nothing more. A picture in three steps
- * (where a result is NULL or false, sc_error() says why):
+ * floats. Here is what surrounds it in a FLUX.1 model folder: the VAE (pictures <-> latents),
+ * CLIP's and T5's tokenizers (prompts -> ids) and encoders (ids -> vectors), pictures and data
+ * sets, and the pipeline that opens all of it. Include this instead of shortcut.h, in the same
+ * manner: in one .c file #define SHORTCUT_IMPLEMENTATION first. It needs nothing more. A picture in
+ * three steps (where a result is NULL or false, sc_error() says why):
  *
  *     sc_pipeline *p = sc_pipeline_open(sc_cpu(), "data/tiny-flux", &(sc_pipeline_options){0});
  *     const sc_flux_config *c = sc_flux_config_of(p->flux);
@@ -55,8 +55,8 @@ typedef struct sc_vae_config {  /* vae/config.json */
 } sc_vae_config;
 
 typedef struct sc_vae sc_vae;
-/* Opens a folder (config.json and weights) or a single file, whose shapes then say the config; widen:
- * converts the weights to f32 once, now. backend NULL: a plan, without data. */
+/* Opens a folder (config.json and weights) or a single file, whose shapes then say the config;
+ * widen: converts the weights to f32 once, now. backend NULL: a plan, without data. */
 sc_vae *sc_vae_open(const sc_backend *backend, const char *path, bool widen);
 void sc_vae_close(sc_vae *vae);
 const sc_vae_config *sc_vae_config_of(const sc_vae *vae);
@@ -166,12 +166,15 @@ typedef struct sc_pipeline_options {
 sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *model,
                               const sc_pipeline_options *options);
 void sc_pipeline_close(sc_pipeline *p);
-void sc_pipeline_release(sc_pipeline *p);   /* lets the text encoders and the VAE go until they are needed again */
+/* lets the text encoders and the VAE go until they are needed again */
+void sc_pipeline_release(sc_pipeline *p);
 
 /* One prompt: context [text_tokens, text_channels], pooled [pooled_channels], host f32. */
 bool sc_pipeline_text(sc_pipeline *p, const char *prompt, float *context, float *pooled);
-/* rgb [3, height, width] in [-1, 1] -> the normalised posterior, packed: mean and std [tokens, in_channels]. */
-bool sc_pipeline_encode(sc_pipeline *p, const float *rgb, int width, int height, float *mean, float *std);
+/* rgb [3, height, width] in [-1, 1] -> the normalised posterior, packed: mean and std [tokens,
+ * in_channels]. */
+bool sc_pipeline_encode(sc_pipeline *p, const float *rgb, int width, int height, float *mean,
+                        float *std);
 /* Packed normalised latents [B, h*w, in_channels] -> rgb [B, 3, H, W] in [-1, 1]. */
 bool sc_pipeline_decode(sc_pipeline *p, const float *latents, int batch, int h, int w, float *rgb);
 
@@ -345,7 +348,8 @@ static bool sc__vae_read_config(sc_vae_config *c, const sc_net *net, const sc_js
         !sc__config_int(json, path, "norm_num_groups", 32, &c->groups)) return false;
     if (pixels_in != 3 || pixels_out != 3)
         return sc__fail("%s: pictures must have 3 channels", path);
-    if (json) c->levels = sc_json_length(channels) > SC_VAE_LEVELS ? 0 : (int)sc_json_length(channels);
+    if (json)
+        c->levels = sc_json_length(channels) > SC_VAE_LEVELS ? 0 : (int)sc_json_length(channels);
     else sc__vae_read_levels(c, net);
     if (c->levels < 1)
         return sc__fail("%s: block_out_channels must list 1 to %d levels", path, SC_VAE_LEVELS);
@@ -1766,8 +1770,10 @@ static bool sc__unigram_read_steps(sc_tokenizer *t, const sc_json *json, const c
     const char *pattern = sc_json_string(sc_json_get(sc_json_get(json, "pattern"), "Regex"), "");
     step->spaces = sc_json_string(sc_json_get(json, "content"), "");
     if (!strcmp(type, "Replace") && !strcmp(pattern, " {2,}")) return true;
-    return sc__fail("%s: a normalizer '%s' is not supported; Precompiled, Strip, and Replace of the "
-                    "Regex ' {2,}' are", path, type);
+    return sc__fail(
+        "%s: a normalizer '%s' is not supported; Precompiled, Strip, and Replace of the "
+        "Regex ' {2,}' are",
+        path, type);
 }
 
 /* How words begin, and which tokens stand around a text. */
@@ -2036,7 +2042,8 @@ static bool sc__clip_open(sc_text_encoders *t, const char *path) {
     return ok;
 }
 
-/* Where the pooled vector is: at the first end token, which for the config's 2 is the highest id. */
+/* Where the pooled vector is: at the first end token, which for the config's 2 is the highest id.
+ */
 static int sc__clip_end(const sc_text_encoders *s, const int32_t *ids) {
     int32_t wanted = s->clip_end;
     int end = 0;
@@ -2104,15 +2111,19 @@ static bool sc__t5_read_config(sc_text_encoders *t, const sc_json *json, const c
     activation = sc_json_string(sc_json_get(json, "dense_act_fn"), activation);
     t->t5_gated = sc_json_bool(sc_json_get(json, "is_gated_act"), gated);
     t->t5_eps = (float)sc_json_number(sc_json_get(json, "layer_norm_epsilon"), 1e-6);
-    if (!sc__config_int(json, path, "d_model", sc__side(t->t5, "shared.weight", 1, 512), &t->t5_width) ||
+    if (!sc__config_int(json, path, "d_model", sc__side(t->t5, "shared.weight", 1, 512),
+                        &t->t5_width) ||
         !sc__config_int(json, path, "num_heads", heads, &t->t5_heads) ||
         !sc__config_int(json, path, "d_kv", json ? 64 : inner / heads, &t->t5_size) ||
-        !sc__config_int(json, path, "num_layers", sc__count_layers(t->t5, layers, 6), &t->t5_layers) ||
+        !sc__config_int(json, path, "num_layers", sc__count_layers(t->t5, layers, 6),
+                        &t->t5_layers) ||
         !sc__config_int(json, path, "d_ff", gate ? gate : up, hidden) ||
         !sc__config_int(json, path, "vocab_size", words, &t->t5_vocabulary) ||
-        !sc__config_int(json, path, "relative_attention_num_buckets", sc__side(t->t5, bias, 0, 32), &t->t5_buckets) ||
+        !sc__config_int(json, path, "relative_attention_num_buckets", sc__side(t->t5, bias, 0, 32),
+                        &t->t5_buckets) ||
         !sc__config_int(json, path, "relative_attention_max_distance", 128, &t->t5_distance) ||
-        !sc__activation_named(activation, path, &t->t5_activation)) return false;
+        !sc__activation_named(activation, path, &t->t5_activation))
+        return false;
     return (t->t5_buckets >= 4 && t->t5_distance > t->t5_buckets / 4) ||
            sc__fail("%s: relative_attention_num_buckets must be 4 or more, and less than four "
                     "times relative_attention_max_distance", path);
