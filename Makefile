@@ -1,6 +1,6 @@
 # make            train, sample and shortcut
 # make test       all tests;  make check: the same under sanitizers;  make bench: speed against PyTorch
-# make fuzz       the readers of files, ten minutes each (needs clang)
+# make compare    with diffusers, transformers and peft;  make fuzz: the readers of files, with clang
 # The programs use OpenBLAS where it is installed and a plain C product where it is not, and contain
 # the CUDA backend where nvcc is found (make NVCC= leaves it out).
 
@@ -84,6 +84,13 @@ build/bench_cuda: test/bench_cuda.c shortcut.h $(CUDA_OBJECT) | build
 bench: $(PROGRAMS)
 	python3 test/bench.py
 
+# Against diffusers, transformers and peft (test/reference/requirements.txt), with FLUX.1's own
+# tokenizers where SHORTCUT_FLUX_DIR is its folder.
+compare: $(PROGRAMS)
+	python3 test/compare_diffusers.py
+	python3 test/compare_formats.py
+	python3 test/compare_tokenizers.py $(or $(SHORTCUT_FLUX_DIR),data/tiny-flux)
+
 clean:
 	rm -rf build $(PROGRAMS)
 
@@ -96,4 +103,4 @@ fuzz: build/fuzz_json build/fuzz_safetensors build/fuzz_tokenizer
 build/fuzz_%: test/fuzz_%.c $(HEADERS) | build
 	clang -std=c99 -g -O1 -fsanitize=fuzzer,address,undefined $< -o $@ -lm
 
-.PHONY: all test check fuzz bench bench-cuda clean
+.PHONY: all test check compare fuzz bench bench-cuda clean
