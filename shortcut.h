@@ -32,10 +32,10 @@
  *     errors, memory, random numbers, data types
  *     CPU operations              forward and backward side by side under one formula
  *     tape                        eager operations, recorded for the way back
+ *     flow matching, SCFM         the paper: start reading there
  *     files, names                JSON, safetensors; what weights are called in whose files
  *     weights, FLUX transformer   the model, written once, forward
- *     what is trained, LoRA files
- *     flow matching, SCFM         the paper: start reading there
+ *     what is trained, LoRA files, memory of a training step
  *
  * NOTATION
  *     B batch   T tokens   C channels   H heads   D head size   L layers   h, w grid of tokens
@@ -925,7 +925,7 @@ static void sc__cpu_multiply(sc_tensor *y, const sc_tensor *a, const sc_tensor *
     SC_SIMD for (int64_t i = 0; i < n; i++) out[i] = pa[i] * pb[i];
 }
 
-/* Sinusoids of 1000 t, cosines first: y[b] = [cos(1000 t f_i), sin(1000 t f_i)], 
+/* Sinusoids of 1000 t, cosines first: y[b] = [cos(1000 t f_i), sin(1000 t f_i)],
  * f_i = 10000^(-i/half). Each step is rounded as there: at t = 1 the last bit of f_i already turns
  * the result by 1e-4. (diffusers: Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)) */
 static void sc__cpu_embed_timestep(sc_tensor *y, const float *t) {
@@ -2348,6 +2348,301 @@ bool sc_keep(sc_tape *t, sc_block block, const void *context, sc_tensor **in, in
     op->out[1] = out[1];
     op->extra = mark;
     return true;
+}
+
+/* ==== Flow matching: times and sampler ========================================================
+ *
+ * A model learns the velocity v = eps - x0 of the straight path x_t = (1 - t) x0 + t eps from data
+ * (t = 0) to noise (t = 1). A sample is drawn by following it back from noise with Euler steps,
+ * x_t' = x_t - (t - t') v(x_t, t, c); a time shift s > 1 puts more of them near the noise, where
+ * the picture's structure is decided. The learned velocity of a trained model is an average over
+ * pictures, so its paths are curved, and few large steps leave them: SCFM, below, straightens them.
+ */
+
+float sc_shift_time(float u, float shift) { return shift * u / (1.f + (shift - 1.f) * u); }
+
+/* FLUX's: mu grows linearly with the number of image tokens, 0.5 at 256, 1.15 at 4096. */
+float sc_dynamic_shift(int64_t tokens) {
+    return expf(0.5f + (1.15f - 0.5f) * (float)(tokens - 256) / (4096 - 256));
+}
+
+void sc_schedule(float *times, int steps, float shift) {
+    for (int i = 0; i <= steps; i++) times[i] = sc_shift_time(1.f - (float)i / (float)steps, shift);
+    times[0] = 1.f - 1e-5f;
+}
+
+bool sc_sample(sc_flux *f, sc_tape *t, const sc_sampling *s, int batch, int text_tokens,
+               const float *context, const float *pooled, float *latents) {
+    const sc_flux_config *c = sc_flux_config_of(f);
+    float *host = (float *)sc__alloc((size_t)(s->steps + 1 + 4 * batch), sizeof *host);
+    if (!host) return false;
+    float *times = host + 4 * batch, *time = host, *guidance = host + batch;
+    float *one = host + 2 * batch, *delta = host + 3 * batch;
+    sc_schedule(times, s->steps, s->shift);
+    for (int b = 0; b < batch; b++) guidance[b] = s->guidance, one[b] = 1;
+    sc_tape_record(t, false);
+    sc_tape_use(t, s->sets);
+    bool ok = true;
+    for (int i = 0; ok && i < s->steps; i++) {
+        sc_tape_reset(t);
+        for (int b = 0; b < batch; b++) time[b] = times[i], delta[b] = times[i + 1] - times[i];
+        sc_tensor *x =
+            sc_from(t, 3, (const int64_t[]){batch, (int64_t)s->h * s->w, c->in_channels}, latents);
+        sc_flux_input in = {
+            .x = x,
+            .time = time,
+            .guidance = guidance,
+            .h = s->h,
+            .w = s->w,
+            .context =
+                sc_from(t, 3, (const int64_t[]){batch, text_tokens, c->text_channels}, context),
+            .pooled = sc_from(t, 2, (const int64_t[]){batch, c->pooled_channels}, pooled)};
+        sc_tensor *v = sc_flux_velocity(f, t, &in);
+        ok = sc_read(t, sc_blend(t, one, x, delta, v), latents);
+        for (int64_t j = 0; ok && j < sc_count(x); j++)
+            if (!isfinite(latents[j]))
+                ok = sc__fail("step %d gave NaN or infinity: are the weights damaged?", i + 1);
+        if (ok && s->progress && !s->progress(s->user, i + 1, s->steps)) ok = sc__fail("stopped");
+    }
+    SC_FREE(host);
+    return ok;
+}
+
+/* ==== SCFM: shortcutting a flow-matching model ===============================================
+ *
+ * Cai et al., "Shortcutting Pre-trained Flow Matching Diffusion Models is Almost Free Lunch"
+ * (NeurIPS 2025). One Euler step over an interval [t0, t2] should equal two steps over its halves:
+ *
+ *     x' = x - d1 v1,  v1 = first(x, t0);    v2 = slow(x', t1);    d1 = t0 - t1, d2 = t1 - t2
+ *     target = (d1 v1 + d2 v2) / (d1 + d2);  loss = mean((student(x, t0) - target)^2)
+ *
+ * `first` is the teacher on a fine grid (N = 32), which anchors the student to the model it came
+ * from, or the student's own fast average on a coarse one, which doubles its step. The network is
+ * never told the step size, so the only velocity that satisfies all of them is constant along its
+ * trajectory: the flow becomes straight, and a few Euler steps follow it.
+ *
+ * Easy to get wrong: t = 1 is noise; the first time is 1 - 1e-5; j is even; no gradient through
+ * the target; the second half-step always uses the slow average.
+ */
+
+/* ---- Chance: steps 2 to 4 ---- */
+
+static float sc__between(sc_rng *rng, const float range[2]) {
+    return range[0] + (range[1] - range[0]) * sc_uniform(rng);
+}
+
+void sc_draw_sample(const sc_recipe *r, sc_rng *rng, int64_t tokens, bool flow_matching,
+                    sc_draw *d) {
+    int choices = 0;
+    while (choices < 8 && r->self_steps[choices]) choices++;
+    d->flow_matching = flow_matching;
+    d->no_caption = sc_uniform(rng) < r->caption_dropout;
+    d->teacher = sc_uniform(rng) < r->teacher_ratio || !choices;
+    int chosen = sc_uniform_int(rng, choices ? choices : 1);
+    d->steps = d->teacher ? r->teacher_steps : r->self_steps[chosen];
+    bool dynamic = sc_uniform(rng) < r->dynamic_shift_ratio;
+    float shift = sc__between(rng, r->shift), unit = sc_uniform(rng);
+    d->shift = dynamic ? sc_dynamic_shift(tokens) : shift;
+    d->guidance = sc__between(rng, r->guidance);
+    d->j = 2 * sc_uniform_int(rng, d->steps / 2);
+    for (int i = 0; i < 3; i++)
+        d->t[i] = sc_shift_time(1.f - (float)(d->j + i) / (float)d->steps, d->shift);
+    if (flow_matching) d->t[0] = sc_shift_time(unit, d->shift); /* any time, not a grid's */
+    d->t[0] = fminf(d->t[0], 1.f - 1e-5f);
+}
+
+/* ---- Target: steps 5 and 6 ---- */
+
+/* Samples [first, first + count) of x, the same memory. */
+static sc_tensor *sc__samples(sc_tape *t, const sc_tensor *x, int64_t first, int64_t count) {
+    if (!x) return NULL;
+    sc_tensor *y = sc_reshape(t, x, x->ndim, x->shape);
+    if (!y) return NULL;
+    y->data = (char *)y->data + first * (sc_count(x) / x->shape[0]) * sc_dtype_size(x->dtype);
+    y->shape[0] = count;
+    return y;
+}
+
+bool sc_scfm_target(const sc_model *model, sc_tape *t, sc_tensor *x0, sc_tensor *noise,
+                    const sc_draw *draws, int64_t first, sc_tensor **x, sc_tensor **target) {
+    int64_t n = x0->shape[0] - first;
+    float *host = (float *)sc__arena_take(&t->host, (size_t)n * 9 * sizeof *host);
+    uint8_t *sets = (uint8_t *)sc__arena_take(&t->host, (size_t)n * 2), *slow = sets + n;
+    if (!host || !sets) return false;
+    float *t0 = host, *t1 = host + n, *guidance = host + 2 * n, *keep = host + 3 * n,
+          *one = host + 4 * n;
+    float *back = host + 5 * n, *w1 = host + 6 * n, *w2 = host + 7 * n;
+    for (int64_t i = 0; i < n; i++) {
+        const sc_draw *d = &draws[first + i];
+        float d1 = d->t[0] - d->t[1], d2 = d->t[1] - d->t[2];
+        t0[i] = d->t[0], t1[i] = d->t[1], guidance[i] = d->guidance;
+        keep[i] = 1 - d->t[0], one[i] = 1, back[i] = -d1;
+        w1[i] = d1 / (d1 + d2), w2[i] = d2 / (d1 + d2);
+        sets[i] = d->teacher ? SC_TEACHER : SC_FAST;
+        slow[i] = SC_SLOW;
+    }
+    /* 5. noisy input */
+    *x = sc_blend(t, keep, sc__samples(t, x0, first, n), t0, sc__samples(t, noise, first, n));
+    *target = *x ? sc__new_like(t, *x) : NULL;
+    if (!*target) return false;
+    /* 6. two half-steps, without gradient; their activations are given back */
+    sc_tape_record(t, false);
+    sc__mark_t mark = sc__mark(t);
+    sc_tensor *v1 = model->velocity(model->self, t, *x, first, sets, t0, guidance);
+    sc_tensor *halfway = sc_blend(t, one, *x, back, v1);
+    sc_tensor *v2 =
+        halfway ? model->velocity(model->self, t, halfway, first, slow, t1, guidance) : NULL;
+    if (v2) t->be->blend(*target, w1, v1, w2, v2);
+    sc__release(t, mark);
+    sc_tape_record(t, true);
+    return v2 != NULL;
+}
+
+/* ---- FLUX as a model of four sets, and its training step ---- */
+
+typedef struct sc__flux_model {
+    sc_flux *flux;
+    sc_params *params;
+    const sc_batch *batch;
+    sc_tensor *context, *pooled;
+} sc__flux_model;
+
+/* With LoRA each sample brings its own set into one pass; with whole weights each run of samples
+ * that share a set is a pass. */
+static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x, int64_t first,
+                                          const uint8_t *sets, const float *time,
+                                          const float *guidance) {
+    sc__flux_model *m = (sc__flux_model *)self;
+    int64_t batch = x->shape[0], count = batch;
+    bool whole = m->params->adapters == NULL;
+    sc_tensor *y = NULL;
+    sc_tape_use(t, sets);
+    for (int64_t i = 0; i < batch; i += count) {
+        if (whole) sc_params_use(m->params, sc__next_run(t, batch, &i, &count));
+        bool all = count == batch;
+        sc_flux_input in = {.x = all ? x : sc__samples(t, x, i, count),
+                            .time = time + i,
+                            .guidance = guidance + i,
+                            .context = sc__samples(t, m->context, first + i, count),
+                            .pooled = sc__samples(t, m->pooled, first + i, count),
+                            .h = m->batch->h,
+                            .w = m->batch->w};
+        sc_tensor *v = sc_flux_velocity(m->flux, t, &in);
+        if (!v || all) return v;
+        if (!y && !(y = sc__new3(t, batch, v->shape[1], v->shape[2]))) return NULL;
+        int64_t n = sc_count(v);
+        sc__copy_columns(t, y->data, n, i * (n / count), v->data, n, 0, 1, n, false);
+    }
+    return y;
+}
+
+/* Flow matching for the samples [0, n): x_t and the target eps - x0. */
+static bool sc__flow_matching_target(sc_tape *t, sc_tensor *x0, sc_tensor *noise,
+                                     const sc_draw *draws, int64_t n, sc_tensor *x,
+                                     sc_tensor *target) {
+    float *host = (float *)sc__arena_take(&t->host, (size_t)n * 4 * sizeof *host);
+    if (!host) return false;
+    for (int64_t i = 0; i < n; i++)
+        host[i] = 1 - draws[i].t[0], host[n + i] = draws[i].t[0], host[2 * n + i] = 1,
+        host[3 * n + i] = -1;
+    t->be->blend(sc__samples(t, x, 0, n), host, sc__samples(t, x0, 0, n), host + n,
+                 sc__samples(t, noise, 0, n));
+    t->be->blend(sc__samples(t, target, 0, n), host + 2 * n, sc__samples(t, noise, 0, n),
+                 host + 3 * n, sc__samples(t, x0, 0, n));
+    return true;
+}
+
+/* Guidance distillation: the target v_u + g (v_c - v_u) of the frozen teacher, itself
+ * asked with g = 1. */
+static bool sc__guidance_target(sc__flux_model *m, sc_tape *t, const float *time,
+                                const float *guidance, const float *ones, const uint8_t *teacher,
+                                sc_tensor *x, sc_tensor *target) {
+    int64_t n = x->shape[0];
+    const sc_batch *b = m->batch;
+    sc_tensor *context = m->context, *pooled = m->pooled;
+    sc__mark_t mark = sc__mark(t);
+    sc_tape_record(t, false);
+    sc_tensor *with = sc__flux_model_velocity(m, t, x, 0, teacher, time, ones);
+    m->context = sc__new_like(t, context);
+    m->pooled = sc__new_like(t, pooled);
+    int64_t nc = sc_count(context) / n, np = sc_count(pooled) / n;
+    sc_tensor *none = sc_from(t, 1, &nc, b->no_context),
+              *none_pooled = sc_from(t, 1, &np, b->no_pooled);
+    bool ok = with && m->context && m->pooled && none && none_pooled;
+    if (ok) {
+        sc__copy_columns(t, m->context->data, nc, 0, none->data, 0, 0, n, nc, false);
+        sc__copy_columns(t, m->pooled->data, np, 0, none_pooled->data, 0, 0, n, np, false);
+        sc_tensor *without = sc__flux_model_velocity(m, t, x, 0, teacher, time, ones);
+        float *rest = (float *)sc__arena_take(&t->host, (size_t)n * sizeof *rest);
+        ok = without && rest;
+        for (int64_t i = 0; ok && i < n; i++) rest[i] = 1 - guidance[i];
+        if (ok) t->be->blend(target, guidance, with, rest, without);
+    }
+    m->context = context;
+    m->pooled = pooled;
+    sc_tape_record(t, true);
+    sc__release(t, mark);
+    return ok;
+}
+
+/* Uploads the batch's text; a dropped caption is replaced by the empty one. */
+static bool sc__upload_text(sc__flux_model *m, sc_tape *t, const sc_draw *draws) {
+    const sc_batch *b = m->batch;
+    const sc_flux_config *c = sc_flux_config_of(m->flux);
+    int64_t nc = (int64_t)b->text_tokens * c->text_channels, np = c->pooled_channels;
+    for (int i = 0; i < b->size; i++) {
+        if (!draws[i].no_caption) continue;
+        memcpy(b->context + i * nc, b->no_context, (size_t)nc * 4);
+        memcpy(b->pooled + i * np, b->no_pooled, (size_t)np * 4);
+    }
+    m->context =
+        sc_from(t, 3, (const int64_t[]){b->size, b->text_tokens, c->text_channels}, b->context);
+    m->pooled = sc_from(t, 2, (const int64_t[]){b->size, np}, b->pooled);
+    return m->context && m->pooled;
+}
+
+bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *r,
+                       const sc_batch *b, sc_rng *rng, double *loss) {
+    int64_t n = b->size, tokens = (int64_t)b->h * b->w;
+    const int64_t shape[] = {n, tokens, sc_flux_config_of(flux)->in_channels};
+    sc_tape_reset(t);
+    sc_draw *draws = (sc_draw *)sc__arena_take(&t->host, (size_t)n * sizeof *draws);
+    float *time = (float *)sc__arena_take(&t->host, (size_t)n * 3 * sizeof *time),
+          *guidance = time + n, *ones = time + 2 * n;
+    uint8_t *student = (uint8_t *)sc__arena_take(&t->host, (size_t)n * 2), *teacher = student + n;
+    if (!draws || !time || !student) return false;
+    /* 1 to 4. Chance. The flow-matching samples come first. */
+    bool scfm = r->objective == SC_SCFM;
+    int64_t plain = scfm ? (int64_t)floorf(r->fm_ratio * (float)n + 0.5f) : n;
+    for (int64_t i = 0; i < n; i++) {
+        sc_draw_sample(r, rng, tokens, i < plain, &draws[i]);
+        time[i] = draws[i].t[0], guidance[i] = draws[i].guidance, ones[i] = 1;
+        student[i] = SC_STUDENT, teacher[i] = SC_TEACHER;
+    }
+    /* 5 and 6. Noisy input and target. */
+    sc__flux_model flux_model = {.flux = flux, .params = params, .batch = b};
+    sc_model model = {sc__flux_model_velocity, &flux_model};
+    sc_tensor *x0 = sc_from(t, 3, shape, b->x0), *noise = sc_from(t, 3, shape, b->noise);
+    sc_tensor *x = sc_new(t, 3, shape), *target = sc_new(t, 3, shape), *part_x = NULL,
+              *part_target = NULL;
+    if (!sc__upload_text(&flux_model, t, draws) || !x0 || !noise || !x || !target) return false;
+    if (plain && !sc__flow_matching_target(t, x0, noise, draws, plain, x, target)) return false;
+    if (r->objective == SC_GUIDANCE &&
+        !sc__guidance_target(&flux_model, t, time, guidance, ones, teacher, x, target))
+        return false;
+    if (plain < n) {
+        if (!sc_scfm_target(&model, t, x0, noise, draws, plain, &part_x, &part_target))
+            return false;
+        int64_t count = sc_count(part_x), at = plain * (count / (n - plain));
+        sc__copy_columns(t, x->data, count, at, part_x->data, count, 0, 1, count, false);
+        sc__copy_columns(t, target->data, count, at, part_target->data, count, 0, 1, count, false);
+    }
+    /* 7. The student's answer, and the way back. */
+    sc_tape_record(t, true);
+    sc_tensor *v = sc__flux_model_velocity(&flux_model, t, x, 0, student, time, guidance);
+    bool ok = sc_mse(t, v, target, 1.f, loss) && sc_backward(t);
+    sc_tape_record(t, false);
+    return ok;
 }
 
 /* ==== Files ==================================================================================
@@ -4283,7 +4578,13 @@ double sc_params_step(sc_params *p, sc_adamw *o, float fast_decay, float slow_de
     return norm;
 }
 
-/* ==== LoRA files ============================================================================ */
+/* ==== LoRA files ==============================================================================
+ *
+ * A LoRA (Hu et al. 2021) is a pair of thin matrices for each linear layer, W + scale * B A. We
+ * write PEFT's names, which diffusers reads. Others name layers as BFL does, where q, k and v (and a
+ * single block's MLP) are one fused layer: its A serves all parts, its B is cut by rows.
+ * A file that fits no layer is an error, since a model that ignores its LoRA looks healthy.
+ */
 
 bool sc_lora_save(const sc_params *p, sc_set set, const char *path, const char *const *metadata) {
     int n = p->flux->module_count;
@@ -4615,293 +4916,12 @@ bool sc_lora_start(sc_params *p, const char *path) {
     return ok;
 }
 
-/* ==== Flow matching: times and sampler ======================================================= */
-
-float sc_shift_time(float u, float shift) { return shift * u / (1.f + (shift - 1.f) * u); }
-
-/* FLUX's: mu grows linearly with the number of image tokens, 0.5 at 256, 1.15 at 4096. */
-float sc_dynamic_shift(int64_t tokens) {
-    return expf(0.5f + (1.15f - 0.5f) * (float)(tokens - 256) / (4096 - 256));
-}
-
-void sc_schedule(float *times, int steps, float shift) {
-    for (int i = 0; i <= steps; i++) times[i] = sc_shift_time(1.f - (float)i / (float)steps, shift);
-    times[0] = 1.f - 1e-5f;
-}
-
-bool sc_sample(sc_flux *f, sc_tape *t, const sc_sampling *s, int batch, int text_tokens,
-               const float *context, const float *pooled, float *latents) {
-    const sc_flux_config *c = &f->config;
-    float *host = (float *)sc__alloc((size_t)(s->steps + 1 + 4 * batch), sizeof *host);
-    if (!host) return false;
-    float *times = host + 4 * batch, *time = host, *guidance = host + batch;
-    float *one = host + 2 * batch, *delta = host + 3 * batch;
-    sc_schedule(times, s->steps, s->shift);
-    for (int b = 0; b < batch; b++) guidance[b] = s->guidance, one[b] = 1;
-    sc_tape_record(t, false);
-    sc_tape_use(t, s->sets);
-    bool ok = true;
-    for (int i = 0; ok && i < s->steps; i++) {
-        sc_tape_reset(t);
-        for (int b = 0; b < batch; b++) time[b] = times[i], delta[b] = times[i + 1] - times[i];
-        sc_tensor *x =
-            sc_from(t, 3, (const int64_t[]){batch, (int64_t)s->h * s->w, c->in_channels}, latents);
-        sc_flux_input in = {
-            .x = x,
-            .time = time,
-            .guidance = guidance,
-            .h = s->h,
-            .w = s->w,
-            .context =
-                sc_from(t, 3, (const int64_t[]){batch, text_tokens, c->text_channels}, context),
-            .pooled = sc_from(t, 2, (const int64_t[]){batch, c->pooled_channels}, pooled)};
-        sc_tensor *v = sc_flux_velocity(f, t, &in);
-        ok = sc_read(t, sc_blend(t, one, x, delta, v), latents);
-        for (int64_t j = 0; ok && j < sc_count(x); j++)
-            if (!isfinite(latents[j]))
-                ok = sc__fail("step %d gave NaN or infinity: are the weights damaged?", i + 1);
-        if (ok && s->progress && !s->progress(s->user, i + 1, s->steps)) ok = sc__fail("stopped");
-    }
-    SC_FREE(host);
-    return ok;
-}
-
-/* ==== SCFM: shortcutting a flow-matching model ===============================================
+/* ==== Memory of a training step ===============================================================
  *
- * Cai et al., "Shortcutting Pre-trained Flow Matching Diffusion Models is Almost Free Lunch"
- * (NeurIPS 2025). One Euler step over an interval [t0, t2] should equal two steps over its halves:
- *
- *     x' = x - d1 v1,  v1 = first(x, t0);    v2 = slow(x', t1);    d1 = t0 - t1, d2 = t1 - t2
- *     target = (d1 v1 + d2 v2) / (d1 + d2);  loss = mean((student(x, t0) - target)^2)
- *
- * `first` is the teacher on a fine grid (N = 32), which anchors the student to the model it came
- * from, or the student's own fast average on a coarse one, which doubles its step. The network is
- * never told the step size, so the only velocity that satisfies all of them is constant along its
- * trajectory: the flow becomes straight, and a few Euler steps follow it.
- *
- * Easy to get wrong: t = 1 is noise; the first time is 1 - 1e-5; j is even; no gradient through
- * the target; the second half-step always uses the slow average.
+ * A block of the transformer either keeps its activations for the backward pass or keeps its inputs
+ * and runs again (Chen et al. 2016). How many can keep theirs is measured, not estimated: one step
+ * with all blocks run again says how much memory that takes, and how much one block would add.
  */
-
-/* ---- Chance: steps 2 to 4 ---- */
-
-static float sc__between(sc_rng *rng, const float range[2]) {
-    return range[0] + (range[1] - range[0]) * sc_uniform(rng);
-}
-
-void sc_draw_sample(const sc_recipe *r, sc_rng *rng, int64_t tokens, bool flow_matching,
-                    sc_draw *d) {
-    int choices = 0;
-    while (choices < 8 && r->self_steps[choices]) choices++;
-    d->flow_matching = flow_matching;
-    d->no_caption = sc_uniform(rng) < r->caption_dropout;
-    d->teacher = sc_uniform(rng) < r->teacher_ratio || !choices;
-    int chosen = sc_uniform_int(rng, choices ? choices : 1);
-    d->steps = d->teacher ? r->teacher_steps : r->self_steps[chosen];
-    bool dynamic = sc_uniform(rng) < r->dynamic_shift_ratio;
-    float shift = sc__between(rng, r->shift), unit = sc_uniform(rng);
-    d->shift = dynamic ? sc_dynamic_shift(tokens) : shift;
-    d->guidance = sc__between(rng, r->guidance);
-    d->j = 2 * sc_uniform_int(rng, d->steps / 2);
-    for (int i = 0; i < 3; i++)
-        d->t[i] = sc_shift_time(1.f - (float)(d->j + i) / (float)d->steps, d->shift);
-    if (flow_matching) d->t[0] = sc_shift_time(unit, d->shift); /* any time, not a grid's */
-    d->t[0] = fminf(d->t[0], 1.f - 1e-5f);
-}
-
-/* ---- Target: steps 5 and 6 ---- */
-
-/* Samples [first, first + count) of x, the same memory. */
-static sc_tensor *sc__samples(sc_tape *t, const sc_tensor *x, int64_t first, int64_t count) {
-    if (!x) return NULL;
-    sc_tensor *y = sc_reshape(t, x, x->ndim, x->shape);
-    if (!y) return NULL;
-    y->data = (char *)y->data + first * (sc_count(x) / x->shape[0]) * sc_dtype_size(x->dtype);
-    y->shape[0] = count;
-    return y;
-}
-
-bool sc_scfm_target(const sc_model *model, sc_tape *t, sc_tensor *x0, sc_tensor *noise,
-                    const sc_draw *draws, int64_t first, sc_tensor **x, sc_tensor **target) {
-    int64_t n = x0->shape[0] - first;
-    float *host = (float *)sc__arena_take(&t->host, (size_t)n * 9 * sizeof *host);
-    uint8_t *sets = (uint8_t *)sc__arena_take(&t->host, (size_t)n * 2), *slow = sets + n;
-    if (!host || !sets) return false;
-    float *t0 = host, *t1 = host + n, *guidance = host + 2 * n, *keep = host + 3 * n,
-          *one = host + 4 * n;
-    float *back = host + 5 * n, *w1 = host + 6 * n, *w2 = host + 7 * n;
-    for (int64_t i = 0; i < n; i++) {
-        const sc_draw *d = &draws[first + i];
-        float d1 = d->t[0] - d->t[1], d2 = d->t[1] - d->t[2];
-        t0[i] = d->t[0], t1[i] = d->t[1], guidance[i] = d->guidance;
-        keep[i] = 1 - d->t[0], one[i] = 1, back[i] = -d1;
-        w1[i] = d1 / (d1 + d2), w2[i] = d2 / (d1 + d2);
-        sets[i] = d->teacher ? SC_TEACHER : SC_FAST;
-        slow[i] = SC_SLOW;
-    }
-    /* 5. noisy input */
-    *x = sc_blend(t, keep, sc__samples(t, x0, first, n), t0, sc__samples(t, noise, first, n));
-    *target = *x ? sc__new_like(t, *x) : NULL;
-    if (!*target) return false;
-    /* 6. two half-steps, without gradient; their activations are given back */
-    sc_tape_record(t, false);
-    sc__mark_t mark = sc__mark(t);
-    sc_tensor *v1 = model->velocity(model->self, t, *x, first, sets, t0, guidance);
-    sc_tensor *halfway = sc_blend(t, one, *x, back, v1);
-    sc_tensor *v2 =
-        halfway ? model->velocity(model->self, t, halfway, first, slow, t1, guidance) : NULL;
-    if (v2) t->be->blend(*target, w1, v1, w2, v2);
-    sc__release(t, mark);
-    sc_tape_record(t, true);
-    return v2 != NULL;
-}
-
-/* ---- FLUX as a model of four sets, and its training step ---- */
-
-typedef struct sc__flux_model {
-    sc_flux *flux;
-    sc_params *params;
-    const sc_batch *batch;
-    sc_tensor *context, *pooled;
-} sc__flux_model;
-
-/* With LoRA each sample brings its own set into one pass; with whole weights each run of samples
- * that share a set is a pass. */
-static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x, int64_t first,
-                                          const uint8_t *sets, const float *time,
-                                          const float *guidance) {
-    sc__flux_model *m = (sc__flux_model *)self;
-    int64_t batch = x->shape[0], count = batch;
-    bool whole = m->params->adapters == NULL;
-    sc_tensor *y = NULL;
-    sc_tape_use(t, sets);
-    for (int64_t i = 0; i < batch; i += count) {
-        if (whole) sc_params_use(m->params, sc__next_run(t, batch, &i, &count));
-        bool all = count == batch;
-        sc_flux_input in = {.x = all ? x : sc__samples(t, x, i, count),
-                            .time = time + i,
-                            .guidance = guidance + i,
-                            .context = sc__samples(t, m->context, first + i, count),
-                            .pooled = sc__samples(t, m->pooled, first + i, count),
-                            .h = m->batch->h,
-                            .w = m->batch->w};
-        sc_tensor *v = sc_flux_velocity(m->flux, t, &in);
-        if (!v || all) return v;
-        if (!y && !(y = sc__new3(t, batch, v->shape[1], v->shape[2]))) return NULL;
-        int64_t n = sc_count(v);
-        sc__copy_columns(t, y->data, n, i * (n / count), v->data, n, 0, 1, n, false);
-    }
-    return y;
-}
-
-/* Flow matching for the samples [0, n): x_t and the target eps - x0. */
-static bool sc__flow_matching_target(sc_tape *t, sc_tensor *x0, sc_tensor *noise,
-                                     const sc_draw *draws, int64_t n, sc_tensor *x,
-                                     sc_tensor *target) {
-    float *host = (float *)sc__arena_take(&t->host, (size_t)n * 4 * sizeof *host);
-    if (!host) return false;
-    for (int64_t i = 0; i < n; i++)
-        host[i] = 1 - draws[i].t[0], host[n + i] = draws[i].t[0], host[2 * n + i] = 1,
-        host[3 * n + i] = -1;
-    t->be->blend(sc__samples(t, x, 0, n), host, sc__samples(t, x0, 0, n), host + n,
-                 sc__samples(t, noise, 0, n));
-    t->be->blend(sc__samples(t, target, 0, n), host + 2 * n, sc__samples(t, noise, 0, n),
-                 host + 3 * n, sc__samples(t, x0, 0, n));
-    return true;
-}
-
-/* Guidance distillation: the target v_u + g (v_c - v_u) of the frozen teacher, itself
- * asked with g = 1. */
-static bool sc__guidance_target(sc__flux_model *m, sc_tape *t, const float *time,
-                                const float *guidance, const float *ones, const uint8_t *teacher,
-                                sc_tensor *x, sc_tensor *target) {
-    int64_t n = x->shape[0];
-    const sc_batch *b = m->batch;
-    sc_tensor *context = m->context, *pooled = m->pooled;
-    sc__mark_t mark = sc__mark(t);
-    sc_tape_record(t, false);
-    sc_tensor *with = sc__flux_model_velocity(m, t, x, 0, teacher, time, ones);
-    m->context = sc__new_like(t, context);
-    m->pooled = sc__new_like(t, pooled);
-    int64_t nc = sc_count(context) / n, np = sc_count(pooled) / n;
-    sc_tensor *none = sc_from(t, 1, &nc, b->no_context),
-              *none_pooled = sc_from(t, 1, &np, b->no_pooled);
-    bool ok = with && m->context && m->pooled && none && none_pooled;
-    if (ok) {
-        sc__copy_columns(t, m->context->data, nc, 0, none->data, 0, 0, n, nc, false);
-        sc__copy_columns(t, m->pooled->data, np, 0, none_pooled->data, 0, 0, n, np, false);
-        sc_tensor *without = sc__flux_model_velocity(m, t, x, 0, teacher, time, ones);
-        float *rest = (float *)sc__arena_take(&t->host, (size_t)n * sizeof *rest);
-        ok = without && rest;
-        for (int64_t i = 0; ok && i < n; i++) rest[i] = 1 - guidance[i];
-        if (ok) t->be->blend(target, guidance, with, rest, without);
-    }
-    m->context = context;
-    m->pooled = pooled;
-    sc_tape_record(t, true);
-    sc__release(t, mark);
-    return ok;
-}
-
-/* Uploads the batch's text; a dropped caption is replaced by the empty one. */
-static bool sc__upload_text(sc__flux_model *m, sc_tape *t, const sc_draw *draws) {
-    const sc_batch *b = m->batch;
-    const sc_flux_config *c = &m->flux->config;
-    int64_t nc = (int64_t)b->text_tokens * c->text_channels, np = c->pooled_channels;
-    for (int i = 0; i < b->size; i++) {
-        if (!draws[i].no_caption) continue;
-        memcpy(b->context + i * nc, b->no_context, (size_t)nc * 4);
-        memcpy(b->pooled + i * np, b->no_pooled, (size_t)np * 4);
-    }
-    m->context =
-        sc_from(t, 3, (const int64_t[]){b->size, b->text_tokens, c->text_channels}, b->context);
-    m->pooled = sc_from(t, 2, (const int64_t[]){b->size, np}, b->pooled);
-    return m->context && m->pooled;
-}
-
-bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *r,
-                       const sc_batch *b, sc_rng *rng, double *loss) {
-    int64_t n = b->size, tokens = (int64_t)b->h * b->w;
-    const int64_t shape[] = {n, tokens, flux->config.in_channels};
-    sc_tape_reset(t);
-    sc_draw *draws = (sc_draw *)sc__arena_take(&t->host, (size_t)n * sizeof *draws);
-    float *time = (float *)sc__arena_take(&t->host, (size_t)n * 3 * sizeof *time),
-          *guidance = time + n, *ones = time + 2 * n;
-    uint8_t *student = (uint8_t *)sc__arena_take(&t->host, (size_t)n * 2), *teacher = student + n;
-    if (!draws || !time || !student) return false;
-    /* 1 to 4. Chance. The flow-matching samples come first. */
-    bool scfm = r->objective == SC_SCFM;
-    int64_t plain = scfm ? (int64_t)floorf(r->fm_ratio * (float)n + 0.5f) : n;
-    for (int64_t i = 0; i < n; i++) {
-        sc_draw_sample(r, rng, tokens, i < plain, &draws[i]);
-        time[i] = draws[i].t[0], guidance[i] = draws[i].guidance, ones[i] = 1;
-        student[i] = SC_STUDENT, teacher[i] = SC_TEACHER;
-    }
-    /* 5 and 6. Noisy input and target. */
-    sc__flux_model flux_model = {.flux = flux, .params = params, .batch = b};
-    sc_model model = {sc__flux_model_velocity, &flux_model};
-    sc_tensor *x0 = sc_from(t, 3, shape, b->x0), *noise = sc_from(t, 3, shape, b->noise);
-    sc_tensor *x = sc_new(t, 3, shape), *target = sc_new(t, 3, shape), *part_x = NULL,
-              *part_target = NULL;
-    if (!sc__upload_text(&flux_model, t, draws) || !x0 || !noise || !x || !target) return false;
-    if (plain && !sc__flow_matching_target(t, x0, noise, draws, plain, x, target)) return false;
-    if (r->objective == SC_GUIDANCE &&
-        !sc__guidance_target(&flux_model, t, time, guidance, ones, teacher, x, target))
-        return false;
-    if (plain < n) {
-        if (!sc_scfm_target(&model, t, x0, noise, draws, plain, &part_x, &part_target))
-            return false;
-        int64_t count = sc_count(part_x), at = plain * (count / (n - plain));
-        sc__copy_columns(t, x->data, count, at, part_x->data, count, 0, 1, count, false);
-        sc__copy_columns(t, target->data, count, at, part_target->data, count, 0, 1, count, false);
-    }
-    /* 7. The student's answer, and the way back. */
-    sc_tape_record(t, true);
-    sc_tensor *v = sc__flux_model_velocity(&flux_model, t, x, 0, student, time, guidance);
-    bool ok = sc_mse(t, v, target, 1.f, loss) && sc_backward(t);
-    sc_tape_record(t, false);
-    return ok;
-}
 
 bool sc_plan_memory(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *recipe,
                     const sc_batch *batch, sc_memory_plan *plan) {
