@@ -18,7 +18,7 @@ static const char usage[] =
 
 typedef struct options {
     const char *model, *lora[8], *size, *shift, *out, *out_dir, *prompts, *noise, *latents, *device,
-        *weights;
+        *weights, *weights_on;
     bool no_lora;
     float guidance;
     int seed, count, threads;
@@ -188,7 +188,7 @@ int main(int argc, char **argv) {
     options o = {.model = "data/tiny-flux",
                  .out = "out.png",
                  .device = "auto",
-                 .weights = "auto",
+                 .weights = "auto", .weights_on = "device",
                  .guidance = 3.5f,
                  .count = 1,
                  .seed = 1};
@@ -212,6 +212,8 @@ int main(int argc, char **argv) {
         {"--latents", SC_STRING, &o.latents, "FILE", "also write the final packed latents"},
         {"--weights", SC_STRING, &o.weights, "TYPE",
          "matrices: auto (as in the file), or fp8, half of bf16"},
+        {"--weights-on", SC_STRING, &o.weights_on, "PLACE",
+         "matrices: device, or host (streamed, for GPUs that are too small)"},
         {"--device", SC_STRING, &o.device, "NAME", "auto, cpu or cuda"},
         {"--threads", SC_INT, &o.threads, "N", "CPU threads (0: all cores)"},
     };
@@ -235,6 +237,10 @@ int main(int argc, char **argv) {
         sc__fail("--count is a number from 1 up, not %d", o.count);
         return sc_die(), 2;
     }
+    if (strcmp(o.weights_on, "device") && strcmp(o.weights_on, "host")) {
+        fprintf(stderr, "error: --weights-on is device or host, not '%s'\n", o.weights_on);
+        return 2;
+    }
     if (strcmp(o.weights, "auto") && strcmp(o.weights, "fp8")) {
         sc__fail("--weights is auto or fp8, not '%s'", o.weights);
         return sc_die(), 2;
@@ -243,7 +249,8 @@ int main(int argc, char **argv) {
     sc_catch_interrupt();
     const sc_backend *be = sc_device(o.device);
     sc_pipeline *p =
-        be ? sc_pipeline_open(be, o.model, &(sc_pipeline_options){.fp8 = !strcmp(o.weights, "fp8")})
+        be ? sc_pipeline_open(be, o.model, &(sc_pipeline_options){.fp8 = !strcmp(o.weights, "fp8"),
+                                                             .streamed = !strcmp(o.weights_on, "host")})
            : NULL;
     bool ok = p != NULL;
     if (ok) o.width = o.height = p->resolution;

@@ -163,6 +163,9 @@ typedef struct sc_backend {
     void *(*alloc)(size_t bytes);
     void (*release)(void *p);
     size_t (*memory_left)(void); /* bytes that alloc can still give, about */
+    /* Host memory for a matrix that only products read, copied to the device ahead of each use; given
+     * back by `release`. NULL: memory is the host's anyway. */
+    void *(*alloc_streamed)(size_t bytes);
     void (*upload)(void *device, const void *host, size_t bytes);
     /* Waits for all work. False with the error set if this or any operation before it failed: the
      * others may be asynchronous, and report nothing. */
@@ -338,6 +341,7 @@ typedef struct sc_net {
     sc_rng rng;                 /* for random weights */
     bool widen;           /* all weights become f32 (to train them, or for a small model's speed) */
     bool fp8;             /* matrices become e4m3 with a scale for each row, when they are loaded */
+    bool streamed;        /* matrices stay in host memory, and come when they are needed */
     int levels;                 /* of a VAE, whose files may count them backwards */
     sc_weight **weights;        /* in the order they were asked for */
     int64_t count;
@@ -383,6 +387,8 @@ void sc_flux_checkpointing(sc_flux *flux, bool on);  /* recompute each block in 
 /* Keep the matrices as e4m3: half of bf16's memory. Before the model is first used; not with
  * `widen`. */
 bool sc_flux_fp8(sc_flux *flux);
+/* Keep the matrices in host memory, for GPUs that are too small. Before the model is first used. */
+void sc_flux_streamed(sc_flux *flux);
 
 /* Writes config.json and diffusion_pytorch_model.safetensors (weights as `dtype`: f32, bf16 or f16)
  * into `folder`, with W + scale B A where LoRAs are loaded; one weight at a time is in memory. */
@@ -3685,7 +3691,9 @@ static bool sc__load_weight(const sc_net *net, sc_weight *w) {
     void *staged =
         narrow ? be->alloc((size_t)(slice * columns * sc_dtype_size(be->activation))) : NULL;
     if (narrow) x->scale = (float *)be->alloc((size_t)rows * 4);
-    x->data = wide && (!narrow || (staged && x->scale)) ? be->alloc((size_t)(n * size)) : NULL;
+    bool streamed = net->streamed && x->ndim == 2 && be->alloc_streamed;
+    if (wide && (!narrow || (staged && x->scale)))
+        x->data = (streamed ? be->alloc_streamed : be->alloc)((size_t)(n * size));
     for (int64_t r = 0; x->data && r < rows; r += slice) {
         int64_t count = rows - r < slice ? rows - r : slice;
         char *to = (char *)x->data + r * columns * size;
@@ -3708,7 +3716,7 @@ bool sc_net_load(sc_net *net) {
 size_t sc_net_waiting(const sc_net *net) {
     size_t bytes = 0;
     for (int64_t i = 0; i < net->count; i++)
-        if (net->weights[i]->waiting)
+        if (net->weights[i]->waiting && !net->streamed)
             bytes += (size_t)sc_count(&net->weights[i]->tensor) * (net->fp8 ? 1 : 2);
     return bytes;
 }
@@ -4013,6 +4021,8 @@ const sc_flux_config *sc_flux_config_of(const sc_flux *flux) { return &flux->con
 void sc_flux_checkpointing(sc_flux *f, bool on) {
     f->checkpointed = on ? f->config.layers + f->config.single_layers : 0;
 }
+
+void sc_flux_streamed(sc_flux *f) { f->net->streamed = true; }
 
 bool sc_flux_fp8(sc_flux *f) {
     if (f->net->widen || !f->net->file)

@@ -145,7 +145,7 @@ static void *no_memory(size_t bytes) {
 
 static void *cuda_alloc(size_t bytes) {
     size_t size = block_size(bytes ? bytes : 1);
-    for (int i = 0; i < blocks.count; i++)
+    for (int i = blocks.count - 1; i >= 0; i--) /* what operations use for a moment is near the end */
         if (!blocks.list[i].used && blocks.list[i].size == size) {
             blocks.list[i].used = true;
             return blocks.list[i].p;
@@ -168,12 +168,15 @@ static void *cuda_alloc(size_t bytes) {
     return p;
 }
 
+static bool release_streamed(void *p);
+
 static void cuda_release(void *p) {
-    for (int i = 0; i < blocks.count; i++) {
+    for (int i = blocks.count - 1; i >= 0; i--) {
         if (blocks.list[i].p != p) continue;
         blocks.list[i].used = false;
         return;
     }
+    release_streamed(p);
 }
 
 static size_t cuda_memory_left() {
@@ -211,7 +214,7 @@ static void cuda_upload(void *device, const void *host, size_t bytes) {
         size_t n = STAGE_SIZE - staging.used < bytes ? STAGE_SIZE - staging.used : bytes;
         char *stage = staging.p[staging.current] + staging.used;
         memcpy(stage, host, n);
-        check(cudaMemcpyAsync(device, stage, n, cudaMemcpyHostToDevice, gpu.stream), "upload");
+        check(cudaMemcpyAsync(device, stage, n, cudaMemcpyDefault, gpu.stream), "upload"); /* streamed: host */
         staging.used += n < STAGE_SIZE - staging.used ? (n + 63) / 64 * 64 : n;
         if (staging.used > STAGE_SIZE) staging.used = STAGE_SIZE;
         device = (char *)device + n;
@@ -222,13 +225,133 @@ static void cuda_upload(void *device, const void *host, size_t bytes) {
 
 static bool cuda_download(void *host, const void *device, size_t bytes) {
     if (!gpu.failed && bytes > 0)
-        check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, gpu.stream), "download");
+        check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDefault, gpu.stream), "download");
     if (!gpu.failed) check(cudaStreamSynchronize(gpu.stream), "a kernel");
     return !gpu.failed || sc_set_error(gpu.message);
 }
 
 static void cuda_zero(void *p, size_t bytes) {
     if (!gpu.failed && bytes > 0) check(cudaMemsetAsync(p, 0, bytes, gpu.stream), "cudaMemsetAsync");
+}
+
+/* ==== Streamed matrices ======================================================================
+ * A model's matrices may stay in pinned host memory. A product asks `on_device` for its copy; what
+ * follows in the order of the last time is copied meanwhile on a second stream, into a window of
+ * device memory from which the copy that was used longest ago goes first. */
+
+struct Streamed {
+    char *host;
+    void *device;               /* its copy, or NULL */
+    size_t size;
+    int64_t last_use;
+    cudaEvent_t free, copied;   /* its memory was free on the main stream; its copy had come */
+};
+enum { HISTORY = 1 << 14 };
+static struct {
+    Streamed *list;
+    int count, capacity;
+    int order[HISTORY];         /* what was used, the newest at order[(uses - 1) % HISTORY] */
+    int64_t uses, follow;       /* follow: where in that history we think we are again; 0: lost */
+    size_t window, held;        /* bytes: allowed, and of all copies */
+    cudaStream_t stream;
+} streamed;
+
+static void *cuda_alloc_streamed(size_t bytes) {
+    if (!streamed.stream && !check(cudaStreamCreateWithFlags(&streamed.stream, cudaStreamNonBlocking), "copy stream")) return NULL;
+    if (streamed.count == streamed.capacity) {
+        int capacity = streamed.capacity ? 2 * streamed.capacity : 1024;
+        Streamed *list = (Streamed *)realloc(streamed.list, (size_t)capacity * sizeof *list);
+        if (!list) return sc_set_error("out of memory: list of streamed matrices"), nullptr;
+        streamed.list = list;
+        streamed.capacity = capacity;
+    }
+    Streamed s;
+    memset(&s, 0, sizeof s);
+    s.size = bytes;
+    if (cudaMallocHost((void **)&s.host, bytes) != cudaSuccess) {
+        cudaGetLastError();
+        return sc_set_error("out of memory: pinned host memory for streamed weights"), nullptr;
+    }
+    check(cudaEventCreateWithFlags(&s.copied, cudaEventDisableTiming), "cudaEventCreate");
+    check(cudaEventCreateWithFlags(&s.free, cudaEventDisableTiming), "cudaEventCreate");
+    if (streamed.window < 8 * bytes) streamed.window = 8 * bytes; /* a block of FLUX is 6 of its largest */
+    streamed.list[streamed.count++] = s;
+    return s.host;
+}
+
+static void drop_copy(Streamed *s) {
+    if (!s->device) return;
+    /* It may still be on its way, if it was never used; whoever gets the memory comes after it. */
+    check(cudaStreamWaitEvent(gpu.stream, s->copied, 0), "cudaStreamWaitEvent");
+    cuda_release(s->device);
+    streamed.held -= s->size;
+    s->device = NULL;
+}
+
+static bool release_streamed(void *p) {
+    for (int i = 0; i < streamed.count; i++) {
+        Streamed *s = &streamed.list[i];
+        if (s->host != p) continue;
+        check(cudaStreamSynchronize(gpu.stream), "a kernel");
+        drop_copy(s);
+        check(cudaFreeHost(s->host), "cudaFreeHost");
+        s->host = NULL; /* its place stays empty: others are known by their index */
+        return true;
+    }
+    return false;
+}
+
+/* Makes room and starts the copy of matrix i; what was used since `keep` stays. False: no room. */
+static bool start_copy(int i, int64_t keep) {
+    Streamed *s = &streamed.list[i];
+    if (s->device || !s->host) return true;
+    while (streamed.held + s->size > streamed.window) {
+        Streamed *oldest = NULL;
+        for (int j = 0; j < streamed.count; j++) {
+            Streamed *other = &streamed.list[j];
+            if (other->device && other->last_use < keep && (!oldest || other->last_use < oldest->last_use)) oldest = other;
+        }
+        if (!oldest) return false;
+        drop_copy(oldest);
+    }
+    if (!(s->device = cuda_alloc(s->size))) return fail("streamed weights", sc_error());
+    streamed.held += s->size;
+    s->last_use = streamed.uses; /* not to be dropped before it is used */
+    /* The memory may have been some other operation's: after all that is queued. */
+    check(cudaEventRecord(s->free, gpu.stream), "cudaEventRecord");
+    check(cudaStreamWaitEvent(streamed.stream, s->free, 0), "cudaStreamWaitEvent");
+    check(cudaMemcpyAsync(s->device, s->host, s->size, cudaMemcpyDefault, streamed.stream), "streamed weights");
+    check(cudaEventRecord(s->copied, streamed.stream), "cudaEventRecord");
+    return true;
+}
+
+/* Where the history last went from the matrix used before to matrix i; 0: never. */
+static int64_t find_in_history(int i) {
+    int64_t end = streamed.uses, first = end > HISTORY ? end - HISTORY + 1 : 1;
+    for (int64_t at = end - 2; at >= first; at--)
+        if (streamed.order[at % HISTORY] == i && streamed.order[(at - 1) % HISTORY] == streamed.order[(end - 2) % HISTORY]) return at;
+    return 0;
+}
+
+/* The device's copy of a streamed matrix; any other pointer is returned as it is. */
+static const void *on_device(const void *p) {
+    int i = 0;
+    while (i < streamed.count && streamed.list[i].host != p) i++;
+    if (i == streamed.count || gpu.failed) return p;
+    Streamed *s = &streamed.list[i];
+    bool expected = streamed.follow && streamed.order[(streamed.follow + 1) % HISTORY] == i && streamed.follow + 1 < streamed.uses;
+    streamed.order[streamed.uses++ % HISTORY] = i;
+    streamed.follow = expected ? streamed.follow + 1 : find_in_history(i);
+    if (streamed.follow <= streamed.uses - HISTORY) streamed.follow = 0;
+    start_copy(i, streamed.uses);
+    s->last_use = streamed.uses;
+    check(cudaStreamWaitEvent(gpu.stream, s->copied, 0), "cudaStreamWaitEvent");
+    for (int64_t ahead = 1; streamed.follow && ahead <= 12 && streamed.follow + ahead < streamed.uses; ahead++) {
+        int next = streamed.order[(streamed.follow + ahead) % HISTORY];
+        if (!start_copy(next, streamed.uses)) break; /* only copies for later are left: full */
+        if (streamed.list[next].device) streamed.list[next].last_use = streamed.uses;
+    }
+    return s->device ? s->device : p;
 }
 
 /* ==== Values, vectors, sums ================================================================== */
@@ -498,6 +621,9 @@ static bool make_plan(Plan *p, const Shape *s) {
 #if CUBLAS_VERSION >= 120900
     if (s->in == CUDA_R_8F_E4M3) { /* each result is multiplied by the scales of its two rows */
         cublasLtMatmulMatrixScale_t mode = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
+        const void *some = gpu.workspace; /* until the product is made */
+        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &some, sizeof some), "scale");
+        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &some, sizeof some), "scale");
         if (!check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode, sizeof mode), "scales") ||
             !check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode, sizeof mode), "scales")) return false;
     }
@@ -634,6 +760,7 @@ static bool fp8_product(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix 
 
 static void cuda_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, sc_matrix b, float beta, sc_matrix c,
                       const sc_tensor *bias) {
+    b.data = on_device(b.data); /* a layer's weight is always the second matrix */
     Operand to = {c.data, c.ld, false, 0, NULL};
     bool f32 = c.dtype == SC_F32;
     if (f32 && a.dtype == SC_F32 && b.dtype == SC_F32 && !bias) {
@@ -1774,6 +1901,7 @@ static sc_backend make_table() {
     memset(&t, 0, sizeof t);
     t.name = gpu.name, t.activation = SC_BF16;
     t.alloc = cuda_alloc, t.release = cuda_release, t.memory_left = cuda_memory_left;
+    t.alloc_streamed = cuda_alloc_streamed;
     t.upload = cuda_upload, t.download = cuda_download, t.zero = cuda_zero;
     t.gemm = cuda_gemm, t.quantize = cuda_quantize, t.copy_block = cuda_copy_block, t.column_sum = cuda_column_sum;
     t.blend = cuda_blend, t.embed_timestep = cuda_embed_timestep, t.multiply = cuda_multiply;

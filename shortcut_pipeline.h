@@ -158,6 +158,7 @@ typedef struct sc_pipeline {
 typedef struct sc_pipeline_options {
     bool widen;                 /* all transformer weights in f32: to train or merge them */
     bool fp8;                   /* its matrices as e4m3 */
+    bool streamed;              /* its matrices in host memory */
     bool random;                /* transformer weights drawn from `seed` */
     uint64_t seed;
     const char *transformer;    /* another transformer folder; NULL: the pipeline's own */
@@ -2660,6 +2661,7 @@ sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *model,
     bool widen = o->widen || (path && !o->random && !o->fp8 && sc__small_file(backend, path));
     if (p->folder && path) p->flux = sc_flux_open(backend, path, widen, o->random, o->seed);
     SC_FREE(path);
+    if (p->flux && o->streamed) sc_flux_streamed(p->flux);
     bool ok = p->flux && (!o->fp8 || sc_flux_fp8(p->flux)) &&
               sc__pipeline_settings(p, p->flux->config.guidance) &&
               (p->tape = sc_tape_new(backend));

@@ -48,14 +48,15 @@ typedef struct options {
     const char *preview_prompt;
     const char *scales; /* "3:1 8:0.5": the LoRA scale that suits a number of steps */
     bool checkpointing;
-    const char *weights; /* auto or fp8 */
+    const char *weights;    /* auto or fp8 */
+    const char *weights_on; /* device or host */
 } options;
 
 static options defaults(void) {
     return (options){.model = "data/tiny-flux",
                      .run = "run",
                      .device = "auto",
-                     .weights = "auto",
+                     .weights = "auto", .weights_on = "device",
                      .rank = 64,
                      .steps = 10000,
                      .batch = 8,
@@ -130,6 +131,8 @@ static int option_table(options *o, sc_option *table) {
          "recompute all blocks in the backward pass: less memory (on a GPU: as many as needed)"},
         {"--weights", SC_STRING, &o->weights, "TYPE",
          "frozen matrices: auto (as in the file), or fp8, half of bf16"},
+        {"--weights-on", SC_STRING, &o->weights_on, "PLACE",
+         "frozen matrices: device, or host (streamed, for GPUs that are too small)"},
         {"--no-cache", SC_FLAG, &o->no_cache, NULL, "do not keep latents and embeddings in DATA"},
         {NULL, SC_FLAG, NULL, NULL, "Running:"},
         {"--out", SC_STRING, &o->out, "PATH",
@@ -693,6 +696,8 @@ static bool check_options(const options *o) {
         return sc__fail("--fast and --slow lie from 0 to below 1");
     if (strcmp(o->weights, "auto") && strcmp(o->weights, "fp8"))
         return sc__fail("--weights is auto or fp8, not '%s'", o->weights);
+    if (strcmp(o->weights_on, "device") && strcmp(o->weights_on, "host"))
+        return sc__fail("--weights-on is device or host, not '%s'", o->weights_on);
     if (o->full + o->pretrain + o->distill_guidance > 1)
         return sc__fail("--full, --pretrain and --distill-guidance exclude each other");
     return true;
@@ -704,6 +709,7 @@ static bool open_model(training *t) {
     const sc_backend *be = sc_device(o->device);
     sc_pipeline_options how = {.widen = whole,
                                .fp8 = !strcmp(o->weights, "fp8"),
+                               .streamed = !strcmp(o->weights_on, "host"),
                                .random = o->pretrain && !o->transformer,
                                .seed = (uint64_t)o->seed,
                                .transformer = o->transformer};

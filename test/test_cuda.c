@@ -439,11 +439,12 @@ static void make_model(const char *folder) {
 
 /* Trains a LoRA for some steps on `be`: losses, the first gradient, the last LoRA. Of the 2 blocks,
  * the first `checkpointed` are run again. */
-static void train_model(const sc_backend *be, const char *folder, bool fp8, int checkpointed, int steps, double *losses, float **grad, float **lora) {
+static void train_model(const sc_backend *be, const char *folder, bool fp8, bool streamed, int checkpointed, int steps, double *losses, float **grad, float **lora) {
     enum { B = 3, H = 4, W = 3, T = 5 };
     sc_rng random = {5};
     sc_flux *f = sc_flux_open(be, folder, false, false, 0);
     CHECK(!fp8 || sc_flux_fp8(f));
+    if (streamed) sc_flux_streamed(f);
     sc_tape *t = sc_tape_new(be);
     sc_params *p = f && t ? sc_params_lora(f, 4, 8, 3) : NULL;
     if (!p) printf("%s\n", sc_error()), exit(1);
@@ -488,11 +489,11 @@ static void test_training_steps(void) {
     float *cpu_grad, *cpu_lora, *grad, *lora, *grad2, *lora2;
     make_model("build/test_cuda_model");
     sc_rng start = rng;
-    train_model(sc_cpu(), "build/test_cuda_model", false, 0, STEPS, cpu, &cpu_grad, &cpu_lora);
+    train_model(sc_cpu(), "build/test_cuda_model", false, false, 0, STEPS, cpu, &cpu_grad, &cpu_lora);
     rng = start;
-    train_model(gpu, "build/test_cuda_model", false, 0, STEPS, one, &grad, &lora);
+    train_model(gpu, "build/test_cuda_model", false, false, 0, STEPS, one, &grad, &lora);
     rng = start;
-    train_model(gpu, "build/test_cuda_model", false, 1, STEPS, two, &grad2, &lora2);
+    train_model(gpu, "build/test_cuda_model", false, true, 1, STEPS, two, &grad2, &lora2);
     int64_t n = (int64_t)cpu[STEPS];
     for (int i = 0; i < STEPS; i++) {
         CHECK(fabs(one[i] - cpu[i]) < 0.02 * cpu[i]);
@@ -504,7 +505,7 @@ static void test_training_steps(void) {
     CHECK(!memcmp(grad, grad2, (size_t)n * 4) && !memcmp(lora, lora2, (size_t)n * 4));
     free(grad), free(lora), free(grad2), free(lora2);
     rng = start; /* e4m3 weights are 2^-4 / sqrt(3) off, and on fp8 tensor cores so is what they meet */
-    train_model(gpu, "build/test_cuda_model", true, 0, STEPS, one, &grad, &lora);
+    train_model(gpu, "build/test_cuda_model", true, false, 0, STEPS, one, &grad, &lora);
     CHECK(fabs(one[0] - cpu[0]) < 0.1 * cpu[0] && rel_error(grad, cpu_grad, n) < 0.3);
     printf("fp8: first gradient: relative error %.1e; loss %.6f\n", rel_error(grad, cpu_grad, n), one[0]);
     free(cpu_grad), free(cpu_lora), free(grad), free(lora);

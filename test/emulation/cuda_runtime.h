@@ -240,7 +240,7 @@ typedef int cudaError_t;
 typedef void *cudaStream_t;
 typedef int cudaEvent_t;
 enum { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorNoDevice = 100 };
-enum { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaStreamNonBlocking, cudaEventDisableTiming };
+enum { cudaMemcpyDefault, cudaStreamNonBlocking, cudaEventDisableTiming };
 struct cudaDeviceProp { char name[256]; int major, minor; size_t sharedMemPerBlockOptin; };
 
 static size_t emulation_shared_limit = 227 << 10, emulation_memory_limit = (size_t)4 << 30, emulation_memory;
@@ -278,6 +278,7 @@ static inline cudaError_t cudaFree(void *p) {
     return cudaSuccess;
 }
 static inline cudaError_t cudaMallocHost(void **p, size_t size) { return (*p = malloc(size)) ? cudaSuccess : cudaErrorMemoryAllocation; }
+static inline cudaError_t cudaFreeHost(void *p) { return free(p), cudaSuccess; }
 static inline cudaError_t cudaMemGetInfo(size_t *left, size_t *total) {
     *left = emulation_memory_limit - emulation_memory, *total = emulation_memory_limit;
     return cudaSuccess;
@@ -288,5 +289,6 @@ static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSucce
 static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *, unsigned) { return cudaSuccess; }
 static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *, unsigned) { return cudaSuccess; }
 static inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+static inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
 static inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 #endif
