@@ -312,7 +312,7 @@ struct sc_vae {
     sc_vae_config config;
     sc_net *net;
     sc__vae_half encoder, decoder;
-    sc_tape *tapes[2];
+    sc_tape *tapes[3];              /* two take turns; the third is for what a step needs once */
     int turn;                       /* the tape that holds the current activations */
 };
 
@@ -459,7 +459,7 @@ sc_vae *sc_vae_open(const sc_backend *backend, const char *path, bool widen) {
     SC_FREE(name);
     SC_FREE(text);
     if (ok) v->net->levels = v->config.levels;
-    for (int i = 0; ok && backend && i < 2; i++) ok = (v->tapes[i] = sc_tape_new(backend)) != NULL;
+    for (int i = 0; ok && backend && i < 3; i++) ok = (v->tapes[i] = sc_tape_new(backend)) != NULL;
     ok = ok && sc__vae_weights(v, &v->encoder, true) && sc__vae_weights(v, &v->decoder, false) &&
          sc_net_load(v->net);
     if (ok) return v;
@@ -469,7 +469,7 @@ sc_vae *sc_vae_open(const sc_backend *backend, const char *path, bool widen) {
 
 void sc_vae_close(sc_vae *v) {
     if (!v) return;
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < 3; i++)
         if (v->tapes[i]) sc_tape_free(v->tapes[i]);
     sc_net_close(v->net);
     SC_FREE(v);
@@ -484,6 +484,12 @@ static sc_tape *sc__vae_tape(sc_vae *v) {
     return v->tapes[v->turn];
 }
 
+/* The tape for a tensor that only the next operation reads: large pictures are bound by memory. */
+static sc_tape *sc__vae_scratch(sc_vae *v) {
+    sc_tape_reset(v->tapes[2]);
+    return v->tapes[2];
+}
+
 static sc_tensor *sc__vae_norm(sc_vae *v, sc_tape *t, const sc_tensor *x, const sc__affine *a,
                                bool silu) {
     return sc_group_norm(t, x, a->weight, a->bias, v->config.groups, 1e-6f, silu);
@@ -496,10 +502,15 @@ static sc_tensor *sc__vae_conv(sc_tape *t, const sc_tensor *x, const sc__affine 
 
 static sc_tensor *sc__vae_resnet_forward(sc_vae *v, sc_tensor *x, const sc__resnet *r) {
     sc_tape *t = sc__vae_tape(v);
-    sc_tensor *h = sc__vae_conv(t, sc__vae_norm(v, t, x, &r->norm1, true), &r->conv1);
-    h = sc__vae_conv(t, sc__vae_norm(v, t, h, &r->norm2, true), &r->conv2);
-    if (r->shortcut.weight) x = sc__vae_conv(t, x, &r->shortcut);
-    return sc_add(t, x, h);
+    sc_tensor *n = sc__vae_norm(v, sc__vae_scratch(v), x, &r->norm1, true);
+    sc_tensor *h = sc__vae_conv(t, n, &r->conv1);
+    n = sc__vae_norm(v, sc__vae_scratch(v), h, &r->norm2, true);
+    h = sc__vae_conv(t, n, &r->conv2);
+    if (r->shortcut.weight) x = sc__vae_conv(sc__vae_scratch(v), x, &r->shortcut);
+    if (!x || !h) return NULL;
+    int64_t count = sc_count(h);
+    t->be->copy_block(h->data, count, x->data, count, 1, count, h->dtype, true); /* h += x */
+    return h;
 }
 
 /* x + attention(norm(x)), every pixel a token, one head. */
@@ -539,11 +550,12 @@ static sc_tensor *sc__vae_forward(sc_vae *v, int64_t batch, int64_t height, int6
         if (!resample->weight) continue;
         t = sc__vae_tape(v);
         if (encoder) x = sc_conv2d(t, x, resample->weight, resample->bias, 2, 0);
-        else x = sc__vae_conv(t, sc_upsample(t, x), resample);
+        else x = sc__vae_conv(t, sc_upsample(sc__vae_scratch(v), x), resample);
     }
     if (encoder) x = sc__vae_middle(v, x, half);
     t = sc__vae_tape(v);
-    x = sc__vae_conv(t, sc__vae_norm(v, t, x, &half->norm_out, true), &half->conv_out);
+    x = sc__vae_norm(v, sc__vae_scratch(v), x, &half->norm_out, true);
+    x = sc__vae_conv(t, x, &half->conv_out);
     return encoder && half->quant.weight ? sc__vae_conv(t, x, &half->quant) : x;
 }
 
