@@ -69,16 +69,20 @@
 extern "C" {
 #endif
 
-/* ==== Errors ==== */
+/* ==== Errors ====
+ * In all that follows false, NULL or -1 means failure, and sc_error() says what was attempted,
+ * expected and found. What _open, _new, _parse and _load return is yours, to be given to _close or
+ * _free; const pointers live as long as what they were asked of. Host arrays are yours. A tape, and
+ * a model that computes on it, belong to one thread at a time. */
 const char *sc_error(void); /* the last failure on this thread, one line; valid until the next */
 bool sc_set_error(const char *line); /* for backends in other files; returns false */
 
 /* ==== Random numbers ==== */
 typedef struct sc_rng { uint64_t state; } sc_rng; /* the seed is the first state */
 uint64_t sc_random_bits(sc_rng *rng);
-float sc_uniform(sc_rng *rng);
-int sc_uniform_int(sc_rng *rng, int n);
-void sc_normal(sc_rng *rng, float *x, int64_t n);
+float sc_uniform(sc_rng *rng);                          /* in [0, 1) */
+int sc_uniform_int(sc_rng *rng, int n);                 /* in {0, ..., n-1} */
+void sc_normal(sc_rng *rng, float *x, int64_t n);       /* x[n] ~ N(0, 1) */
 
 /* ==== Tensors ==== */
 typedef enum { SC_F32, SC_BF16, SC_F16, SC_F8_E4M3, SC_F64, SC_I64, SC_I32, SC_U8 } sc_dtype;
@@ -94,12 +98,15 @@ typedef struct sc_tensor {
     float *scale;              /* matrices of SC_F8_E4M3: what each row is multiplied by; NULL: 1 */
 } sc_tensor;
 
-int64_t sc_count(const sc_tensor *x);
-int sc_dtype_size(sc_dtype dtype);
-const char *sc_dtype_name(sc_dtype dtype);
+int64_t sc_count(const sc_tensor *x);                   /* of its elements */
+int sc_dtype_size(sc_dtype dtype);                      /* bytes of an element */
+const char *sc_dtype_name(sc_dtype dtype);              /* "BF16", as in safetensors */
+/* n elements of host memory; of SC_F8_E4M3 without the scales. */
 void sc_to_f32(float *dst, const void *src, sc_dtype dtype, int64_t n);
 
-/* ==== JSON and safetensors ==== */
+/* ==== JSON and safetensors ====
+ * Readers of a JSON value take NULL for "absent" and then give the fallback, so that a path into a
+ * document needs no checks. `name` stands before messages, with the line. */
 typedef struct sc_json sc_json;
 sc_json *sc_json_parse(const char *text, size_t length, const char *name);
 sc_json *sc_json_load(const char *path);
@@ -124,7 +131,8 @@ const sc_tensor *sc_file_tensor(const sc_file *file, int64_t index);
 const sc_tensor *sc_file_find(const sc_file *file, const char *name);    /* NULL: absent */
 const char *sc_file_metadata(const sc_file *file, const char *key);      /* NULL: absent */
 
-/* dtype: as written */
+/* A host tensor and its type in the file: its own, or f32 rounded to bf16 or f16. metadata: key,
+ * value, ..., NULL; or NULL. The file appears under `path` when all of it is on disk. */
 typedef struct sc_named { const char *name; const sc_tensor *tensor; sc_dtype dtype; } sc_named;
 bool sc_file_save(const char *path, const sc_named *tensors, int64_t count,
                   const char *const *metadata);
@@ -218,7 +226,7 @@ typedef struct sc_backend {
     void (*upsample)(sc_tensor *y, const sc_tensor *x);
     void (*swap_axes)(sc_tensor *y, const sc_tensor *x);
     /* Loss and optimiser, all f32. */
-    /* loss: device */
+    /* Into *loss, which is device memory. */
     void (*mse)(double *loss, const sc_tensor *prediction, const sc_tensor *target);
     void (*mse_backward)(sc_tensor *prediction, const sc_tensor *target, float factor);
     double (*sum_squares)(const float *x, int64_t n);
@@ -461,7 +469,7 @@ bool sc_lora_start(sc_params *params, const char *path);
  * t = 1 is noise, t = 0 is data: x_t = (1 - t) x0 + t eps; the velocity is eps - x0. */
 float sc_shift_time(float u, float shift);                      /* s u / (1 + (s - 1) u) */
 float sc_dynamic_shift(int64_t tokens);                         /* FLUX: exp(mu(tokens)) */
-/* steps + 1 times, from 1 - 1e-5 down to 0 */
+/* steps + 1 times, from 1 - 1e-5 down to 0 (the paper's sampler; diffusers' starts at 1). */
 void sc_schedule(float *times, int steps, float shift);
 
 typedef struct sc_sampling {
@@ -470,7 +478,7 @@ typedef struct sc_sampling {
     float guidance;
     int h, w;                   /* grid of tokens */
     const uint8_t *sets;        /* [B] LoRA set of each sample; NULL: the loaded LoRAs, if any */
-    /* after each step; false stops. NULL: none */
+    /* After each step; false stops. NULL: none. */
     bool (*progress)(void *user, int step, int steps);
     void *user;
 } sc_sampling;
@@ -2395,11 +2403,7 @@ bool sc_sample(sc_flux *f, sc_tape *t, const sc_sampling *s, int batch, int text
         sc_tensor *x =
             sc_from(t, 3, (const int64_t[]){batch, (int64_t)s->h * s->w, c->in_channels}, latents);
         sc_flux_input in = {
-            .x = x,
-            .time = time,
-            .guidance = guidance,
-            .h = s->h,
-            .w = s->w,
+            .x = x, .time = time, .guidance = guidance, .h = s->h, .w = s->w,
             .context =
                 sc_from(t, 3, (const int64_t[]){batch, text_tokens, c->text_channels}, context),
             .pooled = sc_from(t, 2, (const int64_t[]){batch, c->pooled_channels}, pooled)};
@@ -2527,12 +2531,10 @@ static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x, 
         if (whole) sc_params_use(m->params, sc__next_run(t, batch, &i, &count));
         bool all = count == batch;
         sc_flux_input in = {.x = all ? x : sc__samples(t, x, i, count),
-                            .time = time + i,
-                            .guidance = guidance + i,
+                            .time = time + i, .guidance = guidance + i,
                             .context = sc__samples(t, m->context, first + i, count),
                             .pooled = sc__samples(t, m->pooled, first + i, count),
-                            .h = m->batch->h,
-                            .w = m->batch->w};
+                            .h = m->batch->h, .w = m->batch->w};
         sc_tensor *v = sc_flux_velocity(m->flux, t, &in);
         if (!v || all) return v;
         if (!y && !(y = sc__new3(t, batch, v->shape[1], v->shape[2]))) return NULL;
@@ -4591,8 +4593,8 @@ double sc_params_step(sc_params *p, sc_adamw *o, float fast_decay, float slow_de
 /* ==== LoRA files ==============================================================================
  *
  * A LoRA (Hu et al. 2021) is a pair of thin matrices for each linear layer, W + scale * B A. We
- * write PEFT's names, which diffusers reads. Others name layers as BFL does, where q, k and v (and a
- * single block's MLP) are one fused layer: its A serves all parts, its B is cut by rows.
+ * write PEFT's names, which diffusers reads. Others name layers as BFL does, where q, k and v (and
+ * a single block's MLP) are one fused layer: its A serves all parts, its B is cut by rows.
  * A file that fits no layer is an error, since a model that ignores its LoRA looks healthy.
  */
 
