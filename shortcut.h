@@ -2704,8 +2704,9 @@ static char *sc__read_file(const char *path, size_t *length) {
     return data;
 }
 
-/* Writing: into `path`.tmp-PID, which takes the place of `path` only when all of it is on disk. */
-typedef struct sc__writer { FILE *file; const char *path; char *temporary; } sc__writer;
+/* Writing: into `path`.tmp-PID, which takes the place of `path` only when all of it is on disk. A
+ * device or a pipe is written as it is: a renamed file would replace it. */
+typedef struct sc__writer { FILE *file; const char *path; char *temporary; bool direct; } sc__writer;
 
 static bool sc__write_fail(const char *path) {
     return sc__fail("%s: cannot write: %s", path, strerror(errno));
@@ -2713,10 +2714,12 @@ static bool sc__write_fail(const char *path) {
 
 static bool sc__write_begin(sc__writer *w, const char *path) {
     size_t n = strlen(path) + 32;
+    struct stat there;
     *w = (sc__writer){.path = path, .temporary = (char *)sc__alloc(n, 1)};
     if (!w->temporary) return false;
+    w->direct = !stat(path, &there) && !S_ISREG(there.st_mode) && !S_ISDIR(there.st_mode);
     snprintf(w->temporary, n, "%s.tmp-%ld", path, (long)getpid());
-    w->file = fopen(w->temporary, "wb");
+    w->file = fopen(w->direct ? path : w->temporary, "wb");
     if (w->file) return true;
     sc__write_fail(path);
     SC_FREE(w->temporary);
@@ -2729,10 +2732,11 @@ static bool sc__write_bytes(sc__writer *w, const void *data, size_t n) {
 
 /* Ends what sc__write_begin began; with `ok` false (error already set) nothing remains of it. */
 static bool sc__write_end(sc__writer *w, bool ok) {
-    if (ok && (fflush(w->file) || fsync(fileno(w->file)))) ok = sc__write_fail(w->path);
+    if (ok && (fflush(w->file) || (!w->direct && fsync(fileno(w->file)))))
+        ok = sc__write_fail(w->path);
     if (fclose(w->file) && ok) ok = sc__write_fail(w->path);
-    if (ok && rename(w->temporary, w->path)) ok = sc__write_fail(w->path);
-    if (!ok) remove(w->temporary);
+    if (ok && !w->direct && rename(w->temporary, w->path)) ok = sc__write_fail(w->path);
+    if (!ok && !w->direct) remove(w->temporary);
     SC_FREE(w->temporary);
     return ok;
 }

@@ -121,6 +121,15 @@ rm -f "$dir/lora" "$dir/out.png" "$dir/run/state.safetensors"
 check "a full disk: $(cat "$dir/full")" grep -q "^3 passed, 0 failed" "$dir/full"
 check "leaves nothing" test ! -e "$dir/lora" -a ! -e "$dir/out.png" -a ! -e "$dir/latents" -a ! -e "$dir/run/state.safetensors"
 check "no temporary file either" test -z "$(find "$dir" -name '*.tmp*' -o -name 'out.png*' -o -name 'lora*')"
+if [ -c /dev/full ]; then
+    fails 1 "No space left" sample --out /dev/full
+    fails 1 "No space left" train --steps 1 --out /dev/full
+fi
+mkfifo "$dir/pipe"
+cat "$dir/pipe" >"$dir/piped.png" &
+check "a picture into a pipe" quiet sample --out "$dir/pipe"
+wait
+check "which stays one" test -p "$dir/pipe" -a -s "$dir/piped.png"
 echo kept >"$dir/lora"
 fails 1 "lower --lr" train --steps 20 --lr 1e30
 check "a loss that is not a number leaves the old file" grep -q kept "$dir/lora"
