@@ -1,4 +1,4 @@
-/* shortcut_cuda.cu - the operations of shortcut.h on an NVIDIA GPU of compute capability 8.0 or more.
+/* shortcut_cuda.cu - the operations of shortcut.h on an NVIDIA GPU (compute capability 8.0 or more).
  *
  * Activations and their gradients are bf16, sums f32; losses, LoRA factors, optimiser state and
  * averages are f32. Products go to cuBLASLt, everything else is a kernel below, in the order of the
@@ -29,13 +29,13 @@ typedef __nv_bfloat16 bf16;
 
 static struct {
     bool failed;
-    char message[256];          /* the first failure's */
+    char message[256]; /* the first failure's */
     char name[64];
     cudaStream_t stream;
     cublasLtHandle_t lt;
-    void *workspace;            /* cuBLASLt's */
-    size_t shared_memory;       /* a block's limit, bytes */
-    int capability;             /* 90: 9.0 */
+    void *workspace;      /* cuBLASLt's */
+    size_t shared_memory; /* a block's limit, bytes */
+    int capability;       /* 90: 9.0 */
 } gpu;
 
 static bool fail(const char *what, const char *why) {
@@ -51,11 +51,14 @@ static bool check(cudaError_t status, const char *what) {
 
 /* Queues kernel(args...). `shared`: bytes of shared_memory() that a block gets. */
 template <typename... P, typename... A>
-static void launch(const char *name, void (*kernel)(P...), dim3 blocks, int threads, size_t shared, A... args) {
+static void launch(const char *name, void (*kernel)(P...), dim3 blocks, int threads, size_t shared,
+                   A... args) {
     if (gpu.failed || blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return;
 #ifdef __CUDACC__
     if (shared > 48 << 10)
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared), name);
+        check(
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared),
+            name);
     kernel<<<blocks, threads, shared, gpu.stream>>>((P)args...);
     check(cudaGetLastError(), name);
 #else
@@ -72,15 +75,20 @@ __device__ __forceinline__ void *shared_memory() {
     extern __shared__ uint4 block_memory[];
     return block_memory;
 }
-__device__ __forceinline__ unsigned shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ unsigned shared_address(const void *p) {
+    return (unsigned)__cvta_generic_to_shared(p);
+}
 
 /* Starts copying 16 bytes to shared memory; zeros where not `valid`. */
 __device__ __forceinline__ void copy16(void *shared, const void *global, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-                 "r"(valid ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+                 "l"(global), "r"(valid ? 16 : 0)
+                 : "memory");
 }
 /* Closes a group of copies; waits until at most `N` groups of this thread are under way. */
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int N> __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
@@ -89,21 +97,27 @@ template <int N> __device__ __forceinline__ void wait_copies() {
  * holds, of each, the pair (lane % 4) of row lane / 4. `_transposed`: of the transposed matrix. */
 __device__ __forceinline__ void load_matrices(uint32_t x[4], const bf16 *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(shared_address(row)) : "memory");
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(shared_address(row))
+                 : "memory");
 }
 __device__ __forceinline__ void load_matrices_transposed(uint32_t x[4], const bf16 *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(shared_address(row)) : "memory");
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(shared_address(row))
+                 : "memory");
 }
 
 /* sum[16,8] += A[16,16] B[16,8] on the tensor cores. With g = lane / 4, t = lane % 4 a lane holds
  * sum (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1); pairs of A (g, 2t), (g+8, 2t), (g, 2t+8),
  * (g+8, 2t+8); pairs of B down its rows (2t, g), (2t+8, g). */
-__device__ __forceinline__ void multiply_add(float sum[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-                 "{%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+__device__ __forceinline__ void multiply_add(float sum[4], const uint32_t a[4], uint32_t b0,
+                                             uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 #endif
 
@@ -111,8 +125,16 @@ __device__ __forceinline__ void multiply_add(float sum[4], const uint32_t a[4], 
  * Blocks that are given back wait in a list for the next request of about their size, so that a
  * step that repeats allocates nothing. */
 
-struct Block { void *p; size_t size; bool used; };
-static struct { Block *list; int count, capacity; size_t held; } blocks;
+struct Block {
+    void *p;
+    size_t size;
+    bool used;
+};
+static struct {
+    Block *list;
+    int count, capacity;
+    size_t held;
+} blocks;
 
 /* Sizes come in steps of an eighth at most, so that they repeat. */
 static size_t block_size(size_t bytes) {
@@ -136,8 +158,10 @@ static void *no_memory(size_t bytes) {
     char text[400];
     cudaGetLastError();
     if (cudaMemGetInfo(&left, &total) != cudaSuccess) cudaGetLastError();
-    snprintf(text, sizeof text, "not enough GPU memory: %zu MiB are held and %zu MiB more are needed, but "
-             "%zu of %zu MiB are free; a smaller --batch or --resolution, checkpointing or --weights fp8 need less",
+    snprintf(text, sizeof text,
+             "not enough GPU memory: %zu MiB are held and %zu MiB more are needed, but "
+             "%zu of %zu MiB are free; a smaller --batch or --resolution, checkpointing or "
+             "--weights fp8 need less",
              blocks.held >> 20, bytes >> 20, left >> 20, total >> 20);
     sc_set_error(text);
     return NULL;
@@ -145,7 +169,8 @@ static void *no_memory(size_t bytes) {
 
 static void *cuda_alloc(size_t bytes) {
     size_t size = block_size(bytes ? bytes : 1);
-    for (int i = blocks.count - 1; i >= 0; i--) /* what operations use for a moment is near the end */
+    /* From the end: what operations use for a moment is there. */
+    for (int i = blocks.count - 1; i >= 0; i--)
         if (!blocks.list[i].used && blocks.list[i].size == size) {
             blocks.list[i].used = true;
             return blocks.list[i].p;
@@ -194,14 +219,21 @@ template <typename T> struct Scratch {
         if (count > 0 && !gpu.failed && !(p = (T *)cuda_alloc((size_t)count * sizeof(T))))
             fail("scratch memory", sc_error());
     }
-    ~Scratch() { if (p) cuda_release(p); }
+    ~Scratch() {
+        if (p) cuda_release(p);
+    }
     Scratch(const Scratch &) = delete;
     Scratch &operator=(const Scratch &) = delete;
 };
 
 /* Uploads pass through pinned memory in slices, so that the caller may reuse its own at once. */
 enum { STAGES = 4, STAGE_SIZE = 8 << 20 };
-static struct { char *p[STAGES]; cudaEvent_t done[STAGES]; int current; size_t used; } staging;
+static struct {
+    char *p[STAGES];
+    cudaEvent_t done[STAGES];
+    int current;
+    size_t used;
+} staging;
 
 static void cuda_upload(void *device, const void *host, size_t bytes) {
     while (bytes > 0 && !gpu.failed) {
@@ -214,7 +246,8 @@ static void cuda_upload(void *device, const void *host, size_t bytes) {
         size_t n = STAGE_SIZE - staging.used < bytes ? STAGE_SIZE - staging.used : bytes;
         char *stage = staging.p[staging.current] + staging.used;
         memcpy(stage, host, n);
-        check(cudaMemcpyAsync(device, stage, n, cudaMemcpyDefault, gpu.stream), "upload"); /* streamed: host */
+        check(cudaMemcpyAsync(device, stage, n, cudaMemcpyDefault, gpu.stream),
+              "upload"); /* streamed: host */
         staging.used += n < STAGE_SIZE - staging.used ? (n + 63) / 64 * 64 : n;
         if (staging.used > STAGE_SIZE) staging.used = STAGE_SIZE;
         device = (char *)device + n;
@@ -231,7 +264,8 @@ static bool cuda_download(void *host, const void *device, size_t bytes) {
 }
 
 static void cuda_zero(void *p, size_t bytes) {
-    if (!gpu.failed && bytes > 0) check(cudaMemsetAsync(p, 0, bytes, gpu.stream), "cudaMemsetAsync");
+    if (!gpu.failed && bytes > 0)
+        check(cudaMemsetAsync(p, 0, bytes, gpu.stream), "cudaMemsetAsync");
 }
 
 /* ==== Streamed matrices ======================================================================
@@ -241,23 +275,25 @@ static void cuda_zero(void *p, size_t bytes) {
 
 struct Streamed {
     char *host;
-    void *device;               /* its copy, or NULL */
+    void *device; /* its copy, or NULL */
     size_t size;
     int64_t last_use;
-    cudaEvent_t free, copied;   /* its memory was free on the main stream; its copy had come */
+    cudaEvent_t free, copied; /* its memory was free on the main stream; its copy had come */
 };
 enum { HISTORY = 1 << 14 };
 static struct {
     Streamed *list;
     int count, capacity;
-    int order[HISTORY];         /* what was used, the newest at order[(uses - 1) % HISTORY] */
-    int64_t uses, follow;       /* follow: where in that history we think we are again; 0: lost */
-    size_t window, held;        /* bytes: allowed, and of all copies */
+    int order[HISTORY];   /* what was used, the newest at order[(uses - 1) % HISTORY] */
+    int64_t uses, follow; /* follow: where in that history we think we are again; 0: lost */
+    size_t window, held;  /* bytes: allowed, and of all copies */
     cudaStream_t stream;
 } streamed;
 
 static void *cuda_alloc_streamed(size_t bytes) {
-    if (!streamed.stream && !check(cudaStreamCreateWithFlags(&streamed.stream, cudaStreamNonBlocking), "copy stream")) return NULL;
+    if (!streamed.stream &&
+        !check(cudaStreamCreateWithFlags(&streamed.stream, cudaStreamNonBlocking), "copy stream"))
+        return NULL;
     if (streamed.count == streamed.capacity) {
         int capacity = streamed.capacity ? 2 * streamed.capacity : 1024;
         Streamed *list = (Streamed *)realloc(streamed.list, (size_t)capacity * sizeof *list);
@@ -274,7 +310,8 @@ static void *cuda_alloc_streamed(size_t bytes) {
     }
     check(cudaEventCreateWithFlags(&s.copied, cudaEventDisableTiming), "cudaEventCreate");
     check(cudaEventCreateWithFlags(&s.free, cudaEventDisableTiming), "cudaEventCreate");
-    if (streamed.window < 8 * bytes) streamed.window = 8 * bytes; /* a block of FLUX is 6 of its largest */
+    if (streamed.window < 8 * bytes)
+        streamed.window = 8 * bytes; /* a block of FLUX is 6 of its largest */
     streamed.list[streamed.count++] = s;
     return s.host;
 }
@@ -309,7 +346,9 @@ static bool start_copy(int i, int64_t keep) {
         Streamed *oldest = NULL;
         for (int j = 0; j < streamed.count; j++) {
             Streamed *other = &streamed.list[j];
-            if (other->device && other->last_use < keep && (!oldest || other->last_use < oldest->last_use)) oldest = other;
+            if (other->device && other->last_use < keep &&
+                (!oldest || other->last_use < oldest->last_use))
+                oldest = other;
         }
         if (!oldest) return false;
         drop_copy(oldest);
@@ -320,7 +359,8 @@ static bool start_copy(int i, int64_t keep) {
     /* The memory may have been some other operation's: after all that is queued. */
     check(cudaEventRecord(s->free, gpu.stream), "cudaEventRecord");
     check(cudaStreamWaitEvent(streamed.stream, s->free, 0), "cudaStreamWaitEvent");
-    check(cudaMemcpyAsync(s->device, s->host, s->size, cudaMemcpyDefault, streamed.stream), "streamed weights");
+    check(cudaMemcpyAsync(s->device, s->host, s->size, cudaMemcpyDefault, streamed.stream),
+          "streamed weights");
     check(cudaEventRecord(s->copied, streamed.stream), "cudaEventRecord");
     return true;
 }
@@ -329,7 +369,9 @@ static bool start_copy(int i, int64_t keep) {
 static int64_t find_in_history(int i) {
     int64_t end = streamed.uses, first = end > HISTORY ? end - HISTORY + 1 : 1;
     for (int64_t at = end - 2; at >= first; at--)
-        if (streamed.order[at % HISTORY] == i && streamed.order[(at - 1) % HISTORY] == streamed.order[(end - 2) % HISTORY]) return at;
+        if (streamed.order[at % HISTORY] == i &&
+            streamed.order[(at - 1) % HISTORY] == streamed.order[(end - 2) % HISTORY])
+            return at;
     return 0;
 }
 
@@ -339,14 +381,16 @@ static const void *on_device(const void *p) {
     while (i < streamed.count && streamed.list[i].host != p) i++;
     if (i == streamed.count || gpu.failed) return p;
     Streamed *s = &streamed.list[i];
-    bool expected = streamed.follow && streamed.order[(streamed.follow + 1) % HISTORY] == i && streamed.follow + 1 < streamed.uses;
+    bool expected = streamed.follow && streamed.order[(streamed.follow + 1) % HISTORY] == i &&
+                    streamed.follow + 1 < streamed.uses;
     streamed.order[streamed.uses++ % HISTORY] = i;
     streamed.follow = expected ? streamed.follow + 1 : find_in_history(i);
     if (streamed.follow <= streamed.uses - HISTORY) streamed.follow = 0;
     start_copy(i, streamed.uses);
     s->last_use = streamed.uses;
     check(cudaStreamWaitEvent(gpu.stream, s->copied, 0), "cudaStreamWaitEvent");
-    for (int64_t ahead = 1; streamed.follow && ahead <= 12 && streamed.follow + ahead < streamed.uses; ahead++) {
+    for (int64_t ahead = 1;
+         streamed.follow && ahead <= 12 && streamed.follow + ahead < streamed.uses; ahead++) {
         int next = streamed.order[(streamed.follow + ahead) % HISTORY];
         if (!start_copy(next, streamed.uses)) break; /* only copies for later are left: full */
         if (streamed.list[next].device) streamed.list[next].last_use = streamed.uses;
@@ -360,7 +404,8 @@ __device__ __forceinline__ float value(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float value(float x) { return x; }
 /* e4m3: the exponent is moved to f32's place, and its bias made good by a factor of 2^(127 - 7). */
 __device__ __forceinline__ float value(uint8_t x) {
-    return __uint_as_float((uint32_t)(x & 0x80) << 24 | (uint32_t)(x & 0x7f) << 20) * 1.329227995784916e36f;
+    return __uint_as_float((uint32_t)(x & 0x80) << 24 | (uint32_t)(x & 0x7f) << 20) *
+           1.329227995784916e36f;
 }
 __device__ __forceinline__ void set(bf16 *p, float x) { *p = __float2bfloat16_rn(x); }
 __device__ __forceinline__ void set(float *p, float x) { *p = x; }
@@ -374,15 +419,23 @@ __device__ __forceinline__ float high_half(uint32_t x) { return __uint_as_float(
 
 /* V values from p on: 16 bytes of bf16 at once (V = 8, aligned), or one (V = 1). */
 template <int V> __device__ __forceinline__ void load(float x[V], const bf16 *p) {
-    if (V == 1) { x[0] = value(*p); return; }
+    if (V == 1) {
+        x[0] = value(*p);
+        return;
+    }
     uint4 raw = *(const uint4 *)p;
     uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-    for (int i = 0; i < V / 2; i++) x[2 * i] = low_half(words[i]), x[2 * i + 1] = high_half(words[i]);
+    for (int i = 0; i < V / 2; i++)
+        x[2 * i] = low_half(words[i]), x[2 * i + 1] = high_half(words[i]);
 }
 template <int V> __device__ __forceinline__ void store(bf16 *p, const float x[V]) {
-    if (V == 1) { set(p, x[0]); return; }
-    uint4 raw = {pack(x[0], x[1 % V]), pack(x[2 % V], x[3 % V]), pack(x[4 % V], x[5 % V]), pack(x[6 % V], x[7 % V])};
+    if (V == 1) {
+        set(p, x[0]);
+        return;
+    }
+    uint4 raw = {pack(x[0], x[1 % V]), pack(x[2 % V], x[3 % V]), pack(x[4 % V], x[5 % V]),
+                 pack(x[6 % V], x[7 % V])};
     *(uint4 *)p = raw;
 }
 template <int V> __device__ __forceinline__ void add(bf16 *p, const float x[V]) {
@@ -394,15 +447,17 @@ template <int V> __device__ __forceinline__ void add(bf16 *p, const float x[V]) 
 }
 
 /* Whether rows of n values can be read 8 at a time. */
-static bool wide(int64_t n, const void *a, const void *b = NULL, const void *c = NULL, const void *d = NULL) {
+static bool wide(int64_t n, const void *a, const void *b = NULL, const void *c = NULL,
+                 const void *d = NULL) {
     return n % 8 == 0 && (((uintptr_t)a | (uintptr_t)b | (uintptr_t)c | (uintptr_t)d) & 15) == 0;
 }
 /* Runs the kernel's 8-wide form where `w`, else its plain one. */
-#define LAUNCH(w, kernel, blocks, threads, ...)                                    \
-    ((w) ? launch(#kernel, kernel<8>, dim3((unsigned)(blocks)), threads, 0, __VA_ARGS__) \
+#define LAUNCH(w, kernel, blocks, threads, ...)                                                    \
+    ((w) ? launch(#kernel, kernel<8>, dim3((unsigned)(blocks)), threads, 0, __VA_ARGS__)           \
          : launch(#kernel, kernel<1>, dim3((unsigned)(blocks)), threads, 0, __VA_ARGS__))
 /* The same for kernels that take n values one after the other, 256 threads a block. */
-#define LAUNCH_FLAT(w, kernel, n, ...) LAUNCH(w, kernel, ceil_div(n, (w) ? 2048 : 256), 256, __VA_ARGS__)
+#define LAUNCH_FLAT(w, kernel, n, ...)                                                             \
+    LAUNCH(w, kernel, ceil_div(n, (w) ? 2048 : 256), 256, __VA_ARGS__)
 #define FLAT_INDEX(V) (((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * (V))
 
 __device__ __forceinline__ float warp_sum(float x) {
@@ -439,7 +494,8 @@ static int64_t row_count(const sc_tensor *x) { return sc_count(x) / last_size(x)
 
 /* partial [sample, slice, K, n]; 32 columns and 8 rows at a time. */
 template <int K, class F>
-__global__ void column_partials(float *partial, F f, int64_t sample_rows, int64_t slice_rows, int n) {
+__global__ void column_partials(float *partial, F f, int64_t sample_rows, int64_t slice_rows,
+                                int n) {
     __shared__ float parts[8][K][32];
     int lane = threadIdx.x % 32, part = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
     int64_t first = blockIdx.z * sample_rows + blockIdx.y * slice_rows;
@@ -462,33 +518,40 @@ __global__ void column_partials(float *partial, F f, int64_t sample_rows, int64_
 
 /* to[sample][c] += the sum of its slices; stride: from one sample's row of `to` to the next. */
 template <class T>
-__global__ void column_totals(T *to, int64_t stride, const float *partial, int slices, int K, int k, int n) {
+__global__ void column_totals(T *to, int64_t stride, const float *partial, int slices, int K, int k,
+                              int n) {
     int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= n) return;
     float total = 0;
-    for (int s = 0; s < slices; s++) total += partial[((int64_t)(blockIdx.y * slices + s) * K + k) * n + c];
+    for (int s = 0; s < slices; s++)
+        total += partial[((int64_t)(blockIdx.y * slices + s) * K + k) * n + c];
     T *p = to + blockIdx.y * stride + c;
     set(p, value(*p) + total);
 }
 
 /* Adds the K sums over each sample's rows to to[0 .. K-1]. */
 template <int K, class T, class F>
-static void column_sums(F f, int64_t samples, int64_t rows, int64_t n, T *const to[K], int64_t stride) {
+static void column_sums(F f, int64_t samples, int64_t rows, int64_t n, T *const to[K],
+                        int64_t stride) {
     int64_t slice = 64;
     while (samples * ceil_div(rows, slice) > 4096) slice *= 2;
     int64_t slices = ceil_div(rows, slice);
     Scratch<float> partial(samples * slices * K * n);
     dim3 blocks((unsigned)ceil_div(n, 32), (unsigned)slices, (unsigned)samples);
-    launch("column_partials", column_partials<K, F>, blocks, 256, 0, partial.p, f, rows, slice, (int)n);
+    launch("column_partials", column_partials<K, F>, blocks, 256, 0, partial.p, f, rows, slice,
+           (int)n);
     for (int k = 0; k < K; k++)
-        launch("column_totals", column_totals<T>, dim3((unsigned)ceil_div(n, 128), (unsigned)samples), 128, 0,
-               to[k], stride, (const float *)partial.p, (int)slices, K, k, (int)n);
+        launch("column_totals", column_totals<T>,
+               dim3((unsigned)ceil_div(n, 128), (unsigned)samples), 128, 0, to[k], stride,
+               (const float *)partial.p, (int)slices, K, k, (int)n);
 }
 
 struct PlainColumns {
     const bf16 *x;
     int64_t n;
-    __device__ void operator()(int64_t r, int c, float sum[1]) const { sum[0] = value(x[r * n + c]); }
+    __device__ void operator()(int64_t r, int c, float sum[1]) const {
+        sum[0] = value(x[r * n + c]);
+    }
 };
 static void cuda_column_sum(float *sum, const void *x, int64_t rows, int64_t columns) {
     float *to[1] = {sum};
@@ -501,10 +564,12 @@ static void cuda_column_sum(float *sum, const void *x, int64_t rows, int64_t col
  * (others are converted first) or, if all three are f32, f32. How to compute a shape is asked once.
  */
 
-#define CUBLASLT_CALLS(X)                                                                              \
-    X(Create) X(Matmul) X(MatmulDescCreate) X(MatmulDescDestroy) X(MatmulDescSetAttribute)             \
-    X(MatrixLayoutCreate) X(MatrixLayoutDestroy) X(MatrixLayoutSetAttribute) X(MatmulPreferenceCreate) \
-    X(MatmulPreferenceSetAttribute) X(MatmulPreferenceDestroy) X(MatmulAlgoGetHeuristic)
+#define CUBLASLT_CALLS(X)                                                                          \
+    X(Create)                                                                                      \
+    X(Matmul) X(MatmulDescCreate) X(MatmulDescDestroy) X(MatmulDescSetAttribute)                   \
+        X(MatrixLayoutCreate) X(MatrixLayoutDestroy) X(MatrixLayoutSetAttribute)                   \
+            X(MatmulPreferenceCreate) X(MatmulPreferenceSetAttribute) X(MatmulPreferenceDestroy)   \
+                X(MatmulAlgoGetHeuristic)
 
 /* Found at run time, so that the program starts where the library is missing. */
 static struct {
@@ -519,7 +584,9 @@ static bool open_cublas() {
 #define TEXT(x) TEXT2(x)
     const char *name = "libcublasLt.so." TEXT(CUBLAS_VER_MAJOR);
     void *library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
-    if (!library) return sc_set_error("no GPU: cannot load cuBLASLt " TEXT(CUBLAS_VER_MAJOR) ": install the CUDA libraries");
+    if (!library)
+        return sc_set_error(
+            "no GPU: cannot load cuBLASLt " TEXT(CUBLAS_VER_MAJOR) ": install the CUDA libraries");
     bool all = true;
 #define X(name) all = (lt.name = (decltype(lt.name))dlsym(library, "cublasLt" #name)) && all;
     CUBLASLT_CALLS(X)
@@ -552,7 +619,13 @@ static bool check(cublasStatus_t status, const char *what) {
 enum { WORKSPACE = 64 << 20, PLANS = 2048 };
 
 /* The matrices of a batch lie `stride` elements apart. scale: of e4m3, for each row. */
-struct Operand { const void *data; int64_t ld; bool transposed; int64_t stride; const float *scale; };
+struct Operand {
+    const void *data;
+    int64_t ld;
+    bool transposed;
+    int64_t stride;
+    const float *scale;
+};
 
 struct Shape { /* all that decides how a product is computed; compared byte by byte */
     int64_t m, n, k, lda, ldb, ldc, stride_a, stride_b, stride_c, batch;
@@ -573,15 +646,18 @@ static int32_t alignment(const void *p) { /* the largest power of two up to 256 
     return a;
 }
 
-static bool make_layout(cublasLtMatrixLayout_t *layout, int32_t type, int64_t rows, int64_t columns, int64_t ld,
-                        const Shape *s, int64_t stride) {
+static bool make_layout(cublasLtMatrixLayout_t *layout, int32_t type, int64_t rows, int64_t columns,
+                        int64_t ld, const Shape *s, int64_t stride) {
     int32_t batch = (int32_t)s->batch;
-    return check(lt.MatrixLayoutCreate(layout, (cudaDataType_t)type, (uint64_t)rows, (uint64_t)columns, ld),
+    return check(lt.MatrixLayoutCreate(layout, (cudaDataType_t)type, (uint64_t)rows,
+                                       (uint64_t)columns, ld),
                  "matrix layout") &&
-           check(lt.MatrixLayoutSetAttribute(*layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch),
+           check(lt.MatrixLayoutSetAttribute(*layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch,
+                                             sizeof batch),
                  "matrix batch") &&
-           check(lt.MatrixLayoutSetAttribute(*layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &stride,
-                                             sizeof stride), "matrix stride");
+           check(lt.MatrixLayoutSetAttribute(*layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
+                                             &stride, sizeof stride),
+                 "matrix stride");
 }
 
 static bool choose_algorithm(Plan *p) {
@@ -591,15 +667,19 @@ static bool choose_algorithm(Plan *p) {
     cublasLtMatmulHeuristicResult_t found;
     int count = 0;
     if (!check(lt.MatmulPreferenceCreate(&wish), "product preference")) return false;
-    const struct { cublasLtMatmulPreferenceAttributes_t name; const void *value; size_t size; } wishes[] = {
-        {CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace},
-        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &s->align_b, 4}, /* its A is our B */
-        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &s->align_a, 4},
-        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &s->align_c, 4},
-        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &s->align_c, 4}};
+    const struct {
+        cublasLtMatmulPreferenceAttributes_t name;
+        const void *value;
+        size_t size;
+    } wishes[] = {{CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace},
+                  {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &s->align_b, 4}, /* its A is our B */
+                  {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &s->align_a, 4},
+                  {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &s->align_c, 4},
+                  {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &s->align_c, 4}};
     for (const auto &w : wishes)
         check(lt.MatmulPreferenceSetAttribute(wish, w.name, w.value, w.size), "product preference");
-    cublasStatus_t status = lt.MatmulAlgoGetHeuristic(gpu.lt, p->product, p->a, p->b, p->c, p->c, wish, 1, &found, &count);
+    cublasStatus_t status = lt.MatmulAlgoGetHeuristic(gpu.lt, p->product, p->a, p->b, p->c, p->c,
+                                                      wish, 1, &found, &count);
     lt.MatmulPreferenceDestroy(wish);
     if (status == CUBLAS_STATUS_SUCCESS && count > 0) {
         p->algo = found.algo;
@@ -608,38 +688,57 @@ static bool choose_algorithm(Plan *p) {
     p->impossible = s->in == CUDA_R_8F_E4M3; /* the caller has another way */
     if (p->impossible) return false;
     char text[128];
-    snprintf(text, sizeof text, "no way to multiply [%lld,%lld] by [%lld,%lld]", (long long)s->m, (long long)s->k,
-             (long long)s->k, (long long)s->n);
+    snprintf(text, sizeof text, "no way to multiply [%lld,%lld] by [%lld,%lld]", (long long)s->m,
+             (long long)s->k, (long long)s->k, (long long)s->n);
     return fail(text, cublas_text(status));
 }
 
 static bool make_plan(Plan *p, const Shape *s) {
     p->shape = *s;
-    cublasOperation_t ta = s->ta ? CUBLAS_OP_T : CUBLAS_OP_N, tb = s->tb ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasOperation_t ta = s->ta ? CUBLAS_OP_T : CUBLAS_OP_N,
+                      tb = s->tb ? CUBLAS_OP_T : CUBLAS_OP_N;
     cublasLtEpilogue_t epilogue = s->bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
-    if (!check(lt.MatmulDescCreate(&p->product, CUBLAS_COMPUTE_32F, CUDA_R_32F), "product")) return false;
+    if (!check(lt.MatmulDescCreate(&p->product, CUBLAS_COMPUTE_32F, CUDA_R_32F), "product"))
+        return false;
 #if CUBLAS_VERSION >= 120900
     if (s->in == CUDA_R_8F_E4M3) { /* each result is multiplied by the scales of its two rows */
         cublasLtMatmulMatrixScale_t mode = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
         const void *some = gpu.workspace; /* until the product is made */
-        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &some, sizeof some), "scale");
-        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &some, sizeof some), "scale");
-        if (!check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode, sizeof mode), "scales") ||
-            !check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode, sizeof mode), "scales")) return false;
+        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &some,
+                                        sizeof some),
+              "scale");
+        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &some,
+                                        sizeof some),
+              "scale");
+        if (!check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode,
+                                             sizeof mode),
+                   "scales") ||
+            !check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode,
+                                             sizeof mode),
+                   "scales"))
+            return false;
     }
 #endif
-    p->made = check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_TRANSA, &tb, sizeof tb), "product") &&
-              check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_TRANSB, &ta, sizeof ta), "product") &&
-              check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue),
-                    "product") &&
-              make_layout(&p->a, s->in, s->tb ? s->k : s->n, s->tb ? s->n : s->k, s->ldb, s, s->stride_b) &&
-              make_layout(&p->b, s->in, s->ta ? s->m : s->k, s->ta ? s->k : s->m, s->lda, s, s->stride_a) &&
-              make_layout(&p->c, s->f32_out ? CUDA_R_32F : CUDA_R_16BF, s->n, s->m, s->ldc, s, s->stride_c) && choose_algorithm(p);
+    p->made =
+        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_TRANSA, &tb, sizeof tb),
+              "product") &&
+        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_TRANSB, &ta, sizeof ta),
+              "product") &&
+        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue,
+                                        sizeof epilogue),
+              "product") &&
+        make_layout(&p->a, s->in, s->tb ? s->k : s->n, s->tb ? s->n : s->k, s->ldb, s,
+                    s->stride_b) &&
+        make_layout(&p->b, s->in, s->ta ? s->m : s->k, s->ta ? s->k : s->m, s->lda, s,
+                    s->stride_a) &&
+        make_layout(&p->c, s->f32_out ? CUDA_R_32F : CUDA_R_16BF, s->n, s->m, s->ldc, s,
+                    s->stride_c) &&
+        choose_algorithm(p);
     return p->made;
 }
 
-/* The plan for a shape: made when it is first asked for, and again when another took its place. NULL:
- * none, or the shape is impossible. */
+/* The plan for a shape: made when it is first asked for, and again when another took its place.
+ * NULL: none, or the shape is impossible. */
 static Plan *find_plan(const Shape *s) {
     uint64_t hash = 1469598103934665603u;
     for (size_t i = 0; i < sizeof *s; i++) hash = (hash ^ ((const uint8_t *)s)[i]) * 1099511628211u;
@@ -658,8 +757,9 @@ static Plan *find_plan(const Shape *s) {
 }
 
 /* `batch` products; bias [n], bf16, or NULL. False if there is no way to compute it. */
-static bool product(int64_t m, int64_t n, int64_t k, float alpha, Operand a, Operand b, cudaDataType_t in, float beta,
-                    Operand c, bool f32_out, const bf16 *bias, int64_t batch) {
+static bool product(int64_t m, int64_t n, int64_t k, float alpha, Operand a, Operand b,
+                    cudaDataType_t in, float beta, Operand c, bool f32_out, const bf16 *bias,
+                    int64_t batch) {
     if (gpu.failed || m == 0 || n == 0 || batch == 0) return true;
     Shape s;
     memset(&s, 0, sizeof s);
@@ -670,29 +770,42 @@ static bool product(int64_t m, int64_t n, int64_t k, float alpha, Operand a, Ope
     Plan *p = find_plan(&s);
     if (!p) return false;
     if (in == CUDA_R_8F_E4M3) {
-        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &b.scale, sizeof b.scale), "scale");
-        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &a.scale, sizeof a.scale), "scale");
+        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &b.scale,
+                                        sizeof b.scale),
+              "scale");
+        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &a.scale,
+                                        sizeof a.scale),
+              "scale");
     }
-    if (bias) check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias), "bias");
-    check(lt.Matmul(gpu.lt, p->product, &alpha, b.data, p->a, a.data, p->b, &beta, c.data, p->c, (void *)c.data, p->c,
-                    &p->algo, gpu.workspace, WORKSPACE, gpu.stream), "product");
+    if (bias)
+        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias,
+                                        sizeof bias),
+              "bias");
+    check(lt.Matmul(gpu.lt, p->product, &alpha, b.data, p->a, a.data, p->b, &beta, c.data, p->c,
+                    (void *)c.data, p->c, &p->algo, gpu.workspace, WORKSPACE, gpu.stream),
+          "product");
     return true;
 }
 
 /* to [rows, columns], bf16, from rows `ld` apart, each times its scale. */
 template <class T>
-__global__ void convert_kernel(bf16 *to, const T *from, const float *scale, int64_t columns, int64_t ld) {
+__global__ void convert_kernel(bf16 *to, const T *from, const float *scale, int64_t columns,
+                               int64_t ld) {
     int64_t r = blockIdx.y, c0 = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
     float s = scale ? scale[r] : 1;
-    for (int64_t c = c0; c < c0 + 4 && c < columns; c++) set(to + r * columns + c, s * value(from[r * ld + c]));
+    for (int64_t c = c0; c < c0 + 4 && c < columns; c++)
+        set(to + r * columns + c, s * value(from[r * ld + c]));
 }
 
 template <class T>
-static void convert(bf16 *to, const T *from, const float *scale, int64_t rows, int64_t columns, int64_t ld) {
+static void convert(bf16 *to, const T *from, const float *scale, int64_t rows, int64_t columns,
+                    int64_t ld) {
     if (ld == columns && !scale) columns *= rows, ld = columns, rows = 1;
     for (int64_t r = 0; r < rows; r += 65535) { /* the grid's limit */
-        dim3 blocks((unsigned)ceil_div(columns, 1024), (unsigned)(rows - r < 65535 ? rows - r : 65535));
-        launch("convert", convert_kernel<T>, blocks, 256, 0, to + r * columns, from + r * ld, scale ? scale + r : NULL, columns, ld);
+        dim3 blocks((unsigned)ceil_div(columns, 1024),
+                    (unsigned)(rows - r < 65535 ? rows - r : 65535));
+        launch("convert", convert_kernel<T>, blocks, 256, 0, to + r * columns, from + r * ld,
+               scale ? scale + r : NULL, columns, ld);
     }
 }
 
@@ -700,7 +813,8 @@ static void convert(bf16 *to, const T *from, const float *scale, int64_t rows, i
 static Operand as_half(sc_matrix a, int64_t rows, int64_t columns, bf16 *buffer) {
     if (a.dtype == SC_BF16) return Operand{a.data, a.ld, a.transposed, 0, NULL};
     if (a.dtype == SC_F32) convert(buffer, (const float *)a.data, NULL, rows, columns, a.ld);
-    else if (a.dtype == SC_F8_E4M3) convert(buffer, (const uint8_t *)a.data, a.scale, rows, columns, a.ld);
+    else if (a.dtype == SC_F8_E4M3)
+        convert(buffer, (const uint8_t *)a.data, a.scale, rows, columns, a.ld);
     else fail("product", "matrices must be f32, bf16 or e4m3");
     return Operand{buffer, columns, a.transposed, 0, NULL};
 }
@@ -709,13 +823,15 @@ static Operand as_half(sc_matrix a, int64_t rows, int64_t columns, bf16 *buffer)
 __device__ __forceinline__ uint8_t to_e4m3(float x) {
     uint32_t bits = __float_as_uint(x), sign = bits >> 24 & 0x80, magnitude = bits & 0x7fffffffu;
     if (magnitude >= 0x43e00000u) return (uint8_t)(sign | 0x7e);
-    if (magnitude < 0x3c800000u) return (uint8_t)(sign | (uint32_t)rintf(__uint_as_float(magnitude) * 512.f));
+    if (magnitude < 0x3c800000u)
+        return (uint8_t)(sign | (uint32_t)rintf(__uint_as_float(magnitude) * 512.f));
     return (uint8_t)(sign | (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1)) >> 20);
 }
 
 /* A block of 128 threads to a row. */
 template <int V>
-__global__ void quantize_kernel(uint8_t *to, float *scale, const bf16 *from, int64_t columns, int64_t ld) {
+__global__ void quantize_kernel(uint8_t *to, float *scale, const bf16 *from, int64_t columns,
+                                int64_t ld) {
     float v[V], largest = 0;
     from += blockIdx.x * ld, to += blockIdx.x * columns;
     for (int64_t c = threadIdx.x * V; c < columns; c += blockDim.x * V) {
@@ -734,37 +850,43 @@ __global__ void quantize_kernel(uint8_t *to, float *scale, const bf16 *from, int
     }
 }
 
-static void quantize(uint8_t *to, float *scale, const bf16 *from, int64_t rows, int64_t columns, int64_t ld) {
+static void quantize(uint8_t *to, float *scale, const bf16 *from, int64_t rows, int64_t columns,
+                     int64_t ld) {
     bool w = wide(columns, from, to) && ld % 8 == 0;
     LAUNCH(w, quantize_kernel, rows, 128, to, scale, from, columns, ld);
 }
-static void cuda_quantize(uint8_t *to, float *scale, const void *from, int64_t rows, int64_t columns) {
+static void cuda_quantize(uint8_t *to, float *scale, const void *from, int64_t rows,
+                          int64_t columns) {
     quantize(to, scale, (const bf16 *)from, rows, columns, columns);
 }
 
-/* y = alpha x w^T + beta y + bias on fp8 tensor cores: x becomes e4m3 with a scale for each row, too.
- * False where the GPU or the library cannot (then the weights are expanded). */
-static bool fp8_product(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix x, sc_matrix w, float beta, Operand y, const bf16 *bias) {
+/* y = alpha x w^T + beta y + bias on fp8 tensor cores: x becomes e4m3 with a scale for each row,
+ * too. False where the GPU or the library cannot (then the weights are expanded). */
+static bool fp8_product(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix x, sc_matrix w,
+                        float beta, Operand y, const bf16 *bias) {
 #if CUBLAS_VERSION >= 120900
-    if (gpu.capability < 90 || x.dtype != SC_BF16 || w.dtype != SC_F8_E4M3 || !w.scale || x.transposed || !w.transposed ||
-        m < 16 || n % 16 || k % 16 || w.ld % 16 || y.ld % 8) return false;
+    if (gpu.capability < 90 || x.dtype != SC_BF16 || w.dtype != SC_F8_E4M3 || !w.scale ||
+        x.transposed || !w.transposed || m < 16 || n % 16 || k % 16 || w.ld % 16 || y.ld % 8)
+        return false;
     Scratch<uint8_t> narrow(m * k);
     Scratch<float> scale(m);
     quantize(narrow.p, scale.p, (const bf16 *)x.data, m, k, x.ld);
-    return product(m, n, k, alpha, Operand{narrow.p, k, false, 0, scale.p}, Operand{w.data, w.ld, true, 0, w.scale}, CUDA_R_8F_E4M3,
-                   beta, y, false, bias, 1);
+    return product(m, n, k, alpha, Operand{narrow.p, k, false, 0, scale.p},
+                   Operand{w.data, w.ld, true, 0, w.scale}, CUDA_R_8F_E4M3, beta, y, false, bias,
+                   1);
 #else
     return false;
 #endif
 }
 
-static void cuda_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, sc_matrix b, float beta, sc_matrix c,
-                      const sc_tensor *bias) {
+static void cuda_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, sc_matrix b,
+                      float beta, sc_matrix c, const sc_tensor *bias) {
     b.data = on_device(b.data); /* a layer's weight is always the second matrix */
     Operand to = {c.data, c.ld, false, 0, NULL};
     bool f32 = c.dtype == SC_F32;
     if (f32 && a.dtype == SC_F32 && b.dtype == SC_F32 && !bias) {
-        Operand pa = {a.data, a.ld, a.transposed, 0, NULL}, pb = {b.data, b.ld, b.transposed, 0, NULL};
+        Operand pa = {a.data, a.ld, a.transposed, 0, NULL},
+                pb = {b.data, b.ld, b.transposed, 0, NULL};
         product(m, n, k, alpha, pa, pb, CUDA_R_32F, beta, to, true, NULL, 1);
         return;
     }
@@ -781,13 +903,16 @@ static void cuda_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a,
 
 /* Rows of `columns` pieces of type T. */
 template <class T>
-__global__ void copy_kernel(T *dst, int64_t dst_ld, const T *src, int64_t src_ld, int64_t rows, int64_t columns) {
+__global__ void copy_kernel(T *dst, int64_t dst_ld, const T *src, int64_t src_ld, int64_t rows,
+                            int64_t columns) {
     int64_t i = FLAT_INDEX(1);
-    if (i < rows * columns) dst[i / columns * dst_ld + i % columns] = src[i / columns * src_ld + i % columns];
+    if (i < rows * columns)
+        dst[i / columns * dst_ld + i % columns] = src[i / columns * src_ld + i % columns];
 }
 
 template <int V>
-__global__ void add_block_kernel(bf16 *dst, int64_t dst_ld, const bf16 *src, int64_t src_ld, int64_t rows, int64_t columns) {
+__global__ void add_block_kernel(bf16 *dst, int64_t dst_ld, const bf16 *src, int64_t src_ld,
+                                 int64_t rows, int64_t columns) {
     int64_t i = FLAT_INDEX(V);
     if (i >= rows * columns) return;
     float x[V];
@@ -796,30 +921,40 @@ __global__ void add_block_kernel(bf16 *dst, int64_t dst_ld, const bf16 *src, int
 }
 
 template <class T>
-static void copy_pieces(void *dst, int64_t dst_ld, const void *src, int64_t src_ld, int64_t rows, int64_t columns, int64_t size) {
-    int64_t k = (int64_t)sizeof(T); /* lengths in elements of `size` bytes become lengths in pieces */
-    launch("copy", copy_kernel<T>, dim3((unsigned)ceil_div(rows * columns * size / k, 256)), 256, 0, (T *)dst,
-           dst_ld * size / k, (const T *)src, src_ld * size / k, rows, columns * size / k);
+static void copy_pieces(void *dst, int64_t dst_ld, const void *src, int64_t src_ld, int64_t rows,
+                        int64_t columns, int64_t size) {
+    int64_t k =
+        (int64_t)sizeof(T); /* lengths in elements of `size` bytes become lengths in pieces */
+    launch("copy", copy_kernel<T>, dim3((unsigned)ceil_div(rows * columns * size / k, 256)), 256, 0,
+           (T *)dst, dst_ld * size / k, (const T *)src, src_ld * size / k, rows,
+           columns * size / k);
 }
 
-static void cuda_copy_block(void *dst, int64_t dst_ld, const void *src, int64_t src_ld, int64_t rows, int64_t columns,
-                            sc_dtype dtype, bool accumulate) {
+static void cuda_copy_block(void *dst, int64_t dst_ld, const void *src, int64_t src_ld,
+                            int64_t rows, int64_t columns, sc_dtype dtype, bool accumulate) {
     int64_t size = sc_dtype_size(dtype);
-    uintptr_t all = (uintptr_t)dst | (uintptr_t)src | (uintptr_t)(dst_ld * size) | (uintptr_t)(src_ld * size) |
-                    (uintptr_t)(columns * size);
+    uintptr_t all = (uintptr_t)dst | (uintptr_t)src | (uintptr_t)(dst_ld * size) |
+                    (uintptr_t)(src_ld * size) | (uintptr_t)(columns * size);
     if (accumulate) {
-        if (dtype != SC_BF16) { fail("copy_block", "only bf16 accumulates"); return; }
-        LAUNCH_FLAT(all % 16 == 0, add_block_kernel, rows * columns, (bf16 *)dst, dst_ld, (const bf16 *)src, src_ld, rows, columns);
+        if (dtype != SC_BF16) {
+            fail("copy_block", "only bf16 accumulates");
+            return;
+        }
+        LAUNCH_FLAT(all % 16 == 0, add_block_kernel, rows * columns, (bf16 *)dst, dst_ld,
+                    (const bf16 *)src, src_ld, rows, columns);
     } else if (all % 16 == 0) copy_pieces<uint4>(dst, dst_ld, src, src_ld, rows, columns, size);
     else if (all % 4 == 0) copy_pieces<uint32_t>(dst, dst_ld, src, src_ld, rows, columns, size);
     else if (all % 2 == 0) copy_pieces<uint16_t>(dst, dst_ld, src, src_ld, rows, columns, size);
     else copy_pieces<uint8_t>(dst, dst_ld, src, src_ld, rows, columns, size);
 }
 
-struct Factors { float x[64]; }; /* host numbers travel as a kernel's argument: up to 32 samples */
+struct Factors {
+    float x[64];
+}; /* host numbers travel as a kernel's argument: up to 32 samples */
 
 template <int V>
-__global__ void blend_kernel(bf16 *y, Factors f, const bf16 *u, const bf16 *v, int64_t n, int64_t total) {
+__global__ void blend_kernel(bf16 *y, Factors f, const bf16 *u, const bf16 *v, int64_t n,
+                             int64_t total) {
     int64_t i = FLAT_INDEX(V);
     if (i >= total) return;
     float a[V], b[V], p = f.x[2 * (i / n)], q = f.x[2 * (i / n) + 1];
@@ -829,7 +964,8 @@ __global__ void blend_kernel(bf16 *y, Factors f, const bf16 *u, const bf16 *v, i
     store<V>(y + i, a);
 }
 
-static void cuda_blend(sc_tensor *y, const float *p, const sc_tensor *u, const float *q, const sc_tensor *v) {
+static void cuda_blend(sc_tensor *y, const float *p, const sc_tensor *u, const float *q,
+                       const sc_tensor *v) {
     int64_t batch = y->shape[0], n = sc_count(y) / batch;
     for (int64_t b = 0; b < batch; b += 32) {
         Factors f = {{0}};
@@ -841,8 +977,7 @@ static void cuda_blend(sc_tensor *y, const float *p, const sc_tensor *u, const f
     }
 }
 
-template <int V>
-__global__ void multiply_kernel(bf16 *y, const bf16 *a, const bf16 *b, int64_t n) {
+template <int V> __global__ void multiply_kernel(bf16 *y, const bf16 *a, const bf16 *b, int64_t n) {
     int64_t i = FLAT_INDEX(V);
     if (i >= n) return;
     float x[V], z[V];
@@ -861,7 +996,8 @@ static void cuda_multiply(sc_tensor *y, const sc_tensor *a, const sc_tensor *b) 
 __global__ void embed_timestep_kernel(bf16 *y, Factors t, int half) {
     int i = threadIdx.x + blockIdx.x * blockDim.x;
     if (i >= half) return;
-    float angle = 1000.f * t.x[blockIdx.y] * (float)exp((double)(-9.2103404f * (float)i / (float)half));
+    float angle =
+        1000.f * t.x[blockIdx.y] * (float)exp((double)(-9.2103404f * (float)i / (float)half));
     set(y + blockIdx.y * 2 * half + i, (float)cos((double)angle));
     set(y + blockIdx.y * 2 * half + half + i, (float)sin((double)angle));
 }
@@ -871,7 +1007,8 @@ static void cuda_embed_timestep(sc_tensor *y, const float *t) {
         Factors f = {{0}};
         int64_t count = batch - b < 64 ? batch - b : 64;
         for (int64_t i = 0; i < count; i++) f.x[i] = t[b + i];
-        launch("embed_timestep", embed_timestep_kernel, dim3((unsigned)ceil_div(half, 128), (unsigned)count), 128, 0,
+        launch("embed_timestep", embed_timestep_kernel,
+               dim3((unsigned)ceil_div(half, 128), (unsigned)count), 128, 0,
                (bf16 *)y->data + b * 2 * half, f, (int)half);
     }
 }
@@ -881,25 +1018,29 @@ __device__ __forceinline__ float gate(sc_activation kind, float x, float *slope)
     const float k = 1.5957691216057308f; /* 2 sqrt(2/pi) */
     float u = x;
     *slope = 1;
-    if (kind == SC_GELU_TANH) u = k * (x + 0.044715f * x * x * x), *slope = k * (1 + 3 * 0.044715f * x * x);
+    if (kind == SC_GELU_TANH)
+        u = k * (x + 0.044715f * x * x * x), *slope = k * (1 + 3 * 0.044715f * x * x);
     if (kind == SC_QUICK_GELU) u = 1.702f * x, *slope = 1.702f;
     return 1 / (1 + __expf(-u));
 }
 
 /* Rows of n values: x's lie together, y's are `width` apart. */
 template <int V>
-__global__ void activate_kernel(sc_activation kind, bf16 *y, int64_t width, const bf16 *x, int64_t n, int64_t total) {
+__global__ void activate_kernel(sc_activation kind, bf16 *y, int64_t width, const bf16 *x,
+                                int64_t n, int64_t total) {
     int64_t i = FLAT_INDEX(V);
     if (i >= total) return;
     float v[V], slope;
     load<V>(v, x + i);
     for (int j = 0; j < V; j++)
-        v[j] = kind == SC_GELU ? 0.5f * v[j] * (1 + erff(v[j] * 0.70710678f)) : v[j] * gate(kind, v[j], &slope);
+        v[j] = kind == SC_GELU ? 0.5f * v[j] * (1 + erff(v[j] * 0.70710678f))
+                               : v[j] * gate(kind, v[j], &slope);
     store<V>(y + i / n * width + i % n, v);
 }
 
 template <int V>
-__global__ void activate_backward_kernel(sc_activation kind, bf16 *dx, const bf16 *dy, int64_t width, const bf16 *x, int64_t n, int64_t total) {
+__global__ void activate_backward_kernel(sc_activation kind, bf16 *dx, const bf16 *dy,
+                                         int64_t width, const bf16 *x, int64_t n, int64_t total) {
     int64_t i = FLAT_INDEX(V);
     if (i >= total) return;
     float v[V], d[V], slope;
@@ -923,11 +1064,13 @@ static void cuda_activate(sc_activation kind, sc_tensor *y, int64_t at, const sc
     bool w = wide(n | width, to, x->data);
     LAUNCH_FLAT(w, activate_kernel, total, kind, to, width, half_data(x), n, total);
 }
-static void cuda_activate_backward(sc_activation kind, const sc_tensor *y, int64_t at, sc_tensor *x) {
+static void cuda_activate_backward(sc_activation kind, const sc_tensor *y, int64_t at,
+                                   sc_tensor *x) {
     int64_t n = last_size(x), width = last_size(y), total = sc_count(x);
     const bf16 *dy = half_grad(y) + at;
     bool w = wide(n | width, dy, x->grad, x->data);
-    LAUNCH_FLAT(w, activate_backward_kernel, total, kind, half_grad(x), dy, width, half_data(x), n, total);
+    LAUNCH_FLAT(w, activate_backward_kernel, total, kind, half_grad(x), dy, width, half_data(x), n,
+                total);
 }
 
 /* ==== Modulated layer norm and gated residual ================================================
@@ -954,11 +1097,14 @@ __device__ void moments(const bf16 *x, int n, float eps, float *mean, float *inv
 struct Modulation {
     const bf16 *mod;
     int64_t tokens, width;
-    __device__ const bf16 *row(int64_t r, int64_t at) const { return mod + r / tokens * width + at; }
+    __device__ const bf16 *row(int64_t r, int64_t at) const {
+        return mod + r / tokens * width + at;
+    }
 };
 
 template <int V>
-__global__ void ln_modulate_kernel(bf16 *y, const bf16 *x, Modulation mod, int n, int64_t shift, int64_t scale) {
+__global__ void ln_modulate_kernel(bf16 *y, const bf16 *x, Modulation mod, int n, int64_t shift,
+                                   int64_t scale) {
     int64_t r = blockIdx.x;
     const bf16 *a = mod.row(r, scale), *b = mod.row(r, shift);
     float v[V], s[V], t[V], mean, inverse;
@@ -975,8 +1121,8 @@ __global__ void ln_modulate_kernel(bf16 *y, const bf16 *x, Modulation mod, int n
 
 /* dx (or NULL), and each row's (mean, inverse) into stats. */
 template <int V>
-__global__ void ln_modulate_backward_kernel(bf16 *dx, float2 *stats, const bf16 *dy, const bf16 *x, Modulation mod, int n,
-                                            int64_t scale) {
+__global__ void ln_modulate_backward_kernel(bf16 *dx, float2 *stats, const bf16 *dy, const bf16 *x,
+                                            Modulation mod, int n, int64_t scale) {
     int64_t r = blockIdx.x;
     const bf16 *a = mod.row(r, scale);
     float v[V], d[V], s[V], mean, inverse, g_sum = 0, gn_sum = 0;
@@ -985,7 +1131,8 @@ __global__ void ln_modulate_backward_kernel(bf16 *dx, float2 *stats, const bf16 
     if (threadIdx.x == 0) stats[r] = make_float2(mean, inverse);
     if (!dx) return;
     for (int pass = 0; pass < 2; pass++) {
-        float g_mean = pass ? block_sum(g_sum) / (float)n : 0, gn_mean = pass ? block_sum(gn_sum) / (float)n : 0;
+        float g_mean = pass ? block_sum(g_sum) / (float)n : 0,
+              gn_mean = pass ? block_sum(gn_sum) / (float)n : 0;
         for (int c = threadIdx.x * V; c < n; c += blockDim.x * V) {
             load<V>(v, x + c);
             load<V>(d, dy + c);
@@ -1015,18 +1162,21 @@ static Modulation modulation(const sc_tensor *mod, const sc_tensor *x) {
     return Modulation{half_data(mod), x->shape[1], mod->shape[1]};
 }
 
-static void cuda_ln_modulate(sc_tensor *y, const sc_tensor *x, const sc_tensor *mod, int shift, int scale) {
+static void cuda_ln_modulate(sc_tensor *y, const sc_tensor *x, const sc_tensor *mod, int shift,
+                             int scale) {
     int64_t n = x->shape[2];
     bool w = wide(n, y->data, x->data, mod->data);
-    LAUNCH(w, ln_modulate_kernel, row_count(x), 128, (bf16 *)y->data, half_data(x), modulation(mod, x), (int)n, shift * n, scale * n);
+    LAUNCH(w, ln_modulate_kernel, row_count(x), 128, (bf16 *)y->data, half_data(x),
+           modulation(mod, x), (int)n, shift * n, scale * n);
 }
 
-static void cuda_ln_modulate_backward(const sc_tensor *y, sc_tensor *x, sc_tensor *mod, int shift, int scale) {
+static void cuda_ln_modulate_backward(const sc_tensor *y, sc_tensor *x, sc_tensor *mod, int shift,
+                                      int scale) {
     int64_t n = x->shape[2], rows = row_count(x);
     Scratch<float2> stats(rows);
     bool w = wide(n, y->grad, x->data, mod->data, x->grad);
-    LAUNCH(w, ln_modulate_backward_kernel, rows, 128, half_grad(x), stats.p, half_grad(y), half_data(x), modulation(mod, x),
-           (int)n, scale * n);
+    LAUNCH(w, ln_modulate_backward_kernel, rows, 128, half_grad(x), stats.p, half_grad(y),
+           half_data(x), modulation(mod, x), (int)n, scale * n);
     if (!mod->grad) return;
     bf16 *to[2] = {half_grad(mod) + scale * n, half_grad(mod) + shift * n};
     ModulateColumns f = {half_data(x), half_grad(y), stats.p, n};
@@ -1034,7 +1184,8 @@ static void cuda_ln_modulate_backward(const sc_tensor *y, sc_tensor *x, sc_tenso
 }
 
 template <int V>
-__global__ void gated_residual_kernel(bf16 *y, const bf16 *x, const bf16 *h, Modulation mod, int64_t gate, int64_t n, int64_t total) {
+__global__ void gated_residual_kernel(bf16 *y, const bf16 *x, const bf16 *h, Modulation mod,
+                                      int64_t gate, int64_t n, int64_t total) {
     int64_t i = FLAT_INDEX(V);
     if (i >= total) return;
     float v[V], u[V], g[V];
@@ -1046,8 +1197,8 @@ __global__ void gated_residual_kernel(bf16 *y, const bf16 *x, const bf16 *h, Mod
 }
 
 template <int V>
-__global__ void gated_residual_backward_kernel(bf16 *dx, bf16 *dh, const bf16 *dy, Modulation mod, int64_t gate, int64_t n,
-                                               int64_t total) {
+__global__ void gated_residual_backward_kernel(bf16 *dx, bf16 *dh, const bf16 *dy, Modulation mod,
+                                               int64_t gate, int64_t n, int64_t total) {
     int64_t i = FLAT_INDEX(V);
     if (i >= total) return;
     float d[V], g[V];
@@ -1062,28 +1213,36 @@ __global__ void gated_residual_backward_kernel(bf16 *dx, bf16 *dh, const bf16 *d
 struct GateColumns {
     const bf16 *h, *dy;
     int64_t n;
-    __device__ void operator()(int64_t r, int c, float sum[1]) const { sum[0] = value(h[r * n + c]) * value(dy[r * n + c]); }
+    __device__ void operator()(int64_t r, int c, float sum[1]) const {
+        sum[0] = value(h[r * n + c]) * value(dy[r * n + c]);
+    }
 };
 
-static void cuda_gated_residual(sc_tensor *y, const sc_tensor *x, const sc_tensor *h, const sc_tensor *mod, int gate) {
+static void cuda_gated_residual(sc_tensor *y, const sc_tensor *x, const sc_tensor *h,
+                                const sc_tensor *mod, int gate) {
     int64_t n = x->shape[2], total = sc_count(x);
     bool w = wide(n, y->data, x->data, h->data, mod->data);
-    LAUNCH_FLAT(w, gated_residual_kernel, total, (bf16 *)y->data, half_data(x), half_data(h), modulation(mod, x), gate * n, n, total);
+    LAUNCH_FLAT(w, gated_residual_kernel, total, (bf16 *)y->data, half_data(x), half_data(h),
+                modulation(mod, x), gate * n, n, total);
 }
 
-static void cuda_gated_residual_backward(const sc_tensor *y, sc_tensor *x, sc_tensor *h, sc_tensor *mod, int gate) {
+static void cuda_gated_residual_backward(const sc_tensor *y, sc_tensor *x, sc_tensor *h,
+                                         sc_tensor *mod, int gate) {
     int64_t n = x->shape[2], total = sc_count(x);
     bool w = wide(n, y->grad, x->grad, h->grad, mod->data);
-    LAUNCH_FLAT(w, gated_residual_backward_kernel, total, half_grad(x), half_grad(h), half_grad(y), modulation(mod, x), gate * n, n, total);
+    LAUNCH_FLAT(w, gated_residual_backward_kernel, total, half_grad(x), half_grad(h), half_grad(y),
+                modulation(mod, x), gate * n, n, total);
     if (!mod->grad) return;
     bf16 *to[1] = {half_grad(mod) + gate * n};
-    column_sums<1, bf16>(GateColumns{half_data(h), half_grad(y), n}, x->shape[0], x->shape[1], n, to, mod->shape[1]);
+    column_sums<1, bf16>(GateColumns{half_data(h), half_grad(y), n}, x->shape[0], x->shape[1], n,
+                         to, mod->shape[1]);
 }
 
 /* ==== QK-norm + RoPE =========================================================================
  * A warp to a head of a token: lane l turns the pairs at channels 2l, 2l + 64, ... */
 
-struct Heads { /* item i is head i % heads of token (i / heads) % tokens of sample i / heads / tokens */
+struct Heads { /* item i is head i % heads of token (i / heads) % tokens of sample i / heads /
+                  tokens */
     int64_t items, tokens, joined, offset; /* tokens of x and of y; where x's lie in y */
     int heads, size;
     __device__ int64_t in_x(int64_t i) const { return i * size; }
@@ -1112,7 +1271,8 @@ __device__ __forceinline__ float head_inverse_rms(const bf16 *x, int size) {
     return 1 / sqrtf(warp_sum(sum) / (float)size + 1e-6f);
 }
 
-__global__ void norm_rope_kernel(bf16 *y, const bf16 *x, const float *weight, const float *rope, Heads m) {
+__global__ void norm_rope_kernel(bf16 *y, const bf16 *x, const float *weight, const float *rope,
+                                 Heads m) {
     int64_t i = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (i >= m.items) return;
     x += m.in_x(i), y += m.in_y(i), rope += m.in_rope(i);
@@ -1120,7 +1280,8 @@ __global__ void norm_rope_kernel(bf16 *y, const bf16 *x, const float *weight, co
     for (int d = threadIdx.x % 32 * 2; d < m.size; d += 64) {
         float2 v = load_pair(x + d);
         float n0 = v.x * inverse * weight[d], n1 = v.y * inverse * weight[d + 1];
-        *(uint32_t *)(y + d) = pack(n0 * rope[d] - n1 * rope[d + 1], n1 * rope[d] + n0 * rope[d + 1]);
+        *(uint32_t *)(y + d) =
+            pack(n0 * rope[d] - n1 * rope[d + 1], n1 * rope[d] + n0 * rope[d + 1]);
     }
 }
 
@@ -1130,7 +1291,8 @@ __device__ __forceinline__ float2 turn_back(const bf16 *dy, const float *rope, i
     return make_float2(g.x * rope[d] + g.y * rope[d + 1], g.y * rope[d] - g.x * rope[d + 1]);
 }
 
-__global__ void norm_rope_backward_kernel(bf16 *dx, const bf16 *dy, const bf16 *x, const float *weight, const float *rope, Heads m) {
+__global__ void norm_rope_backward_kernel(bf16 *dx, const bf16 *dy, const bf16 *x,
+                                          const float *weight, const float *rope, Heads m) {
     int64_t i = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (i >= m.items) return;
     x += m.in_x(i), dx += m.in_x(i), dy += m.in_y(i), rope += m.in_rope(i);
@@ -1148,8 +1310,10 @@ __global__ void norm_rope_backward_kernel(bf16 *dx, const bf16 *dy, const bf16 *
 }
 
 /* Each warp's sum over its items of dweight, partial [warps, size]. */
-__global__ void norm_rope_weight_kernel(float *partial, const bf16 *dy, const bf16 *x, const float *rope, Heads m) {
-    int64_t warps = (int64_t)gridDim.x * (blockDim.x / 32), first = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+__global__ void norm_rope_weight_kernel(float *partial, const bf16 *dy, const bf16 *x,
+                                        const float *rope, Heads m) {
+    int64_t warps = (int64_t)gridDim.x * (blockDim.x / 32),
+            first = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     float2 sum[4] = {{0, 0}, {0, 0}, {0, 0}, {0, 0}}; /* heads of up to 256 */
     for (int64_t i = first; i < m.items; i += warps) {
         const bf16 *px = x + m.in_x(i);
@@ -1171,31 +1335,36 @@ static Heads head_map(const sc_tensor *y, int64_t offset, const sc_tensor *x, in
     return Heads{row_count(x) * heads, x->shape[1], y->shape[1], offset, (int)heads, (int)size};
 }
 
-static void cuda_norm_rope(sc_tensor *y, int64_t offset, const sc_tensor *x, const sc_tensor *weight, const sc_tensor *rope) {
+static void cuda_norm_rope(sc_tensor *y, int64_t offset, const sc_tensor *x,
+                           const sc_tensor *weight, const sc_tensor *rope) {
     Heads m = head_map(y, offset, x, weight->shape[0]);
-    launch("norm_rope", norm_rope_kernel, dim3((unsigned)ceil_div(m.items, 8)), 256, 0, (bf16 *)y->data, half_data(x),
-           full_data(weight), full_data(rope), m);
+    launch("norm_rope", norm_rope_kernel, dim3((unsigned)ceil_div(m.items, 8)), 256, 0,
+           (bf16 *)y->data, half_data(x), full_data(weight), full_data(rope), m);
 }
 
-static void cuda_norm_rope_backward(const sc_tensor *y, int64_t offset, sc_tensor *x, sc_tensor *weight, const sc_tensor *rope) {
+static void cuda_norm_rope_backward(const sc_tensor *y, int64_t offset, sc_tensor *x,
+                                    sc_tensor *weight, const sc_tensor *rope) {
     Heads m = head_map(y, offset, x, weight->shape[0]);
     if (x->grad)
-        launch("norm_rope_backward", norm_rope_backward_kernel, dim3((unsigned)ceil_div(m.items, 8)), 256, 0, half_grad(x),
-               half_grad(y), half_data(x), full_data(weight), full_data(rope), m);
+        launch("norm_rope_backward", norm_rope_backward_kernel,
+               dim3((unsigned)ceil_div(m.items, 8)), 256, 0, half_grad(x), half_grad(y),
+               half_data(x), full_data(weight), full_data(rope), m);
     if (!weight->grad) return;
     int64_t count = ceil_div(m.items, 64) < 64 ? ceil_div(m.items, 64) : 64; /* of 8 warps each */
     Scratch<float> partial(count * 8 * m.size);
-    launch("norm_rope_weight", norm_rope_weight_kernel, dim3((unsigned)count), 256, 0, partial.p, half_grad(y), half_data(x),
-           full_data(rope), m);
-    launch("column_totals", column_totals<float>, dim3((unsigned)ceil_div(m.size, 128), 1), 128, 0, (float *)weight->grad,
-           (int64_t)0, (const float *)partial.p, (int)(count * 8), 1, 0, m.size);
+    launch("norm_rope_weight", norm_rope_weight_kernel, dim3((unsigned)count), 256, 0, partial.p,
+           half_grad(y), half_data(x), full_data(rope), m);
+    launch("column_totals", column_totals<float>, dim3((unsigned)ceil_div(m.size, 128), 1), 128, 0,
+           (float *)weight->grad, (int64_t)0, (const float *)partial.p, (int)(count * 8), 1, 0,
+           m.size);
 }
 
 /* ==== Attention ==============================================================================
  * Flash attention (Dao 2023) on the tensor cores for heads of 32, 64 and 128 channels: scores exist
  * only tile by tile. Q, K, V, O [B,T,C], head h in columns [h D, (h + 1) D). With the sum of
  * exponentials l and log-sum-exp L of a row of scores:  P = exp(scale Q K^T - L), O = P V;
- * dV = P^T dO;  dS = P (dO V^T - delta), delta = rowsum(dO O);  dQ = scale dS K;  dK = scale dS^T Q.
+ * dV = P^T dO;  dS = P (dO V^T - delta), delta = rowsum(dO O);  dQ = scale dS K;  dK = scale dS^T
+ * Q.
  *
  * A tile of W columns lies in shared memory row by row, in pieces of 16 bytes. The pieces of a row
  * are permuted by the row's number, so that 8 rows' pieces of one column lie in different banks. */
@@ -1221,19 +1390,24 @@ __device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *from, int64_t 
 /* sum[M 16-row tiles][N 8-column tiles] += rows m0 ... of A times columns n0 ... of B, over K; both
  * are tiles in shared memory, AW and BW wide. A_T: A is stored [k][m]; B_T: B is stored [n][k]. */
 template <int M, int N, int K, bool A_T, bool B_T, int AW, int BW>
-__device__ __forceinline__ void multiply_tiles(float (*sum)[N][4], bf16 *a, int m0, bf16 *b, int n0) {
+__device__ __forceinline__ void multiply_tiles(float (*sum)[N][4], bf16 *a, int m0, bf16 *b,
+                                               int n0) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int k = 0; k < K; k += 16) {
         uint32_t fa[M][4], fb[4];
 #pragma unroll
         for (int m = 0; m < M; m++) {
-            if (A_T) load_matrices_transposed(fa[m], piece<AW>(a, k + lane % 8 + lane / 16 * 8, (m0 + m * 16) / 8 + lane / 8 % 2));
+            if (A_T)
+                load_matrices_transposed(fa[m], piece<AW>(a, k + lane % 8 + lane / 16 * 8,
+                                                          (m0 + m * 16) / 8 + lane / 8 % 2));
             else load_matrices(fa[m], piece<AW>(a, m0 + m * 16 + lane % 16, k / 8 + lane / 16));
         }
 #pragma unroll
         for (int n = 0; n < N; n += 2) {
-            if (B_T) load_matrices(fb, piece<BW>(b, n0 + n * 8 + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
+            if (B_T)
+                load_matrices(
+                    fb, piece<BW>(b, n0 + n * 8 + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
             else load_matrices_transposed(fb, piece<BW>(b, k + lane % 16, n0 / 8 + n + lane / 16));
 #pragma unroll
             for (int m = 0; m < M; m++) {
@@ -1244,7 +1418,8 @@ __device__ __forceinline__ void multiply_tiles(float (*sum)[N][4], bf16 *a, int 
     }
 }
 
-__device__ __forceinline__ float quad_sum(float x) { /* of the four lanes that share rows of a tile */
+__device__ __forceinline__ float
+quad_sum(float x) { /* of the four lanes that share rows of a tile */
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);
 }
@@ -1258,8 +1433,9 @@ enum { QUERIES = 128, KEYS = 64 }; /* tile of the forward pass: 4 warps, 32 quer
 /* One tile of scores s becomes exp2(factor s - top); what was summed before is brought to the new
  * maximum. `left`: how many of the tile's keys exist. */
 template <int D>
-__device__ __forceinline__ void softmax_tile(float (*s)[KEYS / 8][4], float (*out)[D / 8][4], float (*top)[2], float (*sum)[2],
-                                             int left, float factor) {
+__device__ __forceinline__ void softmax_tile(float (*s)[KEYS / 8][4], float (*out)[D / 8][4],
+                                             float (*top)[2], float (*sum)[2], int left,
+                                             float factor) {
     int lane = threadIdx.x % 32;
     if (left < KEYS)
 #pragma unroll
@@ -1273,23 +1449,27 @@ __device__ __forceinline__ void softmax_tile(float (*s)[KEYS / 8][4], float (*ou
         for (int half = 0; half < 2; half++) { /* rows g and g + 8 */
             float old = top[m][half], best = old, total = 0;
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) best = fmaxf(best, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+            for (int n = 0; n < KEYS / 8; n++)
+                best = fmaxf(best, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
             best = quad_max(best);
             float shrink = exp2f((old - best) * factor), base = best * factor;
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
-                for (int c = 2 * half; c < 2 * half + 2; c++) total += s[m][n][c] = exp2f(s[m][n][c] * factor - base);
+                for (int c = 2 * half; c < 2 * half + 2; c++)
+                    total += s[m][n][c] = exp2f(s[m][n][c] * factor - base);
             top[m][half] = best;
             sum[m][half] = sum[m][half] * shrink + total;
 #pragma unroll
-            for (int n = 0; n < D / 8; n++) out[m][n][2 * half] *= shrink, out[m][n][2 * half + 1] *= shrink;
+            for (int n = 0; n < D / 8; n++)
+                out[m][n][2 * half] *= shrink, out[m][n][2 * half + 1] *= shrink;
         }
 }
 
 /* out += P V: a lane's scores are, pair by pair, what it must hold of the left matrix. */
 template <int D>
-__device__ __forceinline__ void add_values(float (*out)[D / 8][4], float (*p)[KEYS / 8][4], bf16 *v) {
+__device__ __forceinline__ void add_values(float (*out)[D / 8][4], float (*p)[KEYS / 8][4],
+                                           bf16 *v) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int k = 0; k < KEYS / 16; k++) {
@@ -1313,23 +1493,24 @@ __device__ __forceinline__ void add_values(float (*out)[D / 8][4], float (*p)[KE
     }
 }
 
-/* What a pass over one head reads and writes. factor = scale log2(e): exponentials are powers of 2. */
+/* What a pass over one head reads and writes. factor = scale log2(e): exponentials are powers of 2.
+ */
 struct Attention {
     const bf16 *q, *k, *v, *dout;
     bf16 *o, *dk, *dv;
-    float *lse, *delta;         /* [B,H,Tq] */
-    float *dq;                  /* [splits,B,Tq,C], the parts of the sum */
+    float *lse, *delta; /* [B,H,Tq] */
+    float *dq;          /* [splits,B,Tq,C], the parts of the sum */
     int nq, nk, heads;
     float scale, factor;
 };
 
 /* grid (tiles of queries, H, B). A tile of V is on its way while scores are computed, the next of K
  * while they are used. */
-template <int D>
-__global__ void __launch_bounds__(128) attention_kernel(Attention a) {
+template <int D> __global__ void __launch_bounds__(128) attention_kernel(Attention a) {
     bf16 *sq = (bf16 *)shared_memory(), *sk = sq + QUERIES * D, *sv = sk + KEYS * D;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * QUERIES;
-    int64_t width = (int64_t)a.heads * D, queries = ((int64_t)blockIdx.z * a.nq + first) * width + blockIdx.y * D;
+    int64_t width = (int64_t)a.heads * D,
+            queries = ((int64_t)blockIdx.z * a.nq + first) * width + blockIdx.y * D;
     int64_t keys = (int64_t)blockIdx.z * a.nk * width + blockIdx.y * D;
     const bf16 *k = a.k + keys, *v = a.v + keys;
     float out[2][D / 8][4] = {}, top[2][2], sum[2][2] = {};
@@ -1346,7 +1527,8 @@ __global__ void __launch_bounds__(128) attention_kernel(Attention a) {
         multiply_tiles<2, KEYS / 8, D, false, true, D, D>(s, sq, warp * 32, sk, 0);
         wait_copies<0>();
         __syncthreads(); /* V is there, K no longer needed */
-        if (j + KEYS < a.nk) load_tile<KEYS, D, 128>(sk, k + (j + KEYS) * width, width, a.nk - j - KEYS);
+        if (j + KEYS < a.nk)
+            load_tile<KEYS, D, 128>(sk, k + (j + KEYS) * width, width, a.nk - j - KEYS);
         commit_copies();
         softmax_tile<D>(s, out, top, sum, a.nk - j, a.factor);
         add_values<D>(out, s, sv);
@@ -1359,30 +1541,33 @@ __global__ void __launch_bounds__(128) attention_kernel(Attention a) {
         bf16 *o = a.o + queries + row * width + lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < D / 8; n++)
-            *(uint32_t *)(o + n * 8) = pack(out[m][n][2 * half] * inverse, out[m][n][2 * half + 1] * inverse);
+            *(uint32_t *)(o + n * 8) =
+                pack(out[m][n][2 * half] * inverse, out[m][n][2 * half + 1] * inverse);
         if (a.lse && lane % 4 == 0)
-            a.lse[((int64_t)blockIdx.z * a.heads + blockIdx.y) * a.nq + first + row] = top[m][half] * a.scale + logf(total);
+            a.lse[((int64_t)blockIdx.z * a.heads + blockIdx.y) * a.nq + first + row] =
+                top[m][half] * a.scale + logf(total);
     }
 }
 
 /* delta = rowsum(dO O): a warp to a head of a token. */
-template <int D>
-__global__ void attention_delta_kernel(Attention a, int64_t items) {
+template <int D> __global__ void attention_delta_kernel(Attention a, int64_t items) {
     int64_t i = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (i >= items) return;
     float sum = 0;
-    for (int d = threadIdx.x % 32; d < D; d += 32) sum += value(a.o[i * D + d]) * value(a.dout[i * D + d]);
+    for (int d = threadIdx.x % 32; d < D; d += 32)
+        sum += value(a.o[i * D + d]) * value(a.dout[i * D + d]);
     sum = warp_sum(sum);
     int64_t row = i / a.heads; /* of B * Tq */
-    if (threadIdx.x % 32 == 0) a.delta[(row / a.nq * a.heads + i % a.heads) * a.nq + row % a.nq] = sum;
+    if (threadIdx.x % 32 == 0)
+        a.delta[(row / a.nq * a.heads + i % a.heads) * a.nq + row % a.nq] = sum;
 }
 
 /* How the 8 warps share the backward pass's products. A tile has 64 queries and BN keys. */
 template <int D, int BN> struct Backward {
     enum {
         BM = 64,
-        S_N = BN / 4 / 8,           /* scores [BM,BN]: 2 x 4 warps, 32 rows and S_N 8-column tiles each */
-        K_M = BN / 4 / 16,          /* dK and dV [BN,D]: 4 x 2 warps */
+        S_N = BN / 4 / 8,  /* scores [BM,BN]: 2 x 4 warps, 32 rows and S_N 8-column tiles each */
+        K_M = BN / 4 / 16, /* dK and dV [BN,D]: 4 x 2 warps */
         K_N = D / 2 / 8,
         Q_ACROSS = D == 32 ? 2 : 4, /* dQ [BM,D] */
         Q_M = BM / (8 / Q_ACROSS) / 16,
@@ -1392,14 +1577,16 @@ template <int D, int BN> struct Backward {
 
 /* P and dS of one tile, from the scores s and from dp = dO V^T, to shared memory. */
 template <int D, int BN>
-__device__ __forceinline__ void backward_scores(const Attention &a, float (*s)[BN / 32][4], float (*dp)[BN / 32][4], bf16 *sp,
-                                                bf16 *ds, int first_query, int first_key) {
+__device__ __forceinline__ void backward_scores(const Attention &a, float (*s)[BN / 32][4],
+                                                float (*dp)[BN / 32][4], bf16 *sp, bf16 *ds,
+                                                int first_query, int first_key) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const float *lse = a.lse + ((int64_t)blockIdx.z * a.heads + blockIdx.y) * a.nq;
     const float *delta = a.delta + ((int64_t)blockIdx.z * a.heads + blockIdx.y) * a.nq;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        int m = i / 2, half = i % 2, row = warp / 4 * 32 + m * 16 + half * 8 + lane / 4, query = first_query + row;
+        int m = i / 2, half = i % 2, row = warp / 4 * 32 + m * 16 + half * 8 + lane / 4,
+            query = first_query + row;
         float l = query < a.nq ? lse[query] * 1.4426950408889634f : INFINITY; /* makes P zero */
         float d = query < a.nq ? delta[query] : 0;
 #pragma unroll
@@ -1408,7 +1595,8 @@ __device__ __forceinline__ void backward_scores(const Attention &a, float (*s)[B
             float p[2], g[2];
 #pragma unroll
             for (int c = 0; c < 2; c++) {
-                p[c] = first_key + column + c < a.nk ? exp2f(s[m][n][2 * half + c] * a.factor - l) : 0;
+                p[c] =
+                    first_key + column + c < a.nk ? exp2f(s[m][n][2 * half + c] * a.factor - l) : 0;
                 g[c] = p[c] * (dp[m][n][2 * half + c] - d);
             }
             *(uint32_t *)(piece<BN>(sp, row, column / 8) + column % 8) = pack(p[0], p[1]);
@@ -1419,7 +1607,8 @@ __device__ __forceinline__ void backward_scores(const Attention &a, float (*s)[B
 
 /* Adds this tile's part of dQ to the block's own sum in memory; the first part is stored. */
 template <int D, int BN>
-__device__ __forceinline__ void backward_queries(const Attention &a, bf16 *ds, bf16 *sk, int first_query, bool first_part) {
+__device__ __forceinline__ void backward_queries(const Attention &a, bf16 *ds, bf16 *sk,
+                                                 int first_query, bool first_part) {
     using B = Backward<D, BN>;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int m0 = warp / B::Q_ACROSS * B::Q_M * 16, n0 = warp % B::Q_ACROSS * B::Q_N * 8;
@@ -1432,18 +1621,21 @@ __device__ __forceinline__ void backward_queries(const Attention &a, bf16 *ds, b
         for (int half = 0; half < 2; half++) {
             int query = first_query + m0 + m * 16 + half * 8 + lane / 4;
             if (query >= a.nq) continue;
-            float *row = a.dq + ((sample * a.nq + query) * a.heads + blockIdx.y) * D + n0 + lane % 4 * 2;
+            float *row =
+                a.dq + ((sample * a.nq + query) * a.heads + blockIdx.y) * D + n0 + lane % 4 * 2;
 #pragma unroll
             for (int n = 0; n < B::Q_N; n++) {
                 float2 sum = first_part ? make_float2(0, 0) : *(float2 *)(row + n * 8);
-                *(float2 *)(row + n * 8) = make_float2(sum.x + dq[m][n][2 * half], sum.y + dq[m][n][2 * half + 1]);
+                *(float2 *)(row + n * 8) =
+                    make_float2(sum.x + dq[m][n][2 * half], sum.y + dq[m][n][2 * half + 1]);
             }
         }
 }
 
 /* Adds the rows of dK or dV that exist to their place in memory. */
 template <int D, int BN>
-__device__ __forceinline__ void backward_keys(bf16 *to, float (*sum)[D / 16][4], float scale, int64_t width, int left) {
+__device__ __forceinline__ void backward_keys(bf16 *to, float (*sum)[D / 16][4], float scale,
+                                              int64_t width, int left) {
     using B = Backward<D, BN>;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
@@ -1454,7 +1646,8 @@ __device__ __forceinline__ void backward_keys(bf16 *to, float (*sum)[D / 16][4],
             if (row >= left) continue;
             bf16 *p = to + row * width + warp % 2 * (D / 2) + lane % 4 * 2;
 #pragma unroll
-            for (int n = 0; n < B::K_N; n++) add_pair(p + n * 8, sum[m][n][2 * half] * scale, sum[m][n][2 * half + 1] * scale);
+            for (int n = 0; n < B::K_N; n++)
+                add_pair(p + n * 8, sum[m][n][2 * half] * scale, sum[m][n][2 * half + 1] * scale);
         }
 }
 
@@ -1464,15 +1657,19 @@ template <int D, int BN, int N_STAGES>
 __global__ void __launch_bounds__(256, 1) attention_backward_kernel(Attention a) {
     using B = Backward<D, BN>;
     enum { BM = B::BM };
-    bf16 *sk = (bf16 *)shared_memory(), *sv = sk + BN * D, *sq = sv + BN * D, *sg = sq + N_STAGES * BM * D;
+    bf16 *sk = (bf16 *)shared_memory(), *sv = sk + BN * D, *sq = sv + BN * D,
+         *sg = sq + N_STAGES * BM * D;
     bf16 *sp = sg + N_STAGES * BM * D, *ds = sp + BM * BN;
     int warp = threadIdx.x / 32;
-    int64_t width = (int64_t)a.heads * D, queries = (int64_t)blockIdx.z * a.nq * width + blockIdx.y * D;
+    int64_t width = (int64_t)a.heads * D,
+            queries = (int64_t)blockIdx.z * a.nq * width + blockIdx.y * D;
     int64_t keys = (int64_t)blockIdx.z * a.nk * width + blockIdx.y * D;
     auto load_queries = [&](int i) {
         int at = i % N_STAGES * BM * D;
-        load_tile<BM, D, 256>(sq + at, a.q + queries + (int64_t)i * BM * width, width, a.nq - i * BM);
-        load_tile<BM, D, 256>(sg + at, a.dout + queries + (int64_t)i * BM * width, width, a.nq - i * BM);
+        load_tile<BM, D, 256>(sq + at, a.q + queries + (int64_t)i * BM * width, width,
+                              a.nq - i * BM);
+        load_tile<BM, D, 256>(sg + at, a.dout + queries + (int64_t)i * BM * width, width,
+                              a.nq - i * BM);
     };
     for (int first = blockIdx.x * BN; first < a.nk; first += gridDim.x * BN) {
         __syncthreads(); /* the last tile of keys is no longer needed */
@@ -1491,12 +1688,16 @@ __global__ void __launch_bounds__(256, 1) attention_backward_kernel(Attention a)
             __syncthreads();
             bf16 *q = sq + i % N_STAGES * BM * D, *g = sg + i % N_STAGES * BM * D;
             float s[2][B::S_N][4] = {}, dp[2][B::S_N][4] = {};
-            multiply_tiles<2, B::S_N, D, false, true, D, D>(s, q, warp / 4 * 32, sk, warp % 4 * (BN / 4));
-            multiply_tiles<2, B::S_N, D, false, true, D, D>(dp, g, warp / 4 * 32, sv, warp % 4 * (BN / 4));
+            multiply_tiles<2, B::S_N, D, false, true, D, D>(s, q, warp / 4 * 32, sk,
+                                                            warp % 4 * (BN / 4));
+            multiply_tiles<2, B::S_N, D, false, true, D, D>(dp, g, warp / 4 * 32, sv,
+                                                            warp % 4 * (BN / 4));
             backward_scores<D, BN>(a, s, dp, sp, ds, i * BM, first);
             __syncthreads();
-            multiply_tiles<B::K_M, B::K_N, BM, true, false, BN, D>(dv, sp, warp / 2 * (BN / 4), g, warp % 2 * (D / 2));
-            multiply_tiles<B::K_M, B::K_N, BM, true, false, BN, D>(dk, ds, warp / 2 * (BN / 4), q, warp % 2 * (D / 2));
+            multiply_tiles<B::K_M, B::K_N, BM, true, false, BN, D>(dv, sp, warp / 2 * (BN / 4), g,
+                                                                   warp % 2 * (D / 2));
+            multiply_tiles<B::K_M, B::K_N, BM, true, false, BN, D>(dk, ds, warp / 2 * (BN / 4), q,
+                                                                   warp % 2 * (D / 2));
             backward_queries<D, BN>(a, ds, sk, i * BM, first == (int)blockIdx.x * BN);
             __syncthreads(); /* P, dS and these queries are no longer needed */
             if (N_STAGES == 1) {
@@ -1504,14 +1705,16 @@ __global__ void __launch_bounds__(256, 1) attention_backward_kernel(Attention a)
                 commit_copies();
             }
         }
-        if (a.dk) backward_keys<D, BN>(a.dk + keys + first * width, dk, a.scale, width, a.nk - first);
+        if (a.dk)
+            backward_keys<D, BN>(a.dk + keys + first * width, dk, a.scale, width, a.nk - first);
         if (a.dv) backward_keys<D, BN>(a.dv + keys + first * width, dv, 1, width, a.nk - first);
     }
 }
 
 /* dq += scale times the sum of its parts. */
 template <int V>
-__global__ void attention_queries_kernel(bf16 *dq, const float *parts, int splits, float scale, int64_t n) {
+__global__ void attention_queries_kernel(bf16 *dq, const float *parts, int splits, float scale,
+                                         int64_t n) {
     int64_t i = FLAT_INDEX(V);
     if (i >= n) return;
     float sum[V] = {0};
@@ -1522,42 +1725,52 @@ __global__ void attention_queries_kernel(bf16 *dq, const float *parts, int split
 }
 
 /* The general form, for other head sizes, a bias or a mask: scores of some queries in memory. One
- * block of 256 threads to a row: p = softmax(s + bias) of `count` scores, and of fewer if causal. */
-__global__ void softmax_kernel(bf16 *p, const float *s, const bf16 *bias, float *lse, int64_t rows, int64_t nq, int nk,
-                               int64_t first, bool causal) {
+ * block of 256 threads to a row: p = softmax(s + bias) of `count` scores, and of fewer if causal.
+ */
+__global__ void softmax_kernel(bf16 *p, const float *s, const bf16 *bias, float *lse, int64_t rows,
+                               int64_t nq, int nk, int64_t first, bool causal) {
     int64_t h = blockIdx.y, r = blockIdx.x, at = (h * rows + r) * nk;
     int count = causal && first + r + 1 < nk ? (int)(first + r + 1) : nk;
     const bf16 *add = bias ? bias + (h * nq + first + r) * nk : NULL;
     float top = -INFINITY, sum = 0;
-    for (int c = threadIdx.x; c < count; c += blockDim.x) top = fmaxf(top, s[at + c] + (add ? value(add[c]) : 0));
+    for (int c = threadIdx.x; c < count; c += blockDim.x)
+        top = fmaxf(top, s[at + c] + (add ? value(add[c]) : 0));
     top = block_reduce<true>(top);
-    for (int c = threadIdx.x; c < count; c += blockDim.x) sum += __expf(s[at + c] + (add ? value(add[c]) : 0) - top);
+    for (int c = threadIdx.x; c < count; c += blockDim.x)
+        sum += __expf(s[at + c] + (add ? value(add[c]) : 0) - top);
     sum = block_sum(sum);
     for (int c = threadIdx.x; c < nk; c += blockDim.x)
         set(p + at + c, c < count ? __expf(s[at + c] + (add ? value(add[c]) : 0) - top) / sum : 0);
     if (lse && threadIdx.x == 0) lse[h * nq + first + r] = top + logf(sum);
 }
 
-static void attention_by_products(const Attention &a, int64_t batch, int64_t size, const bf16 *bias, bool causal) {
+static void attention_by_products(const Attention &a, int64_t batch, int64_t size, const bf16 *bias,
+                                  bool causal) {
     int64_t width = a.heads * size, block = ((int64_t)64 << 20) / 4 / (a.heads * (int64_t)a.nk);
     block = block < 16 ? 16 : block > a.nq ? a.nq : block;
     Scratch<float> scores(a.heads * block * a.nk);
     Scratch<bf16> p(a.heads * block * a.nk);
     for (int64_t b = 0; b < batch; b++)
         for (int64_t first = 0; first < a.nq; first += block) {
-            int64_t rows = a.nq - first < block ? a.nq - first : block, query = (b * a.nq + first) * width;
-            Operand q = {a.q + query, width, false, size, NULL}, k = {a.k + b * a.nk * width, width, true, size, NULL};
-            Operand v = {a.v + b * a.nk * width, width, false, size, NULL}, o = {a.o + query, width, false, size, NULL};
-            Operand s = {scores.p, a.nk, false, rows * a.nk, NULL}, weights = {p.p, a.nk, false, rows * a.nk, NULL};
+            int64_t rows = a.nq - first < block ? a.nq - first : block,
+                    query = (b * a.nq + first) * width;
+            Operand q = {a.q + query, width, false, size, NULL},
+                    k = {a.k + b * a.nk * width, width, true, size, NULL};
+            Operand v = {a.v + b * a.nk * width, width, false, size, NULL},
+                    o = {a.o + query, width, false, size, NULL};
+            Operand s = {scores.p, a.nk, false, rows * a.nk, NULL},
+                    weights = {p.p, a.nk, false, rows * a.nk, NULL};
             product(rows, a.nk, size, a.scale, q, k, CUDA_R_16BF, 0, s, true, NULL, a.heads);
-            launch("softmax", softmax_kernel, dim3((unsigned)rows, (unsigned)a.heads), 256, 0, p.p, (const float *)scores.p, bias,
-                   a.lse ? a.lse + b * a.heads * a.nq : NULL, rows, (int64_t)a.nq, a.nk, first, causal);
+            launch("softmax", softmax_kernel, dim3((unsigned)rows, (unsigned)a.heads), 256, 0, p.p,
+                   (const float *)scores.p, bias, a.lse ? a.lse + b * a.heads * a.nq : NULL, rows,
+                   (int64_t)a.nq, a.nk, first, causal);
             product(rows, size, a.nk, 1, weights, v, CUDA_R_16BF, 0, o, false, NULL, a.heads);
         }
 }
 
-static Attention attention_arguments(const sc_tensor *o, const float *lse, const sc_tensor *q, const sc_tensor *k, const sc_tensor *v,
-                                     int heads, float scale) {
+static Attention attention_arguments(const sc_tensor *o, const float *lse, const sc_tensor *q,
+                                     const sc_tensor *k, const sc_tensor *v, int heads,
+                                     float scale) {
     Attention a;
     memset(&a, 0, sizeof a);
     a.q = half_data(q), a.k = half_data(k), a.v = half_data(v), a.o = (bf16 *)o->data;
@@ -1569,11 +1782,14 @@ static Attention attention_arguments(const sc_tensor *o, const float *lse, const
 
 template <int D> static void flash_attention(const Attention &a, int64_t batch) {
     size_t shared = (size_t)(QUERIES + 2 * KEYS) * D * sizeof(bf16);
-    launch("attention", attention_kernel<D>, dim3((unsigned)ceil_div(a.nq, QUERIES), (unsigned)a.heads, (unsigned)batch), 128, shared, a);
+    launch("attention", attention_kernel<D>,
+           dim3((unsigned)ceil_div(a.nq, QUERIES), (unsigned)a.heads, (unsigned)batch), 128, shared,
+           a);
 }
 
-static void cuda_attention(sc_tensor *o, float *lse, const sc_tensor *q, const sc_tensor *k, const sc_tensor *v, int heads, float scale,
-                           const sc_tensor *bias, bool causal) {
+static void cuda_attention(sc_tensor *o, float *lse, const sc_tensor *q, const sc_tensor *k,
+                           const sc_tensor *v, int heads, float scale, const sc_tensor *bias,
+                           bool causal) {
     Attention a = attention_arguments(o, lse, q, k, v, heads, scale);
     int64_t batch = q->shape[0], size = q->shape[2] / heads;
     if (bias || causal) attention_by_products(a, batch, size, half_data(bias), causal);
@@ -1583,23 +1799,29 @@ static void cuda_attention(sc_tensor *o, float *lse, const sc_tensor *q, const s
     else attention_by_products(a, batch, size, NULL, false);
 }
 
-template <int D, int BN, int N_STAGES> static void flash_backward(Attention a, int64_t batch, sc_tensor *q) {
-    constexpr size_t shared = (size_t)(2 * BN * D + N_STAGES * 2 * 64 * D + 2 * 64 * BN) * sizeof(bf16);
-    int64_t tiles = ceil_div(a.nk, BN), n = batch * a.nq * a.heads * D, items = batch * a.nq * a.heads;
+template <int D, int BN, int N_STAGES>
+static void flash_backward(Attention a, int64_t batch, sc_tensor *q) {
+    constexpr size_t shared =
+        (size_t)(2 * BN * D + N_STAGES * 2 * 64 * D + 2 * 64 * BN) * sizeof(bf16);
+    int64_t tiles = ceil_div(a.nk, BN), n = batch * a.nq * a.heads * D,
+            items = batch * a.nq * a.heads;
     /* A few blocks for each of a GPU's 100 to 200 processors, while the parts of dQ fit 512 MiB. */
     int64_t splits = ceil_div(264, batch * a.heads), most = ((int64_t)512 << 20) / (4 * n);
     if (splits > tiles) splits = tiles;
     if (splits > most) splits = most < 1 ? 1 : most;
     Scratch<float> parts(splits * n), delta(items);
     a.dq = parts.p, a.delta = delta.p;
-    launch("attention_delta", attention_delta_kernel<D>, dim3((unsigned)ceil_div(items, 8)), 256, 0, a, items);
-    launch("attention_backward", attention_backward_kernel<D, BN, N_STAGES>, dim3((unsigned)splits, (unsigned)a.heads, (unsigned)batch),
-           256, shared, a);
+    launch("attention_delta", attention_delta_kernel<D>, dim3((unsigned)ceil_div(items, 8)), 256, 0,
+           a, items);
+    launch("attention_backward", attention_backward_kernel<D, BN, N_STAGES>,
+           dim3((unsigned)splits, (unsigned)a.heads, (unsigned)batch), 256, shared, a);
     if (q->grad)
-        LAUNCH_FLAT(wide(n, q->grad), attention_queries_kernel, n, half_grad(q), (const float *)parts.p, (int)splits, a.scale, n);
+        LAUNCH_FLAT(wide(n, q->grad), attention_queries_kernel, n, half_grad(q),
+                    (const float *)parts.p, (int)splits, a.scale, n);
 }
 
-static void cuda_attention_backward(const sc_tensor *o, const float *lse, sc_tensor *q, sc_tensor *k, sc_tensor *v, int heads, float scale) {
+static void cuda_attention_backward(const sc_tensor *o, const float *lse, sc_tensor *q,
+                                    sc_tensor *k, sc_tensor *v, int heads, float scale) {
     Attention a = attention_arguments(o, lse, q, k, v, heads, scale);
     int64_t batch = q->shape[0], size = q->shape[2] / heads;
     a.dout = half_grad(o), a.dk = half_grad(k), a.dv = half_grad(v);
@@ -1608,14 +1830,16 @@ static void cuda_attention_backward(const sc_tensor *o, const float *lse, sc_ten
     else if (size == 128) flash_backward<128, 64, 1>(a, batch, q);
     else if (size == 64) flash_backward<64, 128, 2>(a, batch, q);
     else if (size == 32) flash_backward<32, 128, 2>(a, batch, q);
-    else fail("attention_backward", "only heads of 32, 64 and 128 channels can be trained on a GPU");
+    else
+        fail("attention_backward", "only heads of 32, 64 and 128 channels can be trained on a GPU");
 }
 
 /* ==== Norms and embeddings of the text encoders ============================================== */
 
 /* y = (x - mean) inverse w + b; rms: mean 0, no b. */
 template <int V>
-__global__ void layer_norm_kernel(bf16 *y, const bf16 *x, const float *w, const float *b, int n, float eps) {
+__global__ void layer_norm_kernel(bf16 *y, const bf16 *x, const float *w, const float *b, int n,
+                                  float eps) {
     float v[V], mean, inverse;
     x += (int64_t)blockIdx.x * n, y += (int64_t)blockIdx.x * n;
     moments<V>(x, n, eps, &mean, &inverse);
@@ -1642,19 +1866,23 @@ __global__ void rms_norm_kernel(bf16 *y, const bf16 *x, const float *w, int n, f
     }
 }
 
-static void cuda_layer_norm(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b, float eps) {
+static void cuda_layer_norm(sc_tensor *y, const sc_tensor *x, const sc_tensor *w,
+                            const sc_tensor *b, float eps) {
     int64_t n = last_size(x);
-    LAUNCH(wide(n, y->data, x->data), layer_norm_kernel, row_count(x), 128, (bf16 *)y->data, half_data(x), full_data(w), full_data(b), (int)n, eps);
+    LAUNCH(wide(n, y->data, x->data), layer_norm_kernel, row_count(x), 128, (bf16 *)y->data,
+           half_data(x), full_data(w), full_data(b), (int)n, eps);
 }
 static void cuda_rms_norm(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, float eps) {
     int64_t n = last_size(x);
-    LAUNCH(wide(n, y->data, x->data), rms_norm_kernel, row_count(x), 128, (bf16 *)y->data, half_data(x), full_data(w), (int)n, eps);
+    LAUNCH(wide(n, y->data, x->data), rms_norm_kernel, row_count(x), 128, (bf16 *)y->data,
+           half_data(x), full_data(w), (int)n, eps);
 }
 
 template <class T>
 __global__ void embed_kernel(bf16 *y, const T *table, const int32_t *ids, int64_t n) {
     int64_t r = blockIdx.x;
-    for (int64_t c = threadIdx.x; c < n; c += blockDim.x) set(y + r * n + c, value(table[ids[r] * n + c]));
+    for (int64_t c = threadIdx.x; c < n; c += blockDim.x)
+        set(y + r * n + c, value(table[ids[r] * n + c]));
 }
 static void cuda_embed_tokens(sc_tensor *y, const sc_tensor *table, const int32_t *ids) {
     int64_t rows = row_count(y), n = table->shape[1];
@@ -1664,18 +1892,25 @@ static void cuda_embed_tokens(sc_tensor *y, const sc_tensor *table, const int32_
     dim3 grid((unsigned)rows);
     const int32_t *at = device.p;
     bf16 *to = (bf16 *)y->data;
-    if (table->dtype == SC_F32) launch("embed", embed_kernel<float>, grid, 128, 0, to, full_data(table), at, n);
-    else if (table->dtype == SC_BF16) launch("embed", embed_kernel<bf16>, grid, 128, 0, to, half_data(table), at, n);
-    else if (table->dtype == SC_F8_E4M3) launch("embed", embed_kernel<uint8_t>, grid, 128, 0, to, (const uint8_t *)table->data, at, n);
+    if (table->dtype == SC_F32)
+        launch("embed", embed_kernel<float>, grid, 128, 0, to, full_data(table), at, n);
+    else if (table->dtype == SC_BF16)
+        launch("embed", embed_kernel<bf16>, grid, 128, 0, to, half_data(table), at, n);
+    else if (table->dtype == SC_F8_E4M3)
+        launch("embed", embed_kernel<uint8_t>, grid, 128, 0, to, (const uint8_t *)table->data, at,
+               n);
     else fail("embed_tokens", "the table must be f32, bf16 or e4m3");
 }
 
 /* ==== Pictures [B,C,H,W] ===================================================================== */
 
-struct Picture { int channels, height, width, kernel, stride, pad, out_width; };
+struct Picture {
+    int channels, height, width, kernel, stride, pad, out_width;
+};
 
 /* columns [channels * kernel^2, count]: what each output pixel from `first` on sees of x. */
-__global__ void gather_kernel(bf16 *columns, const bf16 *x, Picture g, int64_t first, int64_t count) {
+__global__ void gather_kernel(bf16 *columns, const bf16 *x, Picture g, int64_t first,
+                              int64_t count) {
     int64_t i = FLAT_INDEX(1);
     int tap = blockIdx.y % (g.kernel * g.kernel), channel = blockIdx.y / (g.kernel * g.kernel);
     if (i >= count) return;
@@ -1683,32 +1918,42 @@ __global__ void gather_kernel(bf16 *columns, const bf16 *x, Picture g, int64_t f
     int column = (int)((first + i) % g.out_width) * g.stride + tap % g.kernel - g.pad;
     bool inside = row >= 0 && row < g.height && column >= 0 && column < g.width;
     bf16 zero = __float2bfloat16_rn(0.f);
-    columns[blockIdx.y * count + i] = inside ? x[((int64_t)channel * g.height + row) * g.width + column] : zero;
+    columns[blockIdx.y * count + i] =
+        inside ? x[((int64_t)channel * g.height + row) * g.width + column] : zero;
 }
 
-__global__ void fill_bias_kernel(bf16 *y, const float *bias, int64_t channels, int64_t pixels, int64_t total) {
+__global__ void fill_bias_kernel(bf16 *y, const float *bias, int64_t channels, int64_t pixels,
+                                 int64_t total) {
     int64_t i = FLAT_INDEX(1);
     if (i < total) set(y + i, bias[i / pixels % channels]);
 }
 
 /* y [out, pixels] = bias + w [out, in * kernel^2] times the gathered columns, slab by slab. */
-static void cuda_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b, int stride, int pad_before) {
-    int64_t out = w->shape[0], kernel = w->shape[2], inner = w->shape[1] * kernel * kernel, pixels = y->shape[2] * y->shape[3];
-    Picture g = {(int)x->shape[1], (int)x->shape[2], (int)x->shape[3], (int)kernel, stride, pad_before, (int)y->shape[3]};
+static void cuda_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
+                        int stride, int pad_before) {
+    int64_t out = w->shape[0], kernel = w->shape[2], inner = w->shape[1] * kernel * kernel,
+            pixels = y->shape[2] * y->shape[3];
+    Picture g = {(int)x->shape[1], (int)x->shape[2], (int)x->shape[3], (int)kernel,
+                 stride,           pad_before,       (int)y->shape[3]};
     bool direct = kernel == 1 && stride == 1; /* the picture is its own gathered form */
     int64_t slab = ((int64_t)128 << 20) / 2 / inner / 8 * 8;
     slab = direct || slab > pixels ? pixels : slab < 8 ? 8 : slab;
-    Scratch<bf16> columns(direct ? 0 : inner * slab), weights(w->dtype == SC_BF16 ? 0 : out * inner);
+    Scratch<bf16> columns(direct ? 0 : inner * slab),
+        weights(w->dtype == SC_BF16 ? 0 : out * inner);
     sc_matrix matrix = {w->data, w->dtype, inner, false, NULL};
     Operand pw = as_half(matrix, out, inner, weights.p);
     int64_t total = sc_count(y);
-    if (b) launch("fill_bias", fill_bias_kernel, dim3((unsigned)ceil_div(total, 256)), 256, 0, (bf16 *)y->data, full_data(b), out, pixels, total);
+    if (b)
+        launch("fill_bias", fill_bias_kernel, dim3((unsigned)ceil_div(total, 256)), 256, 0,
+               (bf16 *)y->data, full_data(b), out, pixels, total);
     for (int64_t sample = 0; sample < y->shape[0]; sample++)
         for (int64_t first = 0; first < pixels; first += slab) {
             int64_t count = pixels - first < slab ? pixels - first : slab;
             const bf16 *from = half_data(x) + sample * (sc_count(x) / x->shape[0]);
             if (!direct)
-                launch("gather", gather_kernel, dim3((unsigned)ceil_div(count, 256), (unsigned)inner), 256, 0, columns.p, from, g, first, count);
+                launch("gather", gather_kernel,
+                       dim3((unsigned)ceil_div(count, 256), (unsigned)inner), 256, 0, columns.p,
+                       from, g, first, count);
             Operand px = {direct ? from : columns.p, count, false, 0, NULL};
             Operand py = {(bf16 *)y->data + sample * out * pixels + first, pixels, false, 0, NULL};
             product(out, count, inner, 1, pw, px, CUDA_R_16BF, b ? 1.f : 0.f, py, false, NULL, 1);
@@ -1719,23 +1964,29 @@ static const int64_t NORM_SLICE = 8192;
 
 /* (mean, sum of squares about it) of each slice of a group: partial [groups, slices]. */
 __global__ void group_moments_kernel(float2 *partial, const bf16 *x, int64_t size) {
-    int64_t first = (int64_t)blockIdx.x * NORM_SLICE, end = first + NORM_SLICE < size ? first + NORM_SLICE : size;
+    int64_t first = (int64_t)blockIdx.x * NORM_SLICE,
+            end = first + NORM_SLICE < size ? first + NORM_SLICE : size;
     float sum = 0, square = 0;
     x += blockIdx.y * size;
     for (int64_t i = first + threadIdx.x; i < end; i += blockDim.x) sum += value(x[i]);
     float mean = block_sum(sum) / (float)(end - first);
-    for (int64_t i = first + threadIdx.x; i < end; i += blockDim.x) square += (value(x[i]) - mean) * (value(x[i]) - mean);
+    for (int64_t i = first + threadIdx.x; i < end; i += blockDim.x)
+        square += (value(x[i]) - mean) * (value(x[i]) - mean);
     square = block_sum(square);
-    if (threadIdx.x == 0) partial[(int64_t)blockIdx.y * gridDim.x + blockIdx.x] = make_float2(mean, square);
+    if (threadIdx.x == 0)
+        partial[(int64_t)blockIdx.y * gridDim.x + blockIdx.x] = make_float2(mean, square);
 }
 
-/* The group's mean and 1 / sqrt(variance + eps) from its slices', in double. One thread to a group. */
-__global__ void group_merge_kernel(float2 *moments, const float2 *partial, int64_t groups, int64_t slices, int64_t size, float eps) {
+/* The group's mean and 1 / sqrt(variance + eps) from its slices', in double. One thread to a group.
+ */
+__global__ void group_merge_kernel(float2 *moments, const float2 *partial, int64_t groups,
+                                   int64_t slices, int64_t size, float eps) {
     int64_t g = FLAT_INDEX(1);
     if (g >= groups) return;
     double mean = 0, square = 0, count = 0;
     for (int64_t s = 0; s < slices; s++) {
-        double n = (double)(size - s * NORM_SLICE < NORM_SLICE ? size - s * NORM_SLICE : NORM_SLICE);
+        double n =
+            (double)(size - s * NORM_SLICE < NORM_SLICE ? size - s * NORM_SLICE : NORM_SLICE);
         double d = (double)partial[g * slices + s].x - mean;
         count += n;
         mean += d * n / count;
@@ -1744,8 +1995,9 @@ __global__ void group_merge_kernel(float2 *moments, const float2 *partial, int64
     moments[g] = make_float2((float)mean, (float)(1 / sqrt(square / (double)size + (double)eps)));
 }
 
-__global__ void group_norm_kernel(bf16 *y, const bf16 *x, const float2 *moments, const float *w, const float *b, int64_t channels,
-                                  int64_t pixels, int64_t per_group, bool silu, int64_t total) {
+__global__ void group_norm_kernel(bf16 *y, const bf16 *x, const float2 *moments, const float *w,
+                                  const float *b, int64_t channels, int64_t pixels,
+                                  int64_t per_group, bool silu, int64_t total) {
     int64_t i = FLAT_INDEX(1);
     if (i >= total) return;
     int64_t plane = i / pixels, channel = plane % channels;
@@ -1754,15 +2006,19 @@ __global__ void group_norm_kernel(bf16 *y, const bf16 *x, const float2 *moments,
     set(y + i, silu ? v / (1 + __expf(-v)) : v);
 }
 
-static void cuda_group_norm(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b, int groups, float eps, bool silu) {
-    int64_t channels = x->shape[1], pixels = x->shape[2] * x->shape[3], per_group = channels / groups, size = per_group * pixels;
+static void cuda_group_norm(sc_tensor *y, const sc_tensor *x, const sc_tensor *w,
+                            const sc_tensor *b, int groups, float eps, bool silu) {
+    int64_t channels = x->shape[1], pixels = x->shape[2] * x->shape[3],
+            per_group = channels / groups, size = per_group * pixels;
     int64_t count = x->shape[0] * groups, slices = ceil_div(size, NORM_SLICE), total = sc_count(x);
     Scratch<float2> partial(count * slices), moments(count);
-    launch("group_moments", group_moments_kernel, dim3((unsigned)slices, (unsigned)count), 256, 0, partial.p, half_data(x), size);
-    launch("group_merge", group_merge_kernel, dim3((unsigned)ceil_div(count, 32)), 32, 0, moments.p, (const float2 *)partial.p, count, slices,
-           size, eps);
-    launch("group_norm", group_norm_kernel, dim3((unsigned)ceil_div(total, 256)), 256, 0, (bf16 *)y->data, half_data(x),
-           (const float2 *)moments.p, full_data(w), full_data(b), channels, pixels, per_group, silu, total);
+    launch("group_moments", group_moments_kernel, dim3((unsigned)slices, (unsigned)count), 256, 0,
+           partial.p, half_data(x), size);
+    launch("group_merge", group_merge_kernel, dim3((unsigned)ceil_div(count, 32)), 32, 0, moments.p,
+           (const float2 *)partial.p, count, slices, size, eps);
+    launch("group_norm", group_norm_kernel, dim3((unsigned)ceil_div(total, 256)), 256, 0,
+           (bf16 *)y->data, half_data(x), (const float2 *)moments.p, full_data(w), full_data(b),
+           channels, pixels, per_group, silu, total);
 }
 
 __global__ void upsample_kernel(bf16 *y, const bf16 *x, int64_t width, int64_t total) {
@@ -1771,7 +2027,8 @@ __global__ void upsample_kernel(bf16 *y, const bf16 *x, int64_t width, int64_t t
 }
 static void cuda_upsample(sc_tensor *y, const sc_tensor *x) {
     int64_t total = sc_count(y);
-    launch("upsample", upsample_kernel, dim3((unsigned)ceil_div(total, 256)), 256, 0, (bf16 *)y->data, half_data(x), x->shape[3], total);
+    launch("upsample", upsample_kernel, dim3((unsigned)ceil_div(total, 256)), 256, 0,
+           (bf16 *)y->data, half_data(x), x->shape[3], total);
 }
 
 /* y[b][j][i] = x[b][i][j], tiles of 32 x 32 turned in shared memory. */
@@ -1787,8 +2044,9 @@ __global__ void swap_axes_kernel(bf16 *y, const bf16 *x, int64_t m, int64_t n) {
 }
 static void cuda_swap_axes(sc_tensor *y, const sc_tensor *x) {
     int64_t m = x->shape[1], n = x->shape[2];
-    launch("swap_axes", swap_axes_kernel, dim3((unsigned)ceil_div(n, 32), (unsigned)ceil_div(m, 32), (unsigned)x->shape[0]), 256, 0,
-           (bf16 *)y->data, half_data(x), m, n);
+    launch("swap_axes", swap_axes_kernel,
+           dim3((unsigned)ceil_div(n, 32), (unsigned)ceil_div(m, 32), (unsigned)x->shape[0]), 256,
+           0, (bf16 *)y->data, half_data(x), m, n);
 }
 
 /* ==== Loss and optimiser ===================================================================== */
@@ -1805,9 +2063,9 @@ struct Plain {
 };
 
 /* Sum of f(i)^2 over each slice. */
-template <class F>
-__global__ void square_partials(double *partial, F f, int64_t n) {
-    int64_t first = (int64_t)blockIdx.x * SUM_SLICE, end = first + SUM_SLICE < n ? first + SUM_SLICE : n;
+template <class F> __global__ void square_partials(double *partial, F f, int64_t n) {
+    int64_t first = (int64_t)blockIdx.x * SUM_SLICE,
+            end = first + SUM_SLICE < n ? first + SUM_SLICE : n;
     float sum = 0;
     for (int64_t i = first + threadIdx.x; i < end; i += blockDim.x) {
         float x = f(i);
@@ -1817,7 +2075,8 @@ __global__ void square_partials(double *partial, F f, int64_t n) {
     if (threadIdx.x == 0) partial[blockIdx.x] = (double)sum;
 }
 
-/* total = factor * the sum of all partials. One warp; each lane's share, then the lanes in order. */
+/* total = factor * the sum of all partials. One warp; each lane's share, then the lanes in order.
+ */
 __global__ void square_total(double *total, const double *partial, int64_t n, double factor) {
     __shared__ double parts[32];
     double sum = 0;
@@ -1833,7 +2092,8 @@ template <class F> static void sum_squares(double *total, F f, int64_t n, double
     int64_t slices = ceil_div(n, SUM_SLICE);
     Scratch<double> partial(slices);
     launch("square_partials", square_partials<F>, dim3((unsigned)slices), 256, 0, partial.p, f, n);
-    launch("square_total", square_total, dim3(1), 32, 0, total, (const double *)partial.p, slices, factor);
+    launch("square_total", square_total, dim3(1), 32, 0, total, (const double *)partial.p, slices,
+           factor);
 }
 
 static void cuda_mse(double *loss, const sc_tensor *prediction, const sc_tensor *target) {
@@ -1854,7 +2114,8 @@ __global__ void mse_backward_kernel(bf16 *dp, const bf16 *p, const bf16 *t, floa
 static void cuda_mse_backward(sc_tensor *prediction, const sc_tensor *target, float factor) {
     int64_t n = sc_count(prediction);
     bool w = wide(n, prediction->data, prediction->grad, target->data);
-    LAUNCH_FLAT(w, mse_backward_kernel, n, half_grad(prediction), half_data(prediction), half_data(target), 2 * factor / (float)n, n);
+    LAUNCH_FLAT(w, mse_backward_kernel, n, half_grad(prediction), half_data(prediction),
+                half_data(target), 2 * factor / (float)n, n);
 }
 
 static double cuda_sum_squares(const float *x, int64_t n) {
@@ -1865,7 +2126,9 @@ static double cuda_sum_squares(const float *x, int64_t n) {
     return cuda_download(&sum, total.p, sizeof sum) ? sum : NAN;
 }
 
-struct Step { float lr, beta1, beta2, eps, decay, rate, root, clip, move[2]; };
+struct Step {
+    float lr, beta1, beta2, eps, decay, rate, root, clip, move[2];
+};
 
 /* Everything that happens to a trained number in one pass: clipping, Adam, both averages, and its
  * gradient cleared. Nothing moves if the gradient's norm is not finite. */
@@ -1887,10 +2150,18 @@ static double cuda_update(const sc_trained *x, const sc_adamw *o, const float de
     double square = NAN, step = (double)(o->step + 1);
     Scratch<double> total(1);
     if (!total.p) return NAN;
-    Step s = {o->lr, o->beta1, o->beta2, o->eps, 1 - o->lr * o->weight_decay, (float)(o->lr / (1 - pow(o->beta1, step))),
-              (float)(1 / sqrt(1 - pow(o->beta2, step))), o->clip, {1 - decay[0], 1 - decay[1]}};
+    Step s = {o->lr,
+              o->beta1,
+              o->beta2,
+              o->eps,
+              1 - o->lr * o->weight_decay,
+              (float)(o->lr / (1 - pow(o->beta1, step))),
+              (float)(1 / sqrt(1 - pow(o->beta2, step))),
+              o->clip,
+              {1 - decay[0], 1 - decay[1]}};
     sum_squares(total.p, Plain{x->grad}, x->count, 1);
-    launch("update", update_kernel, dim3((unsigned)ceil_div(x->count, 256)), 256, 0, *x, (const double *)total.p, s);
+    launch("update", update_kernel, dim3((unsigned)ceil_div(x->count, 256)), 256, 0, *x,
+           (const double *)total.p, s);
     return cuda_download(&square, total.p, sizeof square) ? sqrt(square) : NAN;
 }
 
@@ -1903,16 +2174,20 @@ static sc_backend make_table() {
     t.alloc = cuda_alloc, t.release = cuda_release, t.memory_left = cuda_memory_left;
     t.alloc_streamed = cuda_alloc_streamed;
     t.upload = cuda_upload, t.download = cuda_download, t.zero = cuda_zero;
-    t.gemm = cuda_gemm, t.quantize = cuda_quantize, t.copy_block = cuda_copy_block, t.column_sum = cuda_column_sum;
+    t.gemm = cuda_gemm, t.quantize = cuda_quantize, t.copy_block = cuda_copy_block,
+    t.column_sum = cuda_column_sum;
     t.blend = cuda_blend, t.embed_timestep = cuda_embed_timestep, t.multiply = cuda_multiply;
     t.activate = cuda_activate, t.activate_backward = cuda_activate_backward;
     t.ln_modulate = cuda_ln_modulate, t.ln_modulate_backward = cuda_ln_modulate_backward;
-    t.gated_residual = cuda_gated_residual, t.gated_residual_backward = cuda_gated_residual_backward;
+    t.gated_residual = cuda_gated_residual,
+    t.gated_residual_backward = cuda_gated_residual_backward;
     t.norm_rope = cuda_norm_rope, t.norm_rope_backward = cuda_norm_rope_backward;
     t.attention = cuda_attention, t.attention_backward = cuda_attention_backward;
     t.layer_norm = cuda_layer_norm, t.rms_norm = cuda_rms_norm, t.embed_tokens = cuda_embed_tokens;
-    t.group_norm = cuda_group_norm, t.conv2d = cuda_conv2d, t.upsample = cuda_upsample, t.swap_axes = cuda_swap_axes;
-    t.mse = cuda_mse, t.mse_backward = cuda_mse_backward, t.sum_squares = cuda_sum_squares, t.update = cuda_update;
+    t.group_norm = cuda_group_norm, t.conv2d = cuda_conv2d, t.upsample = cuda_upsample,
+    t.swap_axes = cuda_swap_axes;
+    t.mse = cuda_mse, t.mse_backward = cuda_mse_backward, t.sum_squares = cuda_sum_squares,
+    t.update = cuda_update;
     return t;
 }
 
@@ -1923,8 +2198,10 @@ static bool no_gpu(cudaError_t why) {
     if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
         return sc_set_error("no GPU: no NVIDIA driver is installed");
     if (driver < CUDART_VERSION)
-        snprintf(text, sizeof text, "no GPU: the driver is for CUDA %d.%d, this program needs %d.%d or newer", driver / 1000,
-                 driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+        snprintf(text, sizeof text,
+                 "no GPU: the driver is for CUDA %d.%d, this program needs %d.%d or newer",
+                 driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000,
+                 CUDART_VERSION % 1000 / 10);
     else snprintf(text, sizeof text, "no GPU: %s", cudaGetErrorString(why));
     return sc_set_error(text);
 }
@@ -1932,25 +2209,32 @@ static bool no_gpu(cudaError_t why) {
 static bool open_device() {
     int count = 0, major = 0, minor = 0, shared = 0;
     cudaError_t status = cudaGetDeviceCount(&count);
-    if (status != cudaSuccess || count == 0) return no_gpu(status == cudaSuccess ? cudaErrorNoDevice : status);
+    if (status != cudaSuccess || count == 0)
+        return no_gpu(status == cudaSuccess ? cudaErrorNoDevice : status);
     cudaDeviceProp properties;
     if ((status = cudaGetDeviceProperties(&properties, 0)) != cudaSuccess) return no_gpu(status);
-    major = properties.major, minor = properties.minor, shared = (int)properties.sharedMemPerBlockOptin;
+    major = properties.major, minor = properties.minor,
+    shared = (int)properties.sharedMemPerBlockOptin;
     snprintf(gpu.name, sizeof gpu.name, "%.60s", properties.name);
     if (major < 8) {
         char text[256];
-        snprintf(text, sizeof text, "no GPU: %s has compute capability %d.%d; 8.0 or more is needed", gpu.name, major, minor);
+        snprintf(text, sizeof text,
+                 "no GPU: %s has compute capability %d.%d; 8.0 or more is needed", gpu.name, major,
+                 minor);
         return sc_set_error(text);
     }
     gpu.capability = 10 * major + minor;
     gpu.shared_memory = (size_t)shared;
     if (!open_cublas()) return false;
-    bool ok = check(cudaSetDevice(0), "cudaSetDevice") &&
-              check(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking), "cudaStreamCreate") &&
-              check(cudaMalloc(&gpu.workspace, WORKSPACE), "cuBLASLt's workspace") && check(lt.Create(&gpu.lt), "cuBLASLt");
+    bool ok =
+        check(cudaSetDevice(0), "cudaSetDevice") &&
+        check(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking), "cudaStreamCreate") &&
+        check(cudaMalloc(&gpu.workspace, WORKSPACE), "cuBLASLt's workspace") &&
+        check(lt.Create(&gpu.lt), "cuBLASLt");
     for (int i = 0; ok && i < STAGES; i++)
         ok = check(cudaMallocHost((void **)&staging.p[i], STAGE_SIZE), "pinned memory") &&
-             check(cudaEventCreateWithFlags(&staging.done[i], cudaEventDisableTiming), "cudaEventCreate");
+             check(cudaEventCreateWithFlags(&staging.done[i], cudaEventDisableTiming),
+                   "cudaEventCreate");
     return ok;
 }
 

@@ -1,8 +1,9 @@
 /* make bench-cuda: the GPU against its own ceilings, measured in the same run.
  *
- * C is the rate of an 8192 cubed bf16 product on random data, B the rate of a large copy, bytes read
- * and written. An operation's floor is what its arithmetic takes at C or what its bytes take at B,
- * whichever is longer. FLUX.1-dev is run at full size with random weights. Times are medians. */
+ * C is the rate of an 8192 cubed bf16 product on random data, B the rate of a large copy, bytes
+ * read and written. An operation's floor is what its arithmetic takes at C or what its bytes take
+ * at B, whichever is longer. FLUX.1-dev is run at full size with random weights. Times are medians.
+ */
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
 #include "../shortcut.h"
@@ -27,7 +28,9 @@ static double seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-static int ascending(const void *a, const void *b) { return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b); }
+static int ascending(const void *a, const void *b) {
+    return (*(const double *)a > *(const double *)b) - (*(const double *)a < *(const double *)b);
+}
 
 typedef void (*work)(sc_tensor **x);
 
@@ -58,7 +61,8 @@ static sc_tensor *tensor(sc_dtype dtype, int64_t a, int64_t b, int64_t c, bool g
     for (int k = 0; k < 1 + grad; k++) {
         if (!(*parts[k] = gpu->alloc((size_t)(n * size)))) stop();
         for (int64_t i = 0; i < n; i += block)
-            gpu->upload((char *)*parts[k] + i * size, size == 2 ? (void *)half : values, (size_t)((n - i < block ? n - i : block) * size));
+            gpu->upload((char *)*parts[k] + i * size, size == 2 ? (void *)half : values,
+                        (size_t)((n - i < block ? n - i : block) * size));
     }
     x->needs_grad = grad;
     return x;
@@ -74,8 +78,8 @@ static void drop(sc_tensor **x, int count) {
 
 static void report(const char *name, double t, double flops, double bytes) {
     double floor = fmax(flops / ceiling, bytes / bandwidth);
-    printf("%-44s %9.3f ms %8.1f TFLOP/s %7.0f GB/s  floor %8.3f ms, reached %3.0f%%\n", name, 1e3 * t, flops / t / 1e12, bytes / t / 1e9,
-           1e3 * floor, 100 * floor / t);
+    printf("%-44s %9.3f ms %8.1f TFLOP/s %7.0f GB/s  floor %8.3f ms, reached %3.0f%%\n", name,
+           1e3 * t, flops / t / 1e12, bytes / t / 1e9, 1e3 * floor, 100 * floor / t);
     fflush(stdout);
 }
 
@@ -83,7 +87,8 @@ static void report(const char *name, double t, double flops, double bytes) {
 
 static void product(sc_tensor **x) { /* y = x w^T */
     int64_t m = x[0]->shape[1], k = x[0]->shape[2], n = x[1]->shape[1];
-    gpu->gemm(m, n, k, 1, sc__whole(x[0], false), sc__whole(x[1], true), 0, sc__whole(x[2], false), NULL);
+    gpu->gemm(m, n, k, 1, sc__whole(x[0], false), sc__whole(x[1], true), 0, sc__whole(x[2], false),
+              NULL);
 }
 static void copy(sc_tensor **x) {
     int64_t n = sc_count(x[0]);
@@ -92,31 +97,47 @@ static void copy(sc_tensor **x) {
 
 static void measure_ceilings(void) {
     int64_t n = 8192;
-    sc_tensor *x[3] = {tensor(SC_BF16, 1, n, n, false), tensor(SC_BF16, 1, n, n, false), tensor(SC_BF16, 1, n, n, false)};
+    sc_tensor *x[3] = {tensor(SC_BF16, 1, n, n, false), tensor(SC_BF16, 1, n, n, false),
+                       tensor(SC_BF16, 1, n, n, false)};
     ceiling = 2.0 * 8192 * 8192 * 8192 / time_of(product, x);
     drop(x, 3);
-    sc_tensor *y[2] = {tensor(SC_BF16, 1, 1, (int64_t)1 << 29, false), tensor(SC_BF16, 1, 1, (int64_t)1 << 29, false)};
+    sc_tensor *y[2] = {tensor(SC_BF16, 1, 1, (int64_t)1 << 29, false),
+                       tensor(SC_BF16, 1, 1, (int64_t)1 << 29, false)};
     bandwidth = 4.0 * (double)((int64_t)1 << 29) / time_of(copy, y);
     drop(y, 2);
-    printf("%s: product ceiling C = %.0f TFLOP/s, copy B = %.0f GB/s\n", gpu->name, ceiling / 1e12, bandwidth / 1e9);
+    printf("%s: product ceiling C = %.0f TFLOP/s, copy B = %.0f GB/s\n", gpu->name, ceiling / 1e12,
+           bandwidth / 1e9);
 }
 
 /* ---- Operations at FLUX's sizes: batch 8 of 1024 + 256 tokens, or one of 4096 + 512 ---- */
 
 enum { HEADS = 24, CHANNELS = 3072 };
 
-static void attention(sc_tensor **x) { gpu->attention(x[3], x[4]->data, x[0], x[1], x[2], HEADS, 0.088f, NULL, false); }
-static void attention_backward(sc_tensor **x) { gpu->attention_backward(x[3], x[4]->data, x[0], x[1], x[2], HEADS, 0.088f); }
+static void attention(sc_tensor **x) {
+    gpu->attention(x[3], x[4]->data, x[0], x[1], x[2], HEADS, 0.088f, NULL, false);
+}
+static void attention_backward(sc_tensor **x) {
+    gpu->attention_backward(x[3], x[4]->data, x[0], x[1], x[2], HEADS, 0.088f);
+}
 static void ln_modulate(sc_tensor **x) { gpu->ln_modulate(x[2], x[0], x[1], 0, 1); }
-static void ln_modulate_backward(sc_tensor **x) { gpu->ln_modulate_backward(x[2], x[0], x[1], 0, 1); }
+static void ln_modulate_backward(sc_tensor **x) {
+    gpu->ln_modulate_backward(x[2], x[0], x[1], 0, 1);
+}
 static void gated_residual(sc_tensor **x) { gpu->gated_residual(x[3], x[0], x[2], x[1], 2); }
-static void gated_residual_backward(sc_tensor **x) { gpu->gated_residual_backward(x[3], x[0], x[2], x[1], 2); }
+static void gated_residual_backward(sc_tensor **x) {
+    gpu->gated_residual_backward(x[3], x[0], x[2], x[1], 2);
+}
 static void activate(sc_tensor **x) { gpu->activate(SC_GELU_TANH, x[1], 0, x[0]); }
-static void activate_backward(sc_tensor **x) { gpu->activate_backward(SC_GELU_TANH, x[1], 0, x[0]); }
+static void activate_backward(sc_tensor **x) {
+    gpu->activate_backward(SC_GELU_TANH, x[1], 0, x[0]);
+}
 static void norm_rope(sc_tensor **x) { gpu->norm_rope(x[3], 0, x[0], x[1], x[2]); }
-static void norm_rope_backward(sc_tensor **x) { gpu->norm_rope_backward(x[3], 0, x[0], x[1], x[2]); }
+static void norm_rope_backward(sc_tensor **x) {
+    gpu->norm_rope_backward(x[3], 0, x[0], x[1], x[2]);
+}
 static void update(sc_tensor **x) {
-    const sc_trained all = {sc_count(x[0]), x[0]->data, x[1]->data, x[2]->data, x[3]->data, {x[4]->data, x[5]->data}};
+    const sc_trained all = {sc_count(x[0]), x[0]->data, x[1]->data,
+                            x[2]->data,     x[3]->data, {x[4]->data, x[5]->data}};
     const sc_adamw o = {.lr = 1e-6f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-3f, .clip = 10};
     gpu->update(&all, &o, (const float[2]){0.99f, 0.999f});
 }
@@ -126,27 +147,35 @@ static void measure_attention(int64_t batch, int64_t tokens) {
     char name[64];
     for (int i = 0; i < 4; i++) x[i] = tensor(SC_BF16, batch, tokens, CHANNELS, true);
     x[4] = tensor(SC_F32, batch, HEADS, tokens, false);
-    double n = (double)batch * (double)tokens, flops = 4 * n * (double)tokens * CHANNELS, bytes = n * CHANNELS * 2;
+    double n = (double)batch * (double)tokens, flops = 4 * n * (double)tokens * CHANNELS,
+           bytes = n * CHANNELS * 2;
     snprintf(name, sizeof name, "attention %lldx%lld", (long long)batch, (long long)tokens);
     report(name, time_of(attention, x), flops, 4 * bytes);
-    snprintf(name, sizeof name, "attention backward %lldx%lld", (long long)batch, (long long)tokens);
+    snprintf(name, sizeof name, "attention backward %lldx%lld", (long long)batch,
+             (long long)tokens);
     report(name, time_of(attention_backward, x), 2.5 * flops, 11 * bytes);
     drop(x, 5);
 }
 
 static void measure_products(int64_t rows) {
-    static const int64_t shapes[][2] = {{3072, 3072}, {12288, 3072}, {3072, 12288}, {3072, 15360}, {64, 3072}, {12288, 64}};
+    static const int64_t shapes[][2] = {{3072, 3072},  {12288, 3072}, {3072, 12288},
+                                        {3072, 15360}, {64, 3072},    {12288, 64}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         int64_t n = shapes[i][0], k = shapes[i][1];
-        sc_tensor *x[3] = {tensor(SC_BF16, 1, rows, k, false), tensor(SC_BF16, 1, n, k, false), tensor(SC_BF16, 1, rows, n, false)};
-        double flops = 2.0 * (double)rows * (double)n * (double)k, bytes = 2.0 * (double)(rows * k + n * k + rows * n);
+        sc_tensor *x[3] = {tensor(SC_BF16, 1, rows, k, false), tensor(SC_BF16, 1, n, k, false),
+                           tensor(SC_BF16, 1, rows, n, false)};
+        double flops = 2.0 * (double)rows * (double)n * (double)k,
+               bytes = 2.0 * (double)(rows * k + n * k + rows * n);
         char name[64];
-        snprintf(name, sizeof name, "linear %lld -> %lld, %lld rows", (long long)k, (long long)n, (long long)rows);
+        snprintf(name, sizeof name, "linear %lld -> %lld, %lld rows", (long long)k, (long long)n,
+                 (long long)rows);
         report(name, time_of(product, x), flops, bytes);
         if (n > 64 && k > 64) {
             sc_tensor narrow = *x[1], *y[3] = {x[0], &narrow, x[2]};
             narrow.dtype = SC_F8_E4M3;
-            if (!(narrow.data = gpu->alloc((size_t)(n * k))) || !(narrow.scale = gpu->alloc((size_t)n * 4))) stop();
+            if (!(narrow.data = gpu->alloc((size_t)(n * k))) ||
+                !(narrow.scale = gpu->alloc((size_t)n * 4)))
+                stop();
             gpu->quantize(narrow.data, narrow.scale, x[1]->data, n, k);
             report("  with fp8 weights", time_of(product, y), flops, bytes - (double)(n * k));
             gpu->release(narrow.data), gpu->release(narrow.scale);
@@ -158,20 +187,24 @@ static void measure_products(int64_t rows) {
 static void measure_operations(void) {
     int64_t batch = 8, tokens = 1280;
     double n = (double)(batch * tokens) * CHANNELS * 2; /* bytes of an activation */
-    sc_tensor *x[4] = {tensor(SC_BF16, batch, tokens, CHANNELS, true), tensor(SC_BF16, batch, 3 * CHANNELS, 1, true),
-                       tensor(SC_BF16, batch, tokens, CHANNELS, true), tensor(SC_BF16, batch, tokens, CHANNELS, true)};
+    sc_tensor *x[4] = {tensor(SC_BF16, batch, tokens, CHANNELS, true),
+                       tensor(SC_BF16, batch, 3 * CHANNELS, 1, true),
+                       tensor(SC_BF16, batch, tokens, CHANNELS, true),
+                       tensor(SC_BF16, batch, tokens, CHANNELS, true)};
     x[1]->ndim = 2;
     report("modulated layer norm", time_of(ln_modulate, x), 0, 2 * n);
     report("modulated layer norm, backward", time_of(ln_modulate_backward, x), 0, 4 * n);
     report("gated residual", time_of(gated_residual, x), 0, 3 * n);
     report("gated residual, backward", time_of(gated_residual_backward, x), 0, 6 * n);
     drop(x, 4);
-    sc_tensor *r[4] = {tensor(SC_BF16, batch, tokens, CHANNELS, true), tensor(SC_F32, 128, 1, 1, false), tensor(SC_F32, tokens, 64, 2, false),
+    sc_tensor *r[4] = {tensor(SC_BF16, batch, tokens, CHANNELS, true),
+                       tensor(SC_F32, 128, 1, 1, false), tensor(SC_F32, tokens, 64, 2, false),
                        tensor(SC_BF16, batch, tokens, CHANNELS, true)};
     report("QK-norm + RoPE", time_of(norm_rope, r), 0, 2 * n);
     report("QK-norm + RoPE, backward", time_of(norm_rope_backward, r), 0, 4 * n);
     drop(r, 4);
-    sc_tensor *a[2] = {tensor(SC_BF16, batch, tokens, 4 * CHANNELS, true), tensor(SC_BF16, batch, tokens, 4 * CHANNELS, true)};
+    sc_tensor *a[2] = {tensor(SC_BF16, batch, tokens, 4 * CHANNELS, true),
+                       tensor(SC_BF16, batch, tokens, 4 * CHANNELS, true)};
     report("GELU", time_of(activate, a), 0, 8 * n);
     report("GELU, backward", time_of(activate_backward, a), 0, 16 * n);
     drop(a, 2);
@@ -187,10 +220,11 @@ static void measure_operations(void) {
 
 /* ---- FLUX.1-dev ---- */
 
-static const char config[] =
-    "{\"_class_name\": \"FluxTransformer2DModel\", \"in_channels\": 64, \"num_layers\": 19, \"num_single_layers\": 38, "
-    "\"attention_head_dim\": 128, \"num_attention_heads\": 24, \"joint_attention_dim\": 4096, \"pooled_projection_dim\": 768, "
-    "\"guidance_embeds\": true, \"axes_dims_rope\": [16, 56, 56]}";
+static const char config[] = "{\"_class_name\": \"FluxTransformer2DModel\", \"in_channels\": 64, "
+                             "\"num_layers\": 19, \"num_single_layers\": 38, "
+                             "\"attention_head_dim\": 128, \"num_attention_heads\": 24, "
+                             "\"joint_attention_dim\": 4096, \"pooled_projection_dim\": 768, "
+                             "\"guidance_embeds\": true, \"axes_dims_rope\": [16, 56, 56]}";
 
 /* One pass over one picture: 24 C^2 and 4 T C for each token and block, and the embedders. */
 static double forward_flops(double image, double text) {
@@ -207,7 +241,9 @@ static sc_flux *open_flux(bool fp8) {
         sc_tensor *w = &f->net->weights[i]->tensor;
         if (w->ndim != 2) continue;
         void *wide = w->data;
-        if (!(w->data = gpu->alloc((size_t)sc_count(w))) || !(w->scale = gpu->alloc((size_t)w->shape[0] * 4))) stop();
+        if (!(w->data = gpu->alloc((size_t)sc_count(w))) ||
+            !(w->scale = gpu->alloc((size_t)w->shape[0] * 4)))
+            stop();
         gpu->quantize(w->data, w->scale, wide, w->shape[0], w->shape[1]);
         gpu->release(wide);
         w->dtype = SC_F8_E4M3;
@@ -227,9 +263,19 @@ static double measure_training(int batch, bool fp8) {
     sc_params *p = sc_params_lora(f, 64, 64, 1);
     sc_tape *t = sc_tape_new(gpu);
     if (!p || !t) stop();
-    sc_batch b = {.size = batch, .h = 32, .w = 32, .text_tokens = 256, .x0 = normal(batch * 65536), .noise = normal(batch * 65536),
-                  .context = normal((int64_t)batch * 256 * 4096), .pooled = normal(batch * 768)};
-    sc_recipe recipe = {.teacher_ratio = 0.4f, .teacher_steps = 32, .self_steps = {2, 4, 8, 16}, .shift = {2.5f, 4.5f}, .guidance = {0, 7.5f}};
+    sc_batch b = {.size = batch,
+                  .h = 32,
+                  .w = 32,
+                  .text_tokens = 256,
+                  .x0 = normal(batch * 65536),
+                  .noise = normal(batch * 65536),
+                  .context = normal((int64_t)batch * 256 * 4096),
+                  .pooled = normal(batch * 768)};
+    sc_recipe recipe = {.teacher_ratio = 0.4f,
+                        .teacher_steps = 32,
+                        .self_steps = {2, 4, 8, 16},
+                        .shift = {2.5f, 4.5f},
+                        .guidance = {0, 7.5f}};
     sc_adamw adamw = {.lr = 2e-5f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f, .clip = 10};
     sc_memory_plan plan;
     if (!sc_plan_memory(f, p, t, &recipe, &b, &plan)) stop();
@@ -242,9 +288,12 @@ static double measure_training(int batch, bool fp8) {
     }
     qsort(times, 7, sizeof *times, ascending);
     double flops = 4 * batch * forward_flops(1024, 256);
-    printf("SCFM step, 512x512, batch %d, rank 64, %s: %.3f s, %.0f useful TFLOP/s, %.0f%% of C; %d of %d blocks kept, %.1f GiB left; "
-           "loss %.3f, gradient %.3g\n", batch, fp8 ? "fp8 weights" : "bf16", times[3], flops / times[3] / 1e12, 100 * flops / times[3] / ceiling,
-           plan.kept, plan.blocks, (double)gpu->memory_left() / (1 << 30), loss, norm);
+    printf("SCFM step, 512x512, batch %d, rank 64, %s: %.3f s, %.0f useful TFLOP/s, %.0f%% of C; "
+           "%d of %d blocks kept, %.1f GiB left; "
+           "loss %.3f, gradient %.3g\n",
+           batch, fp8 ? "fp8 weights" : "bf16", times[3], flops / times[3] / 1e12,
+           100 * flops / times[3] / ceiling, plan.kept, plan.blocks,
+           (double)gpu->memory_left() / (1 << 30), loss, norm);
     fflush(stdout);
     free((void *)b.x0), free((void *)b.noise), free(b.context), free(b.pooled);
     sc_tape_free(t);
@@ -256,7 +305,8 @@ static double measure_training(int batch, bool fp8) {
 static void measure_sampling(bool fp8) {
     sc_flux *f = open_flux(fp8);
     sc_tape *t = sc_tape_new(gpu);
-    float *latents = normal(4096 * 64), *context = normal(512 * 4096), *pooled = normal(768), *noise = normal(4096 * 64);
+    float *latents = normal(4096 * 64), *context = normal(512 * 4096), *pooled = normal(768),
+          *noise = normal(4096 * 64);
     sc_sampling s = {.steps = 3, .shift = 3.16f, .guidance = 3.5f, .h = 64, .w = 64};
     double times[5];
     for (int i = -1; i < 5; i++) {
@@ -267,7 +317,8 @@ static void measure_sampling(bool fp8) {
     }
     qsort(times, 5, sizeof *times, ascending);
     double flops = 3 * forward_flops(4096, 512);
-    printf("3 steps at 1024x1024, %s: %.3f s, %.0f TFLOP/s, %.0f%% of C\n", fp8 ? "fp8 weights" : "bf16", times[2], flops / times[2] / 1e12,
+    printf("3 steps at 1024x1024, %s: %.3f s, %.0f TFLOP/s, %.0f%% of C\n",
+           fp8 ? "fp8 weights" : "bf16", times[2], flops / times[2] / 1e12,
            100 * flops / times[2] / ceiling);
     fflush(stdout);
     free(latents), free(context), free(pooled), free(noise);

@@ -5,8 +5,8 @@
  *
  * Tolerances, relative in the L2 norm. Inputs are bf16 values, exact on both sides. bf16 keeps 8
  * bits, so rounding one result changes it by at most 2^-9 of itself: 2^-9 = 0.00195 is the limit
- * where f32 arithmetic is rounded once at the end (a sum is also rounded once, after adding). Where a
- * rounded intermediate is used again, each such rounding may add as much once more: that is the
+ * where f32 arithmetic is rounded once at the end (a sum is also rounded once, after adding). Where
+ * a rounded intermediate is used again, each such rounding may add as much once more: that is the
  * factor in the calls below. f32 results (sums, norms): 1e-5.
  *
  * Outputs are filled with NaN before, gradients that are added to start as random numbers, and each
@@ -32,11 +32,15 @@ static sc_rng rng = {1};
 
 /* A tensor of an operation. role: i input, o output, g input whose gradient is added to, y output
  * whose gradient is given; large letters: f32 on the GPU too. */
-typedef struct spec { char role; int ndim; int64_t shape[5]; } spec;
+typedef struct spec {
+    char role;
+    int ndim;
+    int64_t shape[5];
+} spec;
 
 typedef struct part {
     char role;
-    float *data, *grad;         /* host, the start */
+    float *data, *grad; /* host, the start */
     sc_tensor cpu, gpu;
 } part;
 
@@ -60,14 +64,16 @@ static void to_gpu(void *device, const float *values, sc_dtype dtype, int64_t n)
     uint16_t *half = malloc((size_t)n * 4 + 4);
     memset(half, 0xff, (size_t)n * 4);
     if (values && dtype == SC_F32) memcpy(half, values, (size_t)n * 4);
-    for (int64_t i = 0; values && dtype == SC_BF16 && i < n; i++) half[i] = sc__f32_to_bf16(values[i]);
+    for (int64_t i = 0; values && dtype == SC_BF16 && i < n; i++)
+        half[i] = sc__f32_to_bf16(values[i]);
     gpu->upload(device, half, (size_t)(n * sc_dtype_size(dtype)));
     free(half);
 }
 
 static float *from_gpu(const void *device, sc_dtype dtype, int64_t n) {
     float *values = malloc((size_t)n * 4 + 4), *raw = malloc((size_t)n * 4 + 4);
-    if (!gpu->download(raw, device, (size_t)(n * sc_dtype_size(dtype)))) printf("%s\n", sc_error()), exit(1);
+    if (!gpu->download(raw, device, (size_t)(n * sc_dtype_size(dtype))))
+        printf("%s\n", sc_error()), exit(1);
     sc_to_f32(values, raw, dtype, n);
     free(raw);
     return values;
@@ -101,28 +107,32 @@ static void free_part(part *p) {
     if (p->gpu.grad) gpu->release(p->gpu.grad);
 }
 
-static void compare_values(const char *name, int part, const void *device, sc_dtype dtype, const float *want, int64_t n, double limit,
-                           float *first) {
+static void compare_values(const char *name, int part, const void *device, sc_dtype dtype,
+                           const float *want, int64_t n, double limit, float *first) {
     float *got = from_gpu(device, dtype, n);
     if (first) {
         double error = rel_error(got, want, n);
         CHECK(error <= limit);
-        if (!(error <= limit)) printf("  %s, tensor %d: error %.2e, limit %.2e\n", name, part, error, limit);
+        if (!(error <= limit))
+            printf("  %s, tensor %d: error %.2e, limit %.2e\n", name, part, error, limit);
         memcpy(first, got, (size_t)n * 4);
     } else {
         CHECK(!memcmp(got, want, (size_t)n * 4));
-        if (memcmp(got, want, (size_t)n * 4)) printf("  %s, tensor %d: another result when repeated\n", name, part);
+        if (memcmp(got, want, (size_t)n * 4))
+            printf("  %s, tensor %d: another result when repeated\n", name, part);
     }
     free(got);
 }
 
-/* Runs `op` on both, and once more on the GPU; limits are per tensor role: outputs and gradients. */
+/* Runs `op` on both, and once more on the GPU; limits are per tensor role: outputs and gradients.
+ */
 static void compare(const char *name, operation op, const spec *specs, int count, double limit) {
     part parts[8];
     sc_tensor *x[8], *y[8];
     float *results[8][2];
     memset(results, 0, sizeof results);
-    for (int i = 0; i < count; i++) make_part(&parts[i], &specs[i]), x[i] = &parts[i].cpu, y[i] = &parts[i].gpu;
+    for (int i = 0; i < count; i++)
+        make_part(&parts[i], &specs[i]), x[i] = &parts[i].cpu, y[i] = &parts[i].gpu;
     op(sc_cpu(), x);
     for (int pass = 0; pass < 2; pass++) {
         for (int i = 0; i < count; i++) {
@@ -143,17 +153,18 @@ static void compare(const char *name, operation op, const spec *specs, int count
             for (int k = 0; k < 2; k++) {
                 if (!outs[k]) continue;
                 if (!pass) results[i][k] = malloc((size_t)n * 4 + 4);
-                compare_values(name, i, device[k], y[i]->dtype, pass ? results[i][k] : want[k], n, allowed, pass ? NULL : results[i][k]);
+                compare_values(name, i, device[k], y[i]->dtype, pass ? results[i][k] : want[k], n,
+                               allowed, pass ? NULL : results[i][k]);
             }
         }
     }
     for (int i = 0; i < count; i++) free_part(&parts[i]), free(results[i][0]), free(results[i][1]);
 }
 
-#define COMPARE(op, limit, ...)                                                            \
-    do {                                                                                   \
-        const spec specs_[] = {__VA_ARGS__};                                               \
-        compare(#op, op, specs_, (int)(sizeof specs_ / sizeof *specs_), limit);            \
+#define COMPARE(op, limit, ...)                                                                    \
+    do {                                                                                           \
+        const spec specs_[] = {__VA_ARGS__};                                                       \
+        compare(#op, op, specs_, (int)(sizeof specs_ / sizeof *specs_), limit);                    \
     } while (0)
 
 /* ---- Elementwise ---- */
@@ -176,11 +187,15 @@ static void embed_timestep(const sc_backend *be, sc_tensor **x) {
     for (int i = 0; i < 70; i++) t[i] = i ? (float)i / 70 : 1 - 1e-5f;
     be->embed_timestep(x[0], t);
 }
-static void copy_block(const sc_backend *be, sc_tensor **x) { /* columns 2 ... of x into columns 1 ... of y */
-    int64_t rows = x[0]->shape[0], from = x[0]->shape[1], to = x[1]->shape[1], size = sc_dtype_size(x[0]->dtype);
-    be->copy_block((char *)x[1]->data + size, to, (char *)x[0]->data + 2 * size, from, rows, to - 2, x[0]->dtype, false);
+static void copy_block(const sc_backend *be,
+                       sc_tensor **x) { /* columns 2 ... of x into columns 1 ... of y */
+    int64_t rows = x[0]->shape[0], from = x[0]->shape[1], to = x[1]->shape[1],
+            size = sc_dtype_size(x[0]->dtype);
+    be->copy_block((char *)x[1]->data + size, to, (char *)x[0]->data + 2 * size, from, rows, to - 2,
+                   x[0]->dtype, false);
     be->copy_block(x[1]->data, to, x[0]->data, from, rows, 1, x[0]->dtype, false);
-    be->copy_block((char *)x[1]->data + (to - 1) * size, to, (char *)x[0]->data + size, from, rows, 1, x[0]->dtype, false);
+    be->copy_block((char *)x[1]->data + (to - 1) * size, to, (char *)x[0]->data + size, from, rows,
+                   1, x[0]->dtype, false);
     be->copy_block(x[1]->data, to, x[0]->data, from, rows, to, x[0]->dtype, true);
 }
 static void copy_aligned(const sc_backend *be, sc_tensor **x) { /* a row of x to all rows of y */
@@ -188,7 +203,9 @@ static void copy_aligned(const sc_backend *be, sc_tensor **x) { /* a row of x to
     be->copy_block(x[1]->data, n, x[0]->data, 0, rows, n, x[0]->dtype, false);
     be->copy_block(x[1]->data, n, x[0]->data, n, rows, n, x[0]->dtype, true);
 }
-static void column_sum(const sc_backend *be, sc_tensor **x) { be->column_sum(x[1]->grad, x[0]->data, x[0]->shape[0], x[0]->shape[1]); }
+static void column_sum(const sc_backend *be, sc_tensor **x) {
+    be->column_sum(x[1]->grad, x[0]->data, x[0]->shape[0], x[0]->shape[1]);
+}
 
 static void test_elementwise(void) {
     static const sc_activation kinds[] = {SC_SILU, SC_GELU_TANH, SC_GELU, SC_QUICK_GELU};
@@ -211,40 +228,49 @@ static void test_elementwise(void) {
 
 static bool a_transposed, b_transposed;
 static void gemm(const sc_backend *be, sc_tensor **x) { /* c += 0.5 a b */
-    sc_matrix a = {x[0]->data, x[0]->dtype, x[0]->shape[1], a_transposed, NULL}, b = {x[1]->data, x[1]->dtype, x[1]->shape[1], b_transposed, NULL};
+    sc_matrix a = {x[0]->data, x[0]->dtype, x[0]->shape[1], a_transposed, NULL},
+              b = {x[1]->data, x[1]->dtype, x[1]->shape[1], b_transposed, NULL};
     sc_matrix c = {x[2]->grad, x[2]->dtype, x[2]->shape[1], false, NULL};
-    int64_t m = x[2]->shape[0], n = x[2]->shape[1], k = a_transposed ? x[0]->shape[0] : x[0]->shape[1];
+    int64_t m = x[2]->shape[0], n = x[2]->shape[1],
+            k = a_transposed ? x[0]->shape[0] : x[0]->shape[1];
     be->gemm(m, n, k, 0.5f, a, b, 1, c, NULL);
 }
 static void linear(const sc_backend *be, sc_tensor **x) { /* y = x w^T + b on rows 1 ... */
     int64_t in = x[0]->shape[1], out = x[1]->shape[0], size = sc_dtype_size(x[0]->dtype);
-    sc_matrix a = {(char *)x[0]->data + in * size, x[0]->dtype, in, false, NULL}, w = {x[1]->data, x[1]->dtype, in, true, NULL};
+    sc_matrix a = {(char *)x[0]->data + in * size, x[0]->dtype, in, false, NULL},
+              w = {x[1]->data, x[1]->dtype, in, true, NULL};
     sc_matrix y = {x[3]->data, x[3]->dtype, out, false, NULL};
     be->gemm(x[3]->shape[0], out, in, 1, a, w, 0, y, x[2]);
 }
 
-/* y = x q(w)^T + b and, with the gradient in the place of x, dx += dy q(w); x[0] [m,k], x[1] [n,k] */
+/* y = x q(w)^T + b and, with the gradient in the place of x, dx += dy q(w); x[0] [m,k], x[1] [n,k]
+ */
 static void fp8_linear(const sc_backend *be, sc_tensor **x) {
     int64_t m = x[0]->shape[0], k = x[0]->shape[1], n = x[1]->shape[0];
     uint8_t *narrow = be->alloc((size_t)(n * k));
     float *scale = be->alloc((size_t)n * 4);
     be->quantize(narrow, scale, x[1]->data, n, k);
     sc_matrix w = {narrow, SC_F8_E4M3, k, true, scale}, wt = {narrow, SC_F8_E4M3, k, false, scale};
-    be->gemm(m, n, k, 1, (sc_matrix){x[0]->data, x[0]->dtype, k, false, NULL}, w, 0, (sc_matrix){x[3]->data, x[3]->dtype, n, false, NULL}, x[2]);
-    be->gemm(m, k, n, 1, (sc_matrix){x[3]->grad, x[3]->dtype, n, false, NULL}, wt, 1, (sc_matrix){x[4]->grad, x[4]->dtype, k, false, NULL}, NULL);
+    be->gemm(m, n, k, 1, (sc_matrix){x[0]->data, x[0]->dtype, k, false, NULL}, w, 0,
+             (sc_matrix){x[3]->data, x[3]->dtype, n, false, NULL}, x[2]);
+    be->gemm(m, k, n, 1, (sc_matrix){x[3]->grad, x[3]->dtype, n, false, NULL}, wt, 1,
+             (sc_matrix){x[4]->grad, x[4]->dtype, k, false, NULL}, NULL);
     be->release(narrow);
     be->release(scale);
 }
 
 static void test_products(void) {
-    /* Expanded, the weights are rounded once more; on fp8 tensor cores (n and k multiples of 16) x is
-     * rounded to 4 bits: at most 2^-4, evenly spread 2^-4 / sqrt(3), of each value. */
-    COMPARE(fp8_linear, 2 * ONE, {'i', 2, {19, 40}}, {'i', 2, {24, 40}}, {'I', 1, {24}}, {'y', 2, {19, 24}}, {'g', 2, {19, 40}});
-    COMPARE(fp8_linear, 1.0 / 28, {'i', 2, {19, 64}}, {'i', 2, {32, 64}}, {'I', 1, {32}}, {'y', 2, {19, 32}}, {'g', 2, {19, 64}});
+    /* Expanded, the weights are rounded once more; on fp8 tensor cores (n and k multiples of 16) x
+     * is rounded to 4 bits: at most 2^-4, evenly spread 2^-4 / sqrt(3), of each value. */
+    COMPARE(fp8_linear, 2 * ONE, {'i', 2, {19, 40}}, {'i', 2, {24, 40}}, {'I', 1, {24}},
+            {'y', 2, {19, 24}}, {'g', 2, {19, 40}});
+    COMPARE(fp8_linear, 1.0 / 28, {'i', 2, {19, 64}}, {'i', 2, {32, 64}}, {'I', 1, {32}},
+            {'y', 2, {19, 32}}, {'g', 2, {19, 64}});
     /* f32 inputs are rounded to bf16 first: one rounding more for each of them. */
     for (int i = 0; i < 4; i++) {
         a_transposed = i % 2, b_transposed = i / 2;
-        spec a = {'i', 2, {a_transposed ? 37 : 19, a_transposed ? 19 : 37}}, b = {'i', 2, {b_transposed ? 23 : 37, b_transposed ? 37 : 23}};
+        spec a = {'i', 2, {a_transposed ? 37 : 19, a_transposed ? 19 : 37}},
+             b = {'i', 2, {b_transposed ? 23 : 37, b_transposed ? 37 : 23}};
         spec b32 = b, a32 = a;
         b32.role = 'I', a32.role = 'I';
         COMPARE(gemm, ONE, a, b, {'g', 2, {19, 23}});
@@ -253,10 +279,12 @@ static void test_products(void) {
         COMPARE(gemm, 2 * ONE, a32, b, {'G', 2, {19, 23}});
         COMPARE(gemm, ONE, a32, b32, {'G', 2, {19, 23}});
     }
-    COMPARE(linear, 2 * ONE, {'i', 2, {12, 40}}, {'i', 2, {24, 40}}, {'I', 1, {24}}, {'o', 2, {11, 24}});
+    COMPARE(linear, 2 * ONE, {'i', 2, {12, 40}}, {'i', 2, {24, 40}}, {'I', 1, {24}},
+            {'o', 2, {11, 24}});
     COMPARE(linear, 2 * ONE, {'i', 2, {4, 9}}, {'I', 2, {7, 9}}, {'I', 1, {7}}, {'o', 2, {3, 7}});
     a_transposed = false, b_transposed = true;
-    COMPARE(gemm, ONE, {'i', 2, {LARGE(1000, 30), 256}}, {'i', 2, {LARGE(512, 48), 256}}, {'g', 2, {LARGE(1000, 30), LARGE(512, 48)}});
+    COMPARE(gemm, ONE, {'i', 2, {LARGE(1000, 30), 256}}, {'i', 2, {LARGE(512, 48), 256}},
+            {'g', 2, {LARGE(1000, 30), LARGE(512, 48)}});
 }
 
 /* ---- Norms ---- */
@@ -276,22 +304,30 @@ static void norm_rope(const sc_backend *be, sc_tensor **x) { /* text, image, wei
     be->norm_rope_backward(x[4], 0, x[0], x[2], x[3]);
     be->norm_rope_backward(x[4], text, x[1], x[2], x[3]);
 }
-static void layer_norm(const sc_backend *be, sc_tensor **x) { be->layer_norm(x[3], x[0], x[1], x[2], 1e-5f); }
+static void layer_norm(const sc_backend *be, sc_tensor **x) {
+    be->layer_norm(x[3], x[0], x[1], x[2], 1e-5f);
+}
 static void rms_norm(const sc_backend *be, sc_tensor **x) { be->rms_norm(x[2], x[0], x[1], 1e-6f); }
 
 static void test_norms(void) {
     COMPARE(ln_modulate, ONE, {'g', 3, {2, 5, 37}}, {'g', 2, {2, 3 * 37}}, {'y', 3, {2, 5, 37}});
-    COMPARE(ln_modulate, ONE, {'g', 3, {3, 70, 192}}, {'g', 2, {3, 3 * 192}}, {'y', 3, {3, 70, 192}});
-    COMPARE(ln_modulate, ONE, {'i', 3, {1, 3, 1160}}, {'g', 2, {1, 3 * 1160}}, {'y', 3, {1, 3, 1160}});
-    COMPARE(gated_residual, ONE, {'g', 3, {2, 5, 37}}, {'g', 3, {2, 5, 37}}, {'g', 2, {2, 3 * 37}}, {'y', 3, {2, 5, 37}});
-    COMPARE(gated_residual, ONE, {'g', 3, {2, 70, 64}}, {'i', 3, {2, 70, 64}}, {'g', 2, {2, 2 * 64}}, {'y', 3, {2, 70, 64}});
+    COMPARE(ln_modulate, ONE, {'g', 3, {3, 70, 192}}, {'g', 2, {3, 3 * 192}},
+            {'y', 3, {3, 70, 192}});
+    COMPARE(ln_modulate, ONE, {'i', 3, {1, 3, 1160}}, {'g', 2, {1, 3 * 1160}},
+            {'y', 3, {1, 3, 1160}});
+    COMPARE(gated_residual, ONE, {'g', 3, {2, 5, 37}}, {'g', 3, {2, 5, 37}}, {'g', 2, {2, 3 * 37}},
+            {'y', 3, {2, 5, 37}});
+    COMPARE(gated_residual, ONE, {'g', 3, {2, 70, 64}}, {'i', 3, {2, 70, 64}},
+            {'g', 2, {2, 2 * 64}}, {'y', 3, {2, 70, 64}});
     static const int64_t sizes[] = {16, 32, 64, 128, 200};
     for (int i = 0; i < 5; i++) {
         int64_t d = sizes[i], c = 3 * d;
-        COMPARE(norm_rope, ONE, {'g', 3, {2, 4, c}}, {'g', 3, {2, 7, c}}, {'G', 1, {d}}, {'I', 3, {11, d / 2, 2}}, {'y', 3, {2, 11, c}});
+        COMPARE(norm_rope, ONE, {'g', 3, {2, 4, c}}, {'g', 3, {2, 7, c}}, {'G', 1, {d}},
+                {'I', 3, {11, d / 2, 2}}, {'y', 3, {2, 11, c}});
     }
     COMPARE(layer_norm, ONE, {'i', 2, {5, 77}}, {'I', 1, {77}}, {'I', 1, {77}}, {'o', 2, {5, 77}});
-    COMPARE(layer_norm, ONE, {'i', 2, {3, 768}}, {'I', 1, {768}}, {'I', 1, {768}}, {'o', 2, {3, 768}});
+    COMPARE(layer_norm, ONE, {'i', 2, {3, 768}}, {'I', 1, {768}}, {'I', 1, {768}},
+            {'o', 2, {3, 768}});
     COMPARE(rms_norm, ONE, {'i', 2, {5, 77}}, {'I', 1, {77}}, {'o', 2, {5, 77}});
     COMPARE(rms_norm, ONE, {'i', 2, {3, 512}}, {'I', 1, {512}}, {'o', 2, {3, 512}});
 }
@@ -302,19 +338,23 @@ static int heads;
 static bool causal;
 static void attention(const sc_backend *be, sc_tensor **x) {
     int64_t size = x[0]->shape[2] / heads;
-    be->attention(x[3], x[4]->data, x[0], x[1], x[2], heads, 1.f / sqrtf((float)size), NULL, causal);
+    be->attention(x[3], x[4]->data, x[0], x[1], x[2], heads, 1.f / sqrtf((float)size), NULL,
+                  causal);
     be->attention_backward(x[3], x[4]->data, x[0], x[1], x[2], heads, 1.f / sqrtf((float)size));
 }
 static void attention_forward(const sc_backend *be, sc_tensor **x) {
-    be->attention(x[4], x[5]->data, x[0], x[1], x[2], heads, 0.3f, x[3]->ndim == 3 ? x[3] : NULL, causal);
+    be->attention(x[4], x[5]->data, x[0], x[1], x[2], heads, 0.3f, x[3]->ndim == 3 ? x[3] : NULL,
+                  causal);
 }
 
 static void compare_attention(int64_t batch, int64_t queries, int64_t keys, int h, int64_t size) {
     int64_t c = h * size;
     heads = h;
     causal = false;
-    /* P and dS are rounded before they are multiplied, O before delta is taken, the result at last. */
-    COMPARE(attention, 3 * ONE, {'g', 3, {batch, queries, c}}, {'g', 3, {batch, keys, c}}, {'g', 3, {batch, keys, c}}, {'y', 3, {batch, queries, c}},
+    /* P and dS are rounded before they are multiplied, O before delta is taken, the result at last.
+     */
+    COMPARE(attention, 3 * ONE, {'g', 3, {batch, queries, c}}, {'g', 3, {batch, keys, c}},
+            {'g', 3, {batch, keys, c}}, {'y', 3, {batch, queries, c}},
             {'O', 3, {batch, h, queries}});
 }
 
@@ -333,15 +373,18 @@ static void test_attention(void) {
     for (int i = 0; i < 4; i++) { /* other head sizes, bias, mask: by products; P is rounded too */
         int64_t size = i == 0 ? 24 : 64, t = 45, c = heads * size;
         causal = i == 3;
-        COMPARE(attention_forward, 2 * ONE, {'i', 3, {2, t, c}}, {'i', 3, {2, t, c}}, {'i', 3, {2, t, c}}, {'i', i == 2 ? 3 : 1, {heads, t, t}},
-                {'o', 3, {2, t, c}}, {'O', 3, {2, heads, t}});
+        COMPARE(attention_forward, 2 * ONE, {'i', 3, {2, t, c}}, {'i', 3, {2, t, c}},
+                {'i', 3, {2, t, c}}, {'i', i == 2 ? 3 : 1, {heads, t, t}}, {'o', 3, {2, t, c}},
+                {'O', 3, {2, heads, t}});
     }
 }
 
 /* ---- Pictures and tokens ---- */
 
 static int stride, pad;
-static void conv2d(const sc_backend *be, sc_tensor **x) { be->conv2d(x[3], x[0], x[1], x[2], stride, pad); }
+static void conv2d(const sc_backend *be, sc_tensor **x) {
+    be->conv2d(x[3], x[0], x[1], x[2], stride, pad);
+}
 static void group_norm(const sc_backend *be, sc_tensor **x) {
     be->group_norm(x[3], x[0], x[1], x[2], 4, 1e-6f, true);
     be->group_norm(x[4], x[0], x[1], x[2], 4, 1e-6f, false);
@@ -355,14 +398,20 @@ static void embed_tokens(const sc_backend *be, sc_tensor **x) {
 
 static void test_pictures(void) {
     stride = 1, pad = 1; /* the bias is rounded before it is added */
-    COMPARE(conv2d, 2 * ONE, {'i', 4, {2, 3, 9, 7}}, {'i', 4, {5, 3, 3, 3}}, {'I', 1, {5}}, {'o', 4, {2, 5, 9, 7}});
-    COMPARE(conv2d, 3 * ONE, {'i', 4, {1, 8, 16, 24}}, {'I', 4, {12, 8, 3, 3}}, {'I', 1, {12}}, {'o', 4, {1, 12, 16, 24}});
+    COMPARE(conv2d, 2 * ONE, {'i', 4, {2, 3, 9, 7}}, {'i', 4, {5, 3, 3, 3}}, {'I', 1, {5}},
+            {'o', 4, {2, 5, 9, 7}});
+    COMPARE(conv2d, 3 * ONE, {'i', 4, {1, 8, 16, 24}}, {'I', 4, {12, 8, 3, 3}}, {'I', 1, {12}},
+            {'o', 4, {1, 12, 16, 24}});
     stride = 2, pad = 0;
-    COMPARE(conv2d, 2 * ONE, {'i', 4, {2, 4, 8, 6}}, {'i', 4, {3, 4, 3, 3}}, {'I', 1, {3}}, {'o', 4, {2, 3, 4, 3}});
+    COMPARE(conv2d, 2 * ONE, {'i', 4, {2, 4, 8, 6}}, {'i', 4, {3, 4, 3, 3}}, {'I', 1, {3}},
+            {'o', 4, {2, 3, 4, 3}});
     stride = 1, pad = 0;
-    COMPARE(conv2d, 2 * ONE, {'i', 4, {2, 4, 5, 6}}, {'i', 4, {7, 4, 1, 1}}, {'I', 1, {7}}, {'o', 4, {2, 7, 5, 6}});
-    COMPARE(group_norm, ONE, {'i', 4, {2, 8, 5, 7}}, {'I', 1, {8}}, {'I', 1, {8}}, {'o', 4, {2, 8, 5, 7}}, {'o', 4, {2, 8, 5, 7}});
-    COMPARE(group_norm, ONE, {'i', 4, {1, 8, LARGE(256, 64), 70}}, {'I', 1, {8}}, {'I', 1, {8}}, {'o', 4, {1, 8, LARGE(256, 64), 70}}, {'o', 4, {1, 8, LARGE(256, 64), 70}});
+    COMPARE(conv2d, 2 * ONE, {'i', 4, {2, 4, 5, 6}}, {'i', 4, {7, 4, 1, 1}}, {'I', 1, {7}},
+            {'o', 4, {2, 7, 5, 6}});
+    COMPARE(group_norm, ONE, {'i', 4, {2, 8, 5, 7}}, {'I', 1, {8}}, {'I', 1, {8}},
+            {'o', 4, {2, 8, 5, 7}}, {'o', 4, {2, 8, 5, 7}});
+    COMPARE(group_norm, ONE, {'i', 4, {1, 8, LARGE(256, 64), 70}}, {'I', 1, {8}}, {'I', 1, {8}},
+            {'o', 4, {1, 8, LARGE(256, 64), 70}}, {'o', 4, {1, 8, LARGE(256, 64), 70}});
     COMPARE(upsample, ONE, {'i', 4, {2, 3, 5, 7}}, {'o', 4, {2, 3, 10, 14}});
     COMPARE(swap_axes, ONE, {'i', 3, {2, 37, 70}}, {'o', 3, {2, 70, 37}});
     COMPARE(embed_tokens, ONE, {'i', 2, {11, 37}}, {'o', 2, {5, 37}});
@@ -381,9 +430,17 @@ static void mse(const sc_backend *be, sc_tensor **x) {
     be->mse_backward(x[0], x[1], 300.f);
 }
 static void update(const sc_backend *be, sc_tensor **x) {
-    const sc_trained all = {x[0]->shape[0], x[0]->grad, x[1]->grad, x[2]->grad, x[3]->grad, {x[4]->grad, x[5]->grad}};
-    sc_adamw o = {.lr = 0.1f, .beta1 = 0.9f, .beta2 = 0.99f, .eps = 1e-8f, .weight_decay = 0.1f, .clip = 10, .step = 3};
-    double norm = be->update(&all, &o, (const float[2]){0.9f, 0.99f}), root = sqrt((double)all.count);
+    const sc_trained all = {x[0]->shape[0], x[0]->grad, x[1]->grad,
+                            x[2]->grad,     x[3]->grad, {x[4]->grad, x[5]->grad}};
+    sc_adamw o = {.lr = 0.1f,
+                  .beta1 = 0.9f,
+                  .beta2 = 0.99f,
+                  .eps = 1e-8f,
+                  .weight_decay = 0.1f,
+                  .clip = 10,
+                  .step = 3};
+    double norm = be->update(&all, &o, (const float[2]){0.9f, 0.99f}),
+           root = sqrt((double)all.count);
     CHECK(norm > 0.9 * root && norm < 1.1 * root);
 }
 
@@ -403,7 +460,8 @@ static void test_training(void) {
     update(gpu, y);
     for (int i = 0; i < 6; i++) {
         float *got = from_gpu(y[i]->grad, SC_F32, n);
-        if (i == 1) for (int64_t j = 0; j < n; j += 1000) CHECK(got[j] == 0);
+        if (i == 1)
+            for (int64_t j = 0; j < n; j += 1000) CHECK(got[j] == 0);
         else CHECK(rel_error(got, x[i]->grad, n) < F32);
         free(got);
     }
@@ -414,10 +472,11 @@ static void test_training(void) {
 
 /* ---- Whole training steps of a small FLUX ---- */
 
-static const char config[] =
-    "{\"_class_name\": \"FluxTransformer2DModel\", \"in_channels\": 16, \"num_layers\": 1, \"num_single_layers\": 1, "
-    "\"attention_head_dim\": 32, \"num_attention_heads\": 2, \"joint_attention_dim\": 24, \"pooled_projection_dim\": 20, "
-    "\"guidance_embeds\": true, \"axes_dims_rope\": [8, 12, 12]}";
+static const char config[] = "{\"_class_name\": \"FluxTransformer2DModel\", \"in_channels\": 16, "
+                             "\"num_layers\": 1, \"num_single_layers\": 1, "
+                             "\"attention_head_dim\": 32, \"num_attention_heads\": 2, "
+                             "\"joint_attention_dim\": 24, \"pooled_projection_dim\": 20, "
+                             "\"guidance_embeds\": true, \"axes_dims_rope\": [8, 12, 12]}";
 
 /* A folder with random bf16 weights, none of them zero. */
 static void make_model(const char *folder) {
@@ -429,17 +488,20 @@ static void make_model(const char *folder) {
     for (int64_t i = 0; f && i < f->net->count; i++) {
         sc_tensor *w = &f->net->weights[i]->tensor;
         float *values = w->data, size = w->ndim == 1 ? 0.1f : 1.f / sqrtf((float)w->shape[1]);
-        bool norm = strstr(f->net->weights[i]->name, "norm_") && !strstr(f->net->weights[i]->name, "norm_out");
+        bool norm = strstr(f->net->weights[i]->name, "norm_") &&
+                    !strstr(f->net->weights[i]->name, "norm_out");
         sc_normal(&rng, values, sc_count(w));
         for (int64_t j = 0; j < sc_count(w); j++) values[j] = values[j] * size + (norm ? 1.f : 0.f);
     }
-    if (!f || !sc_flux_save(f, folder, SC_BF16, (const char *const[]){NULL})) printf("%s\n", sc_error()), exit(1);
+    if (!f || !sc_flux_save(f, folder, SC_BF16, (const char *const[]){NULL}))
+        printf("%s\n", sc_error()), exit(1);
     sc_flux_close(f);
 }
 
 /* Trains a LoRA for some steps on `be`: losses, the first gradient, the last LoRA. Of the 2 blocks,
  * the first `checkpointed` are run again. */
-static void train_model(const sc_backend *be, const char *folder, bool fp8, bool streamed, int checkpointed, int steps, double *losses, float **grad, float **lora) {
+static void train_model(const sc_backend *be, const char *folder, bool fp8, bool streamed,
+                        int checkpointed, int steps, double *losses, float **grad, float **lora) {
     enum { B = 3, H = 4, W = 3, T = 5 };
     sc_rng random = {5};
     sc_flux *f = sc_flux_open(be, folder, false, false, 0);
@@ -459,8 +521,20 @@ static void train_model(const sc_backend *be, const char *folder, bool fp8, bool
     sc_normal(&random, noise, B * H * W * 16);
     sc_normal(&random, context, B * T * 24);
     sc_normal(&random, pooled, B * 20);
-    sc_batch batch = {.size = B, .h = H, .w = W, .text_tokens = T, .x0 = x0, .noise = noise, .context = context, .pooled = pooled};
-    sc_recipe recipe = {.teacher_ratio = 0.5f, .teacher_steps = 32, .self_steps = {2, 4, 8}, .shift = {2.5f, 4.5f}, .guidance = {1, 5}, .fm_ratio = 0.3f};
+    sc_batch batch = {.size = B,
+                      .h = H,
+                      .w = W,
+                      .text_tokens = T,
+                      .x0 = x0,
+                      .noise = noise,
+                      .context = context,
+                      .pooled = pooled};
+    sc_recipe recipe = {.teacher_ratio = 0.5f,
+                        .teacher_steps = 32,
+                        .self_steps = {2, 4, 8},
+                        .shift = {2.5f, 4.5f},
+                        .guidance = {1, 5},
+                        .fm_ratio = 0.3f};
     sc_adamw adamw = {.lr = 1e-2f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f, .clip = 10};
     sc_memory_plan plan;
     CHECK(sc_plan_memory(f, p, t, &recipe, &batch, &plan) && plan.kept == 2 && plan.blocks == 2);
@@ -489,7 +563,8 @@ static void test_training_steps(void) {
     float *cpu_grad, *cpu_lora, *grad, *lora, *grad2, *lora2;
     make_model("build/test_cuda_model");
     sc_rng start = rng;
-    train_model(sc_cpu(), "build/test_cuda_model", false, false, 0, STEPS, cpu, &cpu_grad, &cpu_lora);
+    train_model(sc_cpu(), "build/test_cuda_model", false, false, 0, STEPS, cpu, &cpu_grad,
+                &cpu_lora);
     rng = start;
     train_model(gpu, "build/test_cuda_model", false, false, 0, STEPS, one, &grad, &lora);
     rng = start;
@@ -497,17 +572,21 @@ static void test_training_steps(void) {
     int64_t n = (int64_t)cpu[STEPS];
     for (int i = 0; i < STEPS; i++) {
         CHECK(fabs(one[i] - cpu[i]) < 0.02 * cpu[i]);
-        if (!(fabs(one[i] - cpu[i]) < 0.02 * cpu[i])) printf("  step %d: loss %.5f, on the CPU %.5f\n", i, one[i], cpu[i]);
+        if (!(fabs(one[i] - cpu[i]) < 0.02 * cpu[i]))
+            printf("  step %d: loss %.5f, on the CPU %.5f\n", i, one[i], cpu[i]);
         CHECK(one[i] == two[i]);
     }
-    printf("first gradient: relative error %.1e; loss %.6f, on the CPU %.6f\n", rel_error(grad, cpu_grad, n), one[0], cpu[0]);
+    printf("first gradient: relative error %.1e; loss %.6f, on the CPU %.6f\n",
+           rel_error(grad, cpu_grad, n), one[0], cpu[0]);
     CHECK(rel_error(grad, cpu_grad, n) < 0.03);
     CHECK(!memcmp(grad, grad2, (size_t)n * 4) && !memcmp(lora, lora2, (size_t)n * 4));
     free(grad), free(lora), free(grad2), free(lora2);
-    rng = start; /* e4m3 weights are 2^-4 / sqrt(3) off, and on fp8 tensor cores so is what they meet */
+    rng = start; /* e4m3 weights are 2^-4 / sqrt(3) off, and on fp8 tensor cores so is what they
+                    meet */
     train_model(gpu, "build/test_cuda_model", true, false, 0, STEPS, one, &grad, &lora);
     CHECK(fabs(one[0] - cpu[0]) < 0.1 * cpu[0] && rel_error(grad, cpu_grad, n) < 0.3);
-    printf("fp8: first gradient: relative error %.1e; loss %.6f\n", rel_error(grad, cpu_grad, n), one[0]);
+    printf("fp8: first gradient: relative error %.1e; loss %.6f\n", rel_error(grad, cpu_grad, n),
+           one[0]);
     free(cpu_grad), free(cpu_lora), free(grad), free(lora);
 }
 

@@ -1,4 +1,5 @@
-/* cuBLASLt in plain loops, as much of it as shortcut_cuda.cu uses. See cuda_runtime.h beside this. */
+/* cuBLASLt in plain loops, as much of it as shortcut_cuda.cu uses. See cuda_runtime.h beside this.
+ */
 #ifndef EMULATED_CUBLASLT_H
 #define EMULATED_CUBLASLT_H
 #include "cuda_bf16.h"
@@ -6,40 +7,84 @@
 #define CUBLAS_VER_MAJOR 0
 #define CUBLAS_VERSION 130000
 enum cublasStatus_t {
-    CUBLAS_STATUS_SUCCESS, CUBLAS_STATUS_NOT_INITIALIZED, CUBLAS_STATUS_ALLOC_FAILED, CUBLAS_STATUS_INVALID_VALUE,
-    CUBLAS_STATUS_ARCH_MISMATCH, CUBLAS_STATUS_EXECUTION_FAILED, CUBLAS_STATUS_NOT_SUPPORTED
+    CUBLAS_STATUS_SUCCESS,
+    CUBLAS_STATUS_NOT_INITIALIZED,
+    CUBLAS_STATUS_ALLOC_FAILED,
+    CUBLAS_STATUS_INVALID_VALUE,
+    CUBLAS_STATUS_ARCH_MISMATCH,
+    CUBLAS_STATUS_EXECUTION_FAILED,
+    CUBLAS_STATUS_NOT_SUPPORTED
 };
 enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T };
 enum cublasLtEpilogue_t { CUBLASLT_EPILOGUE_DEFAULT = 1, CUBLASLT_EPILOGUE_BIAS = 4 };
 enum cublasComputeType_t { CUBLAS_COMPUTE_32F };
 enum cudaDataType_t { CUDA_R_32F, CUDA_R_16BF, CUDA_R_8F_E4M3 };
-enum cublasLtMatmulMatrixScale_t { CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F, CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F };
-enum cublasLtMatmulDescAttributes_t {
-    CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_MATMUL_DESC_BIAS_POINTER,
-    CUBLASLT_MATMUL_DESC_A_SCALE_MODE, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER
+enum cublasLtMatmulMatrixScale_t {
+    CUBLASLT_MATMUL_MATRIX_SCALE_SCALAR_32F,
+    CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F
 };
-enum cublasLtMatrixLayoutAttribute_t { CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET };
+enum cublasLtMatmulDescAttributes_t {
+    CUBLASLT_MATMUL_DESC_TRANSA,
+    CUBLASLT_MATMUL_DESC_TRANSB,
+    CUBLASLT_MATMUL_DESC_EPILOGUE,
+    CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+    CUBLASLT_MATMUL_DESC_A_SCALE_MODE,
+    CUBLASLT_MATMUL_DESC_B_SCALE_MODE,
+    CUBLASLT_MATMUL_DESC_A_SCALE_POINTER,
+    CUBLASLT_MATMUL_DESC_B_SCALE_POINTER
+};
+enum cublasLtMatrixLayoutAttribute_t {
+    CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT,
+    CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET
+};
 enum cublasLtMatmulPreferenceAttributes_t {
-    CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES
+    CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES
 };
 typedef void *cublasLtHandle_t;
-struct emulated_product { cublasOperation_t ta, tb; cublasLtEpilogue_t epilogue; const void *bias; const float *scale[2]; cublasLtMatmulMatrixScale_t mode[2]; };
-struct emulated_layout { cudaDataType_t type; uint64_t rows, columns; int64_t ld; int32_t batch; int64_t stride; };
-struct emulated_preference { int32_t align[4]; };
+struct emulated_product {
+    cublasOperation_t ta, tb;
+    cublasLtEpilogue_t epilogue;
+    const void *bias;
+    const float *scale[2];
+    cublasLtMatmulMatrixScale_t mode[2];
+};
+struct emulated_layout {
+    cudaDataType_t type;
+    uint64_t rows, columns;
+    int64_t ld;
+    int32_t batch;
+    int64_t stride;
+};
+struct emulated_preference {
+    int32_t align[4];
+};
 typedef emulated_product *cublasLtMatmulDesc_t;
 typedef emulated_layout *cublasLtMatrixLayout_t;
 typedef emulated_preference *cublasLtMatmulPreference_t;
-struct cublasLtMatmulAlgo_t { int32_t align[4]; };
-struct cublasLtMatmulHeuristicResult_t { cublasLtMatmulAlgo_t algo; };
+struct cublasLtMatmulAlgo_t {
+    int32_t align[4];
+};
+struct cublasLtMatmulHeuristicResult_t {
+    cublasLtMatmulAlgo_t algo;
+};
 
 static inline cublasStatus_t cublasLtCreate(cublasLtHandle_t *) { return CUBLAS_STATUS_SUCCESS; }
-static inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *p, cublasComputeType_t, cudaDataType_t) {
-    *p = new emulated_product{CUBLAS_OP_N, CUBLAS_OP_N, CUBLASLT_EPILOGUE_DEFAULT, NULL, {NULL, NULL}, {}};
+static inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *p, cublasComputeType_t,
+                                                      cudaDataType_t) {
+    *p = new emulated_product{CUBLAS_OP_N, CUBLAS_OP_N,  CUBLASLT_EPILOGUE_DEFAULT,
+                              NULL,        {NULL, NULL}, {}};
     return CUBLAS_STATUS_SUCCESS;
 }
-static inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t p) { return delete p, CUBLAS_STATUS_SUCCESS; }
-static inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t p, cublasLtMatmulDescAttributes_t name, const void *x, size_t n) {
+static inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t p) {
+    return delete p, CUBLAS_STATUS_SUCCESS;
+}
+static inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t p,
+                                                            cublasLtMatmulDescAttributes_t name,
+                                                            const void *x, size_t n) {
     if (name == CUBLASLT_MATMUL_DESC_TRANSA) memcpy(&p->ta, x, n);
     if (name == CUBLASLT_MATMUL_DESC_TRANSB) memcpy(&p->tb, x, n);
     if (name == CUBLASLT_MATMUL_DESC_EPILOGUE) memcpy(&p->epilogue, x, n);
@@ -50,12 +95,18 @@ static inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t
     }
     return CUBLAS_STATUS_SUCCESS;
 }
-static inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *p, cudaDataType_t type, uint64_t rows, uint64_t columns, int64_t ld) {
+static inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *p,
+                                                        cudaDataType_t type, uint64_t rows,
+                                                        uint64_t columns, int64_t ld) {
     *p = new emulated_layout{type, rows, columns, ld, 1, 0};
     return ld >= (int64_t)rows ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_INVALID_VALUE;
 }
-static inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t p) { return delete p, CUBLAS_STATUS_SUCCESS; }
-static inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t p, cublasLtMatrixLayoutAttribute_t name, const void *x, size_t n) {
+static inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t p) {
+    return delete p, CUBLAS_STATUS_SUCCESS;
+}
+static inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t p,
+                                                              cublasLtMatrixLayoutAttribute_t name,
+                                                              const void *x, size_t n) {
     if (name == CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT) memcpy(&p->batch, x, n);
     else memcpy(&p->stride, x, n);
     return CUBLAS_STATUS_SUCCESS;
@@ -64,19 +115,30 @@ static inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPrefer
     *p = new emulated_preference{{256, 256, 256, 256}};
     return CUBLAS_STATUS_SUCCESS;
 }
-static inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t p) { return delete p, CUBLAS_STATUS_SUCCESS; }
-static inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p, cublasLtMatmulPreferenceAttributes_t name, const void *x, size_t n) {
-    if (name != CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES) memcpy(&p->align[name - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES], x, n);
+static inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t p) {
+    return delete p, CUBLAS_STATUS_SUCCESS;
+}
+static inline cublasStatus_t
+cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p,
+                                     cublasLtMatmulPreferenceAttributes_t name, const void *x,
+                                     size_t n) {
+    if (name != CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES)
+        memcpy(&p->align[name - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES], x, n);
     return CUBLAS_STATUS_SUCCESS;
 }
-static inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t p, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
-                                                            cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t, cublasLtMatmulPreference_t wish, int,
-                                                            cublasLtMatmulHeuristicResult_t *found, int *count) {
+static inline cublasStatus_t
+cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t p, cublasLtMatrixLayout_t a,
+                               cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c,
+                               cublasLtMatrixLayout_t, cublasLtMatmulPreference_t wish, int,
+                               cublasLtMatmulHeuristicResult_t *found, int *count) {
     uint64_t m = p->ta ? a->columns : a->rows, n = p->tb ? b->rows : b->columns;
     uint64_t ka = p->ta ? a->rows : a->columns, kb = p->tb ? b->columns : b->rows;
-    bool fits = m == c->rows && n == c->columns && ka == kb && a->type == b->type && a->batch == b->batch && a->batch == c->batch;
+    bool fits = m == c->rows && n == c->columns && ka == kb && a->type == b->type &&
+                a->batch == b->batch && a->batch == c->batch;
     if (!fits) return CUBLAS_STATUS_INVALID_VALUE;
-    if (a->type == CUDA_R_8F_E4M3 && (!p->ta || p->tb || m % 16 || ka % 16 || p->mode[0] != CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F)) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (a->type == CUDA_R_8F_E4M3 && (!p->ta || p->tb || m % 16 || ka % 16 ||
+                                      p->mode[0] != CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F))
+        return CUBLAS_STATUS_NOT_SUPPORTED;
     memcpy(found->algo.align, wish->align, sizeof wish->align);
     *count = 1;
     return CUBLAS_STATUS_SUCCESS;
@@ -85,16 +147,21 @@ static inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cu
 static inline float emulated_get(const void *p, cudaDataType_t type, int64_t i) {
     if (type == CUDA_R_8F_E4M3) {
         uint8_t x = ((const uint8_t *)p)[i];
-        float magnitude = x % 128 < 8 ? ldexpf((float)(x % 8), -9) : ldexpf((float)(8 + x % 8), x / 8 % 16 - 10);
+        float magnitude =
+            x % 128 < 8 ? ldexpf((float)(x % 8), -9) : ldexpf((float)(8 + x % 8), x / 8 % 16 - 10);
         return x & 0x80 ? -magnitude : magnitude;
     }
-    return type == CUDA_R_32F ? ((const float *)p)[i] : __bfloat162float(((const __nv_bfloat16 *)p)[i]);
+    return type == CUDA_R_32F ? ((const float *)p)[i]
+                              : __bfloat162float(((const __nv_bfloat16 *)p)[i]);
 }
 
 /* D = alpha op(A) op(B) + beta C + bias, column-major; a bias has an element for each row. */
-static inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t p, const void *alpha, const void *a, cublasLtMatrixLayout_t la, const void *b,
-                                            cublasLtMatrixLayout_t lb, const void *beta, const void *c, cublasLtMatrixLayout_t lc, void *d,
-                                            cublasLtMatrixLayout_t, const cublasLtMatmulAlgo_t *algo, void *, size_t, cudaStream_t) {
+static inline cublasStatus_t
+cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t p, const void *alpha, const void *a,
+               cublasLtMatrixLayout_t la, const void *b, cublasLtMatrixLayout_t lb,
+               const void *beta, const void *c, cublasLtMatrixLayout_t lc, void *d,
+               cublasLtMatrixLayout_t, const cublasLtMatmulAlgo_t *algo, void *, size_t,
+               cudaStream_t) {
     const void *pointers[4] = {a, b, c, d};
     for (int i = 0; i < 4; i++)
         if ((uintptr_t)pointers[i] % (uintptr_t)algo->align[i]) return CUBLAS_STATUS_INVALID_VALUE;
@@ -105,12 +172,16 @@ static inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc
             for (int64_t i = 0; i < rows; i++) {
                 float sum = 0;
                 for (int64_t k = 0; k < inner; k++)
-                    sum += emulated_get(a, la->type, q * la->stride + (p->ta ? k + i * la->ld : i + k * la->ld)) *
-                           emulated_get(b, lb->type, q * lb->stride + (p->tb ? j + k * lb->ld : k + j * lb->ld));
+                    sum +=
+                        emulated_get(a, la->type,
+                                     q * la->stride + (p->ta ? k + i * la->ld : i + k * la->ld)) *
+                        emulated_get(b, lb->type,
+                                     q * lb->stride + (p->tb ? j + k * lb->ld : k + j * lb->ld));
                 int64_t at = q * lc->stride + i + j * lc->ld;
                 if (la->type == CUDA_R_8F_E4M3) sum *= p->scale[0][i] * p->scale[1][j];
                 sum = s * sum + (t == 0 ? 0 : t * emulated_get(c, lc->type, at));
-                if (p->epilogue == CUBLASLT_EPILOGUE_BIAS) sum += emulated_get(p->bias, lc->type, i);
+                if (p->epilogue == CUBLASLT_EPILOGUE_BIAS)
+                    sum += emulated_get(p->bias, lc->type, i);
                 if (lc->type == CUDA_R_32F) ((float *)d)[at] = sum;
                 else ((__nv_bfloat16 *)d)[at] = __float2bfloat16_rn(sum);
             }

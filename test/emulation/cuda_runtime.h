@@ -1,5 +1,5 @@
-/* CUDA on the CPU, as much of it as shortcut_cuda.cu uses: its kernels run here as plain C++, so that
- * their indexing, barriers and arithmetic are tested on machines without a GPU.
+/* CUDA on the CPU, as much of it as shortcut_cuda.cu uses: its kernels run here as plain C++, so
+ * that their indexing, barriers and arithmetic are tested on machines without a GPU.
  *
  * Blocks run one after the other. The threads of a block are fibres: each runs until it waits (at a
  * barrier, a shuffle, a matrix instruction) and then the next one goes on, in rising or falling
@@ -22,11 +22,19 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 
-struct uint3 { unsigned x, y, z; };
-struct uint2 { unsigned x, y; };
+struct uint3 {
+    unsigned x, y, z;
+};
+struct uint2 {
+    unsigned x, y;
+};
 static inline uint2 make_uint2(unsigned x, unsigned y) { return uint2{x, y}; }
-struct uint4 { unsigned x, y, z, w; };
-struct float2 { float x, y; };
+struct uint4 {
+    unsigned x, y, z, w;
+};
+struct float2 {
+    float x, y;
+};
 static inline float2 make_float2(float x, float y) { return float2{x, y}; }
 struct dim3 {
     unsigned x, y, z;
@@ -41,22 +49,33 @@ extern "C" void sc_emulation_order(int order) { emulation_order = order; }
 static const char *emulation_kernel; /* the one that runs */
 
 static inline void emulation_die(const char *why) {
-    printf("emulated GPU: %s: %s (block %u,%u,%u thread %u)\n", emulation_kernel, why, blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x);
+    printf("emulated GPU: %s: %s (block %u,%u,%u thread %u)\n", emulation_kernel, why, blockIdx.x,
+           blockIdx.y, blockIdx.z, threadIdx.x);
     abort();
 }
 
 /* ---- Fibres ---- */
 
-enum { EMULATION_THREADS = 1024, EMULATION_STACK = 256 << 10, EMULATION_SHARED = 256 << 10, EMULATION_COPIES = 64 };
+enum {
+    EMULATION_THREADS = 1024,
+    EMULATION_STACK = 256 << 10,
+    EMULATION_SHARED = 256 << 10,
+    EMULATION_COPIES = 64
+};
 
-struct emulation_copy { void *to; const void *from; bool valid; int group; };
+struct emulation_copy {
+    void *to;
+    const void *from;
+    bool valid;
+    int group;
+};
 
 static struct {
     ucontext_t main, fibre[EMULATION_THREADS];
     char *stack[EMULATION_THREADS];
-    int count, current, running;        /* threads of the block; the one that runs; those not finished */
+    int count, current, running; /* threads of the block; the one that runs; those not finished */
     bool finished[EMULATION_THREADS];
-    int waiting, arrivals;              /* at the block's barrier; barriers passed */
+    int waiting, arrivals; /* at the block's barrier; barriers passed */
     int warp_arrived[32], warp_passed[32];
     uint32_t exchange[2][EMULATION_THREADS][4]; /* what lanes show each other, by turns */
     const void *rows[2][EMULATION_THREADS];
@@ -73,9 +92,7 @@ static inline void *shared_memory() { return emulation.shared; }
 /* The next thread that has not finished goes on; back to the launch if there is none. */
 static inline void emulation_yield() {
     int from = emulation.current, next = from;
-    if (emulation.running == 0) {
-        setcontext(&emulation.main);
-    }
+    if (emulation.running == 0) { setcontext(&emulation.main); }
     do next = (next + emulation_order + emulation.count) % emulation.count;
     while (emulation.finished[next]);
     if (next == from) return;
@@ -99,14 +116,16 @@ static inline void __syncthreads() {
     for (int tries = 0; emulation.arrivals == passed; tries++) {
         if (tries > 1 << 20) emulation_die("a barrier that not all threads reach");
         emulation_yield();
-        if (emulation.arrivals == passed && emulation.waiting >= emulation.running) emulation.waiting = 0, emulation.arrivals++;
+        if (emulation.arrivals == passed && emulation.waiting >= emulation.running)
+            emulation.waiting = 0, emulation.arrivals++;
     }
 }
 
 /* All 32 lanes of the warp must get here. */
 static inline void emulation_warp_barrier() {
     int warp = (int)threadIdx.x / 32, passed = emulation.warp_passed[warp];
-    if (++emulation.warp_arrived[warp] == 32) emulation.warp_arrived[warp] = 0, emulation.warp_passed[warp]++;
+    if (++emulation.warp_arrived[warp] == 32)
+        emulation.warp_arrived[warp] = 0, emulation.warp_passed[warp]++;
     for (int tries = 0; emulation.warp_passed[warp] == passed; tries++) {
         if (tries > 1 << 20) emulation_die("a warp instruction that not all lanes reach");
         emulation_yield();
@@ -136,16 +155,20 @@ static void emulation_block(int threads, size_t shared) {
     swapcontext(&emulation.main, &emulation.fibre[emulation.current]);
 }
 
-template <class K> static void emulate_launch(const char *name, dim3 blocks, int threads, size_t shared, const K &kernel) {
+template <class K>
+static void emulate_launch(const char *name, dim3 blocks, int threads, size_t shared,
+                           const K &kernel) {
     emulation_kernel = name;
-    if (threads > EMULATION_THREADS || shared > EMULATION_SHARED || blocks.y > 65535 || blocks.z > 65535)
+    if (threads > EMULATION_THREADS || shared > EMULATION_SHARED || blocks.y > 65535 ||
+        blocks.z > 65535)
         emulation_die("a launch beyond the limits");
     gridDim = blocks, blockDim = dim3((unsigned)threads);
     emulation.run = [](void *k) { (*(const K *)k)(); };
     emulation.kernel = (void *)&kernel;
     for (blockIdx.z = 0; blockIdx.z < blocks.z; blockIdx.z++)
         for (blockIdx.y = 0; blockIdx.y < blocks.y; blockIdx.y++)
-            for (blockIdx.x = 0; blockIdx.x < blocks.x; blockIdx.x++) emulation_block(threads, shared);
+            for (blockIdx.x = 0; blockIdx.x < blocks.x; blockIdx.x++)
+                emulation_block(threads, shared);
 }
 
 /* ---- Warp instructions ---- */
@@ -181,8 +204,11 @@ static inline uint32_t __float_as_uint(float x) {
 static inline void copy16(void *shared, const void *global, bool valid) {
     int self = (int)threadIdx.x, n = emulation.copy_count[self]++;
     if (n >= EMULATION_COPIES) emulation_die("too many copies under way");
-    if ((uintptr_t)shared % 16 || (uintptr_t)global % 16) emulation_die("a copy of 16 bytes that is not aligned");
-    if ((char *)shared < emulation.shared || (char *)shared + 16 > emulation.shared + EMULATION_SHARED) emulation_die("not shared memory");
+    if ((uintptr_t)shared % 16 || (uintptr_t)global % 16)
+        emulation_die("a copy of 16 bytes that is not aligned");
+    if ((char *)shared < emulation.shared ||
+        (char *)shared + 16 > emulation.shared + EMULATION_SHARED)
+        emulation_die("not shared memory");
     emulation.copies[self][n] = emulation_copy{shared, global, valid, emulation.group[self]};
     memset(shared, 0xff, 16); /* whoever reads it before it has come gets NaN */
 }
@@ -199,7 +225,8 @@ template <int N> static inline void wait_copies() {
 }
 
 static inline void emulation_matrices(uint32_t x[4], const void *row, bool transposed) {
-    int self = (int)threadIdx.x, warp = self / 32 * 32, lane = self % 32, turn = emulation.turn[self] ^= 1;
+    int self = (int)threadIdx.x, warp = self / 32 * 32, lane = self % 32,
+        turn = emulation.turn[self] ^= 1;
     if ((uintptr_t)row % 16) emulation_die("a matrix row that is not aligned");
     uint16_t copy[8];
     memcpy(copy, row, 16); /* read when the instruction is issued */
@@ -208,30 +235,40 @@ static inline void emulation_matrices(uint32_t x[4], const void *row, bool trans
     for (int i = 0; i < 4; i++) {
         uint16_t pair[2];
         for (int j = 0; j < 2; j++) {
-            int r = transposed ? lane % 4 * 2 + j : lane / 4, c = transposed ? lane / 4 : lane % 4 * 2 + j;
+            int r = transposed ? lane % 4 * 2 + j : lane / 4,
+                c = transposed ? lane / 4 : lane % 4 * 2 + j;
             memcpy(&pair[j], (const char *)emulation.exchange[turn][warp + 8 * i + r] + 2 * c, 2);
         }
         memcpy(&x[i], pair, 4);
     }
 }
-template <class T> static inline void load_matrices(uint32_t x[4], const T *row) { emulation_matrices(x, row, false); }
-template <class T> static inline void load_matrices_transposed(uint32_t x[4], const T *row) { emulation_matrices(x, row, true); }
+template <class T> static inline void load_matrices(uint32_t x[4], const T *row) {
+    emulation_matrices(x, row, false);
+}
+template <class T> static inline void load_matrices_transposed(uint32_t x[4], const T *row) {
+    emulation_matrices(x, row, true);
+}
 
 /* Element (row, column) of A [16,16], (column, row) of B [16,8], from the pairs that lanes hold. */
-static inline float emulation_element(uint32_t pair, int odd) { return __uint_as_float(odd ? pair & 0xffff0000u : pair << 16); }
+static inline float emulation_element(uint32_t pair, int odd) {
+    return __uint_as_float(odd ? pair & 0xffff0000u : pair << 16);
+}
 
 static inline void multiply_add(float sum[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
     int self = (int)threadIdx.x, warp = self / 32 * 32, g = self % 32 / 4, t = self % 4;
     int turn = emulation_show(a, 4);
     uint32_t show[2] = {b0, b1}, fa[2][8][2], fb[2][8];
     for (int half = 0; half < 2; half++) /* rows g and g + 8, pairs of k */
-        for (int p = 0; p < 8; p++) fa[half][p][0] = emulation.exchange[turn][warp + g * 4 + p % 4][half + p / 4 * 2];
+        for (int p = 0; p < 8; p++)
+            fa[half][p][0] = emulation.exchange[turn][warp + g * 4 + p % 4][half + p / 4 * 2];
     turn = emulation_show(show, 2);
     for (int j = 0; j < 2; j++) /* columns 2t and 2t + 1 */
-        for (int p = 0; p < 8; p++) fb[j][p] = emulation.exchange[turn][warp + (2 * t + j) * 4 + p % 4][p / 4];
+        for (int p = 0; p < 8; p++)
+            fb[j][p] = emulation.exchange[turn][warp + (2 * t + j) * 4 + p % 4][p / 4];
     for (int c = 0; c < 4; c++)
         for (int k = 0; k < 16; k++)
-            sum[c] += emulation_element(fa[c / 2][k / 2][0], k % 2) * emulation_element(fb[c % 2][k / 2], k % 2);
+            sum[c] += emulation_element(fa[c / 2][k / 2][0], k % 2) *
+                      emulation_element(fb[c % 2][k / 2], k % 2);
 }
 
 /* ---- The runtime ---- */
@@ -241,16 +278,25 @@ typedef void *cudaStream_t;
 typedef int cudaEvent_t;
 enum { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorNoDevice = 100 };
 enum { cudaMemcpyDefault, cudaStreamNonBlocking, cudaEventDisableTiming };
-struct cudaDeviceProp { char name[256]; int major, minor; size_t sharedMemPerBlockOptin; };
+struct cudaDeviceProp {
+    char name[256];
+    int major, minor;
+    size_t sharedMemPerBlockOptin;
+};
 
-static size_t emulation_shared_limit = 227 << 10, emulation_memory_limit = (size_t)4 << 30, emulation_memory;
+static size_t emulation_shared_limit = 227 << 10, emulation_memory_limit = (size_t)4 << 30,
+              emulation_memory;
 enum { EMULATION_GUARD = 256 };
 
-static inline const char *cudaGetErrorString(cudaError_t e) { return e == cudaErrorMemoryAllocation ? "out of memory" : "no device"; }
+static inline const char *cudaGetErrorString(cudaError_t e) {
+    return e == cudaErrorMemoryAllocation ? "out of memory" : "no device";
+}
 static inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 static inline cudaError_t cudaGetDeviceCount(int *n) { return *n = 1, cudaSuccess; }
 #define CUDART_VERSION 13000
-static inline cudaError_t cudaDriverGetVersion(int *version) { return *version = CUDART_VERSION, cudaSuccess; }
+static inline cudaError_t cudaDriverGetVersion(int *version) {
+    return *version = CUDART_VERSION, cudaSuccess;
+}
 static inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     snprintf(p->name, sizeof p->name, "emulated GPU");
@@ -259,7 +305,9 @@ static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
 }
 /* Guards of known bytes lie around a block; its size is kept in front of it. */
 static inline cudaError_t cudaMalloc(void *pp, size_t size) {
-    char *p = emulation_memory + size <= emulation_memory_limit ? (char *)aligned_alloc(256, (size + 3 * EMULATION_GUARD - 1) / 256 * 256) : NULL;
+    char *p = emulation_memory + size <= emulation_memory_limit
+                  ? (char *)aligned_alloc(256, (size + 3 * EMULATION_GUARD - 1) / 256 * 256)
+                  : NULL;
     if (!p) return cudaErrorMemoryAllocation;
     memset(p, 0xff, (size + 3 * EMULATION_GUARD - 1) / 256 * 256);
     memcpy(p, &size, sizeof size);
@@ -272,23 +320,34 @@ static inline cudaError_t cudaFree(void *p) {
     size_t size;
     memcpy(&size, start, sizeof size);
     for (size_t i = sizeof size; i < EMULATION_GUARD; i++)
-        if (start[i] != (char)0xff || ((char *)p)[size + i - sizeof size] != (char)0xff) emulation_die("a write beyond a block of memory");
+        if (start[i] != (char)0xff || ((char *)p)[size + i - sizeof size] != (char)0xff)
+            emulation_die("a write beyond a block of memory");
     emulation_memory -= size;
     free(start);
     return cudaSuccess;
 }
-static inline cudaError_t cudaMallocHost(void **p, size_t size) { return (*p = malloc(size)) ? cudaSuccess : cudaErrorMemoryAllocation; }
+static inline cudaError_t cudaMallocHost(void **p, size_t size) {
+    return (*p = malloc(size)) ? cudaSuccess : cudaErrorMemoryAllocation;
+}
 static inline cudaError_t cudaFreeHost(void *p) { return free(p), cudaSuccess; }
 static inline cudaError_t cudaMemGetInfo(size_t *left, size_t *total) {
     *left = emulation_memory_limit - emulation_memory, *total = emulation_memory_limit;
     return cudaSuccess;
 }
-static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, int, cudaStream_t) { return memcpy(to, from, n), cudaSuccess; }
-static inline cudaError_t cudaMemsetAsync(void *p, int byte, size_t n, cudaStream_t) { return memset(p, byte, n), cudaSuccess; }
+static inline cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, int, cudaStream_t) {
+    return memcpy(to, from, n), cudaSuccess;
+}
+static inline cudaError_t cudaMemsetAsync(void *p, int byte, size_t n, cudaStream_t) {
+    return memset(p, byte, n), cudaSuccess;
+}
 static inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *, unsigned) { return cudaSuccess; }
+static inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t *, unsigned) {
+    return cudaSuccess;
+}
 static inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *, unsigned) { return cudaSuccess; }
 static inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
-static inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+static inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
+    return cudaSuccess;
+}
 static inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 #endif
