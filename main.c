@@ -5,19 +5,15 @@
 #include "tools.h"
 
 static const char usage[] =
-    "usage: ./shortcut [options]                 the experiment: few steps, before and after\n"
-    "       ./shortcut info PATH                 what is in a model folder or safetensors file\n"
-    "       ./shortcut merge --lora FILE[:SCALE] --out DIR     LoRAs into a copy of the "
-    "transformer\n"
+    "usage: ./shortcut [options]            the experiment: few steps, before and after\n"
+    "       ./shortcut info PATH            what is in a model folder or safetensors file\n"
+    "       ./shortcut merge --lora FILE[:SCALE] --out DIR    LoRAs into a copy of the weights\n"
     "\n"
-    "The experiment draws the same prompts from the same noise with the base at 32, 3, 4 and 8 "
-    "steps\n"
-    "(each at its best shift) and with every --lora at 3, 4 and 8, measures all against the base's "
-    "32\n"
-    "steps, and writes a contact sheet. Measures: paired RMSE; Frechet distance in the "
-    "evaluator's\n"
-    "features; sharpness (gradient energy over the 32-step pictures'); how often the evaluator\n"
-    "recognises the prompt; seconds per picture.";
+    "The experiment draws the same prompts from the same noise with the base at 32, 3, 4 and 8\n"
+    "steps (each at its best shift) and with every --lora at 3, 4 and 8, measures all against\n"
+    "the base's 32 steps, and writes a contact sheet. Measures: paired RMSE; Frechet distance in\n"
+    "the evaluator's features; sharpness (gradient energy over the 32-step pictures'); how often\n"
+    "the evaluator recognises the prompt; seconds per picture.";
 
 typedef struct options {
     const char *model, *lora[8], *prompts, *evaluator, *real, *out, *device;

@@ -12,8 +12,7 @@ static const char usage[] =
     "\n"
     "  ./sample \"a red apple\" 3\n"
     "  ./sample \"a red apple\" 32 --no-lora\n"
-    "  ./sample \"a lighthouse\" 4 --model FLUX.1-dev --lora mine.safetensors:1.2 --size "
-    "1024x1024\n"
+    "  ./sample \"a lighthouse\" 4 --model FLUX.1-dev --lora mine.safetensors:1.2\n"
     "  ./sample --prompts prompts.txt 32 --out-dir pictures      a training set, resumable";
 
 typedef struct options {
@@ -183,88 +182,96 @@ static bool draw_list(sc_pipeline *p, const options *o) {
     return ok;
 }
 
-int main(int argc, char **argv) {
-    sc_start(argv);
-    options o = {.model = "data/tiny-flux",
-                 .out = "out.png",
-                 .device = "auto",
-                 .weights = "auto", .weights_on = "device",
-                 .guidance = 3.5f,
-                 .count = 1,
-                 .seed = 1};
+/* ---- The command line ---- */
+
+static int read_options(options *o, int argc, char **argv, const char **words) {
     const sc_option table[] = {
         {NULL, SC_FLAG, NULL, NULL, "Options:"},
-        {"--model", SC_STRING, &o.model, "DIR", "FLUX pipeline folder"},
-        {"--lora", SC_STRINGS, o.lora, "FILE[:SCALE]",
+        {"--model", SC_STRING, &o->model, "DIR", "FLUX pipeline folder"},
+        {"--lora", SC_STRINGS, o->lora, "FILE[:SCALE]",
          "LoRA, repeatable (default: lora.safetensors if present)"},
-        {"--no-lora", SC_FLAG, &o.no_lora, NULL, "the bare model"},
-        {"--guidance", SC_FLOAT, &o.guidance, "G", "guidance scale"},
-        {"--shift", SC_STRING, &o.shift, "S", "time shift, or auto (default: the model's)"},
-        {"--size", SC_STRING, &o.size, "WxH", "pixels (default: the model's)"},
-        {"--seed", SC_INT, &o.seed, "N", "of the noise; the next pictures count on from it"},
-        {"--count", SC_INT, &o.count, "N", "pictures of a prompt"},
-        {"--out", SC_STRING, &o.out, "FILE", "PNG to write"},
-        {"--prompts", SC_STRING, &o.prompts, "FILE", "one prompt a line"},
-        {"--out-dir", SC_STRING, &o.out_dir, "DIR",
+        {"--no-lora", SC_FLAG, &o->no_lora, NULL, "the bare model"},
+        {"--guidance", SC_FLOAT, &o->guidance, "G", "guidance scale"},
+        {"--shift", SC_STRING, &o->shift, "S", "time shift, or auto (default: the model's)"},
+        {"--size", SC_STRING, &o->size, "WxH", "pixels (default: the model's)"},
+        {"--seed", SC_INT, &o->seed, "N", "of the noise; the next pictures count on from it"},
+        {"--count", SC_INT, &o->count, "N", "pictures of a prompt"},
+        {"--out", SC_STRING, &o->out, "FILE", "PNG to write"},
+        {"--prompts", SC_STRING, &o->prompts, "FILE", "one prompt a line"},
+        {"--out-dir", SC_STRING, &o->out_dir, "DIR",
          "folder for --prompts' pictures and metadata.jsonl"},
-        {"--noise", SC_STRING, &o.noise, "FILE",
+        {"--noise", SC_STRING, &o->noise, "FILE",
          "start from the tensor 'noise' in this safetensors file"},
-        {"--latents", SC_STRING, &o.latents, "FILE", "also write the final packed latents"},
-        {"--weights", SC_STRING, &o.weights, "TYPE",
+        {"--latents", SC_STRING, &o->latents, "FILE", "also write the final packed latents"},
+        {"--weights", SC_STRING, &o->weights, "TYPE",
          "matrices: auto (as in the file), or fp8, half of bf16"},
-        {"--weights-on", SC_STRING, &o.weights_on, "PLACE",
+        {"--weights-on", SC_STRING, &o->weights_on, "PLACE",
          "matrices: device, or host (streamed, for GPUs that are too small)"},
-        {"--device", SC_STRING, &o.device, "NAME", "auto, cpu or cuda"},
-        {"--threads", SC_INT, &o.threads, "N", "CPU threads (0: all cores)"},
+        {"--device", SC_STRING, &o->device, "NAME", "auto, cpu or cuda"},
+        {"--threads", SC_INT, &o->threads, "N", "CPU threads (0: all cores)"},
     };
-    const char *words[2] = {NULL, NULL};
-    const int options_count = sizeof table / sizeof *table;
+    const int count = sizeof table / sizeof *table;
     const char *model = sc_given(argc, argv, "--model");
-    if (!sc_parse_recipe(table, options_count, model ? model : o.model, "sample")) return sc_die();
-    int count = sc_parse(usage, table, options_count, argc, argv, words, 2);
+    if (!sc_parse_recipe(table, count, model ? model : o->model, "sample")) return -1;
+    return sc_parse(usage, table, count, argc, argv, words, 2);
+}
+
+/* False with the error set where a value makes no sense; `steps` may be NULL. */
+static bool check_options(options *o, const char *steps) {
+    char *end = NULL;
+    o->steps = steps ? (int)strtol(steps, &end, 10) : 3;
+    if (o->steps < 1 || o->steps > 1000 || (end && *end))
+        return sc__fail("STEPS is a number from 1 to 1000, not '%s'", steps);
+    if (o->count < 1) return sc__fail("--count is a number from 1 up, not %d", o->count);
+    if (strcmp(o->weights_on, "device") && strcmp(o->weights_on, "host"))
+        return sc__fail("--weights-on is device or host, not '%s'", o->weights_on);
+    if (strcmp(o->weights, "auto") && strcmp(o->weights, "fp8"))
+        return sc__fail("--weights is auto or fp8, not '%s'", o->weights);
+    return true;
+}
+
+static sc_pipeline *open_model(const options *o) {
+    const sc_backend *be = sc_device(o->device);
+    const sc_pipeline_options how = {.fp8 = !strcmp(o->weights, "fp8"),
+                                     .streamed = !strcmp(o->weights_on, "host")};
+    return be ? sc_pipeline_open(be, o->model, &how) : NULL;
+}
+
+/* What depends on the model: shift, size, LoRAs. */
+static bool prepare(sc_pipeline *p, options *o) {
+    char *end;
+    int side = p->token_pixels;
+    o->width = o->height = p->resolution;
+    if (o->shift && strcmp(o->shift, "auto") && !(strtof(o->shift, &end) > 0 && !*end))
+        return sc__fail("--shift is a positive number or auto, not '%s'", o->shift);
+    if (o->size && (sscanf(o->size, "%dx%d", &o->width, &o->height) != 2 || o->width < 1 ||
+                    o->height < 1 || o->width > 1 << 14 || o->height > 1 << 14 ||
+                    o->width % side || o->height % side))
+        return sc__fail("--size is WxH in multiples of %d pixels, not '%s'", side, o->size);
+    if (!o->lora[0] && !o->no_lora && sc__exists("lora.safetensors"))
+        o->lora[0] = "lora.safetensors";
+    for (int i = 0; !o->no_lora && i < 8 && o->lora[i]; i++)
+        if (!sc_load_lora_argument(p->flux, o->lora[i], o->steps)) return false;
+    return true;
+}
+
+int main(int argc, char **argv) {
+    sc_start(argv);
+    options o = {.model = "data/tiny-flux", .out = "out.png", .device = "auto", .weights = "auto",
+                 .weights_on = "device", .guidance = 3.5f, .count = 1, .seed = 1};
+    const char *words[2] = {NULL, NULL};
+    int count = read_options(&o, argc, argv, words);
+    if (count < 0) return sc_die();
     const char *prompt = o.prompts ? NULL : words[0], *steps = o.prompts ? words[0] : words[1];
     if ((!prompt && !o.prompts) || (o.prompts && (!o.out_dir || count > 1))) {
         fprintf(stderr, "%s\n", usage);
         return 2;
     }
-    char *end = NULL;
-    o.steps = steps ? (int)strtol(steps, &end, 10) : 3;
-    if (o.steps < 1 || o.steps > 1000 || (end && *end)) {
-        sc__fail("STEPS is a number from 1 to 1000, not '%s'", steps);
-        return sc_die(), 2;
-    }
-    if (o.count < 1) {
-        sc__fail("--count is a number from 1 up, not %d", o.count);
-        return sc_die(), 2;
-    }
-    if (strcmp(o.weights_on, "device") && strcmp(o.weights_on, "host")) {
-        fprintf(stderr, "error: --weights-on is device or host, not '%s'\n", o.weights_on);
-        return 2;
-    }
-    if (strcmp(o.weights, "auto") && strcmp(o.weights, "fp8")) {
-        sc__fail("--weights is auto or fp8, not '%s'", o.weights);
-        return sc_die(), 2;
-    }
+    if (!check_options(&o, steps)) return sc_die(), 2;
     sc_set_threads(o.threads);
     sc_catch_interrupt();
-    const sc_backend *be = sc_device(o.device);
-    sc_pipeline *p =
-        be ? sc_pipeline_open(be, o.model, &(sc_pipeline_options){.fp8 = !strcmp(o.weights, "fp8"),
-                                                             .streamed = !strcmp(o.weights_on, "host")})
-           : NULL;
-    bool ok = p != NULL;
-    if (ok) o.width = o.height = p->resolution;
-    if (o.shift && strcmp(o.shift, "auto") && !(strtof(o.shift, &end) > 0 && !*end))
-        ok = ok && sc__fail("--shift is a positive number or auto, not '%s'", o.shift);
-    if (ok && o.size &&
-        (sscanf(o.size, "%dx%d", &o.width, &o.height) != 2 || o.width < 1 || o.height < 1 ||
-         o.width > 1 << 14 || o.height > 1 << 14 || o.width % p->token_pixels ||
-         o.height % p->token_pixels))
-        ok = sc__fail("--size is WxH in multiples of %d pixels, not '%s'", p->token_pixels, o.size);
-    if (ok && !o.lora[0] && !o.no_lora && sc__exists("lora.safetensors"))
-        o.lora[0] = "lora.safetensors";
-    for (int i = 0; ok && !o.no_lora && i < 8 && o.lora[i]; i++)
-        ok = sc_load_lora_argument(p->flux, o.lora[i], o.steps);
+    sc_pipeline *p = open_model(&o);
+    bool ok = p && prepare(p, &o);
     if (ok && o.prompts) ok = draw_list(p, &o);
     for (int i = 0; ok && prompt && i < o.count; i++) {
         char path[1024];

@@ -9,14 +9,13 @@
 static const char usage[] =
     "usage: ./train DATA [options]\n"
     "\n"
-    "Distils the model into a few-step sampler by SCFM, with a LoRA, from the text-picture pairs "
-    "in\n"
-    "DATA (pictures and metadata.jsonl, or name.png + name.txt), and writes lora.safetensors.\n"
+    "Distils the model into a few-step sampler by SCFM, with a LoRA, from the text-picture\n"
+    "pairs in DATA (pictures and metadata.jsonl, or name.png + name.txt), and writes\n"
+    "lora.safetensors.\n"
     "\n"
-    "  ./train data/10pairs                                the shipped small model, minutes on a "
-    "CPU\n"
+    "  ./train data/10pairs                         the shipped small model, minutes on a CPU\n"
     "  ./train my-pictures --model FLUX.1-dev --resolution 512\n"
-    "  ./train pictures --pretrain --out tiny/transformer  all weights, from random ones\n"
+    "  ./train pictures --pretrain --out tiny/transformer       all weights, from random ones\n"
     "\n"
     "Defaults are the paper's for FLUX.1, unless the model folder has a recipe.json.";
 
@@ -79,8 +78,9 @@ static options defaults(void) {
                      .save = 500};
 }
 
-/* The command line as a table; recipe.json of the model folder uses the same names. */
-static int option_table(options *o, sc_option *table) {
+/* The command line as a table; recipe.json of the model folder uses the same names. Each function
+ * returns how many options it put there: first what is learned, and how. */
+static int learning_options(options *o, sc_option *table) {
     const sc_option all[] = {
         {NULL, SC_FLAG, NULL, NULL, "What to train:"},
         {"--model", SC_STRING, &o->model, "DIR", "FLUX pipeline folder"},
@@ -123,6 +123,14 @@ static int option_table(options *o, sc_option *table) {
          "flow matching: part of the captions left empty"},
         {"--scales", SC_STRING, &o->scales, "LIST",
          "scales that suit numbers of steps, as \"3:1 8:0.5\": kept in the file"},
+    };
+    memcpy(table, all, sizeof all);
+    return (int)(sizeof all / sizeof *all);
+}
+
+/* Then what that takes, and where it goes. */
+static int running_options(options *o, sc_option *table) {
+    const sc_option all[] = {
         {NULL, SC_FLAG, NULL, NULL, "Data and memory:"},
         {"--resolution", SC_INT, &o->resolution, "N",
          "pictures up to NxN pixels, in aspect buckets (0: the model's)"},
@@ -152,6 +160,11 @@ static int option_table(options *o, sc_option *table) {
     };
     memcpy(table, all, sizeof all);
     return (int)(sizeof all / sizeof *all);
+}
+
+static int option_table(options *o, sc_option *table) {
+    int count = learning_options(o, table);
+    return count + running_options(o, table + count);
 }
 
 #define MAX_OPTIONS 64
