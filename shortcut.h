@@ -2706,7 +2706,12 @@ static char *sc__read_file(const char *path, size_t *length) {
 
 /* Writing: into `path`.tmp-PID, which takes the place of `path` only when all of it is on disk. A
  * device or a pipe is written as it is: a renamed file would replace it. */
-typedef struct sc__writer { FILE *file; const char *path; char *temporary; bool direct; } sc__writer;
+typedef struct sc__writer {
+    FILE *file;
+    const char *path;
+    char *temporary;
+    bool direct;
+} sc__writer;
 
 static bool sc__write_fail(const char *path) {
     return sc__fail("%s: cannot write: %s", path, strerror(errno));
