@@ -4,6 +4,9 @@
 # The programs use OpenBLAS where it is installed and a plain C product where it is not, and contain
 # the CUDA backend where nvcc is found (make NVCC= leaves it out).
 
+ifeq ($(MAKELEVEL),0)
+  MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 1)
+endif
 CC ?= cc
 CFLAGS ?= -O3 -march=native
 BASE := -std=c99 -pedantic -Wall -Wextra -fno-math-errno -ffp-contract=fast
