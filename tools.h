@@ -191,7 +191,7 @@ double sc_seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-/* FILE or FILE:SCALE (else the file's own scale for `steps`); prints "applied n/N", and the rest. */
+/* FILE or FILE:SCALE (else the file's own scale for `steps`); prints "applied n/N" and the rest. */
 bool sc_load_lora_argument(sc_flux *flux, const char *argument, int steps) {
     char path[1024], *end = NULL;
     const char *colon = strrchr(argument, ':');
