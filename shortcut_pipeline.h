@@ -2714,7 +2714,17 @@ static bool sc__pipeline_vae(sc_pipeline *p) {
     return p->vae != NULL;
 }
 
-enum { SC__VAE_TILE = 1024 }; /* pixels; larger pictures go through the VAE in tiles (6 GiB each) */
+enum { SC__VAE_TILE = 1024 }; /* pixels: 3 GiB with FLUX.1's VAE in f32 */
+
+/* The side of tiles: a picture goes through the VAE whole (0) if that takes no more than 8 GiB and
+ * half of the memory that is left, since a tile's norms do not see the rest of the picture. At full
+ * resolution three tensors as wide as the second level are alive at once. */
+static int64_t sc__pipeline_tile(const sc_pipeline *p, int64_t height, int64_t width) {
+    const sc_vae_config *c = sc_vae_config_of(p->vae);
+    int64_t bytes = 3 * c->channels[c->levels > 1] * sc_dtype_size(p->backend->activation);
+    double limit = fmin(8.0 * (1 << 30), 0.5 * (double)p->backend->memory_left());
+    return (double)bytes * (double)height * (double)width <= limit ? 0 : SC__VAE_TILE;
+}
 
 bool sc_pipeline_encode(sc_pipeline *p, const float *rgb, int width, int height, float *mean,
                         float *std) {
@@ -2723,7 +2733,8 @@ bool sc_pipeline_encode(sc_pipeline *p, const float *rgb, int width, int height,
     int64_t h = height / f, w = width / f, n = channels * h * w;
     float *latents = (float *)sc__alloc((size_t)(2 * n), sizeof *latents), *deviation = latents + n;
     bool ok =
-        latents && sc_vae_encode(p->vae, 1, height, width, rgb, latents, deviation, SC__VAE_TILE);
+        latents && sc_vae_encode(p->vae, 1, height, width, rgb, latents, deviation,
+                                 sc__pipeline_tile(p, height, width));
     if (ok) {
         sc_vae_normalise(p->vae, n, latents, deviation);
         sc_pack_latents(1, channels, h, w, latents, mean);
@@ -2744,7 +2755,8 @@ bool sc_pipeline_decode(sc_pipeline *p, const float *tokens, int batch, int h, i
     if (!p->backend->on_host) sc_tape_reserve(p->tape, 0); /* its memory is the VAE's now */
     sc_unpack_latents(batch, channels, 2 * h, 2 * w, tokens, latents);
     sc_vae_unnormalise(p->vae, n, latents);
-    bool ok = sc_vae_decode(p->vae, batch, 2 * h, 2 * w, latents, rgb, SC__VAE_TILE);
+    int64_t f = sc_vae_factor(p->vae), tile = sc__pipeline_tile(p, 2 * h * f, 2 * w * f);
+    bool ok = sc_vae_decode(p->vae, batch, 2 * h, 2 * w, latents, rgb, tile);
     SC_FREE(latents);
     return ok;
 }

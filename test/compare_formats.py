@@ -197,7 +197,7 @@ def loras(name, pipe, noise, folder):
         n = len(factors)
         report(f"{name}, LoRA {dialect}: applied {n}/{n} is said", int(f"applied {n}/{n}" not in text), 0)
         if dialect in ("peft", "old") or (dialect == "kohya" and name == "wide"):
-            usable = {k: f for k, f in factors.items() if "final_layer" not in k} if fused else factors  # where diffusers is right
+            usable = {k: f for k, f in factors.items() if "blocks." in k} if fused else factors  # diffusers drops the others
             save_file(lora_file(usable, dialect), path)
             pipe.load_lora_weights(path, adapter_name="x")
             compare_model(f"{name}, LoRA {dialect}, against diffusers' loader", pipe, model, noise, folder, "--lora", path + ":1")
@@ -216,7 +216,7 @@ def loras(name, pipe, noise, folder):
     program("shortcut", "merge", "--model", model, "--kohya", "--out", other, "--lora", path + ":1")
     check_merge(f"{name}, exported to kohya's names", model, sd, folder, dense(exact), other + ":1")
     if name == "wide":
-        kept = {k: v for k, v in load_file(other).items() if "final_layer" not in k}
+        kept = {k: v for k, v in load_file(other).items() if "_blocks_" in k}
         save_file(kept, other)
         pipe.load_lora_weights(other, adapter_name="x")
         compare_model(f"{name}, exported to kohya's names, against diffusers' loader", pipe, model, noise, folder, "--lora", other + ":1")
