@@ -3346,7 +3346,7 @@ typedef struct sc__text { char *data; size_t length, capacity; bool failed; } sc
 
 static void sc__text_add(sc__text *t, const char *s, size_t n) {
     if (t->failed) return;
-    if (t->length + n > t->capacity) {
+    if (t->length + n >= t->capacity) { /* even for nothing: `data` is never NULL afterwards */
         size_t capacity = 2 * (t->length + n) + 256;
         char *data = (char *)SC_REALLOC(t->data, capacity);
         if (!data) { t->failed = true; return; }
