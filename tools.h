@@ -165,12 +165,13 @@ bool sc_picture_save(const sc_picture *p, const char *path, const char *paramete
 
 /* ==== The program: start, interrupt, clock, device ============================================ */
 
-/* First thing in main: threads that wait sleep instead of spinning, which costs a program that
- * shares its cores a factor of ten and more. libgomp reads this when it is loaded: start once
- * again. */
+/* First thing in main: threads that wait spin for some microseconds, the usual time to the next
+ * loop, and then sleep. Spinning on costs a program that shares its cores a factor of ten and more;
+ * sleeping at once, 1.7. libgomp reads this when it is loaded: start once again. */
 void sc_start(char **argv) {
     if (getenv("OMP_WAIT_POLICY")) return;
     setenv("OMP_WAIT_POLICY", "passive", 1);
+    setenv("GOMP_SPINCOUNT", "10000", 0);
     execv("/proc/self/exe", argv); /* where that fails, go on as we are */
 }
 

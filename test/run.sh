@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs the test programs named on the command line and the end-to-end test, and adds up their counts.
 passed=0 failed=0 skipped=0
-export OMP_WAIT_POLICY=passive
+export OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=10000
 
 tally() { # "5 passed 0 failed 1 skipped"
     passed=$((passed + $1))
