@@ -40,28 +40,27 @@ ifneq ($(NVCC),)
   CUDA_LINK := -DSHORTCUT_CUDA $(CUDA_OBJECT) -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB) -lcudart_static -ldl -lpthread -lrt
 endif
 
-HEADERS := shortcut.h shortcut_pipeline.h
 PROGRAMS := train sample shortcut
 TESTS := $(patsubst test/test_%.c,build/test_%,$(wildcard test/test_*.c)) $(if $(shell command -v $(CXX)),build/test_cuda_emulated) build/test_ops_plain build/test_flux_plain
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 all: $(PROGRAMS)
 
-train sample: %: %.c $(HEADERS) tools.h $(CUDA_OBJECT)
+train sample: %: %.c shortcut.h tools.h $(CUDA_OBJECT)
 	$(CC) $(BASE) $(CFLAGS) $< -o $@ $(CUDA_LINK) $(LIBS)
-shortcut: main.c $(HEADERS) tools.h $(CUDA_OBJECT)
+shortcut: main.c shortcut.h tools.h $(CUDA_OBJECT)
 	$(CC) $(BASE) $(CFLAGS) $< -o $@ $(CUDA_LINK) $(LIBS)
 build/shortcut_cuda.o: shortcut_cuda.cu shortcut.h | build
 	$(NVCC) -O3 -std=c++17 --threads 2 $(CUDA_ARCH) -Xcompiler -Wall,-fno-exceptions,-fno-threadsafe-statics -c $< -o $@
 
 build:
 	mkdir -p build
-build/test_%: test/test_%.c test/test.h $(HEADERS) tools.h | build
+build/test_%: test/test_%.c test/test.h shortcut.h tools.h | build
 	$(CC) $(BASE) -Wno-unused-function $(CFLAGS) $< -o $@ $(LIBS)
 # The same tests of a build with plain C products, on one thread.
 build/test_%_plain: test/test_%.c test/test.h shortcut.h tools.h | build
 	$(CC) -std=c99 -pedantic -Wall -Wextra -Wno-unused-function $(CFLAGS) $< -o $@ -lm
-build/test_cuda: test/test_cuda.c test/test.h $(HEADERS) $(CUDA_OBJECT) | build
+build/test_cuda: test/test_cuda.c test/test.h shortcut.h $(CUDA_OBJECT) | build
 	$(CC) $(BASE) -Wno-unused-function $(CFLAGS) $< -o $@ $(CUDA_LINK) $(LIBS)
 # The CUDA file as plain C++, on a small imitation of CUDA.
 build/test_cuda_emulated: test/test_cuda.c test/test.h shortcut.h shortcut_cuda.cu $(wildcard test/emulation/*.h) | build
@@ -103,7 +102,7 @@ fuzz: build/fuzz_json build/fuzz_safetensors build/fuzz_tokenizer
 	for name in json safetensors tokenizer; do mkdir -p build/corpus/$$name && \
 	    build/fuzz_$$name -max_len=4096 -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/$$name- \
 	        build/corpus/$$name test/corpus/$$name || exit 1; done
-build/fuzz_%: test/fuzz_%.c $(HEADERS) | build
+build/fuzz_%: test/fuzz_%.c shortcut.h | build
 	clang -std=c99 -g -O1 -fsanitize=fuzzer,address,undefined $< -o $@ -lm
 
 .PHONY: all test check compare fuzz bench bench-cuda clean

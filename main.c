@@ -1,7 +1,7 @@
 /* ./shortcut: the experiment (base against distilled, numbers and a picture), info, merge. */
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
-#include "shortcut_pipeline.h"
+#include "shortcut.h"
 #include "tools.h"
 
 static const char usage[] =

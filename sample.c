@@ -1,7 +1,7 @@
 /* ./sample "PROMPT" [STEPS]: pictures from a FLUX model folder, with LoRAs. */
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
-#include "shortcut_pipeline.h"
+#include "shortcut.h"
 #include "tools.h"
 
 static const char usage[] =

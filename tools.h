@@ -1,5 +1,5 @@
 /* tools.h: what train.c, sample.c, main.c and the tests share and a library should not hold: PNG
- * and JPEG files through stb, options, progress, Ctrl-C. Include it after shortcut_pipeline.h's
+ * and JPEG files through stb, options, progress, Ctrl-C. Include it after shortcut.h's
  * implementation, in one .c file. These functions print and may exit; the library's never do. */
 #ifndef TOOLS_H
 #define TOOLS_H

@@ -3,7 +3,7 @@
  * This file is the driver: options, data, progress, files. The method itself is in shortcut.h. */
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
-#include "shortcut_pipeline.h"
+#include "shortcut.h"
 #include "tools.h"
 
 static const char usage[] =

@@ -1,4 +1,4 @@
-"""Compares the ids of shortcut_pipeline.h's tokenizers with Hugging Face's.
+"""Compares the ids of shortcut.h's tokenizers with Hugging Face's.
 
     compare_tokenizers.py FOLDER [COUNT]     FOLDER/tokenizer: CLIP's, FOLDER/tokenizer_2: T5's
 """

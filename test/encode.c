@@ -2,7 +2,7 @@
  * context.<i> [tokens, channels] and pooled.<i> in OUT. */
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
-#include "../shortcut_pipeline.h"
+#include "../shortcut.h"
 
 int main(int argc, char **argv) {
     enum { MOST = 256 };

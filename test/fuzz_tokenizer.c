@@ -11,7 +11,7 @@
 #ifndef SHORTCUT_H
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
-#include "../shortcut_pipeline.h"
+#include "../shortcut.h"
 #endif
 
 #ifndef MUST

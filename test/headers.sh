@@ -1,5 +1,5 @@
 #!/bin/sh
-# The headers alone: the implementation as C99 without a warning, with every C compiler there is and
+# The header alone: the implementation as C99 without a warning, with every C compiler there is and
 # with and without what is optional; the declarations as C99 and C++17.
 passed=0 failed=0 skipped=0
 
@@ -20,22 +20,20 @@ there() {
     return 1
 }
 
-for header in shortcut.h shortcut_pipeline.h; do
-    declarations="#include \"$header\""
-    implementation="#define SHORTCUT_IMPLEMENTATION
-#include \"$header\""
-    for cc in gcc clang; do
-        there $cc || continue
-        compiles c "$declarations" $cc -std=c99
-        compiles c "$implementation" $cc -std=c99 -O2
-        echo 'int main(void) { return 0; }' | $cc -fopenmp -x c -o /dev/null - 2>/dev/null &&
-            compiles c "$implementation" $cc -std=c99 -fopenmp
-        echo '#include <cblas.h>' | $cc -E -x c -o /dev/null - 2>/dev/null &&
-            compiles c "$implementation" $cc -std=c99 -DSHORTCUT_OPENBLAS
-    done
-    for cxx in g++ clang++; do
-        there $cxx && compiles c++ "$declarations" $cxx -std=c++17
-    done
+declarations="#include \"shortcut.h\""
+implementation="#define SHORTCUT_IMPLEMENTATION
+#include \"shortcut.h\""
+for cc in gcc clang; do
+    there $cc || continue
+    compiles c "$declarations" $cc -std=c99
+    compiles c "$implementation" $cc -std=c99 -O2
+    echo 'int main(void) { return 0; }' | $cc -fopenmp -x c -o /dev/null - 2>/dev/null &&
+        compiles c "$implementation" $cc -std=c99 -fopenmp
+    echo '#include <cblas.h>' | $cc -E -x c -o /dev/null - 2>/dev/null &&
+        compiles c "$implementation" $cc -std=c99 -DSHORTCUT_OPENBLAS
+done
+for cxx in g++ clang++; do
+    there $cxx && compiles c++ "$declarations" $cxx -std=c++17
 done
 echo "$passed passed, $failed failed, $skipped skipped"
 [ $failed -eq 0 ]

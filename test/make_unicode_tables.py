@@ -1,8 +1,8 @@
-"""Prints the packed Unicode tables of shortcut_pipeline.h's tokenizers.
+"""Prints the packed Unicode tables of shortcut.h's tokenizers.
 
 Hugging Face's `tokenizers` mixes several versions of Unicode (in 0.22.2: letters of 16.0, lower
 case of 17.0, normalisation of 9.0), so the facts are read off the library itself, code point by
-code point. The names of the classes are those of the enum in shortcut_pipeline.h.
+code point. The names of the classes are those of the enum in shortcut.h.
 """
 import struct
 import unicodedata

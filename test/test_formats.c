@@ -2,7 +2,7 @@
  * layout; what is wrong with such files; and the names of the real FLUX.1-dev ($SHORTCUT_FLUX_DIR). */
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
-#include "../shortcut_pipeline.h"
+#include "../shortcut.h"
 #include "test.h"
 
 #define MODEL "test/reference/flux_a" /* 1 double and 2 single blocks, 2 heads of 16 */

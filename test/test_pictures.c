@@ -2,7 +2,7 @@
  * scaling, buckets, EXIF, broken files, the parameters chunk, and folders good and bad. */
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
-#include "../shortcut_pipeline.h"
+#include "../shortcut.h"
 #include "../tools.h"
 #include "test.h"
 

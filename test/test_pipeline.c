@@ -3,7 +3,7 @@
  * SHORTCUT_FLUX_DIR: a FLUX.1 folder, for its tokenizers (no weights needed). */
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
-#include "../shortcut_pipeline.h"
+#include "../shortcut.h"
 #include "test.h"
 #include <dirent.h>
 #include "fuzz_tokenizer.c"

@@ -2,7 +2,7 @@
  * loops, tiles against whole pictures, and bad configs. */
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
-#include "../shortcut_pipeline.h"
+#include "../shortcut.h"
 #include "test.h"
 
 /* CHECK inside a condition */

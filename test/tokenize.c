@@ -1,7 +1,7 @@
 /* tokenize FOLDER LENGTH < TEXTS: ids of the texts, each of which ends in NUL, one line for each. */
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
-#include "../shortcut_pipeline.h"
+#include "../shortcut.h"
 
 int main(int argc, char **argv) {
     sc__text text = {0};
