@@ -201,6 +201,10 @@ typedef struct sc_backend {
     /* C[m,n] = alpha op(A) op(B) + beta C + bias; bias [n] or NULL. */
     void (*gemm)(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, sc_matrix b, float beta,
                  sc_matrix c, const sc_tensor *bias);
+    /* C = gelu(A op(B) + beta C + bias), tanh form, in one pass where a backend can. `before` [m,n]
+     * keeps what went into the GELU, for the backward pass; NULL: none follows. */
+    void (*gemm_gelu)(int64_t m, int64_t n, int64_t k, sc_matrix a, sc_matrix b, float beta,
+                      sc_matrix c, const sc_tensor *bias, sc_tensor *before);
     /* e4m3 with a scale for each row, so that its largest value becomes 448; from: the activations'
      * type. */
     void (*quantize)(uint8_t *to, float *scale, const void *from, int64_t rows, int64_t columns);
@@ -212,8 +216,8 @@ typedef struct sc_backend {
     void (*blend)(sc_tensor *y, const float *p, const sc_tensor *u, const float *q,
                   const sc_tensor *v);
     void (*embed_timestep)(sc_tensor *y, const float *t);
-    /* Rows of x into the columns of y from `at` on. */
-    void (*activate)(sc_activation kind, sc_tensor *y, int64_t at, const sc_tensor *x);
+    void (*activate)(sc_activation kind, sc_tensor *y, const sc_tensor *x);
+    /* The gradient of y is in its columns from `at` on. */
     void (*activate_backward)(sc_activation kind, const sc_tensor *y, int64_t at, sc_tensor *x);
     void (*multiply)(sc_tensor *y, const sc_tensor *a, const sc_tensor *b);
     void (*ln_modulate)(sc_tensor *y, const sc_tensor *x, const sc_tensor *mod, int shift,
@@ -300,6 +304,8 @@ bool sc_read(sc_tape *t, const sc_tensor *x, float *values);            /* downl
 
 /* [..., in] -> [..., out] */
 sc_tensor *sc_linear(sc_tape *t, const sc_tensor *x, const sc_linear_layer *layer);
+/* gelu(linear(x)), tanh form */
+sc_tensor *sc_linear_gelu(sc_tape *t, const sc_tensor *x, const sc_linear_layer *layer);
 sc_tensor *sc_activate(sc_tape *t, sc_activation kind, sc_tensor *x);
 sc_tensor *sc_add(sc_tape *t, sc_tensor *a, sc_tensor *b);              /* same shape */
 sc_tensor *sc_multiply(sc_tape *t, sc_tensor *a, sc_tensor *b);       /* same shape; not recorded */
@@ -312,8 +318,9 @@ sc_tensor *sc_concat_tokens(sc_tape *t, sc_tensor *a, sc_tensor *b);
 sc_tensor *sc_slice_tokens(sc_tape *t, sc_tensor *x, int64_t from, int64_t count);
 /* [B,T,Ca], [B,T,Cb] -> [B,T,Ca+Cb] */
 sc_tensor *sc_concat_channels(sc_tape *t, sc_tensor *a, sc_tensor *b);
-/* The same of a and f(b). */
-sc_tensor *sc_concat_activated(sc_tape *t, sc_tensor *a, sc_activation kind, sc_tensor *b);
+/* The same of a and gelu(linear(x)). */
+sc_tensor *sc_concat_gelu(sc_tape *t, sc_tensor *a, const sc_tensor *x,
+                          const sc_linear_layer *layer);
 /* softmax(scale q k^T + bias) v, head by head; q [B,Tq,C], k, v [B,T,C]; bias [H,Tq,T] or NULL. */
 sc_tensor *sc_attention(sc_tape *t, sc_tensor *q, sc_tensor *k, sc_tensor *v, int heads,
                         float scale, const sc_tensor *bias, bool causal);
@@ -1017,9 +1024,11 @@ static void sc__cpu_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix
         int64_t size = length - start < slice ? length - start : slice;
         int64_t i0 = by_rows ? start : 0, rows = by_rows ? size : m;
         int64_t j0 = by_rows ? 0 : start, columns = by_rows ? n : size;
-        if (add)
-            for (int64_t i = i0; i < i0 + rows; i++)
-                memcpy(pc + i * c.ld + j0, add + j0, (size_t)columns * 4);
+        for (int64_t i = i0; add && i < i0 + rows; i++) { /* C = beta C + bias */
+            float *row = pc + i * c.ld;
+            if (beta == 0) memcpy(row + j0, add + j0, (size_t)columns * 4);
+            else SC_SIMD for (int64_t j = j0; j < j0 + columns; j++) row[j] = beta * row[j] + add[j];
+        }
         sc__sgemm(a.transposed, b.transposed, (int)rows, (int)columns, (int)k, alpha,
                   pa + (a.transposed ? i0 : i0 * a.ld), (int)a.ld,
                   pb + (b.transposed ? j0 * b.ld : j0), (int)b.ld, add ? 1.f : beta,
@@ -1146,11 +1155,23 @@ static inline void sc__activate_rows_backward(sc_activation kind, const float *d
 
 #define SC__SLICE 4096 /* elements of one parallel task */
 
-static void sc__cpu_activate(sc_activation kind, sc_tensor *y, int64_t at, const sc_tensor *x) {
-    int64_t n = sc__last(x), width = sc__last(y), rows = sc__rows(x);
+/* Where no library has the product and its GELU in one, they follow each other. */
+static void sc__cpu_gemm_gelu(int64_t m, int64_t n, int64_t k, sc_matrix a, sc_matrix b, float beta,
+                              sc_matrix c, const sc_tensor *bias, sc_tensor *before) {
+    sc__cpu_gemm(m, n, k, 1, a, b, beta, c, bias);
+    SC_PARALLEL_FOR
+    for (int64_t r = 0; r < m; r++) {
+        float *row = (float *)c.data + r * c.ld;
+        if (before) memcpy(sc__f(before) + r * n, row, (size_t)n * 4);
+        sc__activate_rows(SC_GELU_TANH, row, row, n);
+    }
+}
+
+static void sc__cpu_activate(sc_activation kind, sc_tensor *y, const sc_tensor *x) {
+    int64_t n = sc__last(x), rows = sc__rows(x);
     SC_PARALLEL_FOR
     for (int64_t r = 0; r < rows; r++) {
-        float *py = sc__f(y) + r * width + at, *px = sc__f(x) + r * n;
+        float *py = sc__f(y) + r * n, *px = sc__f(x) + r * n;
         switch (kind) { /* constant kinds, so that each loop vectorises */
         case SC_SILU: sc__activate_rows(SC_SILU, py, px, n); break;
         case SC_GELU_TANH: sc__activate_rows(SC_GELU_TANH, py, px, n); break;
@@ -1741,7 +1762,7 @@ static const sc_backend sc__cpu_backend = {
     .name = "cpu", .activation = SC_F32, .on_host = true, .alloc = sc__cpu_alloc,
     .release = sc__cpu_release, .memory_left = sc__cpu_memory_left, .upload = sc__cpu_upload,
     .download = sc__cpu_download, .zero = sc__cpu_zero, .gemm = sc__cpu_gemm,
-    .quantize = sc__cpu_quantize, .copy_block = sc__cpu_copy_block,
+    .gemm_gelu = sc__cpu_gemm_gelu, .quantize = sc__cpu_quantize, .copy_block = sc__cpu_copy_block,
     .column_sum = sc__cpu_column_sum, .blend = sc__cpu_blend,
     .embed_timestep = sc__cpu_embed_timestep, .activate = sc__cpu_activate,
     .activate_backward = sc__cpu_activate_backward, .multiply = sc__cpu_multiply,
@@ -2016,8 +2037,9 @@ bool sc_backward(sc_tape *t) {
 }
 
 /* ---- Linear layers, and LoRA: y = x W^T + bias + scale (x A^T) B^T ----
- * The only place where LoRA exists. Samples next to each other with the same set share one thin
- * product. Backward: dx += dy W;  dW += dy^T x;  with u = x A^T and e = dy B:
+ * The only place where LoRA exists. The thin products come first: samples next to each other with
+ * the same set share one, and one product for all samples then adds x W^T + bias, and may apply a
+ * GELU to the sum. Backward: dx += dy W;  dW += dy^T x;  with u = x A^T and e = dy B:
  * dB += scale dy^T u;  dA += scale e^T x;  dx += scale e A. */
 
 static sc_matrix sc__matrix(const void *data, sc_dtype dtype, int64_t ld, bool transposed) {
@@ -2064,9 +2086,8 @@ static void sc__lora_backward(sc_tape *t, sc__op *op) {
     if (a->grad)
         t->be->gemm(r, in, rows, 1, sc__whole(e, true), sc__part(x, first, false), 1,
                     sc__matrix(a->grad, SC_F32, in, false), NULL);
-    float beta = 1;
-    if (rows == sc__rows(x) ? sc__grad_beta(t, x, &beta) : sc__grad(t, x))
-        t->be->gemm(rows, in, r, 1, sc__whole(e, false), sc__whole(a, false), beta,
+    if (sc__grad(t, x))
+        t->be->gemm(rows, in, r, 1, sc__whole(e, false), sc__whole(a, false), 1,
                     sc__grad_part(x, first, false), NULL);
 }
 
@@ -2083,10 +2104,22 @@ static void sc__linear_backward(sc_tape *t, sc__op *op) {
     if (bias && bias->grad) t->be->column_sum((float *)bias->grad, y->grad, rows, out);
 }
 
-/* Adds the adapters' part for one run of samples with one set, and records it. */
-static bool sc__linear_lora(sc_tape *t, sc_tensor *x, sc_tensor *y, const sc_linear_layer *l,
-                            sc_set set, int64_t first, int64_t rows) {
-    int64_t in = sc__last(x), out = sc__last(y);
+/* Rows from `first` on of y, its columns from `at` on. */
+static sc_matrix sc__columns(const sc_tensor *y, int64_t first, int64_t at) {
+    sc_matrix m = sc__part(y, first, false);
+    m.data = (char *)m.data + at * sc_dtype_size(y->dtype);
+    return m;
+}
+
+/* What a layer computes: y[:, at ...] = sum, or gelu(sum). sum is y itself, or the tensor that the
+ * gradient in front of the GELU belongs to, or NULL: a GELU that is not recorded. */
+typedef struct sc__linear_output { sc_tensor *y; int64_t at; sc_tensor *sum; } sc__linear_output;
+
+/* Sets the rows of one run of samples with one set to the adapters' part, and records it. */
+static bool sc__linear_lora(sc_tape *t, sc_tensor *x, const sc__linear_output *o,
+                            const sc_linear_layer *l, sc_set set, int64_t first, int64_t rows) {
+    int64_t in = sc__last(x), out = l->weight->shape[0], width = sc__last(o->y);
+    float beta = 0;
     for (const sc_adapter *lora = l->adapters; lora; lora = lora->next) {
         if (!lora->a[set]) continue;
         sc_tensor *u = sc_new(t, 2, (const int64_t[]){rows, lora->rank});
@@ -2094,8 +2127,9 @@ static bool sc__linear_lora(sc_tape *t, sc_tensor *x, sc_tensor *y, const sc_lin
         t->be->gemm(rows, lora->rank, in, 1, sc__part(x, first, false),
                     sc__whole(lora->a[set], true), 0, sc__whole(u, false), NULL);
         t->be->gemm(rows, out, lora->rank, lora->scale, sc__whole(u, false),
-                    sc__whole(lora->b[set], true), 1, sc__part(y, first, false), NULL);
-        sc__op *op = sc__record(t, sc__lora_backward, y, x, lora->a[set], lora->b[set]);
+                    sc__whole(lora->b[set], true), beta, sc__columns(o->y, first, o->at), NULL);
+        beta = 1;
+        sc__op *op = sc__record(t, sc__lora_backward, o->sum, x, lora->a[set], lora->b[set]);
         if (op) {
             op->in[3] = u;
             op->n[0] = first;
@@ -2103,45 +2137,83 @@ static bool sc__linear_lora(sc_tape *t, sc_tensor *x, sc_tensor *y, const sc_lin
             op->extra = lora;
         }
     }
+    if (beta == 0) { /* this set adds nothing; the other columns are not written yet */
+        sc_matrix part = sc__part(o->y, first, false);
+        t->be->zero((void *)part.data, (size_t)(rows * width * sc_dtype_size(part.dtype)));
+    }
     return true;
 }
 
-sc_tensor *sc_linear(sc_tape *t, const sc_tensor *input, const sc_linear_layer *l) {
-    sc_tensor *x = (sc_tensor *)input;
+static bool sc__linear(sc_tape *t, sc_tensor *x, const sc_linear_layer *l, sc__linear_output o) {
+    int64_t in = sc__last(x), out = l->weight->shape[0], rows = sc__rows(x), batch = x->shape[0];
+    bool adapted = false;
+    for (int64_t sample = 0, count; sample < batch; sample += count) {
+        sc_set set = sc__next_run(t, batch, &sample, &count);
+        for (const sc_adapter *a = l->adapters; a; a = a->next) adapted = adapted || a->a[set];
+    }
+    for (int64_t sample = 0, count; adapted && sample < batch; sample += count) {
+        sc_set set = sc__next_run(t, batch, &sample, &count);
+        int64_t each = rows / batch;
+        if (!sc__linear_lora(t, x, &o, l, set, sample * each, count * each)) return false;
+    }
+    float beta = adapted ? 1.f : 0.f;
+    if (o.sum == o.y)
+        t->be->gemm(rows, out, in, 1, sc__whole(x, false), sc__whole(l->weight, true), beta,
+                    sc__columns(o.y, 0, o.at), l->bias);
+    else
+        t->be->gemm_gelu(rows, out, in, sc__whole(x, false), sc__whole(l->weight, true), beta,
+                         sc__columns(o.y, 0, o.at), l->bias, o.sum);
+    sc__record(t, sc__linear_backward, o.sum, x, l->weight, l->bias);
+    return true;
+}
+
+/* A new tensor for the layer's output, `more` columns wider; NULL if x does not fit. */
+static sc_tensor *sc__linear_new(sc_tape *t, const sc_tensor *x, const sc_linear_layer *l,
+                                 int64_t more) {
     if (!x) return NULL;
-    int64_t shape[SC_MAX_DIMS], in = sc__last(x), out = l->weight->shape[0], rows = sc__rows(x);
+    int64_t shape[SC_MAX_DIMS], in = sc__last(x);
     if (in != l->weight->shape[1]) {
         sc__fail("linear layer takes %lld channels, was given %lld", (long long)l->weight->shape[1],
                  (long long)in);
         return NULL;
     }
     memcpy(shape, x->shape, sizeof shape);
-    shape[x->ndim - 1] = out;
-    sc_tensor *y = sc_new(t, x->ndim, shape);
-    if (!y) return NULL;
-    t->be->gemm(rows, out, in, 1, sc__whole(x, false), sc__whole(l->weight, true), 0,
-                sc__whole(y, false), l->bias);
-    sc__record(t, sc__linear_backward, y, x, l->weight, l->bias);
-    if (!l->adapters) return y;
-    int64_t batch = x->shape[0], per_sample = rows / batch, count;
-    for (int64_t sample = 0; sample < batch; sample += count) {
-        sc_set set = sc__next_run(t, batch, &sample, &count);
-        if (!sc__linear_lora(t, x, y, l, set, sample * per_sample, count * per_sample)) return NULL;
-    }
-    return y;
+    shape[x->ndim - 1] = l->weight->shape[0] + more;
+    return sc_new(t, x->ndim, shape);
+}
+
+sc_tensor *sc_linear(sc_tape *t, const sc_tensor *x, const sc_linear_layer *l) {
+    sc_tensor *y = sc__linear_new(t, x, l, 0);
+    return y && sc__linear(t, (sc_tensor *)x, l, (sc__linear_output){y, 0, y}) ? y : NULL;
+}
+
+static void sc__activate_backward(sc_tape *t, sc__op *op) {
+    if (sc__grad(t, op->in[0]))
+        t->be->activate_backward((sc_activation)op->n[0], op->out[0], op->n[1], op->in[0]);
+}
+
+/* y[:, at ...] = gelu(linear(x)); what goes into the GELU is kept only while recording. */
+static bool sc__linear_gelu(sc_tape *t, sc_tensor *x, const sc_linear_layer *l, sc_tensor *y,
+                            int64_t at) {
+    sc_tensor *sum = t->recording ? sc__linear_new(t, x, l, 0) : NULL;
+    if (t->recording && !sum) return false;
+    if (!sc__linear(t, x, l, (sc__linear_output){y, at, sum})) return false;
+    sc__op *op = sc__record(t, sc__activate_backward, y, sum, NULL, NULL);
+    if (op) op->n[0] = SC_GELU_TANH, op->n[1] = at;
+    return true;
+}
+
+sc_tensor *sc_linear_gelu(sc_tape *t, const sc_tensor *x, const sc_linear_layer *l) {
+    sc_tensor *y = sc__linear_new(t, x, l, 0);
+    return y && sc__linear_gelu(t, (sc_tensor *)x, l, y, 0) ? y : NULL;
 }
 
 /* ---- The other operations: allocate, call the backend, record ---- */
 
-static void sc__activate_backward(sc_tape *t, sc__op *op) {
-    if (sc__grad(t, op->in[0]))
-        t->be->activate_backward((sc_activation)op->n[0], op->out[0], 0, op->in[0]);
-}
-
 sc_tensor *sc_activate(sc_tape *t, sc_activation kind, sc_tensor *x) {
     sc_tensor *y = x ? sc__new_like(t, x) : NULL;
     if (!y) return NULL;
-    t->be->activate(kind, y, 0, x);
+    t->be->activate(kind, y, x);
     sc__op *op = sc__record(t, sc__activate_backward, y, x, NULL, NULL);
     if (op) op->n[0] = kind;
     return y;
@@ -2212,23 +2284,20 @@ sc_tensor *sc_concat_channels(sc_tape *t, sc_tensor *a, sc_tensor *b) {
                       sc__new3(t, a->shape[0], a->shape[1], a->shape[2] + b->shape[2]));
 }
 
-static void sc__concat_activated_backward(sc_tape *t, sc__op *op) {
-    sc_tensor *a = op->in[0], *b = op->in[1], *y = op->out[0];
+/* The GELU's part of the gradient is its own operation's. */
+static void sc__concat_gelu_backward(sc_tape *t, sc__op *op) {
+    sc_tensor *a = op->in[0], *y = op->out[0];
     int64_t width = sc__last(a);
     if (sc__grad(t, a))
         sc__copy_columns(t, a->grad, width, 0, y->grad, sc__last(y), 0, sc__rows(a), width, true);
-    if (sc__grad(t, b)) t->be->activate_backward((sc_activation)op->n[0], y, width, b);
 }
 
-sc_tensor *sc_concat_activated(sc_tape *t, sc_tensor *a, sc_activation kind, sc_tensor *b) {
-    if (!a || !b) return NULL;
-    int64_t width = sc__last(a), sum = width + sc__last(b);
-    sc_tensor *y = sc__new3(t, a->shape[0], a->shape[1], sum);
-    if (!y) return NULL;
-    sc__copy_columns(t, y->data, sum, 0, a->data, width, 0, sc__rows(a), width, false);
-    t->be->activate(kind, y, width, b);
-    sc__op *op = sc__record(t, sc__concat_activated_backward, y, a, b, NULL);
-    if (op) op->n[0] = kind;
+sc_tensor *sc_concat_gelu(sc_tape *t, sc_tensor *a, const sc_tensor *x, const sc_linear_layer *l) {
+    int64_t width = a ? sc__last(a) : 0;
+    sc_tensor *y = a ? sc__linear_new(t, x, l, width) : NULL;
+    if (!y || !sc__linear_gelu(t, (sc_tensor *)x, l, y, width)) return NULL;
+    sc__copy_columns(t, y->data, sc__last(y), 0, a->data, width, 0, sc__rows(a), width, false);
+    sc__record(t, sc__concat_gelu_backward, y, a, NULL, NULL);
     return y;
 }
 
@@ -4504,7 +4573,7 @@ static sc_tensor *sc__embed(sc_tape *t, const sc__embedder *e, sc_tensor *x) {
 
 static sc_tensor *sc__mlp(sc_tape *t, sc_tensor *x, const sc_linear_layer *up,
                           const sc_linear_layer *down) {
-    return sc_linear(t, sc_activate(t, SC_GELU_TANH, sc_linear(t, x, up)), down);
+    return sc_linear(t, sc_linear_gelu(t, x, up), down);
 }
 
 /* in: image [B,Ti,C], text [B,Tt,C], silu of the modulation vector [B,C]; out: image, text. */
@@ -4548,7 +4617,7 @@ static bool sc__single_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, cons
     sc_tensor *k = sc_norm_rope(t, NULL, sc_linear(t, n, &block->k), NULL, block->norm_k, rope);
     sc_tensor *v = sc_linear(t, n, &block->v);
     sc_tensor *o = sc_attention(t, q, k, v, block->flux->config.heads, scale, NULL, false);
-    sc_tensor *both = sc_concat_activated(t, o, SC_GELU_TANH, sc_linear(t, n, &block->up));
+    sc_tensor *both = sc_concat_gelu(t, o, n, &block->up);
     out[0] = sc_gated_residual(t, in[0], sc_linear(t, both, &block->out), mod, 2);
     return out[0] != NULL;
 }

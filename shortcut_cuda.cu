@@ -1,4 +1,4 @@
-/* shortcut_cuda.cu - the operations of shortcut.h on an NVIDIA GPU (compute capability 8.0 or more).
+/* shortcut_cuda.cu - the operations of shortcut.h on an NVIDIA GPU (compute capability 8.0 or up).
  *
  * Activations and their gradients are bf16, sums f32; losses, LoRA factors, optimiser state and
  * averages are f32. Products go to cuBLASLt, everything else is a kernel below, in the order of the
@@ -559,17 +559,20 @@ static void cuda_column_sum(float *sum, const void *x, int64_t rows, int64_t col
 }
 
 /* ==== Products ===============================================================================
- * C = alpha op(A) op(B) + beta C + bias through cuBLASLt, which is column-major: its view of a
+ * C = f(alpha op(A) op(B) + beta C + bias) through cuBLASLt, which is column-major: its view of a
  * row-major matrix is the transposed one, so it is asked for C^T = op(B)^T op(A)^T. Inputs are bf16
  * (others are converted first) or, if all three are f32, f32. How to compute a shape is asked once.
- */
+ *
+ * What a product can do on its way out: the bias; LoRA's part, which is in C before (beta 1); and a
+ * GELU. cuBLASLt has no epilogue for FLUX's residuals: x + gate h has a gate for each channel of
+ * each sample, so gated_residual_kernel does that in a pass of its own. */
 
 #define CUBLASLT_CALLS(X)                                                                          \
     X(Create)                                                                                      \
-    X(Matmul) X(MatmulDescCreate) X(MatmulDescDestroy) X(MatmulDescSetAttribute)                   \
-        X(MatrixLayoutCreate) X(MatrixLayoutDestroy) X(MatrixLayoutSetAttribute)                   \
-            X(MatmulPreferenceCreate) X(MatmulPreferenceSetAttribute) X(MatmulPreferenceDestroy)   \
-                X(MatmulAlgoGetHeuristic)
+    X(Matmul)                                                                                      \
+    X(MatmulDescCreate) X(MatmulDescDestroy) X(MatmulDescSetAttribute) X(MatrixLayoutCreate)       \
+        X(MatrixLayoutDestroy) X(MatrixLayoutSetAttribute) X(MatmulPreferenceCreate)               \
+            X(MatmulPreferenceSetAttribute) X(MatmulPreferenceDestroy) X(MatmulAlgoGetHeuristic)
 
 /* Found at run time, so that the program starts where the library is missing. */
 static struct {
@@ -627,9 +630,18 @@ struct Operand {
     const float *scale;
 };
 
+/* What follows the product: bias [n] of C's type, or NULL; GELU; where the GELU's input is kept,
+ * [m,n] of C's type, or NULL. */
+struct Epilogue {
+    const void *bias;
+    bool gelu;
+    void *before;
+};
+
 struct Shape { /* all that decides how a product is computed; compared byte by byte */
     int64_t m, n, k, lda, ldb, ldc, stride_a, stride_b, stride_c, batch;
-    int32_t ta, tb, in, f32_out, bias, align_a, align_b, align_c; /* in: cudaDataType_t */
+    int32_t ta, tb, in, f32_out, epilogue; /* in: cudaDataType_t, epilogue: cublasLtEpilogue_t */
+    int32_t align_a, align_b, align_c;
 };
 struct Plan {
     bool made, impossible;
@@ -660,10 +672,14 @@ static bool make_layout(cublasLtMatrixLayout_t *layout, int32_t type, int64_t ro
                  "matrix stride");
 }
 
+static bool has_gelu(int32_t epilogue) { return (epilogue & CUBLASLT_EPILOGUE_GELU) != 0; }
+
 static bool choose_algorithm(Plan *p) {
     const Shape *s = &p->shape;
     cublasLtMatmulPreference_t wish;
     uint64_t workspace = WORKSPACE;
+    /* Slices of k are added in f32, or not cut: in C's own type each would be rounded to bf16. */
+    uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     cublasLtMatmulHeuristicResult_t found;
     int count = 0;
     if (!check(lt.MatmulPreferenceCreate(&wish), "product preference")) return false;
@@ -672,6 +688,7 @@ static bool choose_algorithm(Plan *p) {
         const void *value;
         size_t size;
     } wishes[] = {{CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace},
+                  {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction, sizeof reduction},
                   {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &s->align_b, 4}, /* its A is our B */
                   {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &s->align_a, 4},
                   {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &s->align_c, 4},
@@ -685,7 +702,8 @@ static bool choose_algorithm(Plan *p) {
         p->algo = found.algo;
         return true;
     }
-    p->impossible = s->in == CUDA_R_8F_E4M3; /* the caller has another way */
+    /* The caller has another way to multiply e4m3 or to apply a GELU. */
+    p->impossible = s->in == CUDA_R_8F_E4M3 || has_gelu(s->epilogue);
     if (p->impossible) return false;
     char text[128];
     snprintf(text, sizeof text, "no way to multiply [%lld,%lld] by [%lld,%lld]", (long long)s->m,
@@ -693,94 +711,86 @@ static bool choose_algorithm(Plan *p) {
     return fail(text, cublas_text(status));
 }
 
-static bool make_plan(Plan *p, const Shape *s) {
+/* One attribute of a product. */
+template <class T>
+static bool describe(Plan *p, cublasLtMatmulDescAttributes_t name, const T &value) {
+    return check(lt.MatmulDescSetAttribute(p->product, name, &value, sizeof value), "product");
+}
+
+/* The pointers count, too: how they are aligned decides which algorithms are found. */
+static bool describe_pointers(Plan *p, const Epilogue &e, const float *scale_a,
+                              const float *scale_b) {
+    bool ok = !e.bias || describe(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, e.bias);
+    if (e.before) ok = ok && describe(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, e.before);
+    if (p->shape.in == CUDA_R_8F_E4M3)
+        ok = ok && describe(p, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, scale_b) &&
+             describe(p, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, scale_a);
+    return ok;
+}
+
+static bool make_plan(Plan *p, const Shape *s, const Epilogue &e, const float *scale_a,
+                      const float *scale_b) {
     p->shape = *s;
     cublasOperation_t ta = s->ta ? CUBLAS_OP_T : CUBLAS_OP_N,
                       tb = s->tb ? CUBLAS_OP_T : CUBLAS_OP_N;
-    cublasLtEpilogue_t epilogue = s->bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
-    if (!check(lt.MatmulDescCreate(&p->product, CUBLAS_COMPUTE_32F, CUDA_R_32F), "product"))
-        return false;
+    bool ok = check(lt.MatmulDescCreate(&p->product, CUBLAS_COMPUTE_32F, CUDA_R_32F), "product");
 #if CUBLAS_VERSION >= 120900
     if (s->in == CUDA_R_8F_E4M3) { /* each result is multiplied by the scales of its two rows */
         cublasLtMatmulMatrixScale_t mode = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
-        const void *some = gpu.workspace; /* until the product is made */
-        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &some,
-                                        sizeof some),
-              "scale");
-        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &some,
-                                        sizeof some),
-              "scale");
-        if (!check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &mode,
-                                             sizeof mode),
-                   "scales") ||
-            !check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &mode,
-                                             sizeof mode),
-                   "scales"))
-            return false;
+        ok = ok && describe(p, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, mode) &&
+             describe(p, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, mode);
     }
 #endif
-    p->made =
-        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_TRANSA, &tb, sizeof tb),
-              "product") &&
-        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_TRANSB, &ta, sizeof ta),
-              "product") &&
-        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue,
-                                        sizeof epilogue),
-              "product") &&
-        make_layout(&p->a, s->in, s->tb ? s->k : s->n, s->tb ? s->n : s->k, s->ldb, s,
-                    s->stride_b) &&
-        make_layout(&p->b, s->in, s->ta ? s->m : s->k, s->ta ? s->k : s->m, s->lda, s,
-                    s->stride_a) &&
-        make_layout(&p->c, s->f32_out ? CUDA_R_32F : CUDA_R_16BF, s->n, s->m, s->ldc, s,
-                    s->stride_c) &&
-        choose_algorithm(p);
+    if (e.before) ok = ok && describe(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, s->n);
+    p->made = ok && describe(p, CUBLASLT_MATMUL_DESC_TRANSA, tb) &&
+              describe(p, CUBLASLT_MATMUL_DESC_TRANSB, ta) &&
+              describe(p, CUBLASLT_MATMUL_DESC_EPILOGUE, (cublasLtEpilogue_t)s->epilogue) &&
+              describe_pointers(p, e, scale_a, scale_b) &&
+              make_layout(&p->a, s->in, s->tb ? s->k : s->n, s->tb ? s->n : s->k, s->ldb, s,
+                          s->stride_b) &&
+              make_layout(&p->b, s->in, s->ta ? s->m : s->k, s->ta ? s->k : s->m, s->lda, s,
+                          s->stride_a) &&
+              make_layout(&p->c, s->f32_out ? CUDA_R_32F : CUDA_R_16BF, s->n, s->m, s->ldc, s,
+                          s->stride_c) &&
+              choose_algorithm(p);
     return p->made;
 }
 
-/* The plan for a shape: made when it is first asked for, and again when another took its place.
- * NULL: none, or the shape is impossible. */
+/* The place of a shape's plan: it may hold that plan, or still be empty. */
 static Plan *find_plan(const Shape *s) {
     uint64_t hash = 1469598103934665603u;
     for (size_t i = 0; i < sizeof *s; i++) hash = (hash ^ ((const uint8_t *)s)[i]) * 1099511628211u;
     for (int i = 0; i < 8; i++) {
         Plan *p = &plans[(hash + (uint64_t)i) % PLANS];
-        if (!p->made && !p->impossible) return make_plan(p, s) ? p : NULL;
-        if (!memcmp(&p->shape, s, sizeof *s)) return p->made ? p : NULL;
+        if ((!p->made && !p->impossible) || !memcmp(&p->shape, s, sizeof *s)) return p;
     }
-    Plan *p = &plans[hash % PLANS];
+    Plan *p = &plans[hash % PLANS]; /* another's; it is made again when it is next asked for */
     if (p->a) lt.MatrixLayoutDestroy(p->a);
     if (p->b) lt.MatrixLayoutDestroy(p->b);
     if (p->c) lt.MatrixLayoutDestroy(p->c);
     if (p->product) lt.MatmulDescDestroy(p->product);
     *p = Plan();
-    return make_plan(p, s) ? p : NULL;
+    return p;
 }
 
-/* `batch` products; bias [n], bf16, or NULL. False if there is no way to compute it. */
+/* `batch` products. False if there is no way to compute it: e4m3 or a GELU only. */
 static bool product(int64_t m, int64_t n, int64_t k, float alpha, Operand a, Operand b,
-                    cudaDataType_t in, float beta, Operand c, bool f32_out, const bf16 *bias,
+                    cudaDataType_t in, float beta, Operand c, bool f32_out, Epilogue e,
                     int64_t batch) {
     if (gpu.failed || m == 0 || n == 0 || batch == 0) return true;
     Shape s;
     memset(&s, 0, sizeof s);
     s.m = m, s.n = n, s.k = k, s.lda = a.ld, s.ldb = b.ld, s.ldc = c.ld, s.batch = batch;
     s.stride_a = a.stride, s.stride_b = b.stride, s.stride_c = c.stride;
-    s.ta = a.transposed, s.tb = b.transposed, s.in = in, s.f32_out = f32_out, s.bias = bias != NULL;
+    s.ta = a.transposed, s.tb = b.transposed, s.in = in, s.f32_out = f32_out;
+    s.epilogue = (e.bias ? CUBLASLT_EPILOGUE_BIAS : 0) | (e.gelu ? CUBLASLT_EPILOGUE_GELU : 0) |
+                 (e.before ? CUBLASLT_EPILOGUE_GELU_AUX : 0);
+    if (!s.epilogue) s.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
     s.align_a = alignment(a.data), s.align_b = alignment(b.data), s.align_c = alignment(c.data);
     Plan *p = find_plan(&s);
-    if (!p) return false;
-    if (in == CUDA_R_8F_E4M3) {
-        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &b.scale,
-                                        sizeof b.scale),
-              "scale");
-        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &a.scale,
-                                        sizeof a.scale),
-              "scale");
-    }
-    if (bias)
-        check(lt.MatmulDescSetAttribute(p->product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias,
-                                        sizeof bias),
-              "bias");
+    if (!p->made && !p->impossible) make_plan(p, &s, e, a.scale, b.scale);
+    if (p->impossible || gpu.failed) return gpu.failed;
+    describe_pointers(p, e, a.scale, b.scale);
     check(lt.Matmul(gpu.lt, p->product, &alpha, b.data, p->a, a.data, p->b, &beta, c.data, p->c,
                     (void *)c.data, p->c, &p->algo, gpu.workspace, WORKSPACE, gpu.stream),
           "product");
@@ -860,43 +870,77 @@ static void cuda_quantize(uint8_t *to, float *scale, const void *from, int64_t r
     quantize(to, scale, (const bf16 *)from, rows, columns, columns);
 }
 
-/* y = alpha x w^T + beta y + bias on fp8 tensor cores: x becomes e4m3 with a scale for each row,
- * too. False where the GPU or the library cannot (then the weights are expanded). */
-static bool fp8_product(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix x, sc_matrix w,
-                        float beta, Operand y, const bf16 *bias) {
+/* Whether y = x w^T can go to fp8 tensor cores, x then becoming e4m3 with a scale for each row,
+ * too. cuBLASLt wants rows of x and w side by side (so not the backward pass) and pieces of 16
+ * bytes. Of a few rows, such as the modulation's, little is to be gained, and these are worth more
+ * bits. */
+static bool fits_fp8(int64_t m, int64_t n, int64_t k, sc_matrix x, sc_matrix w, Operand y,
+                     bool f32_out) {
 #if CUBLAS_VERSION >= 120900
-    if (gpu.capability < 90 || x.dtype != SC_BF16 || w.dtype != SC_F8_E4M3 || !w.scale ||
-        x.transposed || !w.transposed || m < 16 || n % 16 || k % 16 || w.ld % 16 || y.ld % 8)
-        return false;
-    Scratch<uint8_t> narrow(m * k);
-    Scratch<float> scale(m);
-    quantize(narrow.p, scale.p, (const bf16 *)x.data, m, k, x.ld);
-    return product(m, n, k, alpha, Operand{narrow.p, k, false, 0, scale.p},
-                   Operand{w.data, w.ld, true, 0, w.scale}, CUDA_R_8F_E4M3, beta, y, false, bias,
-                   1);
+    return gpu.capability >= 90 && x.dtype == SC_BF16 && w.dtype == SC_F8_E4M3 && w.scale &&
+           !x.transposed && w.transposed && m >= 16 && n % 16 == 0 && k % 16 == 0 &&
+           w.ld % 16 == 0 && (uintptr_t)w.data % 16 == 0 && y.ld % 8 == 0 &&
+           (uintptr_t)y.data % 16 == 0 && !f32_out;
 #else
     return false;
 #endif
 }
 
-static void cuda_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, sc_matrix b,
-                      float beta, sc_matrix c, const sc_tensor *bias) {
-    b.data = on_device(b.data); /* a layer's weight is always the second matrix */
+static bool fp8_product(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix x, sc_matrix w,
+                        float beta, Operand y, Epilogue e) {
+    Scratch<uint8_t> narrow(m * k);
+    Scratch<float> scale(m);
+    quantize(narrow.p, scale.p, (const bf16 *)x.data, m, k, x.ld);
+    return product(m, n, k, alpha, Operand{narrow.p, k, false, 0, scale.p},
+                   Operand{w.data, w.ld, true, 0, w.scale}, CUDA_R_8F_E4M3, beta, y, false, e, 1);
+}
+
+/* As gemm, b on the device. False: there is no such product with a GELU, and C is as it was. */
+static bool multiply(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, sc_matrix b,
+                     float beta, sc_matrix c, const sc_tensor *bias, bool gelu, void *before) {
     Operand to = {c.data, c.ld, false, 0, NULL};
     bool f32 = c.dtype == SC_F32;
-    if (f32 && a.dtype == SC_F32 && b.dtype == SC_F32 && !bias) {
+    if (f32 && a.dtype == SC_F32 && b.dtype == SC_F32) {
         Operand pa = {a.data, a.ld, a.transposed, 0, NULL},
                 pb = {b.data, b.ld, b.transposed, 0, NULL};
-        product(m, n, k, alpha, pa, pb, CUDA_R_32F, beta, to, true, NULL, 1);
-        return;
+        return product(m, n, k, alpha, pa, pb, CUDA_R_32F, beta, to, true,
+                       Epilogue{full_data(bias), false, NULL}, 1);
     }
-    Scratch<bf16> add(bias ? n : 0);
-    if (bias) convert(add.p, full_data(bias), NULL, 1, n, n);
-    if (!f32 && fp8_product(m, n, k, alpha, a, b, beta, to, add.p)) return;
+    Scratch<bf16> half_bias(bias && !f32 ? n : 0);
+    if (half_bias.p) convert(half_bias.p, full_data(bias), NULL, 1, n, n);
+    Epilogue e = {f32 ? (const void *)full_data(bias) : half_bias.p, gelu, before};
+    if (fits_fp8(m, n, k, a, b, to, f32)) {
+        if (fp8_product(m, n, k, alpha, a, b, beta, to, e)) return true;
+        if (gelu) return false; /* e4m3 and then a GELU cost less than expanding the weights */
+    }
     Scratch<bf16> wa(a.dtype == SC_BF16 ? 0 : m * k), wb(b.dtype == SC_BF16 ? 0 : k * n);
     Operand pa = as_half(a, a.transposed ? k : m, a.transposed ? m : k, wa.p);
     Operand pb = as_half(b, b.transposed ? n : k, b.transposed ? k : n, wb.p);
-    product(m, n, k, alpha, pa, pb, CUDA_R_16BF, beta, to, f32, add.p, 1);
+    return product(m, n, k, alpha, pa, pb, CUDA_R_16BF, beta, to, f32, e, 1);
+}
+
+static void cuda_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, sc_matrix b,
+                      float beta, sc_matrix c, const sc_tensor *bias) {
+    b.data = on_device(b.data); /* a layer's weight is always the second matrix */
+    multiply(m, n, k, alpha, a, b, beta, c, bias, false, NULL);
+}
+
+static void cuda_copy_block(void *dst, int64_t dst_ld, const void *src, int64_t src_ld,
+                            int64_t rows, int64_t columns, sc_dtype dtype, bool accumulate);
+static void activate_rows(sc_activation kind, bf16 *y, int64_t y_ld, const bf16 *x, int64_t x_ld,
+                          int64_t rows, int64_t n);
+
+/* cuBLASLt's GELU is the tanh form. What it keeps for the backward pass has rows of 16 bytes; other
+ * sizes, and what it refuses, take one pass more. */
+static void cuda_gemm_gelu(int64_t m, int64_t n, int64_t k, sc_matrix a, sc_matrix b, float beta,
+                           sc_matrix c, const sc_tensor *bias, sc_tensor *before) {
+    b.data = on_device(b.data);
+    bf16 *y = (bf16 *)c.data;
+    if (n % 8 == 0 && multiply(m, n, k, 1, a, b, beta, c, bias, true, before ? before->data : NULL))
+        return;
+    multiply(m, n, k, 1, a, b, beta, c, bias, false, NULL);
+    if (before) cuda_copy_block(before->data, n, y, c.ld, m, n, SC_BF16, false);
+    activate_rows(SC_GELU_TANH, y, c.ld, y, c.ld, m, n);
 }
 
 /* ==== Copies and elementwise operations ====================================================== */
@@ -1024,18 +1068,28 @@ __device__ __forceinline__ float gate(sc_activation kind, float x, float *slope)
     return 1 / (1 + __expf(-u));
 }
 
-/* Rows of n values: x's lie together, y's are `width` apart. */
+/* Rows of n values, x_ld and y_ld apart; y may be x. */
 template <int V>
-__global__ void activate_kernel(sc_activation kind, bf16 *y, int64_t width, const bf16 *x,
-                                int64_t n, int64_t total) {
+__global__ void activate_kernel(sc_activation kind, bf16 *y, int64_t y_ld, const bf16 *x,
+                                int64_t x_ld, int64_t n, int64_t total) {
     int64_t i = FLAT_INDEX(V);
     if (i >= total) return;
     float v[V], slope;
-    load<V>(v, x + i);
+    load<V>(v, x + i / n * x_ld + i % n);
     for (int j = 0; j < V; j++)
         v[j] = kind == SC_GELU ? 0.5f * v[j] * (1 + erff(v[j] * 0.70710678f))
                                : v[j] * gate(kind, v[j], &slope);
-    store<V>(y + i / n * width + i % n, v);
+    store<V>(y + i / n * y_ld + i % n, v);
+}
+
+static void activate_rows(sc_activation kind, bf16 *y, int64_t y_ld, const bf16 *x, int64_t x_ld,
+                          int64_t rows, int64_t n) {
+    bool w = wide(n | y_ld | x_ld, y, x);
+    LAUNCH_FLAT(w, activate_kernel, rows * n, kind, y, y_ld, x, x_ld, n, rows * n);
+}
+static void cuda_activate(sc_activation kind, sc_tensor *y, const sc_tensor *x) {
+    int64_t n = sc_count(x); /* one row */
+    activate_rows(kind, (bf16 *)y->data, n, half_data(x), n, 1, n);
 }
 
 template <int V>
@@ -1058,12 +1112,6 @@ __global__ void activate_backward_kernel(sc_activation kind, bf16 *dx, const bf1
     add<V>(dx + i, d);
 }
 
-static void cuda_activate(sc_activation kind, sc_tensor *y, int64_t at, const sc_tensor *x) {
-    int64_t n = last_size(x), width = last_size(y), total = sc_count(x);
-    bf16 *to = (bf16 *)y->data + at;
-    bool w = wide(n | width, to, x->data);
-    LAUNCH_FLAT(w, activate_kernel, total, kind, to, width, half_data(x), n, total);
-}
 static void cuda_activate_backward(sc_activation kind, const sc_tensor *y, int64_t at,
                                    sc_tensor *x) {
     int64_t n = last_size(x), width = last_size(y), total = sc_count(x);
@@ -1760,11 +1808,11 @@ static void attention_by_products(const Attention &a, int64_t batch, int64_t siz
                     o = {a.o + query, width, false, size, NULL};
             Operand s = {scores.p, a.nk, false, rows * a.nk, NULL},
                     weights = {p.p, a.nk, false, rows * a.nk, NULL};
-            product(rows, a.nk, size, a.scale, q, k, CUDA_R_16BF, 0, s, true, NULL, a.heads);
+            product(rows, a.nk, size, a.scale, q, k, CUDA_R_16BF, 0, s, true, Epilogue(), a.heads);
             launch("softmax", softmax_kernel, dim3((unsigned)rows, (unsigned)a.heads), 256, 0, p.p,
                    (const float *)scores.p, bias, a.lse ? a.lse + b * a.heads * a.nq : NULL, rows,
                    (int64_t)a.nq, a.nk, first, causal);
-            product(rows, size, a.nk, 1, weights, v, CUDA_R_16BF, 0, o, false, NULL, a.heads);
+            product(rows, size, a.nk, 1, weights, v, CUDA_R_16BF, 0, o, false, Epilogue(), a.heads);
         }
 }
 
@@ -1956,7 +2004,8 @@ static void cuda_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, co
                        from, g, first, count);
             Operand px = {direct ? from : columns.p, count, false, 0, NULL};
             Operand py = {(bf16 *)y->data + sample * out * pixels + first, pixels, false, 0, NULL};
-            product(out, count, inner, 1, pw, px, CUDA_R_16BF, b ? 1.f : 0.f, py, false, NULL, 1);
+            product(out, count, inner, 1, pw, px, CUDA_R_16BF, b ? 1.f : 0.f, py, false, Epilogue(),
+                    1);
         }
 }
 
@@ -2174,8 +2223,8 @@ static sc_backend make_table() {
     t.alloc = cuda_alloc, t.release = cuda_release, t.memory_left = cuda_memory_left;
     t.alloc_streamed = cuda_alloc_streamed;
     t.upload = cuda_upload, t.download = cuda_download, t.zero = cuda_zero;
-    t.gemm = cuda_gemm, t.quantize = cuda_quantize, t.copy_block = cuda_copy_block,
-    t.column_sum = cuda_column_sum;
+    t.gemm = cuda_gemm, t.gemm_gelu = cuda_gemm_gelu, t.quantize = cuda_quantize,
+    t.copy_block = cuda_copy_block, t.column_sum = cuda_column_sum;
     t.blend = cuda_blend, t.embed_timestep = cuda_embed_timestep, t.multiply = cuda_multiply;
     t.activate = cuda_activate, t.activate_backward = cuda_activate_backward;
     t.ln_modulate = cuda_ln_modulate, t.ln_modulate_backward = cuda_ln_modulate_backward;

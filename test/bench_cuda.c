@@ -127,7 +127,7 @@ static void gated_residual(sc_tensor **x) { gpu->gated_residual(x[3], x[0], x[2]
 static void gated_residual_backward(sc_tensor **x) {
     gpu->gated_residual_backward(x[3], x[0], x[2], x[1], 2);
 }
-static void activate(sc_tensor **x) { gpu->activate(SC_GELU_TANH, x[1], 0, x[0]); }
+static void activate(sc_tensor **x) { gpu->activate(SC_GELU_TANH, x[1], x[0]); }
 static void activate_backward(sc_tensor **x) {
     gpu->activate_backward(SC_GELU_TANH, x[1], 0, x[0]);
 }

@@ -16,7 +16,13 @@ enum cublasStatus_t {
     CUBLAS_STATUS_NOT_SUPPORTED
 };
 enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T };
-enum cublasLtEpilogue_t { CUBLASLT_EPILOGUE_DEFAULT = 1, CUBLASLT_EPILOGUE_BIAS = 4 };
+enum cublasLtEpilogue_t { /* the real values: their bits are combined */
+    CUBLASLT_EPILOGUE_DEFAULT = 1,
+    CUBLASLT_EPILOGUE_BIAS = 4,
+    CUBLASLT_EPILOGUE_GELU = 32,
+    CUBLASLT_EPILOGUE_GELU_AUX = 32 | 128
+};
+enum { CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE = 2 };
 enum cublasComputeType_t { CUBLAS_COMPUTE_32F };
 enum cudaDataType_t { CUDA_R_32F, CUDA_R_16BF, CUDA_R_8F_E4M3 };
 enum cublasLtMatmulMatrixScale_t {
@@ -28,6 +34,8 @@ enum cublasLtMatmulDescAttributes_t {
     CUBLASLT_MATMUL_DESC_TRANSB,
     CUBLASLT_MATMUL_DESC_EPILOGUE,
     CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER,
+    CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD,
     CUBLASLT_MATMUL_DESC_A_SCALE_MODE,
     CUBLASLT_MATMUL_DESC_B_SCALE_MODE,
     CUBLASLT_MATMUL_DESC_A_SCALE_POINTER,
@@ -39,6 +47,7 @@ enum cublasLtMatrixLayoutAttribute_t {
 };
 enum cublasLtMatmulPreferenceAttributes_t {
     CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+    CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
     CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
     CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
     CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
@@ -49,6 +58,8 @@ struct emulated_product {
     cublasOperation_t ta, tb;
     cublasLtEpilogue_t epilogue;
     const void *bias;
+    void *aux;
+    int64_t aux_ld;
     const float *scale[2];
     cublasLtMatmulMatrixScale_t mode[2];
 };
@@ -75,8 +86,8 @@ struct cublasLtMatmulHeuristicResult_t {
 static inline cublasStatus_t cublasLtCreate(cublasLtHandle_t *) { return CUBLAS_STATUS_SUCCESS; }
 static inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *p, cublasComputeType_t,
                                                       cudaDataType_t) {
-    *p = new emulated_product{CUBLAS_OP_N, CUBLAS_OP_N,  CUBLASLT_EPILOGUE_DEFAULT,
-                              NULL,        {NULL, NULL}, {}};
+    *p = new emulated_product();
+    (*p)->epilogue = CUBLASLT_EPILOGUE_DEFAULT;
     return CUBLAS_STATUS_SUCCESS;
 }
 static inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t p) {
@@ -89,6 +100,8 @@ static inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t
     if (name == CUBLASLT_MATMUL_DESC_TRANSB) memcpy(&p->tb, x, n);
     if (name == CUBLASLT_MATMUL_DESC_EPILOGUE) memcpy(&p->epilogue, x, n);
     if (name == CUBLASLT_MATMUL_DESC_BIAS_POINTER) memcpy(&p->bias, x, n);
+    if (name == CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER) memcpy(&p->aux, x, n);
+    if (name == CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD) memcpy(&p->aux_ld, x, n);
     for (int i = 0; i < 2; i++) {
         if (name == CUBLASLT_MATMUL_DESC_A_SCALE_MODE + i) memcpy(&p->mode[i], x, n);
         if (name == CUBLASLT_MATMUL_DESC_A_SCALE_POINTER + i) memcpy(&p->scale[i], x, n);
@@ -122,7 +135,7 @@ static inline cublasStatus_t
 cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p,
                                      cublasLtMatmulPreferenceAttributes_t name, const void *x,
                                      size_t n) {
-    if (name != CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES)
+    if (name >= CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES)
         memcpy(&p->align[name - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES], x, n);
     return CUBLAS_STATUS_SUCCESS;
 }
@@ -139,6 +152,10 @@ cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t p, cublasL
     if (a->type == CUDA_R_8F_E4M3 && (!p->ta || p->tb || m % 16 || ka % 16 ||
                                       p->mode[0] != CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F))
         return CUBLAS_STATUS_NOT_SUPPORTED;
+    bool gelu = p->epilogue & CUBLASLT_EPILOGUE_GELU, keeps = p->epilogue & 128;
+    if (gelu && a->type != CUDA_R_16BF) return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (keeps && (p->aux_ld % 8 || p->aux_ld < (int64_t)m || !p->aux || (uintptr_t)p->aux % 16))
+        return CUBLAS_STATUS_INVALID_VALUE;
     memcpy(found->algo.align, wish->align, sizeof wish->align);
     *count = 1;
     return CUBLAS_STATUS_SUCCESS;
@@ -155,7 +172,12 @@ static inline float emulated_get(const void *p, cudaDataType_t type, int64_t i) 
                               : __bfloat162float(((const __nv_bfloat16 *)p)[i]);
 }
 
-/* D = alpha op(A) op(B) + beta C + bias, column-major; a bias has an element for each row. */
+static inline void emulated_set(void *p, cudaDataType_t type, int64_t i, float x) {
+    if (type == CUDA_R_32F) ((float *)p)[i] = x;
+    else ((__nv_bfloat16 *)p)[i] = __float2bfloat16_rn(x);
+}
+
+/* D = f(alpha op(A) op(B) + beta C + bias), column-major; a bias has an element for each row. */
 static inline cublasStatus_t
 cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t p, const void *alpha, const void *a,
                cublasLtMatrixLayout_t la, const void *b, cublasLtMatrixLayout_t lb,
@@ -180,10 +202,12 @@ cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t p, const void *alpha, cons
                 int64_t at = q * lc->stride + i + j * lc->ld;
                 if (la->type == CUDA_R_8F_E4M3) sum *= p->scale[0][i] * p->scale[1][j];
                 sum = s * sum + (t == 0 ? 0 : t * emulated_get(c, lc->type, at));
-                if (p->epilogue == CUBLASLT_EPILOGUE_BIAS)
+                if (p->epilogue & CUBLASLT_EPILOGUE_BIAS)
                     sum += emulated_get(p->bias, lc->type, i);
-                if (lc->type == CUDA_R_32F) ((float *)d)[at] = sum;
-                else ((__nv_bfloat16 *)d)[at] = __float2bfloat16_rn(sum);
+                if (p->epilogue & 128) emulated_set(p->aux, lc->type, i + j * p->aux_ld, sum);
+                if (p->epilogue & CUBLASLT_EPILOGUE_GELU)
+                    sum = sum / (1 + expf(-1.5957691f * (sum + 0.044715f * sum * sum * sum)));
+                emulated_set(d, lc->type, at, sum);
             }
     return CUBLAS_STATUS_SUCCESS;
 }
