@@ -35,8 +35,9 @@
  *                       .weight_decay = 1e-4f, .clip = 10};
  *     for (int step = 0; step < 10000; step++) {                        // next_batch: yours
  *         sc_batch batch = next_batch();                                // latents, noise, text
- *         sc_train_gradient(p->flux, lora, p->tape, &recipe, &batch, &rng, &loss);
+ *         sc_train_gradient(p->flux, lora, p->tape, &recipe, &batch, &rng);
  *         sc_params_step(lora, &adamw, 0.99f, 0.999f);                  // student, fast, slow
+ *         sc_params_report(lora, &loss, &norm);                         // of this step
  *     }
  *     sc_lora_save(lora, SC_STUDENT, "lora.safetensors", NULL);
  *
@@ -182,6 +183,8 @@ typedef struct sc_trained {     /* trained numbers, all [count], f32 */
     float *average[2];          /* exponential averages of w; NULL: none */
 } sc_trained;
 
+enum { SC_POSTS = 4, SC_POST_SIZE = 4 };
+
 typedef struct sc_backend {
     const char *name;
     sc_dtype activation;
@@ -197,6 +200,11 @@ typedef struct sc_backend {
     /* Waits for all work. False with the error set if this or any operation before it failed: the
      * others may be asynchronous, and report nothing. */
     bool (*download)(void *host, const void *device, size_t bytes);
+    /* A few numbers come to the host without holding up the work: `post` queues their copy, and
+     * `collect` waits for the copy that was posted first, but not for what was queued after it. At
+     * most SC_POSTS are under way; false as for download. */
+    void (*post)(const double *device, int count);
+    bool (*collect)(double *host, int count);
     void (*zero)(void *p, size_t bytes);
     /* C[m,n] = alpha op(A) op(B) + beta C + bias; bias [n] or NULL. */
     void (*gemm)(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, sc_matrix b, float beta,
@@ -249,13 +257,12 @@ typedef struct sc_backend {
     void (*upsample)(sc_tensor *y, const sc_tensor *x);
     void (*swap_axes)(sc_tensor *y, const sc_tensor *x);
     /* Loss and optimiser, all f32. */
-    /* Into *loss, which is device memory. */
+    /* *loss and *norm are the backend's memory. */
     void (*mse)(double *loss, const sc_tensor *prediction, const sc_tensor *target);
     void (*mse_backward)(sc_tensor *prediction, const sc_tensor *target, float factor);
-    double (*sum_squares)(const float *x, int64_t n);
     /* One step: clips, AdamW, moves the averages (average = decay average + (1 - decay) w), clears
-     * the gradient. Returns the gradient's norm before clipping; not finite: w did not change. */
-    double (*update)(const sc_trained *x, const sc_adamw *o, const float decay[2]);
+     * the gradient. *norm: the gradient's before clipping; not finite: w did not change. */
+    void (*update)(const sc_trained *x, const sc_adamw *o, const float decay[2], double *norm);
 } sc_backend;
 
 const sc_backend *sc_cpu(void);
@@ -327,8 +334,7 @@ sc_tensor *sc_attention(sc_tape *t, sc_tensor *q, sc_tensor *k, sc_tensor *v, in
 sc_tensor *sc_timestep_embedding(sc_tape *t, const float *times, int64_t batch, int64_t channels);
 /* not recorded */
 sc_tensor *sc_blend(sc_tape *t, const float *p, sc_tensor *u, const float *q, sc_tensor *v);
-/* Mean square error. While recording, *loss is set at the end of sc_backward (which nothing waits
- * for until then), else now. */
+/* Mean square error, into *loss, which is the backend's memory. */
 bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, float weight, double *loss);
 
 /* Operations of the frozen networks (text encoders, VAE, evaluator); not recorded. */
@@ -449,6 +455,7 @@ typedef struct sc_params {
     int64_t count;
     float *set[SC_SETS];        /* NULL: not there (the teacher of a LoRA is the bare base) */
     float *grad, *m, *v;        /* gradients and Adam's moments */
+    double *results;            /* the backend's: loss and gradient's norm of a step */
     sc_flux *flux;
     /* one for each of the model's linear layers; NULL: all weights are trained */
     sc_adapter *adapters;
@@ -463,9 +470,12 @@ sc_params *sc_params_full(sc_flux *flux, bool teacher);
 void sc_params_free(sc_params *params);
 void sc_params_use(sc_params *params, sc_set set);    /* all weights only: compute with this copy */
 void sc_params_copy(sc_params *params, sc_set to, sc_set from);
-/* One step of the student and both averages (see sc_backend.update), counted in adamw->step.
- * Returns the gradient's norm before clipping; NaN or infinity: nothing was changed. */
-double sc_params_step(sc_params *params, sc_adamw *adamw, float fast_decay, float slow_decay);
+/* One step of the student and both averages (see sc_backend.update), counted in adamw->step. */
+void sc_params_step(sc_params *params, sc_adamw *adamw, float fast_decay, float slow_decay);
+/* The loss, and the gradient's norm before clipping, of the first step that was not asked about.
+ * Asked one step late, it keeps a GPU busy: this waits for that step only. At most SC_POSTS steps
+ * late. A norm that is not finite: the step changed nothing. */
+bool sc_params_report(sc_params *params, double *loss, double *norm);
 
 /* ==== LoRA files ====
  * Written: safetensors, PEFT names, transformer.<module>.lora_A.weight [rank, in] and
@@ -563,9 +573,10 @@ typedef struct sc_model {
 bool sc_scfm_target(const sc_model *model, sc_tape *t, sc_tensor *x0, sc_tensor *noise,
                     const sc_draw *draws, int64_t first, sc_tensor **x, sc_tensor **target);
 
-/* One training step's gradient: draws, target, student pass, backward. Resets the tape. */
+/* One training step's gradient: draws, target, student pass, backward. Resets the tape. It may be
+ * under way only: sc_params_report has the loss after sc_params_step. */
 bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *recipe,
-                       const sc_batch *batch, sc_rng *rng, double *loss);
+                       const sc_batch *batch, sc_rng *rng);
 
 /* Where a device's memory is limited: chooses how many blocks keep their activations for the
  * backward pass, the others being run again. Makes one training step for `batch`, the largest there
@@ -1025,9 +1036,9 @@ static void sc__cpu_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix
         int64_t i0 = by_rows ? start : 0, rows = by_rows ? size : m;
         int64_t j0 = by_rows ? 0 : start, columns = by_rows ? n : size;
         for (int64_t i = i0; add && i < i0 + rows; i++) { /* C = beta C + bias */
-            float *row = pc + i * c.ld;
-            if (beta == 0) memcpy(row + j0, add + j0, (size_t)columns * 4);
-            else SC_SIMD for (int64_t j = j0; j < j0 + columns; j++) row[j] = beta * row[j] + add[j];
+            float *row = pc + i * c.ld + j0;
+            if (beta == 0) memcpy(row, add + j0, (size_t)columns * 4);
+            else SC_SIMD for (int64_t j = 0; j < columns; j++) row[j] = beta * row[j] + add[j0 + j];
         }
         sc__sgemm(a.transposed, b.transposed, (int)rows, (int)columns, (int)k, alpha,
                   pa + (a.transposed ? i0 : i0 * a.ld), (int)a.ld,
@@ -1067,6 +1078,18 @@ static bool sc__cpu_download(void *to, const void *from, size_t bytes) {
     return true;
 }
 static void sc__cpu_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
+
+static SC_THREAD_LOCAL struct {
+    double value[SC_POSTS][SC_POST_SIZE];
+    int64_t posted, collected;
+} sc__posts;
+static void sc__cpu_post(const double *x, int count) {
+    memcpy(sc__posts.value[sc__posts.posted++ % SC_POSTS], x, (size_t)count * sizeof *x);
+}
+static bool sc__cpu_collect(double *x, int count) {
+    memcpy(x, sc__posts.value[sc__posts.collected++ % SC_POSTS], (size_t)count * sizeof *x);
+    return true;
+}
 
 static void sc__cpu_copy_block(void *dst, int64_t dst_ld, const void *src, int64_t src_ld,
                                int64_t rows, int64_t columns, sc_dtype dtype, bool accumulate) {
@@ -1495,10 +1518,6 @@ static double sc__sum_of_squares(const float *x, const float *minus, int64_t n) 
     return total;
 }
 
-static double sc__cpu_sum_squares(const float *x, int64_t n) {
-    return sc__sum_of_squares(x, NULL, n);
-}
-
 /* loss = mean((prediction - target)^2);  dprediction += factor * 2 (prediction - target) / n */
 static void sc__cpu_mse(double *loss, const sc_tensor *prediction, const sc_tensor *target) {
     int64_t n = sc_count(prediction);
@@ -1514,8 +1533,9 @@ static void sc__cpu_mse_backward(sc_tensor *prediction, const sc_tensor *target,
 
 /* AdamW (Loshchilov & Hutter 2019; torch.optim.AdamW): decoupled weight decay, bias-corrected
  * moments. */
-static double sc__cpu_update(const sc_trained *x, const sc_adamw *o, const float decay[2]) {
-    double norm = sqrt(sc__cpu_sum_squares(x->grad, x->count)), step = (double)(o->step + 1);
+static void sc__cpu_update(const sc_trained *x, const sc_adamw *o, const float decay[2],
+                           double *result) {
+    double norm = sqrt(sc__sum_of_squares(x->grad, NULL, x->count)), step = (double)(o->step + 1);
     double correction1 = 1 - pow(o->beta1, step), correction2 = 1 - pow(o->beta2, step);
     float b1 = o->beta1, b2 = o->beta2, keep = 1 - o->lr * o->weight_decay, eps = o->eps;
     float rate = (float)(o->lr / correction1), root = (float)(1 / sqrt(correction2));
@@ -1540,7 +1560,7 @@ static double sc__cpu_update(const sc_trained *x, const sc_adamw *o, const float
         }
         memset(x->grad + start, 0, (size_t)(end - start) * sizeof(float));
     }
-    return norm;
+    *result = norm;
 }
 
 /* ---- Pictures [B,C,H,W]: convolution ----
@@ -1761,8 +1781,8 @@ static void sc__cpu_swap_axes(sc_tensor *y, const sc_tensor *x) {
 static const sc_backend sc__cpu_backend = {
     .name = "cpu", .activation = SC_F32, .on_host = true, .alloc = sc__cpu_alloc,
     .release = sc__cpu_release, .memory_left = sc__cpu_memory_left, .upload = sc__cpu_upload,
-    .download = sc__cpu_download, .zero = sc__cpu_zero, .gemm = sc__cpu_gemm,
-    .gemm_gelu = sc__cpu_gemm_gelu, .quantize = sc__cpu_quantize, .copy_block = sc__cpu_copy_block,
+    .download = sc__cpu_download, .post = sc__cpu_post, .collect = sc__cpu_collect,
+    .zero = sc__cpu_zero, .gemm = sc__cpu_gemm, .gemm_gelu = sc__cpu_gemm_gelu, .quantize = sc__cpu_quantize, .copy_block = sc__cpu_copy_block,
     .column_sum = sc__cpu_column_sum, .blend = sc__cpu_blend,
     .embed_timestep = sc__cpu_embed_timestep, .activate = sc__cpu_activate,
     .activate_backward = sc__cpu_activate_backward, .multiply = sc__cpu_multiply,
@@ -1774,7 +1794,7 @@ static const sc_backend sc__cpu_backend = {
     .rms_norm = sc__cpu_rms_norm, .embed_tokens = sc__cpu_embed_tokens,
     .group_norm = sc__cpu_group_norm, .conv2d = sc__cpu_conv2d, .upsample = sc__cpu_upsample,
     .swap_axes = sc__cpu_swap_axes, .mse = sc__cpu_mse, .mse_backward = sc__cpu_mse_backward,
-    .sum_squares = sc__cpu_sum_squares, .update = sc__cpu_update,
+    .update = sc__cpu_update,
 };
 
 const sc_backend *sc_cpu(void) {
@@ -1813,7 +1833,6 @@ struct sc_tape {
     sc__arena host, device;     /* tensor structs; their data and gradients */
     bool recording, failed;
     const uint8_t *sets;        /* LoRA set of each sample, or NULL */
-    double *loss, *loss_to;     /* in the backend's memory, and where the caller wants it */
     size_t block;               /* bytes that the largest checkpointed block takes when run again */
     sc__op *ops;
     int64_t count, capacity;
@@ -1881,7 +1900,6 @@ void sc_tape_reset(sc_tape *t) {
     sc__arena_reset(&t->device);
     t->count = 0;
     t->failed = false;
-    t->loss = NULL;
 }
 
 void sc_tape_record(sc_tape *t, bool recording) { t->recording = recording; }
@@ -2029,12 +2047,7 @@ static bool sc__backward_from(sc_tape *t, int64_t first) {
     return !t->failed;
 }
 
-bool sc_backward(sc_tape *t) {
-    bool ok = sc__backward_from(t, 0);
-    if (ok && t->loss) ok = t->be->download(t->loss_to, t->loss, sizeof *t->loss);
-    t->loss = NULL;
-    return ok;
-}
+bool sc_backward(sc_tape *t) { return sc__backward_from(t, 0); }
 
 /* ---- Linear layers, and LoRA: y = x W^T + bias + scale (x A^T) B^T ----
  * The only place where LoRA exists. The thin products come first: samples next to each other with
@@ -2416,13 +2429,9 @@ static void sc__mse_backward(sc_tape *t, sc__op *op) {
 bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, float weight,
             double *loss) {
     if (!prediction || !target) return false;
-    double *value = (double *)sc__arena_take(&t->device, sizeof *value);
-    if (!value) return false;
-    t->be->mse(value, prediction, target);
+    t->be->mse(loss, prediction, target);
     sc__op *op = sc__record(t, sc__mse_backward, prediction, prediction, NULL, NULL);
-    if (!op) return !t->failed && t->be->download(loss, value, sizeof *value);
-    t->loss = value;
-    t->loss_to = loss;
+    if (!op) return !t->failed;
     op->in[1] = (sc_tensor *)target;
     op->scale = weight;
     return sc__grad(t, prediction) != NULL; /* it exists: the walk back starts here */
@@ -2839,7 +2848,7 @@ static bool sc__upload_text(sc__flux_model *m, sc_tape *t, const sc_draw *draws)
 }
 
 bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *r,
-                       const sc_batch *b, sc_rng *rng, double *loss) {
+                       const sc_batch *b, sc_rng *rng) {
     int64_t n = b->size, tokens = (int64_t)b->h * b->w;
     const int64_t shape[] = {n, tokens, sc_flux_config_of(flux)->in_channels};
     sc_tape_reset(t);
@@ -2877,7 +2886,7 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     /* 7. The student's answer, and the way back. */
     sc_tape_record(t, true);
     sc_tensor *v = sc__flux_model_velocity(&flux_model, t, x, 0, student, time, guidance);
-    bool ok = sc_mse(t, v, target, 1.f, loss) && sc_backward(t);
+    bool ok = sc_mse(t, v, target, 1.f, &params->results[0]) && sc_backward(t);
     sc_tape_record(t, false);
     return ok;
 }
@@ -4685,7 +4694,8 @@ static float *sc__params_array(sc_params *p) {
 static bool sc__params_arrays(sc_params *p, bool teacher) {
     for (int s = teacher ? SC_TEACHER : SC_STUDENT; s < SC_SETS; s++)
         if (!(p->set[s] = sc__params_array(p))) return false;
-    return (p->grad = sc__params_array(p)) && (p->m = sc__params_array(p)) &&
+    return (p->results = (double *)p->backend->alloc(2 * sizeof *p->results)) &&
+           (p->grad = sc__params_array(p)) && (p->m = sc__params_array(p)) &&
            (p->v = sc__params_array(p));
 }
 
@@ -4817,15 +4827,23 @@ void sc_params_free(sc_params *p) {
     if (p->grad) p->backend->release(p->grad);
     if (p->m) p->backend->release(p->m);
     if (p->v) p->backend->release(p->v);
+    if (p->results) p->backend->release(p->results);
     SC_FREE(p);
 }
 
-double sc_params_step(sc_params *p, sc_adamw *o, float fast_decay, float slow_decay) {
+void sc_params_step(sc_params *p, sc_adamw *o, float fast_decay, float slow_decay) {
     const sc_trained x = {
         p->count, p->set[SC_STUDENT], p->grad, p->m, p->v, {p->set[SC_FAST], p->set[SC_SLOW]}};
-    double norm = p->backend->update(&x, o, (const float[2]){fast_decay, slow_decay});
-    if (isfinite(norm)) o->step++;
-    return norm;
+    p->backend->update(&x, o, (const float[2]){fast_decay, slow_decay}, &p->results[1]);
+    p->backend->post(p->results, 2);
+    o->step++;
+}
+
+bool sc_params_report(sc_params *p, double *loss, double *norm) {
+    double results[2];
+    if (!p->backend->collect(results, 2)) return false;
+    *loss = results[0], *norm = results[1];
+    return true;
 }
 
 /* ==== LoRA files ==============================================================================
@@ -5177,11 +5195,13 @@ bool sc_plan_memory(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recip
                     const sc_batch *batch, sc_memory_plan *plan) {
     const size_t spare = (size_t)512 << 20; /* for the backend's own scratch memory to grow */
     sc_rng rng = {1};
-    double loss;
     *plan = (sc_memory_plan){.blocks = flux->config.layers + flux->config.single_layers};
     flux->checkpointed = plan->blocks;
     t->block = t->device.peak = 0;
-    if (!sc_train_gradient(flux, params, t, recipe, batch, &rng, &loss)) return false;
+    double loss; /* read so that the step is over, and to learn whether it failed */
+    if (!sc_train_gradient(flux, params, t, recipe, batch, &rng) ||
+        !t->be->download(&loss, params->results, sizeof loss))
+        return false;
     t->be->zero(params->grad, (size_t)params->count * 4);
     sc_tape_reset(t);
     size_t left = t->be->memory_left(), held = sc_tape_bytes(t);

@@ -4,9 +4,10 @@
  * averages are f32. Products go to cuBLASLt, everything else is a kernel below, in the order of the
  * backend table; shortcut.h's CPU operations are the specification, with the formulas.
  *
- * - Work is queued on one stream, in order. The host never waits but in `download`. Memory that an
- *   operation gives back may be handed out again at once: what uses it next is queued behind.
- * - The first failure is kept, later calls do nothing, and `download` reports it.
+ * - Work is queued on one stream, in order. The host waits in `download` and `collect` only, so
+ * that no training step waits for another. Memory that an operation gives back may be handed out
+ * again at once: what uses it next is queued behind.
+ * - The first failure is kept, later calls do nothing, and those two report it.
  * - Every sum has a fixed order (no atomics): the same inputs give the same bits.
  * - A matrix is row-major, B batch, T tokens, C channels, H heads, D channels of a head.
  *
@@ -260,6 +261,29 @@ static bool cuda_download(void *host, const void *device, size_t bytes) {
     if (!gpu.failed && bytes > 0)
         check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDefault, gpu.stream), "download");
     if (!gpu.failed) check(cudaStreamSynchronize(gpu.stream), "a kernel");
+    return !gpu.failed || sc_set_error(gpu.message);
+}
+
+/* The numbers on their way to the host: pinned places, used in turn. */
+static struct {
+    double *value; /* [SC_POSTS][SC_POST_SIZE] */
+    cudaEvent_t done[SC_POSTS];
+    int64_t posted, collected;
+} posts;
+
+static void cuda_post(const double *device, int count) {
+    int i = (int)(posts.posted++ % SC_POSTS);
+    if (gpu.failed) return;
+    check(cudaMemcpyAsync(posts.value + i * SC_POST_SIZE, device, (size_t)count * sizeof *device,
+                          cudaMemcpyDefault, gpu.stream),
+          "post");
+    check(cudaEventRecord(posts.done[i], gpu.stream), "cudaEventRecord");
+}
+
+static bool cuda_collect(double *host, int count) {
+    int i = (int)(posts.collected++ % SC_POSTS);
+    if (!gpu.failed) check(cudaEventSynchronize(posts.done[i]), "a kernel");
+    memcpy(host, posts.value + i * SC_POST_SIZE, (size_t)count * sizeof *host);
     return !gpu.failed || sc_set_error(gpu.message);
 }
 
@@ -570,9 +594,10 @@ static void cuda_column_sum(float *sum, const void *x, int64_t rows, int64_t col
 #define CUBLASLT_CALLS(X)                                                                          \
     X(Create)                                                                                      \
     X(Matmul)                                                                                      \
-    X(MatmulDescCreate) X(MatmulDescDestroy) X(MatmulDescSetAttribute) X(MatrixLayoutCreate)       \
-        X(MatrixLayoutDestroy) X(MatrixLayoutSetAttribute) X(MatmulPreferenceCreate)               \
-            X(MatmulPreferenceSetAttribute) X(MatmulPreferenceDestroy) X(MatmulAlgoGetHeuristic)
+    X(MatmulDescCreate)                                                                            \
+    X(MatmulDescDestroy) X(MatmulDescSetAttribute) X(MatrixLayoutCreate) X(MatrixLayoutDestroy)    \
+        X(MatrixLayoutSetAttribute) X(MatmulPreferenceCreate) X(MatmulPreferenceSetAttribute)      \
+            X(MatmulPreferenceDestroy) X(MatmulAlgoGetHeuristic)
 
 /* Found at run time, so that the program starts where the library is missing. */
 static struct {
@@ -2124,9 +2149,10 @@ template <class F> __global__ void square_partials(double *partial, F f, int64_t
     if (threadIdx.x == 0) partial[blockIdx.x] = (double)sum;
 }
 
-/* total = factor * the sum of all partials. One warp; each lane's share, then the lanes in order.
- */
-__global__ void square_total(double *total, const double *partial, int64_t n, double factor) {
+/* total = factor * the sum of all partials, or its root. One warp; each lane's share, then the
+ * lanes in order. */
+__global__ void square_total(double *total, const double *partial, int64_t n, double factor,
+                             bool root) {
     __shared__ double parts[32];
     double sum = 0;
     for (int64_t i = threadIdx.x; i < n; i += 32) sum += partial[i];
@@ -2134,20 +2160,22 @@ __global__ void square_total(double *total, const double *partial, int64_t n, do
     __syncthreads();
     if (threadIdx.x > 0) return;
     for (int i = 1; i < 32; i++) sum += parts[i];
-    *total = sum * factor;
+    *total = root ? sqrt(sum * factor) : sum * factor;
 }
 
-template <class F> static void sum_squares(double *total, F f, int64_t n, double factor) {
+template <class F>
+static void sum_squares(double *total, F f, int64_t n, double factor, bool root) {
     int64_t slices = ceil_div(n, SUM_SLICE);
     Scratch<double> partial(slices);
     launch("square_partials", square_partials<F>, dim3((unsigned)slices), 256, 0, partial.p, f, n);
     launch("square_total", square_total, dim3(1), 32, 0, total, (const double *)partial.p, slices,
-           factor);
+           factor, root);
 }
 
 static void cuda_mse(double *loss, const sc_tensor *prediction, const sc_tensor *target) {
     int64_t n = sc_count(prediction);
-    sum_squares(loss, Difference{half_data(prediction), half_data(target)}, n, 1.0 / (double)n);
+    sum_squares(loss, Difference{half_data(prediction), half_data(target)}, n, 1.0 / (double)n,
+                false);
 }
 
 template <int V>
@@ -2167,24 +2195,16 @@ static void cuda_mse_backward(sc_tensor *prediction, const sc_tensor *target, fl
                 half_data(target), 2 * factor / (float)n, n);
 }
 
-static double cuda_sum_squares(const float *x, int64_t n) {
-    double sum = NAN;
-    Scratch<double> total(1);
-    if (!total.p) return NAN;
-    sum_squares(total.p, Plain{x}, n, 1);
-    return cuda_download(&sum, total.p, sizeof sum) ? sum : NAN;
-}
-
 struct Step {
     float lr, beta1, beta2, eps, decay, rate, root, clip, move[2];
 };
 
 /* Everything that happens to a trained number in one pass: clipping, Adam, both averages, and its
  * gradient cleared. Nothing moves if the gradient's norm is not finite. */
-__global__ void update_kernel(sc_trained x, const double *square, Step s) {
+__global__ void update_kernel(sc_trained x, const double *whole_norm, Step s) {
     int64_t i = FLAT_INDEX(1);
     if (i >= x.count) return;
-    double norm = sqrt(*square);
+    double norm = *whole_norm;
     float g = x.grad[i] * (s.clip > 0 && norm > s.clip ? (float)(s.clip / norm) : 1.f);
     x.grad[i] = 0;
     if (!isfinite(norm)) return;
@@ -2195,10 +2215,9 @@ __global__ void update_kernel(sc_trained x, const double *square, Step s) {
         if (x.average[k]) x.average[k][i] += s.move[k] * (w - x.average[k][i]);
 }
 
-static double cuda_update(const sc_trained *x, const sc_adamw *o, const float decay[2]) {
-    double square = NAN, step = (double)(o->step + 1);
-    Scratch<double> total(1);
-    if (!total.p) return NAN;
+static void cuda_update(const sc_trained *x, const sc_adamw *o, const float decay[2],
+                        double *norm) {
+    double step = (double)(o->step + 1);
     Step s = {o->lr,
               o->beta1,
               o->beta2,
@@ -2208,10 +2227,9 @@ static double cuda_update(const sc_trained *x, const sc_adamw *o, const float de
               (float)(1 / sqrt(1 - pow(o->beta2, step))),
               o->clip,
               {1 - decay[0], 1 - decay[1]}};
-    sum_squares(total.p, Plain{x->grad}, x->count, 1);
+    sum_squares(norm, Plain{x->grad}, x->count, 1, true);
     launch("update", update_kernel, dim3((unsigned)ceil_div(x->count, 256)), 256, 0, *x,
-           (const double *)total.p, s);
-    return cuda_download(&square, total.p, sizeof square) ? sqrt(square) : NAN;
+           (const double *)norm, s);
 }
 
 /* ==== The table ============================================================================== */
@@ -2223,6 +2241,7 @@ static sc_backend make_table() {
     t.alloc = cuda_alloc, t.release = cuda_release, t.memory_left = cuda_memory_left;
     t.alloc_streamed = cuda_alloc_streamed;
     t.upload = cuda_upload, t.download = cuda_download, t.zero = cuda_zero;
+    t.post = cuda_post, t.collect = cuda_collect;
     t.gemm = cuda_gemm, t.gemm_gelu = cuda_gemm_gelu, t.quantize = cuda_quantize,
     t.copy_block = cuda_copy_block, t.column_sum = cuda_column_sum;
     t.blend = cuda_blend, t.embed_timestep = cuda_embed_timestep, t.multiply = cuda_multiply;
@@ -2235,8 +2254,7 @@ static sc_backend make_table() {
     t.layer_norm = cuda_layer_norm, t.rms_norm = cuda_rms_norm, t.embed_tokens = cuda_embed_tokens;
     t.group_norm = cuda_group_norm, t.conv2d = cuda_conv2d, t.upsample = cuda_upsample,
     t.swap_axes = cuda_swap_axes;
-    t.mse = cuda_mse, t.mse_backward = cuda_mse_backward, t.sum_squares = cuda_sum_squares,
-    t.update = cuda_update;
+    t.mse = cuda_mse, t.mse_backward = cuda_mse_backward, t.update = cuda_update;
     return t;
 }
 
@@ -2280,6 +2298,11 @@ static bool open_device() {
         check(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking), "cudaStreamCreate") &&
         check(cudaMalloc(&gpu.workspace, WORKSPACE), "cuBLASLt's workspace") &&
         check(lt.Create(&gpu.lt), "cuBLASLt");
+    ok = ok &&
+         check(cudaMallocHost((void **)&posts.value, SC_POSTS * SC_POST_SIZE * sizeof *posts.value),
+               "pinned memory");
+    for (int i = 0; ok && i < SC_POSTS; i++)
+        ok = check(cudaEventCreateWithFlags(&posts.done[i], cudaEventDisableTiming), "post");
     for (int i = 0; ok && i < STAGES; i++)
         ok = check(cudaMallocHost((void **)&staging.p[i], STAGE_SIZE), "pinned memory") &&
              check(cudaEventCreateWithFlags(&staging.done[i], cudaEventDisableTiming),

@@ -378,10 +378,9 @@ static bool preview(training *t) {
 
 /* ---- The loop ---- */
 
-static float learning_rate(const training *t) {
-    const options *o = &t->o;
-    float rate = o->lr, done = (float)t->step / (float)o->steps;
-    if (t->step < o->warmup) return rate * (float)(t->step + 1) / (float)o->warmup;
+static float learning_rate(const options *o, int64_t step) {
+    float rate = o->lr, done = (float)step / (float)o->steps;
+    if (step < o->warmup) return rate * (float)(step + 1) / (float)o->warmup;
     return rate * (o->final_lr + (1 - o->final_lr) * 0.5f * (1 + cosf(3.14159265f * done)));
 }
 
@@ -392,18 +391,15 @@ static bool save_all(training *t, bool finished) {
            (!t->o.preview || (!finished && t->step % t->o.preview) || preview(t));
 }
 
-static bool train_step(training *t, double *loss, double *norm) {
+/* A GPU may still be busy with it afterwards; what it found is for report_step. */
+static bool train_step(training *t) {
     draw_batch(t);
     if (!sc_train_gradient(t->pipeline->flux, t->params, t->pipeline->tape, &t->recipe, &t->batch,
-                           &t->rng, loss))
+                           &t->rng))
         return false;
-    t->adamw.lr = learning_rate(t);
+    t->adamw.lr = learning_rate(&t->o, t->step);
     t->adamw.clip = t->o.clip;
-    *norm = sc_params_step(t->params, &t->adamw, t->o.fast, t->o.slow);
-    if (!isfinite(*loss) || !isfinite(*norm))
-        return sc__fail("step %lld: the loss is %g, the gradient's norm %g: lower --lr; the last "
-                        "saved state is in %s",
-                        (long long)t->step + 1, *loss, *norm, t->o.run);
+    sc_params_step(t->params, &t->adamw, t->o.fast, t->o.slow);
     t->step++;
     if (t->o.ema_restart && t->step % t->o.ema_restart == 0) {
         sc_params_copy(t->params, SC_FAST, SC_STUDENT);
@@ -412,26 +408,54 @@ static bool train_step(training *t, double *loss, double *norm) {
     return true;
 }
 
+/* Of the `step`-th step, counted from 1. */
+static bool report_step(training *t, int64_t step, double *loss, double *norm) {
+    if (!sc_params_report(t->params, loss, norm)) return false;
+    if (isfinite(*loss) && isfinite(*norm)) return true;
+    return sc__fail("step %lld: the loss is %g, the gradient's norm %g: lower --lr; the last "
+                    "saved state is in %s",
+                    (long long)step, *loss, *norm, t->o.run);
+}
+
+/* Progress on the terminal and in loss.csv; the loss is smoothed for the eye. */
+typedef struct progress {
+    FILE *csv;
+    double started, smooth;
+    int64_t first, told;            /* steps done before this run; steps reported */
+} progress;
+
+static bool tell_step(training *t, progress *p) {
+    char extra[128];
+    double loss, norm;
+    int64_t step = ++p->told;
+    if (!report_step(t, step, &loss, &norm)) return false;
+    p->smooth = step - p->first == 1 ? loss : 0.98 * p->smooth + 0.02 * loss;
+    fprintf(p->csv, "%lld,%.6g,%.6g,%.6g\n", (long long)step, loss, norm,
+            learning_rate(&t->o, step - 1));
+    snprintf(extra, sizeof extra, "loss %.4f, %.1f pictures/s", p->smooth,
+             (double)(step - p->first) * t->o.batch / (sc_seconds() - p->started));
+    sc_progress("step", step, t->o.steps, p->started, extra);
+    return true;
+}
+
 static bool train(training *t) {
-    char path[1024], extra[128];
-    double started = sc_seconds(), loss = 0, norm = 0, smooth = 0;
-    int64_t first = t->step;
+    char path[1024];
+    progress p = {.started = sc_seconds(), .first = t->step, .told = t->step};
     run_path(t, "loss.csv", path);
-    FILE *csv = fopen(path, first ? "a" : "w");
+    FILE *csv = p.csv = fopen(path, p.first ? "a" : "w");
     if (!csv) return sc__fail("%s: %s", path, strerror(errno));
-    if (!first) fprintf(csv, "step,loss,gradient_norm,learning_rate\n");
+    if (!p.first) fprintf(csv, "step,loss,gradient_norm,learning_rate\n");
     bool ok = true;
-    while (ok && t->step < t->o.steps && !sc_interrupted &&
-           !(t->o.stop_after && t->step >= t->o.stop_after)) {
-        if (!(ok = train_step(t, &loss, &norm))) break;
-        smooth = t->step - first == 1 ? loss : 0.98 * smooth + 0.02 * loss;
-        fprintf(csv, "%lld,%.6g,%.6g,%.6g\n", (long long)t->step, loss, norm, t->adamw.lr);
-        snprintf(extra, sizeof extra, "loss %.4f, %.1f pictures/s", smooth,
-                 (double)(t->step - first) * t->o.batch / (sc_seconds() - started));
-        sc_progress("step", t->step, t->o.steps, started, extra);
-        if (t->o.save && t->step % t->o.save == 0 && t->step < t->o.steps)
-            ok = fflush(csv) == 0 && save_all(t, false);
+    int64_t last = t->o.stop_after && t->o.stop_after < t->o.steps ? t->o.stop_after : t->o.steps;
+    while (ok && t->step < last && !sc_interrupted) {
+        ok = train_step(t);
+        bool save = t->o.save && t->step % t->o.save == 0 && t->step < t->o.steps;
+        /* A GPU gets the next step before it is asked about this one. */
+        int late = save || t->pipeline->backend->on_host ? 0 : 1;
+        while (ok && p.told + late < t->step) ok = tell_step(t, &p);
+        if (ok && save) ok = fflush(csv) == 0 && save_all(t, false);
     }
+    while (ok && p.told < t->step) ok = tell_step(t, &p);
     if (fclose(csv) && ok) ok = sc__fail("%s: %s", path, strerror(errno));
     if (!ok || !save_all(t, true)) return false;
     if (t->step < t->o.steps)
@@ -801,7 +825,7 @@ static bool dry_run(training *t) {
     bool ok = true;
     for (int i = 0; ok && i <= TIMED; i++) { /* the first warms up */
         if (i == 1) started = sc_seconds();
-        ok = train_step(t, &loss, &norm);
+        ok = train_step(t) && report_step(t, i + 1, &loss, &norm);
     }
     double seconds = (sc_seconds() - started) / TIMED;
     if (ok)

@@ -464,9 +464,17 @@ static void update(const sc_backend *be, sc_tensor **x) {
                   .weight_decay = 0.1f,
                   .clip = 10,
                   .step = 3};
-    double norm = be->update(&all, &o, (const float[2]){0.9f, 0.99f}),
+    double *norm = be->alloc(2 * sizeof *norm), first = 0, second[2], nan = NAN,
            root = sqrt((double)all.count);
-    CHECK(norm > 0.9 * root && norm < 1.1 * root);
+    be->upload(norm + 1, &nan, sizeof nan);
+    be->update(&all, &o, (const float[2]){0.9f, 0.99f}, norm);
+    be->post(norm, 1); /* collected in the order they were posted, as they were then */
+    be->upload(norm + 1, &root, sizeof root);
+    be->post(norm, 2);
+    be->upload(norm, &nan, sizeof nan);
+    CHECK(be->collect(&first, 1) && be->collect(second, 2));
+    CHECK(first > 0.9 * root && first < 1.1 * root && second[0] == first && second[1] == root);
+    be->release(norm);
 }
 
 static void test_training(void) {
@@ -490,8 +498,6 @@ static void test_training(void) {
         else CHECK(rel_error(got, x[i]->grad, n) < F32);
         free(got);
     }
-    double a = sc_cpu()->sum_squares(x[0]->grad, n), b = gpu->sum_squares(y[0]->grad, n);
-    CHECK_CLOSE(b / a, 1, F32);
     for (int i = 0; i < 6; i++) free_part(&values[i]);
 }
 
@@ -568,9 +574,11 @@ static void train_model(const sc_backend *be, const char *folder, bool fp8, bool
     *grad = malloc((size_t)p->count * 4);
     *lora = malloc((size_t)p->count * 4);
     for (int i = 0; i < steps; i++) {
-        CHECK(sc_train_gradient(f, p, t, &recipe, &batch, &random, &losses[i]));
+        double norm = NAN;
+        CHECK(sc_train_gradient(f, p, t, &recipe, &batch, &random));
         if (i == 0) CHECK(be->download(*grad, p->grad, (size_t)p->count * 4));
-        CHECK(isfinite(sc_params_step(p, &adamw, 0.9f, 0.99f)));
+        sc_params_step(p, &adamw, 0.9f, 0.99f);
+        CHECK(sc_params_report(p, &losses[i], &norm) && isfinite(norm));
     }
     CHECK(be->download(*lora, p->set[SC_STUDENT], (size_t)p->count * 4));
     CHECK(sc_tape_bytes(t) == held && sc_tape_peak(t) <= held); /* the plan was enough */

@@ -106,7 +106,8 @@ static void network_step(network *n, float lr, float fast, float slow) {
     const sc_trained x = {n->count, n->set[SC_STUDENT], n->grad, n->m, n->v, {n->set[SC_FAST], n->set[SC_SLOW]}};
     n->adamw.lr = lr;
     n->adamw.clip = 1;
-    sc_cpu()->update(&x, &n->adamw, (const float[2]){fast, slow});
+    double norm;
+    sc_cpu()->update(&x, &n->adamw, (const float[2]){fast, slow}, &norm);
     n->adamw.step++;
 }
 
