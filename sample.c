@@ -208,7 +208,7 @@ static int read_options(options *o, int argc, char **argv, const char **words) {
         {"--weights-on", SC_STRING, &o->weights_on, "PLACE",
          "matrices: device, or host (streamed, for GPUs that are too small)"},
         {"--device", SC_STRING, &o->device, "NAME", "auto, cpu or cuda"},
-        {"--threads", SC_INT, &o->threads, "N", "CPU threads (0: all cores)"},
+        {"--threads", SC_INT, &o->threads, "N", "CPU threads (0: OMP_NUM_THREADS, or all cores)"},
     };
     const int count = sizeof table / sizeof *table;
     const char *model = sc_given(argc, argv, "--model");

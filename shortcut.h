@@ -266,7 +266,7 @@ typedef struct sc_backend {
 } sc_backend;
 
 const sc_backend *sc_cpu(void);
-void sc_set_threads(int n);         /* CPU threads; 0: one per core */
+void sc_set_threads(int n);         /* CPU threads; 0: OMP_NUM_THREADS, else one per core */
 const sc_backend *sc_cuda(void);    /* shortcut_cuda.cu; NULL with the error set: no usable GPU */
 
 /* ==== Tape: eager operations, recorded when a gradient is wanted ====
@@ -940,7 +940,9 @@ static inline float sc__sigmoid(float x) { return 1.f / (1.f + sc__exp(-x)); }
 #include <omp.h>
 static int sc__threads(void) { return omp_get_max_threads(); }
 static int sc__thread(void) { return omp_get_thread_num(); }
-void sc_set_threads(int n) { omp_set_num_threads(n > 0 ? n : omp_get_num_procs()); }
+void sc_set_threads(int n) {
+    if (n > 0) omp_set_num_threads(n);
+}
 #else
 static int sc__threads(void) { return 1; }
 static int sc__thread(void) { return 0; }

@@ -155,7 +155,7 @@ static int running_options(options *o, sc_option *table) {
         {"--save", SC_INT, &o->save, "N", "save result and state every N steps (0: at the end)"},
         {"--stop-after", SC_INT, &o->stop_after, "N", "save and stop after step N (0: go through)"},
         {"--device", SC_STRING, &o->device, "NAME", "auto, cpu or cuda"},
-        {"--threads", SC_INT, &o->threads, "N", "CPU threads (0: all cores)"},
+        {"--threads", SC_INT, &o->threads, "N", "CPU threads (0: OMP_NUM_THREADS, or all cores)"},
         {"--seed", SC_INT, &o->seed, "N", "of everything random"},
     };
     memcpy(table, all, sizeof all);
