@@ -716,7 +716,8 @@ int main(int argc, char **argv) {
         {"--kohya", SC_FLAG, &o.kohya, NULL, "merge: write one LoRA file in kohya's names instead"},
         {"--batch", SC_INT, &o.batch, "N", "pictures drawn at once"},
         {"--device", SC_STRING, &o.device, "NAME", "auto, cpu or cuda"},
-        {"--threads", SC_INT, &o.threads, "N", "CPU threads (0: OMP_NUM_THREADS, or all cores)"},
+        {"--threads", SC_INT, &o.threads, "N",
+         "CPU threads (0: OMP_NUM_THREADS, or all cores)"},
         {"--seed", SC_INT, &o.seed, "N", "noise of the first picture"},
     };
     const char *words[2] = {NULL, NULL};
