@@ -30,7 +30,7 @@ typedef __nv_bfloat16 bf16;
 
 static struct {
     bool failed;
-    char message[256]; /* the first failure's */
+    char message[512]; /* the first failure's */
     char name[64];
     cudaStream_t stream;
     cublasLtHandle_t lt;
@@ -120,6 +120,18 @@ __device__ __forceinline__ void multiply_add(float sum[4], const uint32_t a[4], 
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+__device__ __forceinline__ uint32_t pack(float low, float high) { /* two bf16, to nearest */
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+/* 2^x within 2 units of the last place; what is too small for a normal number is 0. */
+__device__ __forceinline__ float power_of_2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 #endif
 
 /* ==== Memory =================================================================================
@@ -130,6 +142,7 @@ struct Block {
     void *p;
     size_t size;
     bool used;
+    bool scratch; /* an operation's: the next step wants it again */
 };
 static struct {
     Block *list;
@@ -137,10 +150,11 @@ static struct {
     size_t held;
 } blocks;
 
-/* Sizes come in steps of an eighth at most, so that they repeat. */
+/* Sizes come in steps of an eighth at most, so that they repeat, and of 2 MiB at most: the planner
+ * asks for one block of nearly all that is left. */
 static size_t block_size(size_t bytes) {
     size_t step = 512;
-    while (step * 16 < bytes) step *= 2;
+    while (step * 16 < bytes && step < (size_t)2 << 20) step *= 2;
     return (bytes + step - 1) / step * step;
 }
 
@@ -157,12 +171,11 @@ static void free_unused_blocks() {
 static void *no_memory(size_t bytes) {
     size_t left = 0, total = 0;
     char text[400];
-    cudaGetLastError();
     if (cudaMemGetInfo(&left, &total) != cudaSuccess) cudaGetLastError();
     snprintf(text, sizeof text,
              "not enough GPU memory: %zu MiB are held and %zu MiB more are needed, but "
-             "%zu of %zu MiB are free; a smaller --batch or --resolution, checkpointing or "
-             "--weights fp8 need less",
+             "%zu of %zu MiB are free; a smaller --batch or --resolution, --checkpointing, "
+             "--weights fp8 or --weights-on host need less",
              blocks.held >> 20, bytes >> 20, left >> 20, total >> 20);
     sc_set_error(text);
     return NULL;
@@ -173,7 +186,7 @@ static void *cuda_alloc(size_t bytes) {
     /* From the end: what operations use for a moment is there. */
     for (int i = blocks.count - 1; i >= 0; i--)
         if (!blocks.list[i].used && blocks.list[i].size == size) {
-            blocks.list[i].used = true;
+            blocks.list[i].used = true, blocks.list[i].scratch = false;
             return blocks.list[i].p;
         }
     if (blocks.count == blocks.capacity) {
@@ -184,13 +197,16 @@ static void *cuda_alloc(size_t bytes) {
         blocks.capacity = capacity;
     }
     void *p = NULL;
-    if (cudaMalloc(&p, size) != cudaSuccess) {
+    cudaError_t status = cudaMalloc(&p, size);
+    if (status == cudaErrorMemoryAllocation) {
         cudaGetLastError();
         free_unused_blocks();
-        if (cudaMalloc(&p, size) != cudaSuccess) return no_memory(size);
+        status = cudaMalloc(&p, size);
+        if (status == cudaErrorMemoryAllocation) return cudaGetLastError(), no_memory(size);
     }
+    if (!check(status, "cudaMalloc")) return NULL; /* perhaps of a kernel that failed before */
     blocks.held += size;
-    blocks.list[blocks.count++] = Block{p, size, true};
+    blocks.list[blocks.count++] = Block{p, size, true, false};
     return p;
 }
 
@@ -209,7 +225,7 @@ static size_t cuda_memory_left() {
     size_t left = 0, total = 0;
     if (cudaMemGetInfo(&left, &total) != cudaSuccess) return cudaGetLastError(), 0;
     for (int i = 0; i < blocks.count; i++)
-        if (!blocks.list[i].used) left += blocks.list[i].size;
+        if (!blocks.list[i].used && !blocks.list[i].scratch) left += blocks.list[i].size;
     return left;
 }
 
@@ -221,7 +237,11 @@ template <typename T> struct Scratch {
             fail("scratch memory", sc_error());
     }
     ~Scratch() {
-        if (p) cuda_release(p);
+        for (int i = blocks.count - 1; p && i >= 0; i--)
+            if (blocks.list[i].p == p) {
+                blocks.list[i].used = false, blocks.list[i].scratch = true;
+                break;
+            }
     }
     Scratch(const Scratch &) = delete;
     Scratch &operator=(const Scratch &) = delete;
@@ -434,14 +454,10 @@ __device__ __forceinline__ float value(uint8_t x) {
 __device__ __forceinline__ void set(bf16 *p, float x) { *p = __float2bfloat16_rn(x); }
 __device__ __forceinline__ void set(float *p, float x) { *p = x; }
 
-__device__ __forceinline__ uint32_t pack(float low, float high) { /* two bf16 */
-    return (uint32_t)__bfloat16_as_ushort(__float2bfloat16_rn(low)) |
-           (uint32_t)__bfloat16_as_ushort(__float2bfloat16_rn(high)) << 16;
-}
 __device__ __forceinline__ float low_half(uint32_t x) { return __uint_as_float(x << 16); }
 __device__ __forceinline__ float high_half(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
 
-/* V values from p on: 16 bytes of bf16 at once (V = 8, aligned), or one (V = 1). */
+/* V values from p on: 8, aligned to 16 bytes (e4m3 to 8), or one. */
 template <int V> __device__ __forceinline__ void load(float x[V], const bf16 *p) {
     if (V == 1) {
         x[0] = value(*p);
@@ -452,6 +468,26 @@ template <int V> __device__ __forceinline__ void load(float x[V], const bf16 *p)
 #pragma unroll
     for (int i = 0; i < V / 2; i++)
         x[2 * i] = low_half(words[i]), x[2 * i + 1] = high_half(words[i]);
+}
+template <int V> __device__ __forceinline__ void load(float x[V], const float *p) {
+    if (V == 1) {
+        x[0] = *p;
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < V / 4; i++) {
+        float4 part = ((const float4 *)p)[i];
+        x[4 * i] = part.x, x[4 * i + 1] = part.y, x[4 * i + 2] = part.z, x[4 * i + 3] = part.w;
+    }
+}
+template <int V> __device__ __forceinline__ void load(float x[V], const uint8_t *p) {
+    if (V == 1) {
+        x[0] = value(*p);
+        return;
+    }
+    uint2 raw = *(const uint2 *)p;
+#pragma unroll
+    for (int i = 0; i < V; i++) x[i] = value((uint8_t)((i < 4 ? raw.x : raw.y) >> 8 * (i % 4)));
 }
 template <int V> __device__ __forceinline__ void store(bf16 *p, const float x[V]) {
     if (V == 1) {
@@ -595,9 +631,11 @@ static void cuda_column_sum(float *sum, const void *x, int64_t rows, int64_t col
     X(Create)                                                                                      \
     X(Matmul)                                                                                      \
     X(MatmulDescCreate)                                                                            \
-    X(MatmulDescDestroy) X(MatmulDescSetAttribute) X(MatrixLayoutCreate) X(MatrixLayoutDestroy)    \
-        X(MatrixLayoutSetAttribute) X(MatmulPreferenceCreate) X(MatmulPreferenceSetAttribute)      \
-            X(MatmulPreferenceDestroy) X(MatmulAlgoGetHeuristic)
+    X(MatmulDescDestroy)                                                                           \
+    X(MatmulDescSetAttribute)                                                                      \
+    X(MatrixLayoutCreate) X(MatrixLayoutDestroy) X(MatrixLayoutSetAttribute)                       \
+        X(MatmulPreferenceCreate) X(MatmulPreferenceSetAttribute) X(MatmulPreferenceDestroy)       \
+            X(MatmulAlgoGetHeuristic)
 
 /* Found at run time, so that the program starts where the library is missing. */
 static struct {
@@ -823,24 +861,27 @@ static bool product(int64_t m, int64_t n, int64_t k, float alpha, Operand a, Ope
 }
 
 /* to [rows, columns], bf16, from rows `ld` apart, each times its scale. */
-template <class T>
+template <int V, class T>
 __global__ void convert_kernel(bf16 *to, const T *from, const float *scale, int64_t columns,
                                int64_t ld) {
-    int64_t r = blockIdx.y, c0 = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    float s = scale ? scale[r] : 1;
-    for (int64_t c = c0; c < c0 + 4 && c < columns; c++)
-        set(to + r * columns + c, s * value(from[r * ld + c]));
+    int64_t r = blockIdx.y, c = FLAT_INDEX(V);
+    if (c >= columns) return;
+    float x[V], s = scale ? scale[r] : 1;
+    load<V>(x, from + r * ld + c);
+    for (int j = 0; j < V; j++) x[j] *= s;
+    store<V>(to + r * columns + c, x);
 }
 
 template <class T>
 static void convert(bf16 *to, const T *from, const float *scale, int64_t rows, int64_t columns,
                     int64_t ld) {
     if (ld == columns && !scale) columns *= rows, ld = columns, rows = 1;
+    bool w = wide(columns | ld, to, from);
     for (int64_t r = 0; r < rows; r += 65535) { /* the grid's limit */
-        dim3 blocks((unsigned)ceil_div(columns, 1024),
+        dim3 blocks((unsigned)ceil_div(columns, w ? 2048 : 256),
                     (unsigned)(rows - r < 65535 ? rows - r : 65535));
-        launch("convert", convert_kernel<T>, blocks, 256, 0, to + r * columns, from + r * ld,
-               scale ? scale + r : NULL, columns, ld);
+        launch("convert", w ? convert_kernel<8, T> : convert_kernel<1, T>, blocks, 256, 0,
+               to + r * columns, from + r * ld, scale ? scale + r : NULL, columns, ld);
     }
 }
 
@@ -1448,16 +1489,19 @@ template <int W> __device__ __forceinline__ bf16 *piece(bf16 *tile, int row, int
     return tile + row * W + (p ^ turn) * 8;
 }
 
-/* Starts copying ROWS rows of W values, of which `rows` exist; the others become zero. */
+/* Starts copying ROWS rows of W values, of which `rows` exist; the others become zero. A thread
+ * copies the same piece of every STEP-th row: as these are 8 apart or more, it is permuted alike.
+ */
 template <int ROWS, int W, int THREADS>
 __device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *from, int64_t ld, int64_t rows) {
-    constexpr int PIECES = W / 8;
-    static_assert(ROWS * PIECES % THREADS == 0, "every thread copies as much");
+    constexpr int PIECES = W / 8, STEP = THREADS / PIECES;
+    static_assert(STEP % 8 == 0 && ROWS % STEP == 0, "every thread copies as much");
+    int r = threadIdx.x / PIECES, p = threadIdx.x % PIECES;
+    bf16 *to = piece<W>(tile, r, p);
+    const bf16 *at = from + r * ld + p * 8;
 #pragma unroll
-    for (int i = 0; i < ROWS * PIECES / THREADS; i++) {
-        int at = i * THREADS + threadIdx.x, r = at / PIECES, p = at % PIECES;
-        copy16(piece<W>(tile, r, p), from + (r < rows ? r * ld : 0) + p * 8, r < rows);
-    }
+    for (int i = 0; i < ROWS; i += STEP, at += STEP * ld)
+        copy16(to + i * W, r + i < rows ? at : from, r + i < rows);
 }
 
 /* sum[M 16-row tiles][N 8-column tiles] += rows m0 ... of A times columns n0 ... of B, over K; both
@@ -1525,12 +1569,12 @@ __device__ __forceinline__ void softmax_tile(float (*s)[KEYS / 8][4], float (*ou
             for (int n = 0; n < KEYS / 8; n++)
                 best = fmaxf(best, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
             best = quad_max(best);
-            float shrink = exp2f((old - best) * factor), base = best * factor;
+            float shrink = power_of_2((old - best) * factor), base = best * factor;
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
                 for (int c = 2 * half; c < 2 * half + 2; c++)
-                    total += s[m][n][c] = exp2f(s[m][n][c] * factor - base);
+                    total += s[m][n][c] = power_of_2(s[m][n][c] * factor - base);
             top[m][half] = best;
             sum[m][half] = sum[m][half] * shrink + total;
 #pragma unroll
@@ -1668,8 +1712,9 @@ __device__ __forceinline__ void backward_scores(const Attention &a, float (*s)[B
             float p[2], g[2];
 #pragma unroll
             for (int c = 0; c < 2; c++) {
-                p[c] =
-                    first_key + column + c < a.nk ? exp2f(s[m][n][2 * half + c] * a.factor - l) : 0;
+                p[c] = first_key + column + c < a.nk
+                           ? power_of_2(s[m][n][2 * half + c] * a.factor - l)
+                           : 0;
                 g[c] = p[c] * (dp[m][n][2 * half + c] - d);
             }
             *(uint32_t *)(piece<BN>(sp, row, column / 8) + column % 8) = pack(p[0], p[1]);
@@ -1791,8 +1836,11 @@ __global__ void attention_queries_kernel(bf16 *dq, const float *parts, int split
     int64_t i = FLAT_INDEX(V);
     if (i >= n) return;
     float sum[V] = {0};
-    for (int s = 0; s < splits; s++)
-        for (int j = 0; j < V; j++) sum[j] += parts[s * n + i + j];
+    for (int s = 0; s < splits; s++) {
+        float part[V];
+        load<V>(part, parts + s * n + i);
+        for (int j = 0; j < V; j++) sum[j] += part[j];
+    }
     for (int j = 0; j < V; j++) sum[j] *= scale;
     add<V>(dq + i, sum);
 }
@@ -1889,7 +1937,7 @@ static void flash_backward(Attention a, int64_t batch, sc_tensor *q) {
     launch("attention_backward", attention_backward_kernel<D, BN, N_STAGES>,
            dim3((unsigned)splits, (unsigned)a.heads, (unsigned)batch), 256, shared, a);
     if (q->grad)
-        LAUNCH_FLAT(wide(n, q->grad), attention_queries_kernel, n, half_grad(q),
+        LAUNCH_FLAT(wide(n, q->grad, parts.p), attention_queries_kernel, n, half_grad(q),
                     (const float *)parts.p, (int)splits, a.scale, n);
 }
 

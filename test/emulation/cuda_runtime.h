@@ -32,6 +32,9 @@ static inline uint2 make_uint2(unsigned x, unsigned y) { return uint2{x, y}; }
 struct uint4 {
     unsigned x, y, z, w;
 };
+struct float4 {
+    float x, y, z, w;
+};
 struct float2 {
     float x, y;
 };
@@ -200,6 +203,7 @@ static inline uint32_t __float_as_uint(float x) {
     return bits;
 }
 #define __expf expf
+static inline float power_of_2(float x) { return exp2f(x); }
 
 static inline void copy16(void *shared, const void *global, bool valid) {
     int self = (int)threadIdx.x, n = emulation.copy_count[self]++;
