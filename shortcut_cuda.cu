@@ -470,15 +470,13 @@ template <int V> __device__ __forceinline__ void load(float x[V], const bf16 *p)
         x[2 * i] = low_half(words[i]), x[2 * i + 1] = high_half(words[i]);
 }
 template <int V> __device__ __forceinline__ void load(float x[V], const float *p) {
-    if (V == 1) {
-        x[0] = *p;
-        return;
-    }
+    if constexpr (V == 1) x[0] = *p;
+    else
 #pragma unroll
-    for (int i = 0; i < V / 4; i++) {
-        float4 part = ((const float4 *)p)[i];
-        x[4 * i] = part.x, x[4 * i + 1] = part.y, x[4 * i + 2] = part.z, x[4 * i + 3] = part.w;
-    }
+        for (int i = 0; i < V; i += 4) {
+            float4 part = *(const float4 *)(p + i);
+            x[i] = part.x, x[i + 1] = part.y, x[i + 2] = part.z, x[i + 3] = part.w;
+        }
 }
 template <int V> __device__ __forceinline__ void load(float x[V], const uint8_t *p) {
     if (V == 1) {
@@ -633,9 +631,10 @@ static void cuda_column_sum(float *sum, const void *x, int64_t rows, int64_t col
     X(MatmulDescCreate)                                                                            \
     X(MatmulDescDestroy)                                                                           \
     X(MatmulDescSetAttribute)                                                                      \
-    X(MatrixLayoutCreate) X(MatrixLayoutDestroy) X(MatrixLayoutSetAttribute)                       \
-        X(MatmulPreferenceCreate) X(MatmulPreferenceSetAttribute) X(MatmulPreferenceDestroy)       \
-            X(MatmulAlgoGetHeuristic)
+    X(MatrixLayoutCreate)                                                                          \
+    X(MatrixLayoutDestroy)                                                                         \
+    X(MatrixLayoutSetAttribute) X(MatmulPreferenceCreate) X(MatmulPreferenceSetAttribute)          \
+        X(MatmulPreferenceDestroy) X(MatmulAlgoGetHeuristic)
 
 /* Found at run time, so that the program starts where the library is missing. */
 static struct {

@@ -3,7 +3,10 @@
  * C is the rate of an 8192 cubed bf16 product on random data, B the rate of a large copy, bytes
  * read and written. An operation's floor is what its arithmetic takes at C or what its bytes take
  * at B, whichever is longer. FLUX.1-dev is run at full size with random weights. Times are medians.
- */
+ *
+ * build/bench_cuda [operations] [bf16] [fp8] [small]    without a name: all four
+ * bf16, fp8: training at batch 8 and sampling; small: training at batch 1 where only 24 GiB are
+ * left. */
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
 #include "../shortcut.h"
@@ -90,6 +93,13 @@ static void product(sc_tensor **x) { /* y = x w^T */
     gpu->gemm(m, n, k, 1, sc__whole(x[0], false), sc__whole(x[1], true), 0, sc__whole(x[2], false),
               NULL);
 }
+static void gelu_into(sc_tensor **x, sc_tensor *before) { /* y = gelu(x w^T + y) */
+    int64_t m = x[0]->shape[0] * x[0]->shape[1], k = x[0]->shape[2], n = x[1]->shape[1];
+    gpu->gemm_gelu(m, n, k, sc__whole(x[0], false), sc__whole(x[1], true), 1,
+                   sc__whole(x[2], false), NULL, before);
+}
+static void linear_gelu(sc_tensor **x) { gelu_into(x, NULL); }
+static void linear_gelu_kept(sc_tensor **x) { gelu_into(x, x[3]); }
 static void copy(sc_tensor **x) {
     int64_t n = sc_count(x[0]);
     gpu->copy_block(x[1]->data, n, x[0]->data, n, 1, n, SC_BF16, false);
@@ -210,6 +220,14 @@ static void measure_operations(void) {
     report("GELU", time_of(activate, a), 0, 8 * n);
     report("GELU, backward", time_of(activate_backward, a), 0, 16 * n);
     drop(a, 2);
+    sc_tensor *g[4] = {tensor(SC_BF16, batch, tokens, CHANNELS, false),
+                       tensor(SC_BF16, 1, 4 * CHANNELS, CHANNELS, false),
+                       tensor(SC_BF16, batch, tokens, 4 * CHANNELS, false),
+                       tensor(SC_BF16, batch, tokens, 4 * CHANNELS, false)};
+    double flops = 2.0 * (double)(batch * tokens) * CHANNELS * 4 * CHANNELS;
+    report("linear 3072 -> 12288 and GELU", time_of(linear_gelu, g), flops, 9 * n);
+    report("  what went into it kept", time_of(linear_gelu_kept, g), flops, 13 * n);
+    drop(g, 4);
     sc_tensor *u[6];
     for (int i = 0; i < 6; i++) u[i] = tensor(SC_F32, 1, 1, (int64_t)1 << 27, false);
     report("AdamW and averages, 134 M numbers", time_of(update, u), 0, 48.0 * (1 << 27));
@@ -260,8 +278,7 @@ static float *normal(int64_t n) {
 }
 
 /* The official loss at 512 x 512: 1024 + 256 tokens, rank 64. */
-static double measure_training(int batch, bool fp8) {
-    sc_flux *f = open_flux(fp8);
+static double measure_training(sc_flux *f, int batch, const char *weights) {
     sc_params *p = sc_params_lora(f, 64, 64, 1);
     sc_tape *t = sc_tape_new(gpu);
     if (!p || !t) stop();
@@ -294,19 +311,16 @@ static double measure_training(int batch, bool fp8) {
     printf("SCFM step, 512x512, batch %d, rank 64, %s: %.3f s, %.0f useful TFLOP/s, %.0f%% of C; "
            "%d of %d blocks kept, %.1f GiB left; "
            "loss %.3f, gradient %.3g\n",
-           batch, fp8 ? "fp8 weights" : "bf16", times[3], flops / times[3] / 1e12,
-           100 * flops / times[3] / ceiling, plan.kept, plan.blocks,
-           (double)gpu->memory_left() / (1 << 30), loss, norm);
+           batch, weights, times[3], flops / times[3] / 1e12, 100 * flops / times[3] / ceiling,
+           plan.kept, plan.blocks, (double)gpu->memory_left() / (1 << 30), loss, norm);
     fflush(stdout);
     free((void *)b.x0), free((void *)b.noise), free(b.context), free(b.pooled);
     sc_tape_free(t);
     sc_params_free(p);
-    sc_flux_close(f);
     return times[3];
 }
 
-static void measure_sampling(bool fp8) {
-    sc_flux *f = open_flux(fp8);
+static void measure_sampling(sc_flux *f, const char *weights) {
     sc_tape *t = sc_tape_new(gpu);
     float *latents = normal(4096 * 64), *context = normal(512 * 4096), *pooled = normal(768),
           *noise = normal(4096 * 64);
@@ -320,13 +334,11 @@ static void measure_sampling(bool fp8) {
     }
     qsort(times, 5, sizeof *times, ascending);
     double flops = 3 * forward_flops(4096, 512);
-    printf("3 steps at 1024x1024, %s: %.3f s, %.0f TFLOP/s, %.0f%% of C\n",
-           fp8 ? "fp8 weights" : "bf16", times[2], flops / times[2] / 1e12,
-           100 * flops / times[2] / ceiling);
+    printf("3 steps at 1024x1024, %s: %.3f s, %.0f TFLOP/s, %.0f%% of C\n", weights, times[2],
+           flops / times[2] / 1e12, 100 * flops / times[2] / ceiling);
     fflush(stdout);
     free(latents), free(context), free(pooled), free(noise);
     sc_tape_free(t);
-    sc_flux_close(f);
 }
 
 /* With only 24 GiB left by a ballast: batch 1, fp8. */
@@ -334,20 +346,38 @@ static void measure_small_card(void) {
     size_t left = gpu->memory_left(), wanted = (size_t)24 << 30;
     void *ballast = left > wanted ? gpu->alloc(left - wanted) : NULL;
     printf("with %.1f GiB left: ", (double)gpu->memory_left() / (1 << 30));
-    measure_training(1, true);
+    sc_flux *f = open_flux(true);
+    measure_training(f, 1, "fp8 weights");
+    sc_flux_close(f);
     if (ballast) gpu->release(ballast);
 }
 
 int main(int argc, char **argv) {
-    const char *part = argc > 1 ? argv[1] : "all";
-    bool all = !strcmp(part, "all");
+    static const char *const names[] = {"operations", "bf16", "fp8", "small"};
+    enum { OPERATIONS, BF16, FP8, SMALL, PARTS };
+    bool chosen[PARTS] = {false};
+    for (int i = 1, j; i < argc; i++) {
+        for (j = 0; j < PARTS && strcmp(argv[i], names[j]); j++) continue;
+        if (j == PARTS)
+            return fprintf(stderr, "error: '%s' is not operations, bf16, fp8 or small\n", argv[i]),
+                   2;
+        chosen[j] = true;
+    }
     gpu = sc_cuda();
     if (!gpu) return printf("skipped: %s\n", sc_error()), 0;
     measure_ceilings();
-    if (all || !strcmp(part, "operations")) measure_operations();
-    double bf16 = all || !strcmp(part, "train") ? measure_training(8, false) : 0;
-    if (bf16 > 0) printf("fp8 is %.2f times as fast as bf16\n", bf16 / measure_training(8, true));
-    if (all || !strcmp(part, "sample")) measure_sampling(false), measure_sampling(true);
-    if (all || !strcmp(part, "small")) measure_small_card();
+    if (argc < 2 || chosen[OPERATIONS]) measure_operations();
+    double step[2] = {0, 0};
+    for (int i = 0; i < 2; i++) {
+        if (argc > 1 && !chosen[i ? FP8 : BF16]) continue;
+        const char *weights = i ? "fp8 weights" : "bf16";
+        sc_flux *f = open_flux(i);
+        step[i] = measure_training(f, 8, weights);
+        measure_sampling(f, weights);
+        sc_flux_close(f);
+    }
+    if (step[0] > 0 && step[1] > 0)
+        printf("fp8 is %.2f times as fast as bf16\n", step[0] / step[1]);
+    if (argc < 2 || chosen[SMALL]) measure_small_card();
     return 0;
 }
