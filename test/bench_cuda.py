@@ -1,7 +1,9 @@
-"""Second half of `make bench-cuda`: tiny-flux on the GPU through ./train, and, where PyTorch, diffusers
-and peft are installed, FLUX.1-dev's training step and sampling there, as build/bench_cuda does them.
+"""Second half of `make bench-cuda`: tiny-flux on the GPU through ./train, and, where PyTorch,
+diffusers and peft are installed, FLUX.1-dev's training step and sampling there, as build/bench_cuda
+does them.
 
-python3 test/bench_cuda.py [--tiny]    --tiny: a small model on any device, to try this script
+python3 test/bench_cuda.py [--no-tiny-flux] [--no-pytorch]
+python3 test/bench_cuda.py --tiny      a small model on any device, to try this script
 """
 import csv
 import filecmp
@@ -15,12 +17,13 @@ BATCH, GRID, TEXT = 8, 32, 256          # 512 x 512 pixels
 
 
 def tiny_flux():
-    """Time of ./train data/10pairs, whether it repeats bit for bit, and the first losses on both devices."""
+    """Time of ./train data/10pairs, whether it repeats bit for bit, the first losses on both."""
     folder = tempfile.mkdtemp()
 
     def train(name, *options):
         out = f"{folder}/{name}.safetensors"
-        command = ["./train", "data/10pairs", "--out", out, "--run", f"{folder}/{name}", "--preview", "0", *options]
+        command = ["./train", "data/10pairs", "--out", out, "--run", f"{folder}/{name}",
+                   "--preview", "0", *options]
         start = time.time()
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -59,17 +62,19 @@ def make_model(torch, tiny):
     from diffusers import FluxTransformer2DModel
     from peft import LoraConfig
 
-    small = dict(num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=24,
-                 pooled_projection_dim=20, axes_dims_rope=(4, 6, 6)) if tiny else {}
+    small = dict(num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+                 joint_attention_dim=24, pooled_projection_dim=20,
+                 axes_dims_rope=(4, 6, 6)) if tiny else {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         model = FluxTransformer2DModel(guidance_embeds=True, **small)
     torch.set_default_dtype(torch.float32)
     model.requires_grad_(False)
-    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    linears = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     for name in ("student", "fast", "slow"):
-        model.add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=linears), adapter_name=name)
+        model.add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=linears),
+                          adapter_name=name)
     return model, device
 
 
@@ -82,12 +87,13 @@ def inputs(torch, model, device, batch, grid, text):
     one = torch.full((batch,), 0.7, device=device, dtype=torch.bfloat16)
     return dict(hidden_states=normal(batch, grid * grid, config.in_channels),
                 encoder_hidden_states=normal(batch, text, config.joint_attention_dim),
-                pooled_projections=normal(batch, config.pooled_projection_dim), timestep=one, guidance=3 * one,
-                img_ids=ids, txt_ids=torch.zeros(text, 3, device=device), return_dict=False)
+                pooled_projections=normal(batch, config.pooled_projection_dim), timestep=one,
+                guidance=3 * one, img_ids=ids, txt_ids=torch.zeros(text, 3, device=device),
+                return_dict=False)
 
 
 def training_step(torch, model, forward, x, optimiser):
-    """Two target passes without gradient, one student pass with it, AdamW (the averages are left out)."""
+    """Two target passes without gradient, one student pass with it, AdamW (no averages)."""
     with torch.no_grad():
         model.set_adapter("fast")
         v1 = forward(**x)[0]
@@ -122,20 +128,28 @@ def pytorch(tiny):
                 model.disable_adapters()
                 x = inputs(torch, model, device, 1, 2 * grid, 2 * text)
                 seconds = median_time(torch, lambda: [forward(**x) for _ in range(3)])
-            print(f"PyTorch {name}: 3 steps at 1024x1024, transformer only: {seconds:.3f} s", flush=True)
+            print(f"PyTorch {name}: 3 steps at 1024x1024, transformer only: {seconds:.3f} s",
+                  flush=True)
             model.enable_adapters()
             model.enable_gradient_checkpointing()
             model.train()
             x = inputs(torch, model, device, batch, grid, text)
             model.set_adapter("student")
-            optimiser = torch.optim.AdamW([p for n, p in model.named_parameters() if "student" in n], lr=2e-5, fused=device == "cuda")
-            seconds = median_time(torch, lambda: training_step(torch, model, forward, x, optimiser))
-            print(f"PyTorch {name}: SCFM step, 512x512, batch {batch}, rank 64: {seconds:.3f} s", flush=True)
+            student = [p for n, p in model.named_parameters() if "student" in n]
+            optimiser = torch.optim.AdamW(student, lr=2e-5, fused=device == "cuda")
+            seconds = median_time(
+                torch, lambda: training_step(torch, model, forward, x, optimiser))
+            print(f"PyTorch {name}: SCFM step, 512x512, batch {batch}, rank 64: {seconds:.3f} s",
+                  flush=True)
         except RuntimeError as error: # out of memory, or a compiler that is missing
             print(f"PyTorch {name}: failed: {str(error).splitlines()[0]}", flush=True)
 
 
 if __name__ == "__main__":
-    if "--tiny" not in sys.argv:
+    unknown = set(sys.argv[1:]) - {"--tiny", "--no-tiny-flux", "--no-pytorch"}
+    if unknown:
+        sys.exit(f"error: unknown option {min(unknown)}")
+    if not {"--tiny", "--no-tiny-flux"} & set(sys.argv):
         tiny_flux()
-    pytorch("--tiny" in sys.argv)
+    if "--no-pytorch" not in sys.argv:
+        pytorch("--tiny" in sys.argv)

@@ -503,6 +503,20 @@ static void test_training(void) {
     for (int i = 0; i < 6; i++) free_part(&values[i]);
 }
 
+/* ---- Errors ---- */
+
+/* What does not fit is refused with the flags that help, and work goes on. */
+static void test_memory_error(void) {
+    CHECK(!gpu->alloc((size_t)1 << 50));
+    CHECK(strstr(sc_error(), "not enough GPU memory") && strstr(sc_error(), "--weights fp8"));
+    void *p = gpu->alloc(1000);
+    CHECK(p && strstr(sc_error(), "--weights-on host"));
+    gpu->zero(p, 1000);
+    char bytes[1000];
+    CHECK(gpu->download(bytes, p, 1000) && !bytes[0] && !bytes[999]);
+    gpu->release(p);
+}
+
 /* ---- Whole training steps of a small FLUX ---- */
 
 static const char config[] = "{\"_class_name\": \"FluxTransformer2DModel\", \"in_channels\": 16, "
@@ -668,6 +682,7 @@ int main(int argc, char **argv) {
     test_attention();
     test_pictures();
     test_training();
+    test_memory_error();
     test_training_steps();
     return test_report();
 }
