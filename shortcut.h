@@ -250,8 +250,12 @@ typedef struct sc_backend {
                        float eps);
     void (*rms_norm)(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, float eps);
     void (*embed_tokens)(sc_tensor *y, const sc_tensor *table, const int32_t *ids);
-    void (*group_norm)(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
-                       int groups, float eps, bool silu);
+    /* Group norm in two parts, so that a picture [B,C,H,W] may come in strips: the values and their
+     * squares in `rows` rows from `first` on are added to sums [B, groups, 2], f64; then y, which
+     * may be x, is normed with the sums over `size` values of each group. */
+    void (*group_sums)(double *sums, const sc_tensor *x, int64_t first, int64_t rows, int groups);
+    void (*group_norm)(sc_tensor *y, const sc_tensor *x, const double *sums, int64_t size,
+                       const sc_tensor *w, const sc_tensor *b, int groups, float eps, bool silu);
     void (*conv2d)(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
                    int stride, int pad_before);
     void (*upsample)(sc_tensor *y, const sc_tensor *x);
@@ -614,14 +618,14 @@ const sc_vae_config *sc_vae_config_of(const sc_vae *vae);
 int sc_vae_factor(const sc_vae *vae);   /* pixels per latent: f */
 
 /* Host f32, batches of any size. Pictures [B,3,H,W] in [-1,1], H and W multiples of f; latents
- * [B,C,H/f,W/f], not normalised; logvar is clamped to [-30,20]. Where a side is above `tile`,
- * overlapping tiles of that many pixels are worked on one by one and blended: memory is bounded
- * (0: never; a tile's norms and attention do not see the rest of the picture). */
+ * [B,C,H/f,W/f], not normalised; logvar is clamped to [-30,20]. Activations take `memory` bytes at
+ * most (0: no limit): what would take more is computed strip by strip, which takes longer and
+ * gives the same but for rounding. Least: the activations of the middle, and a few rows. */
 bool sc_vae_encode(sc_vae *vae, int64_t batch, int64_t height, int64_t width,
-                   const float *pictures, float *mean, float *logvar, int64_t tile);
+                   const float *pictures, float *mean, float *logvar, size_t memory);
 /* height and width: of the latents. The pictures may go a little beyond [-1,1]. */
 bool sc_vae_decode(sc_vae *vae, int64_t batch, int64_t height, int64_t width,
-                   const float *latents, float *pictures, int64_t tile);
+                   const float *latents, float *pictures, size_t memory);
 
 /* In place, n values: mean becomes (mean - shift) * scale, logvar its std deviation * scale. */
 void sc_vae_normalise(const sc_vae *vae, int64_t n, float *mean, float *logvar);
@@ -1713,44 +1717,50 @@ static void sc__cpu_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w,
 
 /* ---- Pictures: group norm, upsampling, transposition ---- */
 
-/* y = (x - mean) / sqrt(var + eps) w + b over groups of channels, then y s(y) if `silu`. Means and
- * variances of slices that fit the L1 cache are merged in double: size costs no precision. */
-static void sc__cpu_group_norm(sc_tensor *y, const sc_tensor *x, const sc_tensor *w,
-                               const sc_tensor *b, int groups, float eps, bool silu) {
-    int64_t per_group = x->shape[1] / groups, pixels = x->shape[2] * x->shape[3];
-    int64_t size = per_group * pixels;
+/* Slices that fit the L1 cache, merged in double: size costs no precision. */
+static void sc__cpu_group_sums(double *sums, const sc_tensor *x, int64_t first, int64_t rows,
+                               int groups) {
+    int64_t planes = x->shape[1] / groups, width = x->shape[3], size = rows * width;
     SC_PARALLEL_FOR
-    for (int64_t task = 0; task < x->shape[0] * groups; task++) {
-        const float *px = sc__f(x) + task * size;
-        double sum = 0, square = 0;
-        for (int64_t i = 0; i < size; i += SC__SLICE) {
-            int64_t n = size - i < SC__SLICE ? size - i : SC__SLICE;
-            float total = 0, rest = 0, spread = 0;
-            SC_SIMD_SUM(total) for (int64_t j = i; j < i + n; j++) total += px[j];
-            float about = total / (float)n; /* the slice's mean, but for rounding: */
-            SC_PRAGMA(omp simd reduction(+ : rest, spread))
-            for (int64_t j = i; j < i + n; j++) {
-                rest += px[j] - about;
-                spread += (px[j] - about) * (px[j] - about);
-            }
-            sum += (double)about * (double)n + rest;
-            square += spread + (double)about * (2 * (double)rest + (double)about * (double)n);
-        }
-        double mean = sum / (double)size;
-        double inverse = 1 / sqrt(square / (double)size - mean * mean + (double)eps);
-        for (int64_t c = 0; c < per_group; c++) {
-            int64_t channel = task % groups * per_group + c;
-            float *py = sc__f(y) + task * size + c * pixels;
-            const float *pc = px + c * pixels;
-            float scale = (float)inverse * sc__f(w)[channel], shift = sc__f(b)[channel];
-            float m = (float)mean;
-            if (silu)
-                SC_SIMD for (int64_t i = 0; i < pixels; i++) {
-                    float n = (pc[i] - m) * scale + shift;
-                    py[i] = n * sc__sigmoid(n);
+    for (int64_t task = 0; task < x->shape[0] * groups; task++)
+        for (int64_t c = task * planes; c < (task + 1) * planes; c++) {
+            const float *px = sc__f(x) + (c * x->shape[2] + first) * width;
+            for (int64_t i = 0; i < size; i += SC__SLICE) {
+                int64_t n = size - i < SC__SLICE ? size - i : SC__SLICE;
+                float total = 0, rest = 0, spread = 0;
+                SC_SIMD_SUM(total) for (int64_t j = i; j < i + n; j++) total += px[j];
+                float about = total / (float)n; /* the slice's mean, but for rounding: */
+                SC_PRAGMA(omp simd reduction(+ : rest, spread))
+                for (int64_t j = i; j < i + n; j++) {
+                    rest += px[j] - about;
+                    spread += (px[j] - about) * (px[j] - about);
                 }
-            else SC_SIMD for (int64_t i = 0; i < pixels; i++) py[i] = (pc[i] - m) * scale + shift;
+                double sum = (double)about * (double)n + rest;
+                sums[2 * task] += sum;
+                sums[2 * task + 1] += spread + (double)about * (sum + rest);
+            }
         }
+}
+
+/* y = (x - mean) / sqrt(var + eps) w + b over groups of channels, then y s(y) if `silu`. */
+static void sc__cpu_group_norm(sc_tensor *y, const sc_tensor *x, const double *sums, int64_t size,
+                               const sc_tensor *w, const sc_tensor *b, int groups, float eps,
+                               bool silu) {
+    int64_t channels = x->shape[1], pixels = x->shape[2] * x->shape[3];
+    SC_PARALLEL_FOR
+    for (int64_t plane = 0; plane < x->shape[0] * channels; plane++) {
+        const double *sum = sums + 2 * (plane / (channels / groups));
+        double mean = sum[0] / (double)size, var = sum[1] / (double)size - mean * mean;
+        int64_t channel = plane % channels;
+        const float *px = sc__f(x) + plane * pixels;
+        float *py = sc__f(y) + plane * pixels, m = (float)mean, shift = sc__f(b)[channel];
+        float scale = (float)(1 / sqrt(var + (double)eps)) * sc__f(w)[channel];
+        if (silu)
+            SC_SIMD for (int64_t i = 0; i < pixels; i++) {
+                float n = (px[i] - m) * scale + shift;
+                py[i] = n * sc__sigmoid(n);
+            }
+        else SC_SIMD for (int64_t i = 0; i < pixels; i++) py[i] = (px[i] - m) * scale + shift;
     }
 }
 
@@ -1794,8 +1804,9 @@ static const sc_backend sc__cpu_backend = {
     .norm_rope_backward = sc__cpu_norm_rope_backward, .attention = sc__cpu_attention,
     .attention_backward = sc__cpu_attention_backward, .layer_norm = sc__cpu_layer_norm,
     .rms_norm = sc__cpu_rms_norm, .embed_tokens = sc__cpu_embed_tokens,
-    .group_norm = sc__cpu_group_norm, .conv2d = sc__cpu_conv2d, .upsample = sc__cpu_upsample,
-    .swap_axes = sc__cpu_swap_axes, .mse = sc__cpu_mse, .mse_backward = sc__cpu_mse_backward,
+    .group_sums = sc__cpu_group_sums, .group_norm = sc__cpu_group_norm, .conv2d = sc__cpu_conv2d,
+    .upsample = sc__cpu_upsample, .swap_axes = sc__cpu_swap_axes, .mse = sc__cpu_mse,
+    .mse_backward = sc__cpu_mse_backward,
     .update = sc__cpu_update,
 };
 
@@ -1840,6 +1851,16 @@ struct sc_tape {
     int64_t count, capacity;
 };
 
+static bool sc__arena_add(sc__arena *a, size_t size) {
+    if (a->count == (int)(sizeof a->chunks / sizeof *a->chunks))
+        return sc__fail("out of memory: the arena has %d chunks", a->count);
+    char *base = a->backend ? (char *)a->backend->alloc(size) : (char *)sc__alloc(size, 1);
+    if (!base) return false;
+    a->chunks[a->count].base = base;
+    a->chunks[a->count++].size = size;
+    return true;
+}
+
 static void *sc__arena_take(sc__arena *a, size_t bytes) {
     if (bytes > SIZE_MAX / 8) {
         sc__fail("out of memory: %zu bytes for one tensor", bytes);
@@ -1853,15 +1874,8 @@ static void *sc__arena_take(sc__arena *a, size_t bytes) {
     if (a->current == a->count) { /* no chunk has room: add one */
         size_t size = (size_t)1 << 20, held = 0;
         for (int i = 0; i < a->count; i++) held += a->chunks[i].size;
-        while (size < bytes || size < held / 8) size *= 2; /* few chunks, little waste */
-        if (a->count == (int)(sizeof a->chunks / sizeof *a->chunks)) {
-            sc__fail("out of memory: the arena has %d chunks", a->count);
-            return NULL;
-        }
-        char *base = a->backend ? (char *)a->backend->alloc(size) : (char *)sc__alloc(size, 1);
-        if (!base) return NULL;
-        a->chunks[a->count].base = base;
-        a->chunks[a->count++].size = size;
+        while (size < held / 8) size *= 2; /* few chunks, little waste */
+        if (!sc__arena_add(a, size < bytes ? bytes : size)) return NULL;
         a->used = 0;
     }
     void *p = a->chunks[a->current].base + a->used;
@@ -1918,9 +1932,7 @@ size_t sc_tape_peak(const sc_tape *t) { return t->device.peak; }
 bool sc_tape_reserve(sc_tape *t, size_t bytes) {
     sc_tape_reset(t);
     sc__arena_free(&t->device);
-    bool ok = sc__arena_take(&t->device, bytes) != NULL;
-    sc__arena_reset(&t->device);
-    return ok;
+    return bytes == 0 || sc__arena_add(&t->device, bytes);
 }
 
 /* ---- Tensors of the tape ---- */
@@ -2478,7 +2490,12 @@ sc_tensor *sc_conv2d(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const s
 sc_tensor *sc_group_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
                          int groups, float eps, bool silu) {
     sc_tensor *y = x ? sc__new_like(t, x) : NULL;
-    if (y) t->be->group_norm(y, x, w, b, groups, eps, silu);
+    size_t bytes = y ? (size_t)(2 * x->shape[0] * groups) * sizeof(double) : 0;
+    double *sums = y ? (double *)sc__arena_take(&t->device, bytes) : NULL;
+    if (!sums) return NULL;
+    t->be->zero(sums, bytes);
+    t->be->group_sums(sums, x, 0, x->shape[2], groups);
+    t->be->group_norm(y, x, sums, sc_count(x) / (x->shape[0] * groups), w, b, groups, eps, silu);
     return y;
 }
 
@@ -5317,35 +5334,40 @@ static bool sc__small_file(const sc_backend *backend, const char *folder) {
  * convolution, levels of residual blocks with a stride-2 convolution between levels, a middle of
  * two residual blocks around one attention over all pixels, and a last convolution that gives the
  * mean and log variance of the latents. The decoder is the same backwards, with nearest-neighbour
- * upsampling and one more block a level. Never trained here, so nothing is recorded: each block
- * computes on one of two tapes, and the tape of its input is then forgotten.
+ * upsampling and one more block a level. Each half is a list of steps. Never trained here, so
+ * nothing is recorded; what takes thought is memory (see "Runs").
  *
  * Easy to get wrong: downsampling pads the bottom and right only; every norm has eps 1e-6.
  */
 
 typedef struct sc__affine { sc_tensor *weight, *bias; } sc__affine; /* of a convolution or a norm */
 
-typedef struct sc__resnet {
-    sc__affine norm1, conv1, norm2, conv2;
-    sc__affine shortcut;            /* 1x1, where the number of channels changes */
-} sc__resnet;
+typedef enum { SC__CONV, SC__DOWN, SC__UP, SC__OUT, SC__RESNET, SC__ATTENTION } sc__vae_kind;
+
+typedef struct sc__vae_step {
+    sc__vae_kind kind;
+    int64_t in, out;                /* channels */
+    int64_t in_side, out_side;      /* of a latent pixel's square: 1 to f */
+    sc__affine conv1, norm1;        /* all but an attention have conv1; OUT is norm, SiLU, conv */
+    sc__affine norm2, conv2;        /* of a residual block */
+    sc__affine shortcut;            /* 1x1, where a residual block changes the channels */
+    sc_linear_layer q, k, v, o;     /* of an attention, [C, C] */
+} sc__vae_step;
 
 typedef struct sc__vae_half {       /* the encoder or the decoder */
-    sc__affine conv_in;
-    struct { sc__resnet resnets[SC_VAE_LAYERS]; sc__affine resample; } levels[SC_VAE_LEVELS];
-    sc__resnet middle[2];
-    sc__affine attention_norm;
-    sc_linear_layer q, k, v, out;   /* of the attention, [C, C] */
-    sc__affine norm_out, conv_out;
-    sc__affine quant;               /* after the encoder, before the decoder */
+    const char *name;               /* "encoder." */
+    sc__vae_step steps[SC_VAE_LEVELS * (SC_VAE_LAYERS + 1) + 6];
+    int count;
 } sc__vae_half;
 
 struct sc_vae {
     sc_vae_config config;
     sc_net *net;
     sc__vae_half encoder, decoder;
-    sc_tape *tapes[3];              /* two take turns; the third is for what a step needs once */
-    int turn;                       /* the tape that holds the current activations */
+    sc_tape *tapes[5];              /* a strip's: two that take turns, and one for one operation;
+                                     * two for the input and the result of a run */
+    int turn;                       /* the tape that holds the strip's activations */
+    size_t peak;                    /* most bytes they ever held */
 };
 
 const sc_vae_config *sc_vae_config_of(const sc_vae *v) { return &v->config; }
@@ -5427,56 +5449,77 @@ static bool sc__vae_affine(sc_vae *v, sc__affine *a, const char *prefix, const c
     return a->bias != NULL;
 }
 
-static bool sc__vae_resnet(sc_vae *v, sc__resnet *r, const char *half, const char *where, int index,
-                           int64_t in, int64_t out) {
-    char prefix[SC_MAX_NAME];
-    snprintf(prefix, sizeof prefix, "%s%s.resnets.%d.", half, where, index);
-    return sc__vae_affine(v, &r->norm1, prefix, "norm1", in, 0, 0) &&
-           sc__vae_affine(v, &r->conv1, prefix, "conv1", out, in, 3) &&
-           sc__vae_affine(v, &r->norm2, prefix, "norm2", out, 0, 0) &&
-           sc__vae_affine(v, &r->conv2, prefix, "conv2", out, out, 3) &&
-           (in == out || sc__vae_affine(v, &r->shortcut, prefix, "conv_shortcut", out, in, 1));
+static sc__vae_step *sc__vae_add(sc__vae_half *h, sc__vae_kind kind, int64_t in, int64_t out) {
+    sc__vae_step *s = &h->steps[h->count++];
+    int64_t side = h->count > 1 ? s[-1].out_side : s->in_side;
+    *s = (sc__vae_step){.kind = kind, .in = in, .out = out, .in_side = side, .out_side = side};
+    if (kind == SC__UP) s->out_side = 2 * side;
+    if (kind == SC__DOWN) s->out_side = side / 2;
+    return s;
 }
 
-static bool sc__vae_attention(sc_vae *v, sc__vae_half *h, const char *half, int64_t c) {
+static bool sc__vae_conv(sc_vae *v, sc__vae_half *h, sc__vae_kind kind, const char *prefix,
+                         const char *name, int64_t out, int64_t in, int64_t kernel) {
+    sc__vae_step *s = sc__vae_add(h, kind, in, out);
+    return sc__vae_affine(v, &s->conv1, prefix, name, out, in, kernel) &&
+           (kind != SC__OUT || sc__vae_affine(v, &s->norm1, prefix, "conv_norm_out", in, 0, 0));
+}
+
+static bool sc__vae_resnet(sc_vae *v, sc__vae_half *h, const char *where, int index, int64_t in,
+                           int64_t out) {
+    sc__vae_step *s = sc__vae_add(h, SC__RESNET, in, out);
+    char prefix[SC_MAX_NAME];
+    snprintf(prefix, sizeof prefix, "%s%s.resnets.%d.", h->name, where, index);
+    return sc__vae_affine(v, &s->norm1, prefix, "norm1", in, 0, 0) &&
+           sc__vae_affine(v, &s->conv1, prefix, "conv1", out, in, 3) &&
+           sc__vae_affine(v, &s->norm2, prefix, "norm2", out, 0, 0) &&
+           sc__vae_affine(v, &s->conv2, prefix, "conv2", out, out, 3) &&
+           (in == out || sc__vae_affine(v, &s->shortcut, prefix, "conv_shortcut", out, in, 1));
+}
+
+static bool sc__vae_attention(sc_vae *v, sc__vae_half *h, int64_t c) {
     static const char *const names[4] = {"to_q", "to_k", "to_v", "to_out.0"};
-    sc_linear_layer *layers[4] = {&h->q, &h->k, &h->v, &h->out};
+    sc__vae_step *s = sc__vae_add(h, SC__ATTENTION, c, c);
+    sc_linear_layer *layers[4] = {&s->q, &s->k, &s->v, &s->o};
     char name[SC_MAX_NAME];
     for (int i = 0; i < 4; i++) {
-        snprintf(name, sizeof name, "%smid_block.attentions.0.%s", half, names[i]);
+        snprintf(name, sizeof name, "%smid_block.attentions.0.%s", h->name, names[i]);
         if (!sc_net_linear(v->net, layers[i], name, c, c, true)) return false;
     }
-    const char *norm = "mid_block.attentions.0.group_norm";
-    return sc__vae_affine(v, &h->attention_norm, half, norm, c, 0, 0);
+    return sc__vae_affine(v, &s->norm1, h->name, "mid_block.attentions.0.group_norm", c, 0, 0);
 }
 
-static bool sc__vae_weights(sc_vae *v, sc__vae_half *h, bool encoder) {
+static bool sc__vae_middle(sc_vae *v, sc__vae_half *h) {
+    int64_t c = v->config.channels[v->config.levels - 1];
+    return sc__vae_resnet(v, h, "mid_block", 0, c, c) &&
+           (!v->config.attention || sc__vae_attention(v, h, c)) &&
+           sc__vae_resnet(v, h, "mid_block", 1, c, c);
+}
+
+static bool sc__vae_steps(sc_vae *v, sc__vae_half *h, bool encoder) {
     const sc_vae_config *c = &v->config;
-    const char *half = encoder ? "encoder." : "decoder.";
-    int64_t deep = c->channels[c->levels - 1], latents = c->latent_channels * (encoder ? 2 : 1);
-    int64_t width = encoder ? c->channels[0] : deep;
-    if (!sc__vae_affine(v, &h->conv_in, half, "conv_in", width, encoder ? 3 : latents, 3))
-        return false;
-    for (int i = 0; i < c->levels; i++) {
+    int64_t latents = c->latent_channels * (encoder ? 2 : 1);
+    int64_t width = c->channels[encoder ? 0 : c->levels - 1];
+    h->name = encoder ? "encoder." : "decoder.";
+    h->steps[0].in_side = encoder ? sc_vae_factor(v) : 1;
+    bool ok = (encoder || !c->post_quant ||
+               sc__vae_conv(v, h, SC__CONV, "", "post_quant_conv", latents, latents, 1)) &&
+              sc__vae_conv(v, h, SC__CONV, h->name, "conv_in", width, encoder ? 3 : latents, 3) &&
+              (encoder || sc__vae_middle(v, h));
+    for (int i = 0; ok && i < c->levels; i++) {
         int64_t out = c->channels[encoder ? i : c->levels - 1 - i];
         char where[64], resample[SC_MAX_NAME];
         snprintf(where, sizeof where, "%s_blocks.%d", encoder ? "down" : "up", i);
-        for (int j = 0; j < c->layers + !encoder; j++, width = out)
-            if (!sc__vae_resnet(v, &h->levels[i].resnets[j], half, where, j, width, out))
-                return false;
+        for (int j = 0; ok && j < c->layers + !encoder; j++, width = out)
+            ok = sc__vae_resnet(v, h, where, j, width, out);
         snprintf(resample, sizeof resample, "%s.%ssamplers.0.conv", where, encoder ? "down" : "up");
-        if (i + 1 < c->levels &&
-            !sc__vae_affine(v, &h->levels[i].resample, half, resample, out, out, 3))
-            return false;
+        if (ok && i + 1 < c->levels)
+            ok = sc__vae_conv(v, h, encoder ? SC__DOWN : SC__UP, h->name, resample, out, out, 3);
     }
-    for (int i = 0; i < 2; i++)
-        if (!sc__vae_resnet(v, &h->middle[i], half, "mid_block", i, deep, deep)) return false;
-    if (c->attention && !sc__vae_attention(v, h, half, deep)) return false;
-    if ((encoder ? c->quant : c->post_quant) &&
-        !sc__vae_affine(v, &h->quant, encoder ? "" : "post_", "quant_conv", latents, latents, 1))
-        return false;
-    return sc__vae_affine(v, &h->norm_out, half, "conv_norm_out", width, 0, 0) &&
-           sc__vae_affine(v, &h->conv_out, half, "conv_out", encoder ? latents : 3, width, 3);
+    return ok && (!encoder || sc__vae_middle(v, h)) &&
+           sc__vae_conv(v, h, SC__OUT, h->name, "conv_out", encoder ? latents : 3, width, 3) &&
+           (!encoder || !c->quant ||
+            sc__vae_conv(v, h, SC__CONV, "", "quant_conv", latents, latents, 1));
 }
 
 sc_vae *sc_vae_open(const sc_backend *backend, const char *path, bool widen) {
@@ -5491,8 +5534,8 @@ sc_vae *sc_vae_open(const sc_backend *backend, const char *path, bool widen) {
     SC_FREE(name);
     SC_FREE(text);
     if (ok) v->net->levels = v->config.levels;
-    for (int i = 0; ok && backend && i < 3; i++) ok = (v->tapes[i] = sc_tape_new(backend)) != NULL;
-    ok = ok && sc__vae_weights(v, &v->encoder, true) && sc__vae_weights(v, &v->decoder, false) &&
+    for (int i = 0; ok && backend && i < 5; i++) ok = (v->tapes[i] = sc_tape_new(backend)) != NULL;
+    ok = ok && sc__vae_steps(v, &v->encoder, true) && sc__vae_steps(v, &v->decoder, false) &&
          sc_net_load(v->net);
     if (ok) return v;
     sc_vae_close(v);
@@ -5501,212 +5544,271 @@ sc_vae *sc_vae_open(const sc_backend *backend, const char *path, bool widen) {
 
 void sc_vae_close(sc_vae *v) {
     if (!v) return;
-    for (int i = 0; i < 3; i++)
-        if (v->tapes[i]) sc_tape_free(v->tapes[i]);
+    for (int i = 0; i < 5; i++) sc_tape_free(v->tapes[i]);
     sc_net_close(v->net);
     SC_FREE(v);
 }
 
-/* ---- Forward ---- */
+/* ---- Runs: steps within bounded memory ----
+ * A run does some steps on an input that is kept whole, and keeps their result whole. If what lies
+ * between does not fit, it works on strips of rows. A strip is cut out with a halo of rows above
+ * and below its own: where the picture was cut, convolutions see zeros, each makes one more row
+ * wrong from there on inwards, and the halo is as deep as that goes. A group norm needs the mean
+ * and variance of the whole picture: so a sweep over all strips only gathers the sums for the first
+ * norm; the next one, which has these, those for the second; and so on, until the last makes the
+ * result. The more norms, the more is computed again: a run ends at the first result that fits.
+ */
 
-/* The tape for the next block: not the one that holds its input. */
-static sc_tape *sc__vae_tape(sc_vae *v) {
-    v->turn = !v->turn;
-    sc_tape_reset(v->tapes[v->turn]);
-    return v->tapes[v->turn];
+typedef struct sc__vae_run {
+    const sc__vae_step *steps;
+    int count, norms;
+    bool whole;                 /* one piece: no sweeps before */
+    int64_t side, height;       /* the coarsest side among the steps; rows of the picture there, */
+    int64_t rows, halo;         /* in which strips are measured */
+    size_t kept, strip;         /* bytes: of input and result, of a strip's largest tensor */
+    int64_t own[2], cut[2];     /* the strip's own rows, and those with the halo: [0] to [1] - 1 */
+    int norm, gather;           /* next norm; the one whose sums this sweep gathers */
+    double *sums;               /* [norms, B, groups, 2] */
+} sc__vae_run;
+
+/* The first `count` of the steps as a run; a [B,1,h,w] takes `unit` bytes. At most three tensors as
+ * large as the largest are alive at once; attention alone has seven, and sees the whole picture. */
+static sc__vae_run sc__vae_plan(const sc__vae_step *s, int count, int64_t h, size_t unit,
+                                size_t memory) {
+    const sc__vae_step *last = s + count - 1;
+    sc__vae_run r = {.steps = s, .count = count};
+    r.side = s->in_side < last->out_side ? s->in_side : last->out_side;
+    r.height = h * r.side;
+    r.kept = unit * (size_t)(s->in * s->in_side * s->in_side +
+                             last->out * last->out_side * last->out_side);
+    int64_t largest = 0, wrong = 0; /* in units; rows after each step */
+    for (int i = 0; i < count; i++) {
+        sc__vae_kind kind = s[i].kind;
+        int64_t side = s[i].in_side > s[i].out_side ? s[i].in_side : s[i].out_side;
+        int64_t n = (s[i].in > s[i].out ? s[i].in : s[i].out) * side * side;
+        if (kind == SC__ATTENTION) n *= 5; /* on one of the tapes */
+        largest = n > largest ? n : largest;
+        r.norms += kind == SC__RESNET ? 2 : kind == SC__OUT || kind == SC__ATTENTION;
+        if (kind == SC__UP) wrong *= 2;
+        wrong += kind == SC__RESNET ? 2 : 1;
+        if (kind == SC__DOWN) wrong = (wrong + 1) / 2;
+    }
+    r.strip = unit * (size_t)largest;
+    size_t row = r.strip / (size_t)r.height, left = memory > r.kept ? (memory - r.kept) / 3 : 0;
+    r.whole = r.strip <= left || (count == 1 && s->kind == SC__ATTENTION);
+    r.halo = (wrong * r.side + last->out_side - 1) / last->out_side;
+    r.rows = r.whole ? r.height : (int64_t)(left / row) - 2 * r.halo;
+    if (r.rows < r.halo) r.rows = r.halo;
+    if (r.rows + 2 * r.halo < r.height) r.strip = row * (size_t)(r.rows + 2 * r.halo);
+    return r;
 }
 
-/* The tape for a tensor that only the next operation reads: large pictures are bound by memory. */
-static sc_tape *sc__vae_scratch(sc_vae *v) {
-    sc_tape_reset(v->tapes[2]);
-    return v->tapes[2];
+/* The next run of the `left` steps from s on: in one piece as many as fit; else in strips, to the
+ * first result that leaves a quarter of the memory to them; else whatever takes least. */
+static sc__vae_run sc__vae_next(const sc__vae_step *s, int left, int64_t h, size_t unit,
+                                size_t memory) {
+    for (int n = left; n > 0; n--) {
+        sc__vae_run r = sc__vae_plan(s, n, h, unit, memory);
+        if (r.whole) return r;
+    }
+    sc__vae_run best = {.kept = SIZE_MAX};
+    for (int n = 1; n <= left && s[n - 1].kind != SC__ATTENTION; n++) {
+        sc__vae_run r = sc__vae_plan(s, n, h, unit, memory);
+        if (r.kept <= memory / 4 * 3 && r.kept + 3 * r.strip <= memory) return r;
+        if (r.kept + 3 * r.strip < best.kept + 3 * best.strip) best = r;
+    }
+    return best;
 }
 
-static sc_tensor *sc__vae_norm(sc_vae *v, sc_tape *t, const sc_tensor *x, const sc__affine *a,
-                               bool silu) {
-    return sc_group_norm(t, x, a->weight, a->bias, v->config.groups, 1e-6f, silu);
+/* y = norm(x), in x's own place if t is NULL; or NULL, when this sweep ends here. */
+static sc_tensor *sc__vae_norm(sc_vae *v, sc__vae_run *r, sc_tape *t, sc_tensor *x,
+                               const sc__affine *a, bool silu) {
+    sc_tensor *y = x && t ? sc__new_like(t, x) : x;
+    if (!y) return NULL;
+    const sc_backend *be = v->net->backend;
+    int groups = v->config.groups;
+    int64_t scale = x->shape[2] / (r->cut[1] - r->cut[0]);
+    int64_t size = x->shape[1] / groups * r->height * scale * x->shape[3];
+    double *sums = r->sums + 2 * x->shape[0] * groups * r->norm;
+    bool gather = r->norm++ == r->gather;
+    if (r->whole || gather)
+        be->group_sums(sums, x, (r->own[0] - r->cut[0]) * scale, (r->own[1] - r->own[0]) * scale,
+                       groups);
+    if (gather) return NULL;
+    be->group_norm(y, x, sums, size, a->weight, a->bias, groups, 1e-6f, silu);
+    return y;
 }
 
 /* A convolution that keeps the sides. */
-static sc_tensor *sc__vae_conv(sc_tape *t, const sc_tensor *x, const sc__affine *a) {
+static sc_tensor *sc__vae_same(sc_tape *t, const sc_tensor *x, const sc__affine *a) {
     return sc_conv2d(t, x, a->weight, a->bias, 1, (int)a->weight->shape[2] / 2);
 }
 
-static sc_tensor *sc__vae_resnet_forward(sc_vae *v, sc_tensor *x, const sc__resnet *r) {
-    sc_tape *t = sc__vae_tape(v);
-    sc_tensor *n = sc__vae_norm(v, sc__vae_scratch(v), x, &r->norm1, true);
-    sc_tensor *h = sc__vae_conv(t, n, &r->conv1);
-    n = sc__vae_norm(v, sc__vae_scratch(v), h, &r->norm2, true);
-    h = sc__vae_conv(t, n, &r->conv2);
-    if (r->shortcut.weight) x = sc__vae_conv(sc__vae_scratch(v), x, &r->shortcut);
-    if (!x || !h) return NULL;
-    int64_t count = sc_count(h);
-    t->be->copy_block(h->data, count, x->data, count, 1, count, h->dtype, true); /* h += x */
-    return h;
+/* x += y */
+static sc_tensor *sc__vae_sum(sc_vae *v, sc_tensor *x, const sc_tensor *y) {
+    if (!x || !y) return NULL;
+    int64_t planes = x->shape[0] * x->shape[1], n = sc_count(x) / planes;
+    v->net->backend->copy_block(x->data, n, y->data, n, planes, n, x->dtype, true);
+    return x;
+}
+
+/* x or its 1x1 convolution, plus conv(silu(norm(conv(silu(norm(x)))))); each tape holds only what
+ * is still needed. */
+static sc_tensor *sc__vae_resnet_forward(sc_vae *v, sc__vae_run *r, sc_tensor *x,
+                                         const sc__vae_step *s) {
+    sc_tape *t = v->tapes[!v->turn], *once = v->tapes[2];
+    sc_tensor *h = sc__vae_norm(v, r, once, x, &s->norm1, true);
+    h = sc__vae_norm(v, r, NULL, sc__vae_same(t, h, &s->conv1), &s->norm2, true);
+    sc_tape_reset(once);
+    h = sc__vae_same(once, h, &s->conv2);
+    if (h && s->shortcut.weight) {
+        sc_tape_reset(t);
+        x = sc__vae_same(t, x, &s->shortcut);
+        v->turn = !v->turn;
+    }
+    return sc__vae_sum(v, x, h);
 }
 
 /* x + attention(norm(x)), every pixel a token, one head. */
-static sc_tensor *sc__vae_attention_forward(sc_vae *v, sc_tensor *x, const sc__vae_half *half) {
-    if (!x) return NULL;
-    sc_tape *t = sc__vae_tape(v);
-    int64_t shape[3] = {x->shape[0], x->shape[1], x->shape[2] * x->shape[3]};
+static sc_tensor *sc__vae_attention_forward(sc_vae *v, sc__vae_run *r, sc_tensor *x,
+                                            const sc__vae_step *s) {
+    sc_tape *t = v->tapes[!v->turn], *once = v->tapes[2];
+    const int64_t *size = x->shape, shape[3] = {size[0], size[1], size[2] * size[3]};
     float scale = 1.f / sqrtf((float)shape[1]);
-    sc_tensor *n = sc__vae_norm(v, t, x, &half->attention_norm, false);
-    n = sc_swap_axes(t, sc_reshape(t, n, 3, shape));
-    sc_tensor *q = sc_linear(t, n, &half->q), *k = sc_linear(t, n, &half->k);
-    n = sc_attention(t, q, k, sc_linear(t, n, &half->v), 1, scale, NULL, false);
-    n = sc_swap_axes(t, sc_linear(t, n, &half->out));
-    return sc_add(t, x, sc_reshape(t, n, 4, x->shape));
+    sc_tensor *n = sc__vae_norm(v, r, once, x, &s->norm1, false);
+    n = sc_swap_axes(t, sc_reshape(once, n, 3, shape));
+    sc_tensor *q = sc_linear(t, n, &s->q), *k = sc_linear(t, n, &s->k);
+    n = sc_linear(t, n, &s->v);
+    sc_tape_reset(once);
+    n = sc_linear(t, sc_attention(once, q, k, n, 1, scale, NULL, false), &s->o);
+    sc_tape_reset(once);
+    return sc__vae_sum(v, x, sc_swap_axes(once, n));
 }
 
-static sc_tensor *sc__vae_middle(sc_vae *v, sc_tensor *x, const sc__vae_half *half) {
-    x = sc__vae_resnet_forward(v, x, &half->middle[0]);
-    if (v->config.attention) x = sc__vae_attention_forward(v, x, half);
-    return sc__vae_resnet_forward(v, x, &half->middle[1]);
+static sc_tensor *sc__vae_forward(sc_vae *v, sc__vae_run *r, sc_tensor *x, const sc__vae_step *s) {
+    sc_tape *t = v->tapes[!v->turn], *once = v->tapes[2];
+    sc_tape_reset(t);
+    sc_tape_reset(once);
+    if (s->kind == SC__RESNET) return sc__vae_resnet_forward(v, r, x, s);
+    if (s->kind == SC__ATTENTION) return sc__vae_attention_forward(v, r, x, s);
+    if (s->kind == SC__UP) x = sc_upsample(once, x);
+    if (s->kind == SC__OUT) x = sc__vae_norm(v, r, once, x, &s->norm1, true);
+    v->turn = !v->turn;
+    if (s->kind == SC__DOWN) return sc_conv2d(t, x, s->conv1.weight, s->conv1.bias, 2, 0);
+    return sc__vae_same(t, x, &s->conv1);
 }
 
-/* One half of the network: pictures to mean and logvar [B,2C,h,w], or latents to pictures. */
-static sc_tensor *sc__vae_forward(sc_vae *v, int64_t batch, int64_t height, int64_t width,
-                                  const float *input, bool encoder) {
-    const sc__vae_half *half = encoder ? &v->encoder : &v->decoder;
-    const int64_t shape[] = {batch, encoder ? 3 : v->config.latent_channels, height, width};
-    sc_tape *t = sc__vae_tape(v);
-    sc_tensor *x = sc_from(t, 4, shape, input);
-    if (!encoder && half->quant.weight) x = sc__vae_conv(t, x, &half->quant);
-    x = sc__vae_conv(t, x, &half->conv_in);
-    if (!encoder) x = sc__vae_middle(v, x, half);
-    for (int i = 0; i < v->config.levels; i++) {
-        const sc__affine *resample = &half->levels[i].resample;
-        for (int j = 0; j < v->config.layers + !encoder; j++)
-            x = sc__vae_resnet_forward(v, x, &half->levels[i].resnets[j]);
-        if (!resample->weight) continue;
-        t = sc__vae_tape(v);
-        if (encoder) x = sc_conv2d(t, x, resample->weight, resample->bias, 2, 0);
-        else x = sc__vae_conv(t, sc_upsample(sc__vae_scratch(v), x), resample);
-    }
-    if (encoder) x = sc__vae_middle(v, x, half);
-    t = sc__vae_tape(v);
-    x = sc__vae_norm(v, sc__vae_scratch(v), x, &half->norm_out, true);
-    x = sc__vae_conv(t, x, &half->conv_out);
-    return encoder && half->quant.weight ? sc__vae_conv(t, x, &half->quant) : x;
+/* Rows [first, first + rows) of x to those from `at` on of y. */
+static void sc__vae_rows(sc_vae *v, sc_tensor *y, int64_t at, const sc_tensor *x, int64_t first,
+                         int64_t rows) {
+    int64_t width = x->shape[3], size = width * sc_dtype_size(x->dtype);
+    v->net->backend->copy_block((char *)y->data + at * size, y->shape[2] * width,
+                                (char *)x->data + first * size, x->shape[2] * width,
+                                x->shape[0] * x->shape[1], rows * width, x->dtype, false);
 }
 
-/* ---- Batches and tiles ---- */
-
-#define SC__VAE_PIXELS 65536 /* of one pass: small pictures go several at once */
-
-/* The share of position p in a line of `length` that belongs to the tile [begin, begin + size):
- * tiles start every `step`, the last is moved back to end with the line; where they overlap, their
- * shares are ramps that add up to 1. */
-static float sc__tile_share(int64_t p, int64_t begin, int64_t size, int64_t step, int64_t length) {
-    float own = 0, sum = 0;
-    for (int64_t b = 0, last = 0; !last; b += step) {
-        last = b + size >= length;
-        if (last) b = length - size;
-        int64_t share = size - step < 1 ? 1 : size - step;
-        if (b > 0 && p - b + 1 < share) share = p - b + 1;
-        if (!last && b + size - p < share) share = b + size - p;
-        if (p < b || p >= b + size) share = 0;
-        sum += (float)share;
-        if (b == begin) own = (float)share;
-    }
-    return own / sum;
+/* One strip of this sweep: from the input to a norm's sums, or to its rows of the result. */
+static bool sc__vae_strip(sc_vae *v, sc__vae_run *r, const sc_tensor *input, sc_tensor *result) {
+    int64_t above = r->own[0] < r->halo ? r->own[0] : r->halo, end = r->own[1] + r->halo;
+    r->cut[0] = r->own[0] - above;
+    r->cut[1] = end < r->height ? end : r->height;
+    r->norm = 0;
+    sc_tape *t = v->tapes[v->turn];
+    sc_tape_reset(t);
+    int64_t scale = r->steps->in_side / r->side, rows = (r->cut[1] - r->cut[0]) * scale;
+    const int64_t shape[] = {input->shape[0], input->shape[1], rows, input->shape[3]};
+    sc_tensor *x = sc_new(t, 4, shape);
+    if (x) sc__vae_rows(v, x, 0, input, r->cut[0] * scale, rows);
+    for (int i = 0; x && i < r->count; i++) x = sc__vae_forward(v, r, x, &r->steps[i]);
+    if (r->gather < r->norms) return r->norm > r->gather;
+    scale = result->shape[2] / r->height;
+    if (x)
+        sc__vae_rows(v, result, r->own[0] * scale, x, above * scale,
+                     (r->own[1] - r->own[0]) * scale);
+    return x != NULL;
 }
 
-typedef struct sc__vae_job {
-    bool encoder;
-    int64_t batch, h, w;        /* latent sides */
-    int64_t size_h, size_w;     /* of a tile, in latents */
-    int64_t step_h, step_w;     /* from one tile to the next */
-    const float *input;
-    float *out[2];              /* mean and logvar, or pictures */
-} sc__vae_job;
+/* Gives back the memory of all tapes but one. */
+static void sc__vae_release(sc_vae *v, int but) {
+    for (int i = 0; i < 5; i++)
+        if (i != but) sc__arena_free(&v->tapes[i]->device);
+}
 
-/* One tile of `count` samples from `first` on: cut out, run, add to the output by its shares. */
-static bool sc__vae_tile(sc_vae *v, const sc__vae_job *job, int64_t first, int64_t count, int64_t a,
-                         int64_t b, float *buffer) {
-    int64_t f = sc_vae_factor(v), latents = v->config.latent_channels;
-    int64_t in = job->encoder ? f : 1, out = job->encoder ? 1 : f; /* pixels per latent */
-    int64_t channels_in = job->encoder ? 3 : latents, channels = job->encoder ? latents : 3;
-    int64_t rows = job->size_h * in, columns = job->size_w * in;
-    for (int64_t p = 0; p < count * channels_in; p++)
-        for (int64_t r = 0; r < rows; r++) {
-            int64_t line = ((first * channels_in + p) * job->h + a) * in + r;
-            const float *from = job->input + (line * job->w + b) * in;
-            memcpy(buffer + (p * rows + r) * columns, from, (size_t)columns * sizeof *buffer);
+/* The result of a run on x, which is on tape 3 or 4; it is on the other of these. */
+static sc_tensor *sc__vae_do(sc_vae *v, sc__vae_run *r, const sc_tensor *x, int from) {
+    const size_t room = 4096, groups = (size_t)(x->shape[0] * v->config.groups);
+    const sc__vae_step *last = r->steps + r->count - 1;
+    const int64_t shape[] = {x->shape[0], last->out, r->height / r->side * last->out_side,
+                             x->shape[3] / r->steps->in_side * last->out_side};
+    size_t sums = 2 * groups * (size_t)r->norms * sizeof *r->sums, held = 0;
+    size_t result = (size_t)(shape[0] * shape[1] * shape[2] * shape[3] * sc_dtype_size(x->dtype));
+    sc__vae_release(v, from);
+    for (int i = 0; i < 5; held += sc_tape_bytes(v->tapes[i++]))
+        if (i != from && !sc_tape_reserve(v->tapes[i], (i < 3 ? r->strip : result + sums) + room))
+            return NULL;
+    v->peak = held > v->peak ? held : v->peak;
+    sc_tensor *y = sc_new(v->tapes[7 - from], 4, shape);
+    r->sums = (double *)sc__arena_take(&v->tapes[7 - from]->device, sums);
+    if (!y || !r->sums) return NULL;
+    v->net->backend->zero(r->sums, sums);
+    for (r->gather = r->whole ? r->norms : 0; r->gather <= r->norms; r->gather++)
+        for (r->own[0] = 0; r->own[0] < r->height; r->own[0] = r->own[1]) {
+            r->own[1] = r->own[0] + r->rows < r->height ? r->own[0] + r->rows : r->height;
+            if (!sc__vae_strip(v, r, x, y)) return NULL;
         }
-    sc_tensor *y = sc__vae_forward(v, count, rows, columns, buffer, job->encoder);
-    if (!sc_read(v->tapes[v->turn], y, buffer)) return false;
-    rows = job->size_h * out, columns = job->size_w * out;
-    float *shares = buffer + count * y->shape[1] * rows * columns; /* of the columns */
-    for (int64_t j = 0; j < columns; j++)
-        shares[j] = sc__tile_share(b * out + j, b * out, columns, job->step_w * out, job->w * out);
-    int64_t planes = y->shape[1];
-    for (int64_t p = 0; p < count * planes; p++) {
-        int64_t c = p % planes, plane = (first + p / planes) * channels + c % channels;
-        for (int64_t r = 0; r < rows; r++) {
-            int64_t line = (plane * job->h + a) * out + r;
-            const float *from = buffer + (p * rows + r) * columns;
-            float *to = job->out[c / channels] + (line * job->w + b) * out;
-            float share = sc__tile_share(a * out + r, a * out, rows, job->step_h * out,
-                                         job->h * out);
-            for (int64_t j = 0; j < columns; j++) to[j] += from[j] * share * shares[j];
-        }
-    }
-    return true;
+    return y;
 }
 
-static bool sc__vae_run(sc_vae *v, sc__vae_job *job, int64_t tile) {
-    int64_t f = sc_vae_factor(v), size = tile / f > 8 ? tile / f : 8;
-    job->size_h = tile > 0 && job->h > size ? size : job->h;
-    job->size_w = tile > 0 && job->w > size ? size : job->w;
-    job->step_h = job->size_h - (job->size_h < job->h ? size / 4 : 0);
-    job->step_w = job->size_w - (job->size_w < job->w ? size / 4 : 0);
-    int64_t area = job->size_h * job->size_w, count = SC__VAE_PIXELS / (area * f * f);
-    count = count < 1 ? 1 : count > job->batch ? job->batch : count;
-    int64_t n = 3 * f * f, latents = 2 * v->config.latent_channels; /* values of a latent pixel */
-    n = count * area * (n > latents ? n : latents) + job->size_w * f;
-    float *buffer = (float *)sc__alloc((size_t)n, sizeof *buffer);
-    bool ok = buffer != NULL;
-    for (int64_t first = 0; ok && first < job->batch; first += count) {
-        if (count > job->batch - first) count = job->batch - first;
-        for (int64_t a = 0, end_h = 0; ok && !end_h; a += job->step_h) {
-            end_h = a + job->size_h >= job->h;
-            if (end_h) a = job->h - job->size_h;
-            for (int64_t b = 0, end_w = 0; ok && !end_w; b += job->step_w) {
-                end_w = b + job->size_w >= job->w;
-                if (end_w) b = job->w - job->size_w;
-                ok = sc__vae_tile(v, job, first, count, a, b, buffer);
-            }
+/* in: pictures or latents, out: mean and logvar of latents [B,2C,h,w] or pictures. */
+static bool sc__vae_apply(sc_vae *v, const sc__vae_half *half, int64_t batch, int64_t h, int64_t w,
+                          const float *in, float *out, size_t memory) {
+    const size_t room = 4096, slack = 1 << 16; /* for sums, and to round up */
+    const sc__vae_step *s = half->steps, *last = s + half->count - 1;
+    int64_t f = sc_vae_factor(v), count = 65536 / (h * w * f * f); /* small pictures: several */
+    int64_t in_size = s->in * s->in_side * s->in_side * h * w,
+            out_size = last->out * last->out_side * last->out_side * h * w;
+    bool ok = true;
+    memory = !memory ? SIZE_MAX : memory > slack ? memory - slack : 0;
+    for (int64_t first = 0; ok && first < batch; first += count) {
+        count = count < 1 ? 1 : count > batch - first ? batch - first : count;
+        size_t unit = (size_t)(count * h * w * sc_dtype_size(v->net->backend->activation));
+        const int64_t shape[] = {count, s->in, h * s->in_side, w * s->in_side};
+        sc_tensor *x = NULL;
+        if (sc_tape_reserve(v->tapes[3], unit * (size_t)(in_size / (h * w)) + room))
+            x = sc_from(v->tapes[3], 4, shape, in + first * in_size);
+        for (int i = 0, tape = 3; x && i < half->count; tape = 7 - tape) {
+            sc__vae_run r = sc__vae_next(s + i, half->count - i, h, unit, memory);
+            x = sc__vae_do(v, &r, x, tape);
+            i += r.count;
         }
+        ok = sc_read(v->tapes[0], x, out + first * out_size);
+        sc__vae_release(v, -1);
     }
-    SC_FREE(buffer);
     return ok;
 }
 
 bool sc_vae_encode(sc_vae *v, int64_t batch, int64_t height, int64_t width, const float *pictures,
-                   float *mean, float *logvar, int64_t tile) {
-    int64_t f = sc_vae_factor(v);
+                   float *mean, float *logvar, size_t memory) {
+    int64_t f = sc_vae_factor(v), n = v->config.latent_channels * (height / f) * (width / f);
     if (height < f || width < f || height % f || width % f)
         return sc__fail("VAE: sides of a picture must be multiples of %lld, not %lld x %lld",
                         (long long)f, (long long)width, (long long)height);
-    sc__vae_job job = {.encoder = true, .batch = batch, .h = height / f, .w = width / f,
-                       .input = pictures, .out = {mean, logvar}};
-    int64_t n = batch * v->config.latent_channels * job.h * job.w;
-    memset(mean, 0, (size_t)n * sizeof *mean);
-    memset(logvar, 0, (size_t)n * sizeof *logvar);
-    if (!sc__vae_run(v, &job, tile)) return false;
-    for (int64_t i = 0; i < n; i++)
-        logvar[i] = logvar[i] < -30 ? -30 : logvar[i] > 20 ? 20 : logvar[i];
-    return true;
+    float *both = (float *)sc__alloc((size_t)(2 * batch * n), sizeof *both);
+    bool ok = both && sc__vae_apply(v, &v->encoder, batch, height / f, width / f, pictures, both,
+                                    memory);
+    for (int64_t i = 0; ok && i < batch * n; i++) {
+        const float *sample = both + 2 * n * (i / n);
+        float l = sample[n + i % n];
+        mean[i] = sample[i % n];
+        logvar[i] = l < -30 ? -30 : l > 20 ? 20 : l;
+    }
+    SC_FREE(both);
+    return ok;
 }
 
 bool sc_vae_decode(sc_vae *v, int64_t batch, int64_t h, int64_t w, const float *latents,
-                   float *pictures, int64_t tile) {
-    int64_t f = sc_vae_factor(v);
-    sc__vae_job job = {.batch = batch, .h = h, .w = w, .input = latents, .out = {pictures, NULL}};
-    memset(pictures, 0, (size_t)(batch * 3 * h * w * f * f) * sizeof *pictures);
-    return sc__vae_run(v, &job, tile);
+                   float *pictures, size_t memory) {
+    return sc__vae_apply(v, &v->decoder, batch, h, w, latents, pictures, memory);
 }
 
 /* ---- Latents ---- */
@@ -7746,16 +7848,11 @@ static bool sc__pipeline_vae(sc_pipeline *p) {
     return p->vae != NULL;
 }
 
-enum { SC__VAE_TILE = 1024 }; /* pixels: 3 GiB with FLUX.1's VAE in f32 */
-
-/* The side of tiles: a picture goes through the VAE whole (0) if that takes no more than 8 GiB and
- * half of the memory that is left, since a tile's norms do not see the rest of the picture. At full
- * resolution three tensors as wide as the second level are alive at once. */
-static int64_t sc__pipeline_tile(const sc_pipeline *p, int64_t height, int64_t width) {
-    const sc_vae_config *c = sc_vae_config_of(p->vae);
-    int64_t bytes = 3 * c->channels[c->levels > 1] * sc_dtype_size(p->backend->activation);
-    double limit = fmin(8.0 * (1 << 30), 0.5 * (double)p->backend->memory_left());
-    return (double)bytes * (double)height * (double)width <= limit ? 0 : SC__VAE_TILE;
+/* For the VAE's activations: half of what is left, up to 8 GiB. FLUX.1's needs 3 GiB, in bf16 half,
+ * to compute nothing twice for 1024 x 1024 pixels. */
+static size_t sc__vae_memory(const sc_pipeline *p) {
+    size_t half = p->backend->memory_left() / 2, most = (size_t)8 << 30;
+    return half < most ? half : most;
 }
 
 bool sc_pipeline_encode(sc_pipeline *p, const float *rgb, int width, int height, float *mean,
@@ -7766,7 +7863,7 @@ bool sc_pipeline_encode(sc_pipeline *p, const float *rgb, int width, int height,
     float *latents = (float *)sc__alloc((size_t)(2 * n), sizeof *latents), *deviation = latents + n;
     bool ok =
         latents && sc_vae_encode(p->vae, 1, height, width, rgb, latents, deviation,
-                                 sc__pipeline_tile(p, height, width));
+                                 sc__vae_memory(p));
     if (ok) {
         sc_vae_normalise(p->vae, n, latents, deviation);
         sc_pack_latents(1, channels, h, w, latents, mean);
@@ -7787,8 +7884,7 @@ bool sc_pipeline_decode(sc_pipeline *p, const float *tokens, int batch, int h, i
     if (!p->backend->on_host) sc_tape_reserve(p->tape, 0); /* its memory is the VAE's now */
     sc_unpack_latents(batch, channels, 2 * h, 2 * w, tokens, latents);
     sc_vae_unnormalise(p->vae, n, latents);
-    int64_t f = sc_vae_factor(p->vae), tile = sc__pipeline_tile(p, 2 * h * f, 2 * w * f);
-    bool ok = sc_vae_decode(p->vae, batch, 2 * h, 2 * w, latents, rgb, tile);
+    bool ok = sc_vae_decode(p->vae, batch, 2 * h, 2 * w, latents, rgb, sc__vae_memory(p));
     SC_FREE(latents);
     return ok;
 }

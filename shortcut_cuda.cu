@@ -2083,37 +2083,55 @@ static void cuda_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, co
 
 static const int64_t NORM_SLICE = 8192;
 
-/* (mean, sum of squares about it) of each slice of a group: partial [groups, slices]. */
-__global__ void group_moments_kernel(float2 *partial, const bf16 *x, int64_t size) {
-    int64_t first = (int64_t)blockIdx.x * NORM_SLICE,
+/* (mean, sum of squares about it) of each slice of a plane's `size` values from `begin` on: partial
+ * [planes, slices]. */
+__global__ void group_moments_kernel(float2 *partial, const bf16 *x, int64_t pixels, int64_t begin,
+                                     int64_t size) {
+    int64_t first = (int64_t)blockIdx.y * NORM_SLICE,
             end = first + NORM_SLICE < size ? first + NORM_SLICE : size;
     float sum = 0, square = 0;
-    x += blockIdx.y * size;
+    x += blockIdx.x * pixels + begin;
     for (int64_t i = first + threadIdx.x; i < end; i += blockDim.x) sum += value(x[i]);
     float mean = block_sum(sum) / (float)(end - first);
     for (int64_t i = first + threadIdx.x; i < end; i += blockDim.x)
         square += (value(x[i]) - mean) * (value(x[i]) - mean);
     square = block_sum(square);
     if (threadIdx.x == 0)
-        partial[(int64_t)blockIdx.y * gridDim.x + blockIdx.x] = make_float2(mean, square);
+        partial[(int64_t)blockIdx.x * gridDim.y + blockIdx.y] = make_float2(mean, square);
 }
 
-/* The group's mean and 1 / sqrt(variance + eps) from its slices', in double. One thread to a group.
- */
-__global__ void group_merge_kernel(float2 *moments, const float2 *partial, int64_t groups,
-                                   int64_t slices, int64_t size, float eps) {
+/* Adds the slices of a group's planes to its sums, in double. One thread to a group. */
+__global__ void group_sums_kernel(double *sums, const float2 *partial, int64_t groups,
+                                  int64_t planes, int64_t slices, int64_t size) {
     int64_t g = FLAT_INDEX(1);
     if (g >= groups) return;
-    double mean = 0, square = 0, count = 0;
-    for (int64_t s = 0; s < slices; s++) {
-        double n =
-            (double)(size - s * NORM_SLICE < NORM_SLICE ? size - s * NORM_SLICE : NORM_SLICE);
-        double d = (double)partial[g * slices + s].x - mean;
-        count += n;
-        mean += d * n / count;
-        square += (double)partial[g * slices + s].y + d * d * n * (count - n) / count;
+    for (int64_t i = 0; i < planes * slices; i++) {
+        int64_t left = size - i % slices * NORM_SLICE;
+        double n = (double)(left < NORM_SLICE ? left : NORM_SLICE);
+        float2 slice = partial[g * planes * slices + i];
+        sums[2 * g] += (double)slice.x * n;
+        sums[2 * g + 1] += (double)slice.y + (double)slice.x * (double)slice.x * n;
     }
-    moments[g] = make_float2((float)mean, (float)(1 / sqrt(square / (double)size + (double)eps)));
+}
+
+static void cuda_group_sums(double *sums, const sc_tensor *x, int64_t first, int64_t rows,
+                            int groups) {
+    int64_t planes = x->shape[0] * x->shape[1], width = x->shape[3], size = rows * width;
+    int64_t count = x->shape[0] * groups, slices = ceil_div(size, NORM_SLICE);
+    Scratch<float2> partial(planes * slices);
+    launch("group_moments", group_moments_kernel, dim3((unsigned)planes, (unsigned)slices), 256, 0,
+           partial.p, half_data(x), x->shape[2] * width, first * width, size);
+    launch("group_sums", group_sums_kernel, dim3((unsigned)ceil_div(count, 32)), 32, 0, sums,
+           (const float2 *)partial.p, count, planes / count, slices, size);
+}
+
+/* A group's (mean, 1 / sqrt(variance + eps)). */
+__global__ void group_merge_kernel(float2 *moments, const double *sums, int64_t groups,
+                                   double size, float eps) {
+    int64_t g = FLAT_INDEX(1);
+    if (g >= groups) return;
+    double mean = sums[2 * g] / size, variance = sums[2 * g + 1] / size - mean * mean;
+    moments[g] = make_float2((float)mean, (float)(1 / sqrt(variance + (double)eps)));
 }
 
 __global__ void group_norm_kernel(bf16 *y, const bf16 *x, const float2 *moments, const float *w,
@@ -2127,19 +2145,17 @@ __global__ void group_norm_kernel(bf16 *y, const bf16 *x, const float2 *moments,
     set(y + i, silu ? v / (1 + __expf(-v)) : v);
 }
 
-static void cuda_group_norm(sc_tensor *y, const sc_tensor *x, const sc_tensor *w,
-                            const sc_tensor *b, int groups, float eps, bool silu) {
-    int64_t channels = x->shape[1], pixels = x->shape[2] * x->shape[3],
-            per_group = channels / groups, size = per_group * pixels;
-    int64_t count = x->shape[0] * groups, slices = ceil_div(size, NORM_SLICE), total = sc_count(x);
-    Scratch<float2> partial(count * slices), moments(count);
-    launch("group_moments", group_moments_kernel, dim3((unsigned)slices, (unsigned)count), 256, 0,
-           partial.p, half_data(x), size);
+static void cuda_group_norm(sc_tensor *y, const sc_tensor *x, const double *sums, int64_t size,
+                            const sc_tensor *w, const sc_tensor *b, int groups, float eps,
+                            bool silu) {
+    int64_t channels = x->shape[1], pixels = x->shape[2] * x->shape[3], total = sc_count(x),
+            count = x->shape[0] * groups;
+    Scratch<float2> moments(count);
     launch("group_merge", group_merge_kernel, dim3((unsigned)ceil_div(count, 32)), 32, 0, moments.p,
-           (const float2 *)partial.p, count, slices, size, eps);
+           sums, count, (double)size, eps);
     launch("group_norm", group_norm_kernel, dim3((unsigned)ceil_div(total, 256)), 256, 0,
            (bf16 *)y->data, half_data(x), (const float2 *)moments.p, full_data(w), full_data(b),
-           channels, pixels, per_group, silu, total);
+           channels, pixels, channels / groups, silu, total);
 }
 
 __global__ void upsample_kernel(bf16 *y, const bf16 *x, int64_t width, int64_t total) {
@@ -2299,8 +2315,8 @@ static sc_backend make_table() {
     t.norm_rope = cuda_norm_rope, t.norm_rope_backward = cuda_norm_rope_backward;
     t.attention = cuda_attention, t.attention_backward = cuda_attention_backward;
     t.layer_norm = cuda_layer_norm, t.rms_norm = cuda_rms_norm, t.embed_tokens = cuda_embed_tokens;
-    t.group_norm = cuda_group_norm, t.conv2d = cuda_conv2d, t.upsample = cuda_upsample,
-    t.swap_axes = cuda_swap_axes;
+    t.group_sums = cuda_group_sums, t.group_norm = cuda_group_norm, t.conv2d = cuda_conv2d;
+    t.upsample = cuda_upsample, t.swap_axes = cuda_swap_axes;
     t.mse = cuda_mse, t.mse_backward = cuda_mse_backward, t.update = cuda_update;
     return t;
 }

@@ -1,5 +1,5 @@
 /* The VAE against diffusers (test/reference/make_vae.py), its convolution and norm against plain
- * loops, tiles against whole pictures, and bad configs. */
+ * loops, strips against whole pictures, and bad configs. */
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
 #include "../shortcut.h"
@@ -175,36 +175,36 @@ static void test_reference(const char *name, const char *folder, bool widen) {
     sc_file_close(file);
 }
 
-/* Tiles: shares add up to 1, and an autoencoder without norms' and attention's reach into the whole
- * picture would give the same; here the difference to the whole picture must only be modest. */
-static void test_tiles(void) {
-    for (int64_t length = 9; length < 40; length++)
-        for (int64_t p = 0; p < length; p++) {
-            double sum = 0;
-            for (int64_t b = 0; b < length; b += 6) {
-                int64_t begin = b + 8 < length ? b : length - 8;
-                sum += sc__tile_share(p, begin, 8, 6, length);
-                if (begin != b || b + 8 == length) break;
-            }
-            if (!CHECKED(fabs(sum - 1) < 1e-6)) return;
-        }
-    sc_vae *vae = sc_vae_open(sc_cpu(), REFERENCE "vae_c", false);
+/* Strips: whatever the memory, the same but for rounding. From the least, a few rows at a time, to
+ * one piece. */
+static void test_strips(const char *folder, int64_t batch, int64_t h, int64_t w) {
+    sc_vae *vae = sc_vae_open(sc_cpu(), folder, true);
     if (!CHECKED(vae)) return;
-    enum { H = 20, W = 13, Z = 16 * H * W, P = 3 * 64 * H * W };
-    float *z = malloc(Z * 4), *whole = malloc(P * 4), *tiled = malloc(P * 4);
-    float *mean = malloc(Z * 4), *mean2 = malloc(Z * 4), *logvar = malloc(Z * 4);
+    int64_t f = sc_vae_factor(vae), n = batch * vae->config.latent_channels * h * w;
+    int64_t p = batch * 3 * f * f * h * w;
+    float *memory = malloc((size_t)(5 * n + 2 * p) * 4), *z = memory, *whole = z + 5 * n;
+    float *x = whole + p, *mean = z + n, *logvar = mean + 2 * n; /* and those of one piece after */
     sc_rng rng = {5};
-    sc_normal(&rng, z, Z);
-    CHECK(sc_vae_decode(vae, 1, H, W, z, whole, 0) && sc_vae_decode(vae, 1, H, W, z, tiled, 96));
-    double far = rel_error(tiled, whole, P);
-    CHECK(sc_vae_decode(vae, 1, H, W, z, tiled, 8 * H));
-    CHECK(!memcmp(whole, tiled, P * 4)); /* a tile that covers everything */
-    CHECK(sc_vae_encode(vae, 1, 8 * H, 8 * W, whole, mean, logvar, 0) &&
-          sc_vae_encode(vae, 1, 8 * H, 8 * W, whole, mean2, logvar, 96));
-    double far2 = rel_error(mean2, mean, Z);
-    printf("  tiles of 96 pixels against the whole picture: decode %.2g, encode %.2g\n", far, far2);
-    CHECK(far < 0.5 && far2 < 0.5);
-    free(z), free(whole), free(tiled), free(mean), free(mean2), free(logvar);
+    sc_normal(&rng, z, n);
+    CHECK(sc_vae_decode(vae, batch, h, w, z, whole, 0));
+    CHECK(sc_vae_encode(vae, batch, f * h, f * w, whole, mean + n, logvar + n, 0));
+    size_t all = vae->peak, least = all;
+    double far = 0;
+    for (size_t limit = 1; limit <= all; limit = limit == 1 ? all / 12 : limit + limit / 2) {
+        vae->peak = 0;
+        memset(x, 0xff, (size_t)p * 4);
+        CHECK(sc_vae_decode(vae, batch, h, w, z, x, limit));
+        CHECK(sc_vae_encode(vae, batch, f * h, f * w, whole, mean, logvar, limit));
+        far = fmax(far, rel_error(x, whole, p));
+        far = fmax(far, fmax(rel_error(mean, mean + n, n), rel_error(logvar, logvar + n, n)));
+        least = limit == 1 ? vae->peak : least;
+        CHECK(vae->peak <= limit || vae->peak <= least + 4096);
+        for (int i = 0; i < 5; i++) CHECK(sc_tape_bytes(vae->tapes[i]) == 0);
+    }
+    printf("  %dx%d pixels, from %d KiB down to %d: error %.2g\n", (int)(f * w), (int)(f * h),
+           (int)(all >> 10), (int)(least >> 10), far);
+    CHECK_CLOSE(far, 0, 1e-5);
+    free(memory);
     sc_vae_close(vae);
 }
 
@@ -255,7 +255,9 @@ int main(void) {
     test_reference("vae_c", REFERENCE "vae_c", false);
     if (sc__exists(TINY)) test_reference("vae_tiny", TINY, true);
     else SKIP("no data/tiny-flux/vae");
-    test_tiles();
+    test_strips(REFERENCE "vae_a", 1, 97, 19);
+    test_strips(REFERENCE "vae_b", 3, 61, 7);
+    test_strips(REFERENCE "vae_c", 1, 67, 9);
     test_bad();
     return test_report();
 }
