@@ -513,7 +513,7 @@ static int experiment_main(const options *o) {
     experiment x = {.o = *o};
     const sc_backend *be = sc_device(o->device);
     if (!x.o.lora[0] && sc__exists("lora.safetensors")) x.o.lora[0] = "lora.safetensors";
-    bool ok = be && (x.p = sc_pipeline_open(be, o->model, &(sc_pipeline_options){0})) &&
+    bool ok = be && (x.p = sc_open_model(be, o->model, &(sc_pipeline_options){0})) &&
               evaluator_open(&x.judge, be, o->evaluator);
     if (ok && x.judge.side != x.p->resolution)
         ok = sc__fail("the evaluator looks at %d pixels, the model draws %d", x.judge.side,
@@ -747,6 +747,7 @@ int main(int argc, char **argv) {
     if (count == 0) return experiment_main(&o);
     if (count == 2 && !strcmp(words[0], "info")) return info_main(words[1]);
     if (merge) return merge_main(&o);
-    fprintf(stderr, "%s\n", usage);
+    fprintf(stderr, "%s\n\nerror: '%s' is neither 'info PATH' nor 'merge' (see %s --help)\n",
+            usage, words[0], argv[0]);
     return 2;
 }

@@ -127,9 +127,9 @@ static bool draw(sc_pipeline *p, const options *o, const char *prompt, uint64_t 
     times[3] = sc_seconds();
     ok = ok && sc_picture_save(&(sc_picture){o->width, o->height, rgb}, path, parameters);
     if (ok)
-        printf("%s: \"%.200s\", %d steps, seed %llu (text %.1f s, steps %.1f s, VAE %.1f s)\n",
-               path, prompt, o->steps, (unsigned long long)seed, times[1] - times[0],
-               times[2] - times[1], times[3] - times[2]);
+        printf("%s: \"%.200s\", %d step%s, seed %llu (text %.1f s, steps %.1f s, VAE %.1f s)\n",
+               path, prompt, o->steps, o->steps == 1 ? "" : "s", (unsigned long long)seed,
+               times[1] - times[0], times[2] - times[1], times[3] - times[2]);
     free(parameters);
     free(memory);
     return ok;
@@ -223,6 +223,9 @@ static bool check_options(options *o, const char *steps) {
     if (o->steps < 1 || o->steps > 1000 || (end && *end))
         return sc__fail("STEPS is a number from 1 to 1000, not '%s'", steps);
     if (o->count < 1) return sc__fail("--count is a number from 1 up, not %d", o->count);
+    const char *dot = strrchr(o->out, '.');
+    if (dot && (!strcmp(dot, ".jpg") || !strcmp(dot, ".jpeg")))
+        return sc__fail("--out is a PNG, not '%s'", o->out);
     if (strcmp(o->weights_on, "device") && strcmp(o->weights_on, "host"))
         return sc__fail("--weights-on is device or host, not '%s'", o->weights_on);
     if (strcmp(o->weights, "auto") && strcmp(o->weights, "fp8"))
@@ -234,7 +237,7 @@ static sc_pipeline *open_model(const options *o) {
     const sc_backend *be = sc_device(o->device);
     const sc_pipeline_options how = {.fp8 = !strcmp(o->weights, "fp8"),
                                      .streamed = !strcmp(o->weights_on, "host")};
-    return be ? sc_pipeline_open(be, o->model, &how) : NULL;
+    return be ? sc_open_model(be, o->model, &how) : NULL;
 }
 
 /* What depends on the model: shift, size, LoRAs. */
@@ -264,14 +267,18 @@ int main(int argc, char **argv) {
     if (count < 0) return sc_die();
     const char *prompt = o.prompts ? NULL : words[0], *steps = o.prompts ? words[0] : words[1];
     if ((!prompt && !o.prompts) || (o.prompts && (!o.out_dir || count > 1))) {
-        fprintf(stderr, "%s\n", usage);
+        fprintf(stderr, "%s\n\nerror: %s (see %s --help)\n", usage,
+                !o.prompts ? "which prompt?"
+                : o.out_dir ? "PROMPT and --prompts exclude each other"
+                            : "--prompts needs --out-dir DIR",
+                argv[0]);
         return 2;
     }
     if (!check_options(&o, steps)) return sc_die(), 2;
     sc_set_threads(o.threads);
     sc_catch_interrupt();
     sc_pipeline *p = open_model(&o);
-    bool ok = p && prepare(p, &o);
+    bool ok = p && (o.prompts || sc_can_write(o.out)) && prepare(p, &o);
     if (ok && o.prompts) ok = draw_list(p, &o);
     for (int i = 0; ok && prompt && i < o.count; i++) {
         char path[1024];

@@ -7874,6 +7874,8 @@ bool sc_pipeline_encode(sc_pipeline *p, const float *rgb, int width, int height,
 }
 
 bool sc_pipeline_decode(sc_pipeline *p, const float *tokens, int batch, int h, int w, float *rgb) {
+    if (batch < 1 || h < 1 || w < 1)
+        return sc__fail("decode: %d pictures of %dx%d tokens", batch, w, h);
     if (!sc__pipeline_vae(p)) return false;
     int64_t channels = sc_vae_config_of(p->vae)->latent_channels, n = batch * channels * 4 * h * w;
     if (channels * 4 != p->flux->config.out_channels)

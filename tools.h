@@ -432,4 +432,21 @@ bool sc_parse_recipe(const sc_option *options, int count, const char *model, con
     return ok;
 }
 
+/* Before hours of work: is there a folder to write `path` into? */
+bool sc_can_write(const char *path) {
+    char folder[1024] = ".";
+    const char *slash = strrchr(path, '/');
+    if (slash) snprintf(folder, sizeof folder, "%.*s", (int)(slash - path) + (slash == path), path);
+    return !access(folder, W_OK) || sc__fail("%s: cannot write there: %s", path, strerror(errno));
+}
+
+/* sc_pipeline_open, with what to do where the folder is not there. */
+sc_pipeline *sc_open_model(const sc_backend *be, const char *model,
+                           const sc_pipeline_options *how) {
+    if (sc__exists(model)) return sc_pipeline_open(be, model, how);
+    sc__fail("%s: No such file or directory: run this in the programs' folder, or give --model DIR",
+             model);
+    return NULL;
+}
+
 #endif /* TOOLS_H */

@@ -17,7 +17,7 @@ static const char usage[] =
     "  ./train my-pictures --model FLUX.1-dev --resolution 512\n"
     "  ./train pictures --pretrain --out tiny/transformer       all weights, from random ones\n"
     "\n"
-    "Defaults are the paper's for FLUX.1, unless the model folder has a recipe.json.";
+    "The defaults in [] are those of --model: its recipe.json's, else the paper's for FLUX.1.";
 
 /* Every hyper-parameter; the comments give the paper's values for FLUX.1-dev. */
 typedef struct options {
@@ -282,6 +282,9 @@ static bool load_state(training *t) {
     if (ok) {
         t->step = t->adamw.step = strtoll(step, NULL, 10);
         t->rng.state = strtoull(rng, NULL, 10);
+        if (t->step > t->o.steps)
+            ok = sc__fail("%s is at step %lld already, beyond --steps %d", path,
+                          (long long)t->step, t->o.steps);
     }
     sc_file_close(file);
     return ok;
@@ -345,6 +348,8 @@ static bool preview_panel(training *t, int steps, sc_set set, const float *noise
 static bool preview(training *t) {
     sc_pipeline *p = t->pipeline;
     const sc_flux_config *c = sc_flux_config_of(p->flux);
+    if (!t->batch.h) /* resumed at the last step: there was no batch */
+        t->batch.h = t->pairs[0].h, t->batch.w = t->pairs[0].w;
     int64_t tokens = (int64_t)t->batch.h * t->batch.w, n = tokens * c->in_channels;
     int side = p->token_pixels, height = t->batch.h * side, width = t->batch.w * side;
     int64_t text_size = (int64_t)p->text_tokens * c->text_channels,
@@ -750,7 +755,7 @@ static bool open_model(training *t) {
                                .random = o->pretrain && !o->transformer,
                                .seed = (uint64_t)o->seed,
                                .transformer = o->transformer};
-    if (!be || !(t->pipeline = sc_pipeline_open(be, o->model, &how))) return false;
+    if (!be || !(t->pipeline = sc_open_model(be, o->model, &how))) return false;
     if (o->text_tokens) t->pipeline->text_tokens = o->text_tokens;
     if (o->resolution) t->pipeline->resolution = o->resolution;
     sc_flux_checkpointing(t->pipeline->flux, o->checkpointing);
@@ -868,7 +873,8 @@ int main(int argc, char **argv) {
     if (!check_options(&t.o)) return sc_die(), 2;
     sc_set_threads(t.o.threads);
     sc_catch_interrupt();
-    bool ok = open_model(&t) && load_data(&t) && open_params(&t);
+    bool ok = (whole || sc_can_write(t.o.out)) && open_model(&t) && load_data(&t) &&
+              open_params(&t);
     if (ok && !t.o.dry_run && mkdir(t.o.run, 0777) && errno != EEXIST)
         ok = sc__fail("%s: %s", t.o.run, strerror(errno));
     if (ok) {

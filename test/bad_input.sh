@@ -105,8 +105,8 @@ check "no merged folder is left" test ! -e "$dir/merged"
 
 # ---- Writing ----
 fails 1 "cannot write" train --steps 1 --out "$dir/none/lora"
-check "what was learned is in the state" quiet train --steps 1 --resume
 fails 1 "cannot write" train --steps 1 --out "$dir"
+check "what was learned is in the state" quiet train --steps 1 --resume
 fails 1 "run" train --steps 1 --run "$dir/prompts/run"
 rm -f "$dir/lora" "$dir/out.png" "$dir/run/state.safetensors"
 ( # a full disk: files of at most 10 KiB
@@ -153,6 +153,7 @@ for signal in INT TERM KILL; do
     check "SIG$signal and --resume equal a run that was not stopped" same "$dir/got" "$dir/expected"
 done
 fails 1 "does not fit" train --steps 40 --rank 2 --resume
+fails 1 "beyond --steps" long --steps 1 --resume
 head -c 300 "$dir/run/state.safetensors" >"$dir/cut"
 cp "$dir/cut" "$dir/run/state.safetensors"
 fails 1 "truncated" long --resume
