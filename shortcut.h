@@ -5586,7 +5586,7 @@ static sc__vae_run sc__vae_plan(const sc__vae_step *s, int count, int64_t h, siz
         sc__vae_kind kind = s[i].kind;
         int64_t side = s[i].in_side > s[i].out_side ? s[i].in_side : s[i].out_side;
         int64_t n = (s[i].in > s[i].out ? s[i].in : s[i].out) * side * side;
-        if (kind == SC__ATTENTION) n *= 5; /* on one of the tapes */
+        if (kind == SC__ATTENTION && count > 1) n *= 5; /* sc__vae_do knows better if alone */
         largest = n > largest ? n : largest;
         r.norms += kind == SC__RESNET ? 2 : kind == SC__OUT || kind == SC__ATTENTION;
         if (kind == SC__UP) wrong *= 2;
@@ -5604,7 +5604,7 @@ static sc__vae_run sc__vae_plan(const sc__vae_step *s, int count, int64_t h, siz
 }
 
 /* The next run of the `left` steps from s on: in one piece as many as fit; else in strips, to the
- * first result that leaves a quarter of the memory to them; else whatever takes least. */
+ * first result that leaves a fifth of the memory to them; else whatever takes least. */
 static sc__vae_run sc__vae_next(const sc__vae_step *s, int left, int64_t h, size_t unit,
                                 size_t memory) {
     for (int n = left; n > 0; n--) {
@@ -5614,7 +5614,7 @@ static sc__vae_run sc__vae_next(const sc__vae_step *s, int left, int64_t h, size
     sc__vae_run best = {.kept = SIZE_MAX};
     for (int n = 1; n <= left && s[n - 1].kind != SC__ATTENTION; n++) {
         sc__vae_run r = sc__vae_plan(s, n, h, unit, memory);
-        if (r.kept <= memory / 4 * 3 && r.kept + 3 * r.strip <= memory) return r;
+        if (r.kept <= memory / 5 * 4 && r.kept + 3 * r.strip <= memory) return r;
         if (r.kept + 3 * r.strip < best.kept + 3 * best.strip) best = r;
     }
     return best;
@@ -5743,9 +5743,11 @@ static sc_tensor *sc__vae_do(sc_vae *v, sc__vae_run *r, const sc_tensor *x, int 
     size_t sums = 2 * groups * (size_t)r->norms * sizeof *r->sums, held = 0;
     size_t result = (size_t)(shape[0] * shape[1] * shape[2] * shape[3] * sc_dtype_size(x->dtype));
     sc__vae_release(v, from);
-    for (int i = 0; i < 5; held += sc_tape_bytes(v->tapes[i++]))
-        if (i != from && !sc_tape_reserve(v->tapes[i], (i < 3 ? r->strip : result + sums) + room))
-            return NULL;
+    for (int i = 0; i < 5; held += sc_tape_bytes(v->tapes[i++])) {
+        bool five = i == !v->turn && r->count == 1 && r->steps->kind == SC__ATTENTION;
+        size_t bytes = i >= 3 ? result + sums : five ? 5 * r->strip : r->strip;
+        if (i != from && !sc_tape_reserve(v->tapes[i], bytes + room)) return NULL;
+    }
     v->peak = held > v->peak ? held : v->peak;
     sc_tensor *y = sc_new(v->tapes[7 - from], 4, shape);
     r->sums = (double *)sc__arena_take(&v->tapes[7 - from]->device, sums);
