@@ -484,7 +484,8 @@ bool sc_params_report(sc_params *params, double *loss, double *norm);
 /* ==== LoRA files ====
  * Written: safetensors, PEFT names, transformer.<module>.lora_A.weight [rank, in] and
  * .lora_B.weight [out, rank], bf16, the scale alpha / rank multiplied into B. Read: those, with any
- * rank and alpha, and the names of diffusers, kohya, OneTrainer, BFL and ComfyUI. */
+ * rank and alpha (tensors, diffusers' metadata, or PEFT's adapter_config.json beside its
+ * adapter_model.safetensors), and the names of diffusers, kohya, OneTrainer, BFL and ComfyUI. */
 bool sc_lora_save(const sc_params *params, sc_set set, const char *path,
                   const char *const *metadata);
 /* The loaded LoRAs, with their scales, as one file in kohya's names (lora_unet_..., bf16): the
@@ -4922,29 +4923,84 @@ typedef struct sc__factors {    /* of one LoRA on one layer; a NULL: it has none
     float *a, *b;               /* [rank, in], [out, rank]; b has the file's own scale in it */
 } sc__factors;
 
-/* alpha / rank. alpha is a tensor (kohya), or in the metadata (diffusers); without one it is the
- * rank. */
-static bool sc__lora_own_scale(const sc_file *file, const char *stem, int length, int64_t rank,
-                               float *scale) {
+/* A LoRA file, and the config of PEFT that goes with it, or NULL: diffusers writes it into the
+ * file's metadata, PEFT beside adapter_model.safetensors. */
+typedef struct sc__lora {
+    sc_file *file;
+    sc_json *config;
+} sc__lora;
+
+static void sc__lora_close(sc__lora *l) {
+    sc_json_free(l->config);
+    sc_file_close(l->file);
+}
+
+static bool sc__lora_open(sc__lora *l, const char *path) {
+    static const char weights[] = "adapter_model.safetensors", config[] = "adapter_config.json";
+    *l = (sc__lora){.file = sc_file_open(path)};
+    if (!l->file) return false;
+    const char *own = l->file->path, *text = sc_file_metadata(l->file, "lora_adapter_metadata");
+    size_t n = strlen(own), m = sizeof weights - 1;
+    if (text) l->config = sc_json_parse(text, strlen(text), own);
+    if (text || n < m || strcmp(own + n - m, weights)) return !text || l->config;
+    char *beside = (char *)sc__alloc(n, 1);
+    if (beside) snprintf(beside, n, "%.*s%s", (int)(n - m), own, config);
+    bool there = beside && sc__exists(beside);
+    if (there) l->config = sc_json_load(beside);
+    SC_FREE(beside);
+    return beside && (!there || l->config);
+}
+
+/* diffusers puts the name of the model before each key. */
+static const sc_json *sc__lora_setting(const sc__lora *l, const char *key) {
+    char full[64];
+    snprintf(full, sizeof full, "transformer.%s", key);
+    const sc_json *value = sc_json_get(l->config, full);
+    return value ? value : sc_json_get(l->config, key);
+}
+
+/* The config's alpha for a module; left alone where there is none. The first of PEFT's patterns
+ * that fits counts: the end of a name from a dot on or, behind a ^, the whole of it. */
+static bool sc__lora_config_alpha(const sc__lora *l, const char *module, float *alpha) {
+    const sc_json *patterns = sc__lora_setting(l, "alpha_pattern");
+    *alpha = (float)sc_json_number(sc__lora_setting(l, "lora_alpha"), *alpha);
+    for (int64_t i = 0; i < sc_json_length(patterns); i++) {
+        const char *pattern = sc_json_key(patterns, i);
+        if (!pattern) break;
+        bool whole = *pattern == '^';
+        const char *name = pattern + whole;
+        size_t n = strlen(module), m = strlen(name);
+        if (strpbrk(name, "*+?()[]{}|^$\\"))
+            return sc__fail("%s: the alpha_pattern '%s' is a regular expression; only names are "
+                            "read here", l->file->path, pattern);
+        if (m > n || strcmp(module + n - m, name)) continue;
+        if (m < n && (whole || module[n - m - 1] != '.')) continue;
+        *alpha = (float)sc_json_number(sc_json_value(patterns, i), *alpha);
+        break;
+    }
+    return true;
+}
+
+/* What B A is multiplied by: alpha / rank, with rsLoRA alpha / sqrt(rank). alpha is a tensor
+ * (kohya) or in the config; without either it is the rank. */
+static bool sc__lora_own_scale(const sc__lora *l, const char *module, const char *stem, int length,
+                               int64_t rank, float *scale) {
     char name[512];
     float alpha = (float)rank;
+    if (!sc__lora_config_alpha(l, module, &alpha)) return false;
     snprintf(name, sizeof name, "%.*s.alpha", length, stem);
-    sc__entry *e = sc__find_entry(file, name);
-    const char *text = sc_file_metadata(file, "lora_adapter_metadata");
-    sc_json *json = text ? sc_json_parse(text, strlen(text), file->path) : NULL;
-    const sc_json *value = sc_json_get(json, "transformer.lora_alpha");
-    if (!value) value = sc_json_get(json, "lora_alpha");
-    alpha = (float)sc_json_number(value, alpha);
+    sc__entry *e = sc__find_entry(l->file, name);
     if (e) e->used = true;
     if (e && sc_count(&e->tensor) == 1) sc_to_f32(&alpha, e->tensor.data, e->tensor.dtype, 1);
-    sc_json_free(json);
-    *scale = alpha / (float)rank;
-    return isfinite(alpha) || sc__fail("%s: '%s' is %g", file->path, name, alpha);
+    bool root = sc_json_bool(sc__lora_setting(l, "use_rslora"), false);
+    *scale = alpha / (root ? sqrtf((float)rank) : (float)rank);
+    return isfinite(alpha) || sc__fail("%s: '%s' is %g", l->file->path, name, alpha);
 }
 
 /* The factors of `module`, whose weight is w [out, in], if the file has any. */
-static bool sc__lora_read(const sc_file *file, const char *module, const sc_tensor *w,
+static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor *w,
                           sc__factors *x) {
+    const sc_file *file = l->file;
     const sc__alias *alias = NULL;
     sc__entry *a = NULL, *b = NULL;
     char name[512];
@@ -4969,7 +5025,7 @@ static bool sc__lora_read(const sc_file *file, const char *module, const sc_tens
                         (long long)w->shape[0], (long long)w->shape[1]);
     int64_t na = sc_count(&a->tensor), nb = sc_count(&rows);
     float scale;
-    if (!sc__lora_own_scale(file, a->name, stem, x->rank, &scale)) return false;
+    if (!sc__lora_own_scale(l, module, a->name, stem, x->rank, &scale)) return false;
     x->a = (float *)sc__alloc((size_t)(na + nb), sizeof *x->a);
     if (!x->a) return false;
     x->b = x->a + na;
@@ -5060,21 +5116,21 @@ static bool sc__lora_add(const sc_backend *be, sc_linear_layer *layer, const sc_
 
 bool sc_lora_load(sc_flux *f, const char *path, float scale, sc_lora_report *report) {
     *report = (sc_lora_report){0};
-    sc_file *file = sc_file_open(path);
-    bool ok = file != NULL;
+    sc__lora file;
+    bool ok = sc__lora_open(&file, path);
     for (int i = 0; ok && i < f->module_count; i++) {
         sc__factors x;
         sc_linear_layer *layer = f->modules[i].layer;
-        ok = sc__lora_read(file, f->modules[i].name, layer->weight, &x);
+        ok = sc__lora_read(&file, f->modules[i].name, layer->weight, &x);
         if (!ok || !x.a) continue;
         ok = sc__lora_add(f->net->backend, layer, &x, scale);
         SC_FREE(x.a);
     }
-    if (ok) sc__lora_count(file, report);
+    if (ok) sc__lora_count(file.file, report);
     if (ok && !report->applied)
         ok = sc__fail("%s: 0 of %d LoRA layers fit this model: is it a LoRA for another one?", path,
                       report->total);
-    sc_file_close(file);
+    sc__lora_close(&file);
     return ok;
 }
 
@@ -5181,13 +5237,13 @@ float sc_lora_scale(const char *path, int steps) {
 }
 
 bool sc_lora_start(sc_params *p, const char *path) {
-    sc_file *file = sc_file_open(path);
-    bool ok = file != NULL;
+    sc__lora file;
+    bool ok = sc__lora_open(&file, path);
     for (int i = 0; ok && i < p->flux->module_count; i++) {
         const char *module = p->flux->modules[i].name;
         const sc_tensor *w = p->flux->modules[i].layer->weight;
         sc__factors x;
-        ok = sc__lora_read(file, module, w, &x);
+        ok = sc__lora_read(&file, module, w, &x);
         if (ok && !x.a) ok = sc__fail("%s: no factors for '%s'", path, module);
         if (ok && x.rank != p->rank)
             ok = sc__fail("%s: rank %lld; this run has rank %d", path, (long long)x.rank, p->rank);
@@ -5199,7 +5255,7 @@ bool sc_lora_start(sc_params *p, const char *path) {
         }
         SC_FREE(x.a);
     }
-    sc_file_close(file);
+    sc__lora_close(&file);
     return ok;
 }
 

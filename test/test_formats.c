@@ -12,7 +12,7 @@
 typedef struct tensors {
     sc_named named[600];
     sc_tensor tensor[600];
-    char name[600][160];
+    char name[600][400];
     int count;
 } tensors;
 
@@ -33,7 +33,7 @@ static void free_tensors(tensors *t) {
 static char folder[64];
 
 static const char *in_folder(const char *name) {
-    static char path[4][200];
+    static char path[4][300];
     static int turn;
     turn = (turn + 1) % 4;
     snprintf(path[turn], sizeof path[turn], "%s/%s", folder, name);
@@ -401,6 +401,45 @@ static void test_dialects(void) {
     sc_flux_close(f), sc_flux_close(base);
 }
 
+/* What B A is multiplied by, where no tensor says it: PEFT's config beside its file or, with
+ * diffusers, inside of it. The pattern of one name must not fit another that ends alike. */
+static void test_lora_configs(void) {
+    static const char *const configs[] = {
+        "{\"lora_alpha\": 3, \"alpha_pattern\": {\"^proj_out\": 6, \"to_q\": 9, \"attn.to_q\": 1}}",
+        "{\"lora_alpha\": 1.5, \"use_rslora\": true, \"alpha_pattern\": {\"^proj_out\": 3, \"attn.to_q\": 4.5, \"q\": 1}}",
+        "{\"transformer.lora_alpha\": 3, \"transformer.use_rslora\": false, \"text_encoder.lora_alpha\": 5,"
+        " \"transformer.alpha_pattern\": {\"proj_out_\": 4, \"^proj_out\": 6, \"to_q\": 9}}",
+        "{\"lora_alpha\": 1, \"alpha_pattern\": {\"attn.*\": 3}}", "{\"lora_alpha\": 1"};
+    sc_flux *base = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
+    sc_flux *f = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
+    sc_lora_report report;
+    mkdir(in_folder("peft"), 0777);
+    for (int inside = 0; inside < 2; inside++)
+        for (int i = 0; i < 5; i++) {
+            float **w = zero_differences(f);
+            tensors *t = random_lora(f, inside ? 0 : 2, 4, 3, 5, w);
+            for (int m = 0; m < f->module_count; m++) {
+                const char *name = f->modules[m].name, *last = strrchr(name, '.');
+                float more = !strcmp(name, "proj_out") ? 2 : last && !strcmp(last, ".to_q") ? 3 : 1;
+                for (int64_t j = 0; j < sc_count(f->modules[m].layer->weight); j++) w[m][j] *= more;
+            }
+            const char *path = in_folder(inside ? "inside.safetensors" : "peft/adapter_model.safetensors");
+            const char *const metadata[] = {"lora_adapter_metadata", configs[i], NULL};
+            CHECK(sc_file_save(path, t->named, t->count, inside ? metadata : NULL));
+            CHECK(inside || sc__write_file(in_folder("peft/adapter_config.json"), configs[i], strlen(configs[i])));
+            if (i < 3) CHECK(sc_lora_load(f, path, 1, &report) && merged_error(f, base, w) < 1e-5);
+            else {
+                CHECK(!sc_lora_load(f, path, 1, &report) && strstr(sc_error(), i == 3 ? "regular expression" : inside ? path : "adapter_config"));
+                CHECK(merged_error(f, base, zero_differences(f)) == 0);
+                for (int m = 0; m < f->module_count; m++) free(w[m]);
+                free(w);
+            }
+            sc_lora_unload(f);
+            free_tensors(t);
+        }
+    sc_flux_close(f), sc_flux_close(base);
+}
+
 static void test_bad_loras(void) {
     sc_flux *f = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
     sc_lora_report report;
@@ -490,6 +529,7 @@ int main(void) {
     test_bad_weights();
     test_parts();
     test_dialects();
+    test_lora_configs();
     test_bad_loras();
     test_real();
     remove_tree(folder);
