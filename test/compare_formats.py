@@ -17,10 +17,12 @@ import numpy
 import torch
 import transformers
 from diffusers import FluxTransformer2DModel
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from formats import (bfl_dense, bfl_factors, contiguous, dense, lora_factors, lora_file, own_state, pipeline, to_bfl, to_fp8,
+from formats import (bfl_factors, contiguous, dense, lora_factors, lora_file, own_state, pipeline, scaled, split, to_bfl, to_fp8, together,
                      write_all_in_one, write_diffusers, write_single_files)
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
@@ -74,7 +76,7 @@ def texts(name, pipe, folder):
     model, encode = os.path.join(folder, "model"), os.path.join(folder, "encode")
     write_single_files(pipe, model, {"x": torch.zeros(1)})
     subprocess.run([os.environ.get("CC", "cc"), "-std=c99", "-O2", "-w", os.path.join(ROOT, "test", "encode.c"), "-o", encode, "-lm"], check=True)
-    for tokens in (256, 512) if name == "wide" else (16, 40):
+    for tokens in 40, 256, 512:
         out = os.path.join(folder, "texts.safetensors")
         subprocess.run([encode, model, str(tokens), out], input=b"".join(t.encode() + b"\0" for t in TEXTS), check=True)
         ours, worst = load_file(out), 0
@@ -167,63 +169,123 @@ def from_bfl(bfl, model, folder):
     return model
 
 
-def merged(model, folder, *loras):
+def check_merge(what, model, sd, folder, factors, *loras):
+    """What merging adds to each weight is the product of these factors; all else stays as it is. Returns what was printed."""
     out = os.path.join(folder, "merged")
     shutil.rmtree(out, ignore_errors=True)
     text = program("shortcut", "merge", "--model", model, "--out", out, *(x for l in loras for x in ("--lora", l)))
-    return load_file(os.path.join(out, "diffusion_pytorch_model.safetensors")), text
-
-
-def check_merge(what, model, sd, folder, expected, *loras):
-    after, text = merged(model, folder, *loras)
-    error = max(relative(after[k + ".weight"] - sd[k + ".weight"], d) for k, d in expected.items())
+    error, changed = 0, 0
+    with safe_open(os.path.join(out, "diffusion_pytorch_model.safetensors"), "pt") as after:
+        for k, v in sd.items():
+            if k[:-7] in factors and k.endswith(".weight"):
+                error = max(error, relative(after.get_tensor(k) - v, dense(factors[k[:-7]])))
+            else:
+                changed += not torch.equal(after.get_tensor(k), v)
+    shutil.rmtree(out)
     report(f"{what}: merged difference", error, 2e-5)
-    report(f"{what}: tensors changed that should not be", sum(not torch.equal(after[k], v) for k, v in sd.items() if k[:-7] not in expected), 0)
+    report(f"{what}: tensors changed that should not be", changed, 0)
     return text
 
 
-def loras(name, pipe, noise, folder):
-    sd = contiguous(pipe.transformer.state_dict())
-    model = write_diffusers(pipe, os.path.join(folder, "model"))
-    path = os.path.join(folder, "lora.safetensors")
-    few = {k: f for k, f in lora_factors(sd, 3, 9).items() if "norm_out" not in k and "time_text" not in k}
-    for dialect in "peft", "bare", "model", "old", "onetrainer", "kohya", "comfy", "comfy-down":
-        fused = dialect in ("kohya", "comfy", "comfy-down")
-        factors = (bfl_factors if fused else lora_factors)(sd, 5 if fused else 4, 7)
-        alpha = {"kohya": 3, "comfy-down": 8, "peft": 2}.get(dialect)
-        expected = dense(factors, 0.5 * (1 if alpha is None else alpha / (5 if fused else 4)))
+def differences(transformer, adapter):
+    """Of each layer, as peft adds it."""
+    return {n: m.get_delta_weight(adapter) for n, m in transformer.named_modules() if adapter in getattr(m, "lora_A", {})}
+
+
+FUSED = "kohya", "comfy", "comfy-down"
+
+
+def understood(dialect, factors, wide):
+    """The layers that diffusers reads right (0.35; checked by check_understood). Of BFL's, it names those outside of the blocks without its
+    own prefix and then leaves them out, and refuses the file if they have alphas; it knows linear1 at FLUX.1-dev's width only. Of OneTrainer's
+    it reads attention and what is outside of the blocks."""
+    if dialect in FUSED:
+        return {k: f for k, f in factors.items() if "blocks." in k and (wide or "linear1" not in k)}
+    if dialect == "onetrainer":
+        return {k: f for k, f in factors.items() if "attn." in k or "blocks." not in k}
+    return factors
+
+
+def check_understood(name, pipe, path):
+    """That `understood` leaves out no layer which diffusers would take from a kohya file, and that it takes the others as they are."""
+    factors = {k: f for k, f in bfl_factors(pipe.transformer.state_dict(), 5, 7).items() if name == "wide" or "linear1" not in k}
+    save_file(lora_file(factors, "kohya"), path)
+    pipe.load_lora_weights(path, adapter_name="x")
+    theirs, usable = differences(pipe.transformer, "x"), split(understood("kohya", factors, name == "wide"))
+    pipe.unload_lora_weights()
+    report(f"{name}, LoRA kohya: layers read by diffusers other than those of the blocks", len(set(theirs) ^ set(usable)), 0)
+    report(f"{name}, LoRA kohya: diffusers' differences of those", max(relative(theirs[k], dense(f)) for k, f in usable.items()), 1e-5)
+
+
+def against_diffusers(what, pipe, model, noise, folder, ours, theirs):
+    pipe.load_lora_weights(theirs, adapter_name="x")
+    compare_model(f"{what}, against diffusers' loader", pipe, model, noise, folder, "--lora", ours + ":1")
+    pipe.unload_lora_weights()
+
+
+def dialects(name, pipe, sd, model, noise, folder):
+    path, other = os.path.join(folder, "lora.safetensors"), os.path.join(folder, "other.safetensors")
+    for dialect in ("peft", *FUSED) if name == "wide" else ("peft", "bare", "model", "old", "onetrainer", *FUSED):
+        rank, what = 5 if dialect in FUSED else 4, f"{name}, LoRA {dialect}"
+        factors = (bfl_factors if dialect in FUSED else lora_factors)(sd, rank, 7)
+        alpha = {"kohya": 3, "comfy-down": 8, "peft": 2, "onetrainer": 6}.get(dialect)
+        expected = scaled(factors, 0.5 * (1 if alpha is None else alpha / rank))
         save_file(lora_file(factors, dialect, alpha), path)
-        text = check_merge(f"{name}, LoRA {dialect}", model, sd, folder, bfl_dense(expected) if fused else expected, path + ":0.5")
-        n = len(factors)
-        report(f"{name}, LoRA {dialect}: applied {n}/{n} is said", int(f"applied {n}/{n}" not in text), 0)
-        if dialect in ("peft", "old") or (dialect == "kohya" and name == "wide"):
-            usable = {k: f for k, f in factors.items() if "blocks." in k} if fused else factors  # diffusers drops the others
-            save_file(lora_file(usable, dialect), path)
-            pipe.load_lora_weights(path, adapter_name="x")
-            compare_model(f"{name}, LoRA {dialect}, against diffusers' loader", pipe, model, noise, folder, "--lora", path + ":1")
-            pipe.unload_lora_weights()
-    other = os.path.join(folder, "other.safetensors")
+        text = check_merge(what, model, sd, folder, split(expected) if dialect in FUSED else expected, path + ":0.5")
+        report(f"{what}: applied {len(factors)}/{len(factors)} is said", int(f"applied {len(factors)}/{len(factors)}" not in text), 0)
+        usable = understood(dialect, factors, name == "wide")
+        save_file(lora_file(usable, dialect, alpha), path)
+        # These names diffusers does not know at all: it gets the same factors under others.
+        save_file(lora_file(usable, {"comfy": "kohya", "bare": "peft", "model": "peft"}.get(dialect, dialect), alpha), other)
+        against_diffusers(what, pipe, model, noise, folder, path, other)
+
+
+def configs(name, pipe, sd, model, noise, folder):
+    """PEFT's folder with adapter_config.json, and both of diffusers' files, which hold that in their metadata."""
+    for rslora in False, True:
+        names = [k[:-7] for k, v in sd.items() if v.ndim == 2]
+        config = LoraConfig(r=4, lora_alpha=6, target_modules=names, use_rslora=rslora, init_lora_weights=False,
+                            rank_pattern={"attn.to_q": 2, "^proj_out": 3}, alpha_pattern={"^proj_out": 5, "attn.to_k": 9, "net.2": 1})
+        peft = get_peft_model(copy.deepcopy(pipe.transformer), config)
+        folders = [os.path.join(folder, x) for x in ("PEFTs_folder", "diffusers_adapter", "diffusers_weights")]
+        peft.save_pretrained(folders[0])
+        transformer = peft.get_base_model()
+        transformer.peft_config = peft.peft_config
+        transformer.save_lora_adapter(folders[1], adapter_name="default")
+        pipe.save_lora_weights(folders[2], get_peft_model_state_dict(transformer, adapter_name="default"),
+                               transformer_lora_adapter_metadata=peft.peft_config["default"].to_dict())
+        expected = {k: (torch.eye(d.shape[1]), d) for k, d in differences(transformer, "default").items()}
+        for f in folders:
+            what = f"{name}, LoRA in {os.path.basename(f)}{', rsLoRA' if rslora else ''}"
+            check_merge(what, model, sd, folder, expected, f + ":1")
+        against_diffusers(what, pipe, model, noise, folder, folders[2], folders[2])
+
+
+def loras(name, pipe, noise, folder):
+    sd = pipe.transformer.state_dict()
+    model = write_diffusers(pipe, os.path.join(folder, "model"))
+    path, other = os.path.join(folder, "lora.safetensors"), os.path.join(folder, "other.safetensors")
+    check_understood(name, pipe, path)
+    dialects(name, pipe, sd, model, noise, folder)
+    if name != "wide":
+        configs(name, pipe, sd, model, noise, folder)
+    few = {k: f for k, f in lora_factors(sd, 3, 9).items() if "norm_out" not in k and "time_text" not in k}
     factors = bfl_factors(sd, 2, 11)
     save_file(lora_file(few, "peft"), path)
     save_file(lora_file(factors, "kohya"), other)
-    both = bfl_dense(dense(factors, 1.5))
-    for k, d in dense(few, -0.7).items():
-        both[k] = both[k] + d
-    check_merge(f"{name}, two LoRAs with scales", model, sd, folder, both, path + ":-0.7", other + ":1.5")
+    check_merge(f"{name}, two LoRAs with scales", model, sd, folder, together(scaled(few, -0.7), split(scaled(factors, 1.5))), path + ":-0.7", other + ":1.5")
     # Exported: the same differences from kohya's file, up to bf16 factors (exact, where they came as bf16).
     exact = {k: (a.bfloat16().float(), b.bfloat16().float()) for k, (a, b) in lora_factors(sd, 4, 7).items()}
     save_file(lora_file(exact, "peft"), path)
     program("shortcut", "merge", "--model", model, "--kohya", "--out", other, "--lora", path + ":1")
-    check_merge(f"{name}, exported to kohya's names", model, sd, folder, dense(exact), other + ":1")
-    if name == "wide":
-        kept = {k: v for k, v in load_file(other).items() if "_blocks_" in k}
-        save_file(kept, other)
-        pipe.load_lora_weights(other, adapter_name="x")
-        compare_model(f"{name}, exported to kohya's names, against diffusers' loader", pipe, model, noise, folder, "--lora", other + ":1")
-        pipe.unload_lora_weights()
+    check_merge(f"{name}, exported to kohya's names", model, sd, folder, exact, other + ":1")
+    save_file({k: v for k, v in load_file(other).items() if "_blocks_" in k and (name == "wide" or "linear1" not in k)}, other)
+    against_diffusers(f"{name}, exported to kohya's names", pipe, model, noise, folder, other, other)
 
 
 def main(names):
+    if "wide" in names and not os.environ.get("SHORTCUT_FLUX_DIR"):
+        sys.exit("wide needs FLUX.1-dev's tokenizers: set SHORTCUT_FLUX_DIR to its folder")
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             pipe = pipeline(name)

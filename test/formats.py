@@ -188,37 +188,47 @@ def lora_file(factors, dialect, alpha=None):
     return out
 
 
-def dense(factors, scale=1.0):
-    """{module: scale B A}"""
-    return {name: scale * (b.double() @ a.double()) for name, (a, b) in factors.items()}
+def dense(factors):
+    a, b = factors
+    return b.double() @ a.double()
 
 
-def bfl_dense(differences):
-    """The same on diffusers' modules, of differences on BFL's."""
+def scaled(factors, scale):
+    return {name: (a, scale * b) for name, (a, b) in factors.items()}
+
+
+def together(one, other):
+    """Factors of the sum."""
+    return {name: tuple(torch.cat([f[name][i] for f in (one, other) if name in f], i) for i in (0, 1)) for name in {**one, **other}}
+
+
+def split(factors):
+    """Factors on BFL's layers as those on diffusers' modules: A for all parts, B by rows."""
     out = {}
-    for name, d in differences.items():
-        n = d.shape[1] if "linear1" in name else d.shape[0] // 3
+    for name, (a, b) in factors.items():
         block = "single_transformer_blocks." if name.startswith("single") else "transformer_blocks."
         where = block + name.split(".")[1] + "." if "blocks." in name else ""
-        added = ".txt_attn." in name
-        if name.endswith("qkv") or name.endswith("linear1"):
-            for i, x in enumerate(("add_q_proj", "add_k_proj", "add_v_proj") if added else ("to_q", "to_k", "to_v")):
-                out[where + "attn." + x] = d[i * n:(i + 1) * n]
-            if name.endswith("linear1"):
-                out[where + "proj_mlp"] = d[3 * n:]
-            continue
-        if name == "final_layer.adaLN_modulation.1":
-            shift, scale = d.chunk(2)
-            out["norm_out.linear"] = torch.cat([scale, shift])
-            continue
         last = name.split(".", 2)[2] if where else name
-        out[where + {"img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear", "img_attn.proj": "attn.to_out.0",
-                     "txt_attn.proj": "attn.to_add_out", "img_mlp.0": "ff.net.0.proj", "img_mlp.2": "ff.net.2", "txt_mlp.0": "ff_context.net.0.proj",
-                     "txt_mlp.2": "ff_context.net.2", "modulation.lin": "norm.linear", "linear2": "proj_out", "img_in": "x_embedder",
-                     "txt_in": "context_embedder", "final_layer.linear": "proj_out",
-                     "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1", "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-                     "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1", "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-                     "vector_in.in_layer": "time_text_embed.text_embedder.linear_1", "vector_in.out_layer": "time_text_embed.text_embedder.linear_2"}[last]] = d
+        if last.endswith("qkv") or last == "linear1":
+            n = a.shape[1]  # q, k and v are as wide as their input
+            for i, x in enumerate(("add_q_proj", "add_k_proj", "add_v_proj") if last.startswith("txt") else ("to_q", "to_k", "to_v")):
+                out[f"{where}attn.{x}"] = a, b[i * n:(i + 1) * n]
+            if last == "linear1":
+                out[where + "proj_mlp"] = a, b[3 * n:]
+        elif name == "final_layer.adaLN_modulation.1":
+            shift, scale = b.chunk(2)
+            out["norm_out.linear"] = a, torch.cat([scale, shift])
+        else:
+            out[where + {
+                "img_mod.lin": "norm1.linear", "txt_mod.lin": "norm1_context.linear", "img_attn.proj": "attn.to_out.0",
+                "txt_attn.proj": "attn.to_add_out", "img_mlp.0": "ff.net.0.proj", "img_mlp.2": "ff.net.2", "txt_mlp.0": "ff_context.net.0.proj",
+                "txt_mlp.2": "ff_context.net.2", "modulation.lin": "norm.linear", "linear2": "proj_out", "img_in": "x_embedder",
+                "txt_in": "context_embedder", "final_layer.linear": "proj_out",
+                "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1", "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+                "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+                "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+                "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+                "vector_in.out_layer": "time_text_embed.text_embedder.linear_2"}[last]] = a, b
     return out
 
 
