@@ -133,7 +133,8 @@ def to_ldm(sd, levels):
 
 
 def to_fp8(sd, convention):
-    """Matrices as e4m3fn; convention: None (plain cast), 'scale_weight' (ComfyUI, with its marker) or 'weight_scale'. Also what the file then means."""
+    """Matrices as e4m3fn; convention: None (plain cast), 'scale_weight' (ComfyUI, with its marker)
+    or 'weight_scale', both with scales of activations too, which change no weight. Also what the file then means."""
     out, meaning = {}, {}
     for name, x in sd.items():
         if x.ndim != 2 or not name.endswith(".weight"):
@@ -145,8 +146,9 @@ def to_fp8(sd, convention):
         meaning[name] = out[name].float() * scale
         if convention:
             out[name[:-len("weight")] + convention] = scale
+            out[name[:-len("weight")] + {"scale_weight": "scale_input", "weight_scale": "input_scale"}[convention]] = torch.tensor(3.0)
     if convention == "scale_weight":
-        out["scaled_fp8"] = torch.zeros(2, dtype=FP8)
+        out["scaled_fp8"] = torch.zeros(0, dtype=FP8)
     return out, meaning
 
 

@@ -269,6 +269,46 @@ static void test_bad_weights(void) {
     free_tensors(t);
 }
 
+/* The reference's weights in diffusers' layout: half of them in one shard, half in another. */
+static sc_flux *open_shards(const tensors *t, const char *second) {
+    FILE *index = fopen(in_folder("bad/x.safetensors.index.json"), "w");
+    fprintf(index, "{\"weight_map\": {");
+    for (int i = 0; i < t->count; i++)
+        fprintf(index, "%s\"%s\": \"%s\"", i ? ", " : "", t->name[i], i < t->count / 2 ? "1.safetensors" : second);
+    fprintf(index, "}}");
+    fclose(index);
+    return sc_flux_open(sc_cpu(), in_folder("bad"), false, false, 0);
+}
+
+static void test_model_shards(void) {
+    sc_flux *original = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
+    sc_file *f = sc_file_open(MODEL "/diffusion_pytorch_model.safetensors");
+    tensors *t = new_tensors();
+    int64_t rows, columns;
+    for (int64_t i = 0; i < sc_file_count(f); i++) {
+        float *v = values(f, sc_file_name(f, i), &rows, &columns);
+        add(t, sc_file_name(f, i), SC_F32, rows, columns, v);
+    }
+    int n = t->count, half = n / 2;
+    remove(in_folder("bad/flux.safetensors"));
+    CHECK(sc_file_save(in_folder("bad/1.safetensors"), t->named, half, NULL));
+    CHECK(sc_file_save(in_folder("bad/2.safetensors"), t->named + half, n - half, NULL));
+    CHECK(sc_file_save(in_folder("2.safetensors"), t->named + half, n - half, NULL));
+    sc_flux *whole = open_shards(t, "2.safetensors");
+    CHECK(whole && difference(whole, original) == 0);
+    refused(open_shards(t, "3.safetensors"), "3.safetensors: No such file");
+    refused(open_shards(t, "../2.safetensors"), "is not a plain file name");
+    t->tensor[n - 1].shape[0]--; /* a shard of another model: the same names, other sizes */
+    CHECK(sc_file_save(in_folder("bad/2.safetensors"), t->named + half, n - half, NULL));
+    refused(open_shards(t, "2.safetensors"), "here");
+    t->tensor[n - 1].shape[0]++;
+    CHECK(sc_file_save(in_folder("bad/2.safetensors"), t->named + half, n - half - 1, NULL)); /* or other names */
+    refused(open_shards(t, "2.safetensors"), "is not in its shard '2.safetensors'");
+    sc_flux_close(whole), sc_flux_close(original);
+    sc_file_close(f);
+    free_tensors(t);
+}
+
 /* ---- Where parts are ---- */
 
 static void test_parts(void) {
@@ -383,6 +423,14 @@ static void test_dialects(void) {
         sc_lora_unload(f);
         free_tensors(t);
     }
+    /* A layer whose alpha is missing: it is the rank. */
+    float **one = zero_differences(f);
+    tensors *lone = random_lora(f, 5, 4, 4, 5, one);
+    snprintf(lone->name[2], sizeof lone->name[2], "%s", "lora_unet_img_in.alph");
+    CHECK(sc_lora_load(f, save(lone, "lora.safetensors"), 1, &report) && strstr(report.missed, "img_in.alph"));
+    CHECK(merged_error(f, base, one) < 1e-5);
+    sc_lora_unload(f);
+    free_tensors(lone);
     /* Two files with scales, one of them negative, on top of each other; then both as kohya's. */
     float **w = zero_differences(f), **again = zero_differences(f);
     tensors *t = random_lora(f, 0, 3, 3 * 0.5f, 6, w), *u = random_lora(f, 5, 2, -2, 7, w);
@@ -407,8 +455,7 @@ static void test_lora_configs(void) {
     static const char *const configs[] = {
         "{\"lora_alpha\": 3, \"alpha_pattern\": {\"^proj_out\": 6, \"to_q\": 9, \"attn.to_q\": 1}}",
         "{\"lora_alpha\": 1.5, \"use_rslora\": true, \"alpha_pattern\": {\"^proj_out\": 3, \"attn.to_q\": 4.5, \"q\": 1}}",
-        "{\"transformer.lora_alpha\": 3, \"transformer.use_rslora\": false, \"text_encoder.lora_alpha\": 5,"
-        " \"transformer.alpha_pattern\": {\"proj_out_\": 4, \"^proj_out\": 6, \"to_q\": 9}}",
+        "{\"transformer.lora_alpha\": 3, \"transformer.use_rslora\": false, \"transformer.alpha_pattern\": {\"^proj_out\": 6, \"to_q\": 9}}",
         "{\"lora_alpha\": 1, \"alpha_pattern\": {\"attn.*\": 3}}", "{\"lora_alpha\": 1"};
     sc_flux *base = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
     sc_flux *f = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
@@ -459,13 +506,14 @@ static void test_bad_loras(void) {
     CHECK(strstr(report.missed, "down_blocks_0") && strstr(report.missed, "...") && strlen(report.missed) < sizeof report.missed);
     t->count++;
     free_tensors(t);
-    static const char *const words[] = {"has no partner", "another model", "holds NaN", "another model"};
-    for (int i = 0; i < 4; i++) {
+    static const char *const words[] = {"has no partner", "another model", "holds NaN", "another model", ".alpha' is"};
+    for (int i = 0; i < 5; i++) {
         t = random_lora(f, 5, 2, 2, 8, NULL);
         if (i == 0) snprintf(t->name[1], sizeof t->name[1], "nothing");
         if (i == 1) t->tensor[1].shape[0]--;
         if (i == 2) ((float *)t->tensor[1].data)[3] = NAN;
         if (i == 3) t->tensor[0].shape[0]--;
+        if (i == 4) *(float *)t->tensor[2].data = INFINITY;
         CHECK(!sc_lora_load(f, save(t, "lora.safetensors"), 1, &report) && strstr(sc_error(), words[i]));
         if (!strstr(sc_error(), words[i])) printf("  %s\n", sc_error());
         sc_lora_unload(f);
@@ -527,6 +575,7 @@ int main(void) {
     test_layouts();
     test_shapes();
     test_bad_weights();
+    test_model_shards();
     test_parts();
     test_dialects();
     test_lora_configs();
