@@ -57,6 +57,8 @@ build:
 	mkdir -p build
 build/test_%: test/test_%.c test/test.h shortcut.h tools.h | build
 	$(CC) $(BASE) -Wno-unused-function $(CFLAGS) $< -o $@ $(LIBS)
+build/encode: test/encode.c shortcut.h | build
+	$(CC) $(BASE) $(CFLAGS) $< -o $@ $(LIBS)
 # The same tests of a build with plain C products, on one thread.
 build/test_%_plain: test/test_%.c test/test.h shortcut.h tools.h | build
 	$(CC) -std=c99 -pedantic -Wall -Wextra -Wno-unused-function $(CFLAGS) $< -o $@ -lm

@@ -73,12 +73,12 @@ TEXTS = ["", "a", "a lighthouse at dusk, long exposure, " * 60, "красный 
 
 def texts(name, pipe, folder):
     """Context and pooled vectors of awkward prompts, at two lengths."""
-    model, encode = os.path.join(folder, "model"), os.path.join(folder, "encode")
+    model = os.path.join(folder, "model")
     write_single_files(pipe, model, {"x": torch.zeros(1)})
-    subprocess.run([os.environ.get("CC", "cc"), "-std=c99", "-O2", "-w", os.path.join(ROOT, "test", "encode.c"), "-o", encode, "-lm"], check=True)
-    for tokens in 40, 256, 512:
+    subprocess.run(["make", "-s", "-C", ROOT, "build/encode"], check=True)
+    for tokens in (256, 512) if name == "wide" else (40, 256, 512):
         out = os.path.join(folder, "texts.safetensors")
-        subprocess.run([encode, model, str(tokens), out], input=b"".join(t.encode() + b"\0" for t in TEXTS), check=True)
+        subprocess.run([os.path.join(ROOT, "build", "encode"), model, str(tokens), out], input=b"".join(t.encode() + b"\0" for t in TEXTS), check=True)
         ours, worst = load_file(out), 0
         for i, text in enumerate(TEXTS):
             with torch.no_grad():
