@@ -37,6 +37,7 @@ static struct {
     void *workspace;      /* cuBLASLt's */
     size_t shared_memory; /* a block's limit, bytes */
     int capability;       /* 90: 9.0 */
+    int processors;
 } gpu;
 
 static bool fail(const char *what, const char *why) {
@@ -1925,8 +1926,8 @@ static void flash_backward(Attention a, int64_t batch, sc_tensor *q) {
         (size_t)(2 * BN * D + N_STAGES * 2 * 64 * D + 2 * 64 * BN) * sizeof(bf16);
     int64_t tiles = ceil_div(a.nk, BN), n = batch * a.nq * a.heads * D,
             items = batch * a.nq * a.heads;
-    /* A few blocks for each of a GPU's 100 to 200 processors, while the parts of dQ fit 512 MiB. */
-    int64_t splits = ceil_div(264, batch * a.heads), most = ((int64_t)512 << 20) / (4 * n);
+    /* Two blocks for each processor, while the parts of dQ fit 512 MiB. */
+    int64_t splits = ceil_div(2 * gpu.processors, batch * a.heads), most = ((int64_t)512 << 20) / (4 * n);
     if (splits > tiles) splits = tiles;
     if (splits > most) splits = most < 1 ? 1 : most;
     Scratch<float> parts(splits * n), delta(items);
@@ -2354,6 +2355,7 @@ static bool open_device() {
         return sc_set_error(text);
     }
     gpu.capability = 10 * major + minor;
+    gpu.processors = properties.multiProcessorCount;
     gpu.shared_memory = (size_t)shared;
     if (!open_cublas()) return false;
     bool ok =

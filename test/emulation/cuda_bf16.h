@@ -5,7 +5,9 @@
 
 struct __nv_bfloat16 { uint16_t bits; };
 
-static inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float((uint32_t)x.bits << 16); }
+static inline float __bfloat162float(__nv_bfloat16 x) {
+    return __uint_as_float((uint32_t)x.bits << 16);
+}
 static inline __nv_bfloat16 __float2bfloat16_rn(float f) { /* to nearest, ties to even */
     uint32_t bits;
     memcpy(&bits, &f, 4);

@@ -2,10 +2,12 @@
  * that their indexing, barriers and arithmetic are tested on machines without a GPU.
  *
  * Blocks run one after the other. The threads of a block are fibres: each runs until it waits (at a
- * barrier, a shuffle, a matrix instruction) and then the next one goes on, in rising or falling
- * order (emulation_order), so that a missing barrier shows as a difference between the two. A copy
- * to shared memory (cp.async) takes place when it is waited for, not before. Memory is filled with
- * NaN when it is handed out, and writes beyond a block's ends are found when it is given back. */
+ * barrier, a shuffle, a matrix instruction), then another lane of its warp goes on, and the next
+ * warp only when all lanes wait at the block's barrier: as on a GPU one warp may be far ahead of
+ * the others, so a missing barrier shows, if not at once then as a difference between two orders
+ * (emulation_order: warps rising or falling, lanes by odd steps below 32). A copy to shared memory
+ * (cp.async) takes place when it is waited for, not before. Memory is filled with NaN when it is
+ * handed out, and writes beyond a block's ends are found when it is given back. */
 #ifndef EMULATED_CUDA_RUNTIME_H
 #define EMULATED_CUDA_RUNTIME_H
 #include <math.h>
@@ -46,7 +48,7 @@ struct dim3 {
 
 static dim3 gridDim, blockDim;
 static uint3 blockIdx, threadIdx;
-static int emulation_order = 1; /* 1: threads run in rising order, -1: in falling order */
+static int emulation_order = 1; /* from one thread to the next that runs */
 extern "C" void sc_emulation_order(int order) { emulation_order = order; }
 
 static const char *emulation_kernel; /* the one that runs */
@@ -77,7 +79,7 @@ static struct {
     ucontext_t main, fibre[EMULATION_THREADS];
     char *stack[EMULATION_THREADS];
     int count, current, running; /* threads of the block; the one that runs; those not finished */
-    bool finished[EMULATION_THREADS];
+    bool finished[EMULATION_THREADS], blocked[EMULATION_THREADS]; /* blocked: at the barrier */
     int waiting, arrivals; /* at the block's barrier; barriers passed */
     int warp_arrived[32], warp_passed[32];
     uint32_t exchange[2][EMULATION_THREADS][4]; /* what lanes show each other, by turns */
@@ -92,12 +94,25 @@ static struct {
 
 static inline void *shared_memory() { return emulation.shared; }
 
-/* The next thread that has not finished goes on; back to the launch if there is none. */
+/* A lane of the warp that can go on, from `lane` on; -1: none. */
+static inline int emulation_lane(int warp, int lane) {
+    for (int k = 1; k <= 32; k++) {
+        int i = warp * 32 + (lane + k * (emulation_order + 32)) % 32;
+        if (i < emulation.count && !emulation.finished[i] && !emulation.blocked[i]) return i;
+    }
+    return -1;
+}
+
+/* The next thread that can go on does; back to the launch if all have finished. */
 static inline void emulation_yield() {
-    int from = emulation.current, next = from;
+    int from = emulation.current, warps = (emulation.count + 31) / 32, next = -1;
     if (emulation.running == 0) { setcontext(&emulation.main); }
-    do next = (next + emulation_order + emulation.count) % emulation.count;
-    while (emulation.finished[next]);
+    for (int w = 0; w < warps && next < 0; w++) {
+        int ahead = emulation_order > 0 ? w : warps - w;
+        next = emulation_lane((from / 32 + ahead) % warps, from % 32);
+    }
+    while (next < 0 || emulation.finished[next]) /* all wait: one of them opens the barrier */
+        next = (next < 0 ? from + 1 : next + 1) % emulation.count;
     if (next == from) return;
     emulation.current = next;
     threadIdx.x = (unsigned)next;
@@ -112,15 +127,21 @@ static inline void emulation_start() {
     emulation_yield();
 }
 
+/* Threads that have returned do not count, as on a GPU since compute capability 7.0. */
+static inline void emulation_open() {
+    if (emulation.waiting < emulation.running) return;
+    emulation.waiting = 0, emulation.arrivals++;
+    memset(emulation.blocked, 0, sizeof emulation.blocked);
+}
+
 static inline void __syncthreads() {
-    int passed = emulation.arrivals;
-    /* Threads that have returned do not count, as on a GPU since compute capability 7.0. */
-    if (++emulation.waiting >= emulation.running) emulation.waiting = 0, emulation.arrivals++;
+    int passed = emulation.arrivals, self = emulation.current;
+    emulation.waiting++, emulation.blocked[self] = true;
+    emulation_open();
     for (int tries = 0; emulation.arrivals == passed; tries++) {
         if (tries > 1 << 20) emulation_die("a barrier that not all threads reach");
         emulation_yield();
-        if (emulation.arrivals == passed && emulation.waiting >= emulation.running)
-            emulation.waiting = 0, emulation.arrivals++;
+        if (emulation.arrivals == passed) emulation_open();
     }
 }
 
@@ -136,7 +157,7 @@ static inline void emulation_warp_barrier() {
 }
 
 static void emulation_prepare(int i) {
-    emulation.finished[i] = false;
+    emulation.finished[i] = emulation.blocked[i] = false;
     emulation.turn[i] = emulation.copy_count[i] = emulation.group[i] = 0;
     emulation.warp_arrived[i / 32] = 0;
     if (!emulation.stack[i]) emulation.stack[i] = (char *)malloc(EMULATION_STACK);
@@ -284,7 +305,7 @@ enum { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorNoDevice = 100 }
 enum { cudaMemcpyDefault, cudaStreamNonBlocking, cudaEventDisableTiming };
 struct cudaDeviceProp {
     char name[256];
-    int major, minor;
+    int major, minor, multiProcessorCount;
     size_t sharedMemPerBlockOptin;
 };
 
@@ -304,7 +325,7 @@ static inline cudaError_t cudaDriverGetVersion(int *version) {
 static inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     snprintf(p->name, sizeof p->name, "emulated GPU");
-    p->major = 9, p->minor = 0, p->sharedMemPerBlockOptin = emulation_shared_limit;
+    p->major = 9, p->minor = 0, p->multiProcessorCount = 1, p->sharedMemPerBlockOptin = emulation_shared_limit;
     return cudaSuccess;
 }
 /* Guards of known bytes lie around a block; its size is kept in front of it. */
