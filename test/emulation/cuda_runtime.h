@@ -325,7 +325,8 @@ static inline cudaError_t cudaDriverGetVersion(int *version) {
 static inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     snprintf(p->name, sizeof p->name, "emulated GPU");
-    p->major = 9, p->minor = 0, p->multiProcessorCount = 1, p->sharedMemPerBlockOptin = emulation_shared_limit;
+    p->major = 9, p->minor = 0, p->multiProcessorCount = 1;
+    p->sharedMemPerBlockOptin = emulation_shared_limit;
     return cudaSuccess;
 }
 /* Guards of known bytes lie around a block; its size is kept in front of it. */
