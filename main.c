@@ -561,16 +561,18 @@ static bool info_file(const char *path) {
     printf(")\n");
     static const char *const keys[] = {"base_model", "method", "rank",   "alpha",
                                        "steps",      "seed",   "scales", "command"};
-    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
-        if (sc_file_metadata(file, keys[i]))
-            printf("  %s: %s\n", keys[i], sc_file_metadata(file, keys[i]));
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
+        if (!sc_file_metadata(file, keys[i])) continue;
+        printf("  %s", keys[i]);
+        sc_print_text(stdout, ": ", sc_file_metadata(file, keys[i]));
+    }
     sc_file_close(file);
     return true;
 }
 
 /* How many names were printed, of those that go with `heading`; the first few are. */
 static void info_name(const char *heading, const char *name, int count) {
-    if (count < 8) printf("    %s %s\n", heading, name);
+    if (count < 8) printf("    %s", heading), sc_print_text(stdout, " ", name);
     if (count == 8) printf("    ...\n");
 }
 

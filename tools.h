@@ -192,6 +192,13 @@ double sc_seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
+/* A line with text that came out of a file: control characters, which a terminal obeys, become ?. */
+void sc_print_text(FILE *to, const char *heading, const char *text) {
+    fputs(heading, to);
+    for (; *text; text++) fputc((unsigned char)*text < ' ' || *text == 127 ? '?' : *text, to);
+    fputc('\n', to);
+}
+
 /* FILE or FILE:SCALE (else the file's own scale for `steps`); prints "applied n/N" and the rest. */
 bool sc_load_lora_argument(sc_flux *flux, const char *argument, int steps) {
     char path[1024], *end = NULL;
@@ -206,7 +213,7 @@ bool sc_load_lora_argument(sc_flux *flux, const char *argument, int steps) {
     fprintf(stderr, "%s: applied %d/%d, scale %g%s\n", path, report.applied, report.total, scale,
             given ? "" : " (FILE:SCALE to change)");
     if (report.applied < report.total)
-        fprintf(stderr, "warning: these fit no layer: %s\n", report.missed);
+        sc_print_text(stderr, "warning: these fit no layer: ", report.missed);
     return true;
 }
 

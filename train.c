@@ -271,6 +271,7 @@ static bool load_state(training *t) {
     sc_file *file = sc_file_open(path);
     if (!file) return false;
     const char *step = sc_file_metadata(file, "step"), *rng = sc_file_metadata(file, "rng");
+    const char *command = sc_file_metadata(file, "command");
     bool ok = (step && rng) || sc__fail("%s: not a training state", path);
     for (int i = 0; ok && i < n; i++) {
         const sc_tensor *x = sc_file_find(file, named[i].name);
@@ -286,6 +287,8 @@ static bool load_state(training *t) {
             ok = sc__fail("%s is at step %lld already, beyond --steps %d", path,
                           (long long)t->step, t->o.steps);
     }
+    if (ok && command) /* with other options it would be another run */
+        sc_print_text(stderr, "resumed; this run was saved by: ", command);
     sc_file_close(file);
     return ok;
 }
@@ -873,10 +876,10 @@ int main(int argc, char **argv) {
     if (!check_options(&t.o)) return sc_die(), 2;
     sc_set_threads(t.o.threads);
     sc_catch_interrupt();
-    bool ok = (whole || sc_can_write(t.o.out)) && open_model(&t) && load_data(&t) &&
-              open_params(&t);
+    bool ok = open_model(&t) && load_data(&t) && open_params(&t);
     if (ok && !t.o.dry_run && mkdir(t.o.run, 0777) && errno != EEXIST)
         ok = sc__fail("%s: %s", t.o.run, strerror(errno));
+    ok = ok && (whole || sc_can_write(t.o.out)); /* perhaps in the run folder */
     if (ok) {
         set_recipe(&t);
         print_plan(&t, table, count);

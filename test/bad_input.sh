@@ -93,6 +93,14 @@ rm -rf "$model"
 # ---- Other files ----
 fails 1 "another model" ./sample x 1 --lora test/reference/pipeline_a/lora.safetensors
 fails 1 "not a safetensors" ./sample x 1 --lora README.md
+# What a file says does not steer the terminal.
+header='{"__metadata__":{"command":"\u001b[31m"},"a\u001b[2J":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}} '
+while [ $((${#header} % 8)) -ne 0 ]; do header="$header "; done
+{
+    printf "\\$(printf %o ${#header})\\0\\0\\0\\0\\0\\0\\0"
+    printf '%s\0\0\0\0' "$header"
+} >"$dir/steering.safetensors"
+check "control characters in metadata" test "$(./shortcut info "$dir/steering.safetensors" | grep -a -c "command: ?.31m")" -eq 1
 fails 1 "needs a tensor 'noise'" sample --noise test/reference/pipeline_a/lora.safetensors
 : >"$dir/prompts"
 fails 1 "no prompts" ./sample --prompts "$dir/prompts" 1 --no-lora --out-dir "$dir/set"
