@@ -919,8 +919,8 @@ void sc_to_f32(float *dst, const void *src, sc_dtype dtype, int64_t n) {
 /* Vectorisable e^x, within 2 ulp in f32: x = n ln 2 + r, e^x = 2^n * polynomial(r). */
 static inline float sc__exp(float x) {
     x = x < -87.f ? -87.f : x > 88.f ? 88.f : x;
-    float n = x * 1.44269504f + 12582912.f; /* adding 1.5 * 2^23 rounds to an integer */
-    n -= 12582912.f;
+    float shifted = x * 1.44269504f + 12582912.f, n = shifted - 12582912.f;
+    /* adding 1.5 * 2^23 rounds to an integer, which then is the low bits of `shifted` */
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
@@ -929,7 +929,7 @@ static inline float sc__exp(float x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.f;
-    return p * sc__from_bits((uint32_t)((int32_t)n + 127) << 23);
+    return p * sc__from_bits((sc__to_bits(shifted) + 127) << 23);
 }
 static inline float sc__sigmoid(float x) { return 1.f / (1.f + sc__exp(-x)); }
 
