@@ -749,7 +749,7 @@ int main(int argc, char **argv) {
     if (count == 0) return experiment_main(&o);
     if (count == 2 && !strcmp(words[0], "info")) return info_main(words[1]);
     if (merge) return merge_main(&o);
-    fprintf(stderr, "%s\n\nerror: '%s' is neither 'info PATH' nor 'merge' (see %s --help)\n",
-            usage, words[0], argv[0]);
+    fprintf(stderr, "%s\n\nerror: '%s' is neither 'info PATH' nor 'merge' (see %s --help)\n", usage,
+            words[0], argv[0]);
     return 2;
 }

@@ -247,9 +247,9 @@ static bool prepare(sc_pipeline *p, options *o) {
     o->width = o->height = p->resolution;
     if (o->shift && strcmp(o->shift, "auto") && !(strtof(o->shift, &end) > 0 && !*end))
         return sc__fail("--shift is a positive number or auto, not '%s'", o->shift);
-    if (o->size && (sscanf(o->size, "%dx%d", &o->width, &o->height) != 2 || o->width < 1 ||
-                    o->height < 1 || o->width > 1 << 14 || o->height > 1 << 14 ||
-                    o->width % side || o->height % side))
+    if (o->size &&
+        (sscanf(o->size, "%dx%d", &o->width, &o->height) != 2 || o->width < 1 || o->height < 1 ||
+         o->width > 1 << 14 || o->height > 1 << 14 || o->width % side || o->height % side))
         return sc__fail("--size is WxH in multiples of %d pixels, not '%s'", side, o->size);
     if (!o->lora[0] && !o->no_lora && sc__exists("lora.safetensors"))
         o->lora[0] = "lora.safetensors";
@@ -260,15 +260,21 @@ static bool prepare(sc_pipeline *p, options *o) {
 
 int main(int argc, char **argv) {
     sc_start(argv);
-    options o = {.model = "data/tiny-flux", .out = "out.png", .device = "auto", .weights = "auto",
-                 .weights_on = "device", .guidance = 3.5f, .count = 1, .seed = 1};
+    options o = {.model = "data/tiny-flux",
+                 .out = "out.png",
+                 .device = "auto",
+                 .weights = "auto",
+                 .weights_on = "device",
+                 .guidance = 3.5f,
+                 .count = 1,
+                 .seed = 1};
     const char *words[2] = {NULL, NULL};
     int count = read_options(&o, argc, argv, words);
     if (count < 0) return sc_die();
     const char *prompt = o.prompts ? NULL : words[0], *steps = o.prompts ? words[0] : words[1];
     if ((!prompt && !o.prompts) || (o.prompts && (!o.out_dir || count > 1))) {
         fprintf(stderr, "%s\n\nerror: %s (see %s --help)\n", usage,
-                !o.prompts ? "which prompt?"
+                !o.prompts  ? "which prompt?"
                 : o.out_dir ? "PROMPT and --prompts exclude each other"
                             : "--prompts needs --out-dir DIR",
                 argv[0]);

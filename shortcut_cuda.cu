@@ -634,8 +634,9 @@ static void cuda_column_sum(float *sum, const void *x, int64_t rows, int64_t col
     X(MatmulDescSetAttribute)                                                                      \
     X(MatrixLayoutCreate)                                                                          \
     X(MatrixLayoutDestroy)                                                                         \
-    X(MatrixLayoutSetAttribute) X(MatmulPreferenceCreate) X(MatmulPreferenceSetAttribute)          \
-        X(MatmulPreferenceDestroy) X(MatmulAlgoGetHeuristic)
+    X(MatrixLayoutSetAttribute)                                                                    \
+    X(MatmulPreferenceCreate) X(MatmulPreferenceSetAttribute) X(MatmulPreferenceDestroy)           \
+        X(MatmulAlgoGetHeuristic)
 
 /* Found at run time, so that the program starts where the library is missing. */
 static struct {
@@ -1927,7 +1928,8 @@ static void flash_backward(Attention a, int64_t batch, sc_tensor *q) {
     int64_t tiles = ceil_div(a.nk, BN), n = batch * a.nq * a.heads * D,
             items = batch * a.nq * a.heads;
     /* Two blocks for each processor, while the parts of dQ fit 512 MiB. */
-    int64_t splits = ceil_div(2 * gpu.processors, batch * a.heads), most = ((int64_t)512 << 20) / (4 * n);
+    int64_t splits = ceil_div(2 * gpu.processors, batch * a.heads),
+            most = ((int64_t)512 << 20) / (4 * n);
     if (splits > tiles) splits = tiles;
     if (splits > most) splits = most < 1 ? 1 : most;
     Scratch<float> parts(splits * n), delta(items);
@@ -2127,8 +2129,8 @@ static void cuda_group_sums(double *sums, const sc_tensor *x, int64_t first, int
 }
 
 /* A group's (mean, 1 / sqrt(variance + eps)). */
-__global__ void group_merge_kernel(float2 *moments, const double *sums, int64_t groups,
-                                   double size, float eps) {
+__global__ void group_merge_kernel(float2 *moments, const double *sums, int64_t groups, double size,
+                                   float eps) {
     int64_t g = FLAT_INDEX(1);
     if (g >= groups) return;
     double mean = sums[2 * g] / size, variance = sums[2 * g + 1] / size - mean * mean;

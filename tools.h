@@ -192,7 +192,7 @@ double sc_seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-/* A line with text that came out of a file: control characters, which a terminal obeys, become ?. */
+/* A line with text out of a file: control characters, which a terminal obeys, become ?. */
 void sc_print_text(FILE *to, const char *heading, const char *text) {
     fputs(heading, to);
     for (; *text; text++) fputc((unsigned char)*text < ' ' || *text == 127 ? '?' : *text, to);

@@ -55,7 +55,8 @@ static options defaults(void) {
     return (options){.model = "data/tiny-flux",
                      .run = "run",
                      .device = "auto",
-                     .weights = "auto", .weights_on = "device",
+                     .weights = "auto",
+                     .weights_on = "device",
                      .rank = 64,
                      .steps = 10000,
                      .batch = 8,
@@ -284,8 +285,8 @@ static bool load_state(training *t) {
         t->step = t->adamw.step = strtoll(step, NULL, 10);
         t->rng.state = strtoull(rng, NULL, 10);
         if (t->step > t->o.steps)
-            ok = sc__fail("%s is at step %lld already, beyond --steps %d", path,
-                          (long long)t->step, t->o.steps);
+            ok = sc__fail("%s is at step %lld already, beyond --steps %d", path, (long long)t->step,
+                          t->o.steps);
     }
     if (ok && command) /* with other options it would be another run */
         sc_print_text(stderr, "resumed; this run was saved by: ", command);
@@ -429,7 +430,7 @@ static bool report_step(training *t, int64_t step, double *loss, double *norm) {
 typedef struct progress {
     FILE *csv;
     double started, smooth;
-    int64_t first, told;            /* steps done before this run; steps reported */
+    int64_t first, told; /* steps done before this run; steps reported */
 } progress;
 
 static bool tell_step(training *t, progress *p) {
@@ -609,8 +610,8 @@ static uint64_t mix_part(uint64_t hash, const char *model, sc__part_kind part) {
 /* What the cache depends on: pictures, captions, sizes, and the networks that encode them. */
 static void fingerprint_of(const training *t, const sc_dataset *data, char text[32]) {
     static const char *const files[] = {
-        "vae/config.json", "text_encoder/config.json", "text_encoder_2/config.json",
-        "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json",
+        "vae/config.json",           "text_encoder/config.json", "text_encoder_2/config.json",
+        "tokenizer/vocab.json",      "tokenizer/merges.txt",     "tokenizer/tokenizer_config.json",
         "tokenizer_2/tokenizer.json"};
     uint64_t hash = 0xcbf29ce484222325u;
     char path[1024];

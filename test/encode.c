@@ -21,7 +21,10 @@ int main(int argc, char **argv) {
         int64_t widths[2] = {(int64_t)length * t->t5_width, t->clip_width};
         for (int k = 0; k < 2; k++) {
             sc_tensor *x = &tensors[count + k];
-            *x = (sc_tensor){.dtype = SC_F32, .ndim = 1, .shape = {widths[k]}, .data = sc__alloc((size_t)widths[k], 4)};
+            *x = (sc_tensor){.dtype = SC_F32,
+                             .ndim = 1,
+                             .shape = {widths[k]},
+                             .data = sc__alloc((size_t)widths[k], 4)};
             snprintf(names[count + k], sizeof *names, "%s.%d", k ? "pooled" : "context", count / 2);
             named[count + k] = (sc_named){names[count + k], x, SC_F32};
         }

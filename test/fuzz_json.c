@@ -11,8 +11,8 @@
 #endif
 
 /* What must hold, sanitizers or not. */
-#define MUST(condition) \
-    do { \
+#define MUST(condition)                                                                            \
+    do {                                                                                           \
         if (!(condition)) fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition), abort(); \
     } while (0)
 
@@ -30,7 +30,8 @@ static void json_write(sc__text *t, const sc_json *v) {
         sc__text_add(t, number,
                      (size_t)snprintf(number, sizeof number, "%.17g", sc_json_number(v, NAN)));
         break;
-    case SC__ARRAY: case SC__OBJECT:
+    case SC__ARRAY:
+    case SC__OBJECT:
         sc__text_add(t, object ? "{" : "[", 1);
         for (int64_t i = 0; i < sc_json_length(v); i++) {
             if (i) sc__text_add(t, ",", 1);

@@ -12,8 +12,8 @@
 #endif
 
 #ifndef MUST
-#define MUST(condition) \
-    do { \
+#define MUST(condition)                                                                            \
+    do {                                                                                           \
         if (!(condition)) fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition), abort(); \
     } while (0)
 #endif
@@ -38,7 +38,7 @@ static volatile double fuzz_sink; /* or the sums would be optimised away */
 
 /* Reads `size` bytes as sc_file_open reads the mapping of a file. */
 static bool read_safetensors(const void *bytes, size_t size) {
-    sc_file f = {.path = (char *)(uintptr_t)"fuzz.safetensors"};
+    sc_file f = {.path = (char *)(uintptr_t) "fuzz.safetensors"};
     sc__mapping part = {.data = malloc(size ? size : 1), .size = size};
     MUST(part.data);
     if (size) memcpy(part.data, bytes, size);

@@ -8,17 +8,19 @@
 
 static int test_passed, test_failed, test_skipped;
 
-#define CHECK(condition)                                                                 \
-    do {                                                                                 \
-        if (condition) test_passed++;                                                    \
-        else test_failed++, printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+#define CHECK(condition)                                                                           \
+    do {                                                                                           \
+        if (condition) test_passed++;                                                              \
+        else test_failed++, printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);         \
     } while (0)
 
-#define CHECK_CLOSE(a, b, limit)                                                              \
-    do {                                                                                      \
-        double a_ = (a), b_ = (b);                                                            \
-        if (fabs(a_ - b_) <= (limit)) test_passed++;                                          \
-        else test_failed++, printf("%s:%d: %s = %g, should be %g\n", __FILE__, __LINE__, #a, a_, b_); \
+#define CHECK_CLOSE(a, b, limit)                                                                   \
+    do {                                                                                           \
+        double a_ = (a), b_ = (b);                                                                 \
+        if (fabs(a_ - b_) <= (limit)) test_passed++;                                               \
+        else                                                                                       \
+            test_failed++,                                                                         \
+                printf("%s:%d: %s = %g, should be %g\n", __FILE__, __LINE__, #a, a_, b_);          \
     } while (0)
 
 #define SKIP(reason) (test_skipped++, printf("%s:%d: skipped: %s\n", __FILE__, __LINE__, reason))

@@ -75,7 +75,8 @@ static void test_json_values(void) {
         {"\"\\\"\\\\\\/\\b\\f\\n\\r\\t\"", "\"\\\"\\\\/\\u0008\\u000c\\u000a\\u000d\\u0009\""},
         {"\"\\u0041\\u00e9\\u20AC\\ud83d\\ude00\"", "\"A\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80\""},
         {"\"\\ud83d \\ude00 \\ud83d\\u0041 \\u0000\"", /* lone halves, NUL */
-         "\"\xef\xbf\xbd \xef\xbf\xbd \xef\xbf\xbd" "A \xef\xbf\xbd\""},
+         "\"\xef\xbf\xbd \xef\xbf\xbd \xef\xbf\xbd"
+         "A \xef\xbf\xbd\""},
         {"\"\x7f\xc2\x80\xdf\xbf\xe0\xa0\x80\xed\x9f\xbf\xee\x80\x80\xf0\x90\x80\x80\xf4\x8f\xbf"
          "\xbf\"",
          "\"\x7f\xc2\x80\xdf\xbf\xe0\xa0\x80\xed\x9f\xbf\xee\x80\x80\xf0\x90\x80\x80\xf4\x8f\xbf"
@@ -296,18 +297,23 @@ static const char *write_safetensors(const char *name, const char *header, size_
     return in_folder(name);
 }
 
-#define TENSOR(name, dtype, shape, begin, end) \
+#define TENSOR(name, dtype, shape, begin, end)                                                     \
     "\"" name "\":{\"dtype\":\"" dtype "\",\"shape\":" shape ",\"data_offsets\":[" #begin "," #end \
     "]}"
 
 static void test_headers(void) {
-    static const struct { const char *header; size_t size; const char *message; } cases[] = {
+    static const struct {
+        const char *header;
+        size_t size;
+        const char *message;
+    } cases[] = {
         {"{}", 0, NULL},
         {"{\"__metadata__\":{\"a\":\"b\"}}", 0, NULL},
         {"{" TENSOR("a", "F32", "[2]", 0, 8) "," TENSOR("b", "F32", "[]", 8, 12) "}", 12, NULL},
         {"{" TENSOR("b", "U8", "[3]", 8, 11) "," TENSOR("a", "F32", "[2]", 0, 8) "}", 11, NULL},
-        {"{" TENSOR("a", "F32", "[0,4]", 0, 0) "," TENSOR("b", "BF16", "[1,1,1,1,2]", 0, 4) ","
-         TENSOR("c", "F64", "[0]", 4, 4) "}", 4, NULL},
+        {"{" TENSOR("a", "F32", "[0,4]", 0, 0) "," TENSOR(
+             "b", "BF16", "[1,1,1,1,2]", 0, 4) "," TENSOR("c", "F64", "[0]", 4, 4) "}",
+         4, NULL},
         {"{" TENSOR("a", "F32", "[2]", 0, 8) "," TENSOR("b", "F32", "[2]", 4, 12) "}", 12,
          "'b' overlaps"},
         {"{" TENSOR("a", "F32", "[2]", 0, 8) "," TENSOR("b", "F32", "[2]", 0, 8) "}", 8,
@@ -373,7 +379,11 @@ static void test_headers(void) {
 }
 
 static void test_lengths(void) {
-    static const struct { unsigned char bytes[10]; size_t size; const char *message; } cases[] = {
+    static const struct {
+        unsigned char bytes[10];
+        size_t size;
+        const char *message;
+    } cases[] = {
         {{0}, 0, "is empty"},
         {{2, 0, 0}, 3, "too short"},
         {{2, 0, 0, 0, 0, 0, 0}, 7, "too short"},
@@ -501,8 +511,9 @@ static void test_shards(void) {
         "\"a\":\"1.safetensors\",\"b\":\"1.safetensors\"}}";
     CHECK(!mkdir(in_folder("shards"), 0700));
     write_safetensors("shards/1.safetensors", /* this c is not the index's */
-                      "{" TENSOR("b", "U8", "[4]", 0, 4) "," TENSOR("a", "F32", "[1]", 4, 8) ","
-                      TENSOR("c", "U8", "[1]", 8, 9) "}", 9);
+                      "{" TENSOR("b", "U8", "[4]", 0, 4) "," TENSOR(
+                          "a", "F32", "[1]", 4, 8) "," TENSOR("c", "U8", "[1]", 8, 9) "}",
+                      9);
     write_safetensors("shards/2.safetensors",
                       "{\"__metadata__\":{\"k\":\"v\"}," TENSOR("c", "F32", "[2]", 0, 8) "}", 8);
     write_raw(in_folder("shards/x.safetensors.index.json"), index, sizeof index - 1);
@@ -540,13 +551,15 @@ static void test_shards(void) {
 
 static void test_folders(void) {
     static const char header[] = "{" TENSOR("a", "U8", "[1]", 0, 1) "}";
-    static const struct { const char *file, *opens; } steps[] = { /* one after the other */
-        {"notes.txt", NULL},
-        {".hidden.safetensors", NULL},
-        {"x.safetensors", "x.safetensors"},
-        {"y.safetensors", NULL},
-        {"model.safetensors", "model.safetensors"},
-        {"diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors"}};
+    static const struct {
+        const char *file, *opens;
+    } steps[] = {/* one after the other */
+                 {"notes.txt", NULL},
+                 {".hidden.safetensors", NULL},
+                 {"x.safetensors", "x.safetensors"},
+                 {"y.safetensors", NULL},
+                 {"model.safetensors", "model.safetensors"},
+                 {"diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors"}};
     CHECK(!mkdir(in_folder("weights"), 0700));
     for (size_t i = 0; i < sizeof steps / sizeof *steps; i++) {
         char name[128];

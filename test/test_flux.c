@@ -16,7 +16,8 @@ static float *load(const sc_file *f, const char *name) {
 /* Differences of all tensors against the floor of 1e-6 times the whole gradient's norm. */
 static double worst_error(double worst, const float *a, const float *b, int64_t n, double floor) {
     double difference = 0, norm = 0;
-    for (int64_t i = 0; i < n; i++) difference += ((double)a[i] - b[i]) * ((double)a[i] - b[i]), norm += (double)b[i] * b[i];
+    for (int64_t i = 0; i < n; i++)
+        difference += ((double)a[i] - b[i]) * ((double)a[i] - b[i]), norm += (double)b[i] * b[i];
     return fmax(worst, sqrt(difference) / (sqrt(norm) + floor));
 }
 
@@ -44,7 +45,8 @@ static fixture open_fixture(const char *name) {
     f.batch = sc_file_find(f.file, "x")->shape[0];
     f.n = sc_count(sc_file_find(f.file, "x"));
     f.x = load(f.file, "x"), f.context = load(f.file, "context"), f.pooled = load(f.file, "pooled");
-    f.time = load(f.file, "time"), f.guidance = load(f.file, "guidance"), f.goal = load(f.file, "goal");
+    f.time = load(f.file, "time"), f.guidance = load(f.file, "guidance"),
+    f.goal = load(f.file, "goal");
     return f;
 }
 
@@ -56,7 +58,9 @@ static void close_fixture(fixture *f) {
 }
 
 static sc_tensor *tensor(fixture *f, const float *values) {
-    return sc_from(f->tape, 3, (const int64_t[]){f->batch, (int64_t)f->h * f->w, f->flux->config.in_channels}, values);
+    return sc_from(f->tape, 3,
+                   (const int64_t[]){f->batch, (int64_t)f->h * f->w, f->flux->config.in_channels},
+                   values);
 }
 
 /* One forward and backward pass; returns the velocity, valid until the tape is reset. */
@@ -64,9 +68,17 @@ static const float *run(fixture *f, const uint8_t *sets, bool backward, double *
     sc_tape_reset(f->tape);
     sc_tape_record(f->tape, backward);
     sc_tape_use(f->tape, sets);
-    sc_flux_input in = {.x = tensor(f, f->x), .time = f->time, .guidance = f->guidance, .h = f->h, .w = f->w,
-                        .context = sc_from(f->tape, 3, (const int64_t[]){f->batch, f->text, f->flux->config.text_channels}, f->context),
-                        .pooled = sc_from(f->tape, 2, (const int64_t[]){f->batch, f->flux->config.pooled_channels}, f->pooled)};
+    sc_flux_input in = {
+        .x = tensor(f, f->x),
+        .time = f->time,
+        .guidance = f->guidance,
+        .h = f->h,
+        .w = f->w,
+        .context =
+            sc_from(f->tape, 3, (const int64_t[]){f->batch, f->text, f->flux->config.text_channels},
+                    f->context),
+        .pooled = sc_from(f->tape, 2, (const int64_t[]){f->batch, f->flux->config.pooled_channels},
+                          f->pooled)};
     sc_tensor *v = sc_flux_velocity(f->flux, f->tape, &in);
     if (!v) printf("%s\n", sc_error()), exit(1);
     if (backward) CHECK(sc_mse(f->tape, v, tensor(f, f->goal), 1, loss) && sc_backward(f->tape));
@@ -94,7 +106,8 @@ static void test_full(const char *name) {
         worst = worst_error(worst, w->tensor.grad, grad, sc_count(&w->tensor), 1e-6 * norm);
         free(grad);
     }
-    printf("%s: largest error of %lld weight gradients %.1e\n", name, (long long)f.flux->net->count, worst);
+    printf("%s: largest error of %lld weight gradients %.1e\n", name, (long long)f.flux->net->count,
+           worst);
     CHECK(worst < 1e-4);
     /* Checkpointing recomputes the same numbers. */
     float *plain = malloc((size_t)p->count * 4);
@@ -115,8 +128,10 @@ static void set_factors(fixture *f, sc_params *p) {
     for (int s = 0; s < 3; s++)
         for (int i = 0; i < f->flux->module_count; i++)
             for (int part = 0; part < 2; part++) {
-                sc_tensor *x = part ? p->adapters[i].b[SC_STUDENT + s] : p->adapters[i].a[SC_STUDENT + s];
-                snprintf(key, sizeof key, "lora%d.%s.%c", s, f->flux->modules[i].name, part ? 'b' : 'a');
+                sc_tensor *x =
+                    part ? p->adapters[i].b[SC_STUDENT + s] : p->adapters[i].a[SC_STUDENT + s];
+                snprintf(key, sizeof key, "lora%d.%s.%c", s, f->flux->modules[i].name,
+                         part ? 'b' : 'a');
                 float *values = load(f->file, key);
                 memcpy(x->data, values, (size_t)sc_count(x) * 4);
                 free(values);
@@ -129,7 +144,8 @@ static void test_lora(const char *name) {
     sc_params *p = sc_params_lora(f.flux, 3, 3 * 0.7f, 1);
     double loss, worst = 0;
     char key[192];
-    CHECK(rel_error(run(&f, students, false, &loss), base, f.n) < 1e-5); /* B is zero: nothing changes */
+    CHECK(rel_error(run(&f, students, false, &loss), base, f.n) <
+          1e-5); /* B is zero: nothing changes */
     set_factors(&f, p);
     CHECK(rel_error(run(&f, students, true, &loss), velocity, f.n) < 1e-5);
     double norm = sqrt(sc__sum_of_squares(p->grad, NULL, p->count));
@@ -193,21 +209,32 @@ static void test_scfm(const char *name) {
     fixture f = open_fixture(name);
     sc_params *p = sc_params_lora(f.flux, 3, 3 * 0.7f, 1);
     float *x0 = load(f.file, "x0"), *noise = load(f.file, "noise"), *table = load(f.file, "draws");
-    float *times = load(f.file, "times"), *noisy = load(f.file, "noisy"), *expected = load(f.file, "target");
+    float *times = load(f.file, "times"), *noisy = load(f.file, "noisy"),
+          *expected = load(f.file, "target");
     sc_draw draws[8];
     set_factors(&f, p);
     for (int i = 0; i < f.batch; i++) {
-        draws[i] = (sc_draw){.teacher = table[4 * i] != 0, .steps = (int)table[4 * i + 1], .j = (int)table[4 * i + 2],
-                             .shift = table[4 * i + 3], .guidance = f.guidance[i]};
-        for (int k = 0; k < 3; k++) draws[i].t[k] = sc_shift_time(1 - (float)(draws[i].j + k) / (float)draws[i].steps, draws[i].shift);
+        draws[i] = (sc_draw){.teacher = table[4 * i] != 0,
+                             .steps = (int)table[4 * i + 1],
+                             .j = (int)table[4 * i + 2],
+                             .shift = table[4 * i + 3],
+                             .guidance = f.guidance[i]};
+        for (int k = 0; k < 3; k++)
+            draws[i].t[k] =
+                sc_shift_time(1 - (float)(draws[i].j + k) / (float)draws[i].steps, draws[i].shift);
         draws[i].t[0] = fminf(draws[i].t[0], 1 - 1e-5f);
         CHECK(rel_error(draws[i].t, times + 3 * i, 3) < 1e-6);
     }
     sc_tape_reset(f.tape);
     sc_batch batch = {.size = (int)f.batch, .h = f.h, .w = f.w, .text_tokens = (int)f.text};
-    sc__flux_model self = {.flux = f.flux, .params = p, .batch = &batch,
-                           .context = sc_from(f.tape, 3, (const int64_t[]){f.batch, f.text, f.flux->config.text_channels}, f.context),
-                           .pooled = sc_from(f.tape, 2, (const int64_t[]){f.batch, f.flux->config.pooled_channels}, f.pooled)};
+    sc__flux_model self = {
+        .flux = f.flux,
+        .params = p,
+        .batch = &batch,
+        .context = sc_from(
+            f.tape, 3, (const int64_t[]){f.batch, f.text, f.flux->config.text_channels}, f.context),
+        .pooled = sc_from(f.tape, 2, (const int64_t[]){f.batch, f.flux->config.pooled_channels},
+                          f.pooled)};
     sc_model model = {sc__flux_model_velocity, &self};
     sc_tensor *x = NULL, *target = NULL;
     CHECK(sc_scfm_target(&model, f.tape, tensor(&f, x0), tensor(&f, noise), draws, 0, &x, &target));
@@ -221,8 +248,12 @@ static void test_scfm(const char *name) {
 
 /* What chance decides stays in its bounds, and covers them. */
 static void test_draws(void) {
-    sc_recipe r = {.teacher_ratio = 0.4f, .teacher_steps = 32, .self_steps = {2, 4, 8, 16}, .shift = {2.5f, 4.5f},
-                   .dynamic_shift_ratio = 0.1f, .guidance = {0, 7.5f}};
+    sc_recipe r = {.teacher_ratio = 0.4f,
+                   .teacher_steps = 32,
+                   .self_steps = {2, 4, 8, 16},
+                   .shift = {2.5f, 4.5f},
+                   .dynamic_shift_ratio = 0.1f,
+                   .guidance = {0, 7.5f}};
     sc_rng rng = {1};
     int teacher = 0, seen[33] = {0}, bad = 0;
     for (int i = 0; i < 10000; i++) {
@@ -230,7 +261,8 @@ static void test_draws(void) {
         sc_draw_sample(&r, &rng, 1024, false, &d);
         teacher += d.teacher;
         seen[d.steps]++;
-        bad += d.j % 2 || d.j < 0 || d.j > d.steps - 2 || !(d.t[0] > d.t[1] && d.t[1] > d.t[2] && d.t[2] >= 0 && d.t[0] < 1);
+        bad += d.j % 2 || d.j < 0 || d.j > d.steps - 2 ||
+               !(d.t[0] > d.t[1] && d.t[1] > d.t[2] && d.t[2] >= 0 && d.t[0] < 1);
         bad += d.guidance < 0 || d.guidance > 7.5f;
     }
     CHECK(bad == 0);
@@ -240,7 +272,8 @@ static void test_draws(void) {
 
 static void test_adamw(void) {
     sc_file *f = sc_file_open("test/reference/adamw.safetensors");
-    float *w = load(f, "start"), *grads = load(f, "grads"), *end = load(f, "end"), m[500] = {0}, v[500] = {0};
+    float *w = load(f, "start"), *grads = load(f, "grads"), *end = load(f, "end"), m[500] = {0},
+          v[500] = {0};
     sc_adamw o = {.lr = 3e-3f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f, .weight_decay = 0.1f};
     for (; o.step < 10; o.step++) {
         const sc_trained x = {500, w, grads + 500 * o.step, m, v, {NULL, NULL}};

@@ -1,5 +1,6 @@
-/* Layouts of the transformer's file and dialects of LoRA files, against the same numbers in diffusers'
- * layout; what is wrong with such files; and the names of the real FLUX.1-dev ($SHORTCUT_FLUX_DIR). */
+/* Layouts of the transformer's file and dialects of LoRA files, against the same numbers in
+ * diffusers' layout; what is wrong with such files; and the names of the real FLUX.1-dev
+ * ($SHORTCUT_FLUX_DIR). */
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
 #include "../shortcut.h"
@@ -16,10 +17,16 @@ typedef struct tensors {
     int count;
 } tensors;
 
-static void add(tensors *t, const char *name, sc_dtype type, int64_t rows, int64_t columns, void *data) {
+static void add(tensors *t, const char *name, sc_dtype type, int64_t rows, int64_t columns,
+                void *data) {
     int i = t->count++;
     snprintf(t->name[i], sizeof t->name[i], "%s", name);
-    t->tensor[i] = (sc_tensor){.data = data, .dtype = type, .ndim = columns ? 2 : rows ? 1 : 0, .shape = {rows, columns}};
+    t->tensor[i] = (sc_tensor){.data = data,
+                               .dtype = type,
+                               .ndim = columns ? 2
+                                       : rows  ? 1
+                                               : 0,
+                               .shape = {rows, columns}};
     t->named[i] = (sc_named){t->name[i], &t->tensor[i], type};
 }
 
@@ -48,12 +55,18 @@ static const char *save(const tensors *t, const char *name) {
 
 /* ---- BFL's layout, spelt out ---- */
 
-typedef struct fused { const char *name; int parts; const char *part[4]; bool swapped; } fused;
+typedef struct fused {
+    const char *name;
+    int parts;
+    const char *part[4];
+    bool swapped;
+} fused;
 
 #define DOUBLE "transformer_blocks.0."
 #define SINGLE(i) "single_transformer_blocks." #i "."
 static const fused bfl[] = {
-    {"img_in", 1, {"x_embedder"}, false}, {"txt_in", 1, {"context_embedder"}, false},
+    {"img_in", 1, {"x_embedder"}, false},
+    {"txt_in", 1, {"context_embedder"}, false},
     {"time_in.in_layer", 1, {"time_text_embed.timestep_embedder.linear_1"}, false},
     {"time_in.out_layer", 1, {"time_text_embed.timestep_embedder.linear_2"}, false},
     {"guidance_in.in_layer", 1, {"time_text_embed.guidance_embedder.linear_1"}, false},
@@ -62,8 +75,14 @@ static const fused bfl[] = {
     {"vector_in.out_layer", 1, {"time_text_embed.text_embedder.linear_2"}, false},
     {"double_blocks.0.img_mod.lin", 1, {DOUBLE "norm1.linear"}, false},
     {"double_blocks.0.txt_mod.lin", 1, {DOUBLE "norm1_context.linear"}, false},
-    {"double_blocks.0.img_attn.qkv", 3, {DOUBLE "attn.to_q", DOUBLE "attn.to_k", DOUBLE "attn.to_v"}, false},
-    {"double_blocks.0.txt_attn.qkv", 3, {DOUBLE "attn.add_q_proj", DOUBLE "attn.add_k_proj", DOUBLE "attn.add_v_proj"}, false},
+    {"double_blocks.0.img_attn.qkv",
+     3,
+     {DOUBLE "attn.to_q", DOUBLE "attn.to_k", DOUBLE "attn.to_v"},
+     false},
+    {"double_blocks.0.txt_attn.qkv",
+     3,
+     {DOUBLE "attn.add_q_proj", DOUBLE "attn.add_k_proj", DOUBLE "attn.add_v_proj"},
+     false},
     {"double_blocks.0.img_attn.proj", 1, {DOUBLE "attn.to_out.0"}, false},
     {"double_blocks.0.txt_attn.proj", 1, {DOUBLE "attn.to_add_out"}, false},
     {"double_blocks.0.img_mlp.0", 1, {DOUBLE "ff.net.0.proj"}, false},
@@ -71,10 +90,16 @@ static const fused bfl[] = {
     {"double_blocks.0.txt_mlp.0", 1, {DOUBLE "ff_context.net.0.proj"}, false},
     {"double_blocks.0.txt_mlp.2", 1, {DOUBLE "ff_context.net.2"}, false},
     {"single_blocks.0.modulation.lin", 1, {SINGLE(0) "norm.linear"}, false},
-    {"single_blocks.0.linear1", 4, {SINGLE(0) "attn.to_q", SINGLE(0) "attn.to_k", SINGLE(0) "attn.to_v", SINGLE(0) "proj_mlp"}, false},
+    {"single_blocks.0.linear1",
+     4,
+     {SINGLE(0) "attn.to_q", SINGLE(0) "attn.to_k", SINGLE(0) "attn.to_v", SINGLE(0) "proj_mlp"},
+     false},
     {"single_blocks.0.linear2", 1, {SINGLE(0) "proj_out"}, false},
     {"single_blocks.1.modulation.lin", 1, {SINGLE(1) "norm.linear"}, false},
-    {"single_blocks.1.linear1", 4, {SINGLE(1) "attn.to_q", SINGLE(1) "attn.to_k", SINGLE(1) "attn.to_v", SINGLE(1) "proj_mlp"}, false},
+    {"single_blocks.1.linear1",
+     4,
+     {SINGLE(1) "attn.to_q", SINGLE(1) "attn.to_k", SINGLE(1) "attn.to_v", SINGLE(1) "proj_mlp"},
+     false},
     {"single_blocks.1.linear2", 1, {SINGLE(1) "proj_out"}, false},
     {"final_layer.adaLN_modulation.1", 1, {"norm_out.linear"}, true},
     {"final_layer.linear", 1, {"proj_out"}, false}};
@@ -106,7 +131,8 @@ static void swap_rows(float *x, int64_t rows, int64_t columns) {
 }
 
 /* scaled: matrices as e4m3 with a scale each ("scale_weight"; "weight_scale", one a row). */
-static void add_matrix(tensors *t, const char *name, float *v, int64_t rows, int64_t columns, const char *scaled) {
+static void add_matrix(tensors *t, const char *name, float *v, int64_t rows, int64_t columns,
+                       const char *scaled) {
     char full[200];
     if (!scaled) {
         add(t, name, SC_F32, rows, columns, v);
@@ -117,7 +143,8 @@ static void add_matrix(tensors *t, const char *name, float *v, int64_t rows, int
     float *scale = malloc((size_t)rows * 4);
     for (int64_t r = 0; r < rows; r++) {
         scale[r] = by_row ? 0.001f * (float)(r + 1) : 0.0625f;
-        for (int64_t c = 0; c < columns; c++) bits[r * columns + c] = sc__f32_to_f8(v[r * columns + c] / scale[r]);
+        for (int64_t c = 0; c < columns; c++)
+            bits[r * columns + c] = sc__f32_to_f8(v[r * columns + c] / scale[r]);
     }
     free(v);
     add(t, name, SC_F8_E4M3, rows, columns, bits);
@@ -211,8 +238,10 @@ static void test_layouts(void) {
     static const char *const scales[] = {"scale_weight", "weight_scale"};
     for (int i = 0; i < 2; i++) {
         tensors *t = to_bfl("", scales[i]);
-        sc_flux *f = open_as(t, "fp8"), *wide = sc_flux_open(sc_cpu(), in_folder("fp8"), true, false, 0);
-        CHECK(f && f->double_blocks[0].image.q.weight->dtype == SC_F8_E4M3 && f->double_blocks[0].image.q.weight->scale);
+        sc_flux *f = open_as(t, "fp8"),
+                *wide = sc_flux_open(sc_cpu(), in_folder("fp8"), true, false, 0);
+        CHECK(f && f->double_blocks[0].image.q.weight->dtype == SC_F8_E4M3 &&
+              f->double_blocks[0].image.q.weight->scale);
         CHECK(difference(f, wide) == 0);
         CHECK(difference(f, original) < 0.1 && difference(f, original) > 0);
         sc_flux_close(f), sc_flux_close(wide);
@@ -221,7 +250,8 @@ static void test_layouts(void) {
     sc_flux_close(original);
 }
 
-/* Shapes say the config where there is no config.json; these heads are too small for FLUX's axes. */
+/* Shapes say the config where there is no config.json; these heads are too small for FLUX's axes.
+ */
 static void test_shapes(void) {
     tensors *t = to_bfl("", NULL);
     const char *path = save(t, "shapes.safetensors");
@@ -229,8 +259,8 @@ static void test_shapes(void) {
     sc_net *net = sc_net_open(NULL, path, false);
     sc_flux_config c;
     CHECK(!sc__flux_read_config(&c, net, NULL, path));
-    CHECK(c.layers == 1 && c.single_layers == 2 && c.heads == 2 && c.head_size == 16 && c.in_channels == 16 &&
-          c.text_channels == 24 && c.pooled_channels == 20);
+    CHECK(c.layers == 1 && c.single_layers == 2 && c.heads == 2 && c.head_size == 16 &&
+          c.in_channels == 16 && c.text_channels == 24 && c.pooled_channels == 20);
     sc_net_close(net);
     free_tensors(t);
 }
@@ -274,7 +304,8 @@ static sc_flux *open_shards(const tensors *t, const char *second) {
     FILE *index = fopen(in_folder("bad/x.safetensors.index.json"), "w");
     fprintf(index, "{\"weight_map\": {");
     for (int i = 0; i < t->count; i++)
-        fprintf(index, "%s\"%s\": \"%s\"", i ? ", " : "", t->name[i], i < t->count / 2 ? "1.safetensors" : second);
+        fprintf(index, "%s\"%s\": \"%s\"", i ? ", " : "", t->name[i],
+                i < t->count / 2 ? "1.safetensors" : second);
     fprintf(index, "}}");
     fclose(index);
     return sc_flux_open(sc_cpu(), in_folder("bad"), false, false, 0);
@@ -302,7 +333,8 @@ static void test_model_shards(void) {
     CHECK(sc_file_save(in_folder("bad/2.safetensors"), t->named + half, n - half, NULL));
     refused(open_shards(t, "2.safetensors"), "here");
     t->tensor[n - 1].shape[0]++;
-    CHECK(sc_file_save(in_folder("bad/2.safetensors"), t->named + half, n - half - 1, NULL)); /* or other names */
+    CHECK(sc_file_save(in_folder("bad/2.safetensors"), t->named + half, n - half - 1,
+                       NULL)); /* or other names */
     refused(open_shards(t, "2.safetensors"), "is not in its shard '2.safetensors'");
     sc_flux_close(whole), sc_flux_close(original);
     sc_file_close(f);
@@ -315,34 +347,43 @@ static void test_parts(void) {
     tensors *t = to_bfl("", NULL);
     char *path;
     mkdir(in_folder("parts"), 0777);
-    CHECK(!sc__part_path(in_folder("parts"), SC__TRANSFORMER) && strstr(sc_error(), "flux1-dev.safetensors"));
+    CHECK(!sc__part_path(in_folder("parts"), SC__TRANSFORMER) &&
+          strstr(sc_error(), "flux1-dev.safetensors"));
     save(t, "parts/mine.safetensors");
-    CHECK((path = sc__part_path(in_folder("parts"), SC__TRANSFORMER)) && strstr(path, "mine.safetensors"));
+    CHECK((path = sc__part_path(in_folder("parts"), SC__TRANSFORMER)) &&
+          strstr(path, "mine.safetensors"));
     free(path);
     CHECK((path = sc__part_path(in_folder("parts/mine.safetensors"), SC__TRANSFORMER)));
     free(path);
-    CHECK(!sc__part_path(in_folder("parts/mine.safetensors"), SC__VAE) && strstr(sc_error(), "ae.safetensors"));
-    CHECK(!sc__part_path(in_folder("parts"), SC__T5) && strstr(sc_error(), "t5xxl_fp16.safetensors"));
+    CHECK(!sc__part_path(in_folder("parts/mine.safetensors"), SC__VAE) &&
+          strstr(sc_error(), "ae.safetensors"));
+    CHECK(!sc__part_path(in_folder("parts"), SC__T5) &&
+          strstr(sc_error(), "t5xxl_fp16.safetensors"));
     save(t, "parts/other.safetensors");
     CHECK(!sc__part_path(in_folder("parts"), SC__TRANSFORMER) && strstr(sc_error(), "leave one"));
-    CHECK(!sc__open_tokenizer(in_folder("parts"), "tokenizer") && strstr(sc_error(), "copy the folders"));
+    CHECK(!sc__open_tokenizer(in_folder("parts"), "tokenizer") &&
+          strstr(sc_error(), "copy the folders"));
     free_tensors(t);
 }
 
 /* ---- LoRA files ---- */
 
-static const struct { const char *prefix, *a, *b; bool bfl, alpha; } dialects[] = {
-    {"transformer.", ".lora_A.weight", ".lora_B.weight", false, false},
-    {"base_model.model.", ".lora_A.weight", ".lora_B.weight", false, true},
-    {"", ".lora_A.weight", ".lora_B.weight", false, false},
-    {"transformer.", ".lora.down.weight", ".lora.up.weight", false, true},
-    {"lora_transformer_", ".lora_down.weight", ".lora_up.weight", false, true},
-    {"lora_unet_", ".lora_down.weight", ".lora_up.weight", true, true},
-    {"diffusion_model.", ".lora_A.weight", ".lora_B.weight", true, false},
-    {"diffusion_model.", ".lora_down.weight", ".lora_up.weight", true, true}};
+static const struct {
+    const char *prefix, *a, *b;
+    bool bfl, alpha;
+} dialects[] = {{"transformer.", ".lora_A.weight", ".lora_B.weight", false, false},
+                {"base_model.model.", ".lora_A.weight", ".lora_B.weight", false, true},
+                {"", ".lora_A.weight", ".lora_B.weight", false, false},
+                {"transformer.", ".lora.down.weight", ".lora.up.weight", false, true},
+                {"lora_transformer_", ".lora_down.weight", ".lora_up.weight", false, true},
+                {"lora_unet_", ".lora_down.weight", ".lora_up.weight", true, true},
+                {"diffusion_model.", ".lora_A.weight", ".lora_B.weight", true, false},
+                {"diffusion_model.", ".lora_down.weight", ".lora_up.weight", true, true}};
 
-/* Random factors on every layer, in diffusers' or in BFL's names; w: what they add to each module. */
-static tensors *random_lora(const sc_flux *f, int dialect, int rank, float alpha, uint64_t seed, float **w) {
+/* Random factors on every layer, in diffusers' or in BFL's names; w: what they add to each module.
+ */
+static tensors *random_lora(const sc_flux *f, int dialect, int rank, float alpha, uint64_t seed,
+                            float **w) {
     tensors *t = new_tensors();
     sc_rng rng = {seed};
     bool fuse = dialects[dialect].bfl;
@@ -356,7 +397,8 @@ static tensors *random_lora(const sc_flux *f, int dialect, int rank, float alpha
             out += f->modules[module[p]].layer->weight->shape[0];
             in = f->modules[module[p]].layer->weight->shape[1];
         }
-        float *a = malloc((size_t)(rank * in) * 4), *b = malloc((size_t)(rank * out) * 4), *own = malloc(4);
+        float *a = malloc((size_t)(rank * in) * 4), *b = malloc((size_t)(rank * out) * 4),
+              *own = malloc(4);
         sc_normal(&rng, a, rank * in), sc_normal(&rng, b, rank * out);
         float *ordered = malloc((size_t)(rank * out) * 4), *rows = ordered;
         memcpy(ordered, b, (size_t)(rank * out) * 4);
@@ -371,7 +413,8 @@ static tensors *random_lora(const sc_flux *f, int dialect, int rank, float alpha
         free(ordered);
         char name[160];
         snprintf(name, sizeof name, "%s", fuse ? bfl[i].name : parts[0]);
-        for (char *c = name; dialects[dialect].prefix[0] == 'l' && *c; c++) *c = *c == '.' ? '_' : *c;
+        for (char *c = name; dialects[dialect].prefix[0] == 'l' && *c; c++)
+            *c = *c == '.' ? '_' : *c;
         char full[400];
         snprintf(full, sizeof full, "%s%s%s", dialects[dialect].prefix, name, dialects[dialect].a);
         add(t, full, SC_F32, rank, in, a);
@@ -387,7 +430,8 @@ static tensors *random_lora(const sc_flux *f, int dialect, int rank, float alpha
 
 static float **zero_differences(const sc_flux *f) {
     float **w = calloc((size_t)f->module_count, sizeof *w);
-    for (int i = 0; i < f->module_count; i++) w[i] = calloc((size_t)sc_count(f->modules[i].layer->weight), 4);
+    for (int i = 0; i < f->module_count; i++)
+        w[i] = calloc((size_t)sc_count(f->modules[i].layer->weight), 4);
     return w;
 }
 
@@ -427,7 +471,8 @@ static void test_dialects(void) {
     float **one = zero_differences(f);
     tensors *lone = random_lora(f, 5, 4, 4, 5, one);
     snprintf(lone->name[2], sizeof lone->name[2], "%s", "lora_unet_img_in.alph");
-    CHECK(sc_lora_load(f, save(lone, "lora.safetensors"), 1, &report) && strstr(report.missed, "img_in.alph"));
+    CHECK(sc_lora_load(f, save(lone, "lora.safetensors"), 1, &report) &&
+          strstr(report.missed, "img_in.alph"));
     CHECK(merged_error(f, base, one) < 1e-5);
     sc_lora_unload(f);
     free_tensors(lone);
@@ -438,7 +483,8 @@ static void test_dialects(void) {
         if (u->tensor[i].ndim == 0) *(float *)u->tensor[i].data = 4;
     CHECK(sc_lora_load(f, save(t, "one.safetensors"), 0.5f, &report));
     CHECK(sc_lora_load(f, save(u, "two.safetensors"), -0.5f, &report));
-    for (int i = 0; i < f->module_count; i++) memcpy(again[i], w[i], (size_t)sc_count(f->modules[i].layer->weight) * 4);
+    for (int i = 0; i < f->module_count; i++)
+        memcpy(again[i], w[i], (size_t)sc_count(f->modules[i].layer->weight) * 4);
     CHECK(merged_error(f, base, w) < 1e-5);
     const char *path = in_folder("kohya.safetensors");
     CHECK(sc_lora_save_kohya(f, path, NULL));
@@ -454,8 +500,10 @@ static void test_dialects(void) {
 static void test_lora_configs(void) {
     static const char *const configs[] = {
         "{\"lora_alpha\": 3, \"alpha_pattern\": {\"^proj_out\": 6, \"to_q\": 9, \"attn.to_q\": 1}}",
-        "{\"lora_alpha\": 1.5, \"use_rslora\": true, \"alpha_pattern\": {\"^proj_out\": 3, \"attn.to_q\": 4.5, \"q\": 1}}",
-        "{\"transformer.lora_alpha\": 3, \"transformer.use_rslora\": false, \"transformer.alpha_pattern\": {\"^proj_out\": 6, \"to_q\": 9}}",
+        "{\"lora_alpha\": 1.5, \"use_rslora\": true, \"alpha_pattern\": {\"^proj_out\": 3, "
+        "\"attn.to_q\": 4.5, \"q\": 1}}",
+        "{\"transformer.lora_alpha\": 3, \"transformer.use_rslora\": false, "
+        "\"transformer.alpha_pattern\": {\"^proj_out\": 6, \"to_q\": 9}}",
         "{\"lora_alpha\": 1, \"alpha_pattern\": {\"attn.*\": 3}}", "{\"lora_alpha\": 1"};
     sc_flux *base = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
     sc_flux *f = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
@@ -470,13 +518,18 @@ static void test_lora_configs(void) {
                 float more = !strcmp(name, "proj_out") ? 2 : last && !strcmp(last, ".to_q") ? 3 : 1;
                 for (int64_t j = 0; j < sc_count(f->modules[m].layer->weight); j++) w[m][j] *= more;
             }
-            const char *path = in_folder(inside ? "inside.safetensors" : "peft/adapter_model.safetensors");
+            const char *path =
+                in_folder(inside ? "inside.safetensors" : "peft/adapter_model.safetensors");
             const char *const metadata[] = {"lora_adapter_metadata", configs[i], NULL};
             CHECK(sc_file_save(path, t->named, t->count, inside ? metadata : NULL));
-            CHECK(inside || sc__write_file(in_folder("peft/adapter_config.json"), configs[i], strlen(configs[i])));
+            CHECK(inside || sc__write_file(in_folder("peft/adapter_config.json"), configs[i],
+                                           strlen(configs[i])));
             if (i < 3) CHECK(sc_lora_load(f, path, 1, &report) && merged_error(f, base, w) < 1e-5);
             else {
-                CHECK(!sc_lora_load(f, path, 1, &report) && strstr(sc_error(), i == 3 ? "regular expression" : inside ? path : "adapter_config"));
+                CHECK(!sc_lora_load(f, path, 1, &report) &&
+                      strstr(sc_error(), i == 3   ? "regular expression"
+                                         : inside ? path
+                                                  : "adapter_config"));
                 CHECK(merged_error(f, base, zero_differences(f)) == 0);
                 for (int m = 0; m < f->module_count; m++) free(w[m]);
                 free(w);
@@ -497,16 +550,21 @@ static void test_bad_loras(void) {
     CHECK(report.applied == f->module_count - 1 && report.total == f->module_count);
     CHECK(strstr(report.missed, "y_embedder") != NULL);
     add(t, "transformer.x_embedder.dora_scale", SC_F32, 4, 0, calloc(4, 4));
-    CHECK(sc_lora_load(f, save(t, "lora.safetensors"), 1, &report) && strstr(report.missed, "dora_scale"));
+    CHECK(sc_lora_load(f, save(t, "lora.safetensors"), 1, &report) &&
+          strstr(report.missed, "dora_scale"));
     sc_lora_unload(f);
     for (int i = 0; i < t->count; i++)
-        snprintf(t->name[i], sizeof t->name[i], "lora_unet_down_blocks_%d_attentions_0_proj_in.lora_%s.weight", i / 2, i % 2 ? "up" : "down");
+        snprintf(t->name[i], sizeof t->name[i],
+                 "lora_unet_down_blocks_%d_attentions_0_proj_in.lora_%s.weight", i / 2,
+                 i % 2 ? "up" : "down");
     t->count--;
     CHECK(!sc_lora_load(f, save(t, "sdxl.safetensors"), 1, &report) && strstr(sc_error(), "0 of "));
-    CHECK(strstr(report.missed, "down_blocks_0") && strstr(report.missed, "...") && strlen(report.missed) < sizeof report.missed);
+    CHECK(strstr(report.missed, "down_blocks_0") && strstr(report.missed, "...") &&
+          strlen(report.missed) < sizeof report.missed);
     t->count++;
     free_tensors(t);
-    static const char *const words[] = {"has no partner", "another model", "holds NaN", "another model", ".alpha' is"};
+    static const char *const words[] = {"has no partner", "another model", "holds NaN",
+                                        "another model", ".alpha' is"};
     for (int i = 0; i < 5; i++) {
         t = random_lora(f, 5, 2, 2, 8, NULL);
         if (i == 0) snprintf(t->name[1], sizeof t->name[1], "nothing");
@@ -514,7 +572,8 @@ static void test_bad_loras(void) {
         if (i == 2) ((float *)t->tensor[1].data)[3] = NAN;
         if (i == 3) t->tensor[0].shape[0]--;
         if (i == 4) *(float *)t->tensor[2].data = INFINITY;
-        CHECK(!sc_lora_load(f, save(t, "lora.safetensors"), 1, &report) && strstr(sc_error(), words[i]));
+        CHECK(!sc_lora_load(f, save(t, "lora.safetensors"), 1, &report) &&
+              strstr(sc_error(), words[i]));
         if (!strstr(sc_error(), words[i])) printf("  %s\n", sc_error());
         sc_lora_unload(f);
         free_tensors(t);
@@ -527,15 +586,20 @@ static void test_bad_loras(void) {
 static void test_real(void) {
     char path[1024];
     const char *real = getenv("SHORTCUT_FLUX_DIR");
-    if (!real) { SKIP("SHORTCUT_FLUX_DIR is not set"); return; }
+    if (!real) {
+        SKIP("SHORTCUT_FLUX_DIR is not set");
+        return;
+    }
     snprintf(path, sizeof path, "%s/transformer", real);
     sc_flux *f = sc_flux_open(NULL, path, false, true, 0);
-    snprintf(path, sizeof path, "%s/transformer/diffusion_pytorch_model.safetensors.index.json", real);
+    snprintf(path, sizeof path, "%s/transformer/diffusion_pytorch_model.safetensors.index.json",
+             real);
     sc_json *index = sc_json_load(path);
     const sc_json *map = sc_json_get(index, "weight_map");
     CHECK(f && map);
     if (!f || !map) return;
-    CHECK(sc_flux_parameters(f) == 11901408320 && f->net->count == sc_json_length(map) && f->module_count == 504);
+    CHECK(sc_flux_parameters(f) == 11901408320 && f->net->count == sc_json_length(map) &&
+          f->module_count == 504);
     for (int64_t i = 0; i < f->net->count; i++) CHECK(sc_json_get(map, f->net->weights[i]->name));
     f->net->backend = sc_cpu(); /* of a plan: only shapes are needed for a LoRA */
     sc_params *p = sc_params_lora(f, 1, 0.5f, 3);

@@ -17,7 +17,8 @@ static void mode_centre(int k, float centre[2]) {
 
 /* E[eps - x0 | x_t = x]: per mode both are linear in x; modes are weighted by their posterior. */
 static void exact_velocity(const float x[2], float t, float v[2]) {
-    float variance = (1 - t) * (1 - t) * spread * spread + t * t, top = -INFINITY, sum = 0, w[MODES], d[MODES][2], c[2];
+    float variance = (1 - t) * (1 - t) * spread * spread + t * t, top = -INFINITY, sum = 0,
+          w[MODES], d[MODES][2], c[2];
     for (int k = 0; k < MODES; k++) {
         mode_centre(k, c);
         for (int i = 0; i < 2; i++) d[k][i] = x[i] - (1 - t) * c[i];
@@ -29,7 +30,9 @@ static void exact_velocity(const float x[2], float t, float v[2]) {
     for (int k = 0; k < MODES; k++) {
         mode_centre(k, c);
         for (int i = 0; i < 2; i++)
-            v[i] += w[k] / sum * (t / variance * d[k][i] - (c[i] + (1 - t) * spread * spread / variance * d[k][i]));
+            v[i] +=
+                w[k] / sum *
+                (t / variance * d[k][i] - (c[i] + (1 - t) * spread * spread / variance * d[k][i]));
     }
 }
 
@@ -55,11 +58,17 @@ static void network_init(network *n, uint64_t seed) {
         int64_t at = 0;
         for (int l = 0; l < LAYERS; l++) {
             bool train = s == SC_STUDENT;
-            n->weight[s][l] = (sc_tensor){.data = n->set[s] + at, .grad = train ? n->grad + at : NULL, .needs_grad = train,
-                                          .ndim = 2, .shape = {outputs(l), inputs(l)}};
+            n->weight[s][l] = (sc_tensor){.data = n->set[s] + at,
+                                          .grad = train ? n->grad + at : NULL,
+                                          .needs_grad = train,
+                                          .ndim = 2,
+                                          .shape = {outputs(l), inputs(l)}};
             at += outputs(l) * inputs(l);
-            n->bias[s][l] = (sc_tensor){.data = n->set[s] + at, .grad = train ? n->grad + at : NULL, .needs_grad = train,
-                                        .ndim = 1, .shape = {outputs(l)}};
+            n->bias[s][l] = (sc_tensor){.data = n->set[s] + at,
+                                        .grad = train ? n->grad + at : NULL,
+                                        .needs_grad = train,
+                                        .ndim = 1,
+                                        .shape = {outputs(l)}};
             at += outputs(l);
         }
     }
@@ -76,10 +85,12 @@ static void network_free(network *n) {
     free(n->grad), free(n->m), free(n->v);
 }
 
-static sc_tensor *network_velocity(network *n, sc_set set, sc_tape *t, sc_tensor *x, const float *time) {
+static sc_tensor *network_velocity(network *n, sc_set set, sc_tape *t, sc_tensor *x,
+                                   const float *time) {
     int64_t batch = x->shape[0];
     sc_tensor *embedding = sc_timestep_embedding(t, time, batch, EMBED);
-    sc_tensor *h = sc_concat_channels(t, x, sc_reshape(t, embedding, 3, (const int64_t[]){batch, 1, EMBED}));
+    sc_tensor *h =
+        sc_concat_channels(t, x, sc_reshape(t, embedding, 3, (const int64_t[]){batch, 1, EMBED}));
     for (int l = 0; l < LAYERS; l++) {
         sc_linear_layer layer = {.weight = &n->weight[set][l], .bias = &n->bias[set][l]};
         h = sc_linear(t, h, &layer);
@@ -90,20 +101,22 @@ static sc_tensor *network_velocity(network *n, sc_set set, sc_tape *t, sc_tensor
 
 /* The network as an sc_model; the teacher is the exact field. All samples of a call share their set
  * or are of two kinds: both are computed and each sample takes its own. */
-static sc_tensor *model_velocity(void *self, sc_tape *t, sc_tensor *x, int64_t first, const uint8_t *sets,
-                                 const float *time, const float *guidance) {
+static sc_tensor *model_velocity(void *self, sc_tape *t, sc_tensor *x, int64_t first,
+                                 const uint8_t *sets, const float *time, const float *guidance) {
     (void)first, (void)guidance;
     sc_set own = SC_TEACHER;
     for (int64_t i = 0; i < x->shape[0]; i++)
         if (sets[i] != SC_TEACHER) own = (sc_set)sets[i];
     sc_tensor *v = network_velocity(self, own == SC_TEACHER ? SC_STUDENT : own, t, x, time);
     for (int64_t i = 0; v && i < x->shape[0]; i++)
-        if (sets[i] == SC_TEACHER) exact_velocity((float *)x->data + 2 * i, time[i], (float *)v->data + 2 * i);
+        if (sets[i] == SC_TEACHER)
+            exact_velocity((float *)x->data + 2 * i, time[i], (float *)v->data + 2 * i);
     return v;
 }
 
 static void network_step(network *n, float lr, float fast, float slow) {
-    const sc_trained x = {n->count, n->set[SC_STUDENT], n->grad, n->m, n->v, {n->set[SC_FAST], n->set[SC_SLOW]}};
+    const sc_trained x = {
+        n->count, n->set[SC_STUDENT], n->grad, n->m, n->v, {n->set[SC_FAST], n->set[SC_SLOW]}};
     n->adamw.lr = lr;
     n->adamw.clip = 1;
     double norm;
@@ -124,15 +137,18 @@ static void draw_data(sc_rng *rng, float *x0, float *noise) {
 }
 
 /* One step: regression onto the exact field (scfm false) or SCFM. Returns the loss. */
-static double train_step(network *n, sc_tape *t, const sc_recipe *r, sc_rng *rng, bool scfm, float lr) {
+static double train_step(network *n, sc_tape *t, const sc_recipe *r, sc_rng *rng, bool scfm,
+                         float lr) {
     static float x0[2 * BATCH], noise[2 * BATCH], time[BATCH], exact[2 * BATCH];
     sc_draw draws[BATCH];
     const int64_t shape[] = {BATCH, 1, 2};
     double loss = NAN;
     draw_data(rng, x0, noise);
     sc_tape_reset(t);
-    sc_tensor *px0 = sc_from(t, 3, shape, x0), *pn = sc_from(t, 3, shape, noise), *x = NULL, *target = NULL;
-    for (int b = 0; b < BATCH; b++) sc_draw_sample(r, rng, 1, !scfm, &draws[b]), time[b] = draws[b].t[0];
+    sc_tensor *px0 = sc_from(t, 3, shape, x0), *pn = sc_from(t, 3, shape, noise), *x = NULL,
+              *target = NULL;
+    for (int b = 0; b < BATCH; b++)
+        sc_draw_sample(r, rng, 1, !scfm, &draws[b]), time[b] = draws[b].t[0];
     sc_model model = {model_velocity, n};
     if (scfm) {
         if (!sc_scfm_target(&model, t, px0, pn, draws, 0, &x, &target)) return NAN;
@@ -140,7 +156,8 @@ static double train_step(network *n, sc_tape *t, const sc_recipe *r, sc_rng *rng
         float keep[BATCH];
         for (int b = 0; b < BATCH; b++) keep[b] = 1 - time[b];
         x = sc_blend(t, keep, px0, time, pn);
-        for (int b = 0; b < BATCH; b++) exact_velocity((float *)x->data + 2 * b, time[b], exact + 2 * b);
+        for (int b = 0; b < BATCH; b++)
+            exact_velocity((float *)x->data + 2 * b, time[b], exact + 2 * b);
         target = sc_from(t, 3, shape, exact);
     }
     sc_tape_record(t, true);
@@ -157,7 +174,8 @@ static void euler(network *n, sc_tape *t, float *x, int count, int steps, float 
     sc_schedule(times, steps, shift);
     for (int i = 0; i < steps; i++) {
         float *v = malloc((size_t)count * 8);
-        for (int b = 0; b < count; b++) time[b] = times[i], exact_velocity(x + 2 * b, times[i], v + 2 * b);
+        for (int b = 0; b < count; b++)
+            time[b] = times[i], exact_velocity(x + 2 * b, times[i], v + 2 * b);
         if (n) {
             sc_tape_reset(t);
             sc_tensor *px = sc_from(t, 3, (const int64_t[]){count, 1, 2}, x);
@@ -174,19 +192,25 @@ int main(void) {
     static float noise[2 * COUNT], exact[2 * COUNT], teacher[2 * COUNT], student[2 * COUNT];
     sc_tape *t = sc_tape_new(sc_cpu());
     sc_rng rng = {5};
-    sc_recipe r = {.teacher_ratio = 0.4f, .teacher_steps = 32, .self_steps = {4, 8, 16}, .shift = {1, 2}};
+    sc_recipe r = {
+        .teacher_ratio = 0.4f, .teacher_steps = 32, .self_steps = {4, 8, 16}, .shift = {1, 2}};
     network n;
     network_init(&n, 3);
     int regression = 1500, distillation = 3000;
     double loss = 0;
-    for (int i = 0; i < regression; i++) loss = train_step(&n, t, &r, &rng, false, 2e-3f * (1 - (float)i / (float)regression) + 1e-5f);
-    for (int s = SC_FAST; s <= SC_SLOW; s++) memcpy(n.set[s], n.set[SC_STUDENT], (size_t)n.count * 4);
+    for (int i = 0; i < regression; i++)
+        loss =
+            train_step(&n, t, &r, &rng, false, 2e-3f * (1 - (float)i / (float)regression) + 1e-5f);
+    for (int s = SC_FAST; s <= SC_SLOW; s++)
+        memcpy(n.set[s], n.set[SC_STUDENT], (size_t)n.count * 4);
     memset(n.m, 0, (size_t)n.count * 4), memset(n.v, 0, (size_t)n.count * 4), n.adamw.step = 0;
     printf("regression: loss %.4f\n", loss);
-    for (int i = 0; i < distillation; i++) loss = train_step(&n, t, &r, &rng, true, 5e-4f * (1 - (float)i / (float)distillation));
+    for (int i = 0; i < distillation; i++)
+        loss = train_step(&n, t, &r, &rng, true, 5e-4f * (1 - (float)i / (float)distillation));
     printf("SCFM: loss %.4f\n", loss);
     sc_normal(&rng, noise, 2 * COUNT);
-    memcpy(exact, noise, sizeof noise), memcpy(teacher, noise, sizeof noise), memcpy(student, noise, sizeof noise);
+    memcpy(exact, noise, sizeof noise), memcpy(teacher, noise, sizeof noise),
+        memcpy(student, noise, sizeof noise);
     euler(NULL, t, exact, COUNT, 512, 1.5f);
     euler(NULL, t, teacher, COUNT, 3, 1.5f);
     euler(&n, t, student, COUNT, 3, 1.5f);
@@ -196,7 +220,8 @@ int main(void) {
         student_error += (student[i] - exact[i]) * (student[i] - exact[i]);
     }
     teacher_error = sqrt(teacher_error / COUNT), student_error = sqrt(student_error / COUNT);
-    printf("3 Euler steps, distance from the exact flow's end: teacher %.4f, SCFM %.4f\n", teacher_error, student_error);
+    printf("3 Euler steps, distance from the exact flow's end: teacher %.4f, SCFM %.4f\n",
+           teacher_error, student_error);
     CHECK(student_error < 0.7 * teacher_error);
     network_free(&n);
     sc_tape_free(t);

@@ -7,8 +7,10 @@
 #include "test.h"
 
 /* CHECK inside a condition */
-#define CHECKED(condition) ((condition) ? (test_passed++, true) : (test_failed++, \
-    printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition), false))
+#define CHECKED(condition)                                                                         \
+    ((condition)                                                                                   \
+         ? (test_passed++, true)                                                                   \
+         : (test_failed++, printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition), false))
 
 #ifndef TEST_DIR
 #define TEST_DIR "test"
@@ -87,7 +89,8 @@ static void test_fit(const sc_file *reference) {
     float white[3] = {1, 1, 1};
     sc_picture one = {.width = 1, .height = 1, .rgb = white};
     if (CHECKED(sc_picture_fit(&out, &one, 32, 64))) {
-        for (int i = 0; i < 3 * 32 * 64; i++) if (!CHECKED(fabsf(out.rgb[i] - 1) < 1e-6f)) break;
+        for (int i = 0; i < 3 * 32 * 64; i++)
+            if (!CHECKED(fabsf(out.rgb[i] - 1) < 1e-6f)) break;
         sc_picture_free(&out);
     }
     CHECK(!sc_picture_fit(&out, &one, 0, 16) && !sc_picture_fit(&out, &one, 1 << 20, 1 << 20));

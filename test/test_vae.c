@@ -6,8 +6,10 @@
 #include "test.h"
 
 /* CHECK inside a condition */
-#define CHECKED(condition) ((condition) ? (test_passed++, true) : (test_failed++, \
-    printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition), false))
+#define CHECKED(condition)                                                                         \
+    ((condition)                                                                                   \
+         ? (test_passed++, true)                                                                   \
+         : (test_failed++, printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition), false))
 
 #ifndef TEST_DIR
 #define TEST_DIR "test"
@@ -52,10 +54,11 @@ static sc_tensor *random_tensor(sc_tape *t, sc_rng *rng, int ndim, const int64_t
 }
 
 static void test_conv(sc_tape *t, sc_rng *rng) {
-    static const int cases[][8] = { /* B, in, out, H, W, kernel, stride, pad */
-        {1, 1, 1, 1, 1, 1, 1, 0},    {1, 3, 5, 1, 1, 3, 1, 1},   {2, 5, 7, 11, 13, 3, 1, 1},
-        {2, 5, 7, 12, 14, 3, 2, 0},  {3, 9, 2, 17, 1, 3, 1, 1},  {1, 4, 4, 1, 50, 3, 1, 1},
-        {1, 3, 5, 33, 70, 5, 1, 2},  {5, 8, 16, 9, 49, 1, 1, 0}, {2, 3, 16, 64, 64, 3, 1, 1},
+    static const int cases[][8] = {
+        /* B, in, out, H, W, kernel, stride, pad */
+        {1, 1, 1, 1, 1, 1, 1, 0},     {1, 3, 5, 1, 1, 3, 1, 1},   {2, 5, 7, 11, 13, 3, 1, 1},
+        {2, 5, 7, 12, 14, 3, 2, 0},   {3, 9, 2, 17, 1, 3, 1, 1},  {1, 4, 4, 1, 50, 3, 1, 1},
+        {1, 3, 5, 33, 70, 5, 1, 2},   {5, 8, 16, 9, 49, 1, 1, 0}, {2, 3, 16, 64, 64, 3, 1, 1},
         {1, 300, 6, 10, 40, 3, 1, 1}, {1, 6, 4, 14, 10, 4, 2, 1}, {1, 16, 8, 30, 26, 3, 2, 0},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)

@@ -1,4 +1,5 @@
-/* tokenize FOLDER LENGTH < TEXTS: ids of the texts, each of which ends in NUL, one line for each. */
+/* tokenize FOLDER LENGTH < TEXTS: ids of the texts, each of which ends in NUL, one line for each.
+ */
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
 #include "../shortcut.h"
@@ -14,7 +15,8 @@ int main(int argc, char **argv) {
         sc__text_add(&text, &byte, 1);
         if (c) continue;
         text.length = 0;
-        if (sc_tokenize(t, text.data, length, ids) < 0) return fprintf(stderr, "%s\n", sc_error()), 1;
+        if (sc_tokenize(t, text.data, length, ids) < 0)
+            return fprintf(stderr, "%s\n", sc_error()), 1;
         for (int i = 0; i < length; i++) printf("%d%c", ids[i], i + 1 < length ? ' ' : '\n');
     }
     sc_tokenizer_close(t);
