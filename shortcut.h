@@ -532,7 +532,7 @@ bool sc_sample(sc_flux *flux, sc_tape *tape, const sc_sampling *s, int batch, in
 /* ==== Objectives: flow matching, SCFM, guidance distillation ====
  * An objective decides what the student is asked (noisy input, time, guidance) and what it should
  * answer (target); all share one batch and one student pass. */
-typedef enum { SC_SCFM, SC_FLOW_MATCHING, SC_GUIDANCE } sc_objective;
+typedef enum { SC_SCFM, SC_GUIDANCE } sc_objective;
 
 typedef struct sc_recipe {
     sc_objective objective;
@@ -542,8 +542,9 @@ typedef struct sc_recipe {
     float shift[2];             /* the random time shift: uniform between these */
     float dynamic_shift_ratio;  /* how often FLUX's dynamic shift is used instead */
     float guidance[2];          /* uniform between these */
-    float fm_ratio;             /* SCFM: part of the batch with the plain flow-matching target */
-    float caption_dropout;      /* flow matching: how often the caption is left empty */
+    float fm_ratio;             /* SCFM: part of the batch with the plain flow-matching target;
+                                 * 1: flow matching alone */
+    float caption_dropout;      /* how often the caption is left empty */
 } sc_recipe;
 
 typedef struct sc_batch {       /* host f32; one text-picture pair per sample */
@@ -573,10 +574,12 @@ typedef struct sc_model {
     void *self;
 } sc_model;
 
-/* method.md's steps 5 and 6 for the samples [first, B): noisy input x and target, both
- * [B-first, ...]. */
-bool sc_scfm_target(const sc_model *model, sc_tape *t, sc_tensor *x0, sc_tensor *noise,
-                    const sc_draw *draws, int64_t first, sc_tensor **x, sc_tensor **target);
+/* The noisy input x = (1 - t) x0 + t eps, each sample at the first time of its draw. */
+sc_tensor *sc_noisy(sc_tape *t, const sc_draw *draws, sc_tensor *x0, sc_tensor *noise);
+/* What SCFM wants the student to say of x: fills the samples [first, B) of target, which has x's
+ * shape. */
+bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int64_t first,
+                    const sc_tensor *x, sc_tensor *target);
 
 /* One training step's gradient: draws, target, student pass, backward. Resets the tape. It may be
  * under way only: sc_params_report has the loss after sc_params_step. */
@@ -2673,6 +2676,7 @@ bool sc_sample(sc_flux *f, sc_tape *t, const sc_sampling *s, int batch, int text
                 ok = sc__fail("step %d gave NaN or infinity: are the weights damaged?", i + 1);
         if (ok && s->progress && !s->progress(s->user, i + 1, s->steps)) ok = sc__fail("stopped");
     }
+    sc_tape_use(t, NULL);
     SC_FREE(host);
     return ok;
 }
@@ -2694,7 +2698,7 @@ bool sc_sample(sc_flux *f, sc_tape *t, const sc_sampling *s, int batch, int text
  * the target; the second half-step always uses the slow average.
  */
 
-/* ---- Chance: steps 2 to 4 ---- */
+/* ---- Chance: when, how far, who goes first ---- */
 
 static float sc__between(sc_rng *rng, const float range[2]) {
     return range[0] + (range[1] - range[0]) * sc_uniform(rng);
@@ -2720,11 +2724,17 @@ void sc_draw_sample(const sc_recipe *r, sc_rng *rng, int64_t tokens, bool flow_m
     d->t[0] = fminf(d->t[0], 1.f - 1e-5f);
 }
 
-/* ---- Target: steps 5 and 6 ---- */
+/* ---- Input and target ---- */
+
+/* `n` times the same number, on the tape: coefficients for sc_blend. */
+static float *sc__constant(sc_tape *t, int64_t n, float value) {
+    float *x = (float *)sc__arena_take(&t->host, (size_t)n * sizeof *x);
+    for (int64_t i = 0; x && i < n; i++) x[i] = value;
+    return x;
+}
 
 /* Samples [first, first + count) of x, the same memory. */
 static sc_tensor *sc__samples(sc_tape *t, const sc_tensor *x, int64_t first, int64_t count) {
-    if (!x) return NULL;
     sc_tensor *y = sc_reshape(t, x, x->ndim, x->shape);
     if (!y) return NULL;
     y->data = (char *)y->data + first * (sc_count(x) / x->shape[0]) * sc_dtype_size(x->dtype);
@@ -2732,39 +2742,52 @@ static sc_tensor *sc__samples(sc_tape *t, const sc_tensor *x, int64_t first, int
     return y;
 }
 
-bool sc_scfm_target(const sc_model *model, sc_tape *t, sc_tensor *x0, sc_tensor *noise,
-                    const sc_draw *draws, int64_t first, sc_tensor **x, sc_tensor **target) {
-    int64_t n = x0->shape[0] - first;
-    float *host = (float *)sc__arena_take(&t->host, (size_t)n * 9 * sizeof *host);
-    uint8_t *sets = (uint8_t *)sc__arena_take(&t->host, (size_t)n * 2), *slow = sets + n;
-    if (!host || !sets) return false;
-    float *t0 = host, *t1 = host + n, *guidance = host + 2 * n, *keep = host + 3 * n,
-          *one = host + 4 * n;
-    float *back = host + 5 * n, *w1 = host + 6 * n, *w2 = host + 7 * n;
+sc_tensor *sc_noisy(sc_tape *t, const sc_draw *draws, sc_tensor *x0, sc_tensor *noise) {
+    if (!x0 || !noise) return NULL;
+    int64_t n = x0->shape[0];
+    float *time = sc__constant(t, n, 0), *rest = sc__constant(t, n, 1);
+    if (!time || !rest) return NULL;
+    for (int64_t i = 0; i < n; i++) time[i] = draws[i].t[0], rest[i] -= time[i];
+    return sc_blend(t, rest, x0, time, noise);
+}
+
+bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int64_t first,
+                    const sc_tensor *x_of_all, sc_tensor *target_of_all) {
+    int64_t n = x_of_all->shape[0] - first;
+    bool recording = t->recording;
+    sc__mark_t mark = sc__mark(t);
+    sc_tensor *x = sc__samples(t, x_of_all, first, n),
+              *target = sc__samples(t, target_of_all, first, n), *v1, *halfway, *v2 = NULL;
+    float *t0 = sc__constant(t, 7 * n, 1), *t1 = t0 + n, *guidance = t1 + n, *one = guidance + n,
+          *minus_d1 = one + n, *part1 = minus_d1 + n, *part2 = part1 + n;
+    uint8_t *start = (uint8_t *)sc__arena_take(&t->host, (size_t)n * 2), *slow = start + n;
+    if (!x || !target || !t0 || !start) return false;
     for (int64_t i = 0; i < n; i++) {
         const sc_draw *d = &draws[first + i];
         float d1 = d->t[0] - d->t[1], d2 = d->t[1] - d->t[2];
         t0[i] = d->t[0], t1[i] = d->t[1], guidance[i] = d->guidance;
-        keep[i] = 1 - d->t[0], one[i] = 1, back[i] = -d1;
-        w1[i] = d1 / (d1 + d2), w2[i] = d2 / (d1 + d2);
-        sets[i] = d->teacher ? SC_TEACHER : SC_FAST;
-        slow[i] = SC_SLOW;
+        minus_d1[i] = -d1, part1[i] = d1 / (d1 + d2), part2[i] = d2 / (d1 + d2);
+        start[i] = d->teacher ? SC_TEACHER : SC_FAST, slow[i] = SC_SLOW;
     }
-    /* 5. noisy input */
-    *x = sc_blend(t, keep, sc__samples(t, x0, first, n), t0, sc__samples(t, noise, first, n));
-    *target = *x ? sc__new_like(t, *x) : NULL;
-    if (!*target) return false;
-    /* 6. two half-steps, without gradient; their activations are given back */
-    sc_tape_record(t, false);
-    sc__mark_t mark = sc__mark(t);
-    sc_tensor *v1 = model->velocity(model->self, t, *x, first, sets, t0, guidance);
-    sc_tensor *halfway = sc_blend(t, one, *x, back, v1);
-    sc_tensor *v2 =
-        halfway ? model->velocity(model->self, t, halfway, first, slow, t1, guidance) : NULL;
-    if (v2) t->be->blend(*target, w1, v1, w2, v2);
+    sc_tape_record(t, false); /* no gradient */
+    v1 = model->velocity(model->self, t, x, first, start, t0, guidance);
+    halfway = sc_blend(t, one, x, minus_d1, v1);
+    if (halfway) v2 = model->velocity(model->self, t, halfway, first, slow, t1, guidance);
+    if (v2) t->be->blend(target, part1, v1, part2, v2);
+    sc_tape_record(t, recording);
     sc__release(t, mark);
-    sc_tape_record(t, true);
     return v2 != NULL;
+}
+
+/* Flow matching, for the samples [0, n): the target eps - x0. */
+static bool sc__flow_matching_target(sc_tape *t, const sc_tensor *x0, const sc_tensor *noise,
+                                     int64_t n, sc_tensor *target) {
+    const float *one = sc__constant(t, n, 1), *minus = sc__constant(t, n, -1);
+    sc_tensor *data = sc__samples(t, x0, 0, n), *eps = sc__samples(t, noise, 0, n),
+              *part = sc__samples(t, target, 0, n);
+    if (!one || !minus || !data || !eps || !part) return false;
+    t->be->blend(part, one, eps, minus, data);
+    return true;
 }
 
 /* ---- FLUX as a model of four sets, and its training step ---- */
@@ -2787,15 +2810,17 @@ static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x, 
     sc_tensor *y = NULL;
     sc_tape_use(t, sets);
     for (int64_t i = 0; i < batch; i += count) {
-        if (whole) sc_params_use(m->params, sc__next_run(t, batch, &i, &count));
-        bool all = count == batch;
-        sc_flux_input in = {.x = all ? x : sc__samples(t, x, i, count),
+        sc_set set = whole ? sc__next_run(t, batch, &i, &count) : SC_TEACHER;
+        if (whole && !m->params->set[set])
+            return sc__fail("the recipe asks a teacher; these weights were given none"), NULL;
+        if (whole) sc_params_use(m->params, set);
+        sc_flux_input in = {.x = sc__samples(t, x, i, count),
                             .time = time + i, .guidance = guidance + i,
                             .context = sc__samples(t, m->context, first + i, count),
                             .pooled = sc__samples(t, m->pooled, first + i, count),
                             .h = m->batch->h, .w = m->batch->w};
         sc_tensor *v = sc_flux_velocity(m->flux, t, &in);
-        if (!v || all) return v;
+        if (!v || count == batch) return v;
         if (!y && !(y = sc__new3(t, batch, v->shape[1], v->shape[2]))) return NULL;
         int64_t n = sc_count(v);
         sc__copy_columns(t, y->data, n, i * (n / count), v->data, n, 0, 1, n, false);
@@ -2803,53 +2828,34 @@ static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x, 
     return y;
 }
 
-/* Flow matching for the samples [0, n): x_t and the target eps - x0. */
-static bool sc__flow_matching_target(sc_tape *t, sc_tensor *x0, sc_tensor *noise,
-                                     const sc_draw *draws, int64_t n, sc_tensor *x,
-                                     sc_tensor *target) {
-    float *host = (float *)sc__arena_take(&t->host, (size_t)n * 4 * sizeof *host);
-    if (!host) return false;
-    for (int64_t i = 0; i < n; i++)
-        host[i] = 1 - draws[i].t[0], host[n + i] = draws[i].t[0], host[2 * n + i] = 1,
-        host[3 * n + i] = -1;
-    t->be->blend(sc__samples(t, x, 0, n), host, sc__samples(t, x0, 0, n), host + n,
-                 sc__samples(t, noise, 0, n));
-    t->be->blend(sc__samples(t, target, 0, n), host + 2 * n, sc__samples(t, noise, 0, n),
-                 host + 3 * n, sc__samples(t, x0, 0, n));
-    return true;
+/* One sample's host values for each of like's samples. */
+static sc_tensor *sc__repeated(sc_tape *t, const sc_tensor *like, const float *values) {
+    int64_t n = like->shape[0], size = sc_count(like) / n;
+    sc_tensor *one = sc_from(t, 1, &size, values), *y = one ? sc__new_like(t, like) : NULL;
+    if (y) sc__copy_columns(t, y->data, size, 0, one->data, 0, 0, n, size, false);
+    return y;
 }
 
-/* Guidance distillation: the target v_u + g (v_c - v_u) of the frozen teacher, itself
- * asked with g = 1. */
+/* Guidance distillation: the target v_u + g (v_c - v_u) of the frozen teacher, itself asked with
+ * g = 1; v_u is without a caption. */
 static bool sc__guidance_target(sc__flux_model *m, sc_tape *t, const float *time,
-                                const float *guidance, const float *ones, const uint8_t *teacher,
-                                sc_tensor *x, sc_tensor *target) {
+                                const float *guidance, sc_tensor *x, sc_tensor *target) {
     int64_t n = x->shape[0];
-    const sc_batch *b = m->batch;
-    sc_tensor *context = m->context, *pooled = m->pooled;
     sc__mark_t mark = sc__mark(t);
+    sc__flux_model uncaptioned = *m;
+    uncaptioned.context = sc__repeated(t, m->context, m->batch->no_context);
+    uncaptioned.pooled = sc__repeated(t, m->pooled, m->batch->no_pooled);
+    float *one = sc__constant(t, n, 1), *rest = sc__constant(t, n, 1);
+    uint8_t *teacher = (uint8_t *)sc__arena_take(&t->host, (size_t)n);
+    if (!uncaptioned.context || !uncaptioned.pooled || !one || !rest || !teacher) return false;
+    for (int64_t i = 0; i < n; i++) rest[i] -= guidance[i], teacher[i] = SC_TEACHER;
     sc_tape_record(t, false);
-    sc_tensor *with = sc__flux_model_velocity(m, t, x, 0, teacher, time, ones);
-    m->context = sc__new_like(t, context);
-    m->pooled = sc__new_like(t, pooled);
-    int64_t nc = sc_count(context) / n, np = sc_count(pooled) / n;
-    sc_tensor *none = sc_from(t, 1, &nc, b->no_context),
-              *none_pooled = sc_from(t, 1, &np, b->no_pooled);
-    bool ok = with && m->context && m->pooled && none && none_pooled;
-    if (ok) {
-        sc__copy_columns(t, m->context->data, nc, 0, none->data, 0, 0, n, nc, false);
-        sc__copy_columns(t, m->pooled->data, np, 0, none_pooled->data, 0, 0, n, np, false);
-        sc_tensor *without = sc__flux_model_velocity(m, t, x, 0, teacher, time, ones);
-        float *rest = (float *)sc__arena_take(&t->host, (size_t)n * sizeof *rest);
-        ok = without && rest;
-        for (int64_t i = 0; ok && i < n; i++) rest[i] = 1 - guidance[i];
-        if (ok) t->be->blend(target, guidance, with, rest, without);
-    }
-    m->context = context;
-    m->pooled = pooled;
-    sc_tape_record(t, true);
+    sc_tensor *with = sc__flux_model_velocity(m, t, x, 0, teacher, time, one);
+    sc_tensor *without =
+        with ? sc__flux_model_velocity(&uncaptioned, t, x, 0, teacher, time, one) : NULL;
+    if (without) t->be->blend(target, guidance, with, rest, without);
     sc__release(t, mark);
-    return ok;
+    return without != NULL;
 }
 
 /* Uploads the batch's text; a dropped caption is replaced by the empty one. */
@@ -2873,42 +2879,35 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     int64_t n = b->size, tokens = (int64_t)b->h * b->w;
     const int64_t shape[] = {n, tokens, sc_flux_config_of(flux)->in_channels};
     sc_tape_reset(t);
+    sc_tape_record(t, false);
     sc_draw *draws = (sc_draw *)sc__arena_take(&t->host, (size_t)n * sizeof *draws);
-    float *time = (float *)sc__arena_take(&t->host, (size_t)n * 3 * sizeof *time),
-          *guidance = time + n, *ones = time + 2 * n;
-    uint8_t *student = (uint8_t *)sc__arena_take(&t->host, (size_t)n * 2), *teacher = student + n;
-    if (!draws || !time || !student) return false;
-    /* 1 to 4. Chance. The flow-matching samples come first. */
+    float *time = sc__constant(t, n, 0), *guidance = sc__constant(t, n, 0);
+    uint8_t *student = (uint8_t *)sc__arena_take(&t->host, (size_t)n);
+    if (!draws || !time || !guidance || !student) return false;
+    /* Steps 2 to 4: chance. The flow-matching samples come first. */
     bool scfm = r->objective == SC_SCFM;
     int64_t plain = scfm ? (int64_t)floorf(r->fm_ratio * (float)n + 0.5f) : n;
     for (int64_t i = 0; i < n; i++) {
         sc_draw_sample(r, rng, tokens, i < plain, &draws[i]);
-        time[i] = draws[i].t[0], guidance[i] = draws[i].guidance, ones[i] = 1;
-        student[i] = SC_STUDENT, teacher[i] = SC_TEACHER;
+        time[i] = draws[i].t[0], guidance[i] = draws[i].guidance, student[i] = SC_STUDENT;
     }
-    /* 5 and 6. Noisy input and target. */
-    sc__flux_model flux_model = {.flux = flux, .params = params, .batch = b};
-    sc_model model = {sc__flux_model_velocity, &flux_model};
+    /* Step 5: noisy input. */
+    sc__flux_model self = {.flux = flux, .params = params, .batch = b};
+    sc_model model = {sc__flux_model_velocity, &self};
     sc_tensor *x0 = sc_from(t, 3, shape, b->x0), *noise = sc_from(t, 3, shape, b->noise);
-    sc_tensor *x = sc_new(t, 3, shape), *target = sc_new(t, 3, shape), *part_x = NULL,
-              *part_target = NULL;
-    if (!sc__upload_text(&flux_model, t, draws) || !x0 || !noise || !x || !target) return false;
-    if (plain && !sc__flow_matching_target(t, x0, noise, draws, plain, x, target)) return false;
-    if (r->objective == SC_GUIDANCE &&
-        !sc__guidance_target(&flux_model, t, time, guidance, ones, teacher, x, target))
-        return false;
-    if (plain < n) {
-        if (!sc_scfm_target(&model, t, x0, noise, draws, plain, &part_x, &part_target))
-            return false;
-        int64_t count = sc_count(part_x), at = plain * (count / (n - plain));
-        sc__copy_columns(t, x->data, count, at, part_x->data, count, 0, 1, count, false);
-        sc__copy_columns(t, target->data, count, at, part_target->data, count, 0, 1, count, false);
-    }
-    /* 7. The student's answer, and the way back. */
+    sc_tensor *x = sc_noisy(t, draws, x0, noise), *target = sc_new(t, 3, shape);
+    if (!x || !target || !sc__upload_text(&self, t, draws)) return false;
+    /* Step 6: target. */
+    bool ok = scfm ? !plain || sc__flow_matching_target(t, x0, noise, plain, target)
+                   : sc__guidance_target(&self, t, time, guidance, x, target);
+    ok = ok && (plain == n || sc_scfm_target(&model, t, draws, plain, x, target));
+    if (!ok) return false;
+    /* Step 7: the student's answer, and the way back. */
     sc_tape_record(t, true);
-    sc_tensor *v = sc__flux_model_velocity(&flux_model, t, x, 0, student, time, guidance);
-    bool ok = sc_mse(t, v, target, 1.f, &params->results[0]) && sc_backward(t);
+    sc_tensor *v = sc__flux_model_velocity(&self, t, x, 0, student, time, guidance);
+    ok = sc_mse(t, v, target, 1.f, &params->results[0]) && sc_backward(t);
     sc_tape_record(t, false);
+    sc_tape_use(t, NULL);
     return ok;
 }
 

@@ -32,24 +32,25 @@ typedef struct options {
     float beta2;              /* 0.999 */
     float fast, slow;         /* EMA decays: 0.99, 0.999 */
     int ema_restart; /* copy the student into both every so many steps: 0, never (SD3.5: 2000) */
-    float teacher_ratio;         /* 0.4 */
-    int teacher_steps;           /* 32 */
-    int self_steps[8];           /* 2,4,8,16 */
-    float shift[2];              /* 2.5 to 4.5 */
-    float dynamic_shift;         /* 0.1 */
-    float guidance[2];           /* 0 to 7.5 */
-    float fm_ratio;              /* 0; above it, part of the batch is plain flow matching */
+    float teacher_ratio; /* 0.4 */
+    int teacher_steps;   /* 32 */
+    int self_steps[8];   /* 2,4,8,16 */
+    float shift[2];      /* 2.5 to 4.5 */
+    float dynamic_shift; /* 0.1 */
+    float guidance[2];   /* 0 to 7.5 */
+    float fm_ratio;      /* 0; above it, part of the batch is plain flow matching. --pretrain: 1 */
     float caption_dropout;       /* 0.1, with flow matching only */
     int resolution, text_tokens; /* 512, 256 */
     int threads, seed;
-    int preview, save; /* every so many steps; 0: at the end only */
-    int stop_after;    /* save and stop there, to go on with --resume */
-    const char *preview_prompt;
+    int preview, save;  /* every so many steps; 0: at the end only */
+    int stop_after;     /* save and stop there, to go on with --resume */
     const char *scales; /* "3:1 8:0.5": the LoRA scale that suits a number of steps */
     bool checkpointing;
     const char *weights;    /* auto or fp8 */
     const char *weights_on; /* device or host */
 } options;
+
+static bool all_weights(const options *o) { return o->full || o->pretrain || o->distill_guidance; }
 
 static options defaults(void) {
     return (options){.model = "data/tiny-flux",
@@ -119,7 +120,7 @@ static int learning_options(options *o, sc_option *table) {
          "part of the samples with FLUX's dynamic shift"},
         {"--guidance", SC_RANGE, &o->guidance, "A,B", "guidance, uniform between these"},
         {"--fm-ratio", SC_FLOAT, &o->fm_ratio, "X",
-         "part of the batch with the flow-matching target"},
+         "part of the batch with the flow-matching target (--pretrain: 1)"},
         {"--caption-dropout", SC_FLOAT, &o->caption_dropout, "X",
          "flow matching: part of the captions left empty"},
         {"--scales", SC_STRING, &o->scales, "LIST",
@@ -151,8 +152,6 @@ static int running_options(options *o, sc_option *table) {
         {"--dry-run", SC_FLAG, &o->dry_run, NULL,
          "print the plan, the memory and the time, and stop"},
         {"--preview", SC_INT, &o->preview, "N", "a preview picture every N steps (0: none)"},
-        {"--preview-prompt", SC_STRING, &o->preview_prompt, "TEXT",
-         "its prompt (default: the first caption)"},
         {"--save", SC_INT, &o->save, "N", "save result and state every N steps (0: at the end)"},
         {"--stop-after", SC_INT, &o->stop_after, "N", "save and stop after step N (0: go through)"},
         {"--device", SC_STRING, &o->device, "NAME", "auto, cpu or cuda"},
@@ -242,6 +241,15 @@ static int state_arrays(const training *t, sc_named *named, sc_tensor *tensors) 
     return n;
 }
 
+/* One array at a time: the host never holds more. */
+static bool fill_state(const void *user, const sc_named *x, sc_tensor *host) {
+    const training *t = (const training *)user;
+    size_t count = (size_t)sc_count(x->tensor);
+    host->data = sc__alloc(count, sizeof(float));
+    return host->data &&
+           t->pipeline->backend->download(host->data, x->tensor->data, count * sizeof(float));
+}
+
 static bool save_state(const training *t) {
     char path[1024], step[32], rng[32];
     sc_named named[6];
@@ -251,16 +259,7 @@ static bool save_state(const training *t) {
     snprintf(rng, sizeof rng, "%llu", (unsigned long long)t->rng.state);
     const char *metadata[] = {"step", step, "rng", rng, "command", t->command, NULL};
     run_path(t, "state.safetensors", path);
-    float *host = (float *)sc__alloc((size_t)(t->params->count * n), sizeof *host);
-    bool ok = host != NULL;
-    for (int i = 0; ok && i < n; i++) {
-        float *copy = host + i * t->params->count;
-        ok = t->pipeline->backend->download(copy, tensors[i].data, (size_t)t->params->count * 4);
-        tensors[i].data = copy;
-    }
-    ok = ok && sc_file_save(path, named, n, metadata);
-    SC_FREE(host);
-    return ok;
+    return sc__save(path, named, n, metadata, fill_state, t);
 }
 
 static bool load_state(training *t) {
@@ -308,7 +307,7 @@ static bool save_result(const training *t) {
                               rank,
                               "alpha",
                               rank,
-                              "steps",
+                              /* what a whole model keeps: */ "steps",
                               steps,
                               "seed",
                               seed,
@@ -321,7 +320,7 @@ static bool save_result(const training *t) {
                               NULL};
     if (t->params->adapters) return sc_lora_save(t->params, SC_STUDENT, t->o.out, metadata);
     sc_params_use(t->params, SC_SLOW);
-    bool ok = sc_flux_save(t->pipeline->flux, t->o.out, SC_BF16, metadata + 4);
+    bool ok = sc_flux_save(t->pipeline->flux, t->o.out, SC_BF16, metadata + 8);
     sc_params_use(t->params, SC_STUDENT);
     return ok;
 }
@@ -407,7 +406,6 @@ static bool train_step(training *t) {
                            &t->rng))
         return false;
     t->adamw.lr = learning_rate(&t->o, t->step);
-    t->adamw.clip = t->o.clip;
     sc_params_step(t->params, &t->adamw, t->o.fast, t->o.slow);
     t->step++;
     if (t->o.ema_restart && t->step % t->o.ema_restart == 0) {
@@ -447,13 +445,26 @@ static bool tell_step(training *t, progress *p) {
     return true;
 }
 
+/* loss.csv: a new one, or, of a resumed run, that one as it was when the state was saved. */
+static FILE *open_csv(const char *path, int64_t done) {
+    FILE *csv = done ? fopen(path, "r+") : NULL;
+    if (!csv) {
+        if ((csv = fopen(path, "w"))) fprintf(csv, "step,loss,gradient_norm,learning_rate\n");
+        return csv;
+    }
+    for (int64_t line = 0; line <= done; line++) /* the heading, and a line for each step */
+        for (int c = 0; c != '\n' && c != EOF;) c = fgetc(csv);
+    if (fseek(csv, 0, SEEK_CUR) || ftruncate(fileno(csv), ftell(csv))) fclose(csv), csv = NULL;
+    return csv;
+}
+
 static bool train(training *t) {
     char path[1024];
     progress p = {.started = sc_seconds(), .first = t->step, .told = t->step};
     run_path(t, "loss.csv", path);
-    FILE *csv = p.csv = fopen(path, p.first ? "a" : "w");
+    if (sc_interrupted) return sc__fail("stopped before the first step: nothing was written");
+    FILE *csv = p.csv = open_csv(path, p.first);
     if (!csv) return sc__fail("%s: %s", path, strerror(errno));
-    if (!p.first) fprintf(csv, "step,loss,gradient_norm,learning_rate\n");
     bool ok = true;
     int64_t last = t->o.stop_after && t->o.stop_after < t->o.steps ? t->o.stop_after : t->o.steps;
     while (ok && t->step < last && !sc_interrupted) {
@@ -496,8 +507,14 @@ static bool alloc_pair(training *t, int index, int h, int w) {
     int64_t n = (int64_t)h * w * sc_flux_config_of(t->pipeline->flux)->in_channels;
     p->h = h, p->w = w;
     p->mean = (float *)sc__alloc((size_t)(2 * n), sizeof *p->mean);
-    p->std = p->mean + n;
+    if (p->mean) p->std = p->mean + n;
     return p->mean != NULL;
+}
+
+static void free_data(training *t) {
+    for (int i = 0; t->pairs && i < t->pair_count; i++) free(t->pairs[i].mean);
+    free(t->pairs), free(t->context), free(t->pooled);
+    t->pairs = NULL, t->context = t->pooled = NULL;
 }
 
 /* True if the cache is there, whole and made from the same things; false says nothing. */
@@ -654,7 +671,8 @@ static bool encode_texts(training *t, const sc_dataset *data) {
     bool ok = true;
     for (int i = 0; ok && i < known; i++) {
         ok = sc_pipeline_text(t->pipeline, texts[i], t->context + i * size,
-                              t->pooled + (int64_t)i * c->pooled_channels);
+                              t->pooled + (int64_t)i * c->pooled_channels) &&
+             (!sc_interrupted || sc__fail("stopped"));
         sc_progress("caption", i + 1, known, started, NULL);
     }
     free(texts);
@@ -686,6 +704,7 @@ static bool load_data(training *t) {
     fingerprint_of(t, data, fingerprint);
     bool ok = true, cached = !t->o.no_cache && load_cache(t, fingerprint);
     if (!cached) {
+        free_data(t);
         t->pair_count = (int)data->count;
         t->pairs = (pair *)sc__alloc((size_t)data->count, sizeof *t->pairs);
         ok = t->pairs && encode_texts(t, data);
@@ -706,9 +725,7 @@ static bool load_data(training *t) {
 
 static void set_recipe(training *t) {
     const options *o = &t->o;
-    t->recipe = (sc_recipe){.objective = o->pretrain && o->fm_ratio >= 1 ? SC_FLOW_MATCHING
-                                         : o->distill_guidance           ? SC_GUIDANCE
-                                                                         : SC_SCFM,
+    t->recipe = (sc_recipe){.objective = o->distill_guidance ? SC_GUIDANCE : SC_SCFM,
                             .teacher_ratio = o->teacher_ratio,
                             .teacher_steps = o->teacher_steps,
                             .shift = {o->shift[0], o->shift[1]},
@@ -717,8 +734,11 @@ static void set_recipe(training *t) {
                             .fm_ratio = o->fm_ratio,
                             .caption_dropout = o->pretrain ? o->caption_dropout : 0};
     memcpy(t->recipe.self_steps, o->self_steps, sizeof o->self_steps);
-    t->adamw =
-        (sc_adamw){.beta1 = 0.9f, .beta2 = o->beta2, .eps = 1e-8f, .weight_decay = o->weight_decay};
+    t->adamw = (sc_adamw){.beta1 = 0.9f,
+                          .beta2 = o->beta2,
+                          .eps = 1e-8f,
+                          .weight_decay = o->weight_decay,
+                          .clip = o->clip};
     t->rng.state = (uint64_t)o->seed;
 }
 
@@ -746,14 +766,21 @@ static bool check_options(const options *o) {
         return sc__fail("--weights-on is device or host, not '%s'", o->weights_on);
     if (o->full + o->pretrain + o->distill_guidance > 1)
         return sc__fail("--full, --pretrain and --distill-guidance exclude each other");
+    if (o->pretrain && o->teacher_ratio > 0)
+        return sc__fail("--pretrain has no teacher: --teacher-ratio is 0 there");
+    if (o->start && all_weights(o)) return sc__fail("--start is for a LoRA, not for all weights");
+    if (o->resolution < 0 || o->text_tokens < 0 || o->warmup < 0 || o->ema_restart < 0 ||
+        o->preview < 0 || o->save < 0 || o->stop_after < 0)
+        return sc__fail("a number of pixels, tokens or steps cannot be negative");
+    if (!(o->beta2 >= 0 && o->beta2 < 1 && o->dynamic_shift >= 0 && o->dynamic_shift <= 1))
+        return sc__fail("--beta2 lies from 0 to below 1, --dynamic-shift from 0 to 1");
     return true;
 }
 
 static bool open_model(training *t) {
     options *o = &t->o;
-    bool whole = o->full || o->pretrain || o->distill_guidance;
     const sc_backend *be = sc_device(o->device);
-    sc_pipeline_options how = {.widen = whole,
+    sc_pipeline_options how = {.widen = all_weights(o),
                                .fp8 = !strcmp(o->weights, "fp8"),
                                .streamed = !strcmp(o->weights_on, "host"),
                                .random = o->pretrain && !o->transformer,
@@ -769,12 +796,11 @@ static bool open_model(training *t) {
 static bool open_params(training *t) {
     options *o = &t->o;
     sc_flux *flux = t->pipeline->flux;
-    bool whole = o->full || o->pretrain || o->distill_guidance;
-    t->params = whole ? sc_params_full(flux, !o->pretrain)
-                      : sc_params_lora(flux, o->rank, o->alpha > 0 ? o->alpha : (float)o->rank,
-                                       (uint64_t)o->seed);
-    if (!t->params) return false;
-    if (o->start && !whole && !sc_lora_start(t->params, o->start)) return false;
+    t->params = all_weights(o)
+                    ? sc_params_full(flux, !o->pretrain)
+                    : sc_params_lora(flux, o->rank, o->alpha > 0 ? o->alpha : (float)o->rank,
+                                     (uint64_t)o->seed);
+    if (!t->params || (o->start && !sc_lora_start(t->params, o->start))) return false;
     const sc_flux_config *c = sc_flux_config_of(flux);
     int64_t largest = 0;
     for (int i = 0; i < t->pair_count; i++) {
@@ -847,8 +873,8 @@ static bool dry_run(training *t) {
 }
 
 static void close_training(training *t) {
-    for (int i = 0; t->pairs && i < t->pair_count; i++) free(t->pairs[i].mean);
-    free(t->pairs), free(t->context), free(t->pooled), free(t->batch_memory);
+    free_data(t);
+    free(t->batch_memory);
     if (t->params) sc_params_free(t->params);
     sc_pipeline_close(t->pipeline);
 }
@@ -862,11 +888,13 @@ int main(int argc, char **argv) {
     for (int i = 0; i < argc && used < (int)sizeof t.command - 1; i++)
         used += snprintf(t.command + used, sizeof t.command - (size_t)used, "%s%s", i ? " " : "",
                          argv[i]);
-    bool whole = sc_given(argc, argv, "--full") || sc_given(argc, argv, "--pretrain") ||
-                 sc_given(argc, argv, "--distill-guidance");
+    bool pretrain = sc_given(argc, argv, "--pretrain");
+    bool whole =
+        pretrain || sc_given(argc, argv, "--full") || sc_given(argc, argv, "--distill-guidance");
     const char *model = sc_given(argc, argv, "--model");
     if (!whole && !sc_parse_recipe(table, count, model ? model : t.o.model, "train"))
         return sc_die();
+    if (pretrain) t.o.fm_ratio = 1, t.o.teacher_ratio = 0; /* there is no teacher */
     sc_parse(usage, table, count, argc, argv, words, 1);
     if (!words[0]) {
         fprintf(stderr, "%s\n\nerror: which folder of pictures? (see %s --help)\n", usage, argv[0]);

@@ -27,6 +27,18 @@ check "resumed LoRA is the same but for its command line" quiet ./shortcut info 
 tail -c 100000 "$dir/lora.safetensors" >"$dir/x"
 tail -c 100000 "$dir/six.safetensors" >"$dir/y"
 check "resumed training equals uninterrupted training bit for bit" same "$dir/x" "$dir/y"
+for mode in "--fm-ratio 0.5" "--full --ema-restart 2" "--pretrain" "--pretrain --fm-ratio 0.5" "--distill-guidance"; do
+    all="$dir/pairs --steps 4 --batch 2 $mode --save 0 --preview 0 --out $dir/whole"
+    check "$mode" quiet ./train $all --run "$dir/run1"
+    check "$mode, interrupted" quiet ./train $all --run "$dir/run2" --stop-after 2
+    echo "3,of a step whose state was not saved" >>"$dir/run2/loss.csv"
+    check "$mode, resumed" quiet ./train $all --run "$dir/run2" --resume
+    tail -c 1000000 "$dir/run1/state.safetensors" >"$dir/x"
+    tail -c 1000000 "$dir/run2/state.safetensors" >"$dir/y"
+    check "$mode: resumed equals uninterrupted bit for bit" same "$dir/x" "$dir/y"
+    check "$mode: so does its loss.csv" same "$dir/run1/loss.csv" "$dir/run2/loss.csv"
+    rm -rf "$dir/run1" "$dir/run2" "$dir/whole"
+done
 check "LoRA" quiet ./sample "a red apple" 3 --lora "$dir/lora.safetensors" --out "$dir/e.png"
 check "changes the picture" differ "$dir/a.png" "$dir/e.png"
 check "with scale 0" quiet ./sample "a red apple" 3 --lora "$dir/lora.safetensors:0" --latents "$dir/l0" --out "$dir/f.png"
@@ -39,6 +51,9 @@ check "latents and embeddings are used again" test "$first" = "$(ls -i "$cache")
 touch "$(ls "$dir"/pairs/*.png | head -n 1)"
 check "a changed picture" quiet ./train "$dir/pairs" --steps 1 --batch 1 $run
 check "makes them anew" test "$first" != "$(ls -i "$cache")"
+sed 's/"latents\.3"/"latents.x"/' "$cache" >"$dir/broken" && mv "$dir/broken" "$cache"
+check "a damaged cache" quiet ./train "$dir/pairs" --steps 1 --batch 1 $run
+check "is made anew" grep -q -a '"latents\.3"' "$cache"
 mv "$dir/six.safetensors" "$dir/lora.safetensors"
 check "dry run" quiet ./train "$dir/pairs" --dry-run $run
 check "info of the model" quiet ./shortcut info data/tiny-flux
@@ -64,6 +79,12 @@ fails 1 "No such file" ./sample "x" 1 --model "$dir/none"
 fails 1 "cannot write" ./sample "x" 1 --no-lora --out "$dir/none/a.png"
 fails 1 "positive number or auto" ./sample "x" 1 --no-lora --shift fast
 fails 1 "multiples of 16" ./sample "x" 1 --no-lora --size 100x100
+fails 2 "has no teacher" ./train "$dir/pairs" --pretrain --teacher-ratio 0.4 $run
+fails 2 "is for a LoRA" ./train "$dir/pairs" --full --start "$dir/lora.safetensors" $run
+fails 2 "cannot be negative" ./train "$dir/pairs" --save -1 $run
+mkdir "$dir/many" && cp "$dir/pairs/banana_0000.png" "$dir/many/a.png"
+for i in $(seq 3000); do echo "{\"file_name\": \"a.png\", \"text\": \"banana $i\"}"; done >"$dir/many/metadata.jsonl"
+fails 1 "stopped" timeout --preserve-status -k 9 -s TERM 1 ./train "$dir/many" --no-cache $run
 head -c 1000 "$dir/lora.safetensors" >"$dir/cut.safetensors"
 fails 1 "truncated" ./sample "x" 1 --lora "$dir/cut.safetensors"
 fails 1 "0 of 0 LoRA layers" ./sample "x" 1 --lora data/tiny-flux/vae/diffusion_pytorch_model.safetensors

@@ -236,8 +236,9 @@ static void test_scfm(const char *name) {
         .pooled = sc_from(f.tape, 2, (const int64_t[]){f.batch, f.flux->config.pooled_channels},
                           f.pooled)};
     sc_model model = {sc__flux_model_velocity, &self};
-    sc_tensor *x = NULL, *target = NULL;
-    CHECK(sc_scfm_target(&model, f.tape, tensor(&f, x0), tensor(&f, noise), draws, 0, &x, &target));
+    sc_tensor *x = sc_noisy(f.tape, draws, tensor(&f, x0), tensor(&f, noise)),
+              *target = tensor(&f, x0);
+    CHECK(sc_scfm_target(&model, f.tape, draws, 0, x, target));
     CHECK(rel_error(x->data, noisy, f.n) < 1e-6);
     CHECK(rel_error(target->data, expected, f.n) < 1e-5);
     printf("%s: error of the SCFM target %.1e\n", name, rel_error(target->data, expected, f.n));

@@ -145,21 +145,15 @@ static double train_step(network *n, sc_tape *t, const sc_recipe *r, sc_rng *rng
     double loss = NAN;
     draw_data(rng, x0, noise);
     sc_tape_reset(t);
-    sc_tensor *px0 = sc_from(t, 3, shape, x0), *pn = sc_from(t, 3, shape, noise), *x = NULL,
-              *target = NULL;
+    sc_tensor *px0 = sc_from(t, 3, shape, x0), *pn = sc_from(t, 3, shape, noise);
     for (int b = 0; b < BATCH; b++)
         sc_draw_sample(r, rng, 1, !scfm, &draws[b]), time[b] = draws[b].t[0];
     sc_model model = {model_velocity, n};
-    if (scfm) {
-        if (!sc_scfm_target(&model, t, px0, pn, draws, 0, &x, &target)) return NAN;
-    } else {
-        float keep[BATCH];
-        for (int b = 0; b < BATCH; b++) keep[b] = 1 - time[b];
-        x = sc_blend(t, keep, px0, time, pn);
-        for (int b = 0; b < BATCH; b++)
-            exact_velocity((float *)x->data + 2 * b, time[b], exact + 2 * b);
-        target = sc_from(t, 3, shape, exact);
-    }
+    sc_tensor *x = sc_noisy(t, draws, px0, pn);
+    for (int b = 0; b < BATCH; b++)
+        exact_velocity((float *)x->data + 2 * b, time[b], exact + 2 * b);
+    sc_tensor *target = sc_from(t, 3, shape, exact);
+    if (scfm && !sc_scfm_target(&model, t, draws, 0, x, target)) return NAN;
     sc_tape_record(t, true);
     sc_mse(t, network_velocity(n, SC_STUDENT, t, x, time), target, 1, &loss);
     sc_backward(t);
