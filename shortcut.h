@@ -141,7 +141,8 @@ double sc_json_number(const sc_json *value, double fallback);
 bool sc_json_bool(const sc_json *value, bool fallback);
 
 typedef struct sc_file sc_file;                     /* one or several mapped safetensors files */
-/* a .safetensors, an .index.json, or a folder with either */
+/* A .safetensors, an .index.json, or a folder with either. While it is open it may be replaced, as
+ * sc_file_save does, but not be cut short: reading what is gone ends the program (SIGBUS). */
 sc_file *sc_file_open(const char *path);
 void sc_file_close(sc_file *file);
 const char *sc_file_path(const sc_file *file);
@@ -496,8 +497,8 @@ typedef struct sc_lora_report {
     char missed[2048];          /* names that fit no layer, separated by spaces, cut with ... */
 } sc_lora_report;
 /* Adds a LoRA file to a model, under the teacher set (what sampling uses), on top of those that are
- * loaded. False if no adapter applies, or one that names a layer has the wrong shape or holds NaN.
- * Stays until sc_lora_unload. */
+ * loaded. False if no adapter applies, or one that names a layer has the wrong shape or holds NaN;
+ * those before it may be loaded then. Stays until sc_lora_unload. */
 bool sc_lora_load(sc_flux *flux, const char *path, float scale, sc_lora_report *report);
 /* The scale that a LoRA file's metadata recommends for a number of steps ("3:1 8:0.6": the
  * nearest); else 1. */
@@ -745,6 +746,7 @@ bool sc_pipeline_decode(sc_pipeline *p, const float *latents, int batch, int h, 
 
 #ifdef SHORTCUT_IMPLEMENTATION
 #include <ctype.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -753,6 +755,7 @@ bool sc_pipeline_decode(sc_pipeline *p, const float *latents, int batch, int h, 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -895,10 +898,10 @@ static inline float sc__f8_to_f32(uint8_t h) {
     return sc__from_bits(sign | sc__to_bits(sc__from_bits(magnitude) * 0x1p120f));
 }
 
-/* dst[n] (f32) <- src[n] of any floating type. */
-/* Round to nearest even; beyond 448, the largest number, stays 448. */
+/* Round to nearest even; beyond 448, the largest number, stays 448. NaN stays NaN. */
 static inline uint8_t sc__f32_to_f8(float f) {
     uint32_t bits = sc__to_bits(f), sign = bits >> 24 & 0x80, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return (uint8_t)(sign | 0x7f);
     if (magnitude >= 0x43e00000u) return (uint8_t)(sign | 0x7e);
     if (magnitude < 0x3c800000u) /* subnormal: units of 2^-9 */
         return (uint8_t)(sign | (uint32_t)nearbyintf(sc__from_bits(magnitude) * 512.f));
@@ -915,7 +918,9 @@ void sc_to_f32(float *dst, const void *src, sc_dtype dtype, int64_t n) {
         for (int64_t i = 0; i < n; i++) dst[i] = sc__f8_to_f32(((const uint8_t *)src)[i]);
         break;
     case SC_F64: for (int64_t i = 0; i < n; i++) dst[i] = (float)((const double *)src)[i]; break;
-    default: for (int64_t i = 0; i < n; i++) dst[i] = NAN; break;
+    case SC_I64: for (int64_t i = 0; i < n; i++) dst[i] = (float)((const int64_t *)src)[i]; break;
+    case SC_I32: for (int64_t i = 0; i < n; i++) dst[i] = (float)((const int32_t *)src)[i]; break;
+    case SC_U8: for (int64_t i = 0; i < n; i++) dst[i] = (float)((const uint8_t *)src)[i]; break;
     }
 }
 
@@ -2920,8 +2925,6 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
  * Files are written under a temporary name, so that a half-written one is never seen.
  */
 
-#include <dirent.h>
-
 static char *sc__join(const char *folder, const char *name) {
     size_t n = strlen(folder) + strlen(name) + 2;
     char *path = (char *)sc__alloc(n, 1);
@@ -2932,6 +2935,16 @@ static char *sc__join(const char *folder, const char *name) {
 static bool sc__exists(const char *path) {
     struct stat s;
     return stat(path, &s) == 0;
+}
+
+static bool sc__is_file(const char *path) {
+    struct stat s;
+    return stat(path, &s) == 0 && S_ISREG(s.st_mode);
+}
+
+static bool sc__is_folder(const char *path) {
+    struct stat s;
+    return stat(path, &s) == 0 && S_ISDIR(s.st_mode);
 }
 
 /* The size of a regular file that can be read; -1 with the error set. Asking before opening keeps
@@ -3554,18 +3567,16 @@ static char *sc__weights_in(const char *folder) {
                  "model.safetensors, or an .index.json of shards", folder);
     if (!several) return found;
     SC_FREE(found);
-    return sc__fail("%s: several %s here; give the path of one", folder, patterns[best]), NULL;
+    return sc__fail("%s: several %s here and no .index.json of shards: give the path of one",
+                    folder, patterns[best]), NULL;
 }
 
 sc_file *sc_file_open(const char *path) {
-    struct stat s;
     sc_file *f = (sc_file *)sc__alloc(1, sizeof *f);
     if (!f) return NULL;
-    bool folder = stat(path, &s) == 0 && S_ISDIR(s.st_mode), ok;
-    f->path = folder ? sc__weights_in(path) : sc__strdup(path);
-    if (!f->path) ok = false;
-    else if (sc__matches(f->path, "*.json")) ok = sc__map_shards(f, f->path);
-    else ok = sc__map_part(f, f->path, NULL, NULL);
+    f->path = sc__is_folder(path) ? sc__weights_in(path) : sc__strdup(path);
+    bool ok = f->path && (sc__matches(f->path, "*.json") ? sc__map_shards(f, f->path)
+                                                         : sc__map_part(f, f->path, NULL, NULL));
     if (ok && sc__sort_entries(f)) return f;
     sc_file_close(f);
     return NULL;
@@ -4021,6 +4032,8 @@ static bool sc__read_scale(const sc_file *f, const sc__entry *weight, const sc__
     if ((n != 1 && n != weight->tensor.shape[0]) || found->tensor.dtype > SC_F64)
         return sc__fail("%s: '%s' must be one number, or one a row", f->path, found->name);
     s->scales = found->tensor;
+    s->scales.ndim = 1; /* [rows, 1] and [1, rows] are seen */
+    s->scales.shape[0] = n;
     return n == 1 || sc__take_rows(&s->scales, alias);
 }
 
@@ -4054,6 +4067,8 @@ static bool sc__find_weight(const sc_net *net, const char *name, const sc_tensor
     if (!sc__take_rows(&s->x, alias) || !sc__same_shape(&s->x, want))
         return sc__fail("%s: tensor '%s' has shape %s; '%s' must be %s here", path, e->name,
                         sc__shape_text(&e->tensor, actual), name, sc__shape_text(want, expected));
+    s->x.ndim = want->ndim; /* without further sides of 1 */
+    memcpy(s->x.shape, want->shape, sizeof want->shape);
     return e->tensor.dtype != SC_F8_E4M3 || sc__read_scale(net->file, e, alias, s);
 }
 
@@ -4208,9 +4223,8 @@ static int sc__count_layers(const sc_net *net, const char *format, int fallback)
 /* The config.json beside a part's weights, parsed, its text and its name; json is NULL where there
  * is none. False if it cannot be read. */
 static bool sc__read_config(const char *path, sc_json **json, char **name, char **text) {
-    struct stat s;
     size_t length;
-    bool folder = stat(path, &s) == 0 && S_ISDIR(s.st_mode);
+    bool folder = sc__is_folder(path);
     *name = folder ? sc__join(path, "config.json") : sc__strdup(path);
     *json = NULL;
     *text = NULL;
@@ -5004,9 +5018,9 @@ static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor
     const sc__alias *alias = NULL;
     sc__entry *a = NULL, *b = NULL;
     char name[512];
-    int end = 0, stem = 0;
+    int end = -1, stem;
     *x = (sc__factors){0};
-    for (; end < SC__LORA_ENDS && !a; end += !a)
+    while (!a && ++end < SC__LORA_ENDS)
         a = sc__find_as(file, sc__lora_prefixes, module, sc__lora_ends[end][0], 0, &alias);
     if (!a) return true;
     stem = (int)sc__stem(a->name, sc__lora_ends[end][0]);
@@ -5037,6 +5051,7 @@ static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor
     for (int64_t i = 0; i < nb; i++) x->b[i] *= scale;
     if (finite) return true;
     SC_FREE(x->a);
+    *x = (sc__factors){0};
     return sc__fail("%s: '%.*s' holds NaN or infinity", file->path, stem, a->name);
 }
 
@@ -5138,10 +5153,7 @@ bool sc_lora_load(sc_flux *f, const char *path, float scale, sc_lora_report *rep
 
 /* One layer of BFL's, as kohya's file has it: the adapters of all its parts, one below the other in
  * A, and B with each part's factors in its own rows and columns. */
-typedef struct sc__fused {
-    char name[512];
-    sc_tensor a, b;
-} sc__fused;
+typedef struct sc__fused { sc_tensor a, b; } sc__fused;
 
 /* The alias of a module in BFL's layout. */
 static const sc__alias *sc__bfl_alias(const char *module, char other[256]) {
@@ -5222,18 +5234,15 @@ bool sc_lora_save_kohya(const sc_flux *f, const char *path, const char *const *m
 float sc_lora_scale(const char *path, int steps) {
     sc_file *file = sc_file_open(path);
     const char *table = file ? sc_file_metadata(file, "scales") : NULL;
-    float scale = 1;
-    long nearest = LONG_MAX;
-    while (table && *table) {
-        char *end;
-        long count = strtol(table, &end, 10);
-        if (end == table || *end != ':') break;
-        float value = strtof(end + 1, &end);
-        if (labs(count - steps) < nearest) nearest = labs(count - steps), scale = value;
-        table = *end ? end + 1 : end;
+    sc__json_parser p = {.name = path, .at = (char *)table}; /* numbers as in JSON */
+    double count, value, scale = 1, nearest = INFINITY;
+    while (table && sc__json_peek(&p) && sc__json_number(&p, &count) && sc__json_take(&p, ':') &&
+           sc__json_number(&p, &value)) {
+        if (fabs(count - steps) < nearest) nearest = fabs(count - steps), scale = value;
+        sc__json_take(&p, ','); /* or a space */
     }
     sc_file_close(file);
-    return scale;
+    return (float)scale;
 }
 
 bool sc_lora_start(sc_params *p, const char *path) {
@@ -5309,48 +5318,51 @@ static const struct { const char *folder, *probe, *file; } sc__parts[SC__PARTS] 
 
 /* The folder that a model is, or that its single file is in. */
 static char *sc__model_folder(const char *model) {
-    struct stat s;
     char *folder = sc__strdup(model), *slash = folder ? strrchr(folder, '/') : NULL;
-    if (!folder || stat(model, &s) || S_ISDIR(s.st_mode)) return folder;
-    if (slash) *slash = 0;
+    if (!folder || !sc__exists(model) || sc__is_folder(model)) return folder;
+    if (slash) slash[slash == folder] = 0; /* "/" stays */
     else snprintf(folder, strlen(folder) + 1, ".");
     return folder;
 }
 
-/* Whether the safetensors file at `path` has this part; no matter if it cannot be read. */
-static bool sc__file_has(const char *path, sc__part_kind part) {
-    struct stat s;
+/* Whether the file at `path` is one of safetensors that has this part; -1 with the error set: it
+ * cannot be read. */
+static int sc__file_has(const char *path, sc__part_kind part) {
     const sc__alias *alias;
-    if (stat(path, &s) || !S_ISREG(s.st_mode)) return false;
+    if (!sc__is_file(path)) return 0;
     sc_file *file = sc_file_open(path);
-    const char *probe = sc__parts[part].probe;
-    bool has = file && sc__find_as(file, sc__weight_prefixes, probe, "", 1, &alias);
+    if (!file) return -1;
+    int has = sc__find_as(file, sc__weight_prefixes, sc__parts[part].probe, "", 1, &alias) != NULL;
     sc_file_close(file);
     return has;
 }
 
-/* The only file in `folder` that has this part. */
+/* The only file in `folder` that has this part. Where none has it, one that cannot be read, as if
+ * its download had stopped, may be what is missing. */
 static char *sc__part_file(const char *folder, sc__part_kind part) {
-    char *found = NULL;
+    const char *kind = sc__parts[part].folder;
+    char *found = NULL, broken[512] = "";
     bool several = false;
     DIR *list = opendir(folder);
     if (!list) return sc__fail("%s: %s", folder, strerror(errno)), NULL;
     for (struct dirent *entry; !several && (entry = readdir(list));) {
-        char *path =
-            sc__matches(entry->d_name, "*.safetensors") ? sc__join(folder, entry->d_name) : NULL;
-        bool has = path && sc__file_has(path, part);
-        several = has && found;
+        bool named = *entry->d_name != '.' && sc__matches(entry->d_name, "*.safetensors");
+        char *path = named ? sc__join(folder, entry->d_name) : NULL;
+        int has = path ? sc__file_has(path, part) : 0;
+        if (has < 0) snprintf(broken, sizeof broken, "%s", sc_error());
+        several = has > 0 && found;
         if (several)
             sc__fail("%s and %s both hold a %s: leave one of them in this folder", found, path,
-                     sc__parts[part].folder);
-        if (has && !found) found = path;
+                     kind);
+        if (has > 0 && !found) found = path;
         else SC_FREE(path);
     }
     closedir(list);
-    if (!found)
-        sc__fail("%s: no %s here: neither a folder of that name with weights nor a file such as %s",
-                 folder, sc__parts[part].folder, sc__parts[part].file);
     if (found && !several) return found;
+    if (!found && *broken) sc__fail("%s (and no other file there holds a %s)", broken, kind);
+    else if (!found)
+        sc__fail("%s: no %s here: neither a folder of that name with weights nor a file such as %s",
+                 folder, kind, sc__parts[part].file);
     SC_FREE(found);
     return NULL;
 }
@@ -5360,11 +5372,13 @@ static char *sc__part_file(const char *folder, sc__part_kind part) {
  */
 static char *sc__part_path(const char *model, sc__part_kind part) {
     if (!sc__exists(model)) return sc__fail("%s: No such file or directory", model), NULL;
-    if (sc__file_has(model, part)) return sc__strdup(model);
+    if (sc__file_has(model, part) > 0) return sc__strdup(model);
     char *base = sc__model_folder(model);
     char *folder = base ? sc__join(base, sc__parts[part].folder) : NULL;
-    char *weights = folder && sc__exists(folder) ? sc__weights_in(folder) : NULL;
+    bool there = folder && sc__exists(folder);
+    char *weights = there ? sc__weights_in(folder) : NULL;
     char *found = weights ? sc__strdup(folder) : folder ? sc__part_file(base, part) : NULL;
+    if (there && !found && !weights) weights = sc__weights_in(folder); /* says what is wrong */
     SC_FREE(weights);
     SC_FREE(folder);
     SC_FREE(base);
@@ -5376,8 +5390,7 @@ static char *sc__part_path(const char *model, sc__part_kind part) {
 static bool sc__small_file(const sc_backend *backend, const char *folder) {
     struct stat s;
     if (!backend || !backend->on_host) return false;
-    bool is_file = stat(folder, &s) == 0 && S_ISREG(s.st_mode);
-    char *path = is_file ? sc__strdup(folder) : sc__weights_in(folder);
+    char *path = sc__is_file(folder) ? sc__strdup(folder) : sc__weights_in(folder);
     bool small = path && stat(path, &s) == 0 && s.st_size <= (off_t)512 << 20 &&
                  !strstr(path, ".index.json");
     SC_FREE(path);
@@ -6637,8 +6650,8 @@ static bool sc__unigram_words(const sc_tokenizer *t, const uint32_t *s, size_t n
 
 /* The index-th 32-bit number of a charsmap; 0 behind its end. */
 static uint32_t sc__unit(const sc__charsmap *map, size_t index) {
-    const unsigned char *p = map->data + 4 * index;
     if (index >= map->size / 4) return 0;
+    const unsigned char *p = map->data + 4 * index;
     return p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
 
@@ -7470,9 +7483,6 @@ bool sc_text_encode(sc_text_encoders *t, const char *prompt, int tokens, float *
  * pictures with captions.
  */
 
-#include <dirent.h>
-#include <strings.h>
-
 void sc_picture_free(sc_picture *p) {
     SC_FREE(p->rgb);
     *p = (sc_picture){0};
@@ -7565,6 +7575,7 @@ static bool sc__resample(float *out, int64_t m, const float *in, int64_t rows, i
 }
 
 bool sc_picture_fit(sc_picture *out, const sc_picture *p, int width, int height) {
+    *out = (sc_picture){0};
     double scale_x = (double)width / p->width, scale_y = (double)height / p->height;
     double scale = scale_x > scale_y ? scale_x : scale_y;
     double box_width = width / scale, box_height = height / scale; /* of p; the part that is kept */
@@ -7658,32 +7669,26 @@ int sc_exif_orientation(const uint8_t *bytes, size_t size) {
 
 /* ---- Folders of pictures with captions ---- */
 
-/* A copy of n bytes of text as valid UTF-8: bytes that are not become U+FFFD, NUL a space; without
- * a byte order mark and white space at the ends. */
+/* A copy of text[n], behind which there is a NUL, as valid UTF-8: bytes that are not become U+FFFD,
+ * NUL a space; without a byte order mark and white space at the ends. */
 static char *sc__clean_text(const char *text, size_t n) {
+    static const char space[] = " \t\n\v\f\r"; /* and its NUL; isspace would ask the locale */
     char *clean = (char *)sc__alloc(3 * n + 1, 1), *to = clean;
-    const uint8_t *p = (const uint8_t *)text, *end = p + n;
+    const char *p = text, *end = text + n;
     if (!clean) return NULL;
     if (n >= 3 && !memcmp(p, "\xef\xbb\xbf", 3)) p += 3;
-    while (p < end && (isspace(*p) || !*p)) p++;
-    while (end > p && (isspace(end[-1]) || !end[-1])) end--;
-    while (p < end) {
-        int more = *p < 0x80 ? 0 : *p < 0xe0 ? 1 : *p < 0xf0 ? 2 : 3; /* bytes that must follow */
-        bool valid = end - p > more && (more == 0 || (*p >= 0xc2 && *p < 0xf5));
-        for (int i = 1; valid && i <= more; i++) valid = (p[i] & 0xc0) == 0x80;
-        if (valid && more >= 2) { /* overlong, a surrogate, or beyond U+10FFFF */
-            int two = *p << 8 | p[1];
-            valid = two >= (more == 2 ? 0xe0a0 : 0xf090) && two < 0xf490 &&
-                    !(two >= 0xeda0 && two < 0xee00);
-        }
-        if (valid) for (int i = 0; i <= more; i++) *to++ = *p ? (char)*p : ' ', p++;
-        else memcpy(to, "\xef\xbf\xbd", 3), to += 3, p++;
+    while (p < end && memchr(space, *p, sizeof space)) p++;
+    while (end > p && memchr(space, end[-1], sizeof space)) end--;
+    for (int size; p < end; p += size ? size : 1) {
+        size = sc__utf8_size(p);
+        if (!size) to += sc__utf8_encode(0xfffd, to);
+        for (int i = 0; i < size; i++) *to++ = p[i] ? p[i] : ' ';
     }
     *to = 0;
     return clean;
 }
 
-/* Takes ownership of nothing; a NULL caption means that an error is already set. */
+/* Takes `caption`; NULL means that an error is already set. */
 static bool sc__dataset_add(sc_dataset *d, const char *folder, const char *name, char *caption) {
     char *path = caption ? sc__join(folder, name) : NULL;
     bool grow = (d->count & (d->count - 1)) == 0; /* at powers of two */
@@ -7736,8 +7741,12 @@ static bool sc__dataset_metadata(sc_dataset *d, const char *folder, const char *
     return ok;
 }
 
+/* Pictures without captions: how many, and the first names. */
+typedef struct sc__lacking { int64_t count; char names[512]; } sc__lacking;
+
 /* One file of a folder without metadata.jsonl: if it is a picture, its caption is in name.txt. */
-static bool sc__dataset_file(sc_dataset *d, const char *folder, const char *name) {
+static bool sc__dataset_file(sc_dataset *d, const char *folder, const char *name,
+                             sc__lacking *lacking) {
     const char *dot = strrchr(name, '.');
     if (*name == '.' || !dot ||
         (strcasecmp(dot, ".png") && strcasecmp(dot, ".jpg") && strcasecmp(dot, ".jpeg")))
@@ -7750,11 +7759,13 @@ static bool sc__dataset_file(sc_dataset *d, const char *folder, const char *name
         path = sc__join(folder, text_name);
     }
     bool ok = path != NULL;
-    if (ok && !sc__exists(path))
-        ok = sc__fail("%s/%s has no caption: write one into %s (it may be empty)", folder, name,
-                      path);
-    ok = ok && (text = sc__read_file(path, &length)) &&
-         sc__dataset_add(d, folder, name, sc__clean_text(text, length));
+    if (ok && !sc__exists(path)) {
+        size_t used = strlen(lacking->names);
+        if (lacking->count++ < 5)
+            snprintf(lacking->names + used, sizeof lacking->names - used, " %s", name);
+    } else
+        ok = ok && (text = sc__read_file(path, &length)) &&
+             sc__dataset_add(d, folder, name, sc__clean_text(text, length));
     SC_FREE(text);
     SC_FREE(path);
     SC_FREE(text_name);
@@ -7773,11 +7784,16 @@ sc_dataset *sc_dataset_open(const char *folder) {
     bool ok = d && path;
     if (ok && sc__exists(path)) ok = sc__dataset_metadata(d, folder, path);
     else if (ok) {
+        sc__lacking lacking = {0};
         DIR *directory = opendir(folder);
         if (!directory) ok = sc__fail("%s: %s", folder, strerror(errno));
         for (struct dirent *e; ok && (e = readdir(directory));)
-            ok = sc__dataset_file(d, folder, e->d_name);
+            ok = sc__dataset_file(d, folder, e->d_name, &lacking);
         if (directory) closedir(directory);
+        if (ok && lacking.count)
+            ok = sc__fail("%s: no caption for %lld of the pictures:%s%s: write one into name.txt "
+                          "beside each (it may be empty)", folder, (long long)lacking.count,
+                          lacking.names, lacking.count > 5 ? " ..." : "");
     }
     if (ok && d->count == 0)
         ok = sc__fail("%s: no pictures: put in metadata.jsonl, or name.txt beside name.png or .jpg",
@@ -7826,12 +7842,13 @@ static bool sc__setting(const char *folder, const char *name, const char *key, d
 
 /* Numbers of the scheduler, the tokenizer and the VAE that decide how the model is used. Single
  * files come without a scheduler: then it is FLUX.1-dev's or schnell's. */
-static bool sc__pipeline_settings(sc_pipeline *p, bool guided) {
+static bool sc__pipeline_settings(sc_pipeline *p) {
     static const char scheduler[] = "scheduler/scheduler_config.json";
     char *folder = sc__model_folder(p->folder),
          *vae = folder ? sc__part_path(p->folder, SC__VAE) : NULL;
     sc_vae *plan = vae ? sc_vae_open(NULL, vae, false) : NULL;
-    bool ok = plan != NULL;
+    const sc_flux_config *c = &p->flux->config;
+    bool ok = plan != NULL, guided = c->guidance;
     double dynamic, shift, length;
     ok = ok && sc__setting(folder, scheduler, "use_dynamic_shifting", guided, &dynamic) &&
          sc__setting(folder, scheduler, "shift", 1, &shift) &&
@@ -7846,6 +7863,11 @@ static bool sc__pipeline_settings(sc_pipeline *p, bool guided) {
             ok = sc__fail("%s: a wrong sample_size", vae);
         if (!dynamic && !(shift > 0))
             ok = sc__fail("%s/%s: 'shift' must be positive", folder, scheduler);
+        int channels = 4 * plan->config.latent_channels; /* of a token */
+        if (c->in_channels != channels || c->out_channels != channels)
+            ok = sc__fail("%s: the transformer takes tokens of %d channels and makes some of %d, "
+                          "the VAE's have %d: this is no plain text-to-image model",
+                          p->folder, c->in_channels, c->out_channels, channels);
     }
     sc_vae_close(plan);
     SC_FREE(vae);
@@ -7867,7 +7889,7 @@ sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *model,
     SC_FREE(path);
     if (p->flux && o->streamed) sc_flux_streamed(p->flux);
     bool ok = p->flux && (!o->fp8 || sc_flux_fp8(p->flux)) &&
-              sc__pipeline_settings(p, p->flux->config.guidance) &&
+              sc__pipeline_settings(p) &&
               (p->tape = sc_tape_new(backend));
     if (ok) return p;
     sc_pipeline_close(p);
@@ -7918,14 +7940,16 @@ bool sc_pipeline_encode(sc_pipeline *p, const float *rgb, int width, int height,
     if (!sc__pipeline_vae(p)) return false;
     int64_t channels = sc_vae_config_of(p->vae)->latent_channels, f = sc_vae_factor(p->vae);
     int64_t h = height / f, w = width / f, n = channels * h * w;
-    float *latents = (float *)sc__alloc((size_t)(2 * n), sizeof *latents), *deviation = latents + n;
-    bool ok =
-        latents && sc_vae_encode(p->vae, 1, height, width, rgb, latents, deviation,
-                                 sc__vae_memory(p));
+    if (width % p->token_pixels || height % p->token_pixels)
+        return sc__fail("encode: sides of a picture must be multiples of %d, not %d x %d",
+                        p->token_pixels, width, height);
+    float *latents = (float *)sc__alloc((size_t)(2 * n), sizeof *latents);
+    bool ok = latents && sc_vae_encode(p->vae, 1, height, width, rgb, latents, latents + n,
+                                       sc__vae_memory(p));
     if (ok) {
-        sc_vae_normalise(p->vae, n, latents, deviation);
+        sc_vae_normalise(p->vae, n, latents, latents + n);
         sc_pack_latents(1, channels, h, w, latents, mean);
-        sc_pack_latents(1, channels, h, w, deviation, std);
+        sc_pack_latents(1, channels, h, w, latents + n, std);
     }
     SC_FREE(latents);
     return ok;
@@ -7936,9 +7960,6 @@ bool sc_pipeline_decode(sc_pipeline *p, const float *tokens, int batch, int h, i
         return sc__fail("decode: %d pictures of %dx%d tokens", batch, w, h);
     if (!sc__pipeline_vae(p)) return false;
     int64_t channels = sc_vae_config_of(p->vae)->latent_channels, n = batch * channels * 4 * h * w;
-    if (channels * 4 != p->flux->config.out_channels)
-        return sc__fail("%s: the VAE has %lld channels, the transformer makes tokens of %d",
-                        p->folder, (long long)channels, p->flux->config.out_channels);
     float *latents = (float *)sc__alloc((size_t)n, sizeof *latents);
     if (!latents) return false;
     if (!p->backend->on_host) sc_tape_reserve(p->tape, 0); /* its memory is the VAE's now */

@@ -899,6 +899,7 @@ static Operand as_half(sc_matrix a, int64_t rows, int64_t columns, bf16 *buffer)
 /* Round to nearest even, as sc__f32_to_f8 of shortcut.h. */
 __device__ __forceinline__ uint8_t to_e4m3(float x) {
     uint32_t bits = __float_as_uint(x), sign = bits >> 24 & 0x80, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return (uint8_t)(sign | 0x7f);
     if (magnitude >= 0x43e00000u) return (uint8_t)(sign | 0x7e);
     if (magnitude < 0x3c800000u)
         return (uint8_t)(sign | (uint32_t)rintf(__uint_as_float(magnitude) * 512.f));

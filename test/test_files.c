@@ -673,6 +673,11 @@ static void test_out_of_memory(void) {
         sc_file_close(shards);
     }
     CHECK(all && n > 20 && silent == 0);
+    sc_picture p = {1, 1, (float[]){0, 0, 0}}, out;
+    memset(&out, 1, sizeof out); /* nobody promised that it is empty */
+    allocations_left = 0;
+    CHECK(!sc_picture_fit(&out, &p, 2, 2) && !out.rgb);
+    allocations_left = -1;
 }
 
 /* ---- The corpus ---- */

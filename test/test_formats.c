@@ -250,6 +250,32 @@ static void test_layouts(void) {
     sc_flux_close(original);
 }
 
+/* The scales of 8-bit weights as a row or a column, of parts of a fused layer, of a lone number. */
+static void test_scale_shapes(void) {
+    for (int column = 0; column < 2; column++) {
+        tensors *t = new_tensors();
+        uint8_t *bits = malloc(6 * 2);
+        float *scales = malloc(6 * 4);
+        for (int i = 0; i < 12; i++) bits[i] = sc__f32_to_f8((float)i);
+        for (int i = 0; i < 6; i++) scales[i] = (float)(1 << i);
+        add(t, "double_blocks.0.img_attn.qkv.weight", SC_F8_E4M3, 6, 2, bits);
+        add(t, "double_blocks.0.img_attn.qkv.weight_scale", SC_F32, column ? 6 : 1, column ? 1 : 6,
+            scales);
+        add(t, "lone.weight", SC_F8_E4M3, 0, 0, calloc(1, 1));
+        add(t, "lone.weight_scale", SC_F32, 0, 0, memcpy(malloc(4), scales, 4));
+        sc_net *net = sc_net_open(sc_cpu(), save(t, "scales.safetensors"), false);
+        const char *name = "transformer_blocks.0.attn.to_k.weight";
+        sc_tensor *x = sc_net_weight(net, name, 2, (const int64_t[]){2, 2});
+        float *v = x ? x->data : NULL;
+        CHECK(v && v[0] == 4 * 4 && v[1] == 5 * 4 && v[2] == 6 * 8 && v[3] == 7 * 8);
+        x = sc_net_weight(net, "lone.weight", 1, (const int64_t[]){1});
+        CHECK(x && *(float *)x->data == 0);
+        sc_net_close(net);
+        free_tensors(t);
+    }
+    CHECK(sc__f32_to_f8(NAN) == 0x7f && sc__f32_to_f8(-INFINITY) == 0xfe);
+}
+
 /* Shapes say the config where there is no config.json; these heads are too small for FLUX's axes.
  */
 static void test_shapes(void) {
@@ -363,6 +389,16 @@ static void test_parts(void) {
     CHECK(!sc__part_path(in_folder("parts"), SC__TRANSFORMER) && strstr(sc_error(), "leave one"));
     CHECK(!sc__open_tokenizer(in_folder("parts"), "tokenizer") &&
           strstr(sc_error(), "copy the folders"));
+    /* A download that stopped, and shards without their index, are named. */
+    remove(in_folder("parts/other.safetensors"));
+    CHECK(!truncate(in_folder("parts/mine.safetensors"), 20000));
+    CHECK(!sc__part_path(in_folder("parts/mine.safetensors"), SC__TRANSFORMER) &&
+          strstr(sc_error(), "mine.safetensors: ") && strstr(sc_error(), "truncated"));
+    mkdir(in_folder("parts/transformer"), 0777);
+    save(t, "parts/transformer/1.safetensors");
+    save(t, "parts/transformer/2.safetensors");
+    CHECK(!sc__part_path(in_folder("parts"), SC__TRANSFORMER) &&
+          strstr(sc_error(), "transformer: several *.safetensors here and no .index.json"));
     free_tensors(t);
 }
 
@@ -467,6 +503,19 @@ static void test_dialects(void) {
         sc_lora_unload(f);
         free_tensors(t);
     }
+    /* An alpha that is a whole number in the file. */
+    float **whole = zero_differences(f);
+    tensors *integers = random_lora(f, 5, 2, 6, 5, whole);
+    for (int i = 0; i < integers->count; i++)
+        if (integers->tensor[i].ndim == 0) {
+            integers->tensor[i].data = realloc(integers->tensor[i].data, 8);
+            *(int64_t *)integers->tensor[i].data = 6;
+            integers->tensor[i].dtype = integers->named[i].dtype = SC_I64;
+        }
+    CHECK(sc_lora_load(f, save(integers, "lora.safetensors"), 1, &report));
+    CHECK(merged_error(f, base, whole) < 1e-5);
+    sc_lora_unload(f);
+    free_tensors(integers);
     /* A layer whose alpha is missing: it is the rank. */
     float **one = zero_differences(f);
     tensors *lone = random_lora(f, 5, 4, 4, 5, one);
@@ -576,6 +625,9 @@ static void test_bad_loras(void) {
               strstr(sc_error(), words[i]));
         if (!strstr(sc_error(), words[i])) printf("  %s\n", sc_error());
         sc_lora_unload(f);
+        sc_params *p = sc_params_lora(f, 2, 2, 1); /* training starts from none of them either */
+        CHECK(!sc_lora_start(p, in_folder("lora.safetensors")) && strstr(sc_error(), words[i]));
+        sc_params_free(p);
         free_tensors(t);
     }
     sc_flux_close(f);
@@ -637,6 +689,7 @@ int main(void) {
     snprintf(folder, sizeof folder, "/tmp/test_formats_XXXXXX");
     if (!mkdtemp(folder)) return perror(folder), 1;
     test_layouts();
+    test_scale_shapes();
     test_shapes();
     test_bad_weights();
     test_model_shards();

@@ -265,7 +265,13 @@ static void test_dataset(void) {
     write_text("b.png", "not opened");
     write_text("b.txt", "\xef\xbb\xbf  a bee \r\n");
     write_text("a.JPG", "");
-    CHECK(!sc_dataset_open(folder) && strstr(sc_error(), "no caption"));
+    CHECK(!sc_dataset_open(folder) &&
+          strstr(sc_error(), "no caption for 1 of the pictures: a.JPG:"));
+    static const char *const more[] = {"1.png", "2.png", "3.png", "4.png", "5.png", "6.png"};
+    for (int i = 0; i < 6; i++) write_text(more[i], "");
+    CHECK(!sc_dataset_open(folder) && strstr(sc_error(), "no caption for 7 of the pictures: ") &&
+          strstr(sc_error(), " ...: write"));
+    for (int i = 0; i < 6; i++) remove(temporary(more[i]));
     write_text("a.txt", "");
     write_text("c.jpeg", "");
     write_text("c.txt", "bad \xff\xc3( \xed\xa0\x80 \xc0\x80 \xf4\x90\x80\x80 ok \xe2\x82\xac "

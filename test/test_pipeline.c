@@ -148,6 +148,14 @@ static void test_drawing(sc_pipeline *p, const sc_file *f, const char *folder, c
     free(memory);
 }
 
+/* A transformer for other latents than the VAE's would write past the ends of both. */
+static void test_mismatch(void) {
+    sc_pipeline_options other = {.transformer = "test/reference/flux_a"};
+    sc_pipeline *p = sc_pipeline_open(sc_cpu(), "data/tiny-flux", &other);
+    CHECK(!p && strstr(sc_error(), "tokens of 16 channels"));
+    sc_pipeline_close(p);
+}
+
 static void test_pipeline(const char *name) {
     char folder[128], reference[128], lora[256];
     snprintf(folder, sizeof folder, "test/reference/%s", name);
@@ -189,6 +197,7 @@ static void replay(const char *corpus) {
 int main(void) {
     test_tokenizers();
     test_encoders("data/tiny-flux", "text_tiny");
+    test_mismatch();
     test_pipeline("pipeline_a"), test_pipeline("pipeline_b");
     replay("test/corpus/tokenizer");
     return test_report();
