@@ -5341,7 +5341,7 @@ static int sc__file_has(const char *path, sc__part_kind part) {
  * its download had stopped, may be what is missing. */
 static char *sc__part_file(const char *folder, sc__part_kind part) {
     const char *kind = sc__parts[part].folder;
-    char *found = NULL, broken[512] = "";
+    char *found = NULL, broken[sizeof sc__message] = "";
     bool several = false;
     DIR *list = opendir(folder);
     if (!list) return sc__fail("%s: %s", folder, strerror(errno)), NULL;
