@@ -464,17 +464,13 @@ static bool run_experiment(experiment *x) {
 static bool load_prompts(experiment *x) {
     size_t length;
     const sc_flux_config *c = sc_flux_config_of(x->p->flux);
-    char *text = sc__read_file(x->o.prompts, &length);
+    char *text = sc__read_file(x->o.prompts, &length), *rest = text, *line;
     bool ok = text != NULL;
     int lines = 1;
     for (size_t i = 0; ok && i < length; i++) lines += text[i] == '\n';
     x->prompts = ok ? (prompt *)sc__alloc((size_t)lines, sizeof *x->prompts) : NULL;
     ok = ok && x->prompts;
-    for (char *line = text, *next; ok && *line; line = next) {
-        size_t n = strcspn(line, "\r\n");
-        next = line + n + strspn(line + n, "\r\n");
-        line[n] = 0;
-        if (!n) continue;
+    while (ok && (line = sc_next_line(&rest))) {
         prompt *q = &x->prompts[x->prompt_count++];
         q->text = sc__strdup(line);
         q->class_of = -1;
@@ -614,14 +610,16 @@ static void info_unexpected(sc_net *const *nets, int count, int first) {
     if (unexpected > 8) printf("    %d unexpected in all\n", unexpected);
 }
 
-/* Whether this is a model: diffusers' folder, or something that holds a part. */
+/* Whether this is a model: diffusers' folder, or something that holds a part. A file beside one is
+ * none. */
 static bool is_model(const char *path) {
     char *index = sc__join(path, "model_index.json");
     bool found = index && sc__exists(index);
     free(index);
     for (int part = 0; !found && part < SC__PARTS; part++) {
-        char *where = sc__part_path(path, (sc__part_kind)part);
-        found = where != NULL;
+        bool file = sc__is_file(path);
+        char *where = file ? NULL : sc__part_path(path, (sc__part_kind)part);
+        found = file ? sc__file_has(path, (sc__part_kind)part) > 0 : where != NULL;
         free(where);
     }
     return found;
@@ -731,7 +729,7 @@ int main(int argc, char **argv) {
         {"--out", SC_STRING, &o.out, "PATH", "contact sheet (merge: the folder or file to write)"},
         {"--kohya", SC_FLAG, &o.kohya, NULL, "merge: write one LoRA file in kohya's names instead"},
         {"--batch", SC_INT, &o.batch, "N", "pictures drawn at once"},
-        {"--device", SC_STRING, &o.device, "NAME", "auto, cpu or cuda"},
+        {"--device", SC_CHOICE, &o.device, SC_DEVICES, "what computes"},
         {"--threads", SC_INT, &o.threads, "N", "CPU threads (0: OMP_NUM_THREADS, or all cores)"},
         {"--seed", SC_INT, &o.seed, "N", "noise of the first picture"},
     };

@@ -26,10 +26,6 @@ typedef struct options {
 
 /* ---- One picture ---- */
 
-typedef struct text {
-    float *context, *pooled;
-} text;
-
 static bool progress(void *label, int step, int steps) {
     static double started;
     if (step == 1) started = sc_seconds();
@@ -54,8 +50,8 @@ static bool save_latents(const char *path, float *latents, int64_t tokens, int64
 }
 
 static float time_shift(const sc_pipeline *p, const options *o, int64_t tokens) {
-    if (!o->shift) return p->shift > 0 ? p->shift : sc_dynamic_shift(tokens);
-    return !strcmp(o->shift, "auto") ? sc_dynamic_shift(tokens) : strtof(o->shift, NULL);
+    float shift = o->shift ? strtof(o->shift, NULL) : p->shift; /* 0: auto */
+    return shift > 0 ? shift : sc_dynamic_shift(tokens);
 }
 
 /* The settings as the usual picture tools read them: the prompt, then "Key: value, ..."; malloced.
@@ -79,13 +75,15 @@ static char *parameters_of(const options *o, const char *prompt, uint64_t seed, 
     return t.failed ? NULL : t.data;
 }
 
-/* Whether the PNG at `path` was drawn with these parameters: its text chunk is behind IHDR. */
+/* Whether the PNG at `path` was drawn with just these parameters: the text in its chunk. */
 static bool drawn(const char *path, const char *parameters) {
-    size_t size = 0, n = strlen(parameters), at = 33 + 8 + 11;
+    size_t size = 0, at = 0, length = 0, n = strlen(parameters);
     char *file = sc__exists(path) ? sc__read_file(path, &size) : NULL;
-    if (file && size > at && file[37] == 'i') at += 4;
-    bool same = file && size > at + n && !memcmp(file + 41, "parameters", 11) &&
-                !memcmp(file + at, parameters, n);
+    const uint8_t *text = NULL;
+    for (int utf8 = 0; file && !text && utf8 < 2; utf8++, at = 0)
+        text = sc__chunk((uint8_t *)file, size, &at, utf8 ? "iTXt" : "tEXt", &length);
+    bool same = text && length >= 11 + n && !memcmp(text, "parameters", 11) &&
+                !memcmp(text + length - n, parameters, n) && !text[length - n - 1];
     free(file);
     return same;
 }
@@ -99,6 +97,7 @@ static bool draw(sc_pipeline *p, const options *o, const char *prompt, uint64_t 
     int64_t pixels = (int64_t)3 * o->width * o->height;
     int64_t context_size = (int64_t)p->text_tokens * c->text_channels;
     float shift = time_shift(p, o, tokens);
+    char shown[201];
     char *parameters = parameters_of(o, prompt, seed, shift);
     if (!parameters) return false;
     if (o->prompts && drawn(path, parameters)) return free(parameters), true;
@@ -126,9 +125,10 @@ static bool draw(sc_pipeline *p, const options *o, const char *prompt, uint64_t 
     ok = ok && sc_pipeline_decode(p, latents, 1, h, w, rgb);
     times[3] = sc_seconds();
     ok = ok && sc_picture_save(&(sc_picture){o->width, o->height, rgb}, path, parameters);
+    snprintf(shown, sizeof shown, "%s", prompt);
     if (ok)
-        printf("%s: \"%.200s\", %d step%s, seed %llu (text %.1f s, steps %.1f s, VAE %.1f s)\n",
-               path, prompt, o->steps, o->steps == 1 ? "" : "s", (unsigned long long)seed,
+        printf("%s: \"%s\", %d step%s, seed %llu (text %.1f s, steps %.1f s, VAE %.1f s)\n", path,
+               sc__plain(shown), o->steps, o->steps == 1 ? "" : "s", (unsigned long long)seed,
                times[1] - times[0], times[2] - times[1], times[3] - times[2]);
     free(parameters);
     free(memory);
@@ -137,7 +137,7 @@ static bool draw(sc_pipeline *p, const options *o, const char *prompt, uint64_t 
 
 /* "name.png" for the first of several, then "name-2.png" ... */
 static void numbered(const char *out, int index, char path[1024]) {
-    const char *dot = strrchr(out, '.');
+    const char *slash = strrchr(out, '/'), *dot = strrchr(slash ? slash : out, '.');
     int stem = dot ? (int)(dot - out) : (int)strlen(out);
     if (index == 0) snprintf(path, 1024, "%s", out);
     else snprintf(path, 1024, "%.*s-%d%s", stem, out, index + 1, dot ? dot : "");
@@ -149,18 +149,11 @@ static void numbered(const char *out, int index, char path[1024]) {
  * goes on where it was. */
 static bool draw_list(sc_pipeline *p, const options *o) {
     size_t length;
-    char *text = sc__read_file(o->prompts, &length), path[1024];
-    bool ok = text != NULL;
+    char *text = sc__read_file(o->prompts, &length), *rest = text, *line, path[1024];
+    bool made = false, ok = text && sc__make_folder(o->out_dir, &made);
     sc__text metadata = {0};
-    if (ok && mkdir(o->out_dir, 0777) && errno != EEXIST)
-        ok = sc__fail("%s: %s", o->out_dir, strerror(errno));
     int index = 0;
-    for (char *line = text, *next; ok && line && *line && !sc_interrupted; line = next) {
-        size_t n = strcspn(line, "\n");
-        next = line + n + (line[n] == '\n');
-        line[n] = 0;
-        if (n && line[n - 1] == '\r') line[n - 1] = 0;
-        if (!*line) continue;
+    while (ok && !sc_interrupted && (line = sc_next_line(&rest)))
         for (int i = 0; ok && i < o->count && !sc_interrupted; i++, index++) {
             char name[64];
             snprintf(name, sizeof name, "%06d.png", index);
@@ -172,10 +165,12 @@ static bool draw_list(sc_pipeline *p, const options *o) {
             sc__text_quote(&metadata, line);
             sc__text_add(&metadata, "}\n", 2);
         }
-    }
     snprintf(path, sizeof path, "%s/metadata.jsonl", o->out_dir);
     if (index) ok = sc__write_file(path, metadata.data, metadata.length) && ok; /* also of a part */
-    if (ok && !index && !sc_interrupted) ok = sc__fail("%s: no prompts", o->prompts);
+    if (text && sc_interrupted)
+        ok = sc__fail("stopped after %d pictures; the same command goes on from there", index);
+    else if (ok && !index) ok = sc__fail("%s: no prompts", o->prompts);
+    if (made && !index) rmdir(o->out_dir);
     if (ok) printf("%s: %d pictures and metadata.jsonl\n", o->out_dir, index);
     free(metadata.data);
     free(text);
@@ -203,11 +198,11 @@ static int read_options(options *o, int argc, char **argv, const char **words) {
         {"--noise", SC_STRING, &o->noise, "FILE",
          "start from the tensor 'noise' in this safetensors file"},
         {"--latents", SC_STRING, &o->latents, "FILE", "also write the final packed latents"},
-        {"--weights", SC_STRING, &o->weights, "TYPE",
-         "matrices: auto (as in the file), or fp8, half of bf16"},
-        {"--weights-on", SC_STRING, &o->weights_on, "PLACE",
-         "matrices: device, or host (streamed, for GPUs that are too small)"},
-        {"--device", SC_STRING, &o->device, "NAME", "auto, cpu or cuda"},
+        {"--weights", SC_CHOICE, &o->weights, "auto|fp8",
+         "matrices: as in the file, or fp8, half of bf16"},
+        {"--weights-on", SC_CHOICE, &o->weights_on, "device|host",
+         "matrices: in host memory they are streamed, for GPUs that are too small"},
+        {"--device", SC_CHOICE, &o->device, SC_DEVICES, "what computes"},
         {"--threads", SC_INT, &o->threads, "N", "CPU threads (0: OMP_NUM_THREADS, or all cores)"},
     };
     const int count = sizeof table / sizeof *table;
@@ -218,7 +213,7 @@ static int read_options(options *o, int argc, char **argv, const char **words) {
 
 /* False with the error set where a value makes no sense; `steps` may be NULL. */
 static bool check_options(options *o, const char *steps) {
-    char *end = NULL;
+    char *end = NULL, more;
     o->steps = steps ? (int)strtol(steps, &end, 10) : 3;
     if (o->steps < 1 || o->steps > 1000 || (end && *end))
         return sc__fail("STEPS is a number from 1 to 1000, not '%s'", steps);
@@ -226,10 +221,12 @@ static bool check_options(options *o, const char *steps) {
     const char *dot = strrchr(o->out, '.');
     if (dot && (!strcmp(dot, ".jpg") || !strcmp(dot, ".jpeg")))
         return sc__fail("--out is a PNG, not '%s'", o->out);
-    if (strcmp(o->weights_on, "device") && strcmp(o->weights_on, "host"))
-        return sc__fail("--weights-on is device or host, not '%s'", o->weights_on);
-    if (strcmp(o->weights, "auto") && strcmp(o->weights, "fp8"))
-        return sc__fail("--weights is auto or fp8, not '%s'", o->weights);
+    float shift = o->shift && strcmp(o->shift, "auto") ? strtof(o->shift, &end) : 1;
+    if (!(shift > 0 && isfinite(shift)) || (end && *end))
+        return sc__fail("--shift is a positive number or auto, not '%s'", o->shift);
+    if (o->size && (sscanf(o->size, "%dx%d%c", &o->width, &o->height, &more) != 2 ||
+                    o->width < 1 || o->height < 1 || o->width > 1 << 14 || o->height > 1 << 14))
+        return sc__fail("--size is WxH, sides up to %d pixels, not '%s'", 1 << 14, o->size);
     return true;
 }
 
@@ -240,17 +237,15 @@ static sc_pipeline *open_model(const options *o) {
     return be ? sc_open_model(be, o->model, &how) : NULL;
 }
 
-/* What depends on the model: shift, size, LoRAs. */
-static bool prepare(sc_pipeline *p, options *o) {
-    char *end;
+/* The size that is given must suit the model, or it is the model's. */
+static bool take_size(const sc_pipeline *p, options *o) {
     int side = p->token_pixels;
-    o->width = o->height = p->resolution;
-    if (o->shift && strcmp(o->shift, "auto") && !(strtof(o->shift, &end) > 0 && !*end))
-        return sc__fail("--shift is a positive number or auto, not '%s'", o->shift);
-    if (o->size &&
-        (sscanf(o->size, "%dx%d", &o->width, &o->height) != 2 || o->width < 1 || o->height < 1 ||
-         o->width > 1 << 14 || o->height > 1 << 14 || o->width % side || o->height % side))
-        return sc__fail("--size is WxH in multiples of %d pixels, not '%s'", side, o->size);
+    if (!o->size) o->width = o->height = p->resolution;
+    return (o->width % side == 0 && o->height % side == 0) ||
+           sc__fail("--size is WxH in multiples of %d pixels, not '%s'", side, o->size);
+}
+
+static bool load_loras(sc_pipeline *p, options *o) {
     if (!o->lora[0] && !o->no_lora && sc__exists("lora.safetensors"))
         o->lora[0] = "lora.safetensors";
     for (int i = 0; !o->no_lora && i < 8 && o->lora[i]; i++)
@@ -284,7 +279,8 @@ int main(int argc, char **argv) {
     sc_set_threads(o.threads);
     sc_catch_interrupt();
     sc_pipeline *p = open_model(&o);
-    bool ok = p && (o.prompts || sc_can_write(o.out)) && prepare(p, &o);
+    bool usage_ok = !p || take_size(p, &o);
+    bool ok = p && usage_ok && (o.prompts || sc_can_write(o.out)) && load_loras(p, &o);
     if (ok && o.prompts) ok = draw_list(p, &o);
     for (int i = 0; ok && prompt && i < o.count; i++) {
         char path[1024];
@@ -292,5 +288,6 @@ int main(int argc, char **argv) {
         ok = draw(p, &o, prompt, (uint64_t)o.seed + (uint64_t)i, path);
     }
     sc_pipeline_close(p);
-    return ok ? 0 : sc_die();
+    if (!ok) sc_die();
+    return ok ? 0 : usage_ok ? 1 : 2;
 }

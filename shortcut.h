@@ -792,15 +792,21 @@ static SC_THREAD_LOCAL char sc__message[1024];
 
 const char *sc_error(void) { return sc__message[0] ? sc__message : "no error"; }
 
-/* Sets the message; returns false, so that `return sc__fail(...)` reads well. Names that come from
- * files or the command line may hold control characters: the message stays one harmless line. */
+/* Text that comes from files or the command line may hold control characters, which a terminal
+ * obeys: they become ?, so that it stays one harmless line. */
+static char *sc__plain(char *text) {
+    for (char *c = text; *c; c++)
+        if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
+    return text;
+}
+
+/* Sets the message; returns false, so that `return sc__fail(...)` reads well. */
 static SC_PRINTF(1, 2) bool sc__fail(const char *format, ...) {
     va_list args;
     va_start(args, format);
     vsnprintf(sc__message, sizeof sc__message, format, args);
     va_end(args);
-    for (char *c = sc__message; *c; c++)
-        if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
+    sc__plain(sc__message);
     return false;
 }
 
@@ -2947,6 +2953,12 @@ static bool sc__is_folder(const char *path) {
     return stat(path, &s) == 0 && S_ISDIR(s.st_mode);
 }
 
+/* `made`: it was not there before. */
+static bool sc__make_folder(const char *path, bool *made) {
+    *made = !mkdir(path, 0777);
+    return *made || errno == EEXIST || sc__fail("%s: %s", path, strerror(errno));
+}
+
 /* The size of a regular file that can be read; -1 with the error set. Asking before opening keeps
  * a pipe from blocking. */
 static int64_t sc__file_size(const char *path) {
@@ -4566,13 +4578,13 @@ bool sc_flux_save(const sc_flux *f, const char *folder, sc_dtype dtype,
     char *config = sc__join(folder, "config.json");
     char *weights = sc__join(folder, "diffusion_pytorch_model.safetensors");
     sc_named *named = (sc_named *)sc__alloc((size_t)net->count, sizeof *named);
-    bool ok = config && weights && named && sc_net_load(net);
-    if (ok && mkdir(folder, 0777) && errno != EEXIST)
-        ok = sc__fail("%s: %s", folder, strerror(errno));
+    bool ok = config && weights && named && sc_net_load(net), made = false;
+    if (ok) ok = sc__make_folder(folder, &made);
     for (int64_t i = 0; ok && i < net->count; i++)
         named[i] = (sc_named){net->weights[i]->name, &net->weights[i]->tensor, dtype};
     ok = ok && sc__save(weights, named, net->count, metadata, sc__flux_fill, f) &&
          sc__write_file(config, f->config_text, strlen(f->config_text));
+    if (!ok && made) rmdir(folder); /* if it is empty */
     SC_FREE(named);
     SC_FREE(weights);
     SC_FREE(config);

@@ -9,9 +9,9 @@
 
 /* ==== PNG and JPEG files ======================================================================
  *
- * stb decodes and encodes; around it, size limits, the
- * checks that stb does not make (a truncated JPEG, a PNG's checksums), EXIF orientation, and the
- * `parameters` text chunk that picture tools look for.
+ * stb decodes and encodes; around it, size limits, the checks that stb does not make (a truncated
+ * JPEG, a PNG's checksums), EXIF orientation, and the `parameters` text chunk that picture tools
+ * look for.
  */
 
 #ifdef __has_include
@@ -204,7 +204,7 @@ bool sc_load_lora_argument(sc_flux *flux, const char *argument, int steps) {
     char path[1024], *end = NULL;
     const char *colon = strrchr(argument, ':');
     float scale = colon ? strtof(colon + 1, &end) : 0;
-    bool given = colon && end != colon + 1 && !*end;
+    bool given = colon && end != colon + 1 && !*end && isfinite(scale);
     int length = (int)(given ? colon - argument : (long)strlen(argument));
     snprintf(path, sizeof path, "%.*s", length, argument);
     if (!given) scale = sc_lora_scale(path, steps);
@@ -223,19 +223,18 @@ int sc_die(void) {
     return 1;
 }
 
-/* "auto", "cpu" or "cuda"; NULL with the error set. */
+#define SC_DEVICES "auto|cpu|cuda"
+
+/* One of SC_DEVICES; NULL with the error set. */
 const sc_backend *sc_device(const char *name) {
+    const sc_backend *cuda = NULL;
     if (!strcmp(name, "cpu")) return sc_cpu();
 #ifdef SHORTCUT_CUDA
-    const sc_backend *cuda = strcmp(name, "auto") && strcmp(name, "cuda") ? NULL : sc_cuda();
-    if (cuda) return cuda;
-    if (!strcmp(name, "cuda")) return NULL; /* error already set */
+    cuda = sc_cuda();
+#else
+    sc__fail("this program was built without CUDA: run make where nvcc is installed");
 #endif
-    if (!strcmp(name, "auto")) return sc_cpu();
-    if (!strcmp(name, "cuda"))
-        sc__fail("this program was built without CUDA: run make where nvcc is installed");
-    else sc__fail("--device must be auto, cpu or cuda, not '%s'", name);
-    return NULL;
+    return cuda || !strcmp(name, "cuda") ? cuda : sc_cpu();
 }
 
 static const char *sc__clock(double seconds, char text[32]) {
@@ -266,11 +265,14 @@ void sc_progress(const char *label, int64_t done, int64_t total, double started,
 
 /* ==== Options ================================================================================ */
 
-typedef enum { SC_FLAG, SC_INT, SC_FLOAT, SC_RANGE, SC_STRING, SC_STRINGS, SC_INTS } sc_option_kind;
+typedef enum {
+    SC_FLAG, SC_INT, SC_FLOAT, SC_RANGE, SC_STRING, SC_STRINGS, SC_INTS,
+    SC_CHOICE                   /* a string, one of those in `argument`: "auto|fp8" */
+} sc_option_kind;
 typedef struct sc_option {
     const char *name; /* "--steps"; NULL: a heading in the help */
     sc_option_kind kind;
-    void *value; /* bool, int, float, float[2], char *, char *[8], int[8] */
+    void *value; /* bool, int, float, float[2], char *, char *[8], int[8], char * */
     const char *argument, *help;
 } sc_option;
 
@@ -287,10 +289,20 @@ static bool sc__numbers(const char *text, double *values, int limit, int *count)
     return false;
 }
 
+/* Is `text` one of "this|that"? */
+static bool sc__listed(const char *list, const char *text) {
+    size_t n = strlen(text);
+    for (; list; list = strchr(list, '|') ? strchr(list, '|') + 1 : NULL)
+        if (!strncmp(list, text, n) && (!list[n] || list[n] == '|')) return true;
+    return false;
+}
+
 static bool sc__set_option(const sc_option *o, const char *text) {
     double v[8];
     int count = 0;
-    if (o->kind == SC_STRING) return *(const char **)o->value = text, true;
+    if (o->kind == SC_CHOICE && !sc__listed(o->argument, text))
+        return sc__fail("%s takes %s, not '%s'", o->name, o->argument, text);
+    if (o->kind == SC_STRING || o->kind == SC_CHOICE) return *(const char **)o->value = text, true;
     if (o->kind == SC_STRINGS) {
         const char **list = (const char **)o->value;
         for (int i = 0; i < 8; i++)
@@ -326,6 +338,7 @@ static void sc__option_text(const sc_option *o, char *text, size_t size) {
         snprintf(text, size, "%g,%g", ((float *)o->value)[0], ((float *)o->value)[1]);
         break;
     case SC_STRING:
+    case SC_CHOICE:
         snprintf(text, size, "%s", *(const char **)o->value ? *(const char **)o->value : "");
         break;
     case SC_INTS:
@@ -375,7 +388,7 @@ int sc_parse(const char *usage, const sc_option *options, int count, int argc, c
             literal = true;
             continue;
         }
-        if (literal || strncmp(argv[i], "--", 2)) {
+        if (literal || (strncmp(argv[i], "--", 2) && strcmp(argv[i], "-h"))) {
             if (found == limit) {
                 sc__fail("unexpected argument '%s'", argv[i]);
                 fprintf(stderr, "error: %s (see %s --help)\n", sc_error(), argv[0]);
@@ -384,7 +397,7 @@ int sc_parse(const char *usage, const sc_option *options, int count, int argc, c
             positional[found++] = argv[i];
             continue;
         }
-        if (!strcmp(argv[i], "--help")) {
+        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) {
             sc__help(usage, options, count);
             exit(0);
         }
@@ -403,17 +416,18 @@ int sc_parse(const char *usage, const sc_option *options, int count, int argc, c
     return found;
 }
 
-/* What follows the argument `name`; NULL: it is not there (for what must be known before sc_parse).
- */
+/* What follows the last argument `name`; NULL: it is not there (for what must be known before
+ * sc_parse). */
 const char *sc_given(int argc, char **argv, const char *name) {
+    const char *value = NULL;
     for (int i = 1; i < argc; i++)
-        if (!strcmp(argv[i], name)) return i + 1 < argc ? argv[i + 1] : "";
-    return NULL;
+        if (!strcmp(argv[i], name)) value = i + 1 < argc ? argv[i + 1] : "";
+    return value;
 }
 
 /* Values from the object `section` of MODEL/recipe.json, where there is one: the defaults measured
- * for this model. Its keys are option names without "--"; false, the error set, if it has others.
- */
+ * for this model. Its keys are option names without "--"; false, the error set, if it has others,
+ * or flags, or paths: a model from elsewhere does not say which files are read and written here. */
 bool sc_parse_recipe(const sc_option *options, int count, const char *model, const char *section) {
     static sc_json *recipe; /* kept: string options point into it */
     char *path = sc__join(model, "recipe.json");
@@ -427,16 +441,27 @@ bool sc_parse_recipe(const sc_option *options, int count, const char *model, con
         const char *key = sc_json_key(values, i), *string = sc_json_string(value, NULL);
         char text[32];
         const sc_option *o = NULL;
-        for (int j = 0; j < count; j++)
+        for (int j = 0; key && j < count; j++)
             if (options[j].name && !strcmp(options[j].name + 2, key)) o = &options[j];
         if (!string) snprintf(text, sizeof text, "%.9g", sc_json_number(value, NAN));
-        if (!o) ok = sc__fail("%s: there is no option '%s'", path, key);
-        else if (o->kind == SC_STRING ? !string : !sc__set_option(o, string ? string : text))
+        bool words = o && (o->kind == SC_STRING || o->kind == SC_CHOICE);
+        if (!o || o->kind == SC_FLAG || o->kind == SC_STRINGS ||
+            (o->kind == SC_STRING && sc__listed("DIR|FILE|PATH", o->argument)))
+            ok = sc__fail("%s: '%s' is no option that a recipe may set", path, key ? key : section);
+        else if ((words && !string) || !sc__set_option(o, string ? string : text))
             ok = sc__fail("%s: '%s' has a wrong value", path, key);
-        else if (o->kind == SC_STRING) *(const char **)o->value = string;
     }
     SC_FREE(path);
     return ok;
+}
+
+/* The next line of *text that is not empty, ended by NUL; NULL: there is none. */
+char *sc_next_line(char **text) {
+    char *line = *text + (strncmp(*text, "\xef\xbb\xbf", 3) ? 0 : 3); /* a byte order mark */
+    line += strspn(line, "\r\n");
+    *text = line + strcspn(line, "\r\n");
+    if (**text) *(*text)++ = 0;
+    return *line ? line : NULL;
 }
 
 /* Before hours of work: is there a folder to write `path` into? */

@@ -139,10 +139,10 @@ static int running_options(options *o, sc_option *table) {
         {"--text-tokens", SC_INT, &o->text_tokens, "N", "T5 tokens of a caption (0: the model's)"},
         {"--checkpointing", SC_FLAG, &o->checkpointing, NULL,
          "recompute all blocks in the backward pass: less memory (on a GPU: as many as needed)"},
-        {"--weights", SC_STRING, &o->weights, "TYPE",
-         "frozen matrices: auto (as in the file), or fp8, half of bf16"},
-        {"--weights-on", SC_STRING, &o->weights_on, "PLACE",
-         "frozen matrices: device, or host (streamed, for GPUs that are too small)"},
+        {"--weights", SC_CHOICE, &o->weights, "auto|fp8",
+         "frozen matrices: as in the file, or fp8, half of bf16"},
+        {"--weights-on", SC_CHOICE, &o->weights_on, "device|host",
+         "frozen matrices: in host memory they are streamed, for GPUs that are too small"},
         {"--no-cache", SC_FLAG, &o->no_cache, NULL, "do not keep latents and embeddings in DATA"},
         {NULL, SC_FLAG, NULL, NULL, "Running:"},
         {"--out", SC_STRING, &o->out, "PATH",
@@ -154,7 +154,7 @@ static int running_options(options *o, sc_option *table) {
         {"--preview", SC_INT, &o->preview, "N", "a preview picture every N steps (0: none)"},
         {"--save", SC_INT, &o->save, "N", "save result and state every N steps (0: at the end)"},
         {"--stop-after", SC_INT, &o->stop_after, "N", "save and stop after step N (0: go through)"},
-        {"--device", SC_STRING, &o->device, "NAME", "auto, cpu or cuda"},
+        {"--device", SC_CHOICE, &o->device, SC_DEVICES, "what computes"},
         {"--threads", SC_INT, &o->threads, "N", "CPU threads (0: OMP_NUM_THREADS, or all cores)"},
         {"--seed", SC_INT, &o->seed, "N", "of everything random"},
     };
@@ -760,10 +760,6 @@ static bool check_options(const options *o) {
     if (!(o->lr > 0) || !isfinite(o->lr)) return sc__fail("--lr is a positive number");
     if (!(o->fast >= 0 && o->fast < 1 && o->slow >= 0 && o->slow < 1))
         return sc__fail("--fast and --slow lie from 0 to below 1");
-    if (strcmp(o->weights, "auto") && strcmp(o->weights, "fp8"))
-        return sc__fail("--weights is auto or fp8, not '%s'", o->weights);
-    if (strcmp(o->weights_on, "device") && strcmp(o->weights_on, "host"))
-        return sc__fail("--weights-on is device or host, not '%s'", o->weights_on);
     if (o->full + o->pretrain + o->distill_guidance > 1)
         return sc__fail("--full, --pretrain and --distill-guidance exclude each other");
     if (o->pretrain && o->teacher_ratio > 0)
@@ -905,9 +901,8 @@ int main(int argc, char **argv) {
     if (!check_options(&t.o)) return sc_die(), 2;
     sc_set_threads(t.o.threads);
     sc_catch_interrupt();
-    bool ok = open_model(&t) && load_data(&t) && open_params(&t);
-    if (ok && !t.o.dry_run && mkdir(t.o.run, 0777) && errno != EEXIST)
-        ok = sc__fail("%s: %s", t.o.run, strerror(errno));
+    bool made = false, ok = open_model(&t) && load_data(&t) && open_params(&t);
+    ok = ok && (t.o.dry_run || sc__make_folder(t.o.run, &made));
     ok = ok && (whole || sc_can_write(t.o.out)); /* perhaps in the run folder */
     if (ok) {
         set_recipe(&t);
@@ -917,5 +912,6 @@ int main(int argc, char **argv) {
     if (ok && t.o.resume) ok = load_state(&t);
     if (ok) ok = t.o.dry_run ? dry_run(&t) : train(&t);
     close_training(&t);
+    if (!ok && made) rmdir(t.o.run); /* if nothing was put there */
     return ok ? 0 : sc_die();
 }

@@ -21,6 +21,13 @@ fails 2 "from 1 up" train --batch 0
 fails 2 "from 1 to" train --rank 0
 fails 2 "takes N,N" train --self-steps 4,a
 fails 2 "even" train --self-steps 3
+fails 2 "auto|cpu|cuda" sample --device tpu
+fails 2 "auto|cpu|cuda" ./shortcut --device ""
+fails 2 "auto|fp8" train --weights fp
+fails 2 "multiples of 16" sample --size 100x100
+fails 2 "WxH" sample --size 128x128x
+fails 2 "WxH" sample --size 0x16
+fails 2 "positive number or auto" sample --shift 3x
 fails 2 "unknown option '--?.31m?b'" ./sample x 1 "$(printf -- '--\033[31m\nb')"
 fails 1 "a?.31m?b: No such file" sample --model "$(printf 'a\033[31m\nb')"
 
@@ -32,8 +39,11 @@ head -c 100000 /dev/zero | tr '\0' a >"$pairs/a.txt"
 check "a long one" quiet train --steps 1
 printf 'a\377\376\000\033b' >"$pairs/a.txt"
 check "not UTF-8" quiet train --steps 1
+cp "$pairs/a.png" "$pairs/b.png"
+fails 1 "no caption for 1 of the pictures: b.png:" train
 rm "$pairs/a.txt"
-fails 1 "no caption" train
+fails 1 "no caption for 2 of the pictures: [ab].png [ab].png:" train
+rm "$pairs/b.png"
 while read -r line words; do
     printf '%s\n' "$line" >"$pairs/metadata.jsonl"
     fails 1 "$words" train
@@ -88,6 +98,12 @@ broken vae/config.json "sed 's/\(norm_num_groups\": \)[0-9]*/\10/'" "whole numbe
 broken tokenizer/merges.txt "head -n 1" "no merges"
 broken scheduler/scheduler_config.json "sed 's/\"shift\": [0-9.]*/\"shift\": -1/'" "must be positive"
 broken scheduler/scheduler_config.json "sed 's/\"shift\": [0-9.]*/\"shift\": \"x\"/'" "must be a number"
+for recipe in '"out": "x"' '"no-lora": 1' '"lora": "x"' '"nonsense": 1'; do
+    broken recipe.json "echo '{\"sample\": {$recipe}}'" "is no option that a recipe may set"
+done
+broken recipe.json "echo '{\"sample\": {\"guidance\": true}}'" "has a wrong value"
+cp test/reference/pipeline_a/lora.safetensors "$model"
+check "a file beside a model is not the model" test "$(./shortcut info "$model/lora.safetensors" | grep -c transformer:)" -eq 0
 rm -rf "$model"
 
 # ---- Other files ----
@@ -104,6 +120,10 @@ check "control characters in metadata" test "$(./shortcut info "$dir/steering.sa
 fails 1 "needs a tensor 'noise'" sample --noise test/reference/pipeline_a/lora.safetensors
 : >"$dir/prompts"
 fails 1 "no prompts" ./sample --prompts "$dir/prompts" 1 --no-lora --out-dir "$dir/set"
+check "no empty folder is left" test ! -e "$dir/set"
+printf 'a\033[31m\n' >"$dir/prompts"
+./sample --prompts "$dir/prompts" 1 --no-lora --out-dir "$dir/set" >"$dir/output"
+check "nor do prompts steer it" grep -q 'a?.31m"' "$dir/output"
 fails 1 "No such file" ./sample --prompts "$dir/none" 1 --no-lora --out-dir "$dir/set"
 fails 1 "Not a directory" ./sample --prompts README.md 1 --no-lora --out-dir "$dir/prompts/set"
 fails 1 "No such file" ./shortcut --lora "$dir/none"
@@ -113,6 +133,9 @@ check "no merged folder is left" test ! -e "$dir/merged"
 
 # ---- Writing ----
 fails 1 "cannot write" train --steps 1 --out "$dir/none/lora"
+fails 1 "cannot write" train --steps 1 --out "$dir/none/lora" --run "$dir/new"
+fails 1 "No such file" train --steps 1 --resume --run "$dir/new"
+check "no empty run folder is left" test ! -e "$dir/new"
 fails 1 "cannot write" train --steps 1 --out "$dir"
 check "what was learned is in the state" quiet train --steps 1 --resume
 fails 1 "run" train --steps 1 --run "$dir/prompts/run"
@@ -143,6 +166,14 @@ fails 1 "lower --lr" train --steps 20 --lr 1e30
 check "a loss that is not a number leaves the old file" grep -q kept "$dir/lora"
 
 # ---- Stopped, by Ctrl-C or for good, and resumed: bit for bit the same ----
+seq 200 >"$dir/prompts"
+rm -rf "$dir/set"
+./sample --prompts "$dir/prompts" 32 --no-lora --out-dir "$dir/set" >"$dir/log" 2>&1 &
+while kill -0 $! 2>/dev/null && [ ! -e "$dir/set/000001.png" ]; do sleep 0.05; done
+kill -INT $!
+wait $!
+check "a stopped list says how to go on" grep -q "^error: stopped after [0-9]* pictures; the same command goes on" "$dir/log"
+check "and has a line for each picture" test "$(wc -l <"$dir/set/metadata.jsonl")" -eq "$(ls "$dir/set" | grep -c png)"
 weights_of() { tail -c 100000 "$1"; } # without the header, which has the command line
 long() { train --steps 40 --rank 16 "$@"; }
 check "40 steps" quiet long

@@ -69,6 +69,16 @@ check "prompts" quiet ./sample --prompts "$dir/prompts" 2 --no-lora --out-dir "$
 rm "$dir/set/000000.png"
 check "prompts again" quiet ./sample --prompts "$dir/prompts" 2 --no-lora --out-dir "$dir/set"
 check "draw what is missing" test -s "$dir/set/000000.png"
+mv "$dir/set/000000.png" "$dir/bare.png"
+check "with a LoRA" quiet ./sample --prompts "$dir/prompts" 2 --lora "$dir/lora.safetensors" --out-dir "$dir/set"
+check "the LoRA's" differ "$dir/set/000000.png" "$dir/bare.png"
+cp "$dir/set/000000.png" "$dir/lora.png"
+check "and without" quiet ./sample --prompts "$dir/prompts" 2 --no-lora --out-dir "$dir/set"
+check "are drawn anew" differ "$dir/set/000000.png" "$dir/lora.png"
+check "as they were" same "$dir/set/000000.png" "$dir/bare.png"
+mkdir "$dir/a.b"
+check "several of a name without an ending" quiet ./sample x 1 --no-lora --count 2 --out "$dir/a.b/x"
+check "are numbered" test -s "$dir/a.b/x" -a -s "$dir/a.b/x-2"
 check "make a data set" test -s "$dir/set/metadata.jsonl" -a -s "$dir/set/000001.png"
 
 fails 2 "unknown option" ./train --nonsense
@@ -77,14 +87,14 @@ fails 2 "takes" ./train "$dir/pairs" --lr fast
 fails 1 "No such file" ./train "$dir/none"
 fails 1 "No such file" ./sample "x" 1 --model "$dir/none"
 fails 1 "cannot write" ./sample "x" 1 --no-lora --out "$dir/none/a.png"
-fails 1 "positive number or auto" ./sample "x" 1 --no-lora --shift fast
-fails 1 "multiples of 16" ./sample "x" 1 --no-lora --size 100x100
+fails 2 "positive number or auto" ./sample "x" 1 --no-lora --shift fast
+fails 2 "multiples of 16" ./sample "x" 1 --no-lora --size 100x100
 fails 2 "has no teacher" ./train "$dir/pairs" --pretrain --teacher-ratio 0.4 $run
 fails 2 "is for a LoRA" ./train "$dir/pairs" --full --start "$dir/lora.safetensors" $run
 fails 2 "cannot be negative" ./train "$dir/pairs" --save -1 $run
 mkdir "$dir/many" && cp "$dir/pairs/banana_0000.png" "$dir/many/a.png"
 for i in $(seq 3000); do echo "{\"file_name\": \"a.png\", \"text\": \"banana $i\"}"; done >"$dir/many/metadata.jsonl"
-fails 1 "stopped" timeout --preserve-status -k 9 -s TERM 1 ./train "$dir/many" --no-cache $run
+fails 1 "stopped" timeout --foreground --preserve-status -k 9 -s TERM 1 ./train "$dir/many" --no-cache $run
 head -c 1000 "$dir/lora.safetensors" >"$dir/cut.safetensors"
 fails 1 "truncated" ./sample "x" 1 --lora "$dir/cut.safetensors"
 fails 1 "0 of 0 LoRA layers" ./sample "x" 1 --lora data/tiny-flux/vae/diffusion_pytorch_model.safetensors
