@@ -333,7 +333,8 @@ sc_tensor *sc_concat_channels(sc_tape *t, sc_tensor *a, sc_tensor *b);
 /* The same of a and gelu(linear(x)). */
 sc_tensor *sc_concat_gelu(sc_tape *t, sc_tensor *a, const sc_tensor *x,
                           const sc_linear_layer *layer);
-/* softmax(scale q k^T + bias) v, head by head; q [B,Tq,C], k, v [B,T,C]; bias [H,Tq,T] or NULL. */
+/* softmax(scale q k^T + bias) v, head by head; q [B,Tq,C], k, v [B,T,C]; bias [H,Tq,T] or NULL.
+ * Not recorded if it has a bias or is causal. */
 sc_tensor *sc_attention(sc_tape *t, sc_tensor *q, sc_tensor *k, sc_tensor *v, int heads,
                         float scale, const sc_tensor *bias, bool causal);
 sc_tensor *sc_timestep_embedding(sc_tape *t, const float *times, int64_t batch, int64_t channels);
@@ -348,7 +349,7 @@ sc_tensor *sc_layer_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, con
 sc_tensor *sc_rms_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, float eps);
 sc_tensor *sc_embed_tokens(sc_tape *t, const sc_tensor *table, const int32_t *ids, int64_t batch,
                            int64_t tokens);
-/* Pictures are [B,C,H,W]. conv2d: w [out,in,k,k], b [out]; zero padding: pad_before on the top and
+/* Pictures are [B,C,H,W]. conv2d: w [out,in,k,k], k up to 5, b [out] or NULL; zero padding: pad_before on the top and
  * left, and on the other sides as much as makes H_out = H / stride. upsample: nearest, twice the
  * sides. */
 sc_tensor *sc_conv2d(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
@@ -470,7 +471,8 @@ typedef struct sc_params {
 /* A new LoRA on every linear layer: A gaussian (std 1/rank), B zero; attached to the model until
  * freed. */
 sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed);
-/* All weights (opened with `widen`); teacher: keep a frozen copy of them. */
+/* All weights (opened with `widen`); teacher: keep a frozen copy of them. From then on the model's
+ * weights are these: it computes nothing after sc_params_free. */
 sc_params *sc_params_full(sc_flux *flux, bool teacher);
 void sc_params_free(sc_params *params);
 void sc_params_use(sc_params *params, sc_set set);    /* all weights only: compute with this copy */
@@ -914,6 +916,7 @@ static inline uint8_t sc__f32_to_f8(float f) {
     return (uint8_t)(sign | (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1)) >> 20);
 }
 
+/* dst[n] (f32) <- src[n] of any floating type. */
 void sc_to_f32(float *dst, const void *src, sc_dtype dtype, int64_t n) {
     const uint16_t *half = (const uint16_t *)src;
     switch (dtype) {
@@ -973,14 +976,18 @@ static inline float *sc__g(const sc_tensor *x) { return (float *)x->grad; }
 static inline int64_t sc__last(const sc_tensor *x) { return x->shape[x->ndim - 1]; }
 static inline int64_t sc__rows(const sc_tensor *x) { return sc_count(x) / sc__last(x); }
 
-/* One growing buffer, for one user at a time; call it outside parallel regions. */
-static float *sc__scratch(size_t floats) {
+static SC_THREAD_LOCAL bool sc__cpu_failed; /* an operation, since the last download or collect */
+
+/* One growing buffer, for one user at a time; call it outside parallel regions. NULL: there is no
+ * memory, and the operation does nothing; the next download or collect says so. */
+static float *sc__scratch(int64_t floats) {
     static SC_THREAD_LOCAL float *buffer;
-    static SC_THREAD_LOCAL size_t capacity;
+    static SC_THREAD_LOCAL int64_t capacity;
     if (floats <= capacity) return buffer;
     SC_FREE(buffer);
-    buffer = (float *)SC_CALLOC(floats, sizeof *buffer);
+    buffer = (float *)SC_CALLOC((size_t)floats, sizeof *buffer);
     capacity = buffer ? floats : 0;
+    if (!buffer) sc__cpu_failed = true;
     return buffer;
 }
 
@@ -1038,11 +1045,12 @@ static void sc__cpu_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix
                          float beta, sc_matrix c, const sc_tensor *bias) {
     int64_t a_rows = a.transposed ? k : m, a_columns = a.transposed ? m : k;
     int64_t b_rows = b.transposed ? n : k, b_columns = b.transposed ? k : n;
-    float *buffer = NULL;
-    if (a.dtype != SC_F32 || b.dtype != SC_F32)
-        buffer = sc__scratch((size_t)(a_rows * a_columns + b_rows * b_columns));
+    int64_t a_wide = a.dtype != SC_F32 ? a_rows * a_columns : 0,
+            b_wide = b.dtype != SC_F32 ? b_rows * b_columns : 0;
+    float *buffer = a_wide + b_wide ? sc__scratch(a_wide + b_wide) : NULL;
+    if (a_wide + b_wide && !buffer) return;
     const float *pa = sc__widen(a, a_rows, a_columns, buffer);
-    const float *pb = sc__widen(b, b_rows, b_columns, buffer ? buffer + a_rows * a_columns : NULL);
+    const float *pb = sc__widen(b, b_rows, b_columns, buffer ? buffer + a_wide : NULL);
     if (pa != a.data) a.ld = a_columns;
     if (pb != b.data) b.ld = b_columns;
     float *pc = (float *)c.data;
@@ -1094,9 +1102,14 @@ static void *sc__cpu_alloc(size_t bytes) {
 static void sc__cpu_release(void *p) { free(p); }
 static size_t sc__cpu_memory_left(void) { return SIZE_MAX; } /* the system's swap decides */
 static void sc__cpu_upload(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
+static bool sc__cpu_report(void) {
+    bool failed = sc__cpu_failed;
+    sc__cpu_failed = false;
+    return !failed || sc__fail("out of memory for an operation to work in");
+}
 static bool sc__cpu_download(void *to, const void *from, size_t bytes) {
     memcpy(to, from, bytes);
-    return true;
+    return sc__cpu_report();
 }
 static void sc__cpu_zero(void *p, size_t bytes) { memset(p, 0, bytes); }
 
@@ -1109,7 +1122,7 @@ static void sc__cpu_post(const double *x, int count) {
 }
 static bool sc__cpu_collect(double *x, int count) {
     memcpy(x, sc__posts.value[sc__posts.collected++ % SC_POSTS], (size_t)count * sizeof *x);
-    return true;
+    return sc__cpu_report();
 }
 
 static void sc__cpu_copy_block(void *dst, int64_t dst_ld, const void *src, int64_t src_ld,
@@ -1377,7 +1390,8 @@ static void sc__cpu_norm_rope_backward(const sc_tensor *y, int64_t offset, sc_te
             size = weight->shape[0];
     const float *w = sc__f(weight);
     /* dw of each sample */
-    float *partial = weight->grad ? sc__scratch((size_t)(batch * size)) : NULL;
+    float *partial = weight->grad ? sc__scratch(batch * size) : NULL;
+    if (weight->grad && !partial) return;
     if (partial) memset(partial, 0, (size_t)(batch * size) * 4);
     SC_PARALLEL_FOR
     for (int64_t b = 0; b < batch; b++)
@@ -1441,7 +1455,8 @@ static void sc__cpu_attention(sc_tensor *o, float *lse, const sc_tensor *q, cons
                               bool causal) {
     int64_t channels = q->shape[2], size = channels / heads, nq = q->shape[1], nk = k->shape[1];
     int64_t block = sc__attention_rows(nk), blocks = (nq + block - 1) / block;
-    float *scratch = sc__scratch((size_t)(sc__threads() * block * nk));
+    float *scratch = sc__scratch(sc__threads() * block * nk);
+    if (!scratch) return;
     SC_PARALLEL_FOR
     for (int64_t task = 0; task < q->shape[0] * heads * blocks; task++) {
         int64_t b = task / (heads * blocks), h = task / blocks % heads,
@@ -1464,7 +1479,8 @@ static void sc__cpu_attention_backward(const sc_tensor *o, const float *lse, sc_
     int64_t channels = q->shape[2], size = channels / heads, nq = q->shape[1], nk = k->shape[1];
     int64_t block = sc__attention_rows(nk);
     int ld = (int)channels, n = (int)nk, d = (int)size;
-    float *scratch = sc__scratch((size_t)(2 * sc__threads() * block * nk));
+    float *scratch = sc__scratch(2 * sc__threads() * block * nk);
+    if (!scratch) return;
     SC_PARALLEL_FOR
     for (int64_t task = 0; task < q->shape[0] * heads; task++) { /* a head owns its dK and dV */
         int64_t b = task / heads, h = task % heads, key = b * nk * channels + h * size;
@@ -1711,8 +1727,8 @@ static void sc__cpu_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w,
     int64_t strips = (g.height + g.rows - 1) / g.rows;
     int64_t strip_size = g.in * stride * stride * g.plane + 2 * SC__TILE;
     int64_t buffer = n > strip_size ? n : strip_size; /* a thread's */
-    float *packed = sc__scratch((size_t)(channels * n + threads * buffer));
-    float *buffers = packed + channels * n;
+    float *packed = sc__scratch(channels * n + threads * buffer), *buffers = packed + channels * n;
+    if (!packed) return;
     sc__conv_pack(&g, packed, w, buffers);
     SC_PARALLEL_FOR
     for (int64_t task = 0; task < batch * strips; task++) {
@@ -2077,7 +2093,13 @@ static bool sc__backward_from(sc_tape *t, int64_t first) {
     return !t->failed;
 }
 
-bool sc_backward(sc_tape *t) { return sc__backward_from(t, 0); }
+bool sc_backward(sc_tape *t) {
+    bool recording = t->recording;
+    t->recording = true; /* for blocks that run again */
+    bool ok = sc__backward_from(t, 0);
+    t->recording = recording;
+    return ok;
+}
 
 /* ---- Linear layers, and LoRA: y = x W^T + bias + scale (x A^T) B^T ----
  * The only place where LoRA exists. The thin products come first: samples next to each other with
@@ -2419,7 +2441,10 @@ sc_tensor *sc_norm_rope(sc_tape *t, sc_tensor *text, sc_tensor *image, sc_tensor
 }
 
 static void sc__attention_backward(sc_tape *t, sc__op *op) {
-    for (int i = 0; i < 3; i++) sc__grad(t, op->in[i]);
+    for (int i = 0; i < 3; i++) { /* made together, wanted or not */
+        op->in[i]->needs_grad = true;
+        sc__grad(t, op->in[i]);
+    }
     if (!t->failed)
         t->be->attention_backward(op->out[0], (const float *)op->extra, op->in[0], op->in[1],
                                   op->in[2], (int)op->n[0], op->scale);
@@ -2429,10 +2454,9 @@ sc_tensor *sc_attention(sc_tape *t, sc_tensor *q, sc_tensor *k, sc_tensor *v, in
                         float scale, const sc_tensor *bias, bool causal) {
     sc_tensor *o = q && k && v ? sc__new_like(t, q) : NULL;
     if (!o) return NULL;
-    sc__op *op = sc__record(t, sc__attention_backward, o, q, k, v);
-    float *lse =
-        op ? (float *)sc__arena_take(&t->device, (size_t)(q->shape[0] * heads * q->shape[1]) * 4)
-           : NULL;
+    sc__op *op = bias || causal ? NULL : sc__record(t, sc__attention_backward, o, q, k, v);
+    size_t sums = (size_t)(q->shape[0] * heads * q->shape[1]) * sizeof(float);
+    float *lse = op ? (float *)sc__arena_take(&t->device, sums) : NULL;
     if (op && !lse) return NULL;
     if (op) op->n[0] = heads, op->scale = scale, op->extra = lse;
     t->be->attention(o, lse, q, k, v, heads, scale, bias, causal);
@@ -2496,9 +2520,15 @@ sc_tensor *sc_embed_tokens(sc_tape *t, const sc_tensor *table, const int32_t *id
 sc_tensor *sc_conv2d(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
                      int stride, int pad_before) {
     if (!x) return NULL;
-    sc_tensor *y = sc_new(
-        t, 4,
-        (const int64_t[]){x->shape[0], w->shape[0], x->shape[2] / stride, x->shape[3] / stride});
+    const int64_t shape[] = {x->shape[0], w->shape[0], x->shape[2] / stride, x->shape[3] / stride};
+    if (w->shape[1] != x->shape[1] || w->shape[2] > 5 || shape[2] < 1 || shape[3] < 1) {
+        sc__fail("convolution: %lld channels of %lld x %lld pixels, a kernel of %lld channels, "
+                 "%lld x %lld", (long long)x->shape[1], (long long)x->shape[2],
+                 (long long)x->shape[3], (long long)w->shape[1], (long long)w->shape[2],
+                 (long long)w->shape[3]);
+        return NULL;
+    }
+    sc_tensor *y = sc_new(t, 4, shape);
     if (y) t->be->conv2d(y, x, w, b, stride, pad_before);
     return y;
 }
@@ -2611,29 +2641,30 @@ bool sc_checkpoint(sc_tape *t, sc_block block, const void *context, sc_tensor **
 
 /* ---- A kept block: two operations around its own say where its way back begins and ends ---- */
 
-/* of the way back: the gradients that leave the block */
+/* Of the way back: the gradients that leave the block come first; `end`, a tensor whose data is a
+ * mark, gets a "gradient", so that its own operation is walked too. */
 static void sc__keep_begin(sc_tape *t, sc__op *op) {
-    sc__mark_t *mark = (sc__mark_t *)op->extra;
+    sc_tensor *end = (sc_tensor *)op->extra;
     for (int i = 0; i < 5 && op->in[i]; i++) sc__grad(t, op->in[i]);
-    *mark = sc__mark(t);
+    *(sc__mark_t *)end->data = sc__mark(t);
+    end->grad = end->data;
 }
-static void sc__keep_end(sc_tape *t, sc__op *op) { sc__release(t, *(sc__mark_t *)op->extra); }
+static void sc__keep_end(sc_tape *t, sc__op *op) {
+    sc__release(t, *(sc__mark_t *)op->out[0]->data);
+}
 
 bool sc_keep(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs,
              sc_tensor **out) {
     if (!t->recording) return sc__run_lean(t, block, context, in, out);
-    sc__mark_t *mark = (sc__mark_t *)sc__arena_take(&t->host, sizeof *mark);
-    sc_tensor yes = {.needs_grad = true}, *end = mark ? sc__struct(t, 0, NULL, SC_F32) : NULL;
-    sc__op *op = end ? sc__record(t, sc__keep_end, end, &yes, NULL, NULL) : NULL;
-    if (!op) return false;
-    op->extra = mark;
-    end->grad = mark; /* never read: an operation whose output has a gradient is walked */
+    sc_tensor yes = {.needs_grad = true}, *end = sc__struct(t, 0, NULL, SC_F32);
+    if (!end || !(end->data = sc__arena_take(&t->host, sizeof(sc__mark_t)))) return false;
+    if (!sc__record(t, sc__keep_end, end, &yes, NULL, NULL)) return false;
     if (!block(t, in, out, context)) return false;
-    op = sc__record(t, sc__keep_begin, out[0], &yes, NULL, NULL);
+    sc__op *op = sc__record(t, sc__keep_begin, out[0], &yes, NULL, NULL);
     if (!op) return false;
     for (int i = 0; i < 5; i++) op->in[i] = i < inputs ? in[i] : NULL;
     op->out[1] = out[1];
-    op->extra = mark;
+    op->extra = end;
     return true;
 }
 
@@ -4826,7 +4857,11 @@ sc_params *sc_params_full(sc_flux *flux, bool teacher) {
         return NULL;
     }
     float *host = (float *)sc__alloc((size_t)p->count, sizeof *host), *end = host;
-    for (int64_t i = 0; host && i < flux->net->count; i++) {
+    if (!host) {
+        sc_params_free(p);
+        return NULL;
+    }
+    for (int64_t i = 0; i < flux->net->count; i++) {
         sc_weight *w = flux->net->weights[i];
         size_t bytes = (size_t)sc_count(&w->tensor) * 4;
         p->backend->download(end, w->tensor.data, bytes);
@@ -4835,7 +4870,7 @@ sc_params *sc_params_full(sc_flux *flux, bool teacher) {
         w->tensor.needs_grad = true;
         end += sc_count(&w->tensor);
     }
-    for (int s = 0; host && s < SC_SETS; s++)
+    for (int s = 0; s < SC_SETS; s++)
         if (p->set[s]) p->backend->upload(p->set[s], host, (size_t)p->count * 4);
     SC_FREE(host);
     sc_params_use(p, SC_STUDENT);
@@ -5845,6 +5880,8 @@ static sc_tensor *sc__vae_do(sc_vae *v, sc__vae_run *r, const sc_tensor *x, int 
 /* in: pictures or latents, out: mean and logvar of latents [B,2C,h,w] or pictures. */
 static bool sc__vae_apply(sc_vae *v, const sc__vae_half *half, int64_t batch, int64_t h, int64_t w,
                           const float *in, float *out, size_t memory) {
+    if (h < 1 || w < 1)
+        return sc__fail("VAE: %lld x %lld latents", (long long)w, (long long)h);
     const size_t room = 4096, slack = 1 << 16; /* for sums, and to round up */
     const sc__vae_step *s = half->steps, *last = s + half->count - 1;
     int64_t f = sc_vae_factor(v), count = 65536 / (h * w * f * f); /* small pictures: several */
@@ -7919,7 +7956,7 @@ void sc_pipeline_close(sc_pipeline *p) {
     if (!p) return;
     sc_pipeline_release(p);
     sc_flux_close(p->flux);
-    if (p->tape) sc_tape_free(p->tape);
+    sc_tape_free(p->tape);
     SC_FREE(p->folder);
     SC_FREE(p);
 }

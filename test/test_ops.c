@@ -2,6 +2,15 @@
  * each input on its own, in the direction of a random vector, by Richardson's extrapolation of two
  * steps, so that what is left is f32's rounding. And checkpointing against keeping everything. */
 #define _POSIX_C_SOURCE 200809L
+#include <stdbool.h>
+#include <stdlib.h>
+static bool no_floats; /* no memory for floats: what operations work in */
+static void *test_calloc(size_t n, size_t size) {
+    return no_floats && size == sizeof(float) ? NULL : calloc(n, size);
+}
+#define SC_CALLOC test_calloc
+#define SC_REALLOC realloc
+#define SC_FREE free
 #define SHORTCUT_IMPLEMENTATION
 #include "../shortcut.h"
 #include "test.h"
@@ -171,7 +180,17 @@ static sc_tensor *op_self_attention(sc_tape *t, leaves *l) {
     return sc_attention(t, &l->x[0], &l->x[0], &l->x[0], heads, 0.4f, NULL, false);
 }
 
+/* Queries alone want a gradient: keys and values are constants. */
+static sc_tensor *op_queries(sc_tape *t, leaves *l) {
+    static float keys[24], values[24];
+    for (int i = 0; i < 24; i++) keys[i] = (float)(i % 7) - 3, values[i] = (float)(i % 5) - 2;
+    const int64_t shape[] = {2, 3, 4};
+    return sc_attention(t, &l->x[0], sc_from(t, 3, shape, keys), sc_from(t, 3, shape, values), 2,
+                        0.2f, NULL, false);
+}
+
 static void test_attention(void) {
+    leaf(3, 2, 5, 4), check("attention to constants", op_queries);
     static const int shapes[][4] = {
         {1, 1, 2, 1}, {2, 5, 6, 3}, {1, 13, 10, 2}, {3, 17, 8, 1}, {1, 67, 8, 2}};
     for (int i = 0; i < 5; i++) { /* B, T, C, H */
@@ -282,6 +301,85 @@ static void make_blocks(void) {
         for (int j = 0; j < MAX_VALUES; j++) now.data[i][j] *= 0.3f;
 }
 
+/* A kept block whose results nobody reads is not walked, and takes no memory back. */
+static void test_unread_block(void) {
+    sc_tape *t = sc_tape_new(sc_cpu());
+    make_blocks();
+    double loss = 0, again = 1;
+    static float grad[MAX_VALUES];
+    for (int unread = 0; unread < 2; unread++) {
+        memset(now.grad, 0, sizeof now.grad);
+        sc_tape_reset(t);
+        sc_tape_record(t, true);
+        sc_tensor *in[2] = {&now.x[0], &now.x[1]}, *out[2] = {NULL, NULL}, *none[2] = {NULL, NULL};
+        CHECK(sc_checkpoint(t, run_block, &blocks[0], in, 2, out));
+        if (unread) CHECK(sc_keep(t, run_block, &blocks[1], in, 2, none));
+        CHECK(sc_mse(t, sc_add(t, out[0], out[1]), in[0], 1, unread ? &again : &loss));
+        sc_tape_record(t, false); /* the way back records what it needs by itself */
+        CHECK(sc_backward(t));
+        if (!unread) memcpy(grad, now.grad[0], sizeof grad);
+    }
+    CHECK(loss == again && rel_error(now.grad[0], grad, sc_count(&now.x[0])) == 0);
+    CHECK(grad[0] != 0);
+    now.count = 0;
+    sc_tape_free(t);
+}
+
+/* ---- Too little memory: an operation cannot say so, the next download does ---- */
+
+static void short_of_memory(sc_tape *t, const sc_tensor *x) {
+    float *values = malloc((size_t)sc_count(x) * sizeof *values);
+    CHECK(!sc_read(t, x, values) && strstr(sc_error(), "out of memory"));
+    no_floats = false;
+    CHECK(sc_read(t, x, values));
+    no_floats = true;
+    free(values);
+}
+
+static void test_memory(void) {
+    enum { WIDE = 2048 };
+    sc_tape *t = sc_tape_new(sc_cpu());
+    uint16_t *half = calloc(WIDE * WIDE, sizeof *half);
+    sc_tensor weight = {.data = half, .dtype = SC_BF16, .ndim = 2, .shape = {WIDE, WIDE}};
+    sc_tensor kernel = {.data = half, .dtype = SC_BF16, .ndim = 4, .shape = {256, 512, 3, 3}};
+    sc_linear_layer wide = {.weight = &weight};
+    const int64_t shape[] = {1, 2, WIDE}, picture[] = {1, 512, 2, 4};
+    sc_tensor *x = sc_new(t, 3, shape), *p = sc_new(t, 4, picture);
+    sc_cpu()->zero(x->data, 2 * WIDE * sizeof(float));
+    sc_cpu()->zero(p->data, 4096 * sizeof(float));
+    no_floats = true;
+    short_of_memory(t, sc_linear(t, x, &wide));
+    short_of_memory(t, sc_linear_gelu(t, x, &wide));
+    short_of_memory(t, sc_attention(t, x, x, x, 4, 1, NULL, false));
+    short_of_memory(t, sc_conv2d(t, p, &kernel, NULL, 1, 1));
+    x->needs_grad = true;
+    sc_tape_record(t, true);
+    sc_tensor *o = sc_attention(t, x, x, x, 4, 1, NULL, false);
+    double loss;
+    CHECK(o && sc_mse(t, o, x, 1, &loss) && sc_backward(t));
+    short_of_memory(t, o);
+    no_floats = false;
+    free(half);
+    sc_tape_free(t);
+}
+
+/* A convolution that the backends cannot do; a NaN in 8 bits. */
+static void test_limits(void) {
+    sc_tape *t = sc_tape_new(sc_cpu());
+    sc_tensor *x = sc_new(t, 4, (const int64_t[]){1, 2, 8, 8});
+    sc_tensor large = {.data = x->data, .ndim = 4, .shape = {1, 2, 7, 7}}, other = large;
+    other.shape[1] = 3, other.shape[2] = other.shape[3] = 3;
+    CHECK(!sc_conv2d(t, x, &large, NULL, 1, 3) && strstr(sc_error(), "convolution"));
+    CHECK(!sc_conv2d(t, x, &other, NULL, 1, 1) && strstr(sc_error(), "convolution"));
+    const float row[4] = {1, NAN, -2, INFINITY};
+    uint8_t bits[4];
+    float scale, back[4];
+    sc_cpu()->quantize(bits, &scale, row, 1, 3);
+    sc_to_f32(back, bits, SC_F8_E4M3, 3);
+    CHECK(back[2] * scale == -2 && isnan(back[1]));
+    sc_tape_free(t);
+}
+
 static void test_blocks(void) {
     static float plain[MAX_LEAVES][MAX_VALUES];
     sc_tape *t = sc_tape_new(sc_cpu());
@@ -308,5 +406,8 @@ int main(void) {
     test_attention();
     test_linear();
     test_blocks();
+    test_unread_block();
+    test_memory();
+    test_limits();
     return test_report();
 }

@@ -171,6 +171,7 @@ static void test_reference(const char *name, const char *folder, bool widen) {
     close_to(name, mean, file, "latents", 1e-6);
     CHECK(c->latent_channels == z->shape[1]);
     CHECK(!sc_vae_encode(vae, 1, s[2] + 1, s[3], pictures->data, mean, logvar, 0));
+    CHECK(!sc_vae_decode(vae, 1, 0, 4, z->data, mean, 0));
     free(mean);
     free(logvar);
     free(decoded);
