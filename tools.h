@@ -468,6 +468,8 @@ char *sc_next_line(char **text) {
 bool sc_can_write(const char *path) {
     char folder[1024] = ".";
     const char *slash = strrchr(path, '/');
+    struct stat s;
+    if (!stat(path, &s) && S_ISDIR(s.st_mode)) return sc__fail("%s: cannot write: this is a folder", path);
     if (slash) snprintf(folder, sizeof folder, "%.*s", (int)(slash - path) + (slash == path), path);
     return !access(folder, W_OK) || sc__fail("%s: cannot write there: %s", path, strerror(errno));
 }

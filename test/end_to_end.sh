@@ -91,6 +91,14 @@ fails 2 "positive number or auto" ./sample "x" 1 --no-lora --shift fast
 fails 2 "multiples of 16" ./sample "x" 1 --no-lora --size 100x100
 fails 2 "has no teacher" ./train "$dir/pairs" --pretrain --teacher-ratio 0.4 $run
 fails 2 "is for a LoRA" ./train "$dir/pairs" --full --start "$dir/lora.safetensors" $run
+# Parts that do not belong together.
+cp -r data/tiny-flux "$dir/odd"
+config=transformer/config.json
+sed 's/"in_channels": 64/"in_channels": 16/' data/tiny-flux/$config >"$dir/odd/$config"
+fails 1 "takes 16 and makes 16" ./train "$dir/pairs" --no-cache --model "$dir/odd" --pretrain $run
+sed 's/"joint_attention_dim": 128/"joint_attention_dim": 32/' data/tiny-flux/$config >"$dir/odd/$config"
+fails 1 "the transformer takes 32" ./train "$dir/pairs" --no-cache --model "$dir/odd" --pretrain $run
+fails 1 "this is a folder" ./train "$dir/pairs" --steps 1 --batch 1 --run "$dir/run" --out "$dir/odd"
 fails 2 "cannot be negative" ./train "$dir/pairs" --save -1 $run
 mkdir "$dir/many" && cp "$dir/pairs/banana_0000.png" "$dir/many/a.png"
 for i in $(seq 3000); do echo "{\"file_name\": \"a.png\", \"text\": \"banana $i\"}"; done >"$dir/many/metadata.jsonl"
