@@ -7893,8 +7893,6 @@ static bool sc__setting(const char *folder, const char *name, const char *key, d
  * files come without a scheduler: then it is FLUX.1-dev's or schnell's. */
 static bool sc__pipeline_settings(sc_pipeline *p) {
     static const char scheduler[] = "scheduler/scheduler_config.json";
-    const sc_flux_config *c = sc_flux_config_of(p->flux);
-    bool guided = c->guidance;
     char *folder = sc__model_folder(p->folder),
          *vae = folder ? sc__part_path(p->folder, SC__VAE) : NULL;
     sc_vae *plan = vae ? sc_vae_open(NULL, vae, false) : NULL;
@@ -7912,10 +7910,6 @@ static bool sc__pipeline_settings(sc_pipeline *p) {
         p->token_pixels = 2 * sc_vae_factor(plan); /* 2x2 latents of f x f pixels */
         if (p->resolution < p->token_pixels || p->resolution > 1 << 14)
             ok = sc__fail("%s: a wrong sample_size", vae);
-        int channels = 4 * plan->config.latent_channels;
-        if (channels != c->in_channels || channels != c->out_channels)
-            ok = sc__fail("%s: the VAE's latents are tokens of %d channels, the transformer takes "
-                          "%d and makes %d", p->folder, channels, c->in_channels, c->out_channels);
         if (!dynamic && !(shift > 0))
             ok = sc__fail("%s/%s: 'shift' must be positive", folder, scheduler);
         int channels = 4 * plan->config.latent_channels; /* of a token */
