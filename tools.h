@@ -266,8 +266,14 @@ void sc_progress(const char *label, int64_t done, int64_t total, double started,
 /* ==== Options ================================================================================ */
 
 typedef enum {
-    SC_FLAG, SC_INT, SC_FLOAT, SC_RANGE, SC_STRING, SC_STRINGS, SC_INTS,
-    SC_CHOICE                   /* a string, one of those in `argument`: "auto|fp8" */
+    SC_FLAG,
+    SC_INT,
+    SC_FLOAT,
+    SC_RANGE,
+    SC_STRING,
+    SC_STRINGS,
+    SC_INTS,
+    SC_CHOICE /* a string, one of those in `argument`: "auto|fp8" */
 } sc_option_kind;
 typedef struct sc_option {
     const char *name; /* "--steps"; NULL: a heading in the help */
@@ -469,7 +475,8 @@ bool sc_can_write(const char *path) {
     char folder[1024] = ".";
     const char *slash = strrchr(path, '/');
     struct stat s;
-    if (!stat(path, &s) && S_ISDIR(s.st_mode)) return sc__fail("%s: cannot write: this is a folder", path);
+    if (!stat(path, &s) && S_ISDIR(s.st_mode))
+        return sc__fail("%s: cannot write: this is a folder", path);
     if (slash) snprintf(folder, sizeof folder, "%.*s", (int)(slash - path) + (slash == path), path);
     return !access(folder, W_OK) || sc__fail("%s: cannot write there: %s", path, strerror(errno));
 }
