@@ -26,10 +26,11 @@ typedef struct options {
 
 /* ---- One picture ---- */
 
-static bool progress(void *label, int step, int steps) {
+static bool progress(void *user, int step, int steps) {
     static double started;
+    (void)user;
     if (step == 1) started = sc_seconds();
-    sc_progress((const char *)label, step, steps, started, NULL);
+    sc_progress("step", step, steps, started, NULL);
     return !sc_interrupted;
 }
 
@@ -111,8 +112,7 @@ static bool draw(sc_pipeline *p, const options *o, const char *prompt, uint64_t 
                      .guidance = o->guidance,
                      .h = h,
                      .w = w,
-                     .progress = progress,
-                     .user = (void *)(uintptr_t) "step"};
+                     .progress = progress};
     double times[4] = {sc_seconds()};
     bool ok = memory != NULL;
     if (ok) sc_normal(&rng, latents, n);

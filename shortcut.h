@@ -823,6 +823,16 @@ static void *sc__alloc(size_t count, size_t size) {
     return p;
 }
 
+/* `list` of `count` items with room for one more: it doubles at powers of two. NULL with the error
+ * set; the list is then as it was. */
+static void *sc__grow(void *list, int64_t count, size_t size) {
+    if (count & (count - 1)) return list;
+    size_t room = count ? 2 * (size_t)count : 1;
+    void *larger = SC_REALLOC(list, room * size);
+    if (!larger) sc__fail("out of memory (a list of %zu items)", room);
+    return larger;
+}
+
 static char *sc__strdup(const char *s) {
     char *copy = (char *)sc__alloc(strlen(s) + 1, 1);
     if (copy) memcpy(copy, s, strlen(s) + 1);
@@ -3208,14 +3218,10 @@ static bool sc__json_number(sc__json_parser *p, double *value) {
 
 static bool sc__json_read(sc__json_parser *p, sc_json *v);
 
-/* A new item; the array grows at powers of two. */
 static sc_json *sc__json_push(sc_json *v) {
-    if (!(v->count & (v->count - 1))) {
-        size_t capacity = v->count ? 2 * (size_t)v->count : 1;
-        sc_json *items = (sc_json *)SC_REALLOC(v->u.items, capacity * sizeof *items);
-        if (!items) return sc__fail("out of memory (%zu JSON values)", capacity), NULL;
-        v->u.items = items;
-    }
+    sc_json *items = (sc_json *)sc__grow(v->u.items, v->count, sizeof *items);
+    if (!items) return NULL;
+    v->u.items = items;
     v->u.items[v->count] = (sc_json){0};
     return &v->u.items[v->count++];
 }
@@ -4166,13 +4172,9 @@ static bool sc__fill_weight(sc_net *net, const char *name, sc_tensor *x, const s
 
 /* Adds a weight to the net's list; NULL with the error set. */
 static sc_tensor *sc__keep_weight(sc_net *net, const char *name, sc_weight weight) {
-    if ((net->count & (net->count - 1)) == 0) { /* at powers of two: double the list */
-        size_t capacity = net->count ? 2 * (size_t)net->count : 1;
-        void *list = SC_REALLOC(net->weights, capacity * sizeof *net->weights);
-        if (list) net->weights = (sc_weight **)list;
-        else sc__fail("out of memory: list of %zu weights", capacity);
-        if (!list) return NULL;
-    }
+    sc_weight **list = (sc_weight **)sc__grow(net->weights, net->count, sizeof *list);
+    if (!list) return NULL;
+    net->weights = list;
     sc_weight *w = (sc_weight *)sc__alloc(1, sizeof *w);
     weight.name = sc__strdup(name);
     if (!w || !weight.name) {
@@ -4403,10 +4405,10 @@ static bool sc__flux_read_config(sc_flux_config *c, const sc_net *net, const sc_
     int sum = 0;
     for (int i = 0; i < 3; i++) {
         int usual = i ? c->head_size * 7 / 16 : c->head_size / 8;
-        c->rope_axes[i] = (int)sc_json_number(sc_json_at(axes, i), usual);
-        if (c->rope_axes[i] < 2 || c->rope_axes[i] > 256 || c->rope_axes[i] % 2)
+        double axis = sc_json_number(sc_json_at(axes, i), usual);
+        if (!(axis >= 2 && axis <= 256 && axis == 2 * floor(axis / 2)))
             return sc__fail("%s: axes_dims_rope must be even numbers up to 256", path);
-        sum += c->rope_axes[i];
+        sum += c->rope_axes[i] = (int)axis;
     }
     if (sum != c->head_size || sum > 256)
         return sc__fail("%s: axes_dims_rope sum to %d; attention_head_dim is %d (at most 256)",
@@ -5111,22 +5113,29 @@ static void sc__lora_missed(sc_lora_report *report, const char *name) {
     else if (!full) snprintf(report->missed + used, room, " ...");
 }
 
+/* Whether `name` is an A (side 0) or a B (side 1) of any dialect. */
+static bool sc__lora_side(const char *name, int side) {
+    int end = 0;
+    while (end < SC__LORA_ENDS && !sc__stem(name, sc__lora_ends[end][side])) end++;
+    return end < SC__LORA_ENDS;
+}
+
 /* Counts the adapters in the file, and those that no layer took. In a file that fits, anything else
  * that was left over counts too: it would have changed the picture. */
 static void sc__lora_count(const sc_file *file, sc_lora_report *report) {
-    for (int others = 0; others < 2 && (!others || report->applied); others++)
-        for (int64_t i = 0; i < file->count; i++) {
-            const sc__entry *e = &file->entries[i];
-            bool is_a = false, is_b = sc__stem(e->name, ".alpha") > 0;
-            for (int end = 0; end < SC__LORA_ENDS; end++) {
-                is_a = is_a || sc__stem(e->name, sc__lora_ends[end][0]);
-                is_b = is_b || sc__stem(e->name, sc__lora_ends[end][1]);
-            }
-            if (others ? is_a || is_b || e->used : !is_a) continue;
-            report->total++;
-            report->applied += e->used;
-            if (!e->used) sc__lora_missed(report, e->name);
-        }
+    for (int64_t i = 0; i < file->count; i++) {
+        bool adapter = sc__lora_side(file->entries[i].name, 0);
+        report->total += adapter;
+        report->applied += adapter && file->entries[i].used;
+    }
+    for (int64_t i = 0; i < file->count; i++) {
+        const char *name = file->entries[i].name;
+        bool adapter = sc__lora_side(name, 0);
+        bool part = sc__lora_side(name, 1) || sc__stem(name, ".alpha"); /* goes with an A */
+        if (file->entries[i].used || (!adapter && (part || !report->applied))) continue;
+        report->total += !adapter;
+        sc__lora_missed(report, name);
+    }
 }
 
 static sc_tensor *sc__lora_factor(const sc_backend *be, const float *values, int64_t rows,
@@ -5419,7 +5428,8 @@ static char *sc__part_file(const char *folder, sc__part_kind part) {
  */
 static char *sc__part_path(const char *model, sc__part_kind part) {
     if (!sc__exists(model)) return sc__fail("%s: No such file or directory", model), NULL;
-    if (sc__file_has(model, part) > 0) return sc__strdup(model);
+    int has = sc__file_has(model, part);
+    if (has) return has > 0 ? sc__strdup(model) : NULL;
     char *base = sc__model_folder(model);
     char *folder = base ? sc__join(base, sc__parts[part].folder) : NULL;
     bool there = folder && sc__exists(folder);
@@ -7225,9 +7235,9 @@ static bool sc__keep(sc_tape *t, sc_tensor *x, const sc_tensor *y, sc__mark_t ma
     return true;
 }
 
-/* Tokens outside of the embedding table would read past its end. */
+/* Tokens outside of the embedding table would read past its end. t NULL: of a plan. */
 static bool sc__check_vocabulary(const sc_tokenizer *t, int vocabulary, const char *folder) {
-    return t->largest < vocabulary ||
+    return !t || t->largest < vocabulary ||
            sc__fail("%s: vocab_size is %d, but the tokenizer has the id %d", folder, vocabulary,
                     (int)t->largest);
 }
@@ -7498,14 +7508,13 @@ sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *m
     char *clip = sc__part_path(model, SC__CLIP), *t5 = clip ? sc__part_path(model, SC__T5) : NULL;
     bool ok = t && clip && t5;
     if (ok) t->backend = backend;
-    if (ok && backend) ok = (t->tape = sc_tape_new(backend)) != NULL;
-    if (ok && !backend) ok = sc__clip_open(t, clip) && sc__t5_open(t, t5);
-    else
-        ok = ok && (t->clip_tokenizer = sc__open_tokenizer(model, "tokenizer")) &&
-             sc__clip_open(t, clip) &&
-             sc__check_vocabulary(t->clip_tokenizer, t->clip_vocabulary, clip) &&
-             (t->t5_tokenizer = sc__open_tokenizer(model, "tokenizer_2")) && sc__t5_open(t, t5) &&
-             sc__check_vocabulary(t->t5_tokenizer, t->t5_vocabulary, t5);
+    if (ok && backend)
+        ok = (t->tape = sc_tape_new(backend)) &&
+             (t->clip_tokenizer = sc__open_tokenizer(model, "tokenizer")) &&
+             (t->t5_tokenizer = sc__open_tokenizer(model, "tokenizer_2"));
+    ok = ok && sc__clip_open(t, clip) &&
+         sc__check_vocabulary(t->clip_tokenizer, t->clip_vocabulary, clip) && sc__t5_open(t, t5) &&
+         sc__check_vocabulary(t->t5_tokenizer, t->t5_vocabulary, t5);
     SC_FREE(clip);
     SC_FREE(t5);
     if (ok) return t;
@@ -7740,16 +7749,12 @@ static char *sc__clean_text(const char *text, size_t n) {
 /* Takes `caption`; NULL means that an error is already set. */
 static bool sc__dataset_add(sc_dataset *d, const char *folder, const char *name, char *caption) {
     char *path = caption ? sc__join(folder, name) : NULL;
-    bool grow = (d->count & (d->count - 1)) == 0; /* at powers of two */
-    void *pairs = d->pairs;
-    if (path && grow)
-        pairs = SC_REALLOC(d->pairs, (size_t)(d->count ? 2 * d->count : 1) * sizeof *d->pairs);
-    if (path && pairs) {
-        d->pairs = (sc_pair *)pairs;
+    sc_pair *pairs = path ? (sc_pair *)sc__grow(d->pairs, d->count, sizeof *pairs) : NULL;
+    if (pairs) {
+        d->pairs = pairs;
         d->pairs[d->count++] = (sc_pair){path, caption};
         return true;
     }
-    if (path) sc__fail("%s: out of memory: list of %lld pictures", folder, (long long)d->count);
     SC_FREE(path);
     SC_FREE(caption);
     return false;
@@ -7879,10 +7884,10 @@ static bool sc__setting(const char *folder, const char *name, const char *key, d
     bool there = path && sc__exists(path);
     sc_json *json = there ? sc_json_load(path) : NULL;
     const sc_json *value = sc_json_get(json, key);
-    bool yes = sc_json_bool(value, false), no = !sc_json_bool(value, true);
-    bool absent = !value || value->type == SC__NULL;
-    *number = absent ? fallback : yes ? 1 : no ? 0 : sc_json_number(value, NAN);
-    bool ok = path && (json || !there);
+    bool absent = !value || value->type == SC__NULL, ok = path && (json || !there);
+    *number = absent                     ? fallback
+              : sc__json_is(value, SC__BOOL) ? sc_json_bool(value, false)
+                                             : sc_json_number(value, NAN);
     if (ok && isnan(*number)) ok = sc__fail("%s: '%s' must be a number", path, key);
     sc_json_free(json);
     SC_FREE(path);

@@ -390,27 +390,21 @@ int sc_parse(const char *usage, const sc_option *options, int count, int argc, c
     bool literal = false; /* after "--" */
     for (int i = 1; i < argc; i++) {
         const sc_option *o = NULL;
+        bool help = !literal && (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h"));
+        bool word = literal || (strncmp(argv[i], "--", 2) && !help), ok = true;
         if (!literal && !strcmp(argv[i], "--")) {
             literal = true;
             continue;
         }
-        if (literal || (strncmp(argv[i], "--", 2) && strcmp(argv[i], "-h"))) {
-            if (found == limit) {
-                sc__fail("unexpected argument '%s'", argv[i]);
-                fprintf(stderr, "error: %s (see %s --help)\n", sc_error(), argv[0]);
-                exit(2);
-            }
-            positional[found++] = argv[i];
-            continue;
-        }
-        if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) {
+        if (help) {
             sc__help(usage, options, count);
             exit(0);
         }
-        for (int j = 0; j < count; j++)
+        for (int j = 0; !word && j < count; j++)
             if (options[j].name && !strcmp(options[j].name, argv[i])) o = &options[j];
-        bool ok = o != NULL;
-        if (!o) sc__fail("unknown option '%s'", argv[i]);
+        if (word && found < limit) positional[found++] = argv[i];
+        else if (word) ok = sc__fail("unexpected argument '%s'", argv[i]);
+        else if (!o) ok = sc__fail("unknown option '%s'", argv[i]);
         else if (o->kind == SC_FLAG) *(bool *)o->value = true;
         else if (i + 1 == argc) ok = sc__fail("%s needs a value: %s", o->name, o->argument);
         else ok = sc__set_option(o, argv[++i]);

@@ -206,8 +206,7 @@ static void draw_batch(training *t) {
         if (b) do
                 p = &t->pairs[sc_uniform_int(&t->rng, t->pair_count)];
             while (p->h != first->h || p->w != first->w);
-        sc_normal(&t->rng, x0 + b * n, n);
-        for (int64_t i = 0; i < n; i++) x0[b * n + i] = p->mean[i] + p->std[i] * x0[b * n + i];
+        sc_sample_posterior(&t->rng, n, p->mean, p->std, x0 + b * n);
         memcpy(t->batch.context + b * text_size, t->context + p->text * text_size,
                (size_t)text_size * 4);
         memcpy(t->batch.pooled + b * c->pooled_channels, t->pooled + p->text * c->pooled_channels,

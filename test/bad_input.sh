@@ -117,6 +117,7 @@ while [ $((${#header} % 8)) -ne 0 ]; do header="$header "; done
     printf '%s\0\0\0\0' "$header"
 } >"$dir/steering.safetensors"
 check "control characters in metadata" test "$(./shortcut info "$dir/steering.safetensors" | grep -a -c "command: ?.31m")" -eq 1
+fails 1 "README.md: not a safetensors file" sample --model README.md
 fails 1 "needs a tensor 'noise'" sample --noise test/reference/pipeline_a/lora.safetensors
 : >"$dir/prompts"
 fails 1 "no prompts" ./sample --prompts "$dir/prompts" 1 --no-lora --out-dir "$dir/set"
