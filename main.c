@@ -24,6 +24,8 @@ typedef struct options {
 
 /* ---- The evaluator: a small convolutional classifier (data/train_evaluator.py) ---- */
 
+enum { MAX_CHANNELS = 1024 };
+
 typedef struct evaluator {
     sc_net *net;
     sc_tape *tape;
@@ -49,10 +51,14 @@ static bool evaluator_open(evaluator *e, const sc_backend *be, const char *folde
               sc__config_int(json, path, "feature_dim", 64, &e->features) &&
               sc__config_int(json, path, "sample_size", 128, &e->side) &&
               sc__config_int(json, path, "num_classes", 0, &e->classes);
-    if (ok && (e->levels < 1 || e->levels > 8 || sc_json_length(captions) != e->classes))
-        ok = sc__fail("%s: not an evaluator's", path);
-    for (int i = 0; ok && i < e->levels; i++)
-        e->channels[i] = (int)sc_json_number(sc_json_at(channels, i), 0);
+    ok = ok && e->levels >= 1 && e->levels <= 8 && sc_json_length(captions) == e->classes &&
+         e->side % 2 == 0 && e->side <= 4096 && e->side >> (e->levels + 1) > 0;
+    for (int i = 0; ok && i < e->levels; i++) {
+        double n = sc_json_number(sc_json_at(channels, i), 0);
+        ok = n >= 1 && n <= MAX_CHANNELS && n == floor(n) && (int)n % e->groups == 0;
+        e->channels[i] = ok ? (int)n : 0;
+    }
+    if (!ok && json) sc__fail("%s: not an evaluator's", path);
     e->eps = (float)sc_json_number(sc_json_get(json, "norm_eps"), 1e-5);
     e->captions = ok ? (char **)sc__alloc((size_t)e->classes, sizeof *e->captions) : NULL;
     for (int i = 0; e->captions && i < e->classes; i++)
@@ -64,73 +70,66 @@ static bool evaluator_open(evaluator *e, const sc_backend *be, const char *folde
     return ok;
 }
 
-static sc_tensor *get(evaluator *e, int ndim, const int64_t *shape, const char *name, int level,
+static sc_tensor *get(evaluator *e, int ndim, const int64_t *shape, const char *module,
                       const char *what) {
-    char full[64];
-    snprintf(full, sizeof full, level < 0 ? "%s%.0d%s" : "%s%d%s", name, level < 0 ? 0 : level,
-             what);
+    char name[64];
+    snprintf(name, sizeof name, "%s%s", module, what);
     for (int64_t i = 0; i < e->net->count; i++) /* asked for before */
-        if (!strcmp(e->net->weights[i]->name, full)) return &e->net->weights[i]->tensor;
-    return sc_net_weight(e->net, full, ndim, shape);
+        if (!strcmp(e->net->weights[i]->name, name)) return &e->net->weights[i]->tensor;
+    return sc_net_weight(e->net, name, ndim, shape);
 }
 
-static sc_tensor *evaluator_conv(evaluator *e, sc_tensor *x, const char *name, int level,
+static sc_tensor *evaluator_conv(evaluator *e, sc_tensor *x, const char *kind, int level,
                                  int stride) {
+    char module[32];
     int64_t in = x ? x->shape[1] : 0, out = e->channels[level];
-    sc_tensor *w = get(e, 4, (const int64_t[]){out, in, 3, 3}, name, level, ".weight"),
-              *b = get(e, 1, &out, name, level, ".bias");
-    sc_tensor *nw = get(e, 1, &out, name, level, "_norm.weight"),
-              *nb = get(e, 1, &out, name, level, "_norm.bias");
+    snprintf(module, sizeof module, "%s%d", kind, level);
+    sc_tensor *w = get(e, 4, (const int64_t[]){out, in, 3, 3}, module, ".weight"),
+              *b = get(e, 1, &out, module, ".bias");
+    sc_tensor *nw = get(e, 1, &out, module, "_norm.weight"),
+              *nb = get(e, 1, &out, module, "_norm.bias");
     if (!x || !w || !b || !nw || !nb) return NULL;
     return sc_group_norm(e->tape, sc_conv2d(e->tape, x, w, b, stride, 1), nw, nb, e->groups, e->eps,
                          true);
 }
 
-static bool evaluator_linear(evaluator *e, sc_linear_layer *l, const char *name, int64_t out,
-                             int64_t in) {
-    l->weight = get(e, 2, (const int64_t[]){out, in}, name, -1, ".weight");
-    l->bias = get(e, 1, &out, name, -1, ".bias");
-    return l->weight && l->bias;
+static sc_tensor *evaluator_linear(evaluator *e, sc_tensor *x, const char *module, int64_t out) {
+    const int64_t shape[] = {out, x ? sc__last(x) : 0};
+    sc_linear_layer layer = {.weight = get(e, 2, shape, module, ".weight"),
+                             .bias = get(e, 1, &out, module, ".bias")};
+    return x && layer.weight && layer.bias ? sc_linear(e->tape, x, &layer) : NULL;
 }
 
 /* One picture [3, side, side] -> features, and the class it looks most like. */
 static bool evaluate(evaluator *e, const float *rgb, float *features, int *class_of) {
-    int half = e->side / 2;
-    float *small = (float *)sc__alloc((size_t)(3 * half * half + e->classes + 1024), sizeof *small),
-          *logits = small + 3 * half * half;
-    if (!small) return false;
-    for (int c = 0; c < 3; c++)
-        for (int y = 0; y < half; y++)
-            for (int x = 0; x < half; x++) {
-                const float *p = rgb + ((int64_t)c * e->side + 2 * y) * e->side + 2 * x;
-                small[(c * half + y) * half + x] =
-                    0.25f * (p[0] + p[1] + p[e->side] + p[e->side + 1]);
-            }
+    int side = e->side, half = side / 2;
     sc_tape_reset(e->tape);
+    float *small = (float *)sc__alloc((size_t)(3 * half * half), sizeof *small), mean[MAX_CHANNELS];
+    if (!small) return false;
+    for (int i = 0; i < 3 * half * half; i++) { /* the mean of 2x2 pixels */
+        const float *p = rgb + (int64_t)(i / half * 2) * side + i % half * 2;
+        small[i] = 0.25f * (p[0] + p[1] + p[side] + p[side + 1]);
+    }
     sc_tensor *x = sc_from(e->tape, 4, (const int64_t[]){1, 3, half, half}, small);
+    free(small);
     for (int i = 0; i < e->levels; i++)
         x = evaluator_conv(e, evaluator_conv(e, x, "down", i, 2), "conv", i, 1);
-    float mean[1024] = {0};
     int64_t channels = x ? x->shape[1] : 0, pixels = x ? x->shape[2] * x->shape[3] : 0;
-    float *values = (float *)sc__alloc((size_t)(channels * pixels) + 1, sizeof *values);
-    bool ok = x && values && channels <= 1024 && sc_read(e->tape, x, values);
-    for (int64_t i = 0; ok && i < channels * pixels; i++)
-        mean[i / pixels] += values[i] / (float)pixels;
-    sc_linear_layer first = {0}, second = {0};
-    ok = ok && evaluator_linear(e, &first, "features", e->features, channels) &&
-         evaluator_linear(e, &second, "logits", e->classes, e->features);
-    sc_tensor *f =
-        ok ? sc_activate(e->tape, SC_SILU,
-                         sc_linear(e->tape,
-                                   sc_from(e->tape, 2, (const int64_t[]){1, channels}, mean),
-                                   &first))
-           : NULL;
-    ok = ok && sc_read(e->tape, f, features) &&
-         sc_read(e->tape, sc_linear(e->tape, f, &second), logits);
+    float *values = (float *)sc__alloc((size_t)(channels * pixels + e->classes), sizeof *values),
+          *logits = values;
+    bool ok = values && sc_read(e->tape, x, values);
+    for (int64_t c = 0; ok && c < channels; c++) {
+        mean[c] = 0;
+        for (int64_t i = 0; i < pixels; i++) mean[c] += values[c * pixels + i] / (float)pixels;
+    }
+    x = ok ? sc_from(e->tape, 2, (const int64_t[]){1, channels}, mean) : NULL;
+    x = sc_activate(e->tape, SC_SILU, evaluator_linear(e, x, "features", e->features));
+    ok = sc_read(e->tape, x, features) &&
+         sc_read(e->tape, evaluator_linear(e, x, "logits", e->classes), logits);
     *class_of = 0;
     for (int i = 1; ok && i < e->classes; i++)
         if (logits[i] > logits[*class_of]) *class_of = i;
-    free(small), free(values);
+    free(values);
     return ok;
 }
 

@@ -349,9 +349,9 @@ sc_tensor *sc_layer_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, con
 sc_tensor *sc_rms_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, float eps);
 sc_tensor *sc_embed_tokens(sc_tape *t, const sc_tensor *table, const int32_t *ids, int64_t batch,
                            int64_t tokens);
-/* Pictures are [B,C,H,W]. conv2d: w [out,in,k,k], k up to 5, b [out] or NULL; zero padding: pad_before on the top and
- * left, and on the other sides as much as makes H_out = H / stride. upsample: nearest, twice the
- * sides. */
+/* Pictures are [B,C,H,W]. conv2d: w [out,in,k,k], k up to 5, b [out] or NULL; zero padding:
+ * pad_before on the top and left, and on the other sides as much as makes H_out = H / stride.
+ * upsample: nearest, twice the sides. */
 sc_tensor *sc_conv2d(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
                      int stride, int pad_before);
 sc_tensor *sc_group_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,

@@ -99,6 +99,9 @@ fails 1 "tokens of 16 channels" ./train "$dir/pairs" --no-cache --model "$dir/od
 sed 's/"joint_attention_dim": 128/"joint_attention_dim": 32/' data/tiny-flux/$config >"$dir/odd/$config"
 fails 1 "the transformer takes 32" ./train "$dir/pairs" --no-cache --model "$dir/odd" --pretrain $run
 fails 1 "this is a folder" ./train "$dir/pairs" --steps 1 --batch 1 --run "$dir/run" --out "$dir/odd"
+cp -r data/evaluator "$dir/judge"
+sed 's/"norm_num_groups": *[0-9]*/"norm_num_groups": 64/' data/evaluator/config.json >"$dir/judge/config.json"
+fails 1 "not an evaluator" ./shortcut --evaluator "$dir/judge" --count 2 --out "$dir/sheet.png"
 fails 2 "cannot be negative" ./train "$dir/pairs" --save -1 $run
 mkdir "$dir/many" && cp "$dir/pairs/banana_0000.png" "$dir/many/a.png"
 for i in $(seq 3000); do echo "{\"file_name\": \"a.png\", \"text\": \"banana $i\"}"; done >"$dir/many/metadata.jsonl"
