@@ -462,6 +462,7 @@ typedef struct sc_params {
     float *set[SC_SETS];        /* NULL: not there (the teacher of a LoRA is the bare base) */
     float *grad, *m, *v;        /* gradients and Adam's moments */
     double *results;            /* the backend's: loss and gradient's norm of a step */
+    int waiting;                /* steps that were not asked about */
     sc_flux *flux;
     /* one for each of the model's linear layers; NULL: all weights are trained */
     sc_adapter *adapters;
@@ -480,8 +481,8 @@ void sc_params_copy(sc_params *params, sc_set to, sc_set from);
 /* One step of the student and both averages (see sc_backend.update), counted in adamw->step. */
 void sc_params_step(sc_params *params, sc_adamw *adamw, float fast_decay, float slow_decay);
 /* The loss, and the gradient's norm before clipping, of the first step that was not asked about.
- * Asked one step late, it keeps a GPU busy: this waits for that step only. At most SC_POSTS steps
- * late. A norm that is not finite: the step changed nothing. */
+ * Asked one step late, it keeps a GPU busy: this waits for that step only. The last SC_POSTS steps
+ * are kept. A norm that is not finite: the step changed nothing. */
 bool sc_params_report(sc_params *params, double *loss, double *norm);
 
 /* ==== LoRA files ====
@@ -4892,6 +4893,7 @@ void sc_params_use(sc_params *p, sc_set set) {
 
 void sc_params_free(sc_params *p) {
     if (!p) return;
+    for (double unread[2]; p->waiting > 0; p->waiting--) p->backend->collect(unread, 2);
     for (int i = 0; p->adapters && i < p->flux->module_count; i++) {
         sc_linear_layer *layer = p->flux->modules[i].layer;
         for (sc_adapter **link = &layer->adapters; *link; link = &(*link)->next)
@@ -4918,15 +4920,19 @@ void sc_params_step(sc_params *p, sc_adamw *o, float fast_decay, float slow_deca
     const sc_trained x = {
         p->count, p->set[SC_STUDENT], p->grad, p->m, p->v, {p->set[SC_FAST], p->set[SC_SLOW]}};
     p->backend->update(&x, o, (const float[2]){fast_decay, slow_decay}, &p->results[1]);
+    double oldest[2]; /* forgotten, where nobody asks */
+    if (p->waiting == SC_POSTS) p->backend->collect(oldest, 2), p->waiting--;
     p->backend->post(p->results, 2);
+    p->waiting++;
     o->step++;
 }
 
 bool sc_params_report(sc_params *p, double *loss, double *norm) {
-    double results[2];
-    if (!p->backend->collect(results, 2)) return false;
+    double results[2] = {NAN, NAN};
+    bool ok = p->waiting > 0 || sc__fail("there is no step to report");
+    if (ok) p->waiting--, ok = p->backend->collect(results, 2);
     *loss = results[0], *norm = results[1];
-    return true;
+    return ok;
 }
 
 /* ==== LoRA files ==============================================================================

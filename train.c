@@ -324,54 +324,50 @@ static bool save_result(const training *t) {
     return ok;
 }
 
-/* ---- Preview: base 32 steps | base 3 | student 3, from the same noise ---- */
+/* ---- Preview: base 32 steps | base 3 | student 3, of the first pair, from the same noise ---- */
 
 static bool preview_panel(training *t, int steps, sc_set set, const float *noise, float *latents,
                           float *rgb) {
     sc_pipeline *p = t->pipeline;
     const sc_flux_config *c = sc_flux_config_of(p->flux);
-    int64_t n = (int64_t)t->batch.h * t->batch.w * c->in_channels;
-    uint8_t sets[1] = {(uint8_t)set};
+    const pair *first = &t->pairs[0];
+    const float *context = t->context + (int64_t)first->text * p->text_tokens * c->text_channels,
+                *pooled = t->pooled + (int64_t)first->text * c->pooled_channels;
+    int64_t tokens = (int64_t)first->h * first->w;
+    const uint8_t sets[1] = {(uint8_t)set};
     sc_sampling s = {.steps = steps,
-                     .shift = p->shift > 0 ? p->shift : sc_dynamic_shift(n / c->in_channels),
+                     .shift = p->shift > 0 ? p->shift : sc_dynamic_shift(tokens),
                      .guidance = 0.5f * (t->o.guidance[0] + t->o.guidance[1]),
-                     .h = t->batch.h,
-                     .w = t->batch.w,
+                     .h = first->h,
+                     .w = first->w,
                      .sets = sets};
     if (!t->params->adapters) sc_params_use(t->params, set);
-    memcpy(latents, noise, (size_t)n * 4);
-    bool ok = sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, t->batch.context, t->batch.pooled,
-                        latents) &&
-              sc_pipeline_decode(p, latents, 1, t->batch.h, t->batch.w, rgb);
+    memcpy(latents, noise, (size_t)(tokens * c->in_channels) * 4);
+    bool ok = sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, context, pooled, latents) &&
+              sc_pipeline_decode(p, latents, 1, first->h, first->w, rgb);
     if (!t->params->adapters) sc_params_use(t->params, SC_STUDENT);
     return ok;
 }
 
 static bool preview(training *t) {
     sc_pipeline *p = t->pipeline;
-    const sc_flux_config *c = sc_flux_config_of(p->flux);
-    if (!t->batch.h) /* resumed at the last step: there was no batch */
-        t->batch.h = t->pairs[0].h, t->batch.w = t->pairs[0].w;
-    int64_t tokens = (int64_t)t->batch.h * t->batch.w, n = tokens * c->in_channels;
-    int side = p->token_pixels, height = t->batch.h * side, width = t->batch.w * side;
-    int64_t text_size = (int64_t)p->text_tokens * c->text_channels,
+    const pair *first = &t->pairs[0];
+    int height = first->h * p->token_pixels, width = first->w * p->token_pixels;
+    int64_t n = (int64_t)first->h * first->w * sc_flux_config_of(p->flux)->in_channels,
             pixels = (int64_t)3 * height * width;
-    int text = t->text_count > 1 ? 1 : 0;
     float *memory = (float *)sc__alloc((size_t)(2 * n + 4 * pixels), sizeof *memory);
     if (!memory) return false;
-    float *noise = memory, *latents = noise + n, *panels = latents + n, *sheet = panels + pixels;
+    float *noise = memory, *latents = noise + n, *panel = latents + n, *sheet = panel + pixels;
     sc_rng rng = {(uint64_t)t->o.seed};
     sc_normal(&rng, noise, n);
-    memcpy(t->batch.context, t->context + text * text_size, (size_t)text_size * 4);
-    memcpy(t->batch.pooled, t->pooled + text * c->pooled_channels, (size_t)c->pooled_channels * 4);
     bool has_teacher = t->params->set[SC_TEACHER] || t->params->adapters, ok = true;
     size_t held = sc_tape_bytes(p->tape); /* given back while the VAE works */
     for (int i = has_teacher ? 0 : 1; ok && i < 3; i++) {
         int steps = i == 0 || (!has_teacher && i == 1) ? 32 : 3;
         sc_set set = i < 2 && has_teacher ? SC_TEACHER : t->params->adapters ? SC_STUDENT : SC_SLOW;
-        ok = preview_panel(t, steps, set, noise, latents, panels);
+        ok = preview_panel(t, steps, set, noise, latents, panel);
         for (int y = 0; ok && y < 3 * height; y++)
-            memcpy(sheet + ((int64_t)y * 3 + i) * width, panels + (int64_t)y * width,
+            memcpy(sheet + ((int64_t)y * 3 + i) * width, panel + (int64_t)y * width,
                    (size_t)width * 4);
     }
     sc_pipeline_release(p);
@@ -379,7 +375,7 @@ static bool preview(training *t) {
     char path[1024];
     run_path(t, "preview.png", path);
     ok = ok && sc_picture_save(&(sc_picture){3 * width, height, sheet}, path, NULL);
-    SC_FREE(memory);
+    free(memory);
     return ok;
 }
 
@@ -480,7 +476,8 @@ static bool train(training *t) {
     if (t->step < t->o.steps)
         fprintf(stderr, "\nstopped at step %lld of %d; go on with --resume\n", (long long)t->step,
                 t->o.steps);
-    printf("wrote %s and %s/{loss.csv,state.safetensors,preview.png}\n", t->o.out, t->o.run);
+    printf("wrote %s and %s/{loss.csv,state.safetensors%s}\n", t->o.out, t->o.run,
+           t->o.preview ? ",preview.png" : "");
     return true;
 }
 
@@ -522,10 +519,11 @@ static bool load_cache(training *t, const char *fingerprint) {
     cache_path(t, path);
     const sc_flux_config *c = sc_flux_config_of(t->pipeline->flux);
     sc_file *file = sc__exists(path) ? sc_file_open(path) : NULL;
-    const char *made_from = file ? sc_file_metadata(file, "fingerprint") : NULL;
-    const sc_tensor *context = file ? sc_file_find(file, "context") : NULL,
-                    *pooled = file ? sc_file_find(file, "pooled") : NULL;
-    const sc_tensor *caption = file ? sc_file_find(file, "caption") : NULL;
+    if (!file) return false;
+    const char *made_from = sc_file_metadata(file, "fingerprint");
+    const sc_tensor *context = sc_file_find(file, "context"),
+                    *pooled = sc_file_find(file, "pooled"),
+                    *caption = sc_file_find(file, "caption");
     bool ok = made_from && !strcmp(made_from, fingerprint) && context && pooled && caption &&
               caption->dtype == SC_I32 && context->ndim == 3 &&
               context->shape[1] == t->pipeline->text_tokens &&
@@ -870,7 +868,7 @@ static bool dry_run(training *t) {
 static void close_training(training *t) {
     free_data(t);
     free(t->batch_memory);
-    if (t->params) sc_params_free(t->params);
+    sc_params_free(t->params);
     sc_pipeline_close(t->pipeline);
 }
 

@@ -271,6 +271,23 @@ static void test_draws(void) {
     CHECK(seen[32] == teacher && abs(seen[2] - 1500) < 150 && abs(seen[16] - 1500) < 150);
 }
 
+/* Steps that nobody asks about are nobody else's; the last few are kept. */
+static void test_reports(void) {
+    fixture f = open_fixture("flux_a");
+    sc_adamw o = {.lr = 1e-3f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f};
+    double loss, norm;
+    for (int kept = 0; kept < 2; kept++) {
+        sc_params *p = sc_params_lora(f.flux, 2, 2, 1);
+        CHECK(!sc_params_report(p, &loss, &norm));
+        for (int i = 0; i < 6; i++) p->results[0] = 10 * kept + i, sc_params_step(p, &o, 0, 0);
+        for (int i = 2; kept && i < 6; i++)
+            CHECK(sc_params_report(p, &loss, &norm) && loss == 10 + i && norm == 0);
+        CHECK(!kept || !sc_params_report(p, &loss, &norm));
+        sc_params_free(p);
+    }
+    close_fixture(&f);
+}
+
 static void test_adamw(void) {
     sc_file *f = sc_file_open("test/reference/adamw.safetensors");
     float *w = load(f, "start"), *grads = load(f, "grads"), *end = load(f, "end"), m[500] = {0},
@@ -294,6 +311,7 @@ int main(void) {
     test_lora_file();
     test_scfm("flux_a"), test_scfm("flux_b");
     test_draws();
+    test_reports();
     test_adamw();
     return test_report();
 }
