@@ -7811,13 +7811,9 @@ static bool sc__dataset_file(sc_dataset *d, const char *folder, const char *name
     if (*name == '.' || !dot ||
         (strcasecmp(dot, ".png") && strcasecmp(dot, ".jpg") && strcasecmp(dot, ".jpeg")))
         return true;
-    size_t stem = (size_t)(dot - name), length = 0;
-    char *text_name = (char *)sc__alloc(stem + 5, 1), *path = NULL, *text = NULL;
-    if (text_name) {
-        memcpy(text_name, name, stem);
-        memcpy(text_name + stem, ".txt", 5);
-        path = sc__join(folder, text_name);
-    }
+    size_t length = 0;
+    char *path = sc__join(folder, name), *text = NULL;
+    if (path) memcpy(strrchr(path, '.'), ".txt", 5); /* no ending of a picture is shorter */
     bool ok = path != NULL;
     if (ok && !sc__exists(path)) {
         size_t used = strlen(lacking->names);
@@ -7828,7 +7824,6 @@ static bool sc__dataset_file(sc_dataset *d, const char *folder, const char *name
              sc__dataset_add(d, folder, name, sc__clean_text(text, length));
     SC_FREE(text);
     SC_FREE(path);
-    SC_FREE(text_name);
     return ok;
 }
 

@@ -175,15 +175,15 @@ void sc_start(char **argv) {
     execv("/proc/self/exe", argv); /* where that fails, go on as we are */
 }
 
-volatile int sc_interrupted; /* Ctrl-C was pressed; a second time kills */
+volatile sig_atomic_t sc_interrupted; /* Ctrl-C was pressed; a second time kills */
 
-static void sc__on_interrupt(int sig) {
-    sc_interrupted = 1;
-    signal(sig, SIG_DFL);
-}
+static void sc__on_interrupt(int sig) { sc_interrupted = sig; }
+
+/* SA_RESTART: a file that is being written then is written to its end. */
 void sc_catch_interrupt(void) {
-    signal(SIGINT, sc__on_interrupt);
-    signal(SIGTERM, sc__on_interrupt);
+    struct sigaction once = {.sa_handler = sc__on_interrupt, .sa_flags = SA_RESTART | SA_RESETHAND};
+    sigaction(SIGINT, &once, NULL);
+    sigaction(SIGTERM, &once, NULL);
 }
 
 double sc_seconds(void) {

@@ -6,7 +6,7 @@ cp -r data/10pairs "$dir/pairs"
 run="--run $dir/run --out $dir/lora.safetensors --preview 0"
 
 check "help" quiet ./train --help
-check "help" quiet ./sample --help
+check "help" quiet ./sample -h
 check "help" quiet ./shortcut --help
 check "sample" quiet ./sample "a red apple" 3 --no-lora --out "$dir/a.png"
 check "sample again" quiet ./sample "a red apple" 3 --no-lora --out "$dir/b.png"
