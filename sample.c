@@ -72,8 +72,9 @@ static char *parameters_of(const options *o, const char *prompt, uint64_t seed, 
         sc__text_add(&t, o->lora[i], strlen(o->lora[i]));
     }
     sc__text_add(&t, "", 1);
-    if (t.failed) sc__fail("out of memory");
-    return t.failed ? NULL : t.data;
+    if (!t.failed) return t.data;
+    free(t.data);
+    return sc__fail("out of memory"), NULL;
 }
 
 /* Whether the PNG at `path` was drawn with just these parameters: the text in its chunk. */

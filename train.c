@@ -711,7 +711,8 @@ static bool load_data(training *t) {
                  (!sc_interrupted || sc__fail("stopped"));
             sc_progress("picture", i + 1, data->count, started, NULL);
         }
-        if (ok && !t->o.no_cache) ok = save_cache(t, fingerprint);
+        if (ok && !t->o.no_cache && !save_cache(t, fingerprint)) /* a folder to be read only */
+            fprintf(stderr, "warning: not kept for the next run: %s\n", sc_error());
     }
     sc_dataset_close(data);
     sc_pipeline_release(t->pipeline); /* training needs the transformer alone */

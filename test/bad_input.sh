@@ -148,9 +148,10 @@ rm -f "$dir/lora" "$dir/out.png" "$dir/run/state.safetensors"
     fails 1 "cannot write" sample
     fails 1 "cannot write" sample --latents "$dir/latents"
     fails 1 "cannot write" train --steps 1 --rank 16
+    check "the cache is not needed" quiet ./train "$pairs" --steps 1 --batch 1 --dry-run
     report
 ) >"$dir/full"
-check "a full disk: $(cat "$dir/full")" grep -q "^3 passed, 0 failed" "$dir/full"
+check "a full disk: $(cat "$dir/full")" grep -q "^4 passed, 0 failed" "$dir/full"
 check "leaves nothing" test ! -e "$dir/lora" -a ! -e "$dir/out.png" -a ! -e "$dir/latents" -a ! -e "$dir/run/state.safetensors"
 check "no temporary file either" test -z "$(find "$dir" -name '*.tmp*' -o -name 'out.png*' -o -name 'lora*')"
 if [ -c /dev/full ]; then
