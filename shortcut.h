@@ -2737,21 +2737,28 @@ bool sc_sample(sc_flux *f, sc_tape *t, const sc_sampling *s, int batch, int text
 /* ==== SCFM: shortcutting a flow-matching model ===============================================
  *
  * Cai et al., "Shortcutting Pre-trained Flow Matching Diffusion Models is Almost Free Lunch"
- * (NeurIPS 2025). One Euler step over an interval [t0, t2] should equal two steps over its halves:
+ * (NeurIPS 2025). One Euler step over an interval should equal two steps over its halves, at every
+ * scale at once. A step of training, for each sample:
  *
- *     x' = x - d1 v1,  v1 = first(x, t0);    v2 = slow(x', t1);    d1 = t0 - t1, d2 = t1 - t2
- *     target = (d1 v1 + d2 v2) / (d1 + d2);  loss = mean((student(x, t0) - target)^2)
+ *  1. x0, c: a picture's latents and its caption; eps ~ N(0, I). These are the caller's.
+ *  2. Teacher's case (0.4 of the samples): N = 32. Else its own case: N from {2, 4, 8, 16}.
+ *  3. Times t_i = shift(1 - i / N), the shift drawn, t_0 = 1 - 1e-5; the guidance g is drawn too.
+ *  4. j even: the step from t_j down to t_j+2, its halves d1 = t_j - t_j+1, d2 = t_j+1 - t_j+2.
+ *  5. x = (1 - t_j) x0 + t_j eps
+ *  6. v1 = first(x, t_j, c, g);  x' = x - d1 v1;  v2 = slow(x', t_j+1, c, g);
+ *     target = (d1 v1 + d2 v2) / (d1 + d2)
+ *  7. loss = mean((student(x, t_j, c, g) - target)^2). Then AdamW, and both averages follow.
  *
- * `first` is the teacher on a fine grid (N = 32), which anchors the student to the model it came
- * from, or the student's own fast average on a coarse one, which doubles its step. The network is
- * never told the step size, so the only velocity that satisfies all of them is constant along its
- * trajectory: the flow becomes straight, and a few Euler steps follow it.
+ * `first` is the teacher on the fine grid, which anchors the student to the model it came from, or
+ * the student's own fast average on a coarse one, which doubles its step. The network is never told
+ * the step size, so the only velocity that satisfies all of them is constant along its trajectory:
+ * the flow becomes straight, and a few Euler steps follow it.
  *
  * Easy to get wrong: t = 1 is noise; the first time is 1 - 1e-5; j is even; no gradient through
  * the target; the second half-step always uses the slow average.
  */
 
-/* ---- Chance: when, how far, who goes first ---- */
+/* ---- Steps 2 to 4: chance ---- */
 
 static float sc__between(sc_rng *rng, const float range[2]) {
     return range[0] + (range[1] - range[0]) * sc_uniform(rng);
@@ -2777,7 +2784,7 @@ void sc_draw_sample(const sc_recipe *r, sc_rng *rng, int64_t tokens, bool flow_m
     d->t[0] = fminf(d->t[0], 1.f - 1e-5f);
 }
 
-/* ---- Input and target ---- */
+/* ---- Steps 5 and 6: noisy input and target ---- */
 
 /* `n` times the same number, on the tape: coefficients for sc_blend. */
 static float *sc__constant(sc_tape *t, int64_t n, float value) {
@@ -2824,9 +2831,9 @@ bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int
     }
     sc_tape_record(t, false); /* no gradient */
     v1 = model->velocity(model->self, t, x, first, start, t0, guidance);
-    halfway = sc_blend(t, one, x, minus_d1, v1);
+    halfway = sc_blend(t, one, x, minus_d1, v1); /* x - d1 v1 */
     if (halfway) v2 = model->velocity(model->self, t, halfway, first, slow, t1, guidance);
-    if (v2) t->be->blend(target, part1, v1, part2, v2);
+    if (v2) t->be->blend(target, part1, v1, part2, v2); /* (d1 v1 + d2 v2) / (d1 + d2) */
     sc_tape_record(t, recording);
     sc__release(t, mark);
     return v2 != NULL;
