@@ -3036,7 +3036,7 @@ static char *sc__read_file(const char *path, size_t *length) {
     return data;
 }
 
-/* Writing: into `path`.tmp-PID, which takes the place of `path` only when all of it is on disk. A
+/* Writing: into `path`.tmp-NUMBER, which takes the place of `path` only when all of it is on disk. A
  * device or a pipe is written as it is: a renamed file would replace it. */
 typedef struct sc__writer {
     FILE *file;
@@ -3055,8 +3055,11 @@ static bool sc__write_begin(sc__writer *w, const char *path) {
     *w = (sc__writer){.path = path, .temporary = (char *)sc__alloc(n, 1)};
     if (!w->temporary) return false;
     w->direct = !stat(path, &there) && !S_ISREG(there.st_mode) && !S_ISDIR(there.st_mode);
-    snprintf(w->temporary, n, "%s.tmp-%ld", path, (long)getpid());
-    w->file = fopen(w->direct ? path : w->temporary, "wb");
+    if (w->direct) w->file = fopen(path, "wb");
+    for (int i = 0; !w->direct && !w->file && i < 100 && (i == 0 || errno == EEXIST); i++) {
+        snprintf(w->temporary, n, "%s.tmp-%ld", path, (long)getpid() + i);
+        w->file = fopen(w->temporary, "wbx"); /* x: not one that another writes, as a thread may */
+    }
     if (w->file) return true;
     sc__write_fail(path);
     SC_FREE(w->temporary);

@@ -383,7 +383,7 @@ static void sc__help(const char *usage, const sc_option *options, int count) {
 }
 
 /* Reads argv into the options' values; what is left over goes to `positional` (at most `limit`).
- * --help prints `usage` and the table and exits 0; bad usage prints one line and exits 2. */
+ * --help or -h prints `usage` and the table and exits 0; bad usage prints one line and exits 2. */
 int sc_parse(const char *usage, const sc_option *options, int count, int argc, char **argv,
              const char **positional, int limit) {
     int found = 0;

@@ -603,6 +603,19 @@ static void check_old(const char *path) {
     sc_file_close(f);
 }
 
+/* A temporary file that is there is another's, even if that has our process' number. */
+static void test_two_writers(void) {
+    char other[600];
+    snprintf(other, sizeof other, "%s.tmp-%ld", in_folder("both.safetensors"), (long)getpid());
+    write_raw(other, "theirs", 6);
+    CHECK(save_large(in_folder("both.safetensors")));
+    size_t length = 0;
+    char *text = sc__read_file(other, &length);
+    CHECK(text && length == 6 && !strcmp(text, "theirs"));
+    SC_FREE(text);
+    remove(other);
+}
+
 static void test_unwritable(void) {
     double x = 0;
     sc_tensor doubles = {.data = &x, .dtype = SC_F64};
@@ -726,6 +739,7 @@ int main(void) {
     test_damage();
     test_shards();
     test_folders();
+    test_two_writers();
     test_unwritable();
     test_out_of_memory();
     test_interrupted();
