@@ -3036,8 +3036,8 @@ static char *sc__read_file(const char *path, size_t *length) {
     return data;
 }
 
-/* Writing: into `path`.tmp-NUMBER, which takes the place of `path` only when all of it is on disk. A
- * device or a pipe is written as it is: a renamed file would replace it. */
+/* Writing: into `path`.tmp-NUMBER, which takes the place of `path` only when all of it is on disk.
+ * A device or a pipe is written as it is: a renamed file would replace it. */
 typedef struct sc__writer {
     FILE *file;
     const char *path;
