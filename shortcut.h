@@ -437,7 +437,8 @@ bool sc_flux_fp8(sc_flux *flux);
 void sc_flux_streamed(sc_flux *flux);
 
 /* Writes config.json and diffusion_pytorch_model.safetensors (weights as `dtype`: f32, bf16 or f16)
- * into `folder`, with W + scale B A where LoRAs are loaded; one weight at a time is in memory. */
+ * into `folder`, with W + scale B A where LoRAs are loaded; one weight at a time is in memory. Not
+ * beside an index of shards, which readers prefer. */
 bool sc_flux_save(const sc_flux *flux, const char *folder, sc_dtype dtype,
                   const char *const *metadata);
 
@@ -4624,6 +4625,10 @@ bool sc_flux_save(const sc_flux *f, const char *folder, sc_dtype dtype,
     sc_named *named = (sc_named *)sc__alloc((size_t)net->count, sizeof *named);
     bool ok = config && weights && named && sc_net_load(net), made = false;
     if (ok) ok = sc__make_folder(folder, &made);
+    char *there = ok && !made ? sc__weights_in(folder) : NULL;
+    if (there && sc__matches(there, "*.index.json"))
+        ok = sc__fail("%s: these shards would be read instead: write to another folder", there);
+    SC_FREE(there);
     for (int64_t i = 0; ok && i < net->count; i++)
         named[i] = (sc_named){net->weights[i]->name, &net->weights[i]->tensor, dtype};
     ok = ok && sc__save(weights, named, net->count, metadata, sc__flux_fill, f) &&

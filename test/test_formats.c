@@ -353,6 +353,8 @@ static void test_model_shards(void) {
     CHECK(sc_file_save(in_folder("2.safetensors"), t->named + half, n - half, NULL));
     sc_flux *whole = open_shards(t, "2.safetensors");
     CHECK(whole && difference(whole, original) == 0);
+    CHECK(!sc_flux_save(original, in_folder("bad"), SC_F32, NULL) &&
+          strstr(sc_error(), "x.safetensors.index.json: these shards would be read instead"));
     refused(open_shards(t, "3.safetensors"), "3.safetensors: No such file");
     refused(open_shards(t, "../2.safetensors"), "is not a plain file name");
     t->tensor[n - 1].shape[0]--; /* a shard of another model: the same names, other sizes */
