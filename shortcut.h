@@ -2439,6 +2439,7 @@ static void sc__norm_rope_backward(sc_tape *t, sc__op *op) {
 sc_tensor *sc_norm_rope(sc_tape *t, sc_tensor *text, sc_tensor *image, sc_tensor *text_weight,
                         sc_tensor *image_weight, const sc_tensor *rope) {
     if (!image || (!text && text_weight)) return NULL;
+    if (image_weight->shape[0] > 256) return sc__fail("a head has more than 256 channels"), NULL;
     int64_t text_tokens = text ? text->shape[1] : 0, tokens = text_tokens + image->shape[1];
     sc_tensor *y = sc__new3(t, image->shape[0], tokens, image->shape[2]);
     if (!y) return NULL;
@@ -2453,13 +2454,17 @@ sc_tensor *sc_norm_rope(sc_tape *t, sc_tensor *text, sc_tensor *image, sc_tensor
 }
 
 static void sc__attention_backward(sc_tape *t, sc__op *op) {
-    for (int i = 0; i < 3; i++) { /* made together, wanted or not */
+    bool wanted[3];
+    for (int i = 0; i < 3; i++) { /* backends make all three together */
+        wanted[i] = op->in[i]->needs_grad;
         op->in[i]->needs_grad = true;
         sc__grad(t, op->in[i]);
     }
     if (!t->failed)
         t->be->attention_backward(op->out[0], (const float *)op->extra, op->in[0], op->in[1],
                                   op->in[2], (int)op->n[0], op->scale);
+    for (int i = 0; i < 3; i++)
+        if (!wanted[i]) op->in[i]->needs_grad = false, op->in[i]->grad = NULL;
 }
 
 sc_tensor *sc_attention(sc_tape *t, sc_tensor *q, sc_tensor *k, sc_tensor *v, int heads,

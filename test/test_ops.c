@@ -180,17 +180,18 @@ static sc_tensor *op_self_attention(sc_tape *t, leaves *l) {
     return sc_attention(t, &l->x[0], &l->x[0], &l->x[0], heads, 0.4f, NULL, false);
 }
 
-/* Queries alone want a gradient: keys and values are constants. */
+/* Queries alone want a gradient: keys and values are constants, and stay so. */
+static float numbers[2][24];
+static sc_tensor constants[2] = {{.data = numbers[0], .ndim = 3, .shape = {2, 3, 4}},
+                                 {.data = numbers[1], .ndim = 3, .shape = {2, 3, 4}}};
 static sc_tensor *op_queries(sc_tape *t, leaves *l) {
-    static float keys[24], values[24];
-    for (int i = 0; i < 24; i++) keys[i] = (float)(i % 7) - 3, values[i] = (float)(i % 5) - 2;
-    const int64_t shape[] = {2, 3, 4};
-    return sc_attention(t, &l->x[0], sc_from(t, 3, shape, keys), sc_from(t, 3, shape, values), 2,
-                        0.2f, NULL, false);
+    return sc_attention(t, &l->x[0], &constants[0], &constants[1], 2, 0.2f, NULL, false);
 }
 
 static void test_attention(void) {
+    sc_normal(&rng, numbers[0], 48);
     leaf(3, 2, 5, 4), check("attention to constants", op_queries);
+    CHECK(!constants[0].needs_grad && !constants[0].grad && !constants[1].grad);
     static const int shapes[][4] = {
         {1, 1, 2, 1}, {2, 5, 6, 3}, {1, 13, 10, 2}, {3, 17, 8, 1}, {1, 67, 8, 2}};
     for (int i = 0; i < 5; i++) { /* B, T, C, H */
@@ -371,7 +372,10 @@ static void test_limits(void) {
     other.shape[1] = 3, other.shape[2] = other.shape[3] = 3;
     CHECK(!sc_conv2d(t, x, &large, NULL, 1, 3) && strstr(sc_error(), "convolution"));
     CHECK(!sc_conv2d(t, x, &other, NULL, 1, 1) && strstr(sc_error(), "convolution"));
-    const float row[4] = {1, NAN, -2, INFINITY};
+    sc_tensor head = {.data = x->data, .ndim = 1, .shape = {258}},
+              wide = {.data = x->data, .ndim = 3, .shape = {1, 1, 258}};
+    CHECK(!sc_norm_rope(t, NULL, &wide, NULL, &head, x) && strstr(sc_error(), "256"));
+    const float row[3] = {1, NAN, -2};
     uint8_t bits[4];
     float scale, back[4];
     sc_cpu()->quantize(bits, &scale, row, 1, 3);
