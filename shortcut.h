@@ -28,7 +28,7 @@
  * The paper's training, with its settings for FLUX.1-dev (train.c adds data, progress, files):
  *
  *     sc_params *lora = sc_params_lora(p->flux, 64, 64, 1);             // rank, alpha, seed
- *     sc_recipe recipe = {.objective = SC_SCFM, .teacher_ratio = 0.4f, .teacher_steps = 32,
+ *     sc_recipe recipe = {.teacher_ratio = 0.4f, .teacher_steps = 32,
  *                         .self_steps = {2, 4, 8, 16}, .shift = {2.5f, 4.5f},
  *                         .dynamic_shift_ratio = 0.1f, .guidance = {0, 7.5f}};
  *     sc_adamw adamw = {.lr = 2e-5f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f,
@@ -534,13 +534,10 @@ typedef struct sc_sampling {
 bool sc_sample(sc_flux *flux, sc_tape *tape, const sc_sampling *s, int batch, int text_tokens,
                const float *context, const float *pooled, float *latents);
 
-/* ==== Objectives: flow matching, SCFM, guidance distillation ====
- * An objective decides what the student is asked (noisy input, time, guidance) and what it should
- * answer (target); all share one batch and one student pass. */
-typedef enum { SC_SCFM, SC_GUIDANCE } sc_objective;
-
+/* ==== SCFM, flow matching, guidance distillation ====
+ * They differ in what the student is asked (noisy input, time, guidance) and what it should answer
+ * (target); all share one batch and one student pass. */
 typedef struct sc_recipe {
-    sc_objective objective;
     float teacher_ratio;        /* SCFM: how often the first half-step is the teacher's */
     int teacher_steps;          /* N of the teacher case */
     int self_steps[8];          /* N of the self case: one of these, ended by 0 */
@@ -550,6 +547,8 @@ typedef struct sc_recipe {
     float fm_ratio;             /* SCFM: part of the batch with the plain flow-matching target;
                                  * 1: flow matching alone */
     float caption_dropout;      /* how often the caption is left empty */
+    bool distil_guidance;       /* instead of all that, the target is the teacher's velocity, guided
+                                 * by its velocity without a caption */
 } sc_recipe;
 
 typedef struct sc_batch {       /* host f32; one text-picture pair per sample */
@@ -560,7 +559,6 @@ typedef struct sc_batch {       /* host f32; one text-picture pair per sample */
 } sc_batch;
 
 typedef struct sc_draw {        /* what chance decides for one sample */
-    bool flow_matching;         /* plain target eps - x0 at time t[0] */
     bool teacher;               /* first half-step by the teacher, else by the fast average */
     bool no_caption;
     int steps, j;               /* N, and the even index into its times */
@@ -568,10 +566,11 @@ typedef struct sc_draw {        /* what chance decides for one sample */
     float t[3];                 /* t_j, t_j+1, t_j+2 */
 } sc_draw;
 
+/* tokens: of the picture; flow_matching: t[0] is any time, not one of a grid's. */
 void sc_draw_sample(const sc_recipe *recipe, sc_rng *rng, int64_t tokens, bool flow_matching,
                     sc_draw *draw);
 
-/* A velocity model in four versions (sets), as an objective sees it; [first, first + x->shape[0])
+/* A velocity model in four versions (sets), as SCFM sees it; [first, first + x->shape[0])
  * says which samples of the batch x holds. FLUX is one; a toy network may be another. */
 typedef struct sc_model {
     sc_tensor *(*velocity)(void *self, sc_tape *t, sc_tensor *x, int64_t first, const uint8_t *sets,
@@ -2774,7 +2773,6 @@ void sc_draw_sample(const sc_recipe *r, sc_rng *rng, int64_t tokens, bool flow_m
                     sc_draw *d) {
     int choices = 0;
     while (choices < 8 && r->self_steps[choices]) choices++;
-    d->flow_matching = flow_matching;
     d->no_caption = sc_uniform(rng) < r->caption_dropout;
     d->teacher = sc_uniform(rng) < r->teacher_ratio || !choices;
     int chosen = sc_uniform_int(rng, choices ? choices : 1);
@@ -2786,7 +2784,7 @@ void sc_draw_sample(const sc_recipe *r, sc_rng *rng, int64_t tokens, bool flow_m
     d->j = 2 * sc_uniform_int(rng, d->steps / 2);
     for (int i = 0; i < 3; i++)
         d->t[i] = sc_shift_time(1.f - (float)(d->j + i) / (float)d->steps, d->shift);
-    if (flow_matching) d->t[0] = sc_shift_time(unit, d->shift); /* any time, not a grid's */
+    if (flow_matching) d->t[0] = sc_shift_time(unit, d->shift);
     d->t[0] = fminf(d->t[0], 1.f - 1e-5f);
 }
 
@@ -2951,8 +2949,7 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     uint8_t *student = (uint8_t *)sc__arena_take(&t->host, (size_t)n);
     if (!draws || !time || !guidance || !student) return false;
     /* Steps 2 to 4: chance. The flow-matching samples come first. */
-    bool scfm = r->objective == SC_SCFM;
-    int64_t plain = scfm ? (int64_t)floorf(r->fm_ratio * (float)n + 0.5f) : n;
+    int64_t plain = r->distil_guidance ? n : (int64_t)floorf(r->fm_ratio * (float)n + 0.5f);
     for (int64_t i = 0; i < n; i++) {
         sc_draw_sample(r, rng, tokens, i < plain, &draws[i]);
         time[i] = draws[i].t[0], guidance[i] = draws[i].guidance, student[i] = SC_STUDENT;
@@ -2964,10 +2961,9 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     sc_tensor *x = sc_noisy(t, draws, x0, noise), *target = sc_new(t, 3, shape);
     if (!x || !target || !sc__upload_text(&self, t, draws)) return false;
     /* Step 6: target. */
-    bool ok = scfm ? !plain || sc__flow_matching_target(t, x0, noise, plain, target)
-                   : sc__guidance_target(&self, t, time, guidance, x, target);
-    ok = ok && (plain == n || sc_scfm_target(&model, t, draws, plain, x, target));
-    if (!ok) return false;
+    bool ok = r->distil_guidance ? sc__guidance_target(&self, t, time, guidance, x, target)
+                                 : !plain || sc__flow_matching_target(t, x0, noise, plain, target);
+    if (!ok || (plain < n && !sc_scfm_target(&model, t, draws, plain, x, target))) return false;
     /* Step 7: the student's answer, and the way back. */
     sc_tape_record(t, true);
     sc_tensor *v = sc__flux_model_velocity(&self, t, x, 0, student, time, guidance);

@@ -723,7 +723,7 @@ static bool load_data(training *t) {
 
 static void set_recipe(training *t) {
     const options *o = &t->o;
-    t->recipe = (sc_recipe){.objective = o->distill_guidance ? SC_GUIDANCE : SC_SCFM,
+    t->recipe = (sc_recipe){.distil_guidance = o->distill_guidance,
                             .teacher_ratio = o->teacher_ratio,
                             .teacher_steps = o->teacher_steps,
                             .shift = {o->shift[0], o->shift[1]},
