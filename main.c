@@ -400,9 +400,9 @@ static bool try_shifts(experiment *x, setting *s, const float *shifts, int n, in
 /* The distance depends on the number of pictures: --full compares the two best shifts of a quarter
  * of the pictures again with all of them. */
 static bool best_shift(experiment *x, setting *s) {
-    static const float shifts[] = {2, 3, 4, 5, 6};
+    static const float shifts[] = {2, 3, 4, 5, 6, 7, 8};
     float second;
-    if (!try_shifts(x, s, shifts, 5, x->o.full ? x->count / 4 : x->count / 2, &second))
+    if (!try_shifts(x, s, shifts, 7, x->o.full ? x->count / 4 : x->count / 2, &second))
         return false;
     return !x->o.full || try_shifts(x, s, (float[]){s->shift, second}, 2, x->count, &second);
 }

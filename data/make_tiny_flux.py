@@ -54,7 +54,7 @@ TRANSFORMER = dict(
 SCHEDULER = dict(
     _class_name="FlowMatchEulerDiscreteScheduler", _diffusers_version="0.30.0.dev0",
     base_image_seq_len=256, base_shift=0.5, max_image_seq_len=4096, max_shift=1.15,
-    num_train_timesteps=1000, shift=5.0, use_dynamic_shifting=False)
+    num_train_timesteps=1000, shift=4.0, use_dynamic_shifting=False)
 INDEX = dict(
     _class_name="FluxPipeline", _diffusers_version="0.30.0.dev0",
     scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"],
