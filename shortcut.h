@@ -5309,16 +5309,26 @@ bool sc_lora_save_kohya(const sc_flux *f, const char *path, const char *const *m
     return ok;
 }
 
+/* In a table as "3:1 8:0.6" (numbers as in JSON) the scale for the nearest number of steps. False if
+ * it is written wrongly: then the best before that place. */
+static bool sc__scale_for(const char *table, int steps, double *scale) {
+    sc__json_parser p = {.name = table, .at = (char *)table};
+    double count, value, nearest = INFINITY;
+    while (sc__json_peek(&p)) {
+        if (!sc__json_number(&p, &count) || !sc__json_take(&p, ':') || !sc__json_peek(&p) ||
+            !sc__json_number(&p, &value))
+            return false;
+        if (fabs(count - steps) < nearest) nearest = fabs(count - steps), *scale = value;
+        sc__json_take(&p, ','); /* or a space */
+    }
+    return true;
+}
+
 float sc_lora_scale(const char *path, int steps) {
     sc_file *file = sc_file_open(path);
     const char *table = file ? sc_file_metadata(file, "scales") : NULL;
-    sc__json_parser p = {.name = path, .at = (char *)table}; /* numbers as in JSON */
-    double count, value, scale = 1, nearest = INFINITY;
-    while (table && sc__json_peek(&p) && sc__json_number(&p, &count) && sc__json_take(&p, ':') &&
-           sc__json_number(&p, &value)) {
-        if (fabs(count - steps) < nearest) nearest = fabs(count - steps), scale = value;
-        sc__json_take(&p, ','); /* or a space */
-    }
+    double scale = 1;
+    if (table) sc__scale_for(table, steps, &scale);
     sc_file_close(file);
     return (float)scale;
 }

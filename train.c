@@ -742,6 +742,7 @@ static void set_recipe(training *t) {
 
 /* Refuses what cannot be meant. */
 static bool check_options(const options *o) {
+    double scale;
     if (o->steps < 1 || o->batch < 1 || o->batch > 4096)
         return sc__fail("--steps and --batch are numbers from 1 up");
     if (o->rank < 1 || o->rank > 1024) return sc__fail("--rank is a number from 1 to 1024");
@@ -762,6 +763,8 @@ static bool check_options(const options *o) {
         return sc__fail("--full, --pretrain and --distill-guidance exclude each other");
     if (o->pretrain && o->teacher_ratio > 0)
         return sc__fail("--pretrain has no teacher: --teacher-ratio is 0 there");
+    if (o->scales && !sc__scale_for(o->scales, 1, &scale))
+        return sc__fail("--scales is a list as \"3:1 8:0.5\", not '%s'", o->scales);
     if (o->start && all_weights(o)) return sc__fail("--start is for a LoRA, not for all weights");
     if (o->resolution < 0 || o->text_tokens < 0 || o->warmup < 0 || o->ema_restart < 0 ||
         o->preview < 0 || o->save < 0 || o->stop_after < 0)
