@@ -225,8 +225,8 @@ static bool check_options(options *o, const char *steps) {
     float shift = o->shift && strcmp(o->shift, "auto") ? strtof(o->shift, &end) : 1;
     if (!(shift > 0 && isfinite(shift)) || (end && *end))
         return sc__fail("--shift is a positive number or auto, not '%s'", o->shift);
-    if (o->size && (sscanf(o->size, "%dx%d%c", &o->width, &o->height, &more) != 2 ||
-                    o->width < 1 || o->height < 1 || o->width > 1 << 14 || o->height > 1 << 14))
+    if (o->size && (sscanf(o->size, "%dx%d%c", &o->width, &o->height, &more) != 2 || o->width < 1 ||
+                    o->height < 1 || o->width > 1 << 14 || o->height > 1 << 14))
         return sc__fail("--size is WxH, sides up to %d pixels, not '%s'", 1 << 14, o->size);
     return true;
 }

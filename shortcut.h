@@ -5309,8 +5309,8 @@ bool sc_lora_save_kohya(const sc_flux *f, const char *path, const char *const *m
     return ok;
 }
 
-/* In a table as "3:1 8:0.6" (numbers as in JSON) the scale for the nearest number of steps. False if
- * it is written wrongly: then the best before that place. */
+/* In a table as "3:1 8:0.6" (numbers as in JSON) the scale for the nearest number of steps. False
+ * if it is written wrongly: then the best before that place. */
 static bool sc__scale_for(const char *table, int steps, double *scale) {
     sc__json_parser p = {.name = table, .at = (char *)table};
     double count, value, nearest = INFINITY;

@@ -635,8 +635,8 @@ static void cuda_column_sum(float *sum, const void *x, int64_t rows, int64_t col
     X(MatrixLayoutCreate)                                                                          \
     X(MatrixLayoutDestroy)                                                                         \
     X(MatrixLayoutSetAttribute)                                                                    \
-    X(MatmulPreferenceCreate) X(MatmulPreferenceSetAttribute) X(MatmulPreferenceDestroy)           \
-        X(MatmulAlgoGetHeuristic)
+    X(MatmulPreferenceCreate)                                                                      \
+    X(MatmulPreferenceSetAttribute) X(MatmulPreferenceDestroy) X(MatmulAlgoGetHeuristic)
 
 /* Found at run time, so that the program starts where the library is missing. */
 static struct {
