@@ -1723,11 +1723,13 @@ static void sc__cpu_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w,
     int64_t reach = (g.kernel - 1) / stride, batch = y->shape[0], threads = sc__threads();
     g.taps = g.kernel * g.kernel;
     g.pitch = g.width + reach;
-    int64_t share = (batch * g.height + threads - 1) / threads, some = 8 * SC__TILE / g.pitch + 1;
-    g.rows = SC__STRIP / (g.in * stride * stride * g.pitch) - reach;
-    if (g.rows < some) g.rows = some; /* so that unfinished tiles are rare */
-    if (g.rows > share) g.rows = share;
-    if (g.rows > g.height) g.rows = g.height;
+    int64_t rows = SC__STRIP / (g.in * stride * stride * g.pitch) - reach;
+    int64_t some = 8 * SC__TILE / g.pitch + 1; /* so that unfinished tiles are rare */
+    if (rows < some) rows = some;
+    int64_t strips = (g.height + rows - 1) / rows; /* of a picture; as many for each thread */
+    while (strips < g.height && batch * strips % threads) strips++;
+    g.rows = (g.height + strips - 1) / strips;
+    strips = (g.height + g.rows - 1) / g.rows;
     g.plane = (g.rows + reach) * g.pitch;
     for (int64_t t = 0; t < g.taps; t++) {
         int64_t u = t / g.kernel, v = t % g.kernel;
@@ -1735,11 +1737,11 @@ static void sc__cpu_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w,
         g.offset[t] = phase * g.plane + u / stride * g.pitch + v / stride;
     }
     int64_t channels = (g.out + SC__TILE_O - 1) / SC__TILE_O * SC__TILE_O, n = g.in * g.taps;
-    int64_t strips = (g.height + g.rows - 1) / g.rows;
     int64_t strip_size = g.in * stride * stride * g.plane + 2 * SC__TILE;
     int64_t buffer = n > strip_size ? n : strip_size; /* a thread's */
-    float *packed = sc__scratch(channels * n + threads * buffer), *buffers = packed + channels * n;
+    float *packed = sc__scratch(channels * n + threads * buffer);
     if (!packed) return;
+    float *buffers = packed + channels * n;
     sc__conv_pack(&g, packed, w, buffers);
     SC_PARALLEL_FOR
     for (int64_t task = 0; task < batch * strips; task++) {
