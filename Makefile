@@ -55,7 +55,7 @@ build/shortcut_cuda.o: shortcut_cuda.cu shortcut.h | build
 
 build:
 	mkdir -p build
-build/test_%: test/test_%.c test/test.h shortcut.h tools.h | build
+build/test_%: test/test_%.c test/test.h test/fuzz.h shortcut.h tools.h | build
 	$(CC) $(BASE) -Wno-unused-function $(CFLAGS) $< -o $@ $(LIBS)
 build/encode: test/encode.c shortcut.h | build
 	$(CC) $(BASE) $(CFLAGS) $< -o $@ $(LIBS)
@@ -104,7 +104,7 @@ fuzz: build/fuzz_json build/fuzz_safetensors build/fuzz_tokenizer
 	for name in json safetensors tokenizer; do mkdir -p build/corpus/$$name && \
 	    build/fuzz_$$name -max_len=4096 -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=build/$$name- \
 	        build/corpus/$$name test/corpus/$$name || exit 1; done
-build/fuzz_%: test/fuzz_%.c shortcut.h | build
+build/fuzz_%: test/fuzz_%.c test/fuzz.h shortcut.h | build
 	clang -std=c99 -g -O1 -fsanitize=fuzzer,address,undefined $< -o $@ -lm
 
 .PHONY: all test check compare fuzz bench bench-cuda clean

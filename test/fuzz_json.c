@@ -4,17 +4,7 @@
  *   make fuzz
  *
  * test_files.c includes this file to replay the corpus. */
-#ifndef SHORTCUT_H
-#define _POSIX_C_SOURCE 200809L
-#define SHORTCUT_IMPLEMENTATION
-#include "../shortcut.h"
-#endif
-
-/* What must hold, sanitizers or not. */
-#define MUST(condition)                                                                            \
-    do {                                                                                           \
-        if (!(condition)) fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition), abort(); \
-    } while (0)
+#include "fuzz.h"
 
 /* `v` as JSON without white space; -0 keeps its sign, %.17g its bits. */
 static void json_write(sc__text *t, const sc_json *v) {

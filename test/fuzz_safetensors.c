@@ -5,18 +5,7 @@
  *   make fuzz
  *
  * test_files.c includes this file to replay the corpus. */
-#ifndef SHORTCUT_H
-#define _POSIX_C_SOURCE 200809L
-#define SHORTCUT_IMPLEMENTATION
-#include "../shortcut.h"
-#endif
-
-#ifndef MUST
-#define MUST(condition)                                                                            \
-    do {                                                                                           \
-        if (!(condition)) fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition), abort(); \
-    } while (0)
-#endif
+#include "fuzz.h"
 
 /* Touches every value of a tensor, as its type. */
 static double tensor_sum(const sc_tensor *x) {

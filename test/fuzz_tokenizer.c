@@ -8,18 +8,7 @@
  *   make fuzz
  *
  * test_pipeline.c includes this file to replay the corpus. */
-#ifndef SHORTCUT_H
-#define _POSIX_C_SOURCE 200809L
-#define SHORTCUT_IMPLEMENTATION
-#include "../shortcut.h"
-#endif
-
-#ifndef MUST
-#define MUST(condition)                                                                            \
-    do {                                                                                           \
-        if (!(condition)) fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition), abort(); \
-    } while (0)
-#endif
+#include "fuzz.h"
 
 enum { FUZZ_PARTS = 4, FUZZ_IDS = 40 };
 static char fuzz_folder[64]; /* the files of the tokenizer being read, in memory where possible */

@@ -2,17 +2,23 @@
 #ifndef TEST_H
 #define TEST_H
 #include <math.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#ifndef TEST_DIR
+#define TEST_DIR "test"
+#endif
+
 static int test_passed, test_failed, test_skipped;
 
-#define CHECK(condition)                                                                           \
-    do {                                                                                           \
-        if (condition) test_passed++;                                                              \
-        else test_failed++, printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);         \
-    } while (0)
+/* The condition, counted; CHECKED inside another one. */
+#define CHECKED(condition)                                                                         \
+    ((condition)                                                                                   \
+         ? (test_passed++, true)                                                                   \
+         : (test_failed++, printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition), false))
+#define CHECK(condition) ((void)CHECKED(condition))
 
 #define CHECK_CLOSE(a, b, limit)                                                                   \
     do {                                                                                           \

@@ -24,10 +24,6 @@ static void *some_realloc(void *p, size_t size) { return allocate() ? realloc(p,
 #include "fuzz_safetensors.c"
 #undef LLVMFuzzerTestOneInput
 
-#ifndef TEST_DIR
-#define TEST_DIR "test"
-#endif
-
 static char folder[] = "/tmp/test_files_XXXXXX";
 
 /* A path in the temporary folder; valid until the fourth call after this one. */
@@ -691,25 +687,6 @@ static void test_out_of_memory(void) {
     allocations_left = 0;
     CHECK(!sc_picture_fit(&out, &p, 2, 2) && !out.rgb);
     allocations_left = -1;
-}
-
-/* ---- The corpus ---- */
-
-static void replay(const char *corpus, int (*entry)(const uint8_t *, size_t)) {
-    DIR *list = opendir(corpus);
-    int files = 0;
-    for (struct dirent *e; list && (e = readdir(list));) {
-        char path[512];
-        size_t size = 0;
-        if (*e->d_name == '.') continue;
-        snprintf(path, sizeof path, "%s/%s", corpus, e->d_name);
-        char *data = sc__read_file(path, &size);
-        if (data) files += entry((const uint8_t *)data, size) == 0;
-        SC_FREE(data);
-    }
-    if (list) closedir(list);
-    CHECK(files > 10);
-    printf("%s: %d inputs\n", corpus, files);
 }
 
 static void remove_tree(const char *path) {

@@ -6,15 +6,6 @@
 #include "../tools.h"
 #include "test.h"
 
-/* CHECK inside a condition */
-#define CHECKED(condition)                                                                         \
-    ((condition)                                                                                   \
-         ? (test_passed++, true)                                                                   \
-         : (test_failed++, printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition), false))
-
-#ifndef TEST_DIR
-#define TEST_DIR "test"
-#endif
 #define PICTURES TEST_DIR "/reference/pictures/"
 
 static char folder[] = "/tmp/test_pictures_XXXXXX";

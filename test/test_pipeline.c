@@ -5,7 +5,6 @@
 #define SHORTCUT_IMPLEMENTATION
 #include "../shortcut.h"
 #include "test.h"
-#include <dirent.h>
 #include "fuzz_tokenizer.c"
 
 static sc_file *open_reference(const char *name) {
@@ -175,30 +174,11 @@ static void test_pipeline(const char *name) {
     sc_file_close(f);
 }
 
-/* ---- The corpus ---- */
-
-static void replay(const char *corpus) {
-    DIR *list = opendir(corpus);
-    int files = 0;
-    for (struct dirent *e; list && (e = readdir(list));) {
-        char path[512];
-        size_t size = 0;
-        if (*e->d_name == '.') continue;
-        snprintf(path, sizeof path, "%s/%s", corpus, e->d_name);
-        char *data = sc__read_file(path, &size);
-        if (data) files += LLVMFuzzerTestOneInput((const uint8_t *)data, size) == 0;
-        SC_FREE(data);
-    }
-    if (list) closedir(list);
-    CHECK(files > 10);
-    printf("%s: %d inputs\n", corpus, files);
-}
-
 int main(void) {
     test_tokenizers();
     test_encoders("data/tiny-flux", "text_tiny");
     test_mismatch();
     test_pipeline("pipeline_a"), test_pipeline("pipeline_b");
-    replay("test/corpus/tokenizer");
+    replay(TEST_DIR "/corpus/tokenizer", LLVMFuzzerTestOneInput);
     return test_report();
 }

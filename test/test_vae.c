@@ -5,15 +5,6 @@
 #include "../shortcut.h"
 #include "test.h"
 
-/* CHECK inside a condition */
-#define CHECKED(condition)                                                                         \
-    ((condition)                                                                                   \
-         ? (test_passed++, true)                                                                   \
-         : (test_failed++, printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition), false))
-
-#ifndef TEST_DIR
-#define TEST_DIR "test"
-#endif
 #define REFERENCE TEST_DIR "/reference/"
 #define TINY TEST_DIR "/../data/tiny-flux/vae"
 
