@@ -2940,6 +2940,12 @@ static bool sc__upload_text(sc__flux_model *m, sc_tape *t, const sc_draw *draws)
     return m->context && m->pooled;
 }
 
+/* This part of n samples, in whole ones: what is left over is one with that chance. */
+static int64_t sc__part_of(int64_t n, float part, sc_rng *rng) {
+    float exact = part * (float)n, whole = floorf(exact);
+    return (int64_t)whole + (exact > whole && sc_uniform(rng) < exact - whole);
+}
+
 bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *r,
                        const sc_batch *b, sc_rng *rng) {
     int64_t n = b->size, tokens = (int64_t)b->h * b->w;
@@ -2951,7 +2957,7 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     uint8_t *student = (uint8_t *)sc__arena_take(&t->host, (size_t)n);
     if (!draws || !time || !guidance || !student) return false;
     /* Steps 2 to 4: chance. The flow-matching samples come first. */
-    int64_t plain = r->distil_guidance ? n : (int64_t)floorf(r->fm_ratio * (float)n + 0.5f);
+    int64_t plain = r->distil_guidance ? n : sc__part_of(n, r->fm_ratio, rng);
     for (int64_t i = 0; i < n; i++) {
         sc_draw_sample(r, rng, tokens, i < plain, &draws[i]);
         time[i] = draws[i].t[0], guidance[i] = draws[i].guidance, student[i] = SC_STUDENT;

@@ -271,6 +271,20 @@ static void test_draws(void) {
     CHECK(seen[32] == teacher && abs(seen[2] - 1500) < 150 && abs(seen[16] - 1500) < 150);
 }
 
+/* Half of 8 samples is 4; a quarter of one sample is one in four times. */
+static void test_part_of_batch(void) {
+    sc_rng rng = {5}, before = rng;
+    CHECK(sc__part_of(8, 0.5f, &rng) == 4 && sc__part_of(8, 0, &rng) == 0);
+    CHECK(sc__part_of(8, 1, &rng) == 8 && rng.state == before.state);
+    int sum = 0, outside = 0;
+    for (int i = 0; i < 10000; i++) {
+        int64_t n = sc__part_of(1, 0.25f, &rng);
+        sum += (int)n, outside += n < 0 || n > 1;
+    }
+    CHECK(outside == 0);
+    CHECK_CLOSE(sum, 2500, 200);
+}
+
 /* Steps that nobody asks about are nobody else's; the last few are kept. */
 static void test_reports(void) {
     fixture f = open_fixture("flux_a");
@@ -311,6 +325,7 @@ int main(void) {
     test_lora_file();
     test_scfm("flux_a"), test_scfm("flux_b");
     test_draws();
+    test_part_of_batch();
     test_reports();
     test_adamw();
     return test_report();
