@@ -6030,7 +6030,7 @@ void sc_unpack_latents(int64_t batch, int64_t channels, int64_t h, int64_t w, co
  * What the tokenizers ask of characters: which are letters or numbers, their lower case, canonical
  * composition (NFC) and graphemes (what a reader takes for one character). The tables were read off
  * the library whose token ids ours have to equal, and are packed: a number is a few digits of base
- * 31 and a last one of base 60, printed from '#' on without the backslash.
+ * 21 and a last one of base 70, printed from '#' on without the backslash.
  */
 
 enum { SC__LETTER = 1, SC__DIGIT = 2 };
@@ -6039,173 +6039,168 @@ enum { SC__EXTEND = 4, SC__SPACING = 8, SC__CONTROL = 16, SC__PREPEND = 32, SC__
 
 /* Packed by test/make_unicode_tables.py, as tokenizers 0.22.2 has them. */
 static const char sc__word_table[] =
-    "S5'+U%*U%S#%+%'%#%'#'$#%%''%O%%a#%%o1%(9%2+%+&%b-+%%%%&)%%#%*&%$%%%&%$G%%bO%%dG%,eA%%a1%&#%*"
-    "a7%a/W%()%Qa;%95'(%%%c3%%#%3%%+%%$5'$'%&#%4&%$[%Ab[%/#%25'$a'%-%%(#%)M%(#%-#%'#%;S%+7%)Q%%-%"
-    "5a9%_aQ%'#%6#%+5%(5'%A%(1%&%%&M%%/%%#%')%'#%4#%1%%%'%(5'$%%&-'&#%,-%(%%&M%%/%%%%%%%%%%C)%%#%"
-    "+5'&'%43%%'%%M%%/%%%%%+%'#%6#%3%%(5'-#%/1%&%%&M%%/%%%%%+%'#%B%%%'%(5'%#%$-'/&%$+%''%%)%'%%%&"
-    "%$#%'%%''%'9%:#%9;'61%%'%%O%%A%'#%>'%&#%&%%(5',/'%#%(1%%'%%O%%5%%+%'#%C%%%%%(5'%%%53%%'%%a7%"
-    "&#%4#%)'%%/'$'%(G'%-%)E%'Q%%3%%#%&/%C5'5aE%%%%0/%-5'K%%%&%$)%%Q%%&%$3%%%%-#%&+%%#%-5'&)%D#%C"
-    "I'01%%a-%?+%a[a;%8#%$5'*-%()%'#%'%%+'%(;%0#%%5'*a1%%#%)#%&a;%%k'%%)%&/%%&%$'%&a7%%)%&a'%%)%&"
-    "/%%&%$'%&?%%aW%%)%&b/%2I''A%4bU%&-%'tI%&C%%U%)b?%'''$1%+E%1G%2E%2;%%'%3aM%G#%(#%'5'*5':5'*b["
-    "%++%&a)%%#%)b5%.a#%K5'$^%&+%/a=%(U%*7'IO%-aO%O5'*5'1#%aEaC%51%'5'M^%1%%$5'$a=%>a-%@5'''%$5'$"
-    "a-%&7%)a;%&'%M)%%-%%%%'#%)f9%a(i1%&-%&a1%&-%&1%%*%$^%&aO%%/%%#%''%%/%')%&-%(;%)'%%/%a[#'$#%&"
-    "-')#%$5'*;%aM#%(#%&5%%#%'+%**%$'%%7%&)%)+%(#%%aK'$%%$+'l*a^'a6M'jB^'rXgG%*)%'%%-#'&a1%%#%)#%"
-    "&aU%+#%4O%-/%%/%%/%%/%%/%%/%%/%%/%a8#%gU%%$#'=3'++%&''$%%(bU%*'%%b^%%)%)a;%%c)%')'.a%%TA%D5'"
-    "B1'%?'D5'K?'e8gbM%a(wyC%a+aA%&h[%'A%$5'$%%8aC%4a#%&b5%$5'K3%&c;%&b/%&%%%&%$/%9A%%'%%)%%O%1-'"
-    ".aM%2aI%@5'<-%'&%$#%%5'$Y%.O%=[%+aC%@#%$5'*+%%5%$5'$+%%a7%;'%%1%(5'*O%'#%'aI%%#%'%%&+%&&%<'%"
-    "&7%+'%0-%&-%&-%-/%%/%%a;%%=%*cS%15'*l`9%0O%(aG%dpXl-%&cA%J/%0+%)&%$3%%;%%+%%&%$&%$&%$cC%El'%"
-    "6b)%&aQ%L9%a]+%%d?%75'+U%*U%/b[%'-%&-%&-%&'%G9%%U%%G%%%%%?%&=%Fd'%0a?'0aW'5%'d([%'aG%4W'(a%%"
-    "$)'-I%$#'$1%$#')a1%.^%&a-%(1%%+'Ne1%&5'*a-%(a-%(a5%,aM%07%%?%%/%%%%%7%%?%%/%%%%'aM%0j7%-M%.1"
-    "%<-%%a9%%3%a--%&&%$a;%%%%'#%&O%&1'$O%&/'$a#%,3'TG%%%%)+'$M%$-'(U%a.aU%(%'$%%$A'&aA'$#%3)%%'%"
-    "%[%.3';[%$%'%[%$''D1%%Y%*+'4aQ%.M%&1'$G%)1'$E%;/'a8b;%[aK%1aK%+-'$a-%05'*5'$Y%-O%cJa#'%a9%*%"
-    "%4'%a#[%$5'$#%,M%/)'?E%RK%$/'8O%0aO%>^'%%%&#%1a?%DS%+5'-a-%35'(#%&#%,a+%'#%0aE%2)%/5'$&%(I'/"
-    "E%%S%7%%a'/%%&%$'%%?%%5%+aC%55'/1%&%%&M%%/%%%%%+%'#%6#%0+%B5%%#%&&%$a/%%#%=&%PaO%6)%)5')'%Ba"
-    "E%8%%%#%,5'bRaC%M)%HaE%8#%/5'Ja;%1#%+5'*I'@W%99'(/%c)a=%a]b)%$G'01%&#%&1%%%%%Q%3&%25'a.1%&a3"
-    "%4&%@#%.a5%+#%9#%/aA%7#%6b;%c7a'%35'*3%%a/%5#%3[')^%aX/%%%%%a1%9#%-5'*-%%%%%a%%2#%+5'e.G%3&%"
-    "$9%%a)%@5'a>#%3K'O~M%aNcK'5fA%al]c/%3adM%5-%=di+%)s;%cu%^%65'|Zr[%+a#%%5'*bG%%5'*^%6aE%4)%05"
-    "'%/'%K%)G%g0a?%'5'c6b)%$O'aQb?%)#%a*;%a(%%%#%@frA%,aj1%M5%dx[)%%/%%%%%iK%3#%A'%&#%2)%,m-%ag@"
-    "cC%);%'3%+5%bgN5'xJI'0I'aTS'b3bS%%b7%%%%&#%&%%&)%%9%%&%$-%%b+%%)%&1%%/%%Y%%)%%+%%#%'/%%k5%&S"
-    "%%S%%a#%%S%%a#%%S%%a#%%S%%a#%%S%%1%&aI'}Xa#%*-%d9b%%b>a?%./%&5'(#%e9^%6a=%(5'gVY%(5'cF^%&#%$"
-    "5'h)/%%)%%%%%?%%fC%&3'Tb1%+#%(5'm/a['%''%)'a4a?'%?'c2)%%W%%%%%#%&&%$3%%)%%&%*#%(*%$%%%%%%#%&"
-    ".%$&%&)%%/%%)%%)%%&%$3%%C%)'%%+%%C%iL;'ao?5'q.an|^%Ddn=%*g9%&ff%%2ha'%3tM%aj*r%%y*eiG%)doM%";
+    "S5'+U%*U%S#%+%'%#%'#'$#%%''%O%%`%%w'%(9%2+%+&%k`+%%%%&)%%#%*&%$%%%&%$G%%l;%%mf%,nU%%k'%&#%*k"
+    "-%k%W%()%Qk1%95'(%%%l[%%#%3%%+%%$5'$'%&#%4&%$[%AlG%/#%25'$d%-%%(#%)M%(#%-#%'#%;S%+7%)Q%%-%5k"
+    "/%_kG%'#%6#%+5%(5'%A%(1%&%%&M%%/%%#%')%'#%4#%1%%%'%(5'$%%&-'&#%,-%(%%&M%%/%%%%%%%%%%C)%%#%+5"
+    "'&'%43%%'%%M%%/%%%%%+%'#%6#%3%%(5'-#%/1%&%%&M%%/%%%%%+%'#%B%%%'%(5'%#%$-'/&%$+%''%%)%'%%%&%$"
+    "#%'%%''%'9%:#%9;'61%%'%%O%%A%'#%>'%&#%&%%(5',/'%#%(1%%'%%O%%5%%+%'#%C%%%%%(5'%%%53%%'%%k-%&#"
+    "%4#%)'%%/'$'%(G'%-%)E%'Q%%3%%#%&/%C5'5k;%%%%0/%-5'K%%%&%$)%%Q%%&%$3%%%%-#%&+%%#%-5'&)%D#%CI'"
+    "01%%k#%?+%kQk1%8#%$5'*-%()%'#%'%%+'%(;%0#%%5'*k'%%#%)#%&k1%%sE%%)%&/%%&%$'%&k-%%)%&d%%)%&/%%"
+    "&%$'%&?%%kM%%)%&kb%2I''A%4lA%&-%'{S%&C%%U%)l+%'''$1%+E%1G%2E%2;%%'%3kC%G#%(#%'5'*5':5'*lG%++"
+    "%&f%%#%)kh%.`%K5'$^%&+%/k3%(U%*7'IO%-kE%O5'*5'1#%k;k9%51%'5'M^%1%%$5'$k3%>k#%@5'''%$5'$k#%&7"
+    "%)k1%&'%M)%%-%%%%'#%)oC%eqd%&-%&k'%&-%&1%%*%$^%&kE%%/%%#%''%%/%')%&-%(;%)'%%/%kQ#'$#%&-')#%$"
+    "5'*;%kC#%(#%&5%%#%'+%**%$'%%7%&)%)+%(#%%kA'$%%$+'t>kS'k,M's$^'z0pG%*)%'%%-#'&k'%%#%)#%&kK%+#"
+    "%4O%-/%%/%%/%%/%%/%%/%%/%%/%k.#%pU%%$#'=3'++%&''$%%(lA%*'%%lI%%)%)k1%%lQ%')'.b%TA%D5'B1'%?'D"
+    "5'K?'nLr~9%eksm%%hk7%&qQ%'A%$5'$%%8k9%4`%&kh%$5'K3%&ld%&kb%&%%%&%$/%9A%%'%%)%%O%1-'.kC%2k?%@"
+    "5'<-%'&%$#%%5'$Y%.O%=[%+k9%@#%$5'*+%%5%$5'$+%%k-%;'%%1%(5'*O%'#%'k?%%#%'%%&+%&&%<'%&7%+'%0-%"
+    "&-%&-%-/%%/%%k1%%=%*m5%15'*yn/%0O%(k=%oyXtA%&m#%J/%0+%)&%$3%%;%%+%%&%$&%$&%$m%%Et;%6k[%&kG%L"
+    "9%kR+%%m^%75'+U%*U%/lG%'-%&-%&-%&'%G9%%U%%G%%%%%?%&=%FmE%0k5'0kM'5%'mF[%'k=%4W'(b%$)'-I%$#'$"
+    "1%$#')k'%.^%&k#%(1%%+'NnE%&5'*k#%(k#%(k+%,kC%07%%?%%/%%%%%7%%?%%/%%%%'kC%0r`%-M%.1%<-%%k/%%3"
+    "%k#-%&&%$k1%%%%'#%&O%&1'$O%&/'$`%,3'TG%%%%)+'$M%$-'(U%k$kK%(%'$%%$A'&k7'$#%3)%%'%%[%.3';[%$%"
+    "'%[%$''D1%%Y%*+'4kG%.M%&1'$G%)1'$E%;/'k.l'%[kA%1kA%+-'$k#%05'*5'$Y%-O%m,`'%k/%*%%4'%`[%$5'$#"
+    "%,M%/)'?E%RK%$/'8O%0kE%>^'%%%&#%1k5%DS%+5'-k#%35'(#%&#%,h%'#%0k;%2)%/5'$&%(I'/E%%S%7%%d/%%&%"
+    "$'%%?%%5%+k9%55'/1%&%%&M%%/%%%%%+%'#%6#%0+%B5%%#%&&%$k%%%#%=&%PkE%6)%)5')'%Bk;%8%%%#%,5'l>k9"
+    "%M)%Hk;%8#%/5'Jk1%1#%+5'*I'@W%99'(/%lQk3%kRk[%$G'01%&#%&1%%%%%Q%3&%25'k$1%&k)%4&%@#%.k+%+#%9"
+    "#%/k7%7#%6l'%l`d%35'*3%%k%%5#%3[')^%kN/%%%%%k'%9#%-5'*-%%%%%b%2#%+5'nBG%3&%$9%%f%@5'k4#%3K'O"
+    "ko9%kDm-'5oK%kzRlW%3ksM%5-%=os+%)zO%nwW^%65'kmZz3%+`%%5'*l3%%5'*^%6k;%4)%05'%/'%K%)G%p0k5%'5"
+    "'l_k[%$O'kGl+%)#%g;%e%%%#%@rq7%,kx;%M5%pkQ)%%/%%%%%r7%3#%A'%&#%2)%,u7%kuim%%);%'3%+5%l{X5'kj"
+    ",I'0I'kJS'kfl?%%l#%%%%&#%&%%&)%%9%%&%$-%%k^%%)%&1%%/%%Y%%)%%+%%#%'/%%sS%&S%%S%%`%%S%%`%%S%%`"
+    "%%S%%`%%S%%1%&k?'knN`%*-%mWkW%l*k5%./%&5'(#%nM^%6k3%(5'pVY%(5'm(^%&#%$5'pf/%%)%%%%%?%%oM%&3'"
+    "Tkd%+#%(5'u9kQ'%''%)'k*k5'%?'lZ)%%W%%%%%#%&&%$3%%)%%&%*#%(*%$%%%%%%#%&.%$&%&)%%/%%)%%)%%&%$3"
+    "%%C%)'%%+%%C%r8;'k|^5'xVlzlI%DowQ%*p9%&q{M%2tmE%3{W%kx4yC%kjHpy)%)oxW%";
 static const char sc__grapheme_table[] =
-    "$a#CaGa'C-#b+'#C$#b+iYcM+dG/+d;a?+%&+$&+$&+]-iG.7+%#CRK+4#+aM/+$#iG%-+&%+%)+E#iG%#+BW+aC7+_3"
-    "+-#+<)+%3+%'+%++O'+X%iG)3+NQ+$#iG$a%+$#35a/d3$#+$#3$#+%'3$1+$)3$#hK$%3%/+$1d3&%+81d3%#+$%35I"
-    "d3%/d3%#d3')d3&&+$%3$)+&%3&%3$#hK-#+(%d3%#d3&%+0%d30#+&%+$#3]#+%'3$%+(%+&'+'#+B%+'#+/%+$#35I"
-    "d3%/d3%%d3%+d3&#+%'3$++%%+$&3$#3$#hK8%+9#d3$-+%#+$%35Id3%/d3%%d3%+d3&&+$#+$#3$)+&%3&%3$#hK+'"
-    "+(%d3%#d3&%+1#d34#+a##+$#3$#+$%3''3%'3$#+-#+L#+$'3$#+4Id3%Ad3&&+$%+$)3%'+%'+$#hK+%+%'d3+%+A#"
-    "+$%3]#+%#3$%+$#3$#+$%3%'+%)++%+/%+3#30%+$%35a1d3$%+%#+$%3$)+%'3%'3$#hK$#iG,#+.%+A#+$%3a.#+(#"
-    "+$%3$'+%#+%/3$#+6%3a%#+%#3$/+01+aJ#+%#3$3+//+a1%+?(+(%3U=+$#3$++%%+)7+%a-+-#+aN)+$#3$-+%%+$%"
-    "3$%+;%3$%+('+4)+1#+%#3$%+*#+3#+kO'+oR)+@'+A%+B%+a(%+$#3$/+$13$#+$%3$7+-#+Q'+$#C$#+a^%+F#+a_'"
-    "+$)3$%+$'3(%3$#+$-3$'+cK%+$%3$#+^#3$#+$#3$/+%&+&1+$-3$5+&#+Ta#+U)+$#3S5+$)3$'+J3+0%+$#3B#3$)"
-    "+$%3$-+]#+$#3$%+$'3$#+$#3$++T13$1+$%3$%+bD'+%;+$#3$/+(#+*#+&#3$%+c6b)+hO#C$#+$#3$%C</C1#b+0#"
-    "b+:ACaHa'+U#b+:#b+aB-b+3%b+f+%b+0#b+aG#b+a.#b+=7b+('b+c7#b+cW%b+.#b+-#b+_)b+%-b+%9b+%cQb+.cY"
-    "b+&7b+%&b+*#b+'#b+*#b+.%b+3#b+&#b+(&b+('b+%#b+/+b+Q'b+-#b+2#b+2#b+f0%b+gO'b+7%b+W#b+(#b+fU'+"
-    "b9#+aHa%+i2-+$#b+0#b+aC%+h@&b+o}1)+%5+D%+a8%+dD#+'#+(#+;%3$%+$#3(#+a;%3VA3$%+>E+1#+J1+=7+$#3"
-    "$#+P'+$#3S#+$%3$)+$%3$%+$%3$#+H#+a+-+$%3$%+$%3$%+0#+,#+$#3R#+W&+$%+&%+)%+%#+M#3$%+$%3)#3$#+c"
-    "]%3$#+$%3$#+$%3%#3$#+j{X#+l5A+4A+c?#CbJ%+a89ChE#+cR#+bA++{V'+%%+))+L'+(#+bQ%+iE)+a)++e5%+a7)"
-    "+a.7+U)+b&#3$#+$#3Y?+M#+&%+.'+$#3Q'3$)+$%3$%+&#iG(#+.#iGV'+H++$#3$1+4%3P#+0%+$#3T'3$3+$#3$#+"
-    "%%iG))+%#3$#+aD'3$'+$%3$)+*#+&#+bI#+$'3$1+9%+$%3[%+%#+$#3$#+$)3&%3&%3$#+-#+.%3&/+'++a+#+$%3$"
-    "-+%#+&&+$%+$&3$#3$'+$#iG$#+2%+a:'3$1+$%3$'+$#3$#+;#+a9#+$%3$-+$#3$#+$%3$#+$#3$%+$#3$%+c[#+$%"
-    "3$)+&)3$%+$#3$%+?%+a:'3$1+$%3$#+$#3$%+aR#+$#3$#+$%3$1+aM#+$#3$#+&)+$#3$++d4'3$3+$#3$%+d)#+$+"
-    "3%%3&)+$#iG$#3$#iG$#3$#+b9'3$)+&%+$)3$#+'#3@5+L-+$#3$#iG$)+,#+--+$%3$'+L-iG$;+$#3$%+fQ#3$/+%"
-    "-+$#3$#+a:M+%#3$/+$#3$%+$#3$%+b&-+'&+$&+$-+$#iG$#+a*+3%%+%%3$#+$#3$#+eS%+$%3-%+$#iG$#3T%3$++"
-    "'%3$'+;#+b{-#+*?+fe(9+$'3$'+ajH++a#/+q@#+%aS3+)+a9#+/%+jq+%+bp=aA+&O+i&++'-+,1+&/+B)+b@'+ab#"
-    "aS+(aI+,#+2#+:++%?+vL/+%C+&/+%%+%++aL#+bL/+f3#+a%)+h@)+d2%+l4/+aU/+|IhAb+1'b+C#b+a$-b+0%b+2#"
-    "b+&5b+6aWb+?""?b+.#b+8#b+&3b+%)b+-n=b+$++$jEb+,hUb+Td1b+a]9b+a=a;b+0)b+]1b+.-b+L1b+BbMb+0aCb+%"
-    "5b+%nKb+d4ac%b+msyRc-+b,g^+";
+    "$`Ck=dC-#k^'#C$#k^rEm/+mf/+mYk5+%&+$&+$&+]-r3.7+%#CRK+4#+kC/+$#r3%-+&%+%)+E#r3%#+BW+k97+_3+-"
+    "#+<)+%3+%'+%++O'+X%r3)3+NQ+$#r3$b+$#35k%mQ$#+$#3$#+%'3$1+$)3$#qA$%3%/+$1mQ&%+81mQ%#+$%35ImQ%"
+    "/mQ%#mQ')mQ&&+$%3$)+&%3&%3$#qA-#+(%mQ%#mQ&%+0%mQ0#+&%+$#3]#+%'3$%+(%+&'+'#+B%+'#+/%+$#35ImQ%"
+    "/mQ%%mQ%+mQ&#+%'3$++%%+$&3$#3$#qA8%+9#mQ$-+%#+$%35ImQ%/mQ%%mQ%+mQ&&+$#+$#3$)+&%3&%3$#qA+'+(%"
+    "mQ%#mQ&%+1#mQ4#+`#+$#3$#+$%3''3%'3$#+-#+L#+$'3$#+4ImQ%AmQ&&+$%+$)3%'+%'+$#qA+%+%'mQ+%+A#+$%3"
+    "]#+%#3$%+$#3$#+$%3%'+%)++%+/%+3#30%+$%35k'mQ$%+%#+$%3$)+%'3%'3$#qA$#r3,#+.%+A#+$%3k$#+(#+$%3"
+    "$'+%#+%/3$#+6%3b#+%#3$/+01+k@#+%#3$3+//+k'%+?(+(%3U=+$#3$++%%+)7+%k#+-#+kD)+$#3$-+%%+$%3$%+;"
+    "%3$%+('+4)+1#+%#3$%+*#+3#+t''+wH)+@'+A%+B%+e%+$#3$/+$13$#+$%3$7+-#+Q'+$#C$#+kS%+F#+kT'+$)3$%"
+    "+$'3(%3$#+$-3$'+m-%+$%3$#+^#3$#+$#3$/+%&+&1+$-3$5+&#+T`+U)+$#3S5+$)3$'+J3+0%+$#3B#3$)+$%3$-+"
+    "]#+$#3$%+$'3$#+$#3$++T13$1+$%3$%+l0'+%;+$#3$/+(#+*#+&#3$%+l_k[+qE#C$#+$#3$%C</C1#k^0#k^:ACk>"
+    "d+U#k^:#k^k8-k^3%k^o5%k^0#k^k=#k^k$#k^=7k^('k^l`#k^m9%k^.#k^-#k^_)k^%-k^%9k^%m3k^.m;k^&7k^%&"
+    "k^*#k^'#k^*#k^.%k^3#k^&#k^(&k^('k^%#k^/+k^Q'k^-#k^2#k^2#k^o:%k^pO'k^7%k^W#k^(#k^o`'+l%#+k>b+"
+    "qe-+$#k^0#k^k9%+q6&k^~mO)+%5+D%+k.%+mc#+'#+(#+;%3$%+$#3(#+k1%3VA3$%+>E+1#+J1+=7+$#3$#+P'+$#3"
+    "S#+$%3$)+$%3$%+$%3$#+H#+h-+$%3$%+$%3$%+0#+,#+$#3R#+W&+$%+&%+)%+%#+M#3$%+$%3)#3$#+m>%3$#+$%3$"
+    "#+$%3%#3$#+wzN#+tIA+4A+lh#Cl6%+k.9Cq;#+m4#+l-++kla'+%%+))+L'+(#+l=%+r1)+f++nI%+k-)+k$7+U)+kX"
+    "#3$#+$#3Y?+M#+&%+.'+$#3Q'3$)+$%3$%+&#r3(#+.#r3V'+H++$#3$1+4%3P#+0%+$#3T'3$3+$#3$#+%%r3))+%#3"
+    "$#+k:'3$'+$%3$)+*#+&#+l5#+$'3$1+9%+$%3[%+%#+$#3$#+$)3&%3&%3$#+-#+.%3&/+'++h#+$%3$-+%#+&&+$%+"
+    "$&3$#3$'+$#r3$#+2%+k0'3$1+$%3$'+$#3$#+;#+k/#+$%3$-+$#3$#+$%3$#+$#3$%+$#3$%+m=#+$%3$)+&)3$%+$"
+    "#3$%+?%+k0'3$1+$%3$#+$#3$%+kH#+$#3$#+$%3$1+kC#+$#3$#+&)+$#3$++mR'3$3+$#3$%+mG#+$+3%%3&)+$#r3"
+    "$#3$#r3$#3$#+l%'3$)+&%+$)3$#+'#3@5+L-+$#3$#r3$)+,#+--+$%3$'+L-r3$;+$#3$%+o[#3$/+%-+$#3$#+k0M"
+    "+%#3$/+$#3$%+$#3$%+kX-+'&+$&+$-+$#r3$#+g+3%%+%%3$#+$#3$#+nh%+$%3-%+$#r3$#3T%3$++'%3$'+;#+mwA"
+    "#+*?+qzZ9+$'3$'+kxR++`/+xi#+%kI3+)+k/#+/%+wq?%+mn3k7+&O+qX++'-+,1+&/+B)+l,'+kq7kI+(k?+,#+2#+"
+    ":++%?+}B/+%C+&/+%%+%++kB#+l8/+o=#+b)+q6)+mP%+tH/+kK/+kmIq7k^1'k^C#k^a-k^0%k^2#k^&5k^6kMk^?""?k"
+    "^.#k^8#k^&3k^%)k^-v=k^$++$s'k^,qKk^TmOk^kR9k^k3k1k^0)k^]1k^.-k^L1k^Bl9k^0k9k^%5k^%vKk^mRkr/k"
+    "^kntj4lU+k_p^+";
 static const char sc__lower_table[] =
-    "a(Ua'aMOa'%/a'ER%'(%&2%&P%%#d$$(%'#g#$&%%#fW$#%%%fU$#%&#bI$#fO$#fQ$#%%#fU$#fY%#g%$#f^$#%'#g%"
-    "$#g)%#g+$(%%#g3$#%%#g3&#%%#g3$#%%%g1$&%%#g5$#%'#%+#'$#%%#'$#%%#'$4%&4%&#'$&%%#c0$#aV$J%%#d6%"
-    "4%+#krU$#%%#e<$#krO&#%%#f@$#b5$#b9$,%dU&%'#%,#cW*#a3%'a1%#b+%%b)%Ca'%3a'G#3,:%)#a_&#%%#0$#%&"
-    "'d6$AbK$a%a'TD%-X%%#A$0%&aF%&a1aGaq-a1gy+%#gy+)#gy+l&bIajx?$-3aeG#%*a;cg2&'cg2e8b@%-#heT%aF%"
-    "-12,-2.12,12,-2/*2,12<12,12,12,%2$%b>$#4/)bV$#4/%2$%c60%2$%cN$#0/%d2$%d.$#4d^#hbD'#i`<$#h{:*"
-    "#[QAC7#%mJUW~LaEaGT#%%#kq($#dc*$#kpD&(%%#kr6$#kq4$#kr<$#kr:%#%&#%,%ks@$aJ%,&%(#%puEP%7>%b30%"
-    "'a$%.&%%#af~N$,%(#%%#ann6&&%'6%%#ano2$#anoH$#ano@$#ano,$#ano2%#anmF$#ann:$#anmL$#~[$2%%#aF$#"
-    "ano0$#aga>$&%%#anp<$2%%#anwL<#%k~[Ua't9a5a7b4a-a7bH7a5%?a5%/a5%%a5}BaKb+bIMa'apZa%a'kwTa%a'a"
-    "(SYpyOa)a+";
+    "eUdkCOd%/dER%'(%&2%&P%%#mB$(%'#p#$&%%#ob$#%%%o`$#%&#l5$#oY$#o[$#%%#o`$#od%#p%$#oh$#%'#p%$#p)"
+    "%#p+$(%%#p3$#%%#p3&#%%#p3$#%%%p1$&%%#p5$#%'#%+#'$#%%#'$#%%#'$4%&4%&#'$&%%#lX$#kL$J%%#mT%4%+#"
+    "xxA$#%%#nP$#xx;&#%%#oJ$#kh$#l%$,%n-&%'#%,#m9*#k)%'k'%#k^%%k[%Cd%3dG#3,:%)#kT&#%%#0$#%&'mT$Al"
+    "7$bdTD%-X%%#A$0%&k<%&k'k=k~7k's|I%#s|I)#s|It:l5lt|?$-3kt=#%*k1nke&'nkenLl,%-#tqJ%k<%-12,-2.1"
+    "2,12,-2/*2,12<12,12,12,%2$%l*$#4/)lB$#4/%2$%l_0%2$%m0$#0/%mP$%mL$#4n5#tnX'#urF$#uo&*#[QAC7#%"
+    "uTUWko8k;k=T#%%#xve$#omg$#xvD&(%%#xwi$#xw*$#xx($#xx&%#%&#%,%xxi$k@%,&%(#%kjlOP%7>%kf0%'a%.&%"
+    "%#lpkD$,%(#%%#lyti&&%'6%%#lyuZ$#lyv*$#lyui$#lyuT$#lyuZ%#lyt<$#lyu&$#lytB$#koG$2%%#k<$#lyuX$#"
+    "lplg$&%%#lyvZ$2%%#ly}$<#%ym[Ud{Ck+k-kgk#k-l47k+%?k+%/k+%%k+kn8kAk^l5Mdk~(bdx|TbdeSYkjp1fh";
 static const char sc__class_table[] =
-    "lSKgK$#gO$)g7$#gO$#g/$+g7$%fO$)g7$%fO$7g7$+%$)g7$1gK$#h#$#gK$'g7$'gK$%g7%'gK$)g7$#gK$#gO$%g7"
-    "$#gK$#gQ$%gS$#gQ$%gS$#gQ$;gKdG+gKd=#g7$)gK$#g7$'gK$#g;$#g7$-gK$-g7$%gK$#g7$%gK$#g;$#gG$#gK$#"
-    "7$#9$#;$#=$#?$#A$#C$#E$#G$%I$#K$#M$#O%#Q%#S$#U%#gK$#g7%#Ga01gK$#a#$#a%$#a'T#Y$#[$#^$#a#$#a%$"
-    "#a'$#a)$#a+$%gK$%g7$+gK$#g7$%gK$#g74#a-aM/gK&)gK$#g7$#gK&%gK%#g7$%gK$#g7G#a/B#gK$#g7$%gK$#g7"
-    "$%gK$'g7$#gK$%g7$#gK$#g7$'gK$#g7$#gK$#g7$#gK$#g7$#gK$#g7$%gKbL/gK$#g7$#gKF)gK%3gK%'gK%+gKO'g"
-    "7b$=gK%#g7$%gK$#g7$%gK$#g7$'gK$'g7$#Y$#[$#^$'gK$#g7$%gK$%g7$+gKa$#14#5'#gK$#g7$%gKaO#14#5aV#"
-    "14#5aV#14#5aV#14#5b+#5b+#5+#bS$#c%aM#14#5b+#5b(#5aU%c=$#51)cEaT%c[2)d'a4%g7?&g7%#g/[#d5$#d7%"
-    "#d;))d7&#d7%%gK$#5%%gKa&#g7aX#1%%5a:#g7l#'gKoT#5C#5bI#5.#gKc;#gGb;#g;$#gK$#g7cK#gK$#g7a/#581"
-    "gK&#g7T+gK$-g7$%gK$#g7a_#13#5J#gK$#g7$/gKZ%5_#1/%5a+#1bD'gK%#%$+g7$%gK$)g7$#gK%/%(#g7*#gK'%g"
-    "Kc6%gK$#g7$/gK$#g7$%gK$#gS$#g+$#g7$#fO$a/gK)#gK$#gQ$#g7$#gK$#g7l$%gK$%%$)gK$'%$%gK(#gK'%%$#g"
-    "K$#g7$#gK$%%$)g7$#gKat.'gKb9#5aHa%gKi2#g3$#gG$#gO$#g;$%g?aQ%3pfP#gK(5gKD%gKa8%gKdH#5c-#5?EgK"
-    "^'g7I#5aG#10#5d#&gK$#gK$#g7&%gK)%gK%#gKX#5d*#5j{X#WlU/gK$/g7$%gKp1#g7cR#g7bA+gK|&#g7%#gKL#gK"
-    "$#%$#g7(#5bQ#gK$#g7v[#5]#5^#5$#1a-'gKT%5a&#1a4#5-#1aR#5$#1b_#1$#5a9#14#5</gK'+gKc=#5'#1b'#5$"
-    "#1d/#5$#1b*#5a_#5$#1a[#5uK#5jyP+%a#/gKkf7#%bzJ%g/$'%'#gC$+g/,1g7&+gK$%g7B)gKb@'gKa{G/gK%CgK&"
-    "/gK%%gK%+gKaeY/g7aU-gK$#1";
+    "thKpK$#pO$)p7$#pO$#p/$+p7$%oY$)p7$%oY$7p7$+%$)p7$1pK$#p`$#pK$'p7$'pK$%p7%'pK$)p7$#pK$#pO$%p7"
+    "$#pK$#pQ$%pS$#pQ$%pS$#pQ$;pKmf+pKm[#p7$)pK$#p7$'pK$#p;$#p7$-pK$-p7$%pK$#p7$%pK$#p;$#pG$#pK$#"
+    "7$#9$#;$#=$#?$#A$#C$#E$#G$%I$#K$#M$#O%#Q%#S$#U%#pK$#p7%#Gk&1pK$#`$#b$#dT#Y$#[$#^$#`$#b$#d$#f"
+    "$#h$%pK$%p7$+pK$#p7$%pK$#p74#k#kC/pK&)pK$#p7$#pK&%pK%#p7$%pK$#p7G#k%B#pK$#p7$%pK$#p7$%pK$'p7"
+    "$#pK$%p7$#pK$#p7$'pK$#p7$#pK$#p7$#pK$#p7$#pK$#p7$%pKl8/pK$#p7$#pKF)pK%3pK%'pK%+pKO'p7kV=pK%#"
+    "p7$%pK$#p7$%pK$#p7$'pK$'p7$#Y$#[$#^$'pK$#p7$%pK$%p7$+pKa#14#5'#pK$#p7$%pKkE#14#5kL#14#5kL#14"
+    "#5kL#14#5k^#5k^#5+#l?$#lMkC#14#5k^#5kZ#5kK%lf$#51)m'kJ%m=2)mEk*%p7?&p7%#p/[#mS$#mU%#mY))mU&#"
+    "mU%%pK$#5%%pKc#p7kN#1%%5k0#p7t7'pKwJ#5C#5l5#5.#pKld#pGl'#p;$#pK$#p7m-#pK$#p7k%#581pK&#p7T+pK"
+    "$-p7$%pK$#p7kT#13#5J#pK$#p7$/pKZ%5_#1/%5h#1l0'pK%#%$+p7$%pK$)p7$#pK%/%(#p7*#pK'%pKl_%pK$#p7$"
+    "/pK$#p7$%pK$#pS$#p+$#p7$#oY$k%pK)#pK$#pQ$#p7$#pK$#p7t8%pK$%%$)pK$'%$%pK(#pK'%%$#pK$#p7$#pK$%"
+    "%$)p7$#pKlka'pKl%#5k>bpKqe#p3$#pG$#pO$#p;$%p?kG%3~te#pK(5pKD%pKk.%pKmg#5lU#5?EpK^'p7I#5k=#10"
+    "#5mA&pK$#pK$#p7&%pK)%pK%#pKX#5mH#5wzN#Wu#/pK$/p7$%pKwd#p7m4#p7l-+pKkm&#p7%#pKL#pK$#%$#p7(#5l"
+    "=#pK$#p7}Q#5]#5^#5$#1k#'pKT%5c#1k*#5-#1kH#5$#1lJ#1$#5k/#14#5</pK'+pKlf#5'#1kY#5$#1mM#5$#1k]#"
+    "5kT#5$#1kQ#5|K#5wxZ+%`/pKxmU#%mvi%p/$'%'#pC$+p/,1p7&+pK$%p7B)pKl,'pKlr3/pK%CpK&/pK%%pK%+pKkt"
+    "O/p7kK-pK$#1";
 static const char sc__composed_table[] =
-    "f;b-yG%#%%#%%#%%#-%#'''^%'a4%#%%#%%#/%+2%#%%#%%#/'-,%%(%#%%#%%#%%#-)/2%#%%#%%#/%+0)3$%#%%#%%"
-    "#%%#-%#'''^%'a4%#%%#%%#/%+2%#%%#%%#/'-,%%(%#%%#%%#%%#-)/2%#%%#%%#/%+0'#1%aV*%a'#%a&'%a'#%a&a"
-    "+%a'#%_a4%a'#%a&%%a'#%a&-%a'#%a&-%a'#%a$#%a'#)a$2%a'#%a&'%a'#%a&%%a'#%a&a)%a'#%a&Z%a'#%_6%a'"
-    "#%a&+%a'#%a&%%a'#%a&a'%a'#%a$a0%a'#)a$%%a'#%a&%%a'#%a&'%a'#%a&a+%a'#%a&a(+%,%a'#%a$a1%a'#'a$"
-    "a2%a'#%a&a3%a'#%a&X%a'#-_8%a'#%a&a3%a'#%a&X%a'#+a$2%a'#%a&'%a'#%a&-%a'#)]6%a'#%a&a3%a'#%a&X%"
-    "a'#%a$8%a'#%a&%%a'#%a&a1%a'#%a&X%a'#%a$Y%a'#%a&X%a'#)a$4%a'#%a&%%a'#%a&'%a'#%a&+%a'#%a&%%a'#"
-    "%a&^%a'#%_a2%a'#%_#%a'#%a&/%%0%a'#%a&/%a'#%a&-%a'#a+a<A%a'#?V#%a'#^aN@%a'#%R#%a'#%V#%a'#%V#%"
-    "a'#%c=2%a'#%a&(%a'#%a&9%a'#%a&:%a'#'aV+%a'#%jO#%%#%kP#%a'#)e43%a'#%Z#%a'#%Z[%a'#%lIa.%%#%aN3"
-    "%g5#%r:#+a,8%a'#)T$%a'#%bY%%a'#%a$#%a'#%>#%a'#%f(?%a'#%a&'%a'#%Z&%a'#%a&'%a'#%Z&%a'#%a&'%a'#"
-    "%V&%a'#%a&'%a'#%]&%a'#%a&'%a'#%]&%a'#%a&'%a'#%a*M%a'#%a$#%a'#)a>V%a'#1a4,%a'#%Za'%a'#%cQa,%a"
-    "'#%a(#%a'#%eB)%a'#%nY(%%#%oJ#%a'#k3aE(%xU#'+#%'#%'#'/#'/#%+#%a)#WaH1%;#%;0%+#%'#%'#%G#WF1%;#"
-    "%.0%/#%+#-5#%#1a?b12%#3'&0+<1-K0%&$%9/98#a'a'#Q(.%#3'&0+a-1-Z0%&$%9/SaI5%%#b?c,4%a'#?a2#%a'#"
-    "%a&'%a'#)X&%a'#)e='%%#%f@#%a'#%a$#%a'#)a$*%a'#%a&+%a'#%V#%a'#)eK#%%#%f2#%a'#%a:*%a'#%a&+%a'#"
-    "%a&)%a'#%Z(%a'#)Z#%a'#iYoW|)%#%%a)#%a(%%a-$e+dI#'J#EE#s[s[xS33#))#e%d[d7%#UlKlSlQ)#R%#Ub;bAd"
-    "3aSaOT%%#%$Ud+d3d1d#d%d111#%#%'#J%+Id1d+cA%%#%$UdOdYcU'#-%),%(Ms?sGsMb~Sb~Sca)''#''#''#''#++"
-    "#a9a9#''#)'#%%#')#w9gm<fs6%a'#%a$_%a'#%a&[%a'#%a&?%a'#%c9aF%a'#%e</%a'#%a&[%a'#%a&?%a'#%a&6%"
-    "a'#%a&/%a'#%eSa@%%#%$%%%#%fVa?%a'#%a&)%a'#%o%a:%%#%p(%%a'#%a$(%a'#%a$)%a'#%a&[%a'#%a&X%a'#%a"
-    "&a%%a'#%a&1%a'#%a$'%a'#%c;aD%a'#%e>#%a'#%a&a+%a'#%a&?%a'#%a$>%a'#%hf/a$%%#%hg4aA%a'#%a&*%a'#"
-    "%a$a>%a'#%a&/%a'#%a&[%a'#%a$Z%a'#%a&[%a'#%a&?%a'#%a&*%a'#%c=a>%a'#%a&1%a'#%bY2%%#%$%%%#%h<#%"
-    "a'#%a&/%a'#%_#%a'#%a&[%a'#%hg/a$%%#%hh4aA%a'#%a$a:%a'#%a&[%a'#%gMZ%%#%-#%%#%g~A#%%#%hh@#%a'#"
-    "%a&[%a'#%a&?%a'#%a&*%a'#%a$4%a'#%a&;%a'#%a&(%a'#%h)a>%%#%%1%%#%i0,%a'#%a&a'%a'#%a$a,%a'#%a&%"
-    "%a'#%a&1%a'#%a&$%a'#%a&[%a'#%a$Z%a'#%a&%%a'#%a$$%a'#%a$,%a'#%a&a)%a'#%a&?%a'#%F#%;a8%)'%'#'h"
-    "O(-jF[%a'#%a&V%a'#%c12%a'#%a&$%a'#%a&5%a'#%a&.%a'#%heS$%%#%hdP$%%#%$$%%#%$5%%#%$.%%#%hdM)%%#"
-    "%hk&^%a'#%a&V%a'#%a&.%a'#%c9&%a'#%a&$%a'#%a&5%a'#%a&.%a'#%hf7$%%#%hkN1%a'#%a&W%a'#%V#%a'#%a&"
-    "V%a'#%c92%a'#%a&$%a'#%a&5%a'#%a&.%a'#%hfK$%%#%h`]$%%#%$$%%#%$5%%#%$.%%#%$a'%%#%k&#%a'#%a&V%a"
-    "'#%j?2%%#%$$%%#%$5%%#%$.%%#%$a'%%#%k<a,%a'#%a&a-%a'#%a&V%a'#%a&.%a'#1{?C%#%%gp%J%%#%$%%%#%$b"
-    "-%%#%gq*aD%#%%gq9J%%#%$%%%#%$b-%%#%gp.aD%#%%gp=J%%#%$%%%#)gqBG%#%%gqQJ%%#%$%%%#)gpJG%#%%gpYJ"
-    "%%#%$%%%#%$b-%%#%gq_aD%#%%gr1J%%#%$%%%#%$b-%%#%gq*aD%#%%gq9J%%#%$%%%#%$b-%%#%gr>aD%#%%grMJ%%"
-    "#%$%%%#%$b-%%#%gq>aD%#%%gqMJ%%#%$%%%#)grRG%#%%gs%J%%#%$%%%#)gqRG%#%%gr%J%%#%$%%%#%$b-%%#'gs*"
-    "aB'gs;J'#%'#b-%gr.aD%#%%gr=J%%#%$%%%#%$b-%%#%gsBaD%#%%gsQJ%%#%$%%%#%$b-%%#%gsBb.'+#''#''#'/#"
-    "'/#'+#+go1b5%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%E#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%"
-    "#%%#%%#%%#%%#%aI#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%gsNb(%#&%gsQb-%gsP#%,#'-(%gv)"
-    ")%gw,b(%#&%#*'#b5-xT(%hnS)%gsL#%4#'5(%gv=)%gwDb4''#'#b5%gw3b4%#%%#b-%gv*a_%#&%E*+Db/%E#%aHa_"
-    "%#&%#*)gy5#%#%%#b-%gwTa_%#&%/*'6I%#%%+aC%/#%a2a_%#&%#*'*K%y8J-ho'b5%gs8#%-#',(%gw=)%gxTb4'7#"
-    "'#b5mShg-<%'#I'#a%b##%+#%&#aQaI#--#))#SS#''#YQ#)1#)'#')#Qik@#'il7#9J#%ikL#%'#%il;#%%#)=#%%#)"
-    ")#%%#1)#%%#)1#%%#))#%%#a-Y#%/#%%#%'#aIaD#%%#%K#%%#1a'#%%#%%#%%#cu)cv[lo1''#''#''#''#''#''#''"
-    "#''#''#''#''#))#''#''#11#%#%')$%#%')$%#%')$%#%')$%#%QaP$7bY#?""?#''#''#''#''#''#''#''#''#''#''"
-    "#''#))#''#''#11#%#%')$%#%')$%#%')$%#%')$%#%QaP$)b=#%%#%%#%%#+9#a~q+a~q+a~uE''#A7#d9dKcI%%#r#"
-    "qQqU%#Ul1l7kU%#6'#=h;hAh'%%#";
+    "oEk`kjf%#%%#%%#%%#-%#'''^%'k*%#%%#%%#/%+2%#%%#%%#/'-,%%(%#%%#%%#%%#-)/2%#%%#%%#/%+0)3$%#%%#%"
+    "%#%%#-%#'''^%'k*%#%%#%%#/%+2%#%%#%%#/'-,%%(%#%%#%%#%%#-)/2%#%%#%%#/%+0'#1%kL*%d#%c'%d#%ch%d#"
+    "%_k*%d#%c%%d#%c-%d#%c-%d#%a#%d#)a2%d#%c'%d#%c%%d#%cf%d#%cZ%d#%_6%d#%c+%d#%c%%d#%cd%d#%ak&%d#"
+    ")a%%d#%c%%d#%c'%d#%ch%d#%ce+%,%d#%ak'%d#'ak(%d#%ck)%d#%cX%d#-_8%d#%ck)%d#%cX%d#+a2%d#%c'%d#%"
+    "c-%d#)]6%d#%ck)%d#%cX%d#%a8%d#%c%%d#%ck'%d#%cX%d#%aY%d#%cX%d#)a4%d#%c%%d#%c'%d#%c+%d#%c%%d#%"
+    "c^%d#%_k(%d#%_#%d#%c/%%0%d#%c/%d#%c-%d#hk2A%d#?V#%d#^kD@%d#%R#%d#%V#%d#%V#%d#%lf2%d#%c(%d#%c"
+    "9%d#%c:%d#'kL+%d#%s1#%%#%t(#%d#)nH3%d#%Z#%d#%Z[%d#%t^k$%%#%kD3%p5#%yX#+i8%d#)T$%d#%lE%%d#%a#"
+    "%d#%>#%d#%o2?%d#%c'%d#%Z&%d#%c'%d#%Z&%d#%c'%d#%V&%d#%c'%d#%]&%d#%c'%d#%]&%d#%c'%d#%gM%d#%a#%"
+    "d#)k4V%d#1k*,%d#%Zd%d#%m3i%d#%e#%d#%nV)%d#%vY(%%#%w@#%d#sQk;(%kj7#'+#%'#%'#'/#'/#%+#%f#Wk>1%"
+    ";#%;0%+#%'#%'#%G#WF1%;#%.0%/#%+#-5#%#1k5kd2%#3'&0+<1-K0%&$%9/98#dd#Q(.%#3'&0+k#1-Z0%&$%9/Sk?"
+    "5%%#l+lT4%d#?k(#%d#%c'%d#)X&%d#)nQ'%%#%oJ#%d#%a#%d#)a*%d#%c+%d#%V#%d#)n`#%%#%o<#%d#%k0*%d#%c"
+    "+%d#%c)%d#%Z(%d#)Z#%d#rEwMkm)%#%%f#%e%%k#$n?mh#'J#EE#{){)kj533#))#n9n3mU%#Ut`thtf)#R%#Ul'l-m"
+    "QkIkET%%#%$UmImQmOmAmCmO11#%#%'#J%+ImOmIm#%%#%$Un'n1m7'#-%),%(MzSz[zbmzImzIm{Q''#''#''#''#++"
+    "#k/k/#''#)'#%%#')#~%srFrqi%d#%a_%d#%c[%d#%c?%d#%lbk<%d#%nP/%d#%c[%d#%c?%d#%c6%d#%c/%d#%nhk6%"
+    "%#%$%%%#%oak5%d#%c)%d#%vbk0%%#%wZ%%d#%a(%d#%a)%d#%c[%d#%cX%d#%cb%d#%c1%d#%a'%d#%ldk:%d#%nR#%"
+    "d#%ch%d#%c?%d#%a>%d#%tqba%%#%tr]k7%d#%c*%d#%ak4%d#%c/%d#%c[%d#%aZ%d#%c[%d#%c?%d#%c*%d#%lfk4%"
+    "d#%c1%d#%lE2%%#%$%%%#%q2#%d#%c/%d#%_#%d#%c[%d#%trWa%%#%tsRk7%d#%ak0%d#%c[%d#%pMZ%%#%-#%%#%tl"
+    "-#%%#%ts_#%d#%c[%d#%c?%d#%c*%d#%a4%d#%c;%d#%c(%d#%pfk4%%#%%1%%#%qc,%d#%cd%d#%ai%d#%c%%d#%c1%"
+    "d#%c$%d#%c[%d#%aZ%d#%c%%d#%a$%d#%a,%d#%cf%d#%c?%d#%F#%;k.%)'%'#'qE(-s([%d#%cV%d#%lY2%d#%c$%d"
+    "#%c5%d#%c.%d#%tqI$%%#%tpP$%%#%$$%%#%$5%%#%$.%%#%tpM)%%#%tv&^%d#%cV%d#%c.%d#%lb&%d#%c$%d#%c5%"
+    "d#%c.%d#%tr#$%%#%tvN1%d#%cW%d#%V#%d#%cV%d#%lb2%d#%c$%d#%c5%d#%c.%d#%tr7$%%#%tm>$%%#%$$%%#%$5"
+    "%%#%$.%%#%$d%%#%sD#%d#%cV%d#%rh2%%#%$$%%#%$5%%#%$.%%#%$d%%#%sZi%d#%ck#%d#%cV%d#%c.%d#1klIC%#"
+    "%%stWJ%%#%$%%%#%$k`%%#%suRk:%#%%subJ%%#%$%%%#%$k`%%#%stak:%#%%su)J%%#%$%%%#)sv$G%#%%sv3J%%#%"
+    "$%%%#)su6G%#%%suEJ%%#%$%%%#%$k`%%#%sv@k:%#%%svOJ%%#%$%%%#%$k`%%#%suRk:%#%%subJ%%#%$%%%#%$k`%"
+    "%#%sv]k:%#%%sw%J%%#%$%%%#%$k`%%#%sugk:%#%%sv/J%%#%$%%%#)sw*G%#%%sw9J%%#%$%%%#)sv4G%#%%svCJ%%"
+    "#%$%%%#%$k`%%#'sw>k8'swOJ'#%'#k`%svLk:%#%%sv[J%%#%$%%%#%$k`%%#%swVk:%#%%swfJ%%#%$%%%#%$k`%%#"
+    "%swVka'+#''#''#'/#'/#'+#+st'kh%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%E#%%#%%#%%#%%#%%"
+    "#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%k?#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%swckZ%#&%sw"
+    "fk`%swe#%,#'-(%syf)%sz_kZ%#&%#*'#kh-kj6(%ty5)%swa#%4#'5(%sz3)%s{0kg''#'#kh%szfkg%#%%#k`%sygk"
+    "T%#&%E*+Dkb%E#%k>kT%#&%#*)s|S#%#%%#k`%s{@kT%#&%/*'6I%#%%+k9%/#%k(kT%#&%#*'*K%kjVJ-tyEkh%swL#"
+    "%-#',(%s{))%s|6kg'7#'#khu^trU<%'#I'#bkU#%+#%&#kGk?#--#))#SS#''#YQ#)1#)'#')#Qu{i#'u|U#9J#%u|."
+    "#%'#%u|Y#%%#)=#%%#))#%%#1)#%%#)1#%%#))#%%#k#Y#%/#%%#%'#k?k:#%%#%K#%%#1d#%%#%%#%%#nw[ny=yzd''"
+    "#''#''#''#''#''#''#''#''#''#''#))#''#''#11#%#%')$%#%')$%#%')$%#%')$%#%QkF$7lE#?""?#''#''#''#''"
+    "#''#''#''#''#''#''#''#))#''#''#11#%#%')$%#%')$%#%')$%#%')$%#%QkF$)l)#%%#%%#%%#+9#mx|Imx|Imyk"
+    ";''#A7#mWn#m+%%#yAy3y7%#UtEtKt-%#6'#=q1q7pd%%#";
 static const char sc__split_table[] =
-    "{WyWyIatWatIav-%%#%%#%-#%-#%%#%5#%+#d-cSd3%%#'=#bSd9d3)/#a-a*#%%#%-#)A#h?h/hC%%#ab3ad/ag177#"
-    "--#--#--#=X&7aIb0'#'%b-;'%#5b.#Ga)aU77#--#--#--#=X&gnEgo^cmDazj)jeVu/'U)947%#%%bepW$%#%%beqL"
-    "8%#%%#+%%#%%#%%#%%#%%#%%#''#%%#%%#%%#%%#''#''#%%#''#%%#''#%%#%%#%%#%%#%L(%*/%7#%5#a{|KdbnIdb"
-    "p7%%#%15%#%%#%%#%%#%bYc#<%%#%%5%%#%$%%%#";
+    "klbkk/kjhllCll5lmK%%#%%#%-#%-#%%#%5#%+#mKm5mQ%%#'=#l?mWmQ)/#k#g#%%#%-#)A#q5q%q9%%#kqGks/kuY7"
+    "7#--#--#--#=X&7k?kc'#'%k`;'%#5ka#GfkK77#--#--#--#=X&ssEstSnq:msu3v|V|/'U)947%#%%nksW$%#%%nkt"
+    "B8%#%%#+%%#%%#%%#%%#%%#%%#''#%%#%%#%%#%%#''#''#%%#''#%%#''#%%#%%#%%#%%#%L(%*/%7#%5#muuUqwjIq"
+    "wl#%%#%15%#%%#%%#%%#%lElK<%%#%%5%%#%$%%%#";
 static const char sc__replaced_table[] =
-    "{OyG%%'GaIb_7u25d+gu/y1'%'%'%'^'%'%b'b:)aM9aH'%313.3a33a*)4%zT7{'')'x8)hs+%%iQgxZ+|N%d'q#m`5"
-    "%%a{zOyl-%jhB%j}[%q*%hgL%h~8%aqI%tz)%#%sjT%oq+%pr>%aa%%bl'%esA%boO%az;%lI%jG%bbQ%jr]%z=%a`[%"
-    "yQ%doM%cs=%bjQ%twL%ak1%fo%%a}A%ep3%fr5%qy_%ecQ%f`O%~I%js<%hq%%avE%kkL%bhU%av^%apC%hf?%q~&%rM"
-    "%iU%d|O%atM%a~Q%aj5%boK%at9%bW%bbI%bq%%ae-%uM%ji:%h)%ad1%auE%de^%cd^%elP%mw8%au=%hbC%ad+%c{:"
-    "%awK%eo;%by)%qc(%~/%cwU%aa1%j5%c{C%hS%fs?%rqP%lr-%lz8%B%kc#%a`#%auY%ec#%c`@%kf0%a~=%ib?%pvD%"
-    "cwO%adE%ek%%p5%in(%jm7%kjV%dkS%dz2%hn9%b`B%fo[%kl$%ah5%hm=%ct7%aw=%ho_%i{W%it_%bs:%hx1%hrT%d"
-    "{I%jt8%w5%c/%fgW%es'%ap/%biE%a|I%qi6%k)%am5%aoM%a{=%by1%bp3%gz5%ai=%adI%aU%t~0%eq)%ai%%i{A%m"
-    "nB%zC%cO%v/%b{Y%r7%{O%amU%adC%u-%daE%by.%cbI%zY%q}8%dK%q[%gv5%frG%p3%lb<%j#%~'%bg^%dq7%bl]%j"
-    "b$%bf^%ak'%oE%t7%el+%f)%cbA%eO%d}#%aiG%bO%f[%s~(%krE%fs#%akS%ny<%eaH%sW%caC%bM%bqS%afI%bdC%a"
-    "g#%daK%ce+%ddE%ouD%mcG%rs0%ewO%d#%an3%kE%ao5%k/%z/%ahI%gp#%sp8%dr^%nl/%sjX%cq7%dsA%idO%mc8%n"
-    "M%a{1%cdG%isI%ry8%p/%bi+%btG%jA%kC%ae-%a}U%oW%bsU%bqK%G%bn)%al;%rs,%gqA%gj(%he=%wO%dx7%dr-%a"
-    "qK%s?%odF%au[%epI%a}L%bU%l7%buR%r8%gk1%pu&%nmK%mn_%aL%cnM%adI%gd^%ie4%dz-%awN%kdU%a|,%czA%co"
-    "V%kwB%cvT%ag;)v/'c{7)etJ%ie+%~[%tW%a+%1%a;%hf)%giZ%yE'aw%'ajS)amS%fE+beS%=%a?%agS%cpB%arY%sq"
-    ",%j=%c;%lK%Y%cI%sG%cA%c3%oO%c?%a`W%7%ad;%g'%a3%c7%|M%dY%eU%pK%ak/%e=%hS%sG%f5%pQ%afU%eQ%9%$%"
-    "3%/%1%aG%%%e[%b-%jI%rS%M%aW%j-%dY%p3%dK%#%o[%ai5%d?%l)%aW%mK%aQ%vW%d7%ayY%i?%b#%ojZ%dhy)%c~q"
-    "&)ni2%~9%bD%p2%o)%a^%jY%aM%vA%b:%b3%b=%u'%b^%dU%C%i#%fG%a`3%1%dS%b3%i^%c[%b6%d?%aB%dW%b/%m7%"
-    "b[%aS%hK%iC%e=%+%a^%ad5%b-%m%%mK%B%bY%h;%k/%av)%ao>%d'%d)%jY%d^%aQ%gC%'%eM%E%U%bW%6%m/%p-%i%"
-    "%f1%g?%e)%k#%fI%|-%e1%~/%o/%b5%C%iY%aY%a@%aS%(%D%bC%bM%lO%rK%j?%iU%g9%ac7%c=%cU%d=%a/%;%aG%x"
-    "1%agO%cobW%.%ceM%dnxJ%ag1%a)%du|/%b{U%ik1%dh`2%bAdpdQvkX%,%5%czu^%czl:%bG%=%b9%d#%a%%bG%R%gw"
-    "D%dde/%c{h<%1%C%I%cz|A%dcyP%g{O%a3%cz}7%cz|_%=%x2%xC%5%ecrG%ecp>%?%h`J%hbC%9%a?%-%hbN%he;%'%"
-    "Y%O%9%%%E%aK%3%5%U%7%'%#%#%c{w9%csx:%g{>%M%c{~C%c{~*%/%M%e'%c:%C%a'%a[%bS%W%b1%C%a)%#%M%G%3%"
-    "A%k7%i&%i)%fF%a-%afP%a{Y%iF%a3%U%d6%eE%$%d)%c}hK%c}f6%-%A%K%3%b+%c}qK%b/%c}o2%aE%;%bH%dO%iwJ"
-    "%?%i|G%aS%#%c}|?%c}x$%M%A%;%c~bI%c~b0%1%|-%{0%jbD%jdI%?%bO%aL%c~u9%c~o4%c~o9%c~mZ%(%E%c9%%%j"
-    "kL%jlG%a=%M%a?%jn@%djsY%djs$%jp#%)%)%K%ed{#%edy2%d`nQ%#%cuy_%irD%#%jq4%doh9%l~/%dqs*%5%jrR%j"
-    "t9%aM%7%a+%dC%jy,%_%jzS%daa3%d`~D%d5%+%'%&%aC%K%a/%>%9%aE%K%+%W%9%b/%bS%a-%d+%dam[%danD%b,%c"
-    "G%Y%c1%dapI%danD%c(%Z%kl]%ks9%M%a%%a2%kqP%kx^%^%dbgC%dbcD%i1%eT%k{B%k}[%k~@%a.%fgC%)%e{Q%c6%"
-    "ge=%pw&%iuO%+%/%b%%8%dbw'%dnzV%li9%cX%fU%aM%dbrC%dbr0%cL%h-%lo]%lqA%c1%b9%f7%dbs-%dbq>%l{$%l"
-    "}9%dca7%db~H%l}2%l~3%aA%Y%%%dcl;%hcR%hg=%dck*%dcz+%dcv8%?%c:%eU%a7%aY%aR%a7%A%=%dcs%%dcuN%h9"
-    "%b)%mq(%mt/%*%dcvS%dc}J%l=%dcu[%aG%dctF%cU%X%(%m|(%m}K%aM%.%aS%crj?%cre:%dda#%dc}(%ddi%%ddd8"
-    "%=%Y%ddw/%dduF%M%dd~[%g=%dd~N%E%nq,%nr%%nqH%#%nw%%M%M%K%b5%nx(%n{)%detS%desZ%dew#%deu6%cxzU%"
-    "cxu@%dfk)%Q%dK%dul_%;%ocK%dfnQ%$%a5%W%dfo@%%%#%a=%odX%og'%ofH%bK%dviM%df~0%b'%b+%ol(%dvxA%dg"
-    "gR%dgkK%a=%dgk.%c'%os*%ou^%7%-%dg{^%i^%#%dhaH%otN%dx`%%dhc(%)%ozR%dxeY%dha2%p`F%pa7%,%^%dhyC"
-    "%dhv0%pb.%peC%a^%b1%ph$%dyn/%a%%dym_%dyrW%diaP%die+%did0%c9%9%din1%b=%dimH%dir'%diqB%czv=%dl"
-    "lF%pw9%bM%px2%pz1%jrT%dtoC%?%njV%5%czk(%)%cw'%tuL%qc7%.%G%meV%mfC%'%7%a9%djm+%djm,%aW%b7%b?%"
-    "dF%e+%a;%cO%hJ%c^%'%C%djm3%j5%d_%d{zB%qq/%'%a-%dle?%dlbV%djy?%d|mT%+%d|r+%iI%d|{<%qzQ%;%9%'%"
-    "b+%a(%d?%a>%e%%bL%b1%Y%rb@%reC%a'%re>%rhI%)%dk~G%dkzN%1%rjT%rkQ%weX%edsY%f+%d~{6%5%rt^%bE%e1"
-    "%fQ%dls5%dlp<%O%c#%c'%dm`/%aaxX%ckc@%@%aO%ckiC%ckaZ%c7%dnjW%Y%dn`,%c)%a'%dnfM%dnf8%iA%e5%%%c"
-    "&%lM%[%dnuY%dni<%t|.%t}K%dntK%edpH%udY%ou]%oy-%doj#%g)%eetJ%3%uiG%do{7%efcZ%efhG%do~D%#%a#%d"
-    "ph-%dpa_%ukX%un3%d/%Y%b#%up.%egx?%dp~&%j'%f5%vb0%a%%vdO%dq{)%ei`>%eib5%hU%d9%dq~R%vlD%vnI%-%"
-    "1%7%1%a1%drxU";
+    "klYkjf%%'Gk?lJ7|25mIsy/kjO'%'%'%'^'%'%kYl&)kC9k>'%313.3k)3g)4%kki7kl1')'~a)t|h%%r=s|<+kmN%mE"
+    "xKzsS%%mut'kulU%wj$%w|=%xR%ts.%uqL%k~S%koq[%#%kmt,%}x5%~~g%kpC%mjE%qlK%mmO%lq1%t^%s)%lwG%wrg"
+    "%kkQ%kp=%kk)%oxW%nv=%l~=%kooV%ky1%rn9%ls`%p~[%rq+%kkui%pt)%qw'%ko5%ws<%t{/%lmd%xr8%l|U%ln5%k"
+    "}W%tr+%kkyD%z%%rA%pnd%ll9%ltf%kx?%mmK%ll%%lC%lw?%mnW%kt#%|M%wjX%pf%ks1%lm'%op?%m~h%p{Z%{rB%l"
+    "lf%tnW%ks+%n}0%ln`%p~'%muQ%kjw<%knb%nz-%kpO%r^%n}9%qI%rr+%kltF%y}A%zoB%B%xj`%koK%lm;%psA%m{,"
+    "%xmN%ltQ%ut5%kjmD%nz'%ksE%pz9%wh%u~2%wn-%xqL%ou?%plZ%txb%luL%ro)%xrL%kvS%tx)%nw-%lnQ%tz6%vu%"
+    "%vo,%mpX%ul;%t|T%pmh%wt.%}h%lW%q}/%ql1%k}C%l};%ls+%kj|T%sG%kzh%k}%%lr)%muY%mn)%s}I%kwQ%ksI%k"
+    "K%kou:%qjG%kw9%vtU%{ja%kkW%m1%}%%mx'%yU%klY%k{A%ksC%|-%olO%muV%m|h%kl'%kkxa%n#%y=%sz+%rq=%wf"
+    "%yoe%rK%knY%l{h%oz-%mk4%vyB%l{+%ky'%w;%{A%p{5%o3%m|`%nd%po-%kw[%l;%of%knoP%xx1%rqU%kyS%|yZ%p"
+    "r4%{%%m|%%l9%mo?%ku5%ly%%kuK%olU%nj+%oo1%}|&%zvG%kluX%qp1%mA%k{[%sd%k|S%sM%kkC%kvh%stU%kmxa%"
+    "o{I%|nC%kmt0%ntK%o|#%uv1%zv8%vM%lqd%m~Q%vmh%kl{$%wb%l|h%mq[%s#%sb%kt#%lt-%wM%mq-%mo7%G%ml3%k"
+    "z1%kluT%sv#%soP%tq3%~;%pk-%oz`%k~U%zS%}mF%lm=%qj+%lt$%lA%tK%mr]%yV%spO%kjl0%|oU%{k6%kB%nr9%k"
+    "sI%sk5%uvR%plU%lnc%xlA%lrT%n|A%ns8%x|B%ny6%kud)}%'n}-)qmJ%uvI%koG%{b%h%1%k1%tq[%soF%kjd'ln9'"
+    "kx^)k{?%oO+lz+%=%k5%kv5%nsa%ljY%kmyJ%rf%ld%t`%Y%m+%z[%m#%l[%wE%lh%kp9%7%ks;%p'%k)%l`%kmM%n1%"
+    "o#%x7%ky/%nQ%qI%z[%o?%x=%kuA%nf%9%$%3%/%1%k=%%%o)%k`%s+%z+%M%kM%rU%n1%wf%n#%#%wQ%kwI%m^%t=%k"
+    "M%uU%kG%}M%mU%lpY%r+%kU%}re%rjjf%qspc)|ke%ko%%l0%we%vf%kS%s;%kC%}7%l&%kf%l)%|'%lI%n-%C%qU%oQ"
+    "%ko[%1%n+%kf%rI%m=%ki%m^%k8%n/%kb%uA%lG%kI%qA%r/%nQ%+%kS%ks5%k`%u/%uU%B%lE%q1%sM%lmG%k|]%mE%"
+    "mG%s;%n5%kG%pC%'%nb%E%U%lC%6%u9%w`%qW%o;%p?%n=%sA%oS%km-%nE%knb%w%%kh%C%rE%kO%k6%kI%(%D%l/%l"
+    "9%td%z#%rh%rA%p9%krA%lf%m7%m[%k%%;%k=%~Y%kv1%ptz/%.%njM%rqvi%kuY%f%rzw%%mx#%u{Y%q~jP%l-rsq)k"
+    "qpX%,%5%qns^%qnkN%l3%=%l%%mA%b%l3%R%s{0%qymM%qomZ%1%C%I%qnyA%qxyP%s~Y%k)%qnz-%qny_%=%~Z%kj%%"
+    "5%sux3%suv>%?%tm,%tnW%9%k5%-%tnc%tq1%'%Y%O%9%%%E%kA%3%5%U%7%'%#%#%qozM%pzxc%s~H%M%qpkW%qpk>%"
+    "/%M%n;%lc%C%d%kQ%l?%W%kd%C%f%#%M%G%3%A%sU%qX%q[%oP%k#%ku<%lrE%r2%k)%U%mT%nY%$%mG%qqy-%qqw,%-"
+    "%A%K%3%k^%qrk`%kb%qq~Z%k;%;%l4%n'%vq@%?%vuQ%kI%#%qru+%qrq8%M%A%;%qryI%qry0%1%km-%kl:%vyc%v{S"
+    "%?%l;%kB%qstM%qso>%qsoC%qsn2%(%E%lb%%%wlV%wmG%k3%M%k5%wo,%rlqO%rlpa%wpA%)%)%K%swp#%swnF%qttG"
+    "%#%p}p@%vm&%#%wqH%rrnM%zrW%rumg%5%wr]%wt/%kC%7%h%mb%wx6%_%wyS%qunG%qum&%mS%+%'%&%k9%K%k%%>%9"
+    "%k;%K%+%W%9%kb%l?%k#%mI%quy=%quyc%k_%m)%Y%lY%qu{S%quyc%lP%Z%xs>%xxb%M%b%k(%xwF%x}S%^%qvyC%qv"
+    "v&%qd%ni%yja%ylf%ym@%k$%q|b%)%qsQ%l_%skQ%kjmc%voY%+%/%kW%8%qwqY%rqxa%yub%m:%o`%kC%qwmb%qwmN%"
+    "m.%q#%y{H%y|`%lY%l%%oA%qwnA%qwlg%zp$%zr%%qwyU%qwx4%zqe%zr[%k7%Y%%%qxn1%to]%trf%qxm*%qxyh%qxv"
+    "V%?%lc%o#%k-%kO%kH%k-%A%=%qxsb%qxv0%q/%k[%{m(%{oW%*%qxw+%qx|i%tQ%qxv=%k=%qxu2%m7%X%(%{vF%{w`"
+    "%kC%.%kI%px|?%pxx&%qyj#%qx|F%qypb%qyla%=%Y%qy}%%qy{P%M%qznQ%p=%qznD%E%|rT%|sC%|s*%#%|wW%M%M%"
+    "K%kh%|xP%|{3%q{kI%q{jZ%q{mA%q{ki%qll`%qk}6%q{}[%Q%n#%ry~i%;%}lU%q|kf%$%k+%W%q|lJ%%%#%k3%}mX%"
+    "}oO%}o4%l7%r{lW%q|y0%kY%k^%}se%r{yA%q}kH%q}n`%k3%q}nB%lO%}yg%}|?%7%-%q}|^%rI%#%q~k]%}{:%r}oM"
+    "%q~m(%)%~kH%r}tO%q~kF%~oP%~p7%,%^%rjk9%q~}D%~q$%~sb%kS%kd%~v$%sjl9%b%sjl,%sjp9%rjqF%rjt?%rjs"
+    "N%lb%9%rj|1%l)%rj{R%rkjE%rkj$%qnt3%rnvF%kjn/%l9%kjne%kjpO%wr_%rx{M%?%|m8%5%qnjF%)%nyE%kon$%k"
+    "jwK%.%G%zxB%zy%%'%7%k/%rlk^%rlk_%kM%l#%l+%me%n?%k1%m1%q@%m?%'%C%rlkf%r^%n6%smm$%kknC%'%k#%rn"
+    "p?%rnn.%rlv?%sm|T%+%snk?%r5%sns<%kkvQ%;%9%'%k^%e%m^%k4%n9%l8%kd%Y%kk|@%klj%%d%kk~g%kllS%)%rn"
+    "k=%rm}&%1%klnJ%klo=%krq0%sv~d%o5%sp~@%5%klw5%l1%nE%o[%rn|5%rnyZ%O%lK%lO%roqC%k~tN%poy@%@%kE%"
+    "po~M%pox(%l`%rqk/%Y%rpvi%lQ%d%rp|M%rp|8%r-%nI%%%lN%tb%[%rqtO%rp~e%kosL%kot`%rqsK%sv|*%koz1%}"
+    "|>%~j-%rrp#%p)%sxp,%3%ko~3%rr~`%sx|<%syk=%rslN%#%`%rst#%rsnT%kpk0%kpm3%mM%Y%kU%kpna%sz~I%rtq"
+    "X%rO%o?%kp}D%b%kqjO%rut[%s|u*%s|vS%qK%mW%ruwg%kqq:%kqs+%-%1%7%1%k'%rvxA";
 
 /* Of the code points first, first + stride, ..., last. */
 typedef struct sc__run { uint32_t first, last, stride; int32_t value; } sc__run;
@@ -6254,9 +6249,9 @@ static uint32_t sc__unpack(const char **s) {
     do {
         digit = (uint32_t)(**s - 35 - (**s > '\\'));
         ++*s;
-        if (digit >= 60) n = n * 31 + digit - 60;
-    } while (digit >= 60);
-    return n * 60 + digit;
+        if (digit >= 70) n = n * 21 + digit - 70;
+    } while (digit >= 70);
+    return n * 70 + digit;
 }
 
 static int32_t sc__unpack_signed(const char **s) {
@@ -6477,9 +6472,13 @@ typedef struct sc__special { sc__codes text; int32_t id; bool normalized; } sc__
 typedef struct sc__merge { int32_t left, right, rank, id; } sc__merge;
 typedef struct sc__charsmap { unsigned char *data; size_t size; } sc__charsmap;
 
-/* A step of T5's normaliser: `charsmap` where that is given, else stripping, else `spaces` for two
- * or more spaces. */
-typedef struct sc__step { sc__charsmap charsmap; bool left, right; const char *spaces; } sc__step;
+/* A step of the normaliser. CLIP's one is `fold`: NFC and lower case; of T5's each is `charsmap`,
+ * or stripping, or `spaces` for two or more spaces. */
+typedef struct sc__step {
+    bool fold, left, right;
+    sc__charsmap charsmap;
+    const char *spaces;
+} sc__step;
 
 struct sc_tokenizer {
     bool unigram;
@@ -6492,15 +6491,15 @@ struct sc_tokenizer {
     size_t count;
     sc__special *special;
     size_t special_count;
+    sc__step steps[4];          /* of the normaliser */
+    size_t step_count;
+    uint32_t space;             /* stands for a space: U+2581; BPE: itself */
     /* BPE */
     sc__merge *merges;          /* sorted by left and right */
     size_t merge_count;
     int32_t letter[2][256];     /* a byte's token inside a word, and at its end; -1: none */
     /* Unigram */
     double worst;               /* the lowest score */
-    sc__step steps[4];
-    size_t step_count;
-    uint32_t space;             /* stands for a space: U+2581 */
     enum { SC__NEVER, SC__FIRST, SC__ALWAYS } prepend; /* `space` before a stretch of text */
 };
 
@@ -6645,7 +6644,7 @@ static bool sc__bpe_word(const sc_tokenizer *t, const char *s, size_t n, sc__ids
 }
 
 /* How many of the n code points at s are a word: 's 't 're 've 'm 'll 'd, letters, one number, or
- * other signs. The first is no space. */
+ * other signs. A space is for itself. */
 static size_t sc__bpe_cut(const sc_tokenizer *t, const uint32_t *s, size_t n) {
     static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d"};
     for (size_t i = 0; *s == '\'' && i < sizeof endings / sizeof *endings; i++) {
@@ -6655,27 +6654,13 @@ static size_t sc__bpe_cut(const sc_tokenizer *t, const uint32_t *s, size_t n) {
     }
     int32_t kind = sc__run_value(&t->unicode.word, *s);
     size_t i = 1;
-    if (kind == SC__DIGIT) return 1;
+    if (kind == SC__DIGIT || sc__is_space(*s)) return 1;
     while (i < n && !sc__is_space(s[i]) && sc__run_value(&t->unicode.word, s[i]) == kind) i++;
     return i;
 }
 
-static bool sc__bpe_words(const sc_tokenizer *t, const uint32_t *s, size_t n, sc__ids *out) {
-    sc__text word = {0};
-    bool ok = true;
-    for (size_t i = 0, size; ok && i < n && out->count < out->limit; i += size) {
-        size = sc__is_space(s[i]) ? 1 : sc__bpe_cut(t, s + i, n - i);
-        if (sc__is_space(s[i])) continue;
-        word.length = 0;
-        sc__text_add_codes(&word, s + i, size);
-        ok = !word.failed && sc__bpe_word(t, word.data, word.length, out);
-    }
-    SC_FREE(word.data);
-    return ok;
-}
-
 /* NFC, then lower case: of U+0130 two code points, of all others one. */
-static void sc__bpe_normalise(const sc_tokenizer *t, const uint32_t *s, size_t n, sc__codes *out) {
+static void sc__fold(const sc_tokenizer *t, const uint32_t *s, size_t n, sc__codes *out) {
     sc__codes composed = {0};
     sc__nfc(&t->unicode, s, n, &composed);
     for (size_t i = 0; i < composed.count; i++) {
@@ -6727,24 +6712,11 @@ static bool sc__unigram_word(const sc_tokenizer *t, const char *s, size_t n, sc_
     return ok;
 }
 
-/* Words begin with `space`, which stands for spaces; a whole text gets one more at its front. */
-static bool sc__unigram_words(const sc_tokenizer *t, const uint32_t *s, size_t n, bool first,
-                              sc__ids *out) {
-    sc__codes line = {0};
-    sc__text word = {0};
-    bool prepend = t->prepend == SC__ALWAYS || (t->prepend == SC__FIRST && first);
-    if (prepend && n && *s != ' ' && *s != t->space) sc__codes_add(&line, t->space);
-    for (size_t i = 0; i < n; i++) sc__codes_add(&line, s[i] == ' ' ? t->space : s[i]);
-    bool ok = !line.failed;
-    for (size_t i = 0, end; ok && i < line.count && out->count < out->limit; i = end) {
-        for (end = i + 1; end < line.count && line.code[end] != t->space;) end++;
-        word.length = 0;
-        sc__text_add_codes(&word, line.code + i, end - i);
-        ok = !word.failed && sc__unigram_word(t, word.data, word.length, out);
-    }
-    SC_FREE(line.code);
-    SC_FREE(word.data);
-    return ok;
+/* How many of the n code points at s are a word: those before the next `space`. */
+static size_t sc__unigram_cut(const sc_tokenizer *t, const uint32_t *s, size_t n) {
+    size_t i = 1;
+    while (i < n && s[i] != t->space) i++;
+    return i;
 }
 
 /* The index-th 32-bit number of a charsmap; 0 behind its end. */
@@ -6797,10 +6769,9 @@ static void sc__charsmap_apply(const sc_tokenizer *t, const sc__charsmap *map, c
 
 static void sc__step_apply(const sc_tokenizer *t, const sc__step *step, const uint32_t *s,
                            size_t n, sc__codes *out) {
-    if (step->charsmap.data) {
-        sc__charsmap_apply(t, &step->charsmap, s, n, out);
-        return;
-    }
+    if (step->fold) sc__fold(t, s, n, out);
+    if (step->charsmap.data) sc__charsmap_apply(t, &step->charsmap, s, n, out);
+    if (step->fold || step->charsmap.data) return;
     while (step->right && n && sc__is_space(s[n - 1])) n--;
     for (; step->left && n && sc__is_space(*s); n--) s++;
     for (size_t i = 0, end; i < n; i = end) {
@@ -6814,8 +6785,7 @@ static void sc__step_apply(const sc_tokenizer *t, const sc__step *step, const ui
     }
 }
 
-static void sc__unigram_normalise(const sc_tokenizer *t, const uint32_t *s, size_t n,
-                                  sc__codes *out) {
+static void sc__normalise(const sc_tokenizer *t, const uint32_t *s, size_t n, sc__codes *out) {
     for (size_t i = 0; i < n; i++) sc__codes_add(out, s[i]);
     for (size_t i = 0; i < t->step_count && !out->failed; i++) {
         sc__codes before = *out;
@@ -6841,9 +6811,27 @@ static const sc__special *sc__special_at(const sc_tokenizer *t, const uint32_t *
     return best;
 }
 
-static void sc__normalise(const sc_tokenizer *t, const uint32_t *s, size_t n, sc__codes *out) {
-    if (t->unigram) sc__unigram_normalise(t, s, n, out);
-    else sc__bpe_normalise(t, s, n, out);
+/* Emits the words of s[n], which is normalised. Those of a Unigram model begin with `space`, which
+ * stands for spaces; a whole text gets one more at its front. Those of BPE have none. */
+static bool sc__emit_words(const sc_tokenizer *t, const uint32_t *s, size_t n, bool first,
+                           sc__ids *out) {
+    sc__codes line = {0};
+    sc__text word = {0};
+    bool prepend = t->prepend == SC__ALWAYS || (t->prepend == SC__FIRST && first);
+    if (prepend && n && *s != ' ' && *s != t->space) sc__codes_add(&line, t->space);
+    for (size_t i = 0; i < n; i++) sc__codes_add(&line, s[i] == ' ' ? t->space : s[i]);
+    bool ok = !line.failed;
+    for (size_t i = 0, size; ok && i < line.count && out->count < out->limit; i += size) {
+        size = (t->unigram ? sc__unigram_cut : sc__bpe_cut)(t, line.code + i, line.count - i);
+        if (!t->unigram && sc__is_space(line.code[i])) continue;
+        word.length = 0;
+        sc__text_add_codes(&word, line.code + i, size);
+        ok = !word.failed && (t->unigram ? sc__unigram_word : sc__bpe_word)(t, word.data,
+                                                                            word.length, out);
+    }
+    SC_FREE(line.code);
+    SC_FREE(word.data);
+    return ok;
 }
 
 static bool sc__emit_text(const sc_tokenizer *t, const uint32_t *s, size_t n, bool clean,
@@ -6852,8 +6840,7 @@ static bool sc__emit_text(const sc_tokenizer *t, const uint32_t *s, size_t n, bo
 /* Emits s[n], in which there are no special tokens (of the kind to be found at this time). */
 static bool sc__emit_piece(const sc_tokenizer *t, const uint32_t *s, size_t n, bool clean,
                            bool first, sc__ids *out) {
-    if (clean && t->unigram) return sc__unigram_words(t, s, n, first, out);
-    if (clean) return sc__bpe_words(t, s, n, out);
+    if (clean) return sc__emit_words(t, s, n, first, out);
     sc__codes normal = {0};
     sc__normalise(t, s, n, &normal);
     bool ok = !normal.failed && sc__emit_text(t, normal.code, normal.count, true, first, out);
@@ -7035,6 +7022,8 @@ static bool sc__bpe_read_special(sc_tokenizer *t, const sc_json *config, const c
 static bool sc__bpe_open(sc_tokenizer *t, const char *folder, const sc_json *config) {
     char *vocab = sc__join(folder, "vocab.json"), *path = sc__join(folder, "merges.txt");
     size_t length = 0;
+    t->space = ' ';
+    t->steps[t->step_count++].fold = true;
     char *merges = path ? sc__read_file(path, &length) : NULL;
     bool ok = vocab && merges && sc__bpe_read_words(t, vocab) &&
               sc__bpe_read_merges(t, merges, path) && sc__bpe_read_special(t, config, folder);

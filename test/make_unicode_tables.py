@@ -90,14 +90,14 @@ def read_pairs():
 # ---- Packing ----
 
 def pack(numbers):
-    """Digits of base 31, each offset by 60, then one of base 60; printed from '#' on without '\\'."""
+    """Digits of base 21, offset by 70, and a last one of base 70; printed from "#" on without '\\'."""
     text = ""
     for n in numbers:
-        digits = [n % 60]
-        n //= 60
+        digits = [n % 70]
+        n //= 70
         while n:
-            n, digit = divmod(n, 31)
-            digits.append(60 + digit)
+            n, digit = divmod(n, 21)
+            digits.append(70 + digit)
         text += "".join(chr(d + 35 + (d + 35 >= 92)) for d in reversed(digits))
     return text
 
@@ -130,9 +130,9 @@ def differences(rows):
 def show(name, numbers):
     text = pack(numbers)
     print(f"static const char {name}[] =")
-    for i in range(0, len(text), 90):                       # '??' would begin a trigraph
-        print('    "' + text[i:i + 90].replace("??", '?""?')
-              + ('"' if i + 90 < len(text) else '";'))
+    for i in range(0, len(text), 92):                       # '??' would begin a trigraph
+        print('    "' + text[i:i + 92].replace("??", '?""?')
+              + ('"' if i + 92 < len(text) else '";'))
 
 
 if __name__ == "__main__":
