@@ -651,8 +651,8 @@ static int info_model(const char *model) {
     sc_vae *vae = path ? sc_vae_open(NULL, path, false) : NULL;
     if (!vae) printf("  vae: %s\n", sc_error());
     static const char *const names[] = {"transformer", "text_encoder", "text_encoder_2", "vae"};
-    sc_net *nets[] = {flux ? flux->net : NULL, text ? text->clip : NULL, text ? text->t5 : NULL,
-                      vae ? vae->net : NULL};
+    sc_net *nets[] = {flux ? flux->net : NULL, text ? text->clip.net : NULL,
+                      text ? text->t5.net : NULL, vae ? vae->net : NULL};
     bool ok =
         (text || info_absent(model, SC__CLIP) || info_absent(model, SC__T5)) && (vae || !path);
     for (int i = 0; i < 4; i++) {

@@ -7184,42 +7184,43 @@ sc_tokenizer *sc_tokenizer_open(const char *folder) {
 
 enum { SC__MAX_TOKENS = 4096 };
 
-typedef struct sc__clip_layer {
-    sc_tensor *norm[4];         /* weight and bias of the first, of the second */
-    sc_linear_layer q, k, v, out, up, down;
-} sc__clip_layer;
+typedef struct sc__text_layer { /* y = down(f(gate x) * up x), or without up */
+    sc_tensor *norm[4];         /* weights of attention's and of the MLP's; CLIP: then the biases */
+    sc_linear_layer q, k, v, out, gate, up, down;
+} sc__text_layer;
 
-typedef struct sc__t5_layer {
-    sc_tensor *norm[2];
-    sc_linear_layer q, k, v, o, gate, up, down;
-} sc__t5_layer;
+typedef struct sc__encoder {
+    sc_tokenizer *tokenizer;
+    sc_net *net;
+    int width, heads, size, layers, vocabulary;
+    bool gated;                 /* the MLPs have their `up` */
+    float eps;
+    sc_activation activation;
+    sc_tensor *tokens, *norm[2]; /* [vocabulary, width]; the last norm's weight; CLIP: and bias */
+    sc__text_layer *layer;
+} sc__encoder;
 
 struct sc_text_encoders {
     const sc_backend *backend;
-    sc_tokenizer *clip_tokenizer, *t5_tokenizer;
-    sc_net *clip, *t5;
     sc_tape *tape;
-    int clip_width, clip_heads, clip_layers, clip_vocabulary, clip_length, clip_end;
-    float clip_eps;
-    sc_activation clip_activation, t5_activation;
-    sc_tensor *clip_tokens, *clip_positions, *clip_norm[2];
-    sc__clip_layer *clip_layer;
-    int t5_width, t5_heads, t5_size, t5_layers, t5_vocabulary, t5_buckets, t5_distance;
-    bool t5_gated;
-    float t5_eps;
-    sc_tensor *t5_tokens, *t5_bias, *t5_norm;
-    sc__t5_layer *t5_layer;
+    sc__encoder clip, t5;
+    int clip_length, clip_end;
+    sc_tensor *clip_positions;  /* [clip_length, width] */
+    int t5_buckets, t5_distance;
+    sc_tensor *t5_bias;         /* [buckets, heads] */
 };
+
+static void sc__encoder_close(sc__encoder *e) {
+    sc_tokenizer_close(e->tokenizer);
+    sc_net_close(e->net);
+    SC_FREE(e->layer);
+}
 
 void sc_text_encoders_close(sc_text_encoders *t) {
     if (!t) return;
-    sc_tokenizer_close(t->clip_tokenizer);
-    sc_tokenizer_close(t->t5_tokenizer);
-    sc_net_close(t->clip);
-    sc_net_close(t->t5);
+    sc__encoder_close(&t->clip);
+    sc__encoder_close(&t->t5);
     if (t->tape) sc_tape_free(t->tape);
-    SC_FREE(t->clip_layer);
-    SC_FREE(t->t5_layer);
     SC_FREE(t);
 }
 
@@ -7255,97 +7256,80 @@ static bool sc__open_layer(sc_net *net, const char *prefix, sc_tensor **vectors,
     return true;
 }
 
-/* x = y; gives back everything that was made since the mark. */
-static bool sc__keep(sc_tape *t, sc_tensor *x, const sc_tensor *y, sc__mark_t mark) {
-    if (!x || !y) return false;
-    int64_t n = sc_count(x);
-    t->be->copy_block(x->data, n, y->data, n, 1, n, x->dtype, false);
-    sc__release(t, mark);
-    return true;
+/* A layer norm, or without a bias T5's, which only scales. */
+static sc_tensor *sc__text_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *weight,
+                                const sc_tensor *bias, float eps) {
+    return bias ? sc_layer_norm(t, x, weight, bias, eps) : sc_rms_norm(t, x, weight, eps);
 }
 
-/* Tokens outside of the embedding table would read past its end. t NULL: of a plan. */
-static bool sc__check_vocabulary(const sc_tokenizer *t, int vocabulary, const char *folder) {
-    return !t || t->largest < vocabulary ||
-           sc__fail("%s: vocab_size is %d, but the tokenizer has the id %d", folder, vocabulary,
-                    (int)t->largest);
+/* x [1, T, C] through the layers, in place; CLIP's attention is causal, T5's has a bias [H, T, T].
+ * What a layer made is given back before the next. */
+static bool sc__encoder_layers(sc_tape *t, const sc__encoder *e, sc_tensor *x, float scale,
+                               const sc_tensor *bias) {
+    sc__mark_t mark = sc__mark(t);
+    for (int i = 0; i < e->layers; i++) {
+        const sc__text_layer *l = &e->layer[i];
+        sc_tensor *n = sc__text_norm(t, x, l->norm[0], l->norm[2], e->eps);
+        sc_tensor *o = sc_attention(t, sc_linear(t, n, &l->q), sc_linear(t, n, &l->k),
+                                    sc_linear(t, n, &l->v), e->heads, scale, bias, !bias);
+        sc_tensor *y = sc_add(t, x, sc_linear(t, o, &l->out));
+        n = sc__text_norm(t, y, l->norm[1], l->norm[3], e->eps);
+        sc_tensor *h = sc_activate(t, e->activation, sc_linear(t, n, &l->gate));
+        if (e->gated) h = sc_multiply(t, h, sc_linear(t, n, &l->up));
+        y = sc_add(t, y, sc_linear(t, h, &l->down));
+        if (!x || !y) return false;
+        int64_t size = sc_count(x);
+        t->be->copy_block(x->data, size, y->data, size, 1, size, x->dtype, false);
+        sc__release(t, mark);
+    }
+    return true;
 }
 
 /* ---- CLIP ---- */
 
-static bool sc__clip_layer_open(sc_text_encoders *t, sc__clip_layer *l, int index,
-                                int64_t hidden) {
-    static const char *const norms[] = {"layer_norm1.weight", "layer_norm1.bias",
-                                        "layer_norm2.weight", "layer_norm2.bias"};
+static bool sc__clip_positions(sc_text_encoders *t) {
+    const char *name = "text_model.embeddings.position_embedding.weight";
+    const int64_t shape[] = {t->clip_length, t->clip.width};
+    return (t->clip_positions = sc_net_weight(t->clip.net, name, 2, shape)) != NULL;
+}
+
+static bool sc__clip_layer(sc_text_encoders *t, int index, int64_t hidden) {
+    sc__text_layer *l = &t->clip.layer[index];
+    static const char *const norms[] = {"layer_norm1.weight", "layer_norm2.weight",
+                                        "layer_norm1.bias", "layer_norm2.bias"};
     char prefix[64];
-    int64_t c = t->clip_width;
+    int64_t c = t->clip.width;
     const sc__named_linear linears[] = {
         {&l->q, "self_attn.q_proj", c, c}, {&l->k, "self_attn.k_proj", c, c},
         {&l->v, "self_attn.v_proj", c, c}, {&l->out, "self_attn.out_proj", c, c},
-        {&l->up, "mlp.fc1", hidden, c}, {&l->down, "mlp.fc2", c, hidden}};
+        {&l->gate, "mlp.fc1", hidden, c}, {&l->down, "mlp.fc2", c, hidden}};
     snprintf(prefix, sizeof prefix, "text_model.encoder.layers.%d.", index);
-    return sc__open_layer(t->clip, prefix, l->norm, norms, 4, c, linears, 6, true);
+    return sc__open_layer(t->clip.net, prefix, l->norm, norms, 4, c, linears, 6, true);
 }
 
 static bool sc__clip_read_config(sc_text_encoders *t, const sc_json *json, const char *path,
                                  int *hidden) {
     const char *activation = sc_json_string(sc_json_get(json, "hidden_act"), "quick_gelu");
-    t->clip_eps = (float)sc_json_number(sc_json_get(json, "layer_norm_eps"), 1e-5);
+    t->clip.eps = (float)sc_json_number(sc_json_get(json, "layer_norm_eps"), 1e-5);
     const sc_json *end = sc_json_get(json, "eos_token_id");
     t->clip_end = end ? sc__json_id(end) : json ? 49407 : 2;
     const char *layers = "text_model.encoder.layers.%d.mlp.fc1.weight";
-    int hidden_side = sc__side(t->clip, "text_model.encoder.layers.0.mlp.fc1.weight", 0, 2048);
-    int width = sc__side(t->clip, "text_model.embeddings.token_embedding.weight", 1, 512);
-    int words = sc__side(t->clip, "text_model.embeddings.token_embedding.weight", 0, 49408);
-    int length = sc__side(t->clip, "text_model.embeddings.position_embedding.weight", 0, 77);
-    if (!sc__config_int(json, path, "hidden_size", width, &t->clip_width) ||
-        !sc__config_int(json, path, "num_attention_heads", json ? 8 : width / 64, &t->clip_heads) ||
-        !sc__config_int(json, path, "num_hidden_layers", sc__count_layers(t->clip, layers, 12),
-                         &t->clip_layers) ||
+    int hidden_side = sc__side(t->clip.net, "text_model.encoder.layers.0.mlp.fc1.weight", 0, 2048);
+    int width = sc__side(t->clip.net, "text_model.embeddings.token_embedding.weight", 1, 512);
+    int words = sc__side(t->clip.net, "text_model.embeddings.token_embedding.weight", 0, 49408);
+    int length = sc__side(t->clip.net, "text_model.embeddings.position_embedding.weight", 0, 77);
+    if (!sc__config_int(json, path, "hidden_size", width, &t->clip.width) ||
+        !sc__config_int(json, path, "num_attention_heads", json ? 8 : width / 64, &t->clip.heads) ||
+        !sc__config_int(json, path, "num_hidden_layers", sc__count_layers(t->clip.net, layers, 12),
+                         &t->clip.layers) ||
         !sc__config_int(json, path, "max_position_embeddings", length, &t->clip_length) ||
-        !sc__config_int(json, path, "vocab_size", words, &t->clip_vocabulary) ||
+        !sc__config_int(json, path, "vocab_size", words, &t->clip.vocabulary) ||
         !sc__config_int(json, path, "intermediate_size", hidden_side, hidden) ||
-        !sc__activation_named(activation, path, &t->clip_activation)) return false;
-    if (t->clip_width % t->clip_heads)
+        !sc__activation_named(activation, path, &t->clip.activation)) return false;
+    if (t->clip.width % t->clip.heads)
         return sc__fail("%s: hidden_size must be a multiple of num_attention_heads", path);
     return (t->clip_length >= 2 && t->clip_length <= SC__MAX_TOKENS) ||
            sc__fail("%s: max_position_embeddings must be from 2 to %d", path, SC__MAX_TOKENS);
-}
-
-/* Opens the weights at `path` and its config; `json` and `name` as sc__read_config gives them. */
-static sc_net *sc__text_net(const sc_backend *backend, const char *path, sc_json **json,
-                            char **name) {
-    char *text = NULL;
-    bool ok = sc__read_config(path, json, name, &text);
-    SC_FREE(text);
-    return ok ? sc_net_open(backend, path, sc__small_file(backend, path)) : NULL;
-}
-
-static bool sc__clip_open(sc_text_encoders *t, const char *path) {
-    static const char *const norms[] = {"weight", "bias"};
-    char *name = NULL;
-    sc_json *json = NULL;
-    int hidden = 0;
-    bool ok = (t->clip = sc__text_net(t->backend, path, &json, &name)) &&
-              sc__clip_read_config(t, json, name, &hidden);
-    if (ok) {
-        const char *tokens = "text_model.embeddings.token_embedding.weight";
-        const char *positions = "text_model.embeddings.position_embedding.weight";
-        const int64_t tokens_shape[] = {t->clip_vocabulary, t->clip_width};
-        const int64_t positions_shape[] = {t->clip_length, t->clip_width};
-        size_t n = (size_t)t->clip_layers;
-        ok = (t->clip_layer = (sc__clip_layer *)sc__alloc(n, sizeof *t->clip_layer)) &&
-             (t->clip_tokens = sc_net_weight(t->clip, tokens, 2, tokens_shape)) &&
-             (t->clip_positions = sc_net_weight(t->clip, positions, 2, positions_shape)) &&
-             sc__open_layer(t->clip, "text_model.final_layer_norm.", t->clip_norm, norms, 2,
-                            t->clip_width, NULL, 0, false);
-    }
-    for (int i = 0; ok && i < t->clip_layers; i++)
-        ok = sc__clip_layer_open(t, &t->clip_layer[i], i, hidden);
-    ok = ok && sc_net_load(t->clip);
-    sc_json_free(json);
-    SC_FREE(name);
-    return ok;
 }
 
 /* Where the pooled vector is: at the first end token, which for the config's 2 is the highest id.
@@ -7364,41 +7348,38 @@ static bool sc__clip_encode(sc_text_encoders *s, const int32_t *ids, float *pool
     sc_tape *t = s->tape;
     int32_t positions[SC__MAX_TOKENS];
     int length = s->clip_length;
-    float scale = 1.f / sqrtf((float)s->clip_width / (float)s->clip_heads);
+    float scale = 1.f / sqrtf((float)s->clip.width / (float)s->clip.heads);
     for (int i = 0; i < length; i++) positions[i] = i;
     sc_tape_reset(t);
-    sc_tensor *x = sc_add(t, sc_embed_tokens(t, s->clip_tokens, ids, 1, length),
+    sc_tensor *x = sc_add(t, sc_embed_tokens(t, s->clip.tokens, ids, 1, length),
                           sc_embed_tokens(t, s->clip_positions, positions, 1, length));
-    sc__mark_t mark = sc__mark(t);
-    for (int i = 0; i < s->clip_layers; i++) {
-        const sc__clip_layer *l = &s->clip_layer[i];
-        sc_tensor *n = sc_layer_norm(t, x, l->norm[0], l->norm[1], s->clip_eps);
-        sc_tensor *o = sc_attention(t, sc_linear(t, n, &l->q), sc_linear(t, n, &l->k),
-                                    sc_linear(t, n, &l->v), s->clip_heads, scale, NULL, true);
-        sc_tensor *y = sc_add(t, x, sc_linear(t, o, &l->out));
-        n = sc_layer_norm(t, y, l->norm[2], l->norm[3], s->clip_eps);
-        n = sc_activate(t, s->clip_activation, sc_linear(t, n, &l->up));
-        if (!sc__keep(t, x, sc_add(t, y, sc_linear(t, n, &l->down)), mark)) return false;
-    }
+    if (!sc__encoder_layers(t, &s->clip, x, scale, NULL)) return false;
     x = sc_slice_tokens(t, x, sc__clip_end(s, ids), 1);
-    return sc_read(t, sc_layer_norm(t, x, s->clip_norm[0], s->clip_norm[1], s->clip_eps), pooled);
+    return sc_read(t, sc__text_norm(t, x, s->clip.norm[0], s->clip.norm[1], s->clip.eps), pooled);
 }
 
 /* ---- T5 ---- */
 
-static bool sc__t5_layer_open(sc_text_encoders *t, sc__t5_layer *l, int index, int64_t hidden) {
+static bool sc__t5_bias(sc_text_encoders *t) {
+    const char *name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
+    const int64_t shape[] = {t->t5_buckets, t->t5.heads};
+    return (t->t5_bias = sc_net_weight(t->t5.net, name, 2, shape)) != NULL;
+}
+
+static bool sc__t5_layer(sc_text_encoders *t, int index, int64_t hidden) {
+    sc__text_layer *l = &t->t5.layer[index];
     static const char *const norms[] = {"0.layer_norm.weight", "1.layer_norm.weight"};
     char prefix[64];
-    int64_t c = t->t5_width, inner = (int64_t)t->t5_heads * t->t5_size;
-    const char *gate = t->t5_gated ? "1.DenseReluDense.wi_0" : "1.DenseReluDense.wi";
+    int64_t c = t->t5.width, inner = (int64_t)t->t5.heads * t->t5.size;
+    const char *gate = t->t5.gated ? "1.DenseReluDense.wi_0" : "1.DenseReluDense.wi";
     const sc__named_linear linears[] = {
         {&l->q, "0.SelfAttention.q", inner, c}, {&l->k, "0.SelfAttention.k", inner, c},
-        {&l->v, "0.SelfAttention.v", inner, c}, {&l->o, "0.SelfAttention.o", c, inner},
+        {&l->v, "0.SelfAttention.v", inner, c}, {&l->out, "0.SelfAttention.o", c, inner},
         {&l->gate, gate, hidden, c}, {&l->down, "1.DenseReluDense.wo", c, hidden},
         {&l->up, "1.DenseReluDense.wi_1", hidden, c}};
     snprintf(prefix, sizeof prefix, "encoder.block.%d.layer.", index);
-    int count = t->t5_gated ? 7 : 6;
-    return sc__open_layer(t->t5, prefix, l->norm, norms, 2, c, linears, count, false);
+    int count = t->t5.gated ? 7 : 6;
+    return sc__open_layer(t->t5.net, prefix, l->norm, norms, 2, c, linears, count, false);
 }
 
 /* Configs have `dense_act_fn` and `is_gated_act`, or `feed_forward_proj`, which means both. */
@@ -7406,59 +7387,33 @@ static bool sc__t5_read_config(sc_text_encoders *t, const sc_json *json, const c
                                int *hidden) {
     const char *bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
     const char *layers = "encoder.block.%d.layer.0.SelfAttention.q.weight";
-    int gate = sc__side(t->t5, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0, 0);
-    int up = sc__side(t->t5, "encoder.block.0.layer.1.DenseReluDense.wi.weight", 0, 2048);
-    int inner = sc__side(t->t5, "encoder.block.0.layer.0.SelfAttention.q.weight", 0, 512);
-    int words = sc__side(t->t5, "shared.weight", 0, 32128), heads = sc__side(t->t5, bias, 1, 8);
+    int gate = sc__side(t->t5.net, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0, 0);
+    int up = sc__side(t->t5.net, "encoder.block.0.layer.1.DenseReluDense.wi.weight", 0, 2048);
+    int inner = sc__side(t->t5.net, "encoder.block.0.layer.0.SelfAttention.q.weight", 0, 512);
+    int words = sc__side(t->t5.net, "shared.weight", 0, 32128);
+    int heads = sc__side(t->t5.net, bias, 1, 8), buckets = sc__side(t->t5.net, bias, 0, 32);
     const char *both = sc_json_string(sc_json_get(json, "feed_forward_proj"),
                                       !json && gate ? "gated-gelu" : "relu");
     bool gated = strstr(both, "gated-") == both;
     const char *activation = !strcmp(both, "gated-gelu") ? "gelu_new" : gated ? both + 6 : both;
     activation = sc_json_string(sc_json_get(json, "dense_act_fn"), activation);
-    t->t5_gated = sc_json_bool(sc_json_get(json, "is_gated_act"), gated);
-    t->t5_eps = (float)sc_json_number(sc_json_get(json, "layer_norm_epsilon"), 1e-6);
-    if (!sc__config_int(json, path, "d_model", sc__side(t->t5, "shared.weight", 1, 512),
-                        &t->t5_width) ||
-        !sc__config_int(json, path, "num_heads", heads, &t->t5_heads) ||
-        !sc__config_int(json, path, "d_kv", json ? 64 : inner / heads, &t->t5_size) ||
-        !sc__config_int(json, path, "num_layers", sc__count_layers(t->t5, layers, 6),
-                        &t->t5_layers) ||
+    t->t5.gated = sc_json_bool(sc_json_get(json, "is_gated_act"), gated);
+    t->t5.eps = (float)sc_json_number(sc_json_get(json, "layer_norm_epsilon"), 1e-6);
+    if (!sc__config_int(json, path, "d_model", sc__side(t->t5.net, "shared.weight", 1, 512),
+                        &t->t5.width) ||
+        !sc__config_int(json, path, "num_heads", heads, &t->t5.heads) ||
+        !sc__config_int(json, path, "d_kv", json ? 64 : inner / heads, &t->t5.size) ||
+        !sc__config_int(json, path, "num_layers", sc__count_layers(t->t5.net, layers, 6),
+                        &t->t5.layers) ||
         !sc__config_int(json, path, "d_ff", gate ? gate : up, hidden) ||
-        !sc__config_int(json, path, "vocab_size", words, &t->t5_vocabulary) ||
-        !sc__config_int(json, path, "relative_attention_num_buckets", sc__side(t->t5, bias, 0, 32),
-                        &t->t5_buckets) ||
+        !sc__config_int(json, path, "vocab_size", words, &t->t5.vocabulary) ||
+        !sc__config_int(json, path, "relative_attention_num_buckets", buckets, &t->t5_buckets) ||
         !sc__config_int(json, path, "relative_attention_max_distance", 128, &t->t5_distance) ||
-        !sc__activation_named(activation, path, &t->t5_activation))
+        !sc__activation_named(activation, path, &t->t5.activation))
         return false;
     return (t->t5_buckets >= 4 && t->t5_distance > t->t5_buckets / 4) ||
            sc__fail("%s: relative_attention_num_buckets must be 4 or more, and less than four "
                     "times relative_attention_max_distance", path);
-}
-
-static bool sc__t5_open(sc_text_encoders *t, const char *path) {
-    static const char *const norms[] = {"weight"};
-    char *name = NULL;
-    sc_json *json = NULL;
-    int hidden = 0;
-    bool ok = (t->t5 = sc__text_net(t->backend, path, &json, &name)) &&
-              sc__t5_read_config(t, json, name, &hidden);
-    if (ok) {
-        const char *table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
-        const char *tokens = "shared.weight";
-        const int64_t tokens_shape[] = {t->t5_vocabulary, t->t5_width};
-        const int64_t table_shape[] = {t->t5_buckets, t->t5_heads};
-        t->t5_layer = (sc__t5_layer *)sc__alloc((size_t)t->t5_layers, sizeof *t->t5_layer);
-        ok = t->t5_layer && (t->t5_tokens = sc_net_weight(t->t5, tokens, 2, tokens_shape)) &&
-             (t->t5_bias = sc_net_weight(t->t5, table, 2, table_shape)) &&
-             sc__open_layer(t->t5, "encoder.final_layer_norm.", &t->t5_norm, norms, 1, t->t5_width,
-                            NULL, 0, false);
-    }
-    for (int i = 0; ok && i < t->t5_layers; i++)
-        ok = sc__t5_layer_open(t, &t->t5_layer[i], i, hidden);
-    ok = ok && sc_net_load(t->t5);
-    sc_json_free(json);
-    SC_FREE(name);
-    return ok;
 }
 
 /* Half of the buckets for keys behind the query; of each half, half for exact distances, the rest
@@ -7474,7 +7429,7 @@ static int sc__t5_bucket(int distance, int buckets, int largest) {
 /* The bias for each head and pair of tokens, [H, T, T]: a learned number for the bucket of their
  * distance. */
 static sc_tensor *sc__t5_position_bias(sc_text_encoders *s, int tokens) {
-    int64_t heads = s->t5_heads, n = s->t5_buckets * heads, size = heads * tokens * tokens;
+    int64_t heads = s->t5.heads, n = s->t5_buckets * heads, size = heads * tokens * tokens;
     size_t bytes = (size_t)n * (size_t)sc_dtype_size(s->t5_bias->dtype);
     float *bias = (float *)sc__alloc((size_t)(size + n), sizeof *bias);
     void *raw = sc__alloc(bytes, 1);
@@ -7499,25 +7454,45 @@ static sc_tensor *sc__t5_position_bias(sc_text_encoders *s, int tokens) {
 static bool sc__t5_encode(sc_text_encoders *s, const int32_t *ids, int tokens, float *context) {
     sc_tape *t = s->tape;
     sc_tape_reset(t);
-    sc_tensor *x = sc_embed_tokens(t, s->t5_tokens, ids, 1, tokens);
+    sc_tensor *x = sc_embed_tokens(t, s->t5.tokens, ids, 1, tokens);
     sc_tensor *bias = sc__t5_position_bias(s, tokens);
-    if (!bias) return false;
-    sc__mark_t mark = sc__mark(t);
-    for (int i = 0; i < s->t5_layers; i++) {
-        const sc__t5_layer *l = &s->t5_layer[i];
-        sc_tensor *n = sc_rms_norm(t, x, l->norm[0], s->t5_eps);
-        sc_tensor *o = sc_attention(t, sc_linear(t, n, &l->q), sc_linear(t, n, &l->k),
-                                    sc_linear(t, n, &l->v), s->t5_heads, 1, bias, false);
-        sc_tensor *y = sc_add(t, x, sc_linear(t, o, &l->o));
-        n = sc_rms_norm(t, y, l->norm[1], s->t5_eps);
-        sc_tensor *h = sc_activate(t, s->t5_activation, sc_linear(t, n, &l->gate));
-        if (s->t5_gated) h = sc_multiply(t, h, sc_linear(t, n, &l->up));
-        if (!sc__keep(t, x, sc_add(t, y, sc_linear(t, h, &l->down)), mark)) return false;
-    }
-    return sc_read(t, sc_rms_norm(t, x, s->t5_norm, s->t5_eps), context);
+    if (!bias || !sc__encoder_layers(t, &s->t5, x, 1, bias)) return false;
+    return sc_read(t, sc_rms_norm(t, x, s->t5.norm[0], s->t5.eps), context);
 }
 
 /* ---- Both ---- */
+
+/* Opens the weights at `path` and checks the tokenizer, which a plan has not, against them: tokens
+ * outside of the embedding table would read past its end. */
+static bool sc__encoder_open(sc_text_encoders *t, sc__encoder *e, const char *path) {
+    static const char *const norms[] = {"weight", "bias"};
+    bool clip = e == &t->clip;
+    const char *tokens = clip ? "text_model.embeddings.token_embedding.weight" : "shared.weight";
+    const char *last = clip ? "text_model.final_layer_norm." : "encoder.final_layer_norm.";
+    char *name = NULL, *text = NULL;
+    sc_json *json = NULL;
+    int hidden = 0;
+    bool ok = sc__read_config(path, &json, &name, &text) &&
+              (e->net = sc_net_open(t->backend, path, sc__small_file(t->backend, path))) &&
+              (clip ? sc__clip_read_config : sc__t5_read_config)(t, json, name, &hidden);
+    if (ok) {
+        const int64_t shape[] = {e->vocabulary, e->width};
+        ok = (e->layer = (sc__text_layer *)sc__alloc((size_t)e->layers, sizeof *e->layer)) &&
+             (e->tokens = sc_net_weight(e->net, tokens, 2, shape)) &&
+             (clip ? sc__clip_positions : sc__t5_bias)(t) &&
+             sc__open_layer(e->net, last, e->norm, norms, clip ? 2 : 1, e->width, NULL, 0, false);
+    }
+    for (int i = 0; ok && i < e->layers; i++)
+        ok = (clip ? sc__clip_layer : sc__t5_layer)(t, i, hidden);
+    ok = ok && sc_net_load(e->net);
+    if (ok && e->tokenizer && e->tokenizer->largest >= e->vocabulary)
+        ok = sc__fail("%s: vocab_size is %d, but the tokenizer has the id %d", path, e->vocabulary,
+                      (int)e->tokenizer->largest);
+    sc_json_free(json);
+    SC_FREE(name);
+    SC_FREE(text);
+    return ok;
+}
 
 /* A tokenizer's folder beside the models; what single files never carry. */
 static sc_tokenizer *sc__open_tokenizer(const char *model, const char *name) {
@@ -7539,11 +7514,9 @@ sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *m
     if (ok) t->backend = backend;
     if (ok && backend)
         ok = (t->tape = sc_tape_new(backend)) &&
-             (t->clip_tokenizer = sc__open_tokenizer(model, "tokenizer")) &&
-             (t->t5_tokenizer = sc__open_tokenizer(model, "tokenizer_2"));
-    ok = ok && sc__clip_open(t, clip) &&
-         sc__check_vocabulary(t->clip_tokenizer, t->clip_vocabulary, clip) && sc__t5_open(t, t5) &&
-         sc__check_vocabulary(t->t5_tokenizer, t->t5_vocabulary, t5);
+             (t->clip.tokenizer = sc__open_tokenizer(model, "tokenizer")) &&
+             (t->t5.tokenizer = sc__open_tokenizer(model, "tokenizer_2"));
+    ok = ok && sc__encoder_open(t, &t->clip, clip) && sc__encoder_open(t, &t->t5, t5);
     SC_FREE(clip);
     SC_FREE(t5);
     if (ok) return t;
@@ -7556,9 +7529,9 @@ bool sc_text_encode(sc_text_encoders *t, const char *prompt, int tokens, float *
     int32_t ids[SC__MAX_TOKENS];
     if (tokens < 2 || tokens > SC__MAX_TOKENS)
         return sc__fail("a prompt takes from 2 to %d text tokens, not %d", SC__MAX_TOKENS, tokens);
-    return sc_tokenize(t->clip_tokenizer, prompt, t->clip_length, ids) >= 0 &&
+    return sc_tokenize(t->clip.tokenizer, prompt, t->clip_length, ids) >= 0 &&
            sc__clip_encode(t, ids, pooled) &&
-           sc_tokenize(t->t5_tokenizer, prompt, tokens, ids) >= 0 &&
+           sc_tokenize(t->t5.tokenizer, prompt, tokens, ids) >= 0 &&
            sc__t5_encode(t, ids, tokens, context);
 }
 
@@ -7994,9 +7967,9 @@ void sc_pipeline_close(sc_pipeline *p) {
 bool sc_pipeline_text(sc_pipeline *p, const char *prompt, float *context, float *pooled) {
     if (!p->text && !(p->text = sc_text_encoders_open(p->backend, p->folder))) return false;
     const sc_flux_config *c = sc_flux_config_of(p->flux);
-    if (p->text->t5_width != c->text_channels || p->text->clip_width != c->pooled_channels)
+    if (p->text->t5.width != c->text_channels || p->text->clip.width != c->pooled_channels)
         return sc__fail("%s: T5 and CLIP give %d and %d channels, the transformer takes %d and %d",
-                        p->folder, p->text->t5_width, p->text->clip_width, c->text_channels,
+                        p->folder, p->text->t5.width, p->text->clip.width, c->text_channels,
                         c->pooled_channels);
     bool ok = sc_text_encode(p->text, prompt, p->text_tokens, context, pooled);
     if (p->backend->memory_left() < sc_net_waiting(p->flux->net) + ((size_t)8 << 30))

@@ -18,7 +18,7 @@ int main(int argc, char **argv) {
         sc__text_add(&text, &byte, 1);
         if (c) continue;
         text.length = 0;
-        int64_t widths[2] = {(int64_t)length * t->t5_width, t->clip_width};
+        int64_t widths[2] = {(int64_t)length * t->t5.width, t->clip.width};
         for (int k = 0; k < 2; k++) {
             sc_tensor *x = &tensors[count + k];
             *x = (sc_tensor){.dtype = SC_F32,

@@ -93,8 +93,8 @@ static void test_encoders(const char *folder, const char *reference) {
     CHECK(contexts->shape[0] > 3);
     for (int64_t i = 0; i < contexts->shape[0]; i++, prompt += strlen(prompt) + 1) {
         const int64_t *theirs = (const int64_t *)ids->data + i * (clip + tokens);
-        bool same = sc_tokenize(t->clip_tokenizer, prompt, clip, mine) > 0 &&
-                    sc_tokenize(t->t5_tokenizer, prompt, tokens, mine + clip) > 0;
+        bool same = sc_tokenize(t->clip.tokenizer, prompt, clip, mine) > 0 &&
+                    sc_tokenize(t->t5.tokenizer, prompt, tokens, mine + clip) > 0;
         for (int k = 0; k < clip + tokens; k++) same = same && mine[k] == theirs[k];
         CHECK(same);
         CHECK(sc_text_encode(t, prompt, tokens, context, pooled));
