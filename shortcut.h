@@ -4808,35 +4808,35 @@ void sc_params_copy(sc_params *p, sc_set to, sc_set from) {
                            false);
 }
 
-static sc_tensor *sc__params_tensor(sc_params *p, float *data, int64_t offset, bool trained,
-                                    int64_t rows, int64_t columns) {
+/* An A or B whose numbers lie at `data`, which stays with its owner. */
+static sc_tensor *sc__factor(float *data, int64_t rows, int64_t columns) {
     sc_tensor *x = (sc_tensor *)sc__alloc(1, sizeof *x);
-    if (!x) return NULL;
-    *x = (sc_tensor){.data = data + offset, .dtype = SC_F32, .ndim = 2, .shape = {rows, columns}};
-    x->needs_grad = trained;
-    x->grad = trained ? p->grad + offset : NULL;
+    if (x) *x = (sc_tensor){.data = data, .dtype = SC_F32, .ndim = 2, .shape = {rows, columns}};
     return x;
 }
 
-/* Points the adapters of every module at their parts of the arrays. */
-static bool sc__attach(sc_params *p, float scale) {
-    int64_t offset = 0;
+/* Points the adapters of every module at their parts of the arrays, and draws A's in `start`. */
+static bool sc__attach(sc_params *p, float scale, sc_rng rng, float *start) {
+    int64_t at = 0;
     for (int i = 0; i < p->flux->module_count; i++) {
         sc_linear_layer *layer = p->flux->modules[i].layer;
-        int64_t out = layer->weight->shape[0], in = layer->weight->shape[1];
+        int64_t out = layer->weight->shape[0], in = layer->weight->shape[1], n = p->rank * in;
         sc_adapter *lora = &p->adapters[i];
-        lora->rank = p->rank;
-        lora->scale = scale;
+        *lora = (sc_adapter){.rank = p->rank, .scale = scale, .next = layer->adapters};
+        layer->adapters = lora;
         for (int s = 0; s < SC_SETS; s++) {
             if (!p->set[s]) continue;
-            lora->a[s] = sc__params_tensor(p, p->set[s], offset, s == SC_STUDENT, p->rank, in);
-            lora->b[s] = sc__params_tensor(p, p->set[s], offset + p->rank * in, s == SC_STUDENT,
-                                           out, p->rank);
+            lora->a[s] = sc__factor(p->set[s] + at, p->rank, in);
+            lora->b[s] = sc__factor(p->set[s] + at + n, out, p->rank);
             if (!lora->a[s] || !lora->b[s]) return false;
         }
-        offset += p->rank * (in + out);
-        lora->next = layer->adapters;
-        layer->adapters = lora;
+        sc_tensor *a = lora->a[SC_STUDENT], *b = lora->b[SC_STUDENT];
+        a->needs_grad = b->needs_grad = true;
+        a->grad = p->grad + at;
+        b->grad = p->grad + at + n;
+        sc_normal(&rng, start + at, n);
+        for (int64_t j = at; j < at + n; j++) start[j] /= (float)p->rank;
+        at += n + p->rank * out;
     }
     return true;
 }
@@ -4844,29 +4844,17 @@ static bool sc__attach(sc_params *p, float scale) {
 sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed) {
     sc_params *p = (sc_params *)sc__alloc(1, sizeof *p);
     if (!p) return NULL;
-    p->backend = flux->net->backend;
-    p->flux = flux;
-    p->rank = rank;
+    *p = (sc_params){.backend = flux->net->backend, .flux = flux, .rank = rank};
     for (int i = 0; i < flux->module_count; i++) {
         const sc_tensor *w = flux->modules[i].layer->weight;
         p->count += rank * (w->shape[0] + w->shape[1]);
     }
     p->adapters = (sc_adapter *)sc__alloc((size_t)flux->module_count, sizeof *p->adapters);
-    float *start = (float *)sc__alloc((size_t)p->count, sizeof *start), *a = start;
-    bool ok =
-        p->adapters && start && sc__params_arrays(p, false) && sc__attach(p, alpha / (float)rank);
-    if (ok) {
-        sc_rng rng = {seed};
-        for (int i = 0; i < flux->module_count; i++) {
-            const sc_tensor *w = flux->modules[i].layer->weight;
-            int64_t n = rank * w->shape[1];
-            sc_normal(&rng, a, n);
-            for (int64_t j = 0; j < n; j++) a[j] /= (float)rank;
-            a += n + rank * w->shape[0];
-        }
-        for (int s = SC_STUDENT; s < SC_SETS; s++)
-            p->backend->upload(p->set[s], start, (size_t)p->count * 4);
-    }
+    float *start = (float *)sc__alloc((size_t)p->count, sizeof *start);
+    bool ok = p->adapters && start && sc__params_arrays(p, false) &&
+              sc__attach(p, alpha / (float)rank, (sc_rng){seed}, start);
+    for (int s = SC_STUDENT; ok && s < SC_SETS; s++)
+        p->backend->upload(p->set[s], start, (size_t)p->count * 4);
     SC_FREE(start);
     if (ok) return p;
     sc_params_free(p);
@@ -4876,25 +4864,19 @@ sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed) {
 sc_params *sc_params_full(sc_flux *flux, bool teacher) {
     sc_params *p = (sc_params *)sc__alloc(1, sizeof *p);
     if (!p) return NULL;
-    p->backend = flux->net->backend;
-    p->flux = flux;
-    p->count = sc_flux_parameters(flux);
-    if (!sc__params_arrays(p, teacher)) {
-        sc_params_free(p);
-        return NULL;
-    }
+    *p = (sc_params){
+        .backend = flux->net->backend, .flux = flux, .count = sc_flux_parameters(flux)};
     float *host = (float *)sc__alloc((size_t)p->count, sizeof *host), *end = host;
-    if (!host) {
+    if (!host || !sc__params_arrays(p, teacher)) {
+        SC_FREE(host);
         sc_params_free(p);
         return NULL;
     }
     for (int64_t i = 0; i < flux->net->count; i++) {
         sc_weight *w = flux->net->weights[i];
-        size_t bytes = (size_t)sc_count(&w->tensor) * 4;
-        p->backend->download(end, w->tensor.data, bytes);
+        p->backend->download(end, w->tensor.data, (size_t)sc_count(&w->tensor) * 4);
         p->backend->release(w->tensor.data); /* sc_params_use points it into a set */
         w->owned = false;
-        w->tensor.needs_grad = true;
         end += sc_count(&w->tensor);
     }
     for (int s = 0; s < SC_SETS; s++)
@@ -5168,24 +5150,12 @@ static void sc__lora_count(const sc_file *file, sc_lora_report *report) {
     }
 }
 
-static sc_tensor *sc__lora_factor(const sc_backend *be, const float *values, int64_t rows,
-                                  int64_t columns) {
-    sc_tensor *x = (sc_tensor *)sc__alloc(1, sizeof *x);
-    if (!x) return NULL;
-    *x = (sc_tensor){.dtype = SC_F32, .ndim = 2, .shape = {rows, columns}};
-    x->data = be->alloc((size_t)(rows * columns) * 4);
-    if (x->data) be->upload(x->data, values, (size_t)(rows * columns) * 4);
-    if (x->data) return x;
-    SC_FREE(x);
-    return NULL;
-}
-
+/* Both factors lie in one piece of memory, as in sc__factors. */
 static void sc__lora_free(const sc_backend *be, sc_adapter *lora) {
-    sc_tensor *factors[2] = {lora->a[SC_TEACHER], lora->b[SC_TEACHER]};
-    for (int i = 0; i < 2; i++) {
-        if (factors[i]) be->release(factors[i]->data);
-        SC_FREE(factors[i]);
-    }
+    sc_tensor *a = lora->a[SC_TEACHER];
+    if (a && a->data) be->release(a->data);
+    SC_FREE(a);
+    SC_FREE(lora->b[SC_TEACHER]);
     SC_FREE(lora);
 }
 
@@ -5201,15 +5171,19 @@ void sc_lora_unload(sc_flux *f) {
 
 static bool sc__lora_add(const sc_backend *be, sc_linear_layer *layer, const sc__factors *x,
                          float scale) {
+    int64_t out = layer->weight->shape[0], in = layer->weight->shape[1];
+    size_t bytes = (size_t)(x->rank * (in + out)) * sizeof *x->a;
     sc_adapter *lora = (sc_adapter *)sc__alloc(1, sizeof *lora);
     if (!lora) return false;
     *lora = (sc_adapter){.rank = (int)x->rank, .scale = scale, .loaded = true};
-    lora->a[SC_TEACHER] = sc__lora_factor(be, x->a, x->rank, layer->weight->shape[1]);
-    lora->b[SC_TEACHER] = sc__lora_factor(be, x->b, layer->weight->shape[0], x->rank);
-    if (!lora->a[SC_TEACHER] || !lora->b[SC_TEACHER]) {
+    sc_tensor *a = lora->a[SC_TEACHER] = sc__factor(NULL, x->rank, in);
+    sc_tensor *b = lora->b[SC_TEACHER] = sc__factor(NULL, out, x->rank);
+    if (!a || !b || !(a->data = be->alloc(bytes))) {
         sc__lora_free(be, lora);
         return false;
     }
+    b->data = (float *)a->data + x->rank * in;
+    be->upload(a->data, x->a, bytes);
     lora->next = layer->adapters;
     layer->adapters = lora;
     return true;
