@@ -4949,30 +4949,35 @@ bool sc_params_report(sc_params *p, double *loss, double *norm) {
  * A file that fits no layer is an error, since a model that ignores its LoRA looks healthy.
  */
 
+typedef struct sc__written { char name[512]; sc_tensor tensor; } sc__written;   /* f32, in memory */
+
+static bool sc__lora_write(const char *path, const sc__written *factors, int count,
+                           const char *const *metadata) {
+    sc_named *named = (sc_named *)sc__alloc((size_t)count, sizeof *named);
+    for (int i = 0; named && i < count; i++)
+        named[i] = (sc_named){factors[i].name, &factors[i].tensor, SC_BF16};
+    bool ok = named && sc_file_save(path, named, count, metadata);
+    SC_FREE(named);
+    return ok;
+}
+
 bool sc_lora_save(const sc_params *p, sc_set set, const char *path, const char *const *metadata) {
     int n = p->flux->module_count;
-    sc_named *named = (sc_named *)sc__alloc((size_t)n * 2, sizeof *named);
-    sc_tensor *tensors = (sc_tensor *)sc__alloc((size_t)n * 2, sizeof *tensors);
-    char(*names)[SC_MAX_NAME + 32] =
-        (char(*)[SC_MAX_NAME + 32]) sc__alloc((size_t)n * 2, sizeof *names);
+    sc__written *factors = (sc__written *)sc__alloc((size_t)n * 2, sizeof *factors);
     float *host = (float *)sc__alloc((size_t)p->count, sizeof *host), *data = host;
-    bool ok = named && tensors && names && host;
-    ok = ok && p->backend->download(host, p->set[set], (size_t)p->count * 4);
+    bool ok = factors && host && p->backend->download(host, p->set[set], (size_t)p->count * 4);
     for (int i = 0; ok && i < 2 * n; i++) {
         const sc_tensor *x = i % 2 ? p->adapters[i / 2].b[set] : p->adapters[i / 2].a[set];
-        snprintf(names[i], sizeof names[i], "transformer.%s.lora_%c.weight",
+        snprintf(factors[i].name, sizeof factors[i].name, "transformer.%s.lora_%c.weight",
                  p->flux->modules[i / 2].name, i % 2 ? 'B' : 'A');
-        tensors[i] = *x;
-        tensors[i].data = data;
+        factors[i].tensor = *x;
+        factors[i].tensor.data = data;
         if (i % 2) /* the scale alpha / rank is folded into B */
             for (int64_t j = 0; j < sc_count(x); j++) data[j] *= p->adapters[i / 2].scale;
         data += sc_count(x);
-        named[i] = (sc_named){names[i], &tensors[i], SC_BF16};
     }
-    ok = ok && sc_file_save(path, named, 2 * n, metadata);
-    SC_FREE(named);
-    SC_FREE(tensors);
-    SC_FREE(names);
+    ok = ok && sc__lora_write(path, factors, 2 * n, metadata);
+    SC_FREE(factors);
     SC_FREE(host);
     return ok;
 }
@@ -5211,10 +5216,6 @@ bool sc_lora_load(sc_flux *f, const char *path, float scale, sc_lora_report *rep
 
 /* ---- Writing kohya's names ---- */
 
-/* One layer of BFL's, as kohya's file has it: the adapters of all its parts, one below the other in
- * A, and B with each part's factors in its own rows and columns. */
-typedef struct sc__fused { sc_tensor a, b; } sc__fused;
-
 /* The alias of a module in BFL's layout. */
 static const sc__alias *sc__bfl_alias(const char *module, char other[256]) {
     for (int i = 0; i < SC__ALIASES; i++)
@@ -5222,8 +5223,11 @@ static const sc__alias *sc__bfl_alias(const char *module, char other[256]) {
     return NULL;
 }
 
-/* Modules [first, first + count) are the parts of one layer; out->a.data is NULL without LoRAs. */
-static bool sc__fuse(const sc_flux *f, int first, int count, bool swapped, sc__fused *out) {
+/* Modules [first, first + count) are the parts of one layer of BFL's. As kohya's file has it: the
+ * adapters of all parts, one below the other in A, and B with each part's factors in its own rows
+ * and columns; their data is NULL without LoRAs. */
+static bool sc__fuse(const sc_flux *f, int first, int count, bool swapped, sc_tensor *a_of,
+                     sc_tensor *b_of) {
     const sc_backend *be = f->net->backend;
     int64_t rank = 0, rows = 0, row = 0, r = 0, in = f->modules[first].layer->weight->shape[1];
     for (int i = first; i < first + count; i++) {
@@ -5231,12 +5235,12 @@ static bool sc__fuse(const sc_flux *f, int first, int count, bool swapped, sc__f
         for (const sc_adapter *l = f->modules[i].layer->adapters; l; l = l->next)
             rank += l->loaded ? l->rank : 0;
     }
-    out->a = (sc_tensor){.dtype = SC_F32, .ndim = 2, .shape = {rank, in}};
-    out->b = (sc_tensor){.dtype = SC_F32, .ndim = 2, .shape = {rows, rank}};
+    *a_of = (sc_tensor){.dtype = SC_F32, .ndim = 2, .shape = {rank, in}};
+    *b_of = (sc_tensor){.dtype = SC_F32, .ndim = 2, .shape = {rows, rank}};
     if (!rank) return true;
     float *a = (float *)sc__alloc((size_t)(rank * in), sizeof *a), *b, *part;
-    out->a.data = a;
-    out->b.data = b = (float *)sc__alloc((size_t)(rows * rank), sizeof *b);
+    a_of->data = a;
+    b_of->data = b = (float *)sc__alloc((size_t)(rows * rank), sizeof *b);
     bool ok = a && b;
     for (int i = first; i < first + count; i++) {
         int64_t height = f->modules[i].layer->weight->shape[0];
@@ -5259,35 +5263,25 @@ static bool sc__fuse(const sc_flux *f, int first, int count, bool swapped, sc__f
 
 /* No alpha: it is then the rank, so the scale is 1; diffusers refuses some layers' alphas. */
 bool sc_lora_save_kohya(const sc_flux *f, const char *path, const char *const *metadata) {
-    int n = f->module_count, layers = 0, count;
-    sc__fused *fused = (sc__fused *)sc__alloc((size_t)n, sizeof *fused);
-    sc_named *named = (sc_named *)sc__alloc((size_t)n * 2, sizeof *named);
-    char(*names)[600] = (char(*)[600])sc__alloc((size_t)n * 2, sizeof *names);
-    bool ok = fused && named && names;
+    int n = f->module_count, written = 0, count;
+    sc__written *factors = (sc__written *)sc__alloc((size_t)n * 2, sizeof *factors);
+    bool ok = factors != NULL;
     for (int i = 0; ok && i < n; i += count) {
         char other[256], next[256];
         const sc__alias *alias = sc__bfl_alias(f->modules[i].name, other);
+        sc__written *down = &factors[written], *up = down + 1;
         for (count = 1; i + count < n; count++)
             if (!sc__bfl_alias(f->modules[i + count].name, next) || strcmp(other, next)) break;
-        ok = alias && sc__fuse(f, i, count, alias->swapped, &fused[layers]);
-        if (!ok || !fused[layers].a.data) continue;
+        ok = alias && sc__fuse(f, i, count, alias->swapped, &down->tensor, &up->tensor);
+        if (!ok || !down->tensor.data) continue;
         for (char *c = other; *c; c++) *c = *c == '.' ? '_' : *c;
-        for (int k = 0; k < 2; k++) {
-            int at = 2 * layers + k;
-            snprintf(names[at], sizeof *names, "lora_unet_%s.lora_%s.weight", other,
-                     k ? "up" : "down");
-            named[at] = (sc_named){names[at], k ? &fused[layers].b : &fused[layers].a, SC_BF16};
-        }
-        layers++;
+        snprintf(down->name, sizeof down->name, "lora_unet_%s.lora_down.weight", other);
+        snprintf(up->name, sizeof up->name, "lora_unet_%s.lora_up.weight", other);
+        written += 2;
     }
-    ok = ok && sc_file_save(path, named, 2 * layers, metadata);
-    for (int i = 0; fused && i < n; i++) {
-        SC_FREE(fused[i].a.data);
-        SC_FREE(fused[i].b.data);
-    }
-    SC_FREE(fused);
-    SC_FREE(named);
-    SC_FREE(names);
+    ok = ok && sc__lora_write(path, factors, written, metadata);
+    for (int i = 0; factors && i < 2 * n; i++) SC_FREE(factors[i].tensor.data);
+    SC_FREE(factors);
     return ok;
 }
 
