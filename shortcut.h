@@ -4684,11 +4684,6 @@ static sc_tensor *sc__embed(sc_tape *t, const sc__embedder *e, sc_tensor *x) {
     return sc_linear(t, sc_activate(t, SC_SILU, sc_linear(t, x, &e->first)), &e->second);
 }
 
-static sc_tensor *sc__mlp(sc_tape *t, sc_tensor *x, const sc_linear_layer *up,
-                          const sc_linear_layer *down) {
-    return sc_linear(t, sc_linear_gelu(t, x, up), down);
-}
-
 /* in: image [B,Ti,C], text [B,Tt,C], silu of the modulation vector [B,C]; out: image, text. */
 static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context) {
     const sc__double_block *block = (const sc__double_block *)context;
@@ -4712,8 +4707,8 @@ static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, cons
     for (int i = 0; i < 2; i++) {
         sc_tensor *own = sc_slice_tokens(t, o, from[i], in[i]->shape[1]);
         sc_tensor *x = sc_gated_residual(t, in[i], sc_linear(t, own, &stream[i]->out), mod[i], 2);
-        sc_tensor *h =
-            sc__mlp(t, sc_ln_modulate(t, x, mod[i], 3, 4), &stream[i]->up, &stream[i]->down);
+        sc_tensor *h = sc_linear_gelu(t, sc_ln_modulate(t, x, mod[i], 3, 4), &stream[i]->up);
+        h = sc_linear(t, h, &stream[i]->down);
         out[i] = sc_gated_residual(t, x, h, mod[i], 5);
     }
     return out[0] && out[1];
@@ -4901,12 +4896,9 @@ void sc_params_free(sc_params *p) {
     if (!p) return;
     for (double unread[2]; p->waiting > 0; p->waiting--) p->backend->collect(unread, 2);
     for (int i = 0; p->adapters && i < p->flux->module_count; i++) {
-        sc_linear_layer *layer = p->flux->modules[i].layer;
-        for (sc_adapter **link = &layer->adapters; *link; link = &(*link)->next)
-            if (*link == &p->adapters[i]) {
-                *link = p->adapters[i].next;
-                break;
-            }
+        sc_adapter **link = &p->flux->modules[i].layer->adapters;
+        while (*link && *link != &p->adapters[i]) link = &(*link)->next;
+        if (*link) *link = p->adapters[i].next;
         for (int s = 0; s < SC_SETS; s++) {
             SC_FREE(p->adapters[i].a[s]);
             SC_FREE(p->adapters[i].b[s]);
@@ -5509,20 +5501,13 @@ int sc_vae_factor(const sc_vae *v) { return 1 << (v->config.levels - 1); }
 
 /* ---- Opening ---- */
 
-/* Levels of a file without config.json, by their widths; other fields, in sc__vae_read_config. */
-static void sc__vae_read_levels(sc_vae_config *c, const sc_net *net) {
-    char name[SC_MAX_NAME];
-    for (c->levels = 0; c->levels < SC_VAE_LEVELS; c->levels++) {
-        snprintf(name, sizeof name, "encoder.down_blocks.%d.resnets.0.conv1.weight", c->levels);
-        if (!(c->channels[c->levels] = sc__side(net, name, 0, 0))) break;
-    }
-}
-
+/* json NULL: by the shapes of net's weights. */
 static bool sc__vae_read_config(sc_vae_config *c, const sc_net *net, const sc_json *json,
                                 const char *path) {
     const char *class_name = sc_json_string(sc_json_get(json, "_class_name"), "AutoencoderKL");
     const char *activation = sc_json_string(sc_json_get(json, "act_fn"), "silu");
     const sc_json *channels = sc_json_get(json, "block_out_channels");
+    static const char first_convs[] = "encoder.down_blocks.%d.resnets.0.conv1.weight";
     int pixels_in, pixels_out, latents = sc__side(net, "decoder.conv_in.weight", 1, 4);
     int layers = sc__count_layers(net, "encoder.down_blocks.0.resnets.%d.conv1.weight", 1);
     if (strcmp(class_name, "AutoencoderKL"))
@@ -5537,16 +5522,17 @@ static bool sc__vae_read_config(sc_vae_config *c, const sc_net *net, const sc_js
         !sc__config_int(json, path, "norm_num_groups", 32, &c->groups)) return false;
     if (pixels_in != 3 || pixels_out != 3)
         return sc__fail("%s: pictures must have 3 channels", path);
-    if (json)
-        c->levels = sc_json_length(channels) > SC_VAE_LEVELS ? 0 : (int)sc_json_length(channels);
-    else sc__vae_read_levels(c, net);
-    if (c->levels < 1)
+    int64_t levels = json ? sc_json_length(channels) : sc__count_layers(net, first_convs, 0);
+    if (levels < 1 || levels > SC_VAE_LEVELS)
         return sc__fail("%s: block_out_channels must list 1 to %d levels", path, SC_VAE_LEVELS);
     if (c->layers >= SC_VAE_LAYERS || c->latent_channels > 1024)
         return sc__fail("%s: layers_per_block may be up to %d, latent_channels up to 1024", path,
                         SC_VAE_LAYERS - 1);
+    c->levels = (int)levels;
     for (int i = 0; i < c->levels; i++) {
-        double n = sc_json_number(sc_json_at(channels, i), json ? 0 : c->channels[i]);
+        char name[SC_MAX_NAME];
+        snprintf(name, sizeof name, first_convs, i);
+        double n = json ? sc_json_number(sc_json_at(channels, i), 0) : sc__side(net, name, 0, 0);
         if (!(n >= 1 && n <= 16384 && n == floor(n)) || (int)n % c->groups)
             return sc__fail("%s: block_out_channels must be multiples of norm_num_groups (%d)",
                             path, c->groups);
