@@ -10,13 +10,13 @@ endif
 CC ?= cc
 CFLAGS ?= -O3 -march=native
 BASE := -std=c99 -pedantic -Wall -Wextra -fno-math-errno -ffp-contract=fast
-BASE += $(if $(findstring clang,$(shell $(CC) --version)),-Wno-pass-failed)
+BASE += $(if $(findstring clang,$(shell $(CC) --version 2>/dev/null)),-Wno-pass-failed)
 LIBS := -lm
 
 compiles = $(shell printf '%s\n' '$(1)' 'int main(void) { return 0; }' | $(CC) $(2) -x c - -o /dev/null $(3) 2>/dev/null && echo yes)
 
 ifneq ($(call compiles,,,),yes)
-  $(error no C compiler: install the package gcc)
+  $(error no working C compiler ($(CC)): install the packages gcc and libc6-dev)
 endif
 ifneq ($(call compiles,#include <stb/stb_image.h>,,),yes)
   $(error stb is missing: install the package libstb-dev)
@@ -29,6 +29,8 @@ else
 endif
 ifeq ($(call compiles,#include <omp.h>,-fopenmp,),yes)
   BASE += -fopenmp
+else
+  $(info OpenMP is missing, using one core; for more install the package libomp-dev)
 endif
 
 # Compute capability 8.x, 9.0, and newer ones by the driver's own compiler.
