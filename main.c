@@ -7,7 +7,7 @@
 static const char usage[] =
     "usage: ./shortcut [options]            the experiment: few steps, before and after\n"
     "       ./shortcut info PATH            what is in a model folder or safetensors file\n"
-    "       ./shortcut merge --lora FILE[:SCALE] --out DIR    LoRAs into a copy of the weights\n"
+    "       ./shortcut merge --lora FILE[:SCALE] --out DIR    LoRAs into a copy of the transformer\n"
     "\n"
     "The experiment draws the same prompts from the same noise with the base at 32, 3, 4 and 8\n"
     "steps (each at its best shift) and with every --lora at 3, 4 and 8, measures all against\n"
@@ -699,7 +699,9 @@ static int merge_main(const options *o) {
     if (type != SC_F32 && type != SC_F16) type = SC_BF16;
     ok = ok && (o->kohya ? sc_lora_save_kohya(flux, o->out, metadata)
                          : sc_flux_save(flux, o->out, type, metadata));
-    if (ok) printf("wrote %s\n", o->out);
+    if (ok)
+        printf("wrote %s%s\n", o->out,
+               o->kohya ? "" : ": a transformer folder, to put in place of the model's");
     sc_flux_close(flux);
     free(path);
     return ok ? 0 : sc_die();
@@ -725,7 +727,7 @@ int main(int argc, char **argv) {
         {"--full", SC_FLAG, &o.full, NULL, "1026 pictures a row, as in the README, not 108"},
         {"--count", SC_INT, &o.count, "N", "pictures a row (0: 108, or --full's)"},
         {"--guidance", SC_FLOAT, &o.guidance, "G", "guidance scale"},
-        {"--out", SC_STRING, &o.out, "PATH", "contact sheet (merge: the folder or file to write)"},
+        {"--out", SC_STRING, &o.out, "PATH", "contact sheet [sheet.png]; merge: the folder [merged] or file"},
         {"--kohya", SC_FLAG, &o.kohya, NULL, "merge: write one LoRA file in kohya's names instead"},
         {"--batch", SC_INT, &o.batch, "N", "pictures drawn at once"},
         {"--device", SC_CHOICE, &o.device, SC_DEVICES, "what computes"},
@@ -746,7 +748,10 @@ int main(int argc, char **argv) {
     if (count == 0) return experiment_main(&o);
     if (count == 2 && !strcmp(words[0], "info")) return info_main(words[1]);
     if (merge) return merge_main(&o);
-    fprintf(stderr, "%s\n\nerror: '%s' is neither 'info PATH' nor 'merge' (see %s --help)\n", usage,
-            words[0], argv[0]);
+    if (count == 1 && !strcmp(words[0], "info"))
+        fprintf(stderr, "%s\n\nerror: info of what? A model folder or a safetensors file\n", usage);
+    else
+        fprintf(stderr, "%s\n\nerror: '%s' is neither info nor merge (see %s --help)\n", usage,
+                words[0], argv[0]);
     return 2;
 }

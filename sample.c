@@ -8,7 +8,8 @@ static const char usage[] =
     "usage: ./sample \"PROMPT\" [STEPS] [options]\n"
     "       ./sample --prompts FILE [STEPS] --out-dir DIR [options]\n"
     "\n"
-    "Draws pictures with the model in --model and, if it is there, ./lora.safetensors.\n"
+    "Draws pictures with the model in --model and, if it is there, ./lora.safetensors;\n"
+    "STEPS is 3 if not given.\n"
     "\n"
     "  ./sample \"a red apple\" 3\n"
     "  ./sample \"a red apple\" 32 --no-lora\n"
@@ -185,7 +186,7 @@ static int read_options(options *o, int argc, char **argv, const char **words) {
         {NULL, SC_FLAG, NULL, NULL, "Options:"},
         {"--model", SC_STRING, &o->model, "DIR", "FLUX pipeline folder"},
         {"--lora", SC_STRINGS, o->lora, "FILE[:SCALE]",
-         "LoRA, repeatable (default: lora.safetensors if present)"},
+         "LoRA, repeatable; its own scale for STEPS if none is given [lora.safetensors if present]"},
         {"--no-lora", SC_FLAG, &o->no_lora, NULL, "the bare model"},
         {"--guidance", SC_FLOAT, &o->guidance, "G", "guidance scale"},
         {"--shift", SC_STRING, &o->shift, "S", "time shift, or auto (default: the model's)"},

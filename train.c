@@ -267,6 +267,9 @@ static bool load_state(training *t) {
     sc_tensor tensors[6];
     int n = state_arrays(t, named, tensors);
     run_path(t, "state.safetensors", path);
+    if (access(path, F_OK) != 0)
+        return sc__fail("%s: %s: nothing to resume; leave out --resume to start", path,
+                        strerror(errno));
     sc_file *file = sc_file_open(path);
     if (!file) return false;
     const char *step = sc_file_metadata(file, "step"), *rng = sc_file_metadata(file, "rng");

@@ -12,6 +12,8 @@ sample() { ./sample x 1 --no-lora --out "$dir/out.png" "$@"; }
 
 # ---- Usage ----
 fails 2 "which folder" ./train
+fails 2 "info of what" ./shortcut info
+fails 2 "neither info nor merge" ./shortcut none
 fails 2 "from 1 to 1000" ./sample x 0
 fails 2 "from 1 to 1000" ./sample x y
 fails 2 "unexpected" ./sample x 3 y
@@ -136,7 +138,7 @@ check "no merged folder is left" test ! -e "$dir/merged"
 # ---- Writing ----
 fails 1 "cannot write" train --steps 1 --out "$dir/none/lora"
 fails 1 "cannot write" train --steps 1 --out "$dir/none/lora" --run "$dir/new"
-fails 1 "No such file" train --steps 1 --resume --run "$dir/new"
+fails 1 "No such file.*nothing to resume" train --steps 1 --resume --run "$dir/new"
 check "no empty run folder is left" test ! -e "$dir/new"
 fails 1 "cannot write" train --steps 1 --out "$dir"
 check "what was learned is in the state" quiet train --steps 1 --resume
