@@ -1615,14 +1615,15 @@ static void sc__cpu_update(const sc_trained *x, const sc_adamw *o, const float d
  * y[o,i,j] = bias[o] + sum over c, u, v of w[o,c,u,v] x[c, s i + u - pad, s j + v - pad].
  * A strip of rows of all input channels is copied once, zero padded; a stride s splits it into
  * s * s planes, one for each phase (u mod s, v mod s). Then every tap (u, v) reads its plane at a
- * fixed distance from the output pixel, whatever row that pixel is in, and a tile of 4 output
+ * fixed distance from the output pixel, whatever row that pixel is in, and a tile of 4 or 8 output
  * channels by 3 vectors of pixels stays in registers while all channels and taps are added. Where
  * the strip is wider than the picture, the tile computes a few pixels that nobody reads.
  */
 
 #if defined(__GNUC__)
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) /* 32 registers */
 #define SC__LANES 16
+#define SC__TILE_O 8
 #elif defined(__AVX__)
 #define SC__LANES 8
 #else
@@ -1633,7 +1634,9 @@ typedef float sc__vec __attribute__((vector_size(4 * SC__LANES), aligned(4), may
 #define SC__LANES 1
 typedef float sc__vec;
 #endif
+#ifndef SC__TILE_O
 #define SC__TILE_O 4
+#endif
 #define SC__TILE_V 3
 #define SC__TILE (SC__TILE_V * SC__LANES) /* pixels */
 #define SC__STRIP 98304                   /* floats of a strip, about: it stays in the L2 cache */
@@ -1646,17 +1649,18 @@ typedef struct sc__conv {
     int64_t taps, offset[25];   /* of each tap (5 x 5 at most) from the output pixel */
 } sc__conv;
 
-/* Weights [out, in, taps] as [out / 4, in, taps, 4], f32, the last channels padded by zeros. */
+/* Weights [out, in, taps] as [out / SC__TILE_O, in, taps, SC__TILE_O], f32; channels that are not
+ * there are zeros. rows: room for SC__TILE_O of w's rows for each thread. */
 static void sc__conv_pack(const sc__conv *g, float *packed, const sc_tensor *w, float *rows) {
-    int64_t n = g->in * g->taps, padded = (g->out + SC__TILE_O - 1) / SC__TILE_O * SC__TILE_O;
+    int64_t n = g->in * g->taps, size = n * sc_dtype_size(w->dtype);
     SC_PARALLEL_FOR
-    for (int64_t o = 0; o < padded; o++) {
-        float *to = packed + o / SC__TILE_O * SC__TILE_O * n + o % SC__TILE_O;
-        float *row = rows + sc__thread() * n;
-        if (o < g->out)
-            sc_to_f32(row, (const char *)w->data + o * n * sc_dtype_size(w->dtype), w->dtype, n);
-        else memset(row, 0, (size_t)n * 4);
-        for (int64_t i = 0; i < n; i++) to[i * SC__TILE_O] = row[i];
+    for (int64_t o = 0; o < g->out; o += SC__TILE_O) {
+        int64_t count = g->out - o < SC__TILE_O ? g->out - o : SC__TILE_O;
+        float *to = packed + o * n, *row = rows + sc__thread() * SC__TILE_O * n;
+        sc_to_f32(row, (const char *)w->data + o * size, w->dtype, count * n);
+        memset(row + count * n, 0, (size_t)((SC__TILE_O - count) * n) * 4);
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t k = 0; k < SC__TILE_O; k++) to[i * SC__TILE_O + k] = row[k * n + i];
     }
 }
 
@@ -1738,7 +1742,7 @@ static void sc__cpu_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w,
     }
     int64_t channels = (g.out + SC__TILE_O - 1) / SC__TILE_O * SC__TILE_O, n = g.in * g.taps;
     int64_t strip_size = g.in * stride * stride * g.plane + 2 * SC__TILE;
-    int64_t buffer = n > strip_size ? n : strip_size; /* a thread's */
+    int64_t buffer = SC__TILE_O * n > strip_size ? SC__TILE_O * n : strip_size; /* a thread's */
     float *packed = sc__scratch(channels * n + threads * buffer);
     if (!packed) return;
     float *buffers = packed + channels * n;
