@@ -7,7 +7,8 @@
 static const char usage[] =
     "usage: ./shortcut [options]            the experiment: few steps, before and after\n"
     "       ./shortcut info PATH            what is in a model folder or safetensors file\n"
-    "       ./shortcut merge --lora FILE[:SCALE] --out DIR    LoRAs into a copy of the transformer\n"
+    "       ./shortcut merge --lora FILE[:SCALE] --out DIR    LoRAs into a copy of the "
+    "transformer\n"
     "\n"
     "The experiment draws the same prompts from the same noise with the base at 32, 3, 4 and 8\n"
     "steps (each at its best shift) and with every --lora at 3, 4 and 8, measures all against\n"
@@ -315,7 +316,7 @@ static bool run_setting(experiment *x, const setting *s, int count, bool base, b
                 squares += (picture[j] - reference[j]) * (picture[j] - reference[j]) / 4;
             if (show && first + i < x->shown) put_on_sheet(x, first + i, picture);
         }
-        sc_progress(s->label, first + n, count, started, NULL);
+        sc_progress(s->label, 0, first + n, count, started, NULL);
         if (sc_interrupted) ok = sc__fail("stopped");
     }
     free(rgb);
@@ -498,7 +499,7 @@ static bool load_real(experiment *x) {
              evaluate(&x->judge, fitted.rgb, x->real + i * x->judge.features, &class_of);
         sc_picture_free(&picture);
         sc_picture_free(&fitted);
-        sc_progress("real picture", i + 1, data->count, started, NULL);
+        sc_progress("real picture", 0, i + 1, data->count, started, NULL);
     }
     sc_dataset_close(data);
     return ok;
@@ -727,7 +728,8 @@ int main(int argc, char **argv) {
         {"--full", SC_FLAG, &o.full, NULL, "1026 pictures a row, as in the README, not 108"},
         {"--count", SC_INT, &o.count, "N", "pictures a row (0: 108, or --full's)"},
         {"--guidance", SC_FLOAT, &o.guidance, "G", "guidance scale"},
-        {"--out", SC_STRING, &o.out, "PATH", "contact sheet [sheet.png]; merge: the folder [merged] or file"},
+        {"--out", SC_STRING, &o.out, "PATH",
+         "contact sheet [sheet.png]; merge: the folder [merged] or file"},
         {"--kohya", SC_FLAG, &o.kohya, NULL, "merge: write one LoRA file in kohya's names instead"},
         {"--batch", SC_INT, &o.batch, "N", "pictures drawn at once"},
         {"--device", SC_CHOICE, &o.device, SC_DEVICES, "what computes"},

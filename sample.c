@@ -28,10 +28,7 @@ typedef struct options {
 /* ---- One picture ---- */
 
 static bool progress(void *user, int step, int steps) {
-    static double started;
-    (void)user;
-    if (step == 1) started = sc_seconds();
-    sc_progress("step", step, steps, started, NULL);
+    sc_progress("step", 0, step, steps, *(const double *)user, NULL);
     return !sc_interrupted;
 }
 
@@ -109,13 +106,14 @@ static bool draw(sc_pipeline *p, const options *o, const char *prompt, uint64_t 
     float *latents = memory, *rgb = latents + n, *context = rgb + pixels;
     float *pooled = context + context_size;
     sc_rng rng = {seed};
+    double times[4] = {sc_seconds()};
     sc_sampling s = {.steps = o->steps,
                      .shift = shift,
                      .guidance = o->guidance,
                      .h = h,
                      .w = w,
-                     .progress = progress};
-    double times[4] = {sc_seconds()};
+                     .progress = progress,
+                     .user = &times[1]};
     bool ok = memory != NULL;
     if (ok) sc_normal(&rng, latents, n);
     ok = ok && (!o->noise || load_noise(o->noise, latents, n)) &&
@@ -186,7 +184,8 @@ static int read_options(options *o, int argc, char **argv, const char **words) {
         {NULL, SC_FLAG, NULL, NULL, "Options:"},
         {"--model", SC_STRING, &o->model, "DIR", "FLUX pipeline folder"},
         {"--lora", SC_STRINGS, o->lora, "FILE[:SCALE]",
-         "LoRA, repeatable; its own scale for STEPS if none is given [lora.safetensors if present]"},
+         "LoRA, repeatable; its own scale for STEPS if none is given [lora.safetensors if "
+         "present]"},
         {"--no-lora", SC_FLAG, &o->no_lora, NULL, "the bare model"},
         {"--guidance", SC_FLOAT, &o->guidance, "G", "guidance scale"},
         {"--shift", SC_STRING, &o->shift, "S", "time shift, or auto (default: the model's)"},

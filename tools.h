@@ -245,8 +245,8 @@ static const char *sc__clock(double seconds, char text[32]) {
 }
 
 /* One line of progress, rewritten in place on a terminal: "label 12/300, extra, 0:40, 1:20 left".
- */
-void sc_progress(const char *label, int64_t done, int64_t total, double started,
+ * first: what was done before `started`, by a run that this one goes on from. */
+void sc_progress(const char *label, int64_t first, int64_t done, int64_t total, double started,
                  const char *extra) {
     static double last;
     char left[32], spent[32];
@@ -257,9 +257,9 @@ void sc_progress(const char *label, int64_t done, int64_t total, double started,
     last = now;
     fprintf(stderr, "%s%s %lld/%lld%s%s, %s", terminal ? "\r" : "", label, (long long)done,
             (long long)total, extra ? ", " : "", extra ? extra : "", sc__clock(elapsed, spent));
-    if (!end && done > 0)
+    if (!end && done > first)
         fprintf(stderr, ", %s left",
-                sc__clock(elapsed / (double)done * (double)(total - done), left));
+                sc__clock(elapsed / (double)(done - first) * (double)(total - done), left));
     fprintf(stderr, "%s%s", terminal ? "\033[K" : "", !terminal || end ? "\n" : "");
 }
 

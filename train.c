@@ -439,7 +439,7 @@ static bool tell_step(training *t, progress *p) {
             learning_rate(&t->o, step - 1));
     snprintf(extra, sizeof extra, "loss %.4f, %.1f pictures/s", p->smooth,
              (double)(step - p->first) * t->o.batch / (sc_seconds() - p->started));
-    sc_progress("step", step, t->o.steps, p->started, extra);
+    sc_progress("step", p->first, step, t->o.steps, p->started, extra);
     return true;
 }
 
@@ -673,7 +673,7 @@ static bool encode_texts(training *t, const sc_dataset *data) {
         ok = sc_pipeline_text(t->pipeline, texts[i], t->context + i * size,
                               t->pooled + (int64_t)i * c->pooled_channels) &&
              (!sc_interrupted || sc__fail("stopped"));
-        sc_progress("caption", i + 1, known, started, NULL);
+        sc_progress("caption", 0, i + 1, known, started, NULL);
     }
     free(texts);
     return ok;
@@ -712,7 +712,7 @@ static bool load_data(training *t) {
         for (int64_t i = 0; ok && i < data->count; i++) {
             ok = encode_picture(t, &data->pairs[i], (int)i) &&
                  (!sc_interrupted || sc__fail("stopped"));
-            sc_progress("picture", i + 1, data->count, started, NULL);
+            sc_progress("picture", 0, i + 1, data->count, started, NULL);
         }
         if (ok && !t->o.no_cache && !save_cache(t, fingerprint)) /* a folder to be read only */
             fprintf(stderr, "warning: not kept for the next run: %s\n", sc_error());
