@@ -59,7 +59,7 @@ build:
 	mkdir -p build
 build/test_%: test/test_%.c test/test.h test/fuzz.h shortcut.h tools.h | build
 	$(CC) $(BASE) -Wno-unused-function $(CFLAGS) $< -o $@ $(LIBS)
-build/encode: test/encode.c shortcut.h | build
+build/encode build/vae_at_size: build/%: test/%.c shortcut.h | build
 	$(CC) $(BASE) $(CFLAGS) $< -o $@ $(LIBS)
 # The same tests of a build with plain C products, on one thread.
 build/test_%_plain: test/test_%.c test/test.h shortcut.h tools.h | build
@@ -95,6 +95,7 @@ bench: $(PROGRAMS)
 compare: $(PROGRAMS)
 	python3 test/compare_diffusers.py
 	python3 test/compare_formats.py
+	python3 test/compare_vae.py 256 384
 	python3 test/compare_tokenizers.py $(or $(SHORTCUT_FLUX_DIR),data/tiny-flux)
 
 clean:
