@@ -159,9 +159,10 @@ bool sc_file_save(const char *path, const sc_named *tensors, int64_t count,
                   const char *const *metadata);
 
 /* ==== Backend: the operations, behind one table ====
- * Every pointer inside a tensor that a backend is given is memory of that backend. Activations have
- * the type `activation`; LoRA factors, optimiser state and losses are f32; frozen weights keep the
- * type they have on disk. `_backward` functions add into the gradients of inputs that need them. */
+ * What each computes, forward and backward, and on which shapes, stands over its CPU version. Every
+ * pointer inside a tensor that a backend is given is memory of that backend. Activations have the
+ * type `activation`; LoRA factors, optimiser state and losses are f32; frozen weights keep the type
+ * they have on disk. `_backward` functions add into the gradients of inputs that need them. */
 typedef struct sc_matrix {      /* row-major; `transposed`: used as its transpose */
     const void *data;
     sc_dtype dtype;
@@ -318,15 +319,20 @@ bool sc_read(sc_tape *t, const sc_tensor *x, float *values);            /* downl
 sc_tensor *sc_linear(sc_tape *t, const sc_tensor *x, const sc_linear_layer *layer);
 /* gelu(linear(x)), tanh form */
 sc_tensor *sc_linear_gelu(sc_tape *t, const sc_tensor *x, const sc_linear_layer *layer);
-sc_tensor *sc_activate(sc_tape *t, sc_activation kind, sc_tensor *x);
+sc_tensor *sc_activate(sc_tape *t, sc_activation kind, sc_tensor *x);   /* same shape */
 sc_tensor *sc_add(sc_tape *t, sc_tensor *a, sc_tensor *b);              /* same shape */
 sc_tensor *sc_multiply(sc_tape *t, sc_tensor *a, sc_tensor *b);       /* same shape; not recorded */
+/* x, h [B,T,C]; mod [B,K*C] holds K vectors for each sample; shift, scale and gate each name one:
+ * norm(x) (1 + mod[scale]) + mod[shift], a layer norm without weights; x + mod[gate] h. */
 sc_tensor *sc_ln_modulate(sc_tape *t, sc_tensor *x, sc_tensor *mod, int shift, int scale);
 sc_tensor *sc_gated_residual(sc_tape *t, sc_tensor *x, sc_tensor *h, sc_tensor *mod, int gate);
+/* text [B,Tt,C] (or NULL) and image [B,Ti,C] -> [B,Tt+Ti,C]: each head's RMS norm, times a weight
+ * [D], turned by RoPE's (cos, sin), rope [Tt+Ti,D/2,2]. */
 sc_tensor *sc_norm_rope(sc_tape *t, sc_tensor *text, sc_tensor *image, sc_tensor *text_weight,
                         sc_tensor *image_weight, const sc_tensor *rope);
 /* [B,Ta,C], [B,Tb,C] -> [B,Ta+Tb,C] */
 sc_tensor *sc_concat_tokens(sc_tape *t, sc_tensor *a, sc_tensor *b);
+/* [B,T,C] -> [B,count,C] */
 sc_tensor *sc_slice_tokens(sc_tape *t, sc_tensor *x, int64_t from, int64_t count);
 /* [B,T,Ca], [B,T,Cb] -> [B,T,Ca+Cb] */
 sc_tensor *sc_concat_channels(sc_tape *t, sc_tensor *a, sc_tensor *b);
@@ -337,13 +343,15 @@ sc_tensor *sc_concat_gelu(sc_tape *t, sc_tensor *a, const sc_tensor *x,
  * Not recorded if it has a bias or is causal. */
 sc_tensor *sc_attention(sc_tape *t, sc_tensor *q, sc_tensor *k, sc_tensor *v, int heads,
                         float scale, const sc_tensor *bias, bool causal);
+/* times [batch] on the host, in [0, 1] -> sinusoids of 1000 t, [batch, channels] */
 sc_tensor *sc_timestep_embedding(sc_tape *t, const float *times, int64_t batch, int64_t channels);
-/* not recorded */
+/* p[b] u[b] + q[b] v[b]; p and q [B] on the host; not recorded */
 sc_tensor *sc_blend(sc_tape *t, const float *p, sc_tensor *u, const float *q, sc_tensor *v);
 /* Mean square error, into *loss, which is the backend's memory. */
 bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, float weight, double *loss);
 
-/* Operations of the frozen networks (text encoders, VAE, evaluator); not recorded. */
+/* Operations of the frozen networks (text encoders, VAE, evaluator); not recorded. Norms are over
+ * the last dimension, w and b [C]; ids [batch, tokens] on the host, table [vocabulary, C]. */
 sc_tensor *sc_layer_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
                          float eps);
 sc_tensor *sc_rms_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, float eps);
