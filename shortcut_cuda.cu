@@ -182,14 +182,26 @@ static void *no_memory(size_t bytes) {
     return NULL;
 }
 
+/* The smallest unused block of `size` bytes to a quarter more. From the end: what operations use
+ * for a moment is there. */
+static Block *unused_block(size_t size) {
+    Block *best = NULL;
+    for (int i = blocks.count - 1; i >= 0 && (!best || best->size > size); i--) {
+        Block *b = &blocks.list[i];
+        if (!b->used && b->size >= size && b->size <= size + size / 4 &&
+            (!best || b->size < best->size))
+            best = b;
+    }
+    return best;
+}
+
 static void *cuda_alloc(size_t bytes) {
     size_t size = block_size(bytes ? bytes : 1);
-    /* From the end: what operations use for a moment is there. */
-    for (int i = blocks.count - 1; i >= 0; i--)
-        if (!blocks.list[i].used && blocks.list[i].size == size) {
-            blocks.list[i].used = true, blocks.list[i].scratch = false;
-            return blocks.list[i].p;
-        }
+    Block *unused = unused_block(size);
+    if (unused) {
+        unused->used = true, unused->scratch = false;
+        return unused->p;
+    }
     if (blocks.count == blocks.capacity) {
         int capacity = blocks.capacity ? 2 * blocks.capacity : 1024;
         Block *list = (Block *)realloc(blocks.list, (size_t)capacity * sizeof *list);
@@ -213,13 +225,18 @@ static void *cuda_alloc(size_t bytes) {
 
 static bool release_streamed(void *p);
 
-static void cuda_release(void *p) {
+/* scratch: it will be wanted again, by the next operation. False: this is no block. */
+static bool give_back(void *p, bool scratch) {
     for (int i = blocks.count - 1; i >= 0; i--) {
         if (blocks.list[i].p != p) continue;
-        blocks.list[i].used = false;
-        return;
+        blocks.list[i].used = false, blocks.list[i].scratch = scratch;
+        return true;
     }
-    release_streamed(p);
+    return false;
+}
+
+static void cuda_release(void *p) {
+    if (!give_back(p, false)) release_streamed(p);
 }
 
 static size_t cuda_memory_left() {
@@ -238,11 +255,7 @@ template <typename T> struct Scratch {
             fail("scratch memory", sc_error());
     }
     ~Scratch() {
-        for (int i = blocks.count - 1; p && i >= 0; i--)
-            if (blocks.list[i].p == p) {
-                blocks.list[i].used = false, blocks.list[i].scratch = true;
-                break;
-            }
+        if (p) give_back(p, true);
     }
     Scratch(const Scratch &) = delete;
     Scratch &operator=(const Scratch &) = delete;
@@ -365,7 +378,7 @@ static void drop_copy(Streamed *s) {
     if (!s->device) return;
     /* It may still be on its way, if it was never used; whoever gets the memory comes after it. */
     check(cudaStreamWaitEvent(gpu.stream, s->copied, 0), "cudaStreamWaitEvent");
-    cuda_release(s->device);
+    give_back(s->device, true);
     streamed.held -= s->size;
     s->device = NULL;
 }
@@ -374,8 +387,8 @@ static bool release_streamed(void *p) {
     for (int i = 0; i < streamed.count; i++) {
         Streamed *s = &streamed.list[i];
         if (s->host != p) continue;
+        drop_copy(s); /* makes the stream wait for a copy that nobody used */
         check(cudaStreamSynchronize(gpu.stream), "a kernel");
-        drop_copy(s);
         check(cudaFreeHost(s->host), "cudaFreeHost");
         s->host = NULL; /* its place stays empty: others are known by their index */
         return true;
@@ -683,7 +696,7 @@ static bool check(cublasStatus_t status, const char *what) {
     return status == CUBLAS_STATUS_SUCCESS || fail(what, cublas_text(status));
 }
 
-enum { WORKSPACE = 64 << 20, PLANS = 2048 };
+enum { WORKSPACE = 64 << 20, PLANS = 8192 };
 
 /* The matrices of a batch lie `stride` elements apart. scale: of e4m3, for each row. */
 struct Operand {
@@ -705,7 +718,7 @@ struct Epilogue {
 struct Shape { /* all that decides how a product is computed; compared byte by byte */
     int64_t m, n, k, lda, ldb, ldc, stride_a, stride_b, stride_c, batch;
     int32_t ta, tb, in, f32_out, epilogue; /* in: cudaDataType_t, epilogue: cublasLtEpilogue_t */
-    int32_t align_a, align_b, align_c;
+    int32_t align_a, align_b, align_c, align_bias, align_before;
 };
 struct Plan {
     bool made, impossible;
@@ -762,7 +775,7 @@ static bool choose_algorithm(Plan *p) {
     cublasStatus_t status = lt.MatmulAlgoGetHeuristic(gpu.lt, p->product, p->a, p->b, p->c, p->c,
                                                       wish, 1, &found, &count);
     lt.MatmulPreferenceDestroy(wish);
-    if (status == CUBLAS_STATUS_SUCCESS && count > 0) {
+    if (status == CUBLAS_STATUS_SUCCESS && count > 0 && found.state == CUBLAS_STATUS_SUCCESS) {
         p->algo = found.algo;
         return true;
     }
@@ -801,8 +814,12 @@ static bool make_plan(Plan *p, const Shape *s, const Epilogue &e, const float *s
 #if CUBLAS_VERSION >= 120900
     if (s->in == CUDA_R_8F_E4M3) { /* each result is multiplied by the scales of its two rows */
         cublasLtMatmulMatrixScale_t mode = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
-        ok = ok && describe(p, CUBLASLT_MATMUL_DESC_A_SCALE_MODE, mode) &&
-             describe(p, CUBLASLT_MATMUL_DESC_B_SCALE_MODE, mode);
+        const cublasLtMatmulDescAttributes_t modes[] = {CUBLASLT_MATMUL_DESC_A_SCALE_MODE,
+                                                        CUBLASLT_MATMUL_DESC_B_SCALE_MODE};
+        for (auto name : modes)
+            if (ok && lt.MatmulDescSetAttribute(p->product, name, &mode, sizeof mode) !=
+                          CUBLAS_STATUS_SUCCESS) /* a library older than this program's headers */
+                return p->impossible = true, false;
     }
 #endif
     if (e.before) ok = ok && describe(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, s->n);
@@ -837,11 +854,11 @@ static Plan *find_plan(const Shape *s) {
     return p;
 }
 
-/* `batch` products. False if there is no way to compute it: e4m3 or a GELU only. */
-static bool product(int64_t m, int64_t n, int64_t k, float alpha, Operand a, Operand b,
-                    cudaDataType_t in, float beta, Operand c, bool f32_out, Epilogue e,
-                    int64_t batch) {
-    if (gpu.failed || m == 0 || n == 0 || batch == 0) return true;
+/* The plan of `batch` products; NULL: there is none, as may be of e4m3 or with a GELU, or a
+ * failure.
+ */
+static Plan *plan_for(int64_t m, int64_t n, int64_t k, Operand a, Operand b, cudaDataType_t in,
+                      Operand c, bool f32_out, Epilogue e, int64_t batch) {
     Shape s;
     memset(&s, 0, sizeof s);
     s.m = m, s.n = n, s.k = k, s.lda = a.ld, s.ldb = b.ld, s.ldc = c.ld, s.batch = batch;
@@ -851,9 +868,19 @@ static bool product(int64_t m, int64_t n, int64_t k, float alpha, Operand a, Ope
                  (e.before ? CUBLASLT_EPILOGUE_GELU_AUX : 0);
     if (!s.epilogue) s.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
     s.align_a = alignment(a.data), s.align_b = alignment(b.data), s.align_c = alignment(c.data);
+    s.align_bias = alignment(e.bias), s.align_before = alignment(e.before);
     Plan *p = find_plan(&s);
     if (!p->made && !p->impossible) make_plan(p, &s, e, a.scale, b.scale);
-    if (p->impossible || gpu.failed) return gpu.failed;
+    return p->impossible || gpu.failed ? NULL : p;
+}
+
+/* `batch` products. False if there is no way to compute it: e4m3 or a GELU only. */
+static bool product(int64_t m, int64_t n, int64_t k, float alpha, Operand a, Operand b,
+                    cudaDataType_t in, float beta, Operand c, bool f32_out, Epilogue e,
+                    int64_t batch) {
+    if (gpu.failed || m == 0 || n == 0 || batch == 0) return true;
+    Plan *p = plan_for(m, n, k, a, b, in, c, f32_out, e, batch);
+    if (!p) return gpu.failed;
     describe_pointers(p, e, a.scale, b.scale);
     check(lt.Matmul(gpu.lt, p->product, &alpha, b.data, p->a, a.data, p->b, &beta, c.data, p->c,
                     (void *)c.data, p->c, &p->algo, gpu.workspace, WORKSPACE, gpu.stream),
@@ -940,12 +967,12 @@ static void cuda_quantize(uint8_t *to, float *scale, const void *from, int64_t r
 
 /* Whether y = x w^T can go to fp8 tensor cores, x then becoming e4m3 with a scale for each row,
  * too. cuBLASLt wants rows of x and w side by side (so not the backward pass) and pieces of 16
- * bytes. Of a few rows, such as the modulation's, little is to be gained, and these are worth more
- * bits. */
+ * bytes, and scales rows on chips of compute capability 9.0 only. Of a few rows, such as the
+ * modulation's, little is to be gained, and these are worth more bits. */
 static bool fits_fp8(int64_t m, int64_t n, int64_t k, sc_matrix x, sc_matrix w, Operand y,
                      bool f32_out) {
 #if CUBLAS_VERSION >= 120900
-    return gpu.capability >= 90 && x.dtype == SC_BF16 && w.dtype == SC_F8_E4M3 && w.scale &&
+    return gpu.capability == 90 && x.dtype == SC_BF16 && w.dtype == SC_F8_E4M3 && w.scale &&
            !x.transposed && w.transposed && m >= 16 && n % 16 == 0 && k % 16 == 0 &&
            w.ld % 16 == 0 && (uintptr_t)w.data % 16 == 0 && y.ld % 8 == 0 &&
            (uintptr_t)y.data % 16 == 0 && !f32_out;
@@ -958,9 +985,10 @@ static bool fp8_product(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix 
                         float beta, Operand y, Epilogue e) {
     Scratch<uint8_t> narrow(m * k);
     Scratch<float> scale(m);
+    Operand px = {narrow.p, k, false, 0, scale.p}, pw = {w.data, w.ld, true, 0, w.scale};
+    if (gpu.failed || !plan_for(m, n, k, px, pw, CUDA_R_8F_E4M3, y, false, e, 1)) return gpu.failed;
     quantize(narrow.p, scale.p, (const bf16 *)x.data, m, k, x.ld);
-    return product(m, n, k, alpha, Operand{narrow.p, k, false, 0, scale.p},
-                   Operand{w.data, w.ld, true, 0, w.scale}, CUDA_R_8F_E4M3, beta, y, false, e, 1);
+    return product(m, n, k, alpha, px, pw, CUDA_R_8F_E4M3, beta, y, false, e, 1);
 }
 
 /* As gemm, b on the device. False: there is no such product with a GELU, and C is as it was. */
@@ -998,13 +1026,15 @@ static void cuda_copy_block(void *dst, int64_t dst_ld, const void *src, int64_t 
 static void activate_rows(sc_activation kind, bf16 *y, int64_t y_ld, const bf16 *x, int64_t x_ld,
                           int64_t rows, int64_t n);
 
-/* cuBLASLt's GELU is the tanh form. What it keeps for the backward pass has rows of 16 bytes; other
- * sizes, and what it refuses, take one pass more. */
+/* cuBLASLt's GELU is the tanh form, and part of the product on chips of compute capability 9.0 (on
+ * others it is slower than a pass of its own). What it keeps for the backward pass has rows of 16
+ * bytes; other sizes and chips, and what it refuses, take one pass more. */
 static void cuda_gemm_gelu(int64_t m, int64_t n, int64_t k, sc_matrix a, sc_matrix b, float beta,
                            sc_matrix c, const sc_tensor *bias, sc_tensor *before) {
     b.data = on_device(b.data);
     bf16 *y = (bf16 *)c.data;
-    if (n % 8 == 0 && multiply(m, n, k, 1, a, b, beta, c, bias, true, before ? before->data : NULL))
+    if (gpu.capability == 90 && n % 8 == 0 &&
+        multiply(m, n, k, 1, a, b, beta, c, bias, true, before ? before->data : NULL))
         return;
     multiply(m, n, k, 1, a, b, beta, c, bias, false, NULL);
     if (before) cuda_copy_block(before->data, n, y, c.ld, m, n, SC_BF16, false);
@@ -1725,31 +1755,48 @@ __device__ __forceinline__ void backward_scores(const Attention &a, float (*s)[B
     }
 }
 
-/* Adds this tile's part of dQ to the block's own sum in memory; the first part is stored. */
+/* Where the block sums a lane's part of row `half` of dQ's tile m; NULL: there is no such query. */
 template <int D, int BN>
-__device__ __forceinline__ void backward_queries(const Attention &a, bf16 *ds, bf16 *sk,
+__device__ __forceinline__ float *query_sums(const Attention &a, int first_query, int m, int half) {
+    using B = Backward<D, BN>;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n0 = warp % B::Q_ACROSS * B::Q_N * 8;
+    int query = first_query + warp / B::Q_ACROSS * B::Q_M * 16 + m * 16 + half * 8 + lane / 4;
+    int64_t sample = (int64_t)blockIdx.x * gridDim.z + blockIdx.z;
+    if (query >= a.nq) return NULL;
+    return a.dq + ((sample * a.nq + query) * a.heads + blockIdx.y) * D + n0 + lane % 4 * 2;
+}
+
+/* dQ of this tile begins with what the block's other keys gave; asked for before other products, so
+ * that it is there when these are done. */
+template <int D, int BN>
+__device__ __forceinline__ void load_queries_sum(const Attention &a,
+                                                 float (*dq)[Backward<D, BN>::Q_N][4],
                                                  int first_query, bool first_part) {
     using B = Backward<D, BN>;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int m0 = warp / B::Q_ACROSS * B::Q_M * 16, n0 = warp % B::Q_ACROSS * B::Q_N * 8;
-    float dq[B::Q_M][B::Q_N][4] = {};
-    multiply_tiles<B::Q_M, B::Q_N, BN, false, false, BN, D>(dq, ds, m0, sk, n0);
-    int64_t sample = (int64_t)blockIdx.x * gridDim.z + blockIdx.z;
 #pragma unroll
-    for (int m = 0; m < B::Q_M; m++)
+    for (int i = 0; i < 2 * B::Q_M; i++) {
+        const float *row = query_sums<D, BN>(a, first_query, i / 2, i % 2);
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int query = first_query + m0 + m * 16 + half * 8 + lane / 4;
-            if (query >= a.nq) continue;
-            float *row =
-                a.dq + ((sample * a.nq + query) * a.heads + blockIdx.y) * D + n0 + lane % 4 * 2;
-#pragma unroll
-            for (int n = 0; n < B::Q_N; n++) {
-                float2 sum = first_part ? make_float2(0, 0) : *(float2 *)(row + n * 8);
-                *(float2 *)(row + n * 8) =
-                    make_float2(sum.x + dq[m][n][2 * half], sum.y + dq[m][n][2 * half + 1]);
-            }
+        for (int n = 0; n < B::Q_N; n++) {
+            float2 sum = row && !first_part ? *(const float2 *)(row + n * 8) : make_float2(0, 0);
+            dq[i / 2][n][i % 2 * 2] = sum.x, dq[i / 2][n][i % 2 * 2 + 1] = sum.y;
         }
+    }
+}
+
+template <int D, int BN>
+__device__ __forceinline__ void
+store_queries_sum(const Attention &a, float (*dq)[Backward<D, BN>::Q_N][4], int first_query) {
+    using B = Backward<D, BN>;
+#pragma unroll
+    for (int i = 0; i < 2 * B::Q_M; i++) {
+        float *row = query_sums<D, BN>(a, first_query, i / 2, i % 2);
+        if (!row) continue;
+#pragma unroll
+        for (int n = 0; n < B::Q_N; n++)
+            *(float2 *)(row + n * 8) =
+                make_float2(dq[i / 2][n][i % 2 * 2], dq[i / 2][n][i % 2 * 2 + 1]);
+    }
 }
 
 /* Adds the rows of dK or dV that exist to their place in memory. */
@@ -1813,12 +1860,16 @@ __global__ void __launch_bounds__(256, 1) attention_backward_kernel(Attention a)
             multiply_tiles<2, B::S_N, D, false, true, D, D>(dp, g, warp / 4 * 32, sv,
                                                             warp % 4 * (BN / 4));
             backward_scores<D, BN>(a, s, dp, sp, ds, i * BM, first);
+            float dq[B::Q_M][B::Q_N][4];
+            load_queries_sum<D, BN>(a, dq, i * BM, first == (int)blockIdx.x * BN);
             __syncthreads();
             multiply_tiles<B::K_M, B::K_N, BM, true, false, BN, D>(dv, sp, warp / 2 * (BN / 4), g,
                                                                    warp % 2 * (D / 2));
             multiply_tiles<B::K_M, B::K_N, BM, true, false, BN, D>(dk, ds, warp / 2 * (BN / 4), q,
                                                                    warp % 2 * (D / 2));
-            backward_queries<D, BN>(a, ds, sk, i * BM, first == (int)blockIdx.x * BN);
+            multiply_tiles<B::Q_M, B::Q_N, BN, false, false, BN, D>(
+                dq, ds, warp / B::Q_ACROSS * B::Q_M * 16, sk, warp % B::Q_ACROSS * B::Q_N * 8);
+            store_queries_sum<D, BN>(a, dq, i * BM);
             __syncthreads(); /* P, dS and these queries are no longer needed */
             if (N_STAGES == 1) {
                 if (more) load_queries(i + 1);
@@ -2331,7 +2382,7 @@ static bool no_gpu(cudaError_t why) {
     cudaGetLastError();
     if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
         return sc_set_error("no GPU: no NVIDIA driver is installed");
-    if (driver < CUDART_VERSION)
+    if (why == cudaErrorInsufficientDriver)
         snprintf(text, sizeof text,
                  "no GPU: the driver is for CUDA %d.%d, this program needs %d.%d or newer",
                  driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000,

@@ -81,6 +81,7 @@ struct cublasLtMatmulAlgo_t {
 };
 struct cublasLtMatmulHeuristicResult_t {
     cublasLtMatmulAlgo_t algo;
+    cublasStatus_t state; /* the rest is valid if this is a success */
 };
 
 static inline cublasStatus_t cublasLtCreate(cublasLtHandle_t *) { return CUBLAS_STATUS_SUCCESS; }
@@ -157,6 +158,7 @@ cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t p, cublasL
     if (keeps && (p->aux_ld % 8 || p->aux_ld < (int64_t)m || !p->aux || (uintptr_t)p->aux % 16))
         return CUBLAS_STATUS_INVALID_VALUE;
     memcpy(found->algo.align, wish->align, sizeof wish->align);
+    found->state = CUBLAS_STATUS_SUCCESS;
     *count = 1;
     return CUBLAS_STATUS_SUCCESS;
 }

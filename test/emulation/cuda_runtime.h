@@ -301,7 +301,12 @@ static inline void multiply_add(float sum[4], const uint32_t a[4], uint32_t b0, 
 typedef int cudaError_t;
 typedef void *cudaStream_t;
 typedef int cudaEvent_t;
-enum { cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorNoDevice = 100 };
+enum {
+    cudaSuccess = 0,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorInsufficientDriver = 35,
+    cudaErrorNoDevice = 100
+};
 enum { cudaMemcpyDefault, cudaStreamNonBlocking, cudaEventDisableTiming };
 struct cudaDeviceProp {
     char name[256];
