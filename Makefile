@@ -76,11 +76,11 @@ build/test_cuda_emulated: test/test_cuda.c test/test.h shortcut.h shortcut_cuda.
 test: $(PROGRAMS) $(TESTS)
 	sh test/run.sh $(TESTS)
 
-check: CFLAGS := $(SANITIZE)
 check:
 	$(MAKE) --no-print-directory clean
 	$(MAKE) --no-print-directory CFLAGS="$(SANITIZE)" test
 	$(MAKE) --no-print-directory clean
+	$(MAKE) --no-print-directory all
 
 # The GPU against its ceilings, at FLUX.1-dev's full size, and against PyTorch where it is installed.
 bench-cuda: build/bench_cuda train
@@ -95,6 +95,8 @@ bench: $(PROGRAMS)
 # Against diffusers, transformers and peft (test/reference/requirements.txt), with FLUX.1's own
 # tokenizers where SHORTCUT_FLUX_DIR is its folder.
 compare: $(PROGRAMS)
+	@python3 -c 'import torch, diffusers, transformers, peft, safetensors, PIL' 2>/dev/null || \
+	    { echo "error: make compare needs PyTorch: pip install -r test/reference/requirements.txt"; exit 1; }
 	python3 test/compare_diffusers.py
 	python3 test/compare_formats.py
 	python3 test/compare_vae.py 256 384

@@ -18,9 +18,9 @@ static const char usage[] =
 
 typedef struct options {
     const char *model, *lora[8], *prompts, *evaluator, *real, *out, *device;
-    float guidance;
+    float guidance, shift;
     bool full, kohya;
-    int count, seed, threads, batch;
+    int count, seed, threads, batch, resolution;
 } options;
 
 /* ---- The evaluator: a small convolutional classifier (data/train_evaluator.py) ---- */
@@ -213,7 +213,7 @@ typedef struct prompt {
 } prompt;
 
 typedef struct setting {
-    const char *lora;
+    char lora[1024]; /* its path; "": none */
     int steps;
     float shift, scale;
     char label[64];
@@ -235,8 +235,9 @@ typedef struct experiment {
     float *real;                     /* features of real pictures */
     int64_t real_count;
     double base_sharpness;
-    float *sheet;                       /* a strip of titles, then a row for each prompt shown */
-    int columns, column, strip, height; /* pixels of the strip, of the whole */
+    float *sheet; /* a strip of titles, then a row for each prompt shown */
+    int columns, column;
+    int cell, strip, height; /* pixels: a picture's side, of the strip, of the whole */
 } experiment;
 
 static double gradient_energy(const float *rgb, int side) {
@@ -253,7 +254,7 @@ static double gradient_energy(const float *rgb, int side) {
 static bool use_lora(experiment *x, const setting *s) {
     sc_lora_report report;
     sc_lora_unload(x->p->flux);
-    return !s->lora || s->scale == 0 || sc_lora_load(x->p->flux, s->lora, s->scale, &report);
+    return !s->lora[0] || s->scale == 0 || sc_lora_load(x->p->flux, s->lora, s->scale, &report);
 }
 
 /* Draws pictures [first, first + n) of the experiment: prompt i of the list, noise of seed + i. */
@@ -282,13 +283,34 @@ static bool draw_batch(experiment *x, const setting *s, int first, int n, float 
     return ok;
 }
 
-static void put_on_sheet(experiment *x, int row, const float *rgb) {
-    int side = x->p->resolution, width = side * x->columns;
-    for (int c = 0; c < 3; c++)
-        for (int y = 0; y < side; y++)
-            memcpy(x->sheet + ((int64_t)(c * x->height + x->strip + row * side + y) * width +
-                               x->column * side),
-                   rgb + ((int64_t)c * side + y) * side, (size_t)side * 4);
+/* rgb [3, side, side] as a picture of another side: itself, or `scaled`, which is to be freed.
+ * NULL: no memory. */
+static const float *of_side(const float *rgb, int side, int wanted, sc_picture *scaled) {
+    const sc_picture p = {side, side, (float *)rgb};
+    *scaled = (sc_picture){0};
+    if (side == wanted) return rgb;
+    return sc_picture_fit(scaled, &p, wanted, wanted) ? scaled->rgb : NULL;
+}
+
+static bool put_on_sheet(experiment *x, int row, const float *rgb) {
+    int side = x->cell, width = side * x->columns;
+    sc_picture scaled;
+    const float *small = of_side(rgb, x->p->resolution, side, &scaled);
+    for (int i = 0; small && i < 3 * side; i++) { /* rows of all three colours */
+        int64_t line = (int64_t)i / side * x->height + x->strip + row * side + i % side;
+        memcpy(x->sheet + line * width + x->column * side, small + (int64_t)i * side,
+               (size_t)side * 4);
+    }
+    sc_picture_free(&scaled);
+    return small != NULL;
+}
+
+static bool judge(experiment *x, const float *rgb, float *features, int *class_of) {
+    sc_picture scaled;
+    const float *small = of_side(rgb, x->p->resolution, x->judge.side, &scaled);
+    bool ok = small && evaluate(&x->judge, small, features, class_of);
+    sc_picture_free(&scaled);
+    return ok;
 }
 
 /* Draws and measures `count` pictures. `base`: keep them as what others are compared with. */
@@ -308,13 +330,13 @@ static bool run_setting(experiment *x, const setting *s, int count, bool base, b
             const float *picture = rgb + i * x->pixels;
             float *reference = x->base + (first + i) * x->pixels;
             if (base) memcpy(reference, picture, (size_t)x->pixels * 4);
-            ok = evaluate(&x->judge, picture, x->features + (int64_t)(first + i) * d, &class_of);
+            ok = judge(x, picture, x->features + (int64_t)(first + i) * d, &class_of);
             int wanted = x->prompts[(first + i) % x->prompt_count].class_of;
             known += wanted >= 0, right += wanted >= 0 && class_of == wanted;
             energy += gradient_energy(picture, side);
             for (int64_t j = 0; j < x->pixels; j++)
                 squares += (picture[j] - reference[j]) * (picture[j] - reference[j]) / 4;
-            if (show && first + i < x->shown) put_on_sheet(x, first + i, picture);
+            if (show && first + i < x->shown) ok = put_on_sheet(x, first + i, picture) && ok;
         }
         sc_progress(s->label, 0, first + n, count, started, NULL);
         if (sc_interrupted) ok = sc__fail("stopped");
@@ -343,7 +365,7 @@ static void print_head(void) {
 /* `base`: the base's measures at as many steps, of which the gap is a share; NULL: none. */
 static void print_row(const setting *s, const measures *m, const measures *base, double base_real) {
     printf("%-34.34s %5d %5.2f ", s->label, s->steps, s->shift);
-    if (s->lora) printf("%6.2f ", s->scale);
+    if (s->lora[0]) printf("%6.2f ", s->scale);
     else printf("%6s ", "-");
     printf("%8.4f %9.4f ", m->rmse, m->frechet);
     if (base) printf("%5.0f%% ", 100 * (1 - m->frechet / base->frechet));
@@ -363,7 +385,7 @@ static void draw_text(experiment *x, int column, const char *text) {
         0x7bed, 0x6bae, 0x7927, 0x6b6e, 0x79e7, 0x79e4, 0x796f, 0x5bed, 0x7497, 0x126f,
         0x5bad, 0x4927, 0x5fed, 0x6b6d, 0x7b6f, 0x7be4, 0x7b79, 0x7bad, 0x79cf, 0x7492,
         0x5b6f, 0x5b6a, 0x5bfd, 0x5aad, 0x5a92, 0x72a7, 0x0002, 0x01c0, 0x0410, 0x12a4};
-    int side = x->p->resolution, width = side * x->columns, scale = x->strip / 7;
+    int side = x->cell, width = side * x->columns, scale = x->strip / 7;
     for (int i = 0; text[i] && (i + 1) * 4 * scale <= side; i++) {
         const char *found = strchr(letters, toupper((unsigned char)text[i]));
         for (int bit = 0; found && bit < 15; bit++) {
@@ -413,17 +435,16 @@ static bool run_experiment(experiment *x) {
     int loras = 0;
     while (loras < 8 && x->o.lora[loras]) loras++;
     x->columns = 1 + 3 * (1 + loras);
-    int side = x->p->resolution;
+    int tokens = x->p->resolution / x->p->token_pixels,
+        side = x->p->resolution < 256 ? x->p->resolution : 256;
+    x->cell = side;
     x->strip = 7 * (side / 64 > 0 ? side / 64 : 1);
     x->height = x->strip + side * x->shown;
     int64_t area = (int64_t)side * x->columns * x->height;
     x->sheet = (float *)sc__alloc((size_t)(3 * area), sizeof *x->sheet);
     if (!x->sheet) return false;
     for (int64_t i = 0; i < 3 * area; i++) x->sheet[i] = 1;
-    float shift =
-        x->p->shift > 0
-            ? x->p->shift
-            : sc_dynamic_shift((int64_t)(side / x->p->token_pixels) * (side / x->p->token_pixels));
+    float shift = x->p->shift > 0 ? x->p->shift : sc_dynamic_shift((int64_t)tokens * tokens);
     setting s = {.steps = 32, .shift = shift, .label = "base"};
     measures full, base, m;
     print_head();
@@ -439,11 +460,9 @@ static bool run_experiment(experiment *x) {
         if (!best_shift(x, &s) || !run_setting(x, &s, x->count, false, true, &base)) return false;
         print_row(&s, &base, NULL, full.real);
         for (int j = 0; j < loras; j++) {
-            setting l = {.lora = x->o.lora[j],
-                         .steps = few[i],
-                         .shift = shift,
-                         .scale = sc_lora_scale(x->o.lora[j], few[i])};
-            snprintf(l.label, sizeof l.label, "%.60s", x->o.lora[j]);
+            setting l = {.steps = few[i], .shift = x->o.shift > 0 ? x->o.shift : shift};
+            sc_lora_argument(x->o.lora[j], few[i], l.lora, &l.scale);
+            snprintf(l.label, sizeof l.label, "%.60s", l.lora);
             x->column++;
             snprintf(title, sizeof title, "%s %d", loras == 1 ? "SCFM" : "LORA", few[i]);
             draw_text(x, x->column, title);
@@ -508,21 +527,22 @@ static bool load_real(experiment *x) {
 static int experiment_main(const options *o) {
     experiment x = {.o = *o};
     const sc_backend *be = sc_device(o->device);
-    if (!x.o.lora[0] && sc__exists("lora.safetensors")) x.o.lora[0] = "lora.safetensors";
+    if (!x.o.lora[0]) x.o.lora[0] = sc_own_lora(o->model);
     bool ok = be && (x.p = sc_open_model(be, o->model, &(sc_pipeline_options){0})) &&
               evaluator_open(&x.judge, be, o->evaluator);
-    if (ok && x.judge.side != x.p->resolution)
-        ok = sc__fail("the evaluator looks at %d pixels, the model draws %d", x.judge.side,
+    if (ok && o->resolution) x.p->resolution = o->resolution;
+    if (ok && (x.p->resolution % x.p->token_pixels || x.p->resolution > 1 << 14))
+        ok = sc__fail("--resolution is a multiple of %d pixels, not %d", x.p->token_pixels,
                       x.p->resolution);
     for (int i = 0; ok && i < 8 && x.o.lora[i]; i++) /* now, not after minutes of base pictures */
-        ok = sc_lora_load(x.p->flux, x.o.lora[i], 1, &(sc_lora_report){0});
+        ok = sc_load_lora_argument(x.p->flux, x.o.lora[i], 3);
     if (ok) sc_lora_unload(x.p->flux);
     ok = ok && load_prompts(&x) && (!o->real || load_real(&x));
     if (ok) {
         x.count = o->count ? o->count : o->full ? 1026 : 108;
         x.shown = x.prompt_count < 10 ? x.prompt_count : 10;
         if (x.shown > x.count) x.shown = x.count;
-        x.pixels = (int64_t)3 * x.judge.side * x.judge.side;
+        x.pixels = (int64_t)3 * x.p->resolution * x.p->resolution;
         x.base = (float *)sc__alloc((size_t)(x.count * x.pixels), sizeof *x.base);
         x.base_features = (float *)sc__alloc((size_t)(x.count * x.judge.features), sizeof(float));
         x.features = (float *)sc__alloc((size_t)(x.count * x.judge.features), sizeof(float));
@@ -680,7 +700,9 @@ static int info_model(const char *model) {
     sc_vae_close(vae);
     free(path);
     return ok ? 0
-              : (fprintf(stderr, "error: %s: tensors or files of a part are missing\n", model), 1);
+              : (fprintf(stderr, "error: %s: a part is not whole, or not one that is read here\n",
+                         model),
+                 1);
 }
 
 static int info_main(const char *path) {
@@ -720,14 +742,16 @@ int main(int argc, char **argv) {
     const sc_option table[] = {
         {NULL, SC_FLAG, NULL, NULL, "Options:"},
         {"--model", SC_STRING, &o.model, "DIR", "FLUX pipeline folder"},
-        {"--lora", SC_STRINGS, o.lora, "FILE",
-         "LoRA to compare, repeatable (default: lora.safetensors)"},
+        {"--lora", SC_STRINGS, o.lora, "FILE[:SCALE]",
+         "LoRA to compare, repeatable [lora.safetensors, if it is there and of this model]"},
         {"--prompts", SC_STRING, &o.prompts, "FILE", "one prompt a line"},
         {"--evaluator", SC_STRING, &o.evaluator, "DIR", "the network that judges"},
         {"--real", SC_STRING, &o.real, "DIR", "real pictures: also compare distances to them"},
         {"--full", SC_FLAG, &o.full, NULL, "1026 pictures a row, as in the README, not 108"},
         {"--count", SC_INT, &o.count, "N", "pictures a row (0: 108, or --full's)"},
         {"--guidance", SC_FLOAT, &o.guidance, "G", "guidance scale"},
+        {"--shift", SC_FLOAT, &o.shift, "S", "time shift of the LoRAs' pictures (0: the model's)"},
+        {"--resolution", SC_INT, &o.resolution, "N", "side of the pictures (0: the model's)"},
         {"--out", SC_STRING, &o.out, "PATH",
          "contact sheet [sheet.png]; merge: the folder [merged] or file"},
         {"--kohya", SC_FLAG, &o.kohya, NULL, "merge: write one LoRA file in kohya's names instead"},
@@ -745,8 +769,9 @@ int main(int argc, char **argv) {
     sc_catch_interrupt();
     bool merge = count == 1 && !strcmp(words[0], "merge");
     if (!o.out) o.out = !merge ? "sheet.png" : o.kohya ? "lora-kohya.safetensors" : "merged";
-    if (o.batch < 1 || o.count < 0 || o.count == 1)
-        return fprintf(stderr, "error: --batch from 1, --count from 2 up\n"), 2;
+    if (o.batch < 1 || o.count < 0 || o.count == 1 || o.resolution < 0 || o.shift < 0)
+        return fprintf(stderr, "error: --batch from 1, --count from 2 up, no negative numbers\n"),
+               2;
     if (count == 0) return experiment_main(&o);
     if (count == 2 && !strcmp(words[0], "info")) return info_main(words[1]);
     if (merge) return merge_main(&o);

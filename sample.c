@@ -118,6 +118,9 @@ static bool draw(sc_pipeline *p, const options *o, const char *prompt, uint64_t 
     if (ok) sc_normal(&rng, latents, n);
     ok = ok && (!o->noise || load_noise(o->noise, latents, n)) &&
          sc_pipeline_text(p, prompt, context, pooled);
+    if (ok && p->cut)
+        fprintf(stderr, "warning: the prompt has more than %d tokens: its end is left out\n",
+                p->text_tokens);
     times[1] = sc_seconds();
     ok = ok && sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, context, pooled, latents) &&
          (!o->latents || save_latents(o->latents, latents, tokens, c->in_channels));
@@ -247,8 +250,7 @@ static bool take_size(const sc_pipeline *p, options *o) {
 }
 
 static bool load_loras(sc_pipeline *p, options *o) {
-    if (!o->lora[0] && !o->no_lora && sc__exists("lora.safetensors"))
-        o->lora[0] = "lora.safetensors";
+    if (!o->lora[0] && !o->no_lora) o->lora[0] = sc_own_lora(o->model);
     for (int i = 0; !o->no_lora && i < 8 && o->lora[i]; i++)
         if (!sc_load_lora_argument(p->flux, o->lora[i], o->steps)) return false;
     return true;

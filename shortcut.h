@@ -9,21 +9,27 @@
  * planar RGB in [-1, 1]. Nothing prints or exits: where a result is NULL or false, sc_error() says
  * why. A picture in three steps:
  *
- *     sc_pipeline *p = sc_pipeline_open(sc_cpu(), "data/tiny-flux", &(sc_pipeline_options){0});
- *     const sc_flux_config *c = sc_flux_config_of(p->flux);
- *     sc_lora_load(p->flux, "lora.safetensors", 1, &(sc_lora_report){0});
- *     int h = p->resolution / p->token_pixels;                          // a grid of h x h tokens
- *     float *context = malloc(sizeof(float) * p->text_tokens * c->text_channels);
- *     float *pooled = malloc(sizeof(float) * c->pooled_channels);
- *     float *latents = malloc(sizeof(float) * h * h * c->in_channels);
- *     float *rgb = malloc(sizeof(float) * 3 * p->resolution * p->resolution);
- *     sc_rng rng = {1};                                                 // the seed
- *     sc_normal(&rng, latents, h * h * c->in_channels);
- *     sc_pipeline_text(p, "a red apple", context, pooled);
- *     sc_sampling s = {.steps = 3, .shift = p->shift, .guidance = 1.5f, .h = h, .w = h};
- *     sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, context, pooled, latents);
- *     sc_pipeline_decode(p, latents, 1, h, h, rgb);                     // [3, 128, 128]
- *     sc_pipeline_close(p);
+ *     #define SHORTCUT_IMPLEMENTATION
+ *     #include "shortcut.h"
+ *     int main(void) {
+ *         sc_pipeline *p = sc_pipeline_open(sc_cpu(), "data/tiny-flux", &(sc_pipeline_options){0});
+ *         if (!p) return puts(sc_error()), 1;
+ *         const sc_flux_config *c = sc_flux_config_of(p->flux);
+ *         sc_lora_load(p->flux, "lora.safetensors", 1, &(sc_lora_report){0});
+ *         int h = p->resolution / p->token_pixels;                      // a grid of h x h tokens
+ *         float *context = malloc(sizeof(float) * p->text_tokens * c->text_channels);
+ *         float *pooled = malloc(sizeof(float) * c->pooled_channels);
+ *         float *latents = malloc(sizeof(float) * h * h * c->in_channels);
+ *         float *rgb = malloc(sizeof(float) * 3 * p->resolution * p->resolution);
+ *         sc_rng rng = {1};                                             // the seed
+ *         sc_normal(&rng, latents, h * h * c->in_channels);
+ *         sc_sampling s = {.steps = 3, .shift = p->shift, .guidance = 1.5f, .h = h, .w = h};
+ *         if (!sc_pipeline_text(p, "a red apple", context, pooled) ||
+ *             !sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, context, pooled, latents) ||
+ *             !sc_pipeline_decode(p, latents, 1, h, h, rgb))            // [3, 128, 128]
+ *             return puts(sc_error()), 1;
+ *         sc_pipeline_close(p);
+ *     }
  *
  * The paper's training, with its settings for FLUX.1-dev (train.c adds data, progress, files):
  *
@@ -724,6 +730,7 @@ typedef struct sc_pipeline {
     int token_pixels;           /* sides of a picture are multiples of this: 16 for FLUX */
     int resolution;             /* usual side of a picture, in pixels */
     float shift;                /* of the scheduler; 0: FLUX's dynamic shift */
+    bool cut;                   /* the last prompt was longer than text_tokens: its end is lost */
 } sc_pipeline;
 
 typedef struct sc_pipeline_options {
@@ -7932,6 +7939,11 @@ void sc_pipeline_close(sc_pipeline *p) {
     SC_FREE(p);
 }
 
+static bool sc__text_is_cut(const sc_text_encoders *t, const char *prompt, int tokens) {
+    int32_t ids[SC__MAX_TOKENS + 1];
+    return sc_tokenize(t->t5.tokenizer, prompt, tokens + 1, ids) > tokens;
+}
+
 /* Where the transformer and 8 GiB to work with would not fit beside them, the encoders go again. */
 bool sc_pipeline_text(sc_pipeline *p, const char *prompt, float *context, float *pooled) {
     if (!p->text && !(p->text = sc_text_encoders_open(p->backend, p->folder))) return false;
@@ -7941,6 +7953,7 @@ bool sc_pipeline_text(sc_pipeline *p, const char *prompt, float *context, float 
                         p->folder, p->text->t5.width, p->text->clip.width, c->text_channels,
                         c->pooled_channels);
     bool ok = sc_text_encode(p->text, prompt, p->text_tokens, context, pooled);
+    p->cut = ok && sc__text_is_cut(p->text, prompt, p->text_tokens);
     if (p->backend->memory_left() < sc_net_waiting(p->flux->net) + ((size_t)8 << 30))
         sc_pipeline_release(p);
     return ok;

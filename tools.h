@@ -199,15 +199,23 @@ void sc_print_text(FILE *to, const char *heading, const char *text) {
     fputc('\n', to);
 }
 
-/* FILE or FILE:SCALE (else the file's own scale for `steps`); prints "applied n/N" and the rest. */
-bool sc_load_lora_argument(sc_flux *flux, const char *argument, int steps) {
-    char path[1024], *end = NULL;
+/* FILE or FILE:SCALE (else the file's own scale for `steps`). True: the scale was given. */
+bool sc_lora_argument(const char *argument, int steps, char path[1024], float *scale) {
+    char *end = NULL;
     const char *colon = strrchr(argument, ':');
-    float scale = colon ? strtof(colon + 1, &end) : 0;
-    bool given = colon && end != colon + 1 && !*end && isfinite(scale);
+    *scale = colon ? strtof(colon + 1, &end) : 0;
+    bool given = colon && end != colon + 1 && !*end && isfinite(*scale);
     int length = (int)(given ? colon - argument : (long)strlen(argument));
-    snprintf(path, sizeof path, "%.*s", length, argument);
-    if (!given) scale = sc_lora_scale(path, steps);
+    snprintf(path, 1024, "%.*s", length, argument);
+    if (!given) *scale = sc_lora_scale(path, steps);
+    return given;
+}
+
+/* Loads one; prints "applied n/N" and the rest. */
+bool sc_load_lora_argument(sc_flux *flux, const char *argument, int steps) {
+    char path[1024];
+    float scale;
+    bool given = sc_lora_argument(argument, steps, path, &scale);
     sc_lora_report report;
     if (!sc_lora_load(flux, path, scale, &report)) return false;
     fprintf(stderr, "%s: applied %d/%d, scale %g%s\n", path, report.applied, report.total, scale,
@@ -215,6 +223,26 @@ bool sc_load_lora_argument(sc_flux *flux, const char *argument, int steps) {
     if (report.applied < report.total)
         sc_print_text(stderr, "warning: these fit no layer: ", report.missed);
     return true;
+}
+
+static bool sc__same_place(const char *a, const char *b) {
+    struct stat x, y;
+    if (stat(a, &x) || stat(b, &y)) return !strcmp(a, b);
+    return x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+}
+
+/* lora.safetensors of this folder, where it is there and was made for this model; else NULL. */
+const char *sc_own_lora(const char *model) {
+    static const char path[] = "lora.safetensors";
+    sc_file *file = sc__exists(path) ? sc_file_open(path) : NULL;
+    const char *base = file ? sc_file_metadata(file, "base_model") : NULL;
+    bool own = sc__exists(path) && (!base || sc__same_place(base, model));
+    if (base && !own) {
+        fprintf(stderr, "%s is not used, it", path);
+        sc_print_text(stderr, " was made for ", base);
+    }
+    sc_file_close(file);
+    return own ? path : NULL; /* where it cannot be read, loading it says why */
 }
 
 /* Prints the last error; what main returns then. */
@@ -479,8 +507,10 @@ bool sc_can_write(const char *path) {
 sc_pipeline *sc_open_model(const sc_backend *be, const char *model,
                            const sc_pipeline_options *how) {
     if (sc__exists(model)) return sc_pipeline_open(be, model, how);
-    sc__fail("%s: No such file or directory: run this in the programs' folder, or give --model DIR",
-             model);
+    sc__fail(
+        "%s: No such file or directory: --model takes a model's folder or file (data/tiny-flux "
+        "is in the programs' folder)",
+        model);
     return NULL;
 }
 

@@ -250,13 +250,15 @@ static bool fill_state(const void *user, const sc_named *x, sc_tensor *host) {
 }
 
 static bool save_state(const training *t) {
-    char path[1024], step[32], rng[32];
+    char path[1024], step[32], steps[32], rng[32];
     sc_named named[6];
     sc_tensor tensors[6];
     int n = state_arrays(t, named, tensors);
     snprintf(step, sizeof step, "%lld", (long long)t->step);
     snprintf(rng, sizeof rng, "%llu", (unsigned long long)t->rng.state);
-    const char *metadata[] = {"step", step, "rng", rng, "command", t->command, NULL};
+    snprintf(steps, sizeof steps, "%d", t->o.steps);
+    const char *metadata[] = {"step", step,      "steps",    steps, "rng",
+                              rng,    "command", t->command, NULL};
     run_path(t, "state.safetensors", path);
     return sc__save(path, named, n, metadata, fill_state, t);
 }
@@ -289,8 +291,28 @@ static bool load_state(training *t) {
             ok = sc__fail("%s is at step %lld already, beyond --steps %d", path, (long long)t->step,
                           t->o.steps);
     }
-    if (ok && command) /* with other options it would be another run */
+    if (ok && command) { /* with other options it would be another run */
+        char both[sizeof t->command];
         sc_print_text(stderr, "resumed; this run was saved by: ", command);
+        int n = snprintf(both, sizeof both, "%.800s && ", command);
+        snprintf(both + n, sizeof both - (size_t)n, "%.200s", t->command);
+        memcpy(t->command, both, sizeof both);
+    }
+    sc_file_close(file);
+    return ok;
+}
+
+/* A new run does not overwrite one that was stopped: that may be days of work. */
+static bool check_unfinished(const training *t) {
+    char path[1024];
+    run_path(t, "state.safetensors", path);
+    sc_file *file = sc__exists(path) ? sc_file_open(path) : NULL;
+    const char *step = file ? sc_file_metadata(file, "step") : NULL;
+    const char *steps = file ? sc_file_metadata(file, "steps") : NULL;
+    bool ok = !step || !steps || atoll(step) >= atoll(steps) ||
+              sc__fail("%s is a run that was stopped at step %s of %s: go on with --resume, put a "
+                       "new one elsewhere with --run DIR, or delete it",
+                       path, step, steps);
     sc_file_close(file);
     return ok;
 }
@@ -669,12 +691,17 @@ static bool encode_texts(training *t, const sc_dataset *data) {
     t->text_count = known;
     double started = sc_seconds();
     bool ok = true;
+    int cut = 0;
     for (int i = 0; ok && i < known; i++) {
         ok = sc_pipeline_text(t->pipeline, texts[i], t->context + i * size,
                               t->pooled + (int64_t)i * c->pooled_channels) &&
              (!sc_interrupted || sc__fail("stopped"));
+        cut += t->pipeline->cut;
         sc_progress("caption", 0, i + 1, known, started, NULL);
     }
+    if (ok && cut)
+        fprintf(stderr, "warning: %d captions have more than %d tokens: their ends are left out\n",
+                cut, t->pipeline->text_tokens);
     free(texts);
     return ok;
 }
@@ -905,7 +932,8 @@ int main(int argc, char **argv) {
     if (!check_options(&t.o)) return sc_die(), 2;
     sc_set_threads(t.o.threads);
     sc_catch_interrupt();
-    bool made = false, ok = open_model(&t) && load_data(&t) && open_params(&t);
+    bool made = false, ok = t.o.resume || t.o.dry_run || check_unfinished(&t);
+    ok = ok && open_model(&t) && load_data(&t) && open_params(&t);
     ok = ok && (t.o.dry_run || sc__make_folder(t.o.run, &made));
     ok = ok && (whole || sc_can_write(t.o.out)); /* perhaps in the run folder */
     if (ok) {

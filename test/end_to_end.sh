@@ -14,6 +14,9 @@ check "the same seed gives the same picture" same "$dir/a.png" "$dir/b.png"
 check "another seed" quiet ./sample "a red apple" 3 --no-lora --seed 2 --out "$dir/c.png"
 check "gives another picture" differ "$dir/a.png" "$dir/c.png"
 check "empty, long and broken prompts" quiet ./sample "" 1 --no-lora --out "$dir/d.png"
+check "a prompt that is cut is told" sh -c './sample "$(printf "apple %.0s" $(seq 40))" 1 --no-lora --out "$0" 2>&1 |
+    grep -q "^warning: the prompt has more than 16 tokens"' "$dir/d.png"
+check "one that is not, not" sh -c '! ./sample "a red apple" 1 --no-lora --out "$0" 2>&1 | grep warning' "$dir/d.png"
 check "long prompt" quiet ./sample "$(printf 'apple %.0s' $(seq 2000))" 1 --no-lora --out "$dir/d.png"
 check "not UTF-8" quiet ./sample "$(printf 'a\377\376b')" 1 --no-lora --out "$dir/d.png"
 
@@ -22,7 +25,11 @@ check "train" quiet ./train "$dir/pairs" --steps 6 --batch 2 $run
 mv "$dir/lora.safetensors" "$dir/six.safetensors"
 cp "$dir/run/state.safetensors" "$dir/six-state.safetensors"
 check "interrupted" quiet ./train "$dir/pairs" --steps 6 --batch 2 --stop-after 3 $run
+cp "$dir/run/state.safetensors" "$dir/x"
+fails 1 "stopped at step 3 of 6: go on with --resume" ./train "$dir/pairs" --steps 6 --batch 2 $run
+check "a new run leaves a stopped one alone" same "$dir/run/state.safetensors" "$dir/x"
 check "resume" quiet ./train "$dir/pairs" --steps 6 --batch 2 --resume $run
+check "its LoRA says both commands" sh -c './shortcut info "$0" | grep -q "stop-after 3.* && .*--resume"' "$dir/lora.safetensors"
 check "resumed LoRA is the same but for its command line" quiet ./shortcut info "$dir/lora.safetensors"
 tail -c 100000 "$dir/lora.safetensors" >"$dir/x"
 tail -c 100000 "$dir/six.safetensors" >"$dir/y"
@@ -58,6 +65,12 @@ mv "$dir/six.safetensors" "$dir/lora.safetensors"
 check "dry run" quiet ./train "$dir/pairs" --dry-run $run
 check "info of the model" quiet ./shortcut info data/tiny-flux
 check "merge" quiet ./shortcut merge --lora "$dir/lora.safetensors" --out "$dir/merged"
+cp -r data/tiny-flux "$dir/model" && mkdir "$dir/cwd" && cp "$dir/lora.safetensors" "$dir/cwd"
+here=$PWD
+check "lora.safetensors is for its own model" sh -c 'cd "$1" && ln -s "$0/data" data && "$0/sample" "a pig" 1 2>&1 | grep -q "applied 56/56"' \
+    "$here" "$dir/cwd"
+check "and for no other" sh -c 'cd "$1" && "$0/sample" "a pig" 1 --model "$2" 2>&1 | grep -q "is not used, it was made for data/tiny-flux"' \
+    "$here" "$dir/cwd" "$dir/model"
 check "merged weights" quiet ./shortcut info "$dir/merged"
 check "kohya's names" quiet ./shortcut merge --kohya --lora "$dir/lora.safetensors" --out "$dir/kohya.safetensors"
 check "are read" quiet ./sample "a red apple" 3 --lora "$dir/kohya.safetensors:1" --out "$dir/h.png"

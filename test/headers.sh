@@ -1,6 +1,7 @@
 #!/bin/sh
 # The header alone: the implementation as C99 without a warning, with every C compiler there is and
-# with and without what is optional; the declarations as C99 and C++17.
+# with and without what is optional; the declarations as C99 and C++17; the
+# program at its head.
 passed=0 failed=0 skipped=0
 
 compiles() { # language, source, command...
@@ -23,10 +24,12 @@ there() {
 declarations="#include \"shortcut.h\""
 implementation="#define SHORTCUT_IMPLEMENTATION
 #include \"shortcut.h\""
+example=$(sed -n '/^ \*     #define SHORTCUT_IMPLEMENTATION/,/^ \*     }$/s/^ \*     //p' shortcut.h) # of its head
 for cc in gcc clang; do
     there $cc || continue
     compiles c "$declarations" $cc -std=c99
     compiles c "$implementation" $cc -std=c99 -O2
+    compiles c "$example" $cc -std=c99
     echo 'int main(void) { return 0; }' | $cc -fopenmp -x c -o /dev/null - 2>/dev/null &&
         compiles c "$implementation" $cc -std=c99 -fopenmp
     echo '#include <cblas.h>' | $cc -E -x c -o /dev/null - 2>/dev/null &&
