@@ -23,7 +23,7 @@
  *         float *rgb = malloc(sizeof(float) * 3 * p->resolution * p->resolution);
  *         sc_rng rng = {1};                                             // the seed
  *         sc_normal(&rng, latents, h * h * c->in_channels);
- *         sc_sampling s = {.steps = 3, .shift = p->shift, .guidance = 1.5f, .h = h, .w = h};
+ *         sc_sampling s = {.steps = 3, .shift = p->shift, .guidance = 1.2f, .h = h, .w = h};
  *         if (!sc_pipeline_text(p, "a red apple", context, pooled) ||
  *             !sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, context, pooled, latents) ||
  *             !sc_pipeline_decode(p, latents, 1, h, h, rgb))            // [3, 128, 128]

@@ -39,7 +39,7 @@ typedef struct options {
     float dynamic_shift; /* 0.1 */
     float guidance[2];   /* 0 to 7.5 */
     float fm_ratio;      /* 0; above it, part of the batch is plain flow matching. --pretrain: 1 */
-    float caption_dropout;       /* 0.1, with flow matching only */
+    float caption_dropout;       /* 0; --pretrain: 0.1 */
     int resolution, text_tokens; /* 512, 256 */
     int threads, seed;
     int preview, save;  /* every so many steps; 0: at the end only */
@@ -74,7 +74,6 @@ static options defaults(void) {
                      .shift = {2.5f, 4.5f},
                      .dynamic_shift = 0.1f,
                      .guidance = {0, 7.5f},
-                     .caption_dropout = 0.1f,
                      .seed = 1,
                      .preview = 500,
                      .save = 500};
@@ -122,7 +121,7 @@ static int learning_options(options *o, sc_option *table) {
         {"--fm-ratio", SC_FLOAT, &o->fm_ratio, "X",
          "part of the batch with the flow-matching target (--pretrain: 1)"},
         {"--caption-dropout", SC_FLOAT, &o->caption_dropout, "X",
-         "flow matching: part of the captions left empty"},
+         "part of the captions left empty (--pretrain: 0.1)"},
         {"--scales", SC_STRING, &o->scales, "LIST",
          "scales that suit numbers of steps, as \"3:1 8:0.5\": kept in the file"},
     };
@@ -760,7 +759,7 @@ static void set_recipe(training *t) {
                             .dynamic_shift_ratio = o->dynamic_shift,
                             .guidance = {o->guidance[0], o->guidance[1]},
                             .fm_ratio = o->fm_ratio,
-                            .caption_dropout = o->pretrain ? o->caption_dropout : 0};
+                            .caption_dropout = o->distill_guidance ? 0 : o->caption_dropout};
     memcpy(t->recipe.self_steps, o->self_steps, sizeof o->self_steps);
     t->adamw = (sc_adamw){.beta1 = 0.9f,
                           .beta2 = o->beta2,
@@ -921,7 +920,8 @@ int main(int argc, char **argv) {
     const char *model = sc_given(argc, argv, "--model");
     if (!whole && !sc_parse_recipe(table, count, model ? model : t.o.model, "train"))
         return sc_die();
-    if (pretrain) t.o.fm_ratio = 1, t.o.teacher_ratio = 0; /* there is no teacher */
+    if (pretrain) /* there is no teacher */
+        t.o.fm_ratio = 1, t.o.teacher_ratio = 0, t.o.caption_dropout = 0.1f;
     sc_parse(usage, table, count, argc, argv, words, 1);
     if (!words[0]) {
         fprintf(stderr, "%s\n\nerror: which folder of pictures? (see %s --help)\n", usage, argv[0]);
