@@ -2975,8 +2975,8 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     float *time = sc__constant(t, n, 0), *guidance = sc__constant(t, n, 0);
     uint8_t *student = (uint8_t *)sc__arena_take(&t->host, (size_t)n);
     if (!draws || !time || !guidance || !student) return false;
-    /* Steps 2 to 4: chance. Flow matching first, then the teacher's samples, then the student's own:
-     * neighbours with the same set share its products. */
+    /* Steps 2 to 4: chance. Flow matching comes first, then the teacher's case, then the student's
+     * own: neighbours with the same set share its products. */
     int64_t plain = r->distil_guidance ? n : sc__part_of(n, r->fm_ratio, rng);
     for (int64_t i = 0, low = plain, high = n; i < n; i++) {
         sc_draw d;
