@@ -92,6 +92,9 @@ check "as they were" same "$dir/set/000000.png" "$dir/bare.png"
 mkdir "$dir/a.b"
 check "several of a name without an ending" quiet ./sample x 1 --no-lora --count 2 --out "$dir/a.b/x"
 check "are numbered" test -s "$dir/a.b/x" -a -s "$dir/a.b/x-2"
+check "the experiment, at a size that is not the evaluator's" quiet ./shortcut --count 2 --resolution 64 \
+    --lora "$dir/lora.safetensors:0.5" --shift 3 --out "$dir/sheet.png"
+check "draws its sheet" test -s "$dir/sheet.png"
 check "make a data set" test -s "$dir/set/metadata.jsonl" -a -s "$dir/set/000001.png"
 
 fails 2 "unknown option" ./train --nonsense
