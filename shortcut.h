@@ -15,7 +15,6 @@
  *         sc_pipeline *p = sc_pipeline_open(sc_cpu(), "data/tiny-flux", &(sc_pipeline_options){0});
  *         if (!p) return puts(sc_error()), 1;
  *         const sc_flux_config *c = sc_flux_config_of(p->flux);
- *         sc_lora_load(p->flux, "lora.safetensors", 1, &(sc_lora_report){0});
  *         int h = p->resolution / p->token_pixels;                      // a grid of h x h tokens
  *         float *context = malloc(sizeof(float) * p->text_tokens * c->text_channels);
  *         float *pooled = malloc(sizeof(float) * c->pooled_channels);
@@ -24,7 +23,8 @@
  *         sc_rng rng = {1};                                             // the seed
  *         sc_normal(&rng, latents, h * h * c->in_channels);
  *         sc_sampling s = {.steps = 3, .shift = p->shift, .guidance = 1.2f, .h = h, .w = h};
- *         if (!sc_pipeline_text(p, "a red apple", context, pooled) ||
+ *         if (!sc_lora_load(p->flux, "lora.safetensors", 1, &(sc_lora_report){0}) ||
+ *             !sc_pipeline_text(p, "a red apple", context, pooled) ||
  *             !sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, context, pooled, latents) ||
  *             !sc_pipeline_decode(p, latents, 1, h, h, rgb))            // [3, 128, 128]
  *             return puts(sc_error()), 1;
@@ -99,7 +99,7 @@ extern "C" {
  * In all that follows false, NULL or -1 means failure, and sc_error() says what was attempted,
  * expected and found. What _open, _new, _parse and _load return is yours, to be given to _close or
  * _free; const pointers live as long as what they were asked of. Host arrays are yours. A tape, and
- * a model that computes on it, belong to one thread at a time. */
+ * a model that computes on it, belong to one thread at a time, and all that is on a GPU to one. */
 const char *sc_error(void); /* the last failure on this thread, one line; valid until the next */
 bool sc_set_error(const char *line); /* for backends in other files; returns false */
 
@@ -497,7 +497,8 @@ void sc_params_copy(sc_params *params, sc_set to, sc_set from);
 void sc_params_step(sc_params *params, sc_adamw *adamw, float fast_decay, float slow_decay);
 /* The loss, and the gradient's norm before clipping, of the first step that was not asked about.
  * Asked one step late, it keeps a GPU busy: this waits for that step only. The last SC_POSTS steps
- * are kept. A norm that is not finite: the step changed nothing. */
+ * of a thread are kept, whichever params made them: ask one before another steps. A norm that is
+ * not finite: the step changed nothing. */
 bool sc_params_report(sc_params *params, double *loss, double *norm);
 
 /* ==== LoRA files ====
@@ -511,7 +512,7 @@ bool sc_lora_save(const sc_params *params, sc_set set, const char *path,
  * parts of a fused layer become one of their ranks' sum, exactly. */
 bool sc_lora_save_kohya(const sc_flux *flux, const char *path, const char *const *metadata);
 typedef struct sc_lora_report {
-    int applied, total;         /* adapters: a pair of A and B each */
+    int applied, total;         /* adapters: a pair of A and B each; total: strays too */
     char missed[2048];          /* names that fit no layer, separated by spaces, cut with ... */
 } sc_lora_report;
 /* Adds a LoRA file to a model, under the teacher set (what sampling uses), on top of those that are
@@ -534,7 +535,7 @@ void sc_schedule(float *times, int steps, float shift);
 
 typedef struct sc_sampling {
     int steps;
-    float shift;
+    float shift;                /* of the times; 0: FLUX's dynamic shift */
     float guidance;
     int h, w;                   /* grid of tokens */
     const uint8_t *sets;        /* [B] LoRA set of each sample; NULL: the loaded LoRAs, if any */
@@ -568,7 +569,8 @@ typedef struct sc_recipe {
 typedef struct sc_batch {       /* host f32; one text-picture pair per sample */
     int size, h, w, text_tokens;
     const float *x0, *noise;    /* [B, h*w, in_channels] packed latents; N(0, 1) */
-    float *context, *pooled;    /* [B, T, text_channels], [B, pooled_channels] */
+    /* [B, T, text_channels], [B, pooled_channels]: overwritten where a caption is dropped */
+    float *context, *pooled;
     const float *no_context, *no_pooled;    /* the empty caption's, one sample */
 } sc_batch;
 
@@ -1006,15 +1008,22 @@ static SC_THREAD_LOCAL bool sc__cpu_failed; /* an operation, since the last down
 
 /* One growing buffer, for one user at a time; call it outside parallel regions. NULL: there is no
  * memory, and the operation does nothing; the next download or collect says so. */
+static SC_THREAD_LOCAL float *sc__buffer;       /* a thread's, until it frees a tape */
+static SC_THREAD_LOCAL int64_t sc__capacity;
+
+static void sc__scratch_free(void) {
+    SC_FREE(sc__buffer);
+    sc__buffer = NULL;
+    sc__capacity = 0;
+}
+
 static float *sc__scratch(int64_t floats) {
-    static SC_THREAD_LOCAL float *buffer;
-    static SC_THREAD_LOCAL int64_t capacity;
-    if (floats <= capacity) return buffer;
-    SC_FREE(buffer);
-    buffer = (float *)SC_CALLOC((size_t)floats, sizeof *buffer);
-    capacity = buffer ? floats : 0;
-    if (!buffer) sc__cpu_failed = true;
-    return buffer;
+    if (floats <= sc__capacity) return sc__buffer;
+    sc__scratch_free();
+    sc__buffer = (float *)SC_CALLOC((size_t)floats, sizeof *sc__buffer);
+    if (sc__buffer) sc__capacity = floats;
+    else sc__cpu_failed = true;
+    return sc__buffer;
 }
 
 /* ---- Products ---- */
@@ -1703,7 +1712,7 @@ static void sc__conv_gather(const sc__conv *g, float *strip, const float *x, int
     }
 }
 
-/* y[4][SC__TILE] = all channels and taps of one tile whose first pixel is x. */
+/* y[SC__TILE_O][SC__TILE] = all channels and taps of one tile whose first pixel is x. */
 static void sc__conv_tile(const sc__conv *g, float *y, const float *x, const float *w) {
     sc__vec sum[SC__TILE_O][SC__TILE_V];
     for (int o = 0; o < SC__TILE_O; o++)
@@ -1973,6 +1982,7 @@ void sc_tape_free(sc_tape *t) {
     sc__arena_free(&t->device);
     SC_FREE(t->ops);
     SC_FREE(t);
+    sc__scratch_free(); /* other tapes of this thread make it anew */
 }
 
 void sc_tape_reset(sc_tape *t) {
@@ -2316,7 +2326,7 @@ sc_tensor *sc_activate(sc_tape *t, sc_activation kind, sc_tensor *x) {
     return y;
 }
 
-/* A block of `rows` rows: out[r, at_out ...] = in[r, at_in ...]; n = {rows, columns, offset}. */
+/* A block of `rows` rows: dst[r, dst_at ...] (+)= src[r, src_at ...], in the activations' type. */
 static void sc__copy_columns(sc_tape *t, void *dst, int64_t dst_ld, int64_t dst_at, const void *src,
                              int64_t src_ld, int64_t src_at, int64_t rows, int64_t columns,
                              bool add) {
@@ -2729,11 +2739,14 @@ void sc_schedule(float *times, int steps, float shift) {
 bool sc_sample(sc_flux *f, sc_tape *t, const sc_sampling *s, int batch, int text_tokens,
                const float *context, const float *pooled, float *latents) {
     const sc_flux_config *c = sc_flux_config_of(f);
+    if (s->steps < 1 || batch < 1)
+        return sc__fail("a sample of %d steps, %d at once: both must be positive", s->steps, batch);
     float *host = (float *)sc__alloc((size_t)(s->steps + 1 + 4 * batch), sizeof *host);
     if (!host) return false;
     float *times = host + 4 * batch, *time = host, *guidance = host + batch;
     float *one = host + 2 * batch, *delta = host + 3 * batch;
-    sc_schedule(times, s->steps, s->shift);
+    sc_schedule(times, s->steps,
+                s->shift > 0 ? s->shift : sc_dynamic_shift((int64_t)s->h * s->w));
     for (int b = 0; b < batch; b++) guidance[b] = s->guidance, one[b] = 1;
     sc_tape_record(t, false);
     sc_tape_use(t, s->sets);
@@ -2934,7 +2947,6 @@ static bool sc__guidance_target(sc__flux_model *m, sc_tape *t, const float *time
     uint8_t *teacher = (uint8_t *)sc__arena_take(&t->host, (size_t)n);
     if (!uncaptioned.context || !uncaptioned.pooled || !one || !rest || !teacher) return false;
     for (int64_t i = 0; i < n; i++) rest[i] -= guidance[i], teacher[i] = SC_TEACHER;
-    sc_tape_record(t, false);
     sc_tensor *with = sc__flux_model_velocity(m, t, x, 0, teacher, time, one);
     sc_tensor *without =
         with ? sc__flux_model_velocity(&uncaptioned, t, x, 0, teacher, time, one) : NULL;
@@ -3635,9 +3647,9 @@ static bool sc__matches(const char *name, const char *pattern) {
 
 /* The path of a folder's weights: an index of shards, else a usual name, else the only file. */
 static char *sc__weights_in(const char *folder) {
-    enum { PATTERNS = 4 };
+    enum { PATTERNS = 5 };
     static const char *const patterns[PATTERNS] = {"*.safetensors.index.json",
-        "diffusion_pytorch_model.safetensors", "model.safetensors", "*.safetensors"};
+        "diffusion_pytorch_model.safetensors", "model.safetensors", "*.safetensors", "*.sft"};
     DIR *list = opendir(folder);
     char *found = NULL;
     int best = PATTERNS;
@@ -4089,7 +4101,8 @@ size_t sc_net_waiting(const sc_net *net) {
     size_t bytes = 0;
     for (int64_t i = 0; i < net->count; i++)
         if (net->weights[i]->waiting && !net->streamed)
-            bytes += (size_t)sc_count(&net->weights[i]->tensor) * (net->fp8 ? 1 : 2);
+            bytes += (size_t)sc_count(&net->weights[i]->tensor) *
+                     (net->fp8 || sc_dtype_size(net->weights[i]->source.dtype) == 1 ? 1 : 2);
     return bytes;
 }
 
@@ -4114,7 +4127,9 @@ static bool sc__read_scale(const sc_file *f, const sc__entry *weight, const sc__
         found = sc__find_entry(f, name);
     }
     for (int i = 0; !mark && sc__weight_prefixes[i]; i++) {
-        snprintf(name, sizeof name, "%sscaled_fp8", sc__weight_prefixes[i]);
+        const char *prefix = sc__weight_prefixes[i];
+        if (strncmp(weight->name, prefix, strlen(prefix))) continue; /* the mark of another part */
+        snprintf(name, sizeof name, "%sscaled_fp8", prefix);
         if ((mark = sc__find_entry(f, name))) mark->used = true;
     }
     if (!found) return !mark || sc__fail("%s: '%s' is an 8-bit weight without its '.scale_weight'; "
@@ -4879,6 +4894,8 @@ sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed) {
 }
 
 sc_params *sc_params_full(sc_flux *flux, bool teacher) {
+    if (!flux->net->widen)
+        return sc__fail("to train all weights the model must be opened with `widen`"), NULL;
     sc_params *p = (sc_params *)sc__alloc(1, sizeof *p);
     if (!p) return NULL;
     *p = (sc_params){
@@ -5424,7 +5441,8 @@ static char *sc__part_file(const char *folder, sc__part_kind part) {
     DIR *list = opendir(folder);
     if (!list) return sc__fail("%s: %s", folder, strerror(errno)), NULL;
     for (struct dirent *entry; !several && (entry = readdir(list));) {
-        bool named = *entry->d_name != '.' && sc__matches(entry->d_name, "*.safetensors");
+        bool named = *entry->d_name != '.' && (sc__matches(entry->d_name, "*.safetensors") ||
+                                               sc__matches(entry->d_name, "*.sft"));
         char *path = named ? sc__join(folder, entry->d_name) : NULL;
         int has = path ? sc__file_has(path, part) : 0;
         if (has < 0) snprintf(broken, sizeof broken, "%s", sc_error());
@@ -7842,7 +7860,7 @@ void sc_dataset_close(sc_dataset *d) {
     SC_FREE(d);
 }
 
-/* ==== Pipeline: a whole model folder in diffusers' layout =====================================
+/* ==== Pipeline: a whole model, diffusers' folder or single files ==============================
  *
  * The parts of a FLUX folder that a picture needs: prompt -> text encoders -> transformer -> VAE.
  * The text encoders and the VAE are opened when they are first used, so that a training run whose

@@ -360,7 +360,7 @@ static bool preview_panel(training *t, int steps, sc_set set, const float *noise
     int64_t tokens = (int64_t)first->h * first->w;
     const uint8_t sets[1] = {(uint8_t)set};
     sc_sampling s = {.steps = steps,
-                     .shift = p->shift > 0 ? p->shift : sc_dynamic_shift(tokens),
+                     .shift = p->shift,
                      .guidance = 0.5f * (t->o.guidance[0] + t->o.guidance[1]),
                      .h = first->h,
                      .w = first->w,

@@ -121,6 +121,13 @@ static void test_full(const char *name) {
     close_fixture(&f);
 }
 
+/* Weights that were not opened to be trained are refused. */
+static void test_not_wide(void) {
+    sc_flux *f = sc_flux_open(sc_cpu(), "test/reference/flux_a", false, false, 0);
+    CHECK(f && !sc_params_full(f, false) && strstr(sc_error(), "`widen`"));
+    sc_flux_close(f);
+}
+
 /* ---- LoRA ---- */
 
 static void set_factors(fixture *f, sc_params *p) {
@@ -318,10 +325,31 @@ static void test_adamw(void) {
     sc_file_close(f);
 }
 
+/* Shift 0 is FLUX's dynamic one; no steps or no samples are refused. */
+static void test_sampling(void) {
+    fixture f = open_fixture("flux_a");
+    int64_t n = f.n / f.batch;
+    float *dynamic = malloc((size_t)n * 8), *given = dynamic + n;
+    sc_sampling s = {.steps = 2, .guidance = 2, .h = f.h, .w = f.w};
+    memcpy(dynamic, f.x, (size_t)n * 4), memcpy(given, f.x, (size_t)n * 4);
+    CHECK(sc_sample(f.flux, f.tape, &s, 1, f.text, f.context, f.pooled, dynamic));
+    s.shift = sc_dynamic_shift((int64_t)f.h * f.w);
+    CHECK(sc_sample(f.flux, f.tape, &s, 1, f.text, f.context, f.pooled, given));
+    CHECK(!memcmp(dynamic, given, (size_t)n * 4) && memcmp(given, f.x, (size_t)n * 4));
+    CHECK(!sc_sample(f.flux, f.tape, &s, 0, f.text, f.context, f.pooled, given));
+    s.steps = 0;
+    CHECK(!sc_sample(f.flux, f.tape, &s, 1, f.text, f.context, f.pooled, given) &&
+          strstr(sc_error(), "0 steps"));
+    free(dynamic);
+    close_fixture(&f);
+}
+
 int main(void) {
     if (mkdir("build", 0777) && errno != EEXIST) return 1;
     test_full("flux_a"), test_full("flux_b");
+    test_not_wide();
     test_lora("flux_a"), test_lora("flux_b");
+    test_sampling();
     test_lora_file();
     test_scfm("flux_a"), test_scfm("flux_b");
     test_draws();

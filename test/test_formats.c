@@ -300,6 +300,7 @@ static void refused(sc_flux *f, const char *words) {
 static void test_bad_weights(void) {
     tensors *t = to_bfl("", "scale_weight");
     add(t, "scaled_fp8", SC_F8_E4M3, 2, 0, calloc(2, 1));
+    int mark = t->count - 1;
     sc_flux *f = open_as(t, "bad");
     CHECK(f);
     sc_flux_close(f);
@@ -312,6 +313,10 @@ static void test_bad_weights(void) {
     *scale = 1;
     snprintf(t->name[lost], sizeof t->name[lost], "something.else");
     refused(open_as(t, "bad"), "without its '.scale_weight'");
+    /* The mark of an all-in-one file's other part says nothing about this one's plain casts. */
+    snprintf(t->name[mark], sizeof t->name[mark], "text_encoders.t5xxl.transformer.scaled_fp8");
+    CHECK(f = open_as(t, "bad"));
+    sc_flux_close(f);
     free_tensors(t);
     t = to_bfl("", NULL);
     ((float *)t->tensor[1].data)[3] = NAN; /* a bias; matrices are not read when they are opened */
@@ -391,8 +396,12 @@ static void test_parts(void) {
     CHECK(!sc__part_path(in_folder("parts"), SC__TRANSFORMER) && strstr(sc_error(), "leave one"));
     CHECK(!sc__open_tokenizer(in_folder("parts"), "tokenizer") &&
           strstr(sc_error(), "copy the folders"));
-    /* A download that stopped, and shards without their index, are named. */
+    rename(in_folder("parts/mine.safetensors"), in_folder("parts/mine.sft"));
     remove(in_folder("parts/other.safetensors"));
+    CHECK((path = sc__part_path(in_folder("parts"), SC__TRANSFORMER)) && strstr(path, "mine.sft"));
+    free(path);
+    rename(in_folder("parts/mine.sft"), in_folder("parts/mine.safetensors"));
+    /* A download that stopped, and shards without their index, are named. */
     CHECK(!truncate(in_folder("parts/mine.safetensors"), 20000));
     CHECK(!sc__part_path(in_folder("parts/mine.safetensors"), SC__TRANSFORMER) &&
           strstr(sc_error(), "mine.safetensors: ") && strstr(sc_error(), "truncated"));
