@@ -505,7 +505,8 @@ bool sc_params_report(sc_params *params, double *loss, double *norm);
  * Written: safetensors, PEFT names, transformer.<module>.lora_A.weight [rank, in] and
  * .lora_B.weight [out, rank], bf16, the scale alpha / rank multiplied into B. Read: those, with any
  * rank and alpha (tensors, diffusers' metadata, or PEFT's adapter_config.json beside its
- * adapter_model.safetensors), and the names of diffusers, kohya, OneTrainer, BFL and ComfyUI. */
+ * adapter_model.safetensors), and the names of diffusers, kohya, OneTrainer, BFL, ComfyUI and
+ * XLabs. */
 bool sc_lora_save(const sc_params *params, sc_set set, const char *path,
                   const char *const *metadata);
 /* The loaded LoRAs, with their scales, as one file in kohya's names (lora_unet_..., bf16): the
@@ -3898,6 +3899,19 @@ static const sc__alias sc__aliases[] = {
              "single_blocks.*.norm.key_norm.scale"),
     {"norm_out.linear", "final_layer.adaLN_modulation.1", 0, 0, 0, true},
     SC__SAME("proj_out", "final_layer.linear"),
+    /* LoRA files of XLabs: 1 is the picture's stream, 2 the text's. */
+    {"transformer_blocks.*.attn.to_q", "double_blocks.*.processor.qkv_lora1", 0, 1, 3, false},
+    {"transformer_blocks.*.attn.to_k", "double_blocks.*.processor.qkv_lora1", 1, 1, 3, false},
+    {"transformer_blocks.*.attn.to_v", "double_blocks.*.processor.qkv_lora1", 2, 1, 3, false},
+    SC__SAME("transformer_blocks.*.attn.to_out.0", "double_blocks.*.processor.proj_lora1"),
+    {"transformer_blocks.*.attn.add_q_proj", "double_blocks.*.processor.qkv_lora2", 0, 1, 3, false},
+    {"transformer_blocks.*.attn.add_k_proj", "double_blocks.*.processor.qkv_lora2", 1, 1, 3, false},
+    {"transformer_blocks.*.attn.add_v_proj", "double_blocks.*.processor.qkv_lora2", 2, 1, 3, false},
+    SC__SAME("transformer_blocks.*.attn.to_add_out", "double_blocks.*.processor.proj_lora2"),
+    {"single_transformer_blocks.*.attn.to_q", "single_blocks.*.processor.qkv_lora", 0, 1, 3, false},
+    {"single_transformer_blocks.*.attn.to_k", "single_blocks.*.processor.qkv_lora", 1, 1, 3, false},
+    {"single_transformer_blocks.*.attn.to_v", "single_blocks.*.processor.qkv_lora", 2, 1, 3, false},
+    SC__SAME("single_transformer_blocks.*.proj_out", "single_blocks.*.processor.proj_lora"),
     /* The VAE: ae.safetensors. */
     SC__SAME("encoder.down_blocks.*.resnets.*.conv_shortcut",
              "encoder.down.*.block.*.nin_shortcut"),
@@ -4874,6 +4888,7 @@ static bool sc__attach(sc_params *p, float scale, sc_rng rng, float *start) {
 }
 
 sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed) {
+    if (rank < 1) return sc__fail("a LoRA of rank %d: it must be positive", rank), NULL;
     sc_params *p = (sc_params *)sc__alloc(1, sizeof *p);
     if (!p) return NULL;
     *p = (sc_params){.backend = flux->net->backend, .flux = flux, .rank = rank};
@@ -5014,13 +5029,14 @@ bool sc_lora_save(const sc_params *p, sc_set set, const char *path, const char *
 }
 
 /* What stands before a module's name in LoRA files, and behind it for A and B: PEFT and diffusers,
- * BFL and ComfyUI, kohya, OneTrainer; diffusers of before PEFT. */
+ * BFL and ComfyUI, kohya, OneTrainer; diffusers of before PEFT, XLabs. */
 static const char *const sc__lora_prefixes[] = {"transformer.", "", "base_model.model.",
     "base_model.model.transformer.", "diffusion_model.", "model.diffusion_model.", "lora_unet_",
     "lora_transformer_", NULL};
 static const char *const sc__lora_ends[][2] = {
     {".lora_A.weight", ".lora_B.weight"}, {".lora_down.weight", ".lora_up.weight"},
-    {".lora.down.weight", ".lora.up.weight"}, {".lora_A.default.weight", ".lora_B.default.weight"}};
+    {".lora.down.weight", ".lora.up.weight"}, {".down.weight", ".up.weight"},
+    {".lora_A.default.weight", ".lora_B.default.weight"}};
 enum { SC__LORA_ENDS = (int)(sizeof sc__lora_ends / sizeof *sc__lora_ends) };
 
 /* `name` without `end`; 0 if it does not end so. */

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from formats import (bfl_factors, contiguous, dense, lora_factors, lora_file, own_state, pipeline, scaled, split, to_bfl, to_fp8, together,
-                     write_all_in_one, write_diffusers, write_single_files)
+                     write_all_in_one, write_diffusers, write_single_files, xlabs_factors)
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 diffusers.utils.logging.set_verbosity_error()
@@ -225,13 +225,14 @@ def against_diffusers(what, pipe, model, noise, folder, ours, theirs):
 
 def dialects(name, pipe, sd, model, noise, folder):
     path, other = os.path.join(folder, "lora.safetensors"), os.path.join(folder, "other.safetensors")
-    for dialect in ("peft", *FUSED) if name == "wide" else ("peft", "bare", "model", "old", "onetrainer", *FUSED):
-        rank, what = 5 if dialect in FUSED else 4, f"{name}, LoRA {dialect}"
-        factors = (bfl_factors if dialect in FUSED else lora_factors)(sd, rank, 7)
+    for dialect in ("peft", "xlabs", *FUSED) if name == "wide" else ("peft", "bare", "model", "old", "onetrainer", "xlabs", *FUSED):
+        fused = dialect == "xlabs" or dialect in FUSED
+        rank, what = 5 if fused else 4, f"{name}, LoRA {dialect}"
+        factors = (xlabs_factors if dialect == "xlabs" else bfl_factors if fused else lora_factors)(sd, rank, 7)
         alpha = {"kohya": 3, "comfy-down": 8, "peft": 2, "onetrainer": 6}.get(dialect)
         expected = scaled(factors, 0.5 * (1 if alpha is None else alpha / rank))
         save_file(lora_file(factors, dialect, alpha), path)
-        text = check_merge(what, model, sd, folder, split(expected) if dialect in FUSED else expected, path + ":0.5")
+        text = check_merge(what, model, sd, folder, split(expected) if fused else expected, path + ":0.5")
         report(f"{what}: applied {len(factors)}/{len(factors)} is said", int(f"applied {len(factors)}/{len(factors)}" not in text), 0)
         usable = understood(dialect, factors, name == "wide")
         save_file(lora_file(usable, dialect, alpha), path)
@@ -246,7 +247,11 @@ def configs(name, pipe, sd, model, noise, folder):
         names = [k[:-7] for k, v in sd.items() if v.ndim == 2]
         config = LoraConfig(r=4, lora_alpha=6, target_modules=names, use_rslora=rslora, init_lora_weights=False,
                             rank_pattern={"attn.to_q": 2, "^proj_out": 3}, alpha_pattern={"^proj_out": 5, "attn.to_k": 9, "net.2": 1})
+        torch.manual_seed(5)
         peft = get_peft_model(copy.deepcopy(pipe.transformer), config)
+        for key, x in peft.named_parameters():
+            if "lora_B" in key:
+                x.data *= 0.1  # PEFT's own are so large that they multiply the rounding of f32 a hundredfold
         folders = [os.path.join(folder, x) for x in ("PEFTs_folder", "diffusers_adapter", "diffusers_weights")]
         peft.save_pretrained(folders[0])
         transformer = peft.get_base_model()

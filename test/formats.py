@@ -170,6 +170,16 @@ def bfl_factors(sd, rank, seed, spread=0.02):
     return lora_factors(to_bfl(sd), rank, seed, spread)
 
 
+XLABS = {"img_attn.qkv": "qkv_lora1", "img_attn.proj": "proj_lora1", "txt_attn.qkv": "qkv_lora2", "txt_attn.proj": "proj_lora2",
+         "linear1": "qkv_lora", "linear2": "proj_lora"}
+
+
+def xlabs_factors(sd, rank, seed, spread=0.02):
+    """On the layers that XLabs trains, in BFL's names; of linear1 the rows of q, k and v only."""
+    layers = {name[:-7]: x for name, x in to_bfl(sd).items() if name.endswith(".weight") and name[:-7].split(".", 2)[-1] in XLABS}
+    return lora_factors({name + ".weight": x[:3 * x.shape[1]] if name.endswith("linear1") else x for name, x in layers.items()}, rank, seed, spread)
+
+
 def lora_file(factors, dialect, alpha=None):
     """The tensors of a LoRA file; alpha: in a tensor of its own (the factors' product is then scaled by alpha / rank)."""
     prefix, a, b, flat = {
@@ -179,10 +189,14 @@ def lora_file(factors, dialect, alpha=None):
         "old": ("transformer.", ".lora.down.weight", ".lora.up.weight", False),
         "comfy": ("diffusion_model.", ".lora_A.weight", ".lora_B.weight", False),
         "comfy-down": ("diffusion_model.", ".lora_down.weight", ".lora_up.weight", False),
+        "xlabs": ("", ".down.weight", ".up.weight", False),
         "kohya": ("lora_unet_", ".lora_down.weight", ".lora_up.weight", True),
         "onetrainer": ("lora_transformer_", ".lora_down.weight", ".lora_up.weight", True)}[dialect]
     out = {}
     for name, (down, up) in factors.items():
+        if dialect == "xlabs":
+            blocks, i, layer = name.split(".", 2)
+            name = f"{blocks}.{i}.processor.{XLABS[layer]}"
         key = prefix + (name.replace(".", "_") if flat else name)
         out[key + a], out[key + b] = down.contiguous(), up.contiguous()
         if alpha is not None:
@@ -215,7 +229,7 @@ def split(factors):
             n = a.shape[1]  # q, k and v are as wide as their input
             for i, x in enumerate(("add_q_proj", "add_k_proj", "add_v_proj") if last.startswith("txt") else ("to_q", "to_k", "to_v")):
                 out[f"{where}attn.{x}"] = a, b[i * n:(i + 1) * n]
-            if last == "linear1":
+            if last == "linear1" and len(b) > 3 * n:  # not XLabs'
                 out[where + "proj_mlp"] = a, b[3 * n:]
         elif name == "final_layer.adaLN_modulation.1":
             shift, scale = b.chunk(2)
@@ -302,6 +316,7 @@ def write_all(name, folder):
     os.makedirs(loras)
     for dialect in "peft", "bare", "model", "old", "onetrainer":
         save_file(lora_file(lora_factors(sd, 4, 7), dialect), os.path.join(loras, dialect + ".safetensors"))
+    save_file(lora_file(xlabs_factors(sd, 6, 9), "xlabs"), os.path.join(loras, "xlabs.safetensors"))
     for dialect in "kohya", "comfy", "comfy-down":
         save_file(lora_file(bfl_factors(sd, 5, 8), dialect, alpha=3), os.path.join(loras, dialect + ".safetensors"))
 

@@ -104,6 +104,23 @@ static const fused bfl[] = {
     {"final_layer.adaLN_modulation.1", 1, {"norm_out.linear"}, true},
     {"final_layer.linear", 1, {"proj_out"}, false}};
 enum { BFL = sizeof bfl / sizeof *bfl };
+static const fused xlabs[] = {
+    {"double_blocks.0.processor.qkv_lora1",
+     3,
+     {DOUBLE "attn.to_q", DOUBLE "attn.to_k", DOUBLE "attn.to_v"},
+     false},
+    {"double_blocks.0.processor.qkv_lora2",
+     3,
+     {DOUBLE "attn.add_q_proj", DOUBLE "attn.add_k_proj", DOUBLE "attn.add_v_proj"},
+     false},
+    {"double_blocks.0.processor.proj_lora1", 1, {DOUBLE "attn.to_out.0"}, false},
+    {"double_blocks.0.processor.proj_lora2", 1, {DOUBLE "attn.to_add_out"}, false},
+    {"single_blocks.1.processor.qkv_lora",
+     3,
+     {SINGLE(1) "attn.to_q", SINGLE(1) "attn.to_k", SINGLE(1) "attn.to_v"},
+     false},
+    {"single_blocks.1.processor.proj_lora", 1, {SINGLE(1) "proj_out"}, false}};
+enum { XLABS = sizeof xlabs / sizeof *xlabs };
 static const char *const bfl_norms[][2] = {
     {"double_blocks.0.img_attn.norm.query_norm.scale", DOUBLE "attn.norm_q.weight"},
     {"double_blocks.0.img_attn.norm.key_norm.scale", DOUBLE "attn.norm_k.weight"},
@@ -417,15 +434,18 @@ static void test_parts(void) {
 
 static const struct {
     const char *prefix, *a, *b;
-    bool bfl, alpha;
-} dialects[] = {{"transformer.", ".lora_A.weight", ".lora_B.weight", false, false},
-                {"base_model.model.", ".lora_A.weight", ".lora_B.weight", false, true},
-                {"", ".lora_A.weight", ".lora_B.weight", false, false},
-                {"transformer.", ".lora.down.weight", ".lora.up.weight", false, true},
-                {"lora_transformer_", ".lora_down.weight", ".lora_up.weight", false, true},
-                {"lora_unet_", ".lora_down.weight", ".lora_up.weight", true, true},
-                {"diffusion_model.", ".lora_A.weight", ".lora_B.weight", true, false},
-                {"diffusion_model.", ".lora_down.weight", ".lora_up.weight", true, true}};
+    const fused *names; /* NULL: diffusers' modules */
+    int count;
+    bool alpha;
+} dialects[] = {{"transformer.", ".lora_A.weight", ".lora_B.weight", NULL, 0, false},
+                {"base_model.model.", ".lora_A.weight", ".lora_B.weight", NULL, 0, true},
+                {"", ".lora_A.weight", ".lora_B.weight", NULL, 0, false},
+                {"transformer.", ".lora.down.weight", ".lora.up.weight", NULL, 0, true},
+                {"lora_transformer_", ".lora_down.weight", ".lora_up.weight", NULL, 0, true},
+                {"lora_unet_", ".lora_down.weight", ".lora_up.weight", bfl, BFL, true},
+                {"diffusion_model.", ".lora_A.weight", ".lora_B.weight", bfl, BFL, false},
+                {"diffusion_model.", ".lora_down.weight", ".lora_up.weight", bfl, BFL, true},
+                {"", ".down.weight", ".up.weight", xlabs, XLABS, false}};
 
 /* Random factors on every layer, in diffusers' or in BFL's names; w: what they add to each module.
  */
@@ -433,11 +453,11 @@ static tensors *random_lora(const sc_flux *f, int dialect, int rank, float alpha
                             float **w) {
     tensors *t = new_tensors();
     sc_rng rng = {seed};
-    bool fuse = dialects[dialect].bfl;
-    for (int i = 0; i < (fuse ? BFL : f->module_count); i++) {
+    const fused *fuse = dialects[dialect].names;
+    for (int i = 0; i < (fuse ? dialects[dialect].count : f->module_count); i++) {
         const char *one[4] = {f->modules[fuse ? 0 : i].name};
-        const char *const *parts = fuse ? bfl[i].part : one;
-        int count = fuse ? bfl[i].parts : 1, module[4];
+        const char *const *parts = fuse ? fuse[i].part : one;
+        int count = fuse ? fuse[i].parts : 1, module[4];
         int64_t out = 0, in = 0;
         for (int p = 0; p < count; p++) {
             for (module[p] = 0; strcmp(f->modules[module[p]].name, parts[p]); module[p]++) {}
@@ -449,7 +469,7 @@ static tensors *random_lora(const sc_flux *f, int dialect, int rank, float alpha
         sc_normal(&rng, a, rank * in), sc_normal(&rng, b, rank * out);
         float *ordered = malloc((size_t)(rank * out) * 4), *rows = ordered;
         memcpy(ordered, b, (size_t)(rank * out) * 4);
-        if (fuse && bfl[i].swapped) swap_rows(ordered, out, rank);
+        if (fuse && fuse[i].swapped) swap_rows(ordered, out, rank);
         for (int p = 0; w && p < count; p++) {
             int64_t height = f->modules[module[p]].layer->weight->shape[0];
             for (int64_t r = 0; r < height; r++, rows += rank)
@@ -459,7 +479,7 @@ static tensors *random_lora(const sc_flux *f, int dialect, int rank, float alpha
         }
         free(ordered);
         char name[160];
-        snprintf(name, sizeof name, "%s", fuse ? bfl[i].name : parts[0]);
+        snprintf(name, sizeof name, "%s", fuse ? fuse[i].name : parts[0]);
         for (char *c = name; dialects[dialect].prefix[0] == 'l' && *c; c++)
             *c = *c == '.' ? '_' : *c;
         char full[400];
@@ -506,7 +526,7 @@ static void test_dialects(void) {
     sc_lora_report report;
     for (int d = 0; d < (int)(sizeof dialects / sizeof *dialects); d++) {
         float **w = zero_differences(f);
-        int rank = 1 + d, n = dialects[d].bfl ? BFL : f->module_count;
+        int rank = 1 + d, n = dialects[d].names ? dialects[d].count : f->module_count;
         tensors *t = random_lora(f, d, rank, dialects[d].alpha ? 2.5f : (float)rank, 5, w);
         CHECK(sc_lora_load(f, save(t, "lora.safetensors"), 1, &report));
         CHECK(report.applied == n && report.total == n && !*report.missed);
