@@ -17,7 +17,7 @@ static const char usage[] =
     "the evaluator recognises the prompt; seconds per picture.";
 
 typedef struct options {
-    const char *model, *lora[8], *prompts, *evaluator, *real, *out, *device;
+    const char *model, *lora[8], *prompts, *evaluator, *real, *out, *device, *weights, *weights_on;
     float guidance, shift;
     bool full, kohya;
     int count, seed, threads, batch, resolution;
@@ -257,6 +257,11 @@ static bool use_lora(experiment *x, const setting *s) {
     return !s->lora[0] || s->scale == 0 || sc_lora_load(x->p->flux, s->lora, s->scale, &report);
 }
 
+static bool not_interrupted(void *user, int step, int steps) {
+    (void)user, (void)step, (void)steps;
+    return !sc_interrupted;
+}
+
 /* Draws pictures [first, first + n) of the experiment: prompt i of the list, noise of seed + i. */
 static bool draw_batch(experiment *x, const setting *s, int first, int n, float *rgb) {
     sc_pipeline *p = x->p;
@@ -275,8 +280,12 @@ static bool draw_batch(experiment *x, const setting *s, int first, int n, float 
         memcpy(context + i * text, q->context, (size_t)text * 4);
         memcpy(pooled + (int64_t)i * c->pooled_channels, q->pooled, (size_t)c->pooled_channels * 4);
     }
-    sc_sampling sampling = {
-        .steps = s->steps, .shift = s->shift, .guidance = x->o.guidance, .h = h, .w = h};
+    sc_sampling sampling = {.steps = s->steps,
+                            .shift = s->shift,
+                            .guidance = x->o.guidance,
+                            .h = h,
+                            .w = h,
+                            .progress = not_interrupted};
     bool ok = sc_sample(p->flux, p->tape, &sampling, n, p->text_tokens, context, pooled, latents) &&
               sc_pipeline_decode(p, latents, n, h, h, rgb);
     free(memory);
@@ -370,7 +379,9 @@ static void print_row(const setting *s, const measures *m, const measures *base,
     printf("%8.4f %9.4f ", m->rmse, m->frechet);
     if (base) printf("%5.0f%% ", 100 * (1 - m->frechet / base->frechet));
     else printf("%6s ", "-");
-    printf("%6.2f %5.0f%% ", m->sharpness, 100 * m->recognition);
+    printf("%6.2f ", m->sharpness);
+    if (isfinite(m->recognition)) printf("%5.0f%% ", 100 * m->recognition);
+    else printf("%6s ", "-");
     if (isfinite(m->real)) printf("%7.3f ", fabs(m->real - base_real));
     else printf("%7s ", "-");
     printf("%6.3f\n", m->seconds);
@@ -425,7 +436,8 @@ static bool try_shifts(experiment *x, setting *s, const float *shifts, int n, in
 static bool best_shift(experiment *x, setting *s) {
     static const float shifts[] = {2, 3, 4, 5, 6, 7, 8};
     float second;
-    if (!try_shifts(x, s, shifts, 7, x->o.full ? x->count / 4 : x->count / 2, &second))
+    int few = x->count / (x->o.full ? 4 : 2);
+    if (!try_shifts(x, s, shifts, 7, few < 2 ? 2 : few, &second)) /* one has no distance */
         return false;
     return !x->o.full || try_shifts(x, s, (float[]){s->shift, second}, 2, x->count, &second);
 }
@@ -498,7 +510,8 @@ static bool load_prompts(experiment *x) {
         q->context = (float *)sc__alloc((size_t)x->p->text_tokens * (size_t)c->text_channels, 4);
         q->pooled = (float *)sc__alloc((size_t)c->pooled_channels, 4);
         ok = q->text && q->context && q->pooled &&
-             sc_pipeline_text(x->p, line, q->context, q->pooled);
+             sc_pipeline_text(x->p, line, q->context, q->pooled) &&
+             (!sc_interrupted || sc__fail("stopped"));
     }
     free(text);
     return ok && (x->prompt_count || sc__fail("%s: no prompts", x->o.prompts));
@@ -515,7 +528,8 @@ static bool load_real(experiment *x) {
         int class_of;
         ok = sc_picture_load(&picture, data->pairs[i].path) &&
              sc_picture_fit(&fitted, &picture, x->judge.side, x->judge.side) &&
-             evaluate(&x->judge, fitted.rgb, x->real + i * x->judge.features, &class_of);
+             evaluate(&x->judge, fitted.rgb, x->real + i * x->judge.features, &class_of) &&
+             (!sc_interrupted || sc__fail("stopped"));
         sc_picture_free(&picture);
         sc_picture_free(&fitted);
         sc_progress("real picture", 0, i + 1, data->count, started, NULL);
@@ -528,7 +542,9 @@ static int experiment_main(const options *o) {
     experiment x = {.o = *o};
     const sc_backend *be = sc_device(o->device);
     if (!x.o.lora[0]) x.o.lora[0] = sc_own_lora(o->model);
-    bool ok = be && (x.p = sc_open_model(be, o->model, &(sc_pipeline_options){0})) &&
+    const sc_pipeline_options how = {.fp8 = !strcmp(o->weights, "fp8"),
+                                     .streamed = !strcmp(o->weights_on, "host")};
+    bool ok = be && sc_can_write(o->out) && (x.p = sc_open_model(be, o->model, &how)) &&
               evaluator_open(&x.judge, be, o->evaluator);
     if (ok && o->resolution) x.p->resolution = o->resolution;
     if (ok && (x.p->resolution % x.p->token_pixels || x.p->resolution > 1 << 14))
@@ -674,8 +690,8 @@ static int info_model(const char *model) {
     static const char *const names[] = {"transformer", "text_encoder", "text_encoder_2", "vae"};
     sc_net *nets[] = {flux ? flux->net : NULL, text ? text->clip.net : NULL,
                       text ? text->t5.net : NULL, vae ? vae->net : NULL};
-    bool ok =
-        (text || info_absent(model, SC__CLIP) || info_absent(model, SC__T5)) && (vae || !path);
+    bool ok = (text || info_absent(model, SC__CLIP) || info_absent(model, SC__T5)) &&
+              (vae || !path) && (flux || info_absent(model, SC__TRANSFORMER));
     for (int i = 0; i < 4; i++) {
         if (!nets[i]) continue;
         ok = info_net(names[i], nets[i]) && ok &&
@@ -699,10 +715,8 @@ static int info_model(const char *model) {
     sc_text_encoders_close(text);
     sc_vae_close(vae);
     free(path);
-    return ok ? 0
-              : (fprintf(stderr, "error: %s: a part is not whole, or not one that is read here\n",
-                         model),
-                 1);
+    if (!ok) sc__fail("%s: a part is not whole, or not one that is read here", model);
+    return ok ? 0 : sc_die();
 }
 
 static int info_main(const char *path) {
@@ -736,6 +750,8 @@ int main(int argc, char **argv) {
                  .prompts = "data/prompts.txt",
                  .evaluator = "data/evaluator",
                  .device = "auto",
+                 .weights = "auto",
+                 .weights_on = "device",
                  .guidance = 3.5f,
                  .seed = 1,
                  .batch = 8};
@@ -756,6 +772,10 @@ int main(int argc, char **argv) {
          "contact sheet [sheet.png]; merge: the folder [merged] or file"},
         {"--kohya", SC_FLAG, &o.kohya, NULL, "merge: write one LoRA file in kohya's names instead"},
         {"--batch", SC_INT, &o.batch, "N", "pictures drawn at once"},
+        {"--weights", SC_CHOICE, &o.weights, "auto|fp8",
+         "matrices: as in the file, or fp8, half of bf16"},
+        {"--weights-on", SC_CHOICE, &o.weights_on, "device|host",
+         "matrices: in host memory they are streamed, for GPUs that are too small"},
         {"--device", SC_CHOICE, &o.device, SC_DEVICES, "what computes"},
         {"--threads", SC_INT, &o.threads, "N", "CPU threads (0: OMP_NUM_THREADS, or all cores)"},
         {"--seed", SC_INT, &o.seed, "N", "noise of the first picture"},
@@ -767,15 +787,16 @@ int main(int argc, char **argv) {
     int count = sc_parse(usage, table, options_count, argc, argv, words, 2);
     sc_set_threads(o.threads);
     sc_catch_interrupt();
-    bool merge = count == 1 && !strcmp(words[0], "merge");
+    bool merge = count && !strcmp(words[0], "merge");
     if (!o.out) o.out = !merge ? "sheet.png" : o.kohya ? "lora-kohya.safetensors" : "merged";
     if (o.batch < 1 || o.count < 0 || o.count == 1 || o.resolution < 0 || o.shift < 0)
         return fprintf(stderr, "error: --batch from 1, --count from 2 up, no negative numbers\n"),
                2;
     if (count == 0) return experiment_main(&o);
     if (count == 2 && !strcmp(words[0], "info")) return info_main(words[1]);
-    if (merge) return merge_main(&o);
-    if (count == 1 && !strcmp(words[0], "info"))
+    if (merge && count == 1) return merge_main(&o);
+    if (merge) fprintf(stderr, "%s\n\nerror: merge takes --lora FILE[:SCALE]\n", usage);
+    else if (count == 1 && !strcmp(words[0], "info"))
         fprintf(stderr, "%s\n\nerror: info of what? A model folder or a safetensors file\n", usage);
     else
         fprintf(stderr, "%s\n\nerror: '%s' is neither info nor merge (see %s --help)\n", usage,

@@ -66,13 +66,36 @@ static char *parameters_of(const options *o, const char *prompt, uint64_t seed, 
     sc__text_add(&t, line, (size_t)n);
     sc__text_add(&t, o->model, strlen(o->model));
     for (int i = 0; !o->no_lora && i < 8 && o->lora[i]; i++) {
+        char path[1024], scale_text[32];
+        float scale;
+        sc_lora_argument(o->lora[i], o->steps, path, &scale);
         sc__text_add(&t, i ? " " : ", Lora: ", i ? 1 : 8);
-        sc__text_add(&t, o->lora[i], strlen(o->lora[i]));
+        sc__text_add(&t, path, strlen(path));
+        sc__text_add(&t, scale_text, (size_t)snprintf(scale_text, sizeof scale_text, ":%g", scale));
+    }
+    if (!strcmp(o->weights, "fp8")) sc__text_add(&t, ", Weights: fp8", 14);
+    if (o->noise) {
+        sc__text_add(&t, ", Noise: ", 9);
+        sc__text_add(&t, o->noise, strlen(o->noise));
     }
     sc__text_add(&t, "", 1);
     if (!t.failed) return t.data;
     free(t.data);
     return sc__fail("out of memory"), NULL;
+}
+
+/* Whether a LoRA was written after the file at `path`. */
+static bool lora_is_newer(const options *o, const char *path) {
+    struct stat picture, lora;
+    char file[1024];
+    float scale;
+    bool newer = false;
+    for (int i = 0; !o->no_lora && i < 8 && o->lora[i]; i++) {
+        sc_lora_argument(o->lora[i], o->steps, file, &scale);
+        newer =
+            newer || stat(path, &picture) || stat(file, &lora) || lora.st_mtime > picture.st_mtime;
+    }
+    return newer;
 }
 
 /* Whether the PNG at `path` was drawn with just these parameters: the text in its chunk. */
@@ -100,7 +123,8 @@ static bool draw(sc_pipeline *p, const options *o, const char *prompt, uint64_t 
     char shown[201];
     char *parameters = parameters_of(o, prompt, seed, shift);
     if (!parameters) return false;
-    if (o->prompts && drawn(path, parameters)) return free(parameters), true;
+    if (o->prompts && !lora_is_newer(o, path) && drawn(path, parameters))
+        return free(parameters), true;
     float *memory = (float *)sc__alloc((size_t)(n + pixels + context_size + c->pooled_channels),
                                        sizeof *memory);
     float *latents = memory, *rgb = latents + n, *context = rgb + pixels;

@@ -4,9 +4,10 @@
  * averages are f32. Products go to cuBLASLt, everything else is a kernel below, in the order of the
  * backend table; shortcut.h's CPU operations are the specification, with the formulas.
  *
- * - Work is queued on one stream, in order. The host waits in `download` and `collect` only, so
- * that no training step waits for another. Memory that an operation gives back may be handed out
- * again at once: what uses it next is queued behind.
+ * - Work is queued on one stream, in order. Within a training step the host waits in `download` and
+ * `collect` only, so that no step waits for another (`upload` waits where it is steps ahead).
+ * Memory that an operation gives back may be handed out again at once: what uses it next is queued
+ * behind.
  * - The first failure is kept, later calls do nothing, and those two report it.
  * - Every sum has a fixed order (no atomics): the same inputs give the same bits.
  * - A matrix is row-major, B batch, T tokens, C channels, H heads, D channels of a head.
@@ -175,8 +176,8 @@ static void *no_memory(size_t bytes) {
     if (cudaMemGetInfo(&left, &total) != cudaSuccess) cudaGetLastError();
     snprintf(text, sizeof text,
              "not enough GPU memory: %zu MiB are held and %zu MiB more are needed, but "
-             "%zu of %zu MiB are free; a smaller --batch or --resolution, --checkpointing, "
-             "--weights fp8 or --weights-on host need less",
+             "%zu of %zu MiB are free; fewer or smaller pictures at once, --weights fp8 or "
+             "--weights-on host need less",
              blocks.held >> 20, bytes >> 20, left >> 20, total >> 20);
     sc_set_error(text);
     return NULL;
@@ -262,7 +263,7 @@ template <typename T> struct Scratch {
 };
 
 /* Uploads pass through pinned memory in slices, so that the caller may reuse its own at once. */
-enum { STAGES = 4, STAGE_SIZE = 8 << 20 };
+enum { STAGES = 16, STAGE_SIZE = 8 << 20 }; /* a step of FLUX at batch 8 takes five */
 static struct {
     char *p[STAGES];
     cudaEvent_t done[STAGES];
@@ -352,7 +353,9 @@ static void *cuda_alloc_streamed(size_t bytes) {
     if (!streamed.stream &&
         !check(cudaStreamCreateWithFlags(&streamed.stream, cudaStreamNonBlocking), "copy stream"))
         return NULL;
-    if (streamed.count == streamed.capacity) {
+    int place = 0;
+    while (place < streamed.count && streamed.list[place].host) place++;
+    if (place == streamed.capacity) {
         int capacity = streamed.capacity ? 2 * streamed.capacity : 1024;
         Streamed *list = (Streamed *)realloc(streamed.list, (size_t)capacity * sizeof *list);
         if (!list) return sc_set_error("out of memory: list of streamed matrices"), nullptr;
@@ -370,7 +373,8 @@ static void *cuda_alloc_streamed(size_t bytes) {
     check(cudaEventCreateWithFlags(&s.free, cudaEventDisableTiming), "cudaEventCreate");
     if (streamed.window < 8 * bytes)
         streamed.window = 8 * bytes; /* a block of FLUX is 6 of its largest */
-    streamed.list[streamed.count++] = s;
+    streamed.list[place] = s;
+    if (place == streamed.count) streamed.count++;
     return s.host;
 }
 
@@ -390,7 +394,9 @@ static bool release_streamed(void *p) {
         drop_copy(s); /* makes the stream wait for a copy that nobody used */
         check(cudaStreamSynchronize(gpu.stream), "a kernel");
         check(cudaFreeHost(s->host), "cudaFreeHost");
-        s->host = NULL; /* its place stays empty: others are known by their index */
+        check(cudaEventDestroy(s->copied), "cudaEventDestroy");
+        check(cudaEventDestroy(s->free), "cudaEventDestroy");
+        s->host = NULL; /* others are known by their index: its place is for the next */
         return true;
     }
     return false;
@@ -1898,12 +1904,12 @@ __global__ void attention_queries_kernel(bf16 *dq, const float *parts, int split
     add<V>(dq + i, sum);
 }
 
-/* The general form, for other head sizes, a bias or a mask: scores of some queries in memory. One
- * block of 256 threads to a row: p = softmax(s + bias) of `count` scores, and of fewer if causal.
- */
+/* The general form, for other head sizes, a bias or a mask: scores of some queries in memory, in
+ * rows of ld >= nk. One block of 256 threads to a row: p = softmax(s + bias) of `count` scores, and
+ * of fewer if causal. */
 __global__ void softmax_kernel(bf16 *p, const float *s, const bf16 *bias, float *lse, int64_t rows,
-                               int64_t nq, int nk, int64_t first, bool causal) {
-    int64_t h = blockIdx.y, r = blockIdx.x, at = (h * rows + r) * nk;
+                               int64_t ld, int64_t nq, int nk, int64_t first, bool causal) {
+    int64_t h = blockIdx.y, r = blockIdx.x, at = (h * rows + r) * ld;
     int count = causal && first + r + 1 < nk ? (int)(first + r + 1) : nk;
     const bf16 *add = bias ? bias + (h * nq + first + r) * nk : NULL;
     float top = -INFINITY, sum = 0;
@@ -1920,10 +1926,11 @@ __global__ void softmax_kernel(bf16 *p, const float *s, const bf16 *bias, float 
 
 static void attention_by_products(const Attention &a, int64_t batch, int64_t size, const bf16 *bias,
                                   bool causal) {
-    int64_t width = a.heads * size, block = ((int64_t)64 << 20) / 4 / (a.heads * (int64_t)a.nk);
+    int64_t ld = ceil_div(a.nk, 8) * 8; /* CLIP has 77 keys; products want rows of whole 16 bytes */
+    int64_t width = a.heads * size, block = ((int64_t)64 << 20) / 4 / (a.heads * ld);
     block = block < 16 ? 16 : block > a.nq ? a.nq : block;
-    Scratch<float> scores(a.heads * block * a.nk);
-    Scratch<bf16> p(a.heads * block * a.nk);
+    Scratch<float> scores(a.heads * block * ld);
+    Scratch<bf16> p(a.heads * block * ld);
     for (int64_t b = 0; b < batch; b++)
         for (int64_t first = 0; first < a.nq; first += block) {
             int64_t rows = a.nq - first < block ? a.nq - first : block,
@@ -1932,12 +1939,12 @@ static void attention_by_products(const Attention &a, int64_t batch, int64_t siz
                     k = {a.k + b * a.nk * width, width, true, size, NULL};
             Operand v = {a.v + b * a.nk * width, width, false, size, NULL},
                     o = {a.o + query, width, false, size, NULL};
-            Operand s = {scores.p, a.nk, false, rows * a.nk, NULL},
-                    weights = {p.p, a.nk, false, rows * a.nk, NULL};
+            Operand s = {scores.p, ld, false, rows * ld, NULL},
+                    weights = {p.p, ld, false, rows * ld, NULL};
             product(rows, a.nk, size, a.scale, q, k, CUDA_R_16BF, 0, s, true, Epilogue(), a.heads);
             launch("softmax", softmax_kernel, dim3((unsigned)rows, (unsigned)a.heads), 256, 0, p.p,
                    (const float *)scores.p, bias, a.lse ? a.lse + b * a.heads * a.nq : NULL, rows,
-                   (int64_t)a.nq, a.nk, first, causal);
+                   ld, (int64_t)a.nq, a.nk, first, causal);
             product(rows, size, a.nk, 1, weights, v, CUDA_R_16BF, 0, o, false, Epilogue(), a.heads);
         }
 }

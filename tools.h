@@ -245,8 +245,18 @@ const char *sc_own_lora(const char *model) {
     return own ? path : NULL; /* where it cannot be read, loading it says why */
 }
 
+static bool sc__line_open; /* of progress, on a terminal */
+
+/* Before anything else is printed there: it must not stand behind a line of progress. */
+void sc_end_line(void) {
+    if (sc__line_open) fputc('\n', stderr);
+    sc__line_open = false;
+}
+
 /* Prints the last error; what main returns then. */
 int sc_die(void) {
+    fflush(stdout);
+    sc_end_line();
     fprintf(stderr, "error: %s\n", sc_error());
     return 1;
 }
@@ -262,7 +272,12 @@ const sc_backend *sc_device(const char *name) {
 #else
     sc__fail("this program was built without CUDA: run make where nvcc is installed");
 #endif
-    return cuda || !strcmp(name, "cuda") ? cuda : sc_cpu();
+    if (cuda || !strcmp(name, "cuda")) return cuda;
+#ifdef SHORTCUT_CUDA
+    if (!strstr(sc_error(), "no NVIDIA driver")) /* there seems to be a GPU */
+        fprintf(stderr, "note: %s; using the CPU\n", sc_error());
+#endif
+    return sc_cpu();
 }
 
 static const char *sc__clock(double seconds, char text[32]) {
@@ -289,6 +304,7 @@ void sc_progress(const char *label, int64_t first, int64_t done, int64_t total, 
         fprintf(stderr, ", %s left",
                 sc__clock(elapsed / (double)(done - first) * (double)(total - done), left));
     fprintf(stderr, "%s%s", terminal ? "\033[K" : "", !terminal || end ? "\n" : "");
+    sc__line_open = terminal && !end;
 }
 
 /* ==== Options ================================================================================ */

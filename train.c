@@ -190,6 +190,7 @@ typedef struct training {
     sc_batch batch;
     float *batch_memory;
     int64_t step;
+    bool saved; /* the run folder has a state of this run */
     char command[1024];
 } training;
 
@@ -284,6 +285,7 @@ static bool load_state(training *t) {
         else t->pipeline->backend->upload(tensors[i].data, x->data, (size_t)t->params->count * 4);
     }
     if (ok) {
+        t->saved = true;
         t->step = t->adamw.step = strtoll(step, NULL, 10);
         t->rng.state = strtoull(rng, NULL, 10);
         if (t->step > t->o.steps)
@@ -323,7 +325,7 @@ static bool save_result(const training *t) {
     snprintf(rank, sizeof rank, "%d", t->o.rank);
     snprintf(seed, sizeof seed, "%d", t->o.seed);
     const char *metadata[] = {"base_model",
-                              t->o.model,
+                              t->o.transformer ? t->o.transformer : t->o.model,
                               "method",
                               "SCFM",
                               "rank",
@@ -412,10 +414,19 @@ static float learning_rate(const options *o, int64_t step) {
 }
 
 /* One of the two may fail, as where --out cannot be written; the other keeps what was learned. */
-static bool save_all(training *t, bool finished) {
+static bool save_all(training *t) {
     bool state = save_state(t), result = save_result(t);
-    return state && result &&
-           (!t->o.preview || (!finished && t->step % t->o.preview) || preview(t));
+    t->saved = t->saved || state;
+    return state && result;
+}
+
+/* One that fails, or for which there is no time, is no reason to stop. True: it was drawn. */
+static bool try_preview(training *t) {
+    if (!t->o.preview || sc_interrupted) return false;
+    if (preview(t)) return true;
+    sc_end_line();
+    fprintf(stderr, "warning: no preview: %s\n", sc_error());
+    return false;
 }
 
 /* A GPU may still be busy with it afterwards; what it found is for report_step. */
@@ -438,9 +449,9 @@ static bool train_step(training *t) {
 static bool report_step(training *t, int64_t step, double *loss, double *norm) {
     if (!sc_params_report(t->params, loss, norm)) return false;
     if (isfinite(*loss) && isfinite(*norm)) return true;
-    return sc__fail("step %lld: the loss is %g, the gradient's norm %g: lower --lr; the last "
-                    "saved state is in %s",
-                    (long long)step, *loss, *norm, t->o.run);
+    return sc__fail("step %lld: the loss is %g, the gradient's norm %g: lower --lr%s%s",
+                    (long long)step, *loss, *norm, t->saved ? "; the last saved state is in " : "",
+                    t->saved ? t->o.run : "");
 }
 
 /* Progress on the terminal and in loss.csv; the loss is smoothed for the eye. */
@@ -488,21 +499,25 @@ static bool train(training *t) {
     int64_t last = t->o.stop_after && t->o.stop_after < t->o.steps ? t->o.stop_after : t->o.steps;
     while (ok && t->step < last && !sc_interrupted) {
         ok = train_step(t);
-        bool save = t->o.save && t->step % t->o.save == 0 && t->step < t->o.steps;
+        bool save = t->o.save && t->step % t->o.save == 0 && t->step < last;
+        bool look = t->o.preview && t->step % t->o.preview == 0 && t->step < last;
         /* A GPU gets the next step before it is asked about this one. */
-        int late = save || t->pipeline->backend->on_host ? 0 : 1;
+        int late = save || look || t->pipeline->backend->on_host ? 0 : 1;
         while (ok && p.told + late < t->step) ok = tell_step(t, &p);
-        if (ok && save) ok = fflush(csv) == 0 && save_all(t, false);
+        if (ok && save) fflush(csv), ok = save_all(t);
+        if (ok && look) try_preview(t);
     }
     while (ok && p.told < t->step) ok = tell_step(t, &p);
-    if (fclose(csv) && ok) ok = sc__fail("%s: %s", path, strerror(errno));
-    if (!ok || !save_all(t, true)) return false;
+    bool told = !ferror(csv); /* said at the end: what was learned comes first */
+    told = fclose(csv) == 0 && told;
+    if (!ok || !save_all(t)) return false;
+    sc_end_line();
     if (t->step < t->o.steps)
-        fprintf(stderr, "\nstopped at step %lld of %d; go on with --resume\n", (long long)t->step,
+        fprintf(stderr, "stopped at step %lld of %d; go on with --resume\n", (long long)t->step,
                 t->o.steps);
     printf("wrote %s and %s/{loss.csv,state.safetensors%s}\n", t->o.out, t->o.run,
-           t->o.preview ? ",preview.png" : "");
-    return true;
+           try_preview(t) ? ",preview.png" : "");
+    return told || sc__fail("%s: it was not written to its end: is the disk full?", path);
 }
 
 /* ---- The cache: DATA/.shortcut-cache.safetensors ----
@@ -772,8 +787,8 @@ static void set_recipe(training *t) {
 /* Refuses what cannot be meant. */
 static bool check_options(const options *o) {
     double scale;
-    if (o->steps < 1 || o->batch < 1 || o->batch > 4096)
-        return sc__fail("--steps and --batch are numbers from 1 up");
+    if (o->steps < 1) return sc__fail("--steps is a number from 1 up");
+    if (o->batch < 1 || o->batch > 4096) return sc__fail("--batch is a number from 1 to 4096");
     if (o->rank < 1 || o->rank > 1024) return sc__fail("--rank is a number from 1 to 1024");
     if (o->teacher_steps < 2 || o->teacher_steps % 2)
         return sc__fail("--teacher-steps is an even number");
@@ -933,9 +948,10 @@ int main(int argc, char **argv) {
     sc_set_threads(t.o.threads);
     sc_catch_interrupt();
     bool made = false, ok = t.o.resume || t.o.dry_run || check_unfinished(&t);
-    ok = ok && open_model(&t) && load_data(&t) && open_params(&t);
+    /* Now, not after hours: --out is perhaps in the run folder. */
     ok = ok && (t.o.dry_run || sc__make_folder(t.o.run, &made));
-    ok = ok && (whole || sc_can_write(t.o.out)); /* perhaps in the run folder */
+    ok = ok && (t.o.dry_run || (whole && sc__exists(t.o.out)) || sc_can_write(t.o.out));
+    ok = ok && open_model(&t) && load_data(&t) && open_params(&t);
     if (ok) {
         set_recipe(&t);
         print_plan(&t, table, count);

@@ -19,7 +19,9 @@ fails 2 "from 1 to 1000" ./sample x y
 fails 2 "unexpected" ./sample x 3 y
 fails 2 "takes N" ./sample x 1 --seed x
 fails 2 "from 1 up" ./sample x 1 --count 0
-fails 2 "from 1 up" train --batch 0
+fails 2 "from 1 up" train --steps 0
+fails 2 "from 1 to 4096" train --batch 5000
+fails 2 "merge takes --lora" ./shortcut merge lora.safetensors
 fails 2 "from 1 to" train --rank 0
 fails 2 "takes N,N" train --self-steps 4,a
 fails 2 "even" train --self-steps 3
@@ -96,6 +98,7 @@ broken $weights "sed '1s/\"BF16\"/ \"I16\"/'" "has type 'I16'"
 broken $weights "sed '1s/\[192,64\]/[64,192]/'" "has shape .64,192."
 broken transformer/config.json "sed 's/\(attention_heads\": \)6/\15/'" "must be .160,64. here"
 broken transformer/config.json "sed 's/\(num_layers\": \)2/\11e300/'" "whole number"
+fails 1 "a part is not whole" ./shortcut info "$model"
 broken text_encoder/config.json "sed 's/\(vocab_size\": \)1000/\110/'" "must be .10,64. here"
 broken vae/config.json "sed 's/\(norm_num_groups\": \)[0-9]*/\10/'" "whole number"
 broken tokenizer/merges.txt "head -n 1" "no merges"
@@ -160,7 +163,16 @@ check "no temporary file either" test -z "$(find "$dir" -name '*.tmp*' -o -name 
 if [ -c /dev/full ]; then
     fails 1 "No space left" sample --out /dev/full
     fails 1 "No space left" train --steps 1 --out /dev/full
+    mkdir "$dir/losses" && ln -s /dev/full "$dir/losses/loss.csv"
+    fails 1 "losses/loss.csv: it was not written to its end" train --steps 1 --run "$dir/losses"
+    check "a loss that cannot be written loses nothing else" test -s "$dir/lora" -a -s "$dir/losses/state.safetensors"
 fi
+mkdir -p "$dir/looked/preview.png"
+check "previews that cannot be written" sh -c '"$@" >"$0" 2>&1' "$dir/output" ./train "$pairs" --no-cache --batch 1 \
+    --rank 1 --steps 3 --preview 1 --run "$dir/looked" --out "$dir/lora"
+check "stop nothing, every time" test "$(grep -c "^warning: no preview: .*preview.png" "$dir/output")" -eq 3
+fails 1 "cannot write" ./shortcut --count 2 --out "$dir/none/sheet.png"
+fails 1 "cannot write" train --pretrain --steps 1 --out "$dir/none/whole"
 mkfifo "$dir/pipe"
 cat "$dir/pipe" >"$dir/piped.png" &
 check "a picture into a pipe" quiet sample --out "$dir/pipe"

@@ -84,6 +84,10 @@ check "prompts again" quiet ./sample --prompts "$dir/prompts" 2 --no-lora --out-
 check "draw what is missing" test -s "$dir/set/000000.png"
 mv "$dir/set/000000.png" "$dir/bare.png"
 check "with a LoRA" quiet ./sample --prompts "$dir/prompts" 2 --lora "$dir/lora.safetensors" --out-dir "$dir/set"
+touch -d "1 minute" "$dir/lora.safetensors"
+touch -d "2 minutes ago" "$dir/set/000000.png"
+check "which is newer" quiet ./sample --prompts "$dir/prompts" 2 --lora "$dir/lora.safetensors" --out-dir "$dir/set"
+check "draws them anew" test -z "$(find "$dir/set" -name 000000.png -mmin +1)"
 check "the LoRA's" differ "$dir/set/000000.png" "$dir/bare.png"
 cp "$dir/set/000000.png" "$dir/lora.png"
 check "and without" quiet ./sample --prompts "$dir/prompts" 2 --no-lora --out-dir "$dir/set"
@@ -115,6 +119,9 @@ fails 1 "tokens of 16 channels" ./train "$dir/pairs" --no-cache --model "$dir/od
 sed 's/"joint_attention_dim": 128/"joint_attention_dim": 32/' data/tiny-flux/$config >"$dir/odd/$config"
 fails 1 "the transformer takes 32" ./train "$dir/pairs" --no-cache --model "$dir/odd" --pretrain $run
 fails 1 "this is a folder" ./train "$dir/pairs" --steps 1 --batch 1 --run "$dir/run" --out "$dir/odd"
+check "a LoRA for another transformer" quiet ./train "$dir/pairs" --steps 1 --batch 1 --rank 1 --preview 0 --run "$dir/run3" \
+    --transformer data/tiny-flux/transformer --out "$dir/other.safetensors"
+check "says so" sh -c './shortcut info "$0" | grep -q "base_model: data/tiny-flux/transformer"' "$dir/other.safetensors"
 cp -r data/evaluator "$dir/judge"
 sed 's/"norm_num_groups": *[0-9]*/"norm_num_groups": 64/' data/evaluator/config.json >"$dir/judge/config.json"
 fails 1 "not an evaluator" ./shortcut --evaluator "$dir/judge" --count 2 --out "$dir/sheet.png"
