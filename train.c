@@ -515,8 +515,9 @@ static bool train(training *t) {
     if (t->step < t->o.steps)
         fprintf(stderr, "stopped at step %lld of %d; go on with --resume\n", (long long)t->step,
                 t->o.steps);
+    bool drawn = try_preview(t);
     printf("wrote %s and %s/{loss.csv,state.safetensors%s}\n", t->o.out, t->o.run,
-           try_preview(t) ? ",preview.png" : "");
+           drawn ? ",preview.png" : "");
     return told || sc__fail("%s: it was not written to its end: is the disk full?", path);
 }
 
@@ -788,7 +789,7 @@ static void set_recipe(training *t) {
 static bool check_options(const options *o) {
     double scale;
     if (o->steps < 1) return sc__fail("--steps is a number from 1 up");
-    if (o->batch < 1 || o->batch > 4096) return sc__fail("--batch is a number from 1 to 4096");
+    if (o->batch < 1 || o->batch > 4096) return sc__fail("--batch is a number from 1 up to 4096");
     if (o->rank < 1 || o->rank > 1024) return sc__fail("--rank is a number from 1 to 1024");
     if (o->teacher_steps < 2 || o->teacher_steps % 2)
         return sc__fail("--teacher-steps is an even number");

@@ -20,7 +20,8 @@ fails 2 "unexpected" ./sample x 3 y
 fails 2 "takes N" ./sample x 1 --seed x
 fails 2 "from 1 up" ./sample x 1 --count 0
 fails 2 "from 1 up" train --steps 0
-fails 2 "from 1 to 4096" train --batch 5000
+fails 2 "from 1 up" train --batch 0
+fails 2 "up to 4096" train --batch 5000
 fails 2 "merge takes --lora" ./shortcut merge lora.safetensors
 fails 2 "from 1 to" train --rank 0
 fails 2 "takes N,N" train --self-steps 4,a

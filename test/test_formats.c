@@ -447,7 +447,7 @@ static const struct {
                 {"diffusion_model.", ".lora_down.weight", ".lora_up.weight", bfl, BFL, true},
                 {"", ".down.weight", ".up.weight", xlabs, XLABS, false}};
 
-/* Random factors on every layer, in diffusers' or in BFL's names; w: what they add to each module.
+/* Random factors on every layer that a dialect names, in its names; w: what they add to each module.
  */
 static tensors *random_lora(const sc_flux *f, int dialect, int rank, float alpha, uint64_t seed,
                             float **w) {
