@@ -11,15 +11,16 @@ static const char usage[] =
     "transformer\n"
     "\n"
     "The experiment draws the same prompts from the same noise with the base at 32, 3, 4 and 8\n"
-    "steps (each at its best shift) and with every --lora at 3, 4 and 8, measures all against\n"
-    "the base's 32 steps, and writes a contact sheet. Measures: paired RMSE; Frechet distance in\n"
-    "the evaluator's features; sharpness (gradient energy over the 32-step pictures'); how often\n"
-    "the evaluator recognises the prompt; seconds per picture.";
+    "steps (each at its best shift) and with every --lora at 3, 4 and 8 (at the scale and the\n"
+    "guidance it recommends), measures all against the base's 32 steps, and writes a contact\n"
+    "sheet. Measures: paired RMSE; Frechet distance in the evaluator's features; sharpness\n"
+    "(gradient energy over the 32-step pictures'); how often the evaluator recognises the prompt;\n"
+    "seconds per picture.";
 
 typedef struct options {
     const char *model, *lora[8], *prompts, *evaluator, *real, *out, *device, *weights, *weights_on;
     float guidance, shift;
-    bool full, kohya;
+    bool full, kohya, guided; /* guided: by --guidance */
     int count, seed, threads, batch, resolution;
 } options;
 
@@ -215,7 +216,7 @@ typedef struct prompt {
 typedef struct setting {
     char lora[1024]; /* its path; "": none */
     int steps;
-    float shift, scale;
+    float shift, guidance, scale;
     char label[64];
 } setting;
 
@@ -282,7 +283,7 @@ static bool draw_batch(experiment *x, const setting *s, int first, int n, float 
     }
     sc_sampling sampling = {.steps = s->steps,
                             .shift = s->shift,
-                            .guidance = x->o.guidance,
+                            .guidance = s->guidance,
                             .h = h,
                             .w = h,
                             .progress = not_interrupted};
@@ -367,13 +368,13 @@ static bool run_setting(experiment *x, const setting *s, int count, bool base, b
 /* ---- The table ---- */
 
 static void print_head(void) {
-    printf("%-34s %5s %5s %6s %8s %9s %6s %6s %6s %7s %6s\n", "pictures", "steps", "shift", "scale",
-           "RMSE", "Frechet", "closed", "sharp", "recog", "dReal", "s/pic");
+    printf("%-30s %5s %5s %5s %6s %8s %9s %6s %6s %6s %7s %6s\n", "pictures", "steps", "shift",
+           "guid.", "scale", "RMSE", "Frechet", "closed", "sharp", "recog", "dReal", "s/pic");
 }
 
 /* `base`: the base's measures at as many steps, of which the gap is a share; NULL: none. */
 static void print_row(const setting *s, const measures *m, const measures *base, double base_real) {
-    printf("%-34.34s %5d %5.2f ", s->label, s->steps, s->shift);
+    printf("%-30.30s %5d %5.2f %5.2f ", s->label, s->steps, s->shift, s->guidance);
     if (s->lora[0]) printf("%6.2f ", s->scale);
     else printf("%6s ", "-");
     printf("%8.4f %9.4f ", m->rmse, m->frechet);
@@ -457,7 +458,7 @@ static bool run_experiment(experiment *x) {
     if (!x->sheet) return false;
     for (int64_t i = 0; i < 3 * area; i++) x->sheet[i] = 1;
     float shift = x->p->shift > 0 ? x->p->shift : sc_dynamic_shift((int64_t)tokens * tokens);
-    setting s = {.steps = 32, .shift = shift, .label = "base"};
+    setting s = {.steps = 32, .shift = shift, .guidance = x->o.guidance, .label = "base"};
     measures full, base, m;
     print_head();
     draw_text(x, 0, "BASE 32");
@@ -465,15 +466,19 @@ static bool run_experiment(experiment *x) {
     print_row(&s, &full, NULL, full.real);
     for (int i = 0; i < 3; i++) {
         char title[32];
-        s = (setting){.steps = few[i], .shift = shift, .label = "base, best shift"};
+        s.steps = few[i];
+        snprintf(s.label, sizeof s.label, "base, best shift");
         x->column = 1 + i * (1 + loras);
         snprintf(title, sizeof title, "BASE %d", few[i]);
         draw_text(x, x->column, title);
         if (!best_shift(x, &s) || !run_setting(x, &s, x->count, false, true, &base)) return false;
         print_row(&s, &base, NULL, full.real);
         for (int j = 0; j < loras; j++) {
-            setting l = {.steps = few[i], .shift = x->o.shift > 0 ? x->o.shift : shift};
-            sc_lora_argument(x->o.lora[j], few[i], l.lora, &l.scale);
+            setting l = {.steps = few[i],
+                         .shift = x->o.shift > 0 ? x->o.shift : shift,
+                         .guidance = x->o.guidance};
+            sc_lora_argument(x->o.lora[j], few[i], l.lora, &l.scale,
+                             x->o.guided ? NULL : &l.guidance);
             snprintf(l.label, sizeof l.label, "%.60s", l.lora);
             x->column++;
             snprintf(title, sizeof title, "%s %d", loras == 1 ? "SCFM" : "LORA", few[i]);
@@ -551,7 +556,7 @@ static int experiment_main(const options *o) {
         ok = sc__fail("--resolution is a multiple of %d pixels, not %d", x.p->token_pixels,
                       x.p->resolution);
     for (int i = 0; ok && i < 8 && x.o.lora[i]; i++) /* now, not after minutes of base pictures */
-        ok = sc_load_lora_argument(x.p->flux, x.o.lora[i], 3);
+        ok = sc_load_lora_argument(x.p->flux, x.o.lora[i], 3, NULL);
     if (ok) sc_lora_unload(x.p->flux);
     ok = ok && load_prompts(&x) && (!o->real || load_real(&x));
     if (ok) {
@@ -730,7 +735,8 @@ static int merge_main(const options *o) {
     char *path = sc__part_path(o->model, SC__TRANSFORMER);
     sc_flux *flux = path ? sc_flux_open(sc_cpu(), path, false, false, 0) : NULL;
     bool ok = flux && (o->lora[0] || sc__fail("merge needs --lora FILE[:SCALE]"));
-    for (int i = 0; ok && i < 8 && o->lora[i]; i++) ok = sc_load_lora_argument(flux, o->lora[i], 3);
+    for (int i = 0; ok && i < 8 && o->lora[i]; i++)
+        ok = sc_load_lora_argument(flux, o->lora[i], 3, NULL);
     const char *metadata[] = {"format", "pt", NULL};
     sc_dtype type = ok ? flux->net->weights[0]->source.dtype : SC_BF16;
     if (type != SC_F32 && type != SC_F16) type = SC_BF16;
@@ -765,7 +771,8 @@ int main(int argc, char **argv) {
         {"--real", SC_STRING, &o.real, "DIR", "real pictures: also compare distances to them"},
         {"--full", SC_FLAG, &o.full, NULL, "1026 pictures a row, as in the README, not 108"},
         {"--count", SC_INT, &o.count, "N", "pictures a row (0: 108, or --full's)"},
-        {"--guidance", SC_FLOAT, &o.guidance, "G", "guidance scale"},
+        {"--guidance", SC_FLOAT, &o.guidance, "G",
+         "guidance scale; given, also of LoRAs that recommend another"},
         {"--shift", SC_FLOAT, &o.shift, "S", "time shift of the LoRAs' pictures (0: the model's)"},
         {"--resolution", SC_INT, &o.resolution, "N", "side of the pictures (0: the model's)"},
         {"--out", SC_STRING, &o.out, "PATH",
@@ -785,6 +792,7 @@ int main(int argc, char **argv) {
     const char *model = sc_given(argc, argv, "--model");
     if (!sc_parse_recipe(table, options_count, model ? model : o.model, "sample")) return sc_die();
     int count = sc_parse(usage, table, options_count, argc, argv, words, 2);
+    o.guided = sc_given(argc, argv, "--guidance") != NULL;
     sc_set_threads(o.threads);
     sc_catch_interrupt();
     bool merge = count && !strcmp(words[0], "merge");

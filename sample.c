@@ -21,6 +21,7 @@ typedef struct options {
         *weights, *weights_on;
     bool no_lora;
     float guidance;
+    bool guided; /* by --guidance: then a LoRA has no say in it */
     int seed, count, threads;
     int steps, width, height;
 } options;
@@ -68,7 +69,7 @@ static char *parameters_of(const options *o, const char *prompt, uint64_t seed, 
     for (int i = 0; !o->no_lora && i < 8 && o->lora[i]; i++) {
         char path[1024], scale_text[32];
         float scale;
-        sc_lora_argument(o->lora[i], o->steps, path, &scale);
+        sc_lora_argument(o->lora[i], o->steps, path, &scale, NULL);
         sc__text_add(&t, i ? " " : ", Lora: ", i ? 1 : 8);
         sc__text_add(&t, path, strlen(path));
         sc__text_add(&t, scale_text, (size_t)snprintf(scale_text, sizeof scale_text, ":%g", scale));
@@ -91,7 +92,7 @@ static bool lora_is_newer(const options *o, const char *path) {
     float scale;
     bool newer = false;
     for (int i = 0; !o->no_lora && i < 8 && o->lora[i]; i++) {
-        sc_lora_argument(o->lora[i], o->steps, file, &scale);
+        sc_lora_argument(o->lora[i], o->steps, file, &scale, NULL);
         newer =
             newer || stat(path, &picture) || stat(file, &lora) || lora.st_mtime > picture.st_mtime;
     }
@@ -214,7 +215,8 @@ static int read_options(options *o, int argc, char **argv, const char **words) {
          "LoRA, repeatable; its own scale for STEPS if none is given [lora.safetensors, if it is "
          "there and of this model]"},
         {"--no-lora", SC_FLAG, &o->no_lora, NULL, "the bare model"},
-        {"--guidance", SC_FLOAT, &o->guidance, "G", "guidance scale"},
+        {"--guidance", SC_FLOAT, &o->guidance, "G",
+         "guidance scale (default: what the LoRA recommends for STEPS, else the model's)"},
         {"--shift", SC_STRING, &o->shift, "S", "time shift, or auto (default: the model's)"},
         {"--size", SC_STRING, &o->size, "WxH", "pixels (default: the model's)"},
         {"--seed", SC_INT, &o->seed, "N", "of the noise; the next pictures count on from it"},
@@ -236,6 +238,7 @@ static int read_options(options *o, int argc, char **argv, const char **words) {
     const int count = sizeof table / sizeof *table;
     const char *model = sc_given(argc, argv, "--model");
     if (!sc_parse_recipe(table, count, model ? model : o->model, "sample")) return -1;
+    o->guided = sc_given(argc, argv, "--guidance") != NULL;
     return sc_parse(usage, table, count, argc, argv, words, 2);
 }
 
@@ -274,9 +277,15 @@ static bool take_size(const sc_pipeline *p, options *o) {
 }
 
 static bool load_loras(sc_pipeline *p, options *o) {
+    float guidance = o->guidance;
     if (!o->lora[0] && !o->no_lora) o->lora[0] = sc_own_lora(o->model);
     for (int i = 0; !o->no_lora && i < 8 && o->lora[i]; i++)
-        if (!sc_load_lora_argument(p->flux, o->lora[i], o->steps)) return false;
+        if (!sc_load_lora_argument(p->flux, o->lora[i], o->steps, o->guided ? NULL : &guidance))
+            return false;
+    if (guidance == o->guidance) return true;
+    o->guidance = guidance;
+    fprintf(stderr, "guidance %g, the LoRA's for %d step%s (--guidance to change)\n", guidance,
+            o->steps, o->steps == 1 ? "" : "s");
     return true;
 }
 

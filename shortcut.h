@@ -520,9 +520,10 @@ typedef struct sc_lora_report {
  * loaded. False if no adapter applies, or one that names a layer has the wrong shape or holds NaN;
  * those before it may be loaded then. Stays until sc_lora_unload. */
 bool sc_lora_load(sc_flux *flux, const char *path, float scale, sc_lora_report *report);
-/* The scale that a LoRA file's metadata recommends for a number of steps ("3:1 8:0.6": the
- * nearest); else 1. */
-float sc_lora_scale(const char *path, int steps);
+/* What a LoRA file's metadata recommends for a number of steps ("3:1@1.5 8:0.6": that of the
+ * nearest): the scale, else 1; *guidance (or NULL) becomes the number behind the @, if there is
+ * one. */
+float sc_lora_scale(const char *path, int steps, float *guidance);
 void sc_lora_unload(sc_flux *flux); /* takes all loaded LoRAs off again */
 /* Copies a LoRA file's factors into the sets of `params` (all of its layers, the same rank). */
 bool sc_lora_start(sc_params *params, const char *path);
@@ -5332,26 +5333,32 @@ bool sc_lora_save_kohya(const sc_flux *f, const char *path, const char *const *m
     return ok;
 }
 
-/* In a table as "3:1 8:0.6" (numbers as in JSON) the scale for the nearest number of steps. False
- * if it is written wrongly: then the best before that place. */
-static bool sc__scale_for(const char *table, int steps, double *scale) {
+/* In a table as "3:1@1.5 8:0.6" (numbers as in JSON) the scale for the nearest number of steps, and
+ * the guidance, NAN where there is none. False if it is written wrongly: then the best before that
+ * place. */
+static bool sc__scale_for(const char *table, int steps, double *scale, double *guidance) {
     sc__json_parser p = {.name = table, .at = (char *)table};
     double count, value, nearest = INFINITY;
     while (sc__json_peek(&p)) {
+        double guided = NAN;
         if (!sc__json_number(&p, &count) || !sc__json_take(&p, ':') || !sc__json_peek(&p) ||
             !sc__json_number(&p, &value))
             return false;
-        if (fabs(count - steps) < nearest) nearest = fabs(count - steps), *scale = value;
+        if (sc__json_take(&p, '@') && (!sc__json_peek(&p) || !sc__json_number(&p, &guided)))
+            return false;
+        if (fabs(count - steps) < nearest)
+            nearest = fabs(count - steps), *scale = value, *guidance = guided;
         sc__json_take(&p, ','); /* or a space */
     }
     return true;
 }
 
-float sc_lora_scale(const char *path, int steps) {
+float sc_lora_scale(const char *path, int steps, float *guidance) {
     sc_file *file = sc_file_open(path);
     const char *table = file ? sc_file_metadata(file, "scales") : NULL;
-    double scale = 1;
-    if (table) sc__scale_for(table, steps, &scale);
+    double scale = 1, guided = NAN;
+    if (table) sc__scale_for(table, steps, &scale, &guided);
+    if (guidance && isfinite(guided)) *guidance = (float)guided;
     sc_file_close(file);
     return (float)scale;
 }

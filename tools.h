@@ -199,23 +199,25 @@ void sc_print_text(FILE *to, const char *heading, const char *text) {
     fputc('\n', to);
 }
 
-/* FILE or FILE:SCALE (else the file's own scale for `steps`). True: the scale was given. */
-bool sc_lora_argument(const char *argument, int steps, char path[1024], float *scale) {
+/* FILE:SCALE, or FILE: then what it recommends for `steps`: the scale and, if it does, a guidance
+ * (else *guidance stays; it may be NULL). True: the scale was given. */
+bool sc_lora_argument(const char *argument, int steps, char path[1024], float *scale,
+                      float *guidance) {
     char *end = NULL;
     const char *colon = strrchr(argument, ':');
     *scale = colon ? strtof(colon + 1, &end) : 0;
     bool given = colon && end != colon + 1 && !*end && isfinite(*scale);
     int length = (int)(given ? colon - argument : (long)strlen(argument));
     snprintf(path, 1024, "%.*s", length, argument);
-    if (!given) *scale = sc_lora_scale(path, steps);
+    if (!given) *scale = sc_lora_scale(path, steps, guidance);
     return given;
 }
 
-/* Loads one; prints "applied n/N" and the rest. */
-bool sc_load_lora_argument(sc_flux *flux, const char *argument, int steps) {
+/* Loads one; prints "applied n/N" and the rest. *guidance as above. */
+bool sc_load_lora_argument(sc_flux *flux, const char *argument, int steps, float *guidance) {
     char path[1024];
     float scale;
-    bool given = sc_lora_argument(argument, steps, path, &scale);
+    bool given = sc_lora_argument(argument, steps, path, &scale, guidance);
     sc_lora_report report;
     if (!sc_lora_load(flux, path, scale, &report)) return false;
     fprintf(stderr, "%s: applied %d/%d, scale %g%s\n", path, report.applied, report.total, scale,

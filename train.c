@@ -44,7 +44,8 @@ typedef struct options {
     int threads, seed;
     int preview, save;  /* every so many steps; 0: at the end only */
     int stop_after;     /* save and stop there, to go on with --resume */
-    const char *scales; /* "3:1 8:0.5": the LoRA scale that suits a number of steps */
+    const char *scales; /* "3:1@1.5 8:0.5": for a number of steps the LoRA scale that suits, and the
+                         * guidance after @ */
     bool checkpointing;
     const char *weights;    /* auto or fp8 */
     const char *weights_on; /* device or host */
@@ -123,7 +124,8 @@ static int learning_options(options *o, sc_option *table) {
         {"--caption-dropout", SC_FLOAT, &o->caption_dropout, "X",
          "part of the captions left empty (--pretrain: 0.1)"},
         {"--scales", SC_STRING, &o->scales, "LIST",
-         "scales that suit numbers of steps, as \"3:1 8:0.5\": kept in the file"},
+         "what suits numbers of steps, kept in the file: \"3:1@1.5 8:0.5\" is scale 1 and guidance "
+         "1.5 for 3 steps"},
     };
     memcpy(table, all, sizeof all);
     return (int)(sizeof all / sizeof *all);
@@ -787,7 +789,7 @@ static void set_recipe(training *t) {
 
 /* Refuses what cannot be meant. */
 static bool check_options(const options *o) {
-    double scale;
+    double scale, guidance;
     if (o->steps < 1) return sc__fail("--steps is a number from 1 up");
     if (o->batch < 1 || o->batch > 4096) return sc__fail("--batch is a number from 1 up to 4096");
     if (o->rank < 1 || o->rank > 1024) return sc__fail("--rank is a number from 1 to 1024");
@@ -808,8 +810,8 @@ static bool check_options(const options *o) {
         return sc__fail("--full, --pretrain and --distill-guidance exclude each other");
     if (o->pretrain && o->teacher_ratio > 0)
         return sc__fail("--pretrain has no teacher: --teacher-ratio is 0 there");
-    if (o->scales && !sc__scale_for(o->scales, 1, &scale))
-        return sc__fail("--scales is a list as \"3:1 8:0.5\", not '%s'", o->scales);
+    if (o->scales && !sc__scale_for(o->scales, 1, &scale, &guidance))
+        return sc__fail("--scales is a list as \"3:1@1.5 8:0.5\", not '%s'", o->scales);
     if (o->start && all_weights(o)) return sc__fail("--start is for a LoRA, not for all weights");
     if (o->resolution < 0 || o->text_tokens < 0 || o->warmup < 0 || o->ema_restart < 0 ||
         o->preview < 0 || o->save < 0 || o->stop_after < 0)

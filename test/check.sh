@@ -26,6 +26,7 @@ fails() { # expected exit status, words in the one-line error, command...
 }
 quiet() { "$@" >/dev/null 2>&1; }
 same() { cmp -s "$1" "$2"; }
+not() { ! "$@"; }
 differ() { ! cmp -s "$1" "$2"; }
 report() {
     echo "$passed passed, $failed failed"

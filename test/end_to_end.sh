@@ -51,6 +51,15 @@ check "changes the picture" differ "$dir/a.png" "$dir/e.png"
 check "with scale 0" quiet ./sample "a red apple" 3 --lora "$dir/lora.safetensors:0" --latents "$dir/l0" --out "$dir/f.png"
 check "without" quiet ./sample "a red apple" 3 --no-lora --latents "$dir/l1" --out "$dir/g.png"
 check "are equal" same "$dir/l0" "$dir/l1"
+check "a LoRA that recommends a guidance" quiet ./train "$dir/pairs" --steps 1 --batch 1 --scales "3:1@1.75 8:0.5" --preview 0 --out "$dir/guided.safetensors" --run "$dir/run1"
+guided() { ./sample "a red apple" "$@" --out "$dir/f.png" 2>&1 | grep "^guidance 1.75, the LoRA's for 3 steps" >/dev/null; } # not -q: it is to draw to the end
+check "is sampled with it" guided 3 --lora "$dir/guided.safetensors" --latents "$dir/l0"
+check "which is as if one asked for it" quiet ./sample "a red apple" 3 --lora "$dir/guided.safetensors:1" --guidance 1.75 --latents "$dir/l1" --out "$dir/f.png"
+check "the same latents" same "$dir/l0" "$dir/l1"
+check "not at other steps" not guided 8 --lora "$dir/guided.safetensors"
+check "not where another is asked for" not guided 3 --lora "$dir/guided.safetensors" --guidance 2
+check "not where a scale is" not guided 3 --lora "$dir/guided.safetensors:1"
+rm -rf "$dir/run1"
 cache="$dir/pairs/.shortcut-cache.safetensors"
 first=$(ls -i "$cache")
 check "cached" quiet ./train "$dir/pairs" --steps 1 --batch 1 $run

@@ -185,11 +185,14 @@ static void test_lora_file(void) {
     sc_lora_report report;
     double loss;
     set_factors(&f, p);
-    CHECK(sc_lora_save(p, SC_STUDENT, path, (const char *[]){"scales", "3:1 8:0.5", NULL}));
+    CHECK(sc_lora_save(p, SC_STUDENT, path, (const char *[]){"scales", "3:1@1.5 8:0.5", NULL}));
     sc_params_free(p);
     CHECK(sc_lora_load(f.flux, path, 1, &report));
     CHECK(report.applied == f.flux->module_count && report.total == report.applied);
-    CHECK(sc_lora_scale(path, 4) == 1 && sc_lora_scale(path, 9) == 0.5f);
+    float guidance = 2; /* which stays where none is recommended */
+    CHECK(sc_lora_scale(path, 9, &guidance) == 0.5f && guidance == 2);
+    CHECK(sc_lora_scale(path, 4, &guidance) == 1 && guidance == 1.5f);
+    CHECK(sc_lora_scale(path, 4, NULL) == 1);
     CHECK(rel_error(run(&f, NULL, false, &loss), velocity, f.n) < 5e-3);
     float *loaded = malloc((size_t)f.n * 4);
     memcpy(loaded, run(&f, NULL, false, &loss), (size_t)f.n * 4);
