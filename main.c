@@ -381,7 +381,7 @@ static void print_row(const setting *s, const measures *m, const measures *base,
     if (base) printf("%5.0f%% ", 100 * (1 - m->frechet / base->frechet));
     else printf("%6s ", "-");
     printf("%6.2f ", m->sharpness);
-    if (isfinite(m->recognition)) printf("%5.0f%% ", 100 * m->recognition);
+    if (isfinite(m->recognition)) printf("%5.1f%% ", 100 * m->recognition);
     else printf("%6s ", "-");
     if (isfinite(m->real)) printf("%7.3f ", fabs(m->real - base_real));
     else printf("%7s ", "-");
