@@ -212,8 +212,8 @@ static int read_options(options *o, int argc, char **argv, const char **words) {
         {NULL, SC_FLAG, NULL, NULL, "Options:"},
         {"--model", SC_STRING, &o->model, "DIR", "FLUX pipeline folder"},
         {"--lora", SC_STRINGS, o->lora, "FILE[:SCALE]",
-         "LoRA, repeatable; its own scale for STEPS if none is given [lora.safetensors, if it is "
-         "there and of this model]"},
+         "LoRA, repeatable; without SCALE, the scale and guidance it recommends for STEPS "
+         "[lora.safetensors, if it is there and of this model]"},
         {"--no-lora", SC_FLAG, &o->no_lora, NULL, "the bare model"},
         {"--guidance", SC_FLOAT, &o->guidance, "G",
          "guidance scale (default: what the LoRA recommends for STEPS, else the model's)"},
