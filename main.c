@@ -734,9 +734,10 @@ static int info_main(const char *path) {
 static int merge_main(const options *o) {
     char *path = sc__part_path(o->model, SC__TRANSFORMER);
     sc_flux *flux = path ? sc_flux_open(sc_cpu(), path, false, false, 0) : NULL;
+    float guidance = NAN; /* that of 3 steps, as the scale: weights cannot keep it */
     bool ok = flux && (o->lora[0] || sc__fail("merge needs --lora FILE[:SCALE]"));
     for (int i = 0; ok && i < 8 && o->lora[i]; i++)
-        ok = sc_load_lora_argument(flux, o->lora[i], 3, NULL);
+        ok = sc_load_lora_argument(flux, o->lora[i], 3, &guidance);
     const char *metadata[] = {"format", "pt", NULL};
     sc_dtype type = ok ? flux->net->weights[0]->source.dtype : SC_BF16;
     if (type != SC_F32 && type != SC_F16) type = SC_BF16;
@@ -745,6 +746,7 @@ static int merge_main(const options *o) {
     if (ok)
         printf("wrote %s%s\n", o->out,
                o->kohya ? "" : ": a transformer folder, to put in place of the model's");
+    if (ok && isfinite(guidance)) printf("for 3 steps the LoRA asks for guidance %g\n", guidance);
     sc_flux_close(flux);
     free(path);
     return ok ? 0 : sc_die();

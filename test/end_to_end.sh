@@ -59,6 +59,8 @@ check "the same latents" same "$dir/l0" "$dir/l1"
 check "not at other steps" not guided 8 --lora "$dir/guided.safetensors"
 check "not where another is asked for" not guided 3 --lora "$dir/guided.safetensors" --guidance 2
 check "not where a scale is" not guided 3 --lora "$dir/guided.safetensors:1"
+check "merging says it" sh -c './shortcut merge --lora "$0/guided.safetensors" --out "$0/merged" 2>&1 | grep -q "3 steps the LoRA asks for guidance 1.75"' "$dir"
+rm -rf "$dir/merged"
 rm -rf "$dir/run1"
 cache="$dir/pairs/.shortcut-cache.safetensors"
 first=$(ls -i "$cache")
