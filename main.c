@@ -752,6 +752,17 @@ static int merge_main(const options *o) {
     return ok ? 0 : sc_die();
 }
 
+static int wrong_words(const char *command, int count, const char *program) {
+    fprintf(stderr, "%s\n\n", usage);
+    if (!strcmp(command, "merge")) fprintf(stderr, "error: merge takes --lora FILE[:SCALE]\n");
+    else if (count == 1 && !strcmp(command, "info"))
+        fprintf(stderr, "error: info of what? A model folder or a safetensors file\n");
+    else
+        fprintf(stderr, "error: '%s' is neither info nor merge (see %s --help)\n", command,
+                program);
+    return 2;
+}
+
 int main(int argc, char **argv) {
     sc_start(argv);
     options o = {.model = "data/tiny-flux",
@@ -805,11 +816,5 @@ int main(int argc, char **argv) {
     if (count == 0) return experiment_main(&o);
     if (count == 2 && !strcmp(words[0], "info")) return info_main(words[1]);
     if (merge && count == 1) return merge_main(&o);
-    if (merge) fprintf(stderr, "%s\n\nerror: merge takes --lora FILE[:SCALE]\n", usage);
-    else if (count == 1 && !strcmp(words[0], "info"))
-        fprintf(stderr, "%s\n\nerror: info of what? A model folder or a safetensors file\n", usage);
-    else
-        fprintf(stderr, "%s\n\nerror: '%s' is neither info nor merge (see %s --help)\n", usage,
-                words[0], argv[0]);
-    return 2;
+    return wrong_words(words[0], count, argv[0]);
 }

@@ -60,8 +60,7 @@ check "not at other steps" not guided 8 --lora "$dir/guided.safetensors"
 check "not where another is asked for" not guided 3 --lora "$dir/guided.safetensors" --guidance 2
 check "not where a scale is" not guided 3 --lora "$dir/guided.safetensors:1"
 check "merging says it" sh -c './shortcut merge --lora "$0/guided.safetensors" --out "$0/merged" 2>&1 | grep -q "3 steps the LoRA asks for guidance 1.75"' "$dir"
-rm -rf "$dir/merged"
-rm -rf "$dir/run1"
+rm -rf "$dir/merged" "$dir/run1"
 cache="$dir/pairs/.shortcut-cache.safetensors"
 first=$(ls -i "$cache")
 check "cached" quiet ./train "$dir/pairs" --steps 1 --batch 1 $run
