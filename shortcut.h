@@ -118,6 +118,7 @@ typedef struct sc_tensor {
     void *data;                 /* contiguous, row-major */
     void *grad;                 /* d loss / d data, same shape; NULL until something asks for it */
     bool needs_grad;            /* backward passes reach this tensor */
+    bool shared, stale;         /* in memory that blocks share; another block's by now */
     sc_dtype dtype;
     int ndim;
     int64_t shape[SC_MAX_DIMS];
@@ -232,8 +233,8 @@ typedef struct sc_backend {
     void (*blend)(sc_tensor *y, const float *p, const sc_tensor *u, const float *q,
                   const sc_tensor *v);
     void (*embed_timestep)(sc_tensor *y, const float *t);
-    void (*activate)(sc_activation kind, sc_tensor *y, const sc_tensor *x);
-    /* The gradient of y is in its columns from `at` on. */
+    /* y: in its columns from `at` on, and so its gradient. */
+    void (*activate)(sc_activation kind, sc_tensor *y, int64_t at, const sc_tensor *x);
     void (*activate_backward)(sc_activation kind, const sc_tensor *y, int64_t at, sc_tensor *x);
     void (*multiply)(sc_tensor *y, const sc_tensor *a, const sc_tensor *b);
     void (*ln_modulate)(sc_tensor *y, const sc_tensor *x, const sc_tensor *mod, int shift,
@@ -613,8 +614,9 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
  * will be, whose gradient it forgets, and reserves what was found in the tape. */
 typedef struct sc_memory_plan {
     size_t left;                /* bytes there are for activations */
-    size_t step, block;  /* bytes of a step if all blocks run again; more for each one that keeps */
+    size_t step, kept_bytes;    /* of a step if all blocks run again; more for those that do not */
     int blocks, kept;
+    bool remade;                /* of kept ones, too, what is cheap is made again */
 } sc_memory_plan;
 bool sc_plan_memory(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *recipe,
                     const sc_batch *batch, sc_memory_plan *plan);
@@ -1261,11 +1263,11 @@ static void sc__cpu_gemm_gelu(int64_t m, int64_t n, int64_t k, sc_matrix a, sc_m
     }
 }
 
-static void sc__cpu_activate(sc_activation kind, sc_tensor *y, const sc_tensor *x) {
-    int64_t n = sc__last(x), rows = sc__rows(x);
+static void sc__cpu_activate(sc_activation kind, sc_tensor *y, int64_t at, const sc_tensor *x) {
+    int64_t n = sc__last(x), width = sc__last(y), rows = sc__rows(x);
     SC_PARALLEL_FOR
     for (int64_t r = 0; r < rows; r++) {
-        float *py = sc__f(y) + r * n, *px = sc__f(x) + r * n;
+        float *py = sc__f(y) + r * width + at, *px = sc__f(x) + r * n;
         switch (kind) { /* constant kinds, so that each loop vectorises */
         case SC_SILU: sc__activate_rows(SC_SILU, py, px, n); break;
         case SC_GELU_TANH: sc__activate_rows(SC_GELU_TANH, py, px, n); break;
@@ -1897,6 +1899,9 @@ const sc_backend *sc_cpu(void) {
  * Operations run at once (eagerly). While recording, each also appends {backward, inputs, output};
  * sc_backward walks that list from its end. Gradients are allocated, zeroed, when first asked for,
  * and only ever added to. Tensors live in an arena: a list of chunks, given back all at once.
+ *
+ * Where memory is short, the results of cheap operations (one pass over memory, no product) lie in
+ * an arena that all blocks share, and are made again when a block's backward pass reads them.
  */
 
 typedef struct sc__arena {
@@ -1907,9 +1912,11 @@ typedef struct sc__arena {
     size_t taken, peak;         /* by all tensors now, and at most */
 } sc__arena;
 
+typedef struct sc__block_bytes { size_t own, shared; } sc__block_bytes;
 typedef struct sc__op sc__op;
 struct sc__op {
     void (*backward)(sc_tape *t, sc__op *op);
+    void (*forward)(sc_tape *t, sc__op *op); /* of cheap operations */
     sc_tensor *in[5], *out[2];  /* what each slot means is the operation's business */
     int64_t n[3];
     float scale;
@@ -1919,9 +1926,10 @@ struct sc__op {
 struct sc_tape {
     const sc_backend *be;
     sc__arena host, device;     /* tensor structs; their data and gradients */
-    bool recording, failed;
+    sc__arena shared;           /* data of cheap operations, if `sharing`: of one block at a time */
+    bool recording, failed, sharing, in_block;
     const uint8_t *sets;        /* LoRA set of each sample, or NULL */
-    size_t block;               /* bytes that the largest checkpointed block takes when run again */
+    sc__block_bytes *sizes;     /* where each block that is run again notes its own, or NULL */
     sc__op *ops;
     int64_t count, capacity;
 };
@@ -1974,7 +1982,7 @@ static void sc__arena_free(sc__arena *a) {
 sc_tape *sc_tape_new(const sc_backend *backend) {
     sc_tape *t = (sc_tape *)sc__alloc(1, sizeof *t);
     if (!t) return NULL;
-    t->be = t->device.backend = backend;
+    t->be = t->device.backend = t->shared.backend = backend;
     return t;
 }
 
@@ -1982,6 +1990,7 @@ void sc_tape_free(sc_tape *t) {
     if (!t) return;
     sc__arena_free(&t->host);
     sc__arena_free(&t->device);
+    sc__arena_free(&t->shared);
     SC_FREE(t->ops);
     SC_FREE(t);
     sc__scratch_free(); /* other tapes of this thread make it anew */
@@ -2000,16 +2009,21 @@ void sc_tape_use(sc_tape *t, const uint8_t *set_of_sample) { t->sets = set_of_sa
 size_t sc_tape_bytes(const sc_tape *t) {
     size_t bytes = 0;
     for (int i = 0; i < t->device.count; i++) bytes += t->device.chunks[i].size;
+    for (int i = 0; i < t->shared.count; i++) bytes += t->shared.chunks[i].size;
     return bytes;
 }
 
-size_t sc_tape_peak(const sc_tape *t) { return t->device.peak; }
+size_t sc_tape_peak(const sc_tape *t) { return t->device.peak + t->shared.peak; }
 
-bool sc_tape_reserve(sc_tape *t, size_t bytes) {
+/* Forgets all tensors, and holds exactly this for later ones. */
+static bool sc__tape_reserve(sc_tape *t, size_t own, size_t shared) {
     sc_tape_reset(t);
     sc__arena_free(&t->device);
-    return bytes == 0 || sc__arena_add(&t->device, bytes);
+    sc__arena_free(&t->shared);
+    return (own == 0 || sc__arena_add(&t->device, own)) &&
+           (shared == 0 || sc__arena_add(&t->shared, shared));
 }
+bool sc_tape_reserve(sc_tape *t, size_t bytes) { return sc__tape_reserve(t, bytes, 0); }
 
 /* ---- Tensors of the tape ---- */
 
@@ -2021,13 +2035,22 @@ static sc_tensor *sc__struct(sc_tape *t, int ndim, const int64_t *shape, sc_dtyp
     return x;
 }
 
-sc_tensor *sc_new(sc_tape *t, int ndim, const int64_t *shape) {
+static sc_tensor *sc__new_in(sc_tape *t, bool shared, int ndim, const int64_t *shape) {
     sc_tensor *x = sc__struct(t, ndim, shape, t->be->activation);
     if (!x) return NULL;
-    x->data = sc__arena_take(&t->device, (size_t)(sc_count(x) * sc_dtype_size(x->dtype)));
+    x->shared = shared;
+    x->data = sc__arena_take(shared ? &t->shared : &t->device,
+                             (size_t)(sc_count(x) * sc_dtype_size(x->dtype)));
     return x->data ? x : NULL;
 }
 
+sc_tensor *sc_new(sc_tape *t, int ndim, const int64_t *shape) {
+    return sc__new_in(t, false, ndim, shape);
+}
+/* For the result of a cheap operation, which sc__run_cheap must then make. */
+static sc_tensor *sc__new_cheap(sc_tape *t, int ndim, const int64_t *shape) {
+    return sc__new_in(t, t->sharing && t->in_block && t->recording, ndim, shape);
+}
 static sc_tensor *sc__new3(sc_tape *t, int64_t b, int64_t n, int64_t c) {
     return sc_new(t, 3, (const int64_t[]){b, n, c});
 }
@@ -2092,11 +2115,11 @@ static void *sc__grad_beta(sc_tape *t, sc_tensor *x, float *beta) {
     return x->grad;
 }
 
-/* Appends an operation if any of its inputs needs a gradient. */
-static sc__op *sc__record(sc_tape *t, void (*backward)(sc_tape *, sc__op *), sc_tensor *out,
-                          sc_tensor *a, sc_tensor *b, sc_tensor *c) {
-    bool needed = (a && a->needs_grad) || (b && b->needs_grad) || (c && c->needs_grad);
-    if (!t->recording || !needed) return NULL;
+/* Appends an operation if any of its inputs needs a gradient, or its result may be wanted again. */
+static sc__op *sc__append(sc_tape *t, sc__op op) {
+    bool needed = false;
+    for (int i = 0; i < 3; i++) needed = needed || (op.in[i] && op.in[i]->needs_grad);
+    if (!t->recording || !(needed || op.out[0]->shared)) return NULL;
     if (t->count == t->capacity) {
         int64_t capacity = t->capacity ? 2 * t->capacity : 256;
         sc__op *ops = (sc__op *)SC_REALLOC(t->ops, (size_t)capacity * sizeof *ops);
@@ -2108,10 +2131,18 @@ static sc__op *sc__record(sc_tape *t, void (*backward)(sc_tape *, sc__op *), sc_
         t->ops = ops;
         t->capacity = capacity;
     }
-    sc__op *op = &t->ops[t->count++];
-    *op = (sc__op){.backward = backward, .in = {a, b, c}, .out = {out}};
-    out->needs_grad = true;
-    return op;
+    if (needed) op.out[0]->needs_grad = true;
+    t->ops[t->count] = op;
+    return &t->ops[t->count++];
+}
+static sc__op *sc__record(sc_tape *t, void (*backward)(sc_tape *, sc__op *), sc_tensor *out,
+                          sc_tensor *a, sc_tensor *b, sc_tensor *c) {
+    return sc__append(t, (sc__op){.backward = backward, .in = {a, b, c}, .out = {out}});
+}
+/* A cheap operation. Operations that make parts of one tensor follow each other. */
+static void sc__run_cheap(sc_tape *t, sc__op op) {
+    op.forward(t, &op);
+    sc__append(t, op);
 }
 
 /* Marks: everything taken from the arenas after sc__mark goes back at sc__release. */
@@ -2128,11 +2159,28 @@ static void sc__release(sc_tape *t, sc__mark_t m) {
     t->device.current = m.device, t->device.used = m.device_used, t->device.taken = m.device_taken;
 }
 
+/* Makes again what the operation reads and other blocks have overwritten. */
+static void sc__refresh(sc_tape *t, const sc__op *op) {
+    for (int i = 0; i < 5; i++) {
+        sc_tensor *x = op->in[i];
+        if (!x || !x->stale) continue;
+        int64_t at = t->count - 1;
+        while (t->ops[at].out[0] != x) at--;
+        for (; at >= 0 && t->ops[at].out[0] == x; at--) {
+            sc__refresh(t, &t->ops[at]);
+            t->ops[at].forward(t, &t->ops[at]);
+        }
+        x->stale = false;
+    }
+}
+
 /* Runs the operations from the last down to `first` backwards and forgets them. */
 static bool sc__backward_from(sc_tape *t, int64_t first) {
     while (t->count > first && !t->failed) {
         sc__op op = t->ops[--t->count]; /* a copy: a checkpoint records more */
-        if (op.out[0]->grad || (op.out[1] && op.out[1]->grad)) op.backward(t, &op);
+        if (!op.out[0]->grad && !(op.out[1] && op.out[1]->grad)) continue;
+        sc__refresh(t, &op);
+        op.backward(t, &op);
     }
     return !t->failed;
 }
@@ -2276,9 +2324,10 @@ static bool sc__linear(sc_tape *t, sc_tensor *x, const sc_linear_layer *l, sc__l
     return true;
 }
 
-/* A new tensor for the layer's output, `more` columns wider; NULL if x does not fit. */
+/* A new tensor for the layer's output, `more` columns wider; NULL if x does not fit. cheap: for the
+ * activation that follows. */
 static sc_tensor *sc__linear_new(sc_tape *t, const sc_tensor *x, const sc_linear_layer *l,
-                                 int64_t more) {
+                                 int64_t more, bool cheap) {
     if (!x) return NULL;
     int64_t shape[SC_MAX_DIMS], in = sc__last(x);
     if (in != l->weight->shape[1]) {
@@ -2288,43 +2337,46 @@ static sc_tensor *sc__linear_new(sc_tape *t, const sc_tensor *x, const sc_linear
     }
     memcpy(shape, x->shape, sizeof shape);
     shape[x->ndim - 1] = l->weight->shape[0] + more;
-    return sc_new(t, x->ndim, shape);
+    return (cheap ? sc__new_cheap : sc_new)(t, x->ndim, shape);
 }
 
 sc_tensor *sc_linear(sc_tape *t, const sc_tensor *x, const sc_linear_layer *l) {
-    sc_tensor *y = sc__linear_new(t, x, l, 0);
+    sc_tensor *y = sc__linear_new(t, x, l, 0, false);
     return y && sc__linear(t, (sc_tensor *)x, l, (sc__linear_output){y, 0, y}) ? y : NULL;
 }
 
+static void sc__activate_forward(sc_tape *t, sc__op *op) {
+    t->be->activate((sc_activation)op->n[0], op->out[0], op->n[1], op->in[0]);
+}
 static void sc__activate_backward(sc_tape *t, sc__op *op) {
     if (sc__grad(t, op->in[0]))
         t->be->activate_backward((sc_activation)op->n[0], op->out[0], op->n[1], op->in[0]);
+}
+static sc__op sc__activation(sc_activation kind, sc_tensor *y, int64_t at, sc_tensor *x) {
+    return (sc__op){sc__activate_backward, sc__activate_forward, {x}, {y}, {kind, at}, 0, NULL};
 }
 
 /* y[:, at ...] = gelu(linear(x)); what goes into the GELU is kept only while recording. */
 static bool sc__linear_gelu(sc_tape *t, sc_tensor *x, const sc_linear_layer *l, sc_tensor *y,
                             int64_t at) {
-    sc_tensor *sum = t->recording ? sc__linear_new(t, x, l, 0) : NULL;
+    sc_tensor *sum = t->recording ? sc__linear_new(t, x, l, 0, false) : NULL;
     if (t->recording && !sum) return false;
     if (!sc__linear(t, x, l, (sc__linear_output){y, at, sum})) return false;
-    sc__op *op = sc__record(t, sc__activate_backward, y, sum, NULL, NULL);
-    if (op) op->n[0] = SC_GELU_TANH, op->n[1] = at;
+    if (sum) /* the product has applied the GELU */
+        sc__append(t, sc__activation(SC_GELU_TANH, y, at, sum));
     return true;
 }
 
 sc_tensor *sc_linear_gelu(sc_tape *t, const sc_tensor *x, const sc_linear_layer *l) {
-    sc_tensor *y = sc__linear_new(t, x, l, 0);
+    sc_tensor *y = sc__linear_new(t, x, l, 0, true);
     return y && sc__linear_gelu(t, (sc_tensor *)x, l, y, 0) ? y : NULL;
 }
 
 /* ---- The other operations: allocate, call the backend, record ---- */
 
 sc_tensor *sc_activate(sc_tape *t, sc_activation kind, sc_tensor *x) {
-    sc_tensor *y = x ? sc__new_like(t, x) : NULL;
-    if (!y) return NULL;
-    t->be->activate(kind, y, x);
-    sc__op *op = sc__record(t, sc__activate_backward, y, x, NULL, NULL);
-    if (op) op->n[0] = kind;
+    sc_tensor *y = x ? sc__new_cheap(t, x->ndim, x->shape) : NULL;
+    if (y) sc__run_cheap(t, sc__activation(kind, y, 0, x));
     return y;
 }
 
@@ -2363,6 +2415,12 @@ sc_tensor *sc_multiply(sc_tape *t, sc_tensor *a, sc_tensor *b) {
 
 /* Concatenation of rows of `wa` and `wb` elements: tokens and channels differ only in what a row
  * is. */
+static void sc__concat_forward(sc_tape *t, sc__op *op) {
+    int64_t rows = op->n[0], wa = op->n[1], wb = op->n[2];
+    void *y = op->out[0]->data;
+    sc__copy_columns(t, y, wa + wb, 0, op->in[0]->data, wa, 0, rows, wa, false);
+    sc__copy_columns(t, y, wa + wb, wa, op->in[1]->data, wb, 0, rows, wb, false);
+}
 static void sc__concat_backward(sc_tape *t, sc__op *op) {
     int64_t rows = op->n[0], width[2] = {op->n[1], op->n[2]}, sum = width[0] + width[1];
     for (int i = 0; i < 2; i++)
@@ -2372,28 +2430,30 @@ static void sc__concat_backward(sc_tape *t, sc__op *op) {
 }
 
 static sc_tensor *sc__concat(sc_tape *t, sc_tensor *a, sc_tensor *b, int64_t rows, sc_tensor *y) {
-    if (!y) return NULL;
-    int64_t wa = sc_count(a) / rows, wb = sc_count(b) / rows;
-    sc__copy_columns(t, y->data, wa + wb, 0, a->data, wa, 0, rows, wa, false);
-    sc__copy_columns(t, y->data, wa + wb, wa, b->data, wb, 0, rows, wb, false);
-    sc__op *op = sc__record(t, sc__concat_backward, y, a, b, NULL);
-    if (op) op->n[0] = rows, op->n[1] = wa, op->n[2] = wb;
+    if (y)
+        sc__run_cheap(t, (sc__op){sc__concat_backward, sc__concat_forward, {a, b}, {y},
+                                  {rows, sc_count(a) / rows, sc_count(b) / rows}, 0, NULL});
     return y;
 }
 
 sc_tensor *sc_concat_tokens(sc_tape *t, sc_tensor *a, sc_tensor *b) {
     if (!a || !b) return NULL;
-    int64_t batch = a->shape[0];
-    return sc__concat(t, a, b, batch, sc__new3(t, batch, a->shape[1] + b->shape[1], a->shape[2]));
+    int64_t batch = a->shape[0], shape[] = {batch, a->shape[1] + b->shape[1], a->shape[2]};
+    return sc__concat(t, a, b, batch, sc__new_cheap(t, 3, shape));
 }
 
 sc_tensor *sc_concat_channels(sc_tape *t, sc_tensor *a, sc_tensor *b) {
     if (!a || !b) return NULL;
-    return sc__concat(t, a, b, sc__rows(a),
-                      sc__new3(t, a->shape[0], a->shape[1], a->shape[2] + b->shape[2]));
+    const int64_t shape[] = {a->shape[0], a->shape[1], a->shape[2] + b->shape[2]};
+    return sc__concat(t, a, b, sc__rows(a), sc__new_cheap(t, 3, shape));
 }
 
-/* The GELU's part of the gradient is its own operation's. */
+/* The GELU's part, and its gradient, are its own operation's. */
+static void sc__concat_gelu_forward(sc_tape *t, sc__op *op) {
+    sc_tensor *a = op->in[0], *y = op->out[0];
+    int64_t width = sc__last(a);
+    sc__copy_columns(t, y->data, sc__last(y), 0, a->data, width, 0, sc__rows(a), width, false);
+}
 static void sc__concat_gelu_backward(sc_tape *t, sc__op *op) {
     sc_tensor *a = op->in[0], *y = op->out[0];
     int64_t width = sc__last(a);
@@ -2403,13 +2463,19 @@ static void sc__concat_gelu_backward(sc_tape *t, sc__op *op) {
 
 sc_tensor *sc_concat_gelu(sc_tape *t, sc_tensor *a, const sc_tensor *x, const sc_linear_layer *l) {
     int64_t width = a ? sc__last(a) : 0;
-    sc_tensor *y = a ? sc__linear_new(t, x, l, width) : NULL;
+    sc_tensor *y = a ? sc__linear_new(t, x, l, width, true) : NULL;
     if (!y || !sc__linear_gelu(t, (sc_tensor *)x, l, y, width)) return NULL;
-    sc__copy_columns(t, y->data, sc__last(y), 0, a->data, width, 0, sc__rows(a), width, false);
-    sc__record(t, sc__concat_gelu_backward, y, a, NULL, NULL);
+    sc__run_cheap(
+        t, (sc__op){sc__concat_gelu_backward, sc__concat_gelu_forward, {a}, {y}, {0}, 0, NULL});
     return y;
 }
 
+static void sc__slice_forward(sc_tape *t, sc__op *op) {
+    sc_tensor *x = op->in[0], *y = op->out[0];
+    int64_t c = x->shape[2];
+    sc__copy_columns(t, y->data, y->shape[1] * c, 0, x->data, x->shape[1] * c, op->n[0],
+                     x->shape[0], y->shape[1] * c, false);
+}
 static void sc__slice_backward(sc_tape *t, sc__op *op) {
     sc_tensor *x = op->in[0], *y = op->out[0];
     if (sc__grad(t, x))
@@ -2419,16 +2485,18 @@ static void sc__slice_backward(sc_tape *t, sc__op *op) {
 }
 
 sc_tensor *sc_slice_tokens(sc_tape *t, sc_tensor *x, int64_t from, int64_t count) {
-    sc_tensor *y = x ? sc__new3(t, x->shape[0], count, x->shape[2]) : NULL;
-    if (!y) return NULL;
-    int64_t c = x->shape[2];
-    sc__copy_columns(t, y->data, count * c, 0, x->data, x->shape[1] * c, from * c, x->shape[0],
-                     count * c, false);
-    sc__op *op = sc__record(t, sc__slice_backward, y, x, NULL, NULL);
-    if (op) op->n[0] = from * c;
+    if (!x) return NULL;
+    const int64_t shape[] = {x->shape[0], count, x->shape[2]};
+    sc_tensor *y = sc__new_cheap(t, 3, shape);
+    if (y)
+        sc__run_cheap(t, (sc__op){sc__slice_backward, sc__slice_forward, {x}, {y},
+                                  {from * x->shape[2]}, 0, NULL});
     return y;
 }
 
+static void sc__ln_modulate_forward(sc_tape *t, sc__op *op) {
+    t->be->ln_modulate(op->out[0], op->in[0], op->in[1], (int)op->n[0], (int)op->n[1]);
+}
 static void sc__ln_modulate_backward(sc_tape *t, sc__op *op) {
     sc__grad(t, op->in[0]);
     sc__grad(t, op->in[1]);
@@ -2437,11 +2505,10 @@ static void sc__ln_modulate_backward(sc_tape *t, sc__op *op) {
 }
 
 sc_tensor *sc_ln_modulate(sc_tape *t, sc_tensor *x, sc_tensor *mod, int shift, int scale) {
-    sc_tensor *y = x && mod ? sc__new_like(t, x) : NULL;
-    if (!y) return NULL;
-    t->be->ln_modulate(y, x, mod, shift, scale);
-    sc__op *op = sc__record(t, sc__ln_modulate_backward, y, x, mod, NULL);
-    if (op) op->n[0] = shift, op->n[1] = scale;
+    sc_tensor *y = x && mod ? sc__new_cheap(t, x->ndim, x->shape) : NULL;
+    if (y)
+        sc__run_cheap(t, (sc__op){sc__ln_modulate_backward, sc__ln_modulate_forward, {x, mod}, {y},
+                                  {shift, scale}, 0, NULL});
     return y;
 }
 
@@ -2460,6 +2527,9 @@ sc_tensor *sc_gated_residual(sc_tape *t, sc_tensor *x, sc_tensor *h, sc_tensor *
     return y;
 }
 
+static void sc__norm_rope_forward(sc_tape *t, sc__op *op) {
+    t->be->norm_rope(op->out[0], op->n[0], op->in[0], op->in[1], (const sc_tensor *)op->extra);
+}
 static void sc__norm_rope_backward(sc_tape *t, sc__op *op) {
     if (sc__grad(t, op->in[0]) || op->in[1]->grad)
         t->be->norm_rope_backward(op->out[0], op->n[0], op->in[0], op->in[1],
@@ -2473,15 +2543,13 @@ sc_tensor *sc_norm_rope(sc_tape *t, sc_tensor *text, sc_tensor *image, sc_tensor
     if (!image || (!text && text_weight)) return NULL;
     if (image_weight->shape[0] > 256) return sc__fail("a head has more than 256 channels"), NULL;
     int64_t text_tokens = text ? text->shape[1] : 0, tokens = text_tokens + image->shape[1];
-    sc_tensor *y = sc__new3(t, image->shape[0], tokens, image->shape[2]);
+    const int64_t shape[] = {image->shape[0], tokens, image->shape[2]};
+    sc_tensor *y = sc__new_cheap(t, 3, shape);
     if (!y) return NULL;
     sc_tensor *parts[2] = {text, image}, *weights[2] = {text_weight, image_weight};
-    for (int i = text ? 0 : 1; i < 2; i++) {
-        int64_t offset = i ? text_tokens : 0;
-        t->be->norm_rope(y, offset, parts[i], weights[i], rope);
-        sc__op *op = sc__record(t, sc__norm_rope_backward, y, parts[i], weights[i], NULL);
-        if (op) op->n[0] = offset, op->extra = rope;
-    }
+    for (int i = text ? 0 : 1; i < 2; i++)
+        sc__run_cheap(t, (sc__op){sc__norm_rope_backward, sc__norm_rope_forward,
+                                  {parts[i], weights[i]}, {y}, {i ? text_tokens : 0}, 0, rope});
     return y;
 }
 
@@ -2646,6 +2714,18 @@ static bool sc__run_lean(sc_tape *t, sc_block block, const void *context, sc_ten
     return true;
 }
 
+/* Runs a block whose operations are recorded. What is cheap may lie where other blocks' is. */
+static bool sc__run_recorded(sc_tape *t, sc_block block, const void *context, sc_tensor **in,
+                             sc_tensor **out) {
+    sc__arena_reset(&t->shared);
+    t->in_block = true;
+    bool ok = block(t, in, out, context);
+    t->in_block = false;
+    for (int i = 0; ok && i < 2 && out[i]; i++) /* what leaves the block needs its own */
+        if (out[i]->shared) return sc__fail("a block must not end with an operation of one pass");
+    return ok;
+}
+
 typedef struct sc__checkpoint {
     sc_block block;
     const void *context;
@@ -2661,9 +2741,9 @@ static void sc__checkpoint_backward(sc_tape *t, sc__op *op) {
     const uint8_t *sets = t->sets;
     sc_tensor *out[2] = {NULL, NULL};
     t->sets = c->sets;
-    if (!c->block(t, op->in, out, c->context)) t->failed = true;
-    if (t->device.taken - mark.device_taken > t->block)
-        t->block = t->device.taken - mark.device_taken;
+    if (!sc__run_recorded(t, c->block, c->context, op->in, out)) t->failed = true;
+    if (t->sizes)
+        *t->sizes++ = (sc__block_bytes){t->device.taken - mark.device_taken, t->shared.taken};
     for (int i = 0; i < 2 && out[i]; i++) out[i]->grad = op->out[i]->grad;
     if (!t->failed) sc__backward_from(t, first);
     t->sets = sets;
@@ -2707,9 +2787,13 @@ bool sc_keep(sc_tape *t, sc_block block, const void *context, sc_tensor **in, in
     if (!t->recording) return sc__run_lean(t, block, context, in, out);
     sc_tensor yes = {.needs_grad = true}, *end = sc__struct(t, 0, NULL, SC_F32);
     if (!end || !(end->data = sc__arena_take(&t->host, sizeof(sc__mark_t)))) return false;
-    if (!sc__record(t, sc__keep_end, end, &yes, NULL, NULL)) return false;
-    if (!block(t, in, out, context)) return false;
-    sc__op *op = sc__record(t, sc__keep_begin, out[0], &yes, NULL, NULL);
+    int64_t first = t->count;
+    sc__op *op = sc__record(t, sc__keep_end, end, &yes, NULL, NULL);
+    if (!op) return false;
+    op->in[0] = NULL;
+    if (!sc__run_recorded(t, block, context, in, out)) return false;
+    for (int64_t i = first; i < t->count; i++) t->ops[i].out[0]->stale = t->ops[i].out[0]->shared;
+    op = sc__record(t, sc__keep_begin, out[0], &yes, NULL, NULL);
     if (!op) return false;
     for (int i = 0; i < 5; i++) op->in[i] = i < inputs ? in[i] : NULL;
     op->out[1] = out[1];
@@ -5388,9 +5472,10 @@ bool sc_lora_start(sc_params *p, const char *path) {
 
 /* ==== Memory of a training step ===============================================================
  *
- * A block of the transformer either keeps its activations for the backward pass or keeps its inputs
- * and runs again (Chen et al. 2016). How many can keep theirs is measured, not estimated: one step
- * with all blocks run again says how much memory that takes, and how much one block would add.
+ * A block of the transformer keeps its activations for the backward pass; or all but those that are
+ * cheap to make again; or only its inputs, and runs again (Chen et al. 2016). How many can keep
+ * theirs is measured, not estimated: one step with all blocks run again says how much memory that
+ * takes, and how much each block would add.
  */
 
 bool sc_plan_memory(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *recipe,
@@ -5398,24 +5483,34 @@ bool sc_plan_memory(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recip
     const size_t spare = (size_t)512 << 20; /* for the backend's own scratch memory to grow */
     sc_rng rng = {1};
     *plan = (sc_memory_plan){.blocks = flux->config.layers + flux->config.single_layers};
+    sc__block_bytes *size = (sc__block_bytes *)sc__alloc((size_t)plan->blocks, sizeof *size);
+    if (!size) return false;
     flux->checkpointed = plan->blocks;
-    t->block = t->device.peak = 0;
+    t->device.peak = t->shared.peak = 0;
+    t->sharing = true;
+    t->sizes = size; /* the last block's first */
     double loss; /* read so that the step is over, and to learn whether it failed */
-    if (!sc_train_gradient(flux, params, t, recipe, batch, &rng) ||
-        !t->be->download(&loss, params->results, sizeof loss))
-        return false;
+    bool ok = sc_train_gradient(flux, params, t, recipe, batch, &rng) &&
+              t->be->download(&loss, params->results, sizeof loss);
+    t->sizes = NULL;
     t->be->zero(params->grad, (size_t)params->count * 4);
     sc_tape_reset(t);
-    size_t left = t->be->memory_left(), held = sc_tape_bytes(t);
+    size_t left = t->be->memory_left(), held = sc_tape_bytes(t), all = 0;
     plan->left = left > SIZE_MAX - held ? SIZE_MAX : left + held;
-    plan->step = t->device.peak;
-    plan->block = t->block;
-    plan->kept = plan->blocks;
-    while (plan->kept > 0 && (plan->left < spare ||
-                              plan->step + (size_t)plan->kept * plan->block > plan->left - spare))
-        plan->kept--;
+    plan->step = sc_tape_peak(t);
+    size_t room = plan->left < plan->step + spare ? 0 : plan->left - plan->step - spare;
+    for (int i = 0; i < plan->blocks; i++) all += size[i].own + size[i].shared;
+    t->sharing = all > room;
+    for (; ok && plan->kept < plan->blocks; plan->kept++) {
+        size_t more = size[plan->kept].own + (t->sharing ? 0 : size[plan->kept].shared);
+        if (plan->kept_bytes + more > room) break;
+        plan->kept_bytes += more;
+    }
+    plan->remade = t->sharing;
+    SC_FREE(size);
     flux->checkpointed = plan->blocks - plan->kept;
-    return sc_tape_reserve(t, plan->step + (size_t)plan->kept * plan->block);
+    size_t shared = t->sharing ? t->shared.peak : 0;
+    return ok && sc__tape_reserve(t, plan->step - shared + plan->kept_bytes, shared);
 }
 
 /* ==== The parts of a model, wherever they are =================================================

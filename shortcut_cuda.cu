@@ -939,21 +939,31 @@ __device__ __forceinline__ uint8_t to_e4m3(float x) {
     return (uint8_t)(sign | (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1)) >> 20);
 }
 
-/* A block of 128 threads to a row. */
+/* The values from[c] factor[c] (factor NULL: 1) of a row, which a block of 128 threads shares. */
 template <int V>
-__global__ void quantize_kernel(uint8_t *to, float *scale, const bf16 *from, int64_t columns,
-                                int64_t ld) {
+__device__ __forceinline__ void scaled(float v[V], const bf16 *from, const float *factor,
+                                       int64_t c) {
+    float f[V];
+    load<V>(v, from + c);
+    if (!factor) return;
+    load<V>(f, factor + c);
+    for (int j = 0; j < V; j++) v[j] *= f[j];
+}
+
+template <int V>
+__global__ void quantize_kernel(uint8_t *to, float *scale, const bf16 *from, const float *factor,
+                                int64_t columns, int64_t ld) {
     float v[V], largest = 0;
     from += blockIdx.x * ld, to += blockIdx.x * columns;
     for (int64_t c = threadIdx.x * V; c < columns; c += blockDim.x * V) {
-        load<V>(v, from + c);
+        scaled<V>(v, from, factor, c);
         for (int j = 0; j < V; j++) largest = fmaxf(largest, fabsf(v[j]));
     }
     largest = block_reduce<true>(largest);
     float s = largest > 0 ? largest / 448.f : 1.f;
     if (threadIdx.x == 0) scale[blockIdx.x] = s;
     for (int64_t c = threadIdx.x * V; c < columns; c += blockDim.x * V) {
-        load<V>(v, from + c);
+        scaled<V>(v, from, factor, c);
         uint32_t bytes[2] = {0, 0};
         for (int j = 0; j < V; j++) bytes[j / 4] |= (uint32_t)to_e4m3(v[j] / s) << 8 * (j % 4);
         if (V == 8) *(uint2 *)(to + c) = make_uint2(bytes[0], bytes[1]);
@@ -961,39 +971,68 @@ __global__ void quantize_kernel(uint8_t *to, float *scale, const bf16 *from, int
     }
 }
 
-static void quantize(uint8_t *to, float *scale, const bf16 *from, int64_t rows, int64_t columns,
-                     int64_t ld) {
-    bool w = wide(columns, from, to) && ld % 8 == 0;
-    LAUNCH(w, quantize_kernel, rows, 128, to, scale, from, columns, ld);
+static void quantize(uint8_t *to, float *scale, const bf16 *from, const float *factor, int64_t rows,
+                     int64_t columns, int64_t ld) {
+    bool w = wide(columns, from, to, factor) && ld % 8 == 0;
+    LAUNCH(w, quantize_kernel, rows, 128, to, scale, from, factor, columns, ld);
 }
 static void cuda_quantize(uint8_t *to, float *scale, const void *from, int64_t rows,
                           int64_t columns) {
-    quantize(to, scale, (const bf16 *)from, rows, columns, columns);
+    quantize(to, scale, (const bf16 *)from, NULL, rows, columns, columns);
 }
 
-/* Whether y = x w^T can go to fp8 tensor cores, x then becoming e4m3 with a scale for each row,
- * too. cuBLASLt wants rows of x and w side by side (so not the backward pass) and pieces of 16
- * bytes, and scales rows on chips of compute capability 9.0 only. Of a few rows, such as the
- * modulation's, little is to be gained, and these are worth more bits. */
+/* to [n,k] = the bytes of from [k,n], in tiles of 64 x 64: a thread turns 4 x 4. ones [n] = 1. */
+__global__ void turn_bytes_kernel(uint8_t *to, float *ones, const uint8_t *from, int64_t k,
+                                  int64_t n, int64_t ld) {
+    __shared__ uint32_t tile[64][17];
+    int x = threadIdx.x % 16, y = threadIdx.x / 16;
+    int64_t row = blockIdx.y * 64 + y * 4, column = blockIdx.x * 64 + x * 4;
+    uint32_t in[4] = {0, 0, 0, 0};
+    for (int i = 0; i < 4; i++) /* n and k are multiples of 16 */
+        if (row < k && column < n) in[i] = *(const uint32_t *)(from + (row + i) * ld + column);
+    for (int j = 0; j < 4; j++) {
+        uint32_t out = 0;
+        for (int i = 0; i < 4; i++) out |= (in[i] >> 8 * j & 0xff) << 8 * i;
+        tile[x * 4 + j][y] = out;
+    }
+    __syncthreads();
+    row = blockIdx.x * 64 + y * 4, column = blockIdx.y * 64 + x * 4;
+    for (int i = 0; i < 4; i++)
+        if (row < n && column < k) *(uint32_t *)(to + (row + i) * k + column) = tile[y * 4 + i][x];
+    if (blockIdx.y == 0 && threadIdx.x < 64 && blockIdx.x * 64 + threadIdx.x < n)
+        ones[blockIdx.x * 64 + threadIdx.x] = 1;
+}
+
+/* Whether y = x w^T, or x w in the backward pass, can go to fp8 tensor cores, x then becoming e4m3
+ * with a scale for each row, too. cuBLASLt wants pieces of 16 bytes, and scales rows on chips of
+ * compute capability 9.0 only. Of a few rows, such as the modulation's, little is to be gained, and
+ * these are worth more bits. */
 static bool fits_fp8(int64_t m, int64_t n, int64_t k, sc_matrix x, sc_matrix w, Operand y,
                      bool f32_out) {
 #if CUBLAS_VERSION >= 120900
     return gpu.capability == 90 && x.dtype == SC_BF16 && w.dtype == SC_F8_E4M3 && w.scale &&
-           !x.transposed && w.transposed && m >= 16 && n % 16 == 0 && k % 16 == 0 &&
-           w.ld % 16 == 0 && (uintptr_t)w.data % 16 == 0 && y.ld % 8 == 0 &&
-           (uintptr_t)y.data % 16 == 0 && !f32_out;
+           !x.transposed && m >= 16 && n % 16 == 0 && k % 16 == 0 && w.ld % 16 == 0 &&
+           (uintptr_t)w.data % 16 == 0 && y.ld % 8 == 0 && (uintptr_t)y.data % 16 == 0 && !f32_out;
 #else
     return false;
 #endif
 }
 
+/* cuBLASLt wants rows of x and w side by side. In the backward pass, w is turned for that, and its
+ * rows' scales, which then belong to columns, go into x before that is rounded. */
 static bool fp8_product(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix x, sc_matrix w,
                         float beta, Operand y, Epilogue e) {
-    Scratch<uint8_t> narrow(m * k);
-    Scratch<float> scale(m);
+    bool turn = !w.transposed;
+    Scratch<uint8_t> narrow(m * k), turned(turn ? n * k : 0);
+    Scratch<float> scale(m), ones(turn ? n : 0);
     Operand px = {narrow.p, k, false, 0, scale.p}, pw = {w.data, w.ld, true, 0, w.scale};
+    if (turn) pw = {turned.p, k, true, 0, ones.p};
     if (gpu.failed || !plan_for(m, n, k, px, pw, CUDA_R_8F_E4M3, y, false, e, 1)) return gpu.failed;
-    quantize(narrow.p, scale.p, (const bf16 *)x.data, m, k, x.ld);
+    if (turn)
+        launch("turn_bytes", turn_bytes_kernel,
+               dim3((unsigned)ceil_div(n, 64), (unsigned)ceil_div(k, 64)), 256, 0, turned.p, ones.p,
+               (const uint8_t *)w.data, k, n, w.ld);
+    quantize(narrow.p, scale.p, (const bf16 *)x.data, turn ? w.scale : NULL, m, k, x.ld);
     return product(m, n, k, alpha, px, pw, CUDA_R_8F_E4M3, beta, y, false, e, 1);
 }
 
@@ -1191,9 +1230,9 @@ static void activate_rows(sc_activation kind, bf16 *y, int64_t y_ld, const bf16 
     bool w = wide(n | y_ld | x_ld, y, x);
     LAUNCH_FLAT(w, activate_kernel, rows * n, kind, y, y_ld, x, x_ld, n, rows * n);
 }
-static void cuda_activate(sc_activation kind, sc_tensor *y, const sc_tensor *x) {
-    int64_t n = sc_count(x); /* one row */
-    activate_rows(kind, (bf16 *)y->data, n, half_data(x), n, 1, n);
+static void cuda_activate(sc_activation kind, sc_tensor *y, int64_t at, const sc_tensor *x) {
+    activate_rows(kind, (bf16 *)y->data + at, last_size(y), half_data(x), last_size(x),
+                  row_count(x), last_size(x));
 }
 
 template <int V>

@@ -878,11 +878,10 @@ static bool plan_memory(training *t) {
     sc_memory_plan plan;
     if (!sc_plan_memory(p->flux, t->params, p->tape, &t->recipe, &t->batch, &plan)) return false;
     printf("memory of %s: a step of %d pictures of %dx%d takes %.1f GiB, and %.1f GiB more for %d "
-           "of %d blocks that are not run twice; "
-           "%.1f GiB were left\n",
+           "of %d blocks that are not run twice%s; %.1f GiB were left\n",
            p->backend->name, t->o.batch, t->batch.w * p->token_pixels, t->batch.h * p->token_pixels,
-           (double)plan.step / gib, (double)plan.kept * (double)plan.block / gib, plan.kept,
-           plan.blocks, (double)plan.left / gib);
+           (double)plan.step / gib, (double)plan.kept_bytes / gib, plan.kept, plan.blocks,
+           plan.remade ? " (their cheap operations are)" : "", (double)plan.left / gib);
     fflush(stdout);
     return true;
 }

@@ -137,7 +137,7 @@ static void gated_residual(sc_tensor **x) { gpu->gated_residual(x[3], x[0], x[2]
 static void gated_residual_backward(sc_tensor **x) {
     gpu->gated_residual_backward(x[3], x[0], x[2], x[1], 2);
 }
-static void activate(sc_tensor **x) { gpu->activate(SC_GELU_TANH, x[1], x[0]); }
+static void activate(sc_tensor **x) { gpu->activate(SC_GELU_TANH, x[1], 0, x[0]); }
 static void activate_backward(sc_tensor **x) {
     gpu->activate_backward(SC_GELU_TANH, x[1], 0, x[0]);
 }
@@ -311,10 +311,11 @@ static double measure_training(sc_flux *f, int batch, const char *weights) {
     qsort(times, 7, sizeof *times, ascending);
     double flops = 4 * batch * forward_flops(1024, 256);
     printf("SCFM step, 512x512, batch %d, rank 64, %s: %.3f s, %.0f useful TFLOP/s, %.0f%% of C; "
-           "%d of %d blocks kept, %.1f GiB left; "
+           "%d of %d blocks kept%s, %.1f GiB left; "
            "loss %.3f, gradient %.3g\n",
            batch, weights, times[3], flops / times[3] / 1e12, 100 * flops / times[3] / ceiling,
-           plan.kept, plan.blocks, (double)gpu->memory_left() / (1 << 30), loss, norm);
+           plan.kept, plan.blocks, plan.remade ? " but what is cheap" : "",
+           (double)gpu->memory_left() / (1 << 30), loss, norm);
     fflush(stdout);
     free((void *)b.x0), free((void *)b.noise), free(b.context), free(b.pooled);
     sc_tape_free(t);
