@@ -118,6 +118,7 @@ typedef struct sc_tensor {
     void *data;                 /* contiguous, row-major */
     void *grad;                 /* d loss / d data, same shape; NULL until something asks for it */
     bool needs_grad;            /* backward passes reach this tensor */
+    bool new_grad;              /* nothing is in grad yet: the first to give a part stores it */
     bool shared, stale;         /* in memory that blocks share; another block's by now */
     sc_dtype dtype;
     int ndim;
@@ -169,7 +170,8 @@ bool sc_file_save(const char *path, const sc_named *tensors, int64_t count,
  * What each computes, forward and backward, and on which shapes, stands over its CPU version. Every
  * pointer inside a tensor that a backend is given is memory of that backend. Activations have the
  * type `activation`; LoRA factors, optimiser state and losses are f32; frozen weights keep the type
- * they have on disk. `_backward` functions add into the gradients of inputs that need them. */
+ * they have on disk. `_backward` functions add into the gradients of inputs that need them, or store
+ * where `new_grad` says so (of x, h, q, k and v: of these they write all). */
 typedef struct sc_matrix {      /* row-major; `transposed`: used as its transpose */
     const void *data;
     sc_dtype dtype;
@@ -1005,6 +1007,12 @@ void sc_set_threads(int n) { (void)n; }
 
 static inline float *sc__f(const sc_tensor *x) { return (float *)x->data; }
 static inline float *sc__g(const sc_tensor *x) { return (float *)x->grad; }
+/* The gradient of a tensor to which parts are only added. */
+static float *sc__sum(sc_tensor *x) {
+    if (x->new_grad) memset(x->grad, 0, (size_t)sc_count(x) * 4);
+    x->new_grad = false;
+    return sc__g(x);
+}
 static inline int64_t sc__last(const sc_tensor *x) { return x->shape[x->ndim - 1]; }
 static inline int64_t sc__rows(const sc_tensor *x) { return sc_count(x) / sc__last(x); }
 
@@ -1282,10 +1290,11 @@ static void sc__cpu_activate(sc_activation kind, sc_tensor *y, int64_t at, const
 static void sc__cpu_activate_backward(sc_activation kind, const sc_tensor *y, int64_t at,
                                       sc_tensor *x) {
     int64_t n = sc__last(x), width = sc__last(y), rows = sc__rows(x);
+    float *sum = sc__sum(x);
     SC_PARALLEL_FOR
     for (int64_t r = 0; r < rows; r++) {
         const float *dy = sc__g(y) + r * width + at, *px = sc__f(x) + r * n;
-        float *dx = sc__g(x) + r * n;
+        float *dx = sum + r * n;
         switch (kind) {
         case SC_SILU: sc__activate_rows_backward(SC_SILU, dy, px, dx, n); break;
         case SC_GELU_TANH: sc__activate_rows_backward(SC_GELU_TANH, dy, px, dx, n); break;
@@ -1332,6 +1341,7 @@ static void sc__cpu_ln_modulate(sc_tensor *y, const sc_tensor *x, const sc_tenso
 static void sc__cpu_ln_modulate_backward(const sc_tensor *y, sc_tensor *x, sc_tensor *mod,
                                          int shift, int scale) {
     int64_t tokens = x->shape[1], n = x->shape[2], width = mod->shape[1];
+    float *sum = sc__sum(x);
     SC_PARALLEL_FOR
     for (int64_t b = 0; b < x->shape[0]; b++) { /* a sample owns its row of dmod */
         const float *a = sc__f(mod) + b * width + scale * n;
@@ -1346,14 +1356,14 @@ static void sc__cpu_ln_modulate_backward(const sc_tensor *y, sc_tensor *x, sc_te
                     da[c] += dy[c] * (px[c] - mean) * inverse;
                     db[c] += dy[c];
                 }
-            if (!x->grad) continue;
+            if (!sum) continue;
             SC_PRAGMA(omp simd reduction(+ : g_sum, gn_sum))
             for (int64_t c = 0; c < n; c++) {
                 float g = dy[c] * (1 + a[c]);
                 g_sum += g;
                 gn_sum += g * (px[c] - mean) * inverse;
             }
-            float *dx = sc__g(x) + r * n, g_mean = g_sum / (float)n, gn_mean = gn_sum / (float)n;
+            float *dx = sum + r * n, g_mean = g_sum / (float)n, gn_mean = gn_sum / (float)n;
             SC_SIMD for (int64_t c = 0; c < n; c++) dx[c] +=
                 (dy[c] * (1 + a[c]) - g_mean - (px[c] - mean) * inverse * gn_mean) * inverse;
         }
@@ -1377,13 +1387,14 @@ static void sc__cpu_gated_residual(sc_tensor *y, const sc_tensor *x, const sc_te
 static void sc__cpu_gated_residual_backward(const sc_tensor *y, sc_tensor *x, sc_tensor *h,
                                             sc_tensor *mod, int gate) {
     int64_t tokens = x->shape[1], n = x->shape[2], width = mod->shape[1];
+    float *x_sum = sc__sum(x), *h_sum = sc__sum(h);
     SC_PARALLEL_FOR
     for (int64_t b = 0; b < x->shape[0]; b++) {
         const float *g = sc__f(mod) + b * width + gate * n;
         float *dg = mod->grad ? sc__g(mod) + b * width + gate * n : NULL;
         for (int64_t r = b * tokens; r < (b + 1) * tokens; r++) {
             const float *dy = sc__g(y) + r * n, *ph = sc__f(h) + r * n;
-            float *dx = x->grad ? sc__g(x) + r * n : NULL, *dh = h->grad ? sc__g(h) + r * n : NULL;
+            float *dx = x_sum ? x_sum + r * n : NULL, *dh = h_sum ? h_sum + r * n : NULL;
             if (dx) SC_SIMD for (int64_t c = 0; c < n; c++) dx[c] += dy[c];
             if (dh) SC_SIMD for (int64_t c = 0; c < n; c++) dh[c] += g[c] * dy[c];
             if (dg) SC_SIMD for (int64_t c = 0; c < n; c++) dg[c] += ph[c] * dy[c];
@@ -1429,7 +1440,7 @@ static void sc__cpu_norm_rope_backward(const sc_tensor *y, int64_t offset, sc_te
             size = weight->shape[0];
     const float *w = sc__f(weight);
     /* dw of each sample */
-    float *partial = weight->grad ? sc__scratch(batch * size) : NULL;
+    float *sum = sc__sum(x), *partial = weight->grad ? sc__scratch(batch * size) : NULL;
     if (weight->grad && !partial) return;
     if (partial) memset(partial, 0, (size_t)(batch * size) * 4);
     SC_PARALLEL_FOR
@@ -1447,10 +1458,10 @@ static void sc__cpu_norm_rope_backward(const sc_tensor *y, int64_t offset, sc_te
             if (partial)
                 SC_SIMD for (int64_t d = 0; d < size; d++) partial[b * size + d] +=
                     g[d] * px[d] * inverse;
-            if (!x->grad) continue;
+            if (!sum) continue;
             SC_SIMD_SUM(dot)
             for (int64_t d = 0; d < size; d++) dot += w[d] * g[d] * px[d] * inverse;
-            float *dx = sc__g(x) + (b * tokens + t) * channels + h;
+            float *dx = sum + (b * tokens + t) * channels + h;
             dot /= (float)size;
             SC_SIMD for (int64_t d = 0; d < size; d++)
                 dx[d] += (w[d] * g[d] - px[d] * inverse * dot) * inverse;
@@ -1520,6 +1531,7 @@ static void sc__cpu_attention_backward(const sc_tensor *o, const float *lse, sc_
     int ld = (int)channels, n = (int)nk, d = (int)size;
     float *scratch = sc__scratch(2 * sc__threads() * block * nk);
     if (!scratch) return;
+    float *dq = sc__sum(q), *dk = sc__sum(k), *dv = sc__sum(v);
     SC_PARALLEL_FOR
     for (int64_t task = 0; task < q->shape[0] * heads; task++) { /* a head owns its dK and dV */
         int64_t b = task / heads, h = task % heads, key = b * nk * channels + h * size;
@@ -1530,7 +1542,7 @@ static void sc__cpu_attention_backward(const sc_tensor *o, const float *lse, sc_
             const float *out = sc__f(o) + query, *dout = sc__g(o) + query;
             sc__softmax_scores(p, NULL, sc__f(q) + query, sc__f(k) + key, rows, nk, size, channels,
                                scale, NULL, false, first);
-            sc__sgemm(true, false, n, d, rows, 1, p, n, dout, ld, 1, sc__g(v) + key, ld);
+            sc__sgemm(true, false, n, d, rows, 1, p, n, dout, ld, 1, dv + key, ld);
             sc__sgemm(false, true, rows, n, d, 1, dout, ld, sc__f(v) + key, ld, 0, dp, n);
             for (int64_t r = 0; r < rows; r++) {
                 float dot = 0;
@@ -1540,9 +1552,9 @@ static void sc__cpu_attention_backward(const sc_tensor *o, const float *lse, sc_
                     p[r * nk + c] * (dp[r * nk + c] - dot);
             }
             sc__sgemm(false, false, rows, d, n, scale, dp, n, sc__f(k) + key, ld, 1,
-                      sc__g(q) + query, ld);
+                      dq + query, ld);
             sc__sgemm(true, false, n, d, rows, scale, dp, n, sc__f(q) + query, ld, 1,
-                      sc__g(k) + key, ld);
+                      dk + key, ld);
         }
     }
 }
@@ -1897,8 +1909,8 @@ const sc_backend *sc_cpu(void) {
 /* ==== Tape ====================================================================================
  *
  * Operations run at once (eagerly). While recording, each also appends {backward, inputs, output};
- * sc_backward walks that list from its end. Gradients are allocated, zeroed, when first asked for,
- * and only ever added to. Tensors live in an arena: a list of chunks, given back all at once.
+ * sc_backward walks that list from its end. Gradients are allocated when first asked for, and only
+ * ever added to. Tensors live in an arena: a list of chunks, given back all at once.
  *
  * Where memory is short, the results of cheap operations (one pass over memory, no product) lie in
  * an arena that all blocks share, and are made again when a block's backward pass reads them.
@@ -2092,27 +2104,27 @@ sc_tensor *sc_reshape(sc_tape *t, const sc_tensor *x, int ndim, const int64_t *s
     return y;
 }
 
-/* The gradient of x, zeroed when first asked for; NULL when nothing below x wants one. */
-static void *sc__grad(sc_tape *t, sc_tensor *x) {
-    if (!x || !x->needs_grad) return NULL;
-    if (!x->grad) {
-        size_t bytes = (size_t)(sc_count(x) * sc_dtype_size(x->dtype));
-        x->grad = sc__arena_take(&t->device, bytes);
-        if (x->grad) t->be->zero(x->grad, bytes);
-        else t->failed = true;
-    }
+/* The gradient of x, made when first asked for; NULL when nothing below x wants one. All of a new one
+ * is written next, or it is zeroed first. */
+static void *sc__whole_grad(sc_tape *t, sc_tensor *x) {
+    if (!x || !x->needs_grad || x->grad) return x ? x->grad : NULL;
+    x->grad = sc__arena_take(&t->device, (size_t)(sc_count(x) * sc_dtype_size(x->dtype)));
+    if (x->grad) x->new_grad = true;
+    else t->failed = true;
     return x->grad;
 }
-
-/* The same for products, C = A B + beta C: a new gradient is not zeroed, but beta is 0 this time.
- */
-static void *sc__grad_beta(sc_tape *t, sc_tensor *x, float *beta) {
-    *beta = 1;
-    if (!x->needs_grad || x->grad) return x->grad;
-    *beta = 0;
-    x->grad = sc__arena_take(&t->device, (size_t)(sc_count(x) * sc_dtype_size(x->dtype)));
-    if (!x->grad) t->failed = true;
+static void *sc__grad(sc_tape *t, sc_tensor *x) {
+    if (!sc__whole_grad(t, x)) return NULL;
+    if (x->new_grad) t->be->zero(x->grad, (size_t)(sc_count(x) * sc_dtype_size(x->dtype)));
+    x->new_grad = false;
     return x->grad;
+}
+/* For operations that are told whether to add, as by the beta of C = A B + beta C. */
+static void *sc__grad_beta(sc_tape *t, sc_tensor *x, float *beta) {
+    void *grad = sc__whole_grad(t, x);
+    *beta = x->new_grad ? 0 : 1;
+    x->new_grad = false;
+    return grad;
 }
 
 /* Appends an operation if any of its inputs needs a gradient, or its result may be wanted again. */
@@ -2349,7 +2361,7 @@ static void sc__activate_forward(sc_tape *t, sc__op *op) {
     t->be->activate((sc_activation)op->n[0], op->out[0], op->n[1], op->in[0]);
 }
 static void sc__activate_backward(sc_tape *t, sc__op *op) {
-    if (sc__grad(t, op->in[0]))
+    if (sc__whole_grad(t, op->in[0]))
         t->be->activate_backward((sc_activation)op->n[0], op->out[0], op->n[1], op->in[0]);
 }
 static sc__op sc__activation(sc_activation kind, sc_tensor *y, int64_t at, sc_tensor *x) {
@@ -2390,11 +2402,11 @@ static void sc__copy_columns(sc_tape *t, void *dst, int64_t dst_ld, int64_t dst_
 }
 
 static void sc__add_backward(sc_tape *t, sc__op *op) {
-    for (int i = 0; i < 2; i++) {
-        int64_t n = sc_count(op->out[0]);
-        if (sc__grad(t, op->in[i]))
-            sc__copy_columns(t, op->in[i]->grad, n, 0, op->out[0]->grad, n, 0, 1, n, true);
-    }
+    int64_t n = sc_count(op->out[0]);
+    float beta;
+    for (int i = 0; i < 2; i++)
+        if (sc__grad_beta(t, op->in[i], &beta))
+            sc__copy_columns(t, op->in[i]->grad, n, 0, op->out[0]->grad, n, 0, 1, n, beta != 0);
 }
 
 sc_tensor *sc_add(sc_tape *t, sc_tensor *a, sc_tensor *b) {
@@ -2423,10 +2435,11 @@ static void sc__concat_forward(sc_tape *t, sc__op *op) {
 }
 static void sc__concat_backward(sc_tape *t, sc__op *op) {
     int64_t rows = op->n[0], width[2] = {op->n[1], op->n[2]}, sum = width[0] + width[1];
+    float beta;
     for (int i = 0; i < 2; i++)
-        if (sc__grad(t, op->in[i]))
+        if (sc__grad_beta(t, op->in[i], &beta))
             sc__copy_columns(t, op->in[i]->grad, width[i], 0, op->out[0]->grad, sum, i * width[0],
-                             rows, width[i], true);
+                             rows, width[i], beta != 0);
 }
 
 static sc_tensor *sc__concat(sc_tape *t, sc_tensor *a, sc_tensor *b, int64_t rows, sc_tensor *y) {
@@ -2457,8 +2470,10 @@ static void sc__concat_gelu_forward(sc_tape *t, sc__op *op) {
 static void sc__concat_gelu_backward(sc_tape *t, sc__op *op) {
     sc_tensor *a = op->in[0], *y = op->out[0];
     int64_t width = sc__last(a);
-    if (sc__grad(t, a))
-        sc__copy_columns(t, a->grad, width, 0, y->grad, sc__last(y), 0, sc__rows(a), width, true);
+    float beta;
+    if (sc__grad_beta(t, a, &beta))
+        sc__copy_columns(t, a->grad, width, 0, y->grad, sc__last(y), 0, sc__rows(a), width,
+                         beta != 0);
 }
 
 sc_tensor *sc_concat_gelu(sc_tape *t, sc_tensor *a, const sc_tensor *x, const sc_linear_layer *l) {
@@ -2498,7 +2513,7 @@ static void sc__ln_modulate_forward(sc_tape *t, sc__op *op) {
     t->be->ln_modulate(op->out[0], op->in[0], op->in[1], (int)op->n[0], (int)op->n[1]);
 }
 static void sc__ln_modulate_backward(sc_tape *t, sc__op *op) {
-    sc__grad(t, op->in[0]);
+    sc__whole_grad(t, op->in[0]);
     sc__grad(t, op->in[1]);
     if (!t->failed)
         t->be->ln_modulate_backward(op->out[0], op->in[0], op->in[1], (int)op->n[0], (int)op->n[1]);
@@ -2513,7 +2528,8 @@ sc_tensor *sc_ln_modulate(sc_tape *t, sc_tensor *x, sc_tensor *mod, int shift, i
 }
 
 static void sc__gated_residual_backward(sc_tape *t, sc__op *op) {
-    for (int i = 0; i < 3; i++) sc__grad(t, op->in[i]);
+    for (int i = 0; i < 2; i++) sc__whole_grad(t, op->in[i]);
+    sc__grad(t, op->in[2]);
     if (!t->failed)
         t->be->gated_residual_backward(op->out[0], op->in[0], op->in[1], op->in[2], (int)op->n[0]);
 }
@@ -2531,7 +2547,7 @@ static void sc__norm_rope_forward(sc_tape *t, sc__op *op) {
     t->be->norm_rope(op->out[0], op->n[0], op->in[0], op->in[1], (const sc_tensor *)op->extra);
 }
 static void sc__norm_rope_backward(sc_tape *t, sc__op *op) {
-    if (sc__grad(t, op->in[0]) || op->in[1]->grad)
+    if (sc__whole_grad(t, op->in[0]) || op->in[1]->grad)
         t->be->norm_rope_backward(op->out[0], op->n[0], op->in[0], op->in[1],
                                   (const sc_tensor *)op->extra);
 }
@@ -2558,7 +2574,7 @@ static void sc__attention_backward(sc_tape *t, sc__op *op) {
     for (int i = 0; i < 3; i++) { /* backends make all three together */
         wanted[i] = op->in[i]->needs_grad;
         op->in[i]->needs_grad = true;
-        sc__grad(t, op->in[i]);
+        sc__whole_grad(t, op->in[i]);
     }
     if (!t->failed)
         t->be->attention_backward(op->out[0], (const float *)op->extra, op->in[0], op->in[1],

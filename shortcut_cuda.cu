@@ -516,9 +516,10 @@ template <int V> __device__ __forceinline__ void store(bf16 *p, const float x[V]
                  pack(x[6 % V], x[7 % V])};
     *(uint4 *)p = raw;
 }
-template <int V> __device__ __forceinline__ void add(bf16 *p, const float x[V]) {
-    float sum[V];
-    load<V>(sum, p);
+/* Adds to a gradient, or stores the first part of one. */
+template <int V> __device__ __forceinline__ void add(bf16 *p, const float x[V], bool first) {
+    float sum[V] = {0};
+    if (!first) load<V>(sum, p);
 #pragma unroll
     for (int i = 0; i < V; i++) sum[i] += x[i];
     store<V>(p, sum);
@@ -562,6 +563,12 @@ __device__ __forceinline__ float block_sum(float x) { return block_reduce<false>
 
 static const bf16 *half_data(const sc_tensor *x) { return x ? (const bf16 *)x->data : NULL; }
 static bf16 *half_grad(const sc_tensor *x) { return (bf16 *)x->grad; }
+/* Whether the operation, which writes all of x's gradient, stores it. */
+static bool first_part(sc_tensor *x) {
+    bool first = x->new_grad;
+    x->new_grad = false;
+    return first;
+}
 static const float *full_data(const sc_tensor *x) { return x ? (const float *)x->data : NULL; }
 static int64_t last_size(const sc_tensor *x) { return x->shape[x->ndim - 1]; }
 static int64_t row_count(const sc_tensor *x) { return sc_count(x) / last_size(x); }
@@ -1104,7 +1111,7 @@ __global__ void add_block_kernel(bf16 *dst, int64_t dst_ld, const bf16 *src, int
     if (i >= rows * columns) return;
     float x[V];
     load<V>(x, src + i / columns * src_ld + i % columns);
-    add<V>(dst + i / columns * dst_ld + i % columns, x);
+    add<V>(dst + i / columns * dst_ld + i % columns, x, false);
 }
 
 template <class T>
@@ -1237,7 +1244,8 @@ static void cuda_activate(sc_activation kind, sc_tensor *y, int64_t at, const sc
 
 template <int V>
 __global__ void activate_backward_kernel(sc_activation kind, bf16 *dx, const bf16 *dy,
-                                         int64_t width, const bf16 *x, int64_t n, int64_t total) {
+                                         int64_t width, const bf16 *x, int64_t n, int64_t total,
+                                         bool first) {
     int64_t i = FLAT_INDEX(V);
     if (i >= total) return;
     float v[V], d[V], slope;
@@ -1252,7 +1260,7 @@ __global__ void activate_backward_kernel(sc_activation kind, bf16 *dx, const bf1
             d[j] *= s + v[j] * s * (1 - s) * slope;
         }
     }
-    add<V>(dx + i, d);
+    add<V>(dx + i, d, first);
 }
 
 static void cuda_activate_backward(sc_activation kind, const sc_tensor *y, int64_t at,
@@ -1261,7 +1269,7 @@ static void cuda_activate_backward(sc_activation kind, const sc_tensor *y, int64
     const bf16 *dy = half_grad(y) + at;
     bool w = wide(n | width, dy, x->grad, x->data);
     LAUNCH_FLAT(w, activate_backward_kernel, total, kind, half_grad(x), dy, width, half_data(x), n,
-                total);
+                total, first_part(x));
 }
 
 /* ==== Modulated layer norm and gated residual ================================================
@@ -1313,7 +1321,7 @@ __global__ void ln_modulate_kernel(bf16 *y, const bf16 *x, Modulation mod, int n
 /* dx (or NULL), and each row's (mean, inverse) into stats. */
 template <int V>
 __global__ void ln_modulate_backward_kernel(bf16 *dx, float2 *stats, const bf16 *dy, const bf16 *x,
-                                            Modulation mod, int n, int64_t scale) {
+                                            Modulation mod, int n, int64_t scale, bool first) {
     int64_t r = blockIdx.x;
     const bf16 *a = mod.row(r, scale);
     float v[V], d[V], s[V], mean, inverse, g_sum = 0, gn_sum = 0;
@@ -1333,7 +1341,7 @@ __global__ void ln_modulate_backward_kernel(bf16 *dx, float2 *stats, const bf16 
                 if (!pass) g_sum += g, gn_sum += g * norm;
                 d[j] = (g - g_mean - norm * gn_mean) * inverse;
             }
-            if (pass) add<V>(dx + r * n + c, d);
+            if (pass) add<V>(dx + r * n + c, d, first);
         }
     }
 }
@@ -1367,7 +1375,7 @@ static void cuda_ln_modulate_backward(const sc_tensor *y, sc_tensor *x, sc_tenso
     Scratch<float2> stats(rows);
     bool w = wide(n, y->grad, x->data, mod->data, x->grad);
     LAUNCH(w, ln_modulate_backward_kernel, rows, 128, half_grad(x), stats.p, half_grad(y),
-           half_data(x), modulation(mod, x), (int)n, scale * n);
+           half_data(x), modulation(mod, x), (int)n, scale * n, first_part(x));
     if (!mod->grad) return;
     bf16 *to[2] = {half_grad(mod) + scale * n, half_grad(mod) + shift * n};
     ModulateColumns f = {half_data(x), half_grad(y), stats.p, n};
@@ -1388,17 +1396,18 @@ __global__ void gated_residual_kernel(bf16 *y, const bf16 *x, const bf16 *h, Mod
 }
 
 template <int V>
-__global__ void gated_residual_backward_kernel(bf16 *dx, bf16 *dh, const bf16 *dy, Modulation mod,
-                                               int64_t gate, int64_t n, int64_t total) {
+__global__ void gated_residual_backward_kernel(bf16 *dx, bool dx_first, bf16 *dh, bool dh_first,
+                                               const bf16 *dy, Modulation mod, int64_t gate,
+                                               int64_t n, int64_t total) {
     int64_t i = FLAT_INDEX(V);
     if (i >= total) return;
     float d[V], g[V];
     load<V>(d, dy + i);
-    if (dx) add<V>(dx + i, d);
+    if (dx) add<V>(dx + i, d, dx_first);
     if (!dh) return;
     load<V>(g, mod.row(i / n, gate) + i % n);
     for (int j = 0; j < V; j++) d[j] *= g[j];
-    add<V>(dh + i, d);
+    add<V>(dh + i, d, dh_first);
 }
 
 struct GateColumns {
@@ -1421,8 +1430,8 @@ static void cuda_gated_residual_backward(const sc_tensor *y, sc_tensor *x, sc_te
                                          sc_tensor *mod, int gate) {
     int64_t n = x->shape[2], total = sc_count(x);
     bool w = wide(n, y->grad, x->grad, h->grad, mod->data);
-    LAUNCH_FLAT(w, gated_residual_backward_kernel, total, half_grad(x), half_grad(h), half_grad(y),
-                modulation(mod, x), gate * n, n, total);
+    LAUNCH_FLAT(w, gated_residual_backward_kernel, total, half_grad(x), first_part(x), half_grad(h),
+                first_part(h), half_grad(y), modulation(mod, x), gate * n, n, total);
     if (!mod->grad) return;
     bf16 *to[1] = {half_grad(mod) + gate * n};
     column_sums<1, bf16>(GateColumns{half_data(h), half_grad(y), n}, x->shape[0], x->shape[1], n,
@@ -1448,8 +1457,8 @@ __device__ __forceinline__ float2 load_pair(const bf16 *p) {
     uint32_t x = *(const uint32_t *)p;
     return make_float2(low_half(x), high_half(x));
 }
-__device__ __forceinline__ void add_pair(bf16 *p, float a, float b) {
-    uint32_t x = *(const uint32_t *)p;
+__device__ __forceinline__ void add_pair(bf16 *p, float a, float b, bool first) {
+    uint32_t x = first ? 0 : *(const uint32_t *)p;
     *(uint32_t *)p = pack(low_half(x) + a, high_half(x) + b);
 }
 
@@ -1483,7 +1492,8 @@ __device__ __forceinline__ float2 turn_back(const bf16 *dy, const float *rope, i
 }
 
 __global__ void norm_rope_backward_kernel(bf16 *dx, const bf16 *dy, const bf16 *x,
-                                          const float *weight, const float *rope, Heads m) {
+                                          const float *weight, const float *rope, Heads m,
+                                          bool first) {
     int64_t i = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (i >= m.items) return;
     x += m.in_x(i), dx += m.in_x(i), dy += m.in_y(i), rope += m.in_rope(i);
@@ -1496,7 +1506,7 @@ __global__ void norm_rope_backward_kernel(bf16 *dx, const bf16 *dy, const bf16 *
     for (int d = threadIdx.x % 32 * 2; d < m.size; d += 64) {
         float2 v = load_pair(x + d), g = turn_back(dy, rope, d);
         add_pair(dx + d, (weight[d] * g.x - v.x * inverse * dot) * inverse,
-                 (weight[d + 1] * g.y - v.y * inverse * dot) * inverse);
+                 (weight[d + 1] * g.y - v.y * inverse * dot) * inverse, first);
     }
 }
 
@@ -1539,7 +1549,7 @@ static void cuda_norm_rope_backward(const sc_tensor *y, int64_t offset, sc_tenso
     if (x->grad)
         launch("norm_rope_backward", norm_rope_backward_kernel,
                dim3((unsigned)ceil_div(m.items, 8)), 256, 0, half_grad(x), half_grad(y),
-               half_data(x), full_data(weight), full_data(rope), m);
+               half_data(x), full_data(weight), full_data(rope), m, first_part(x));
     if (!weight->grad) return;
     int64_t count = ceil_div(m.items, 64) < 64 ? ceil_div(m.items, 64) : 64; /* of 8 warps each */
     Scratch<float> partial(count * 8 * m.size);
@@ -1696,6 +1706,7 @@ struct Attention {
     float *dq;          /* [splits,B,Tq,C], the parts of the sum */
     int nq, nk, heads;
     float scale, factor;
+    bool first_dk, first_dv;
 };
 
 /* grid (tiles of queries, H, B). A tile of V is on its way while scores are computed, the next of K
@@ -1847,7 +1858,7 @@ store_queries_sum(const Attention &a, float (*dq)[Backward<D, BN>::Q_N][4], int 
 /* Adds the rows of dK or dV that exist to their place in memory. */
 template <int D, int BN>
 __device__ __forceinline__ void backward_keys(bf16 *to, float (*sum)[D / 16][4], float scale,
-                                              int64_t width, int left) {
+                                              int64_t width, int left, bool first) {
     using B = Backward<D, BN>;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
@@ -1859,7 +1870,8 @@ __device__ __forceinline__ void backward_keys(bf16 *to, float (*sum)[D / 16][4],
             bf16 *p = to + row * width + warp % 2 * (D / 2) + lane % 4 * 2;
 #pragma unroll
             for (int n = 0; n < B::K_N; n++)
-                add_pair(p + n * 8, sum[m][n][2 * half] * scale, sum[m][n][2 * half + 1] * scale);
+                add_pair(p + n * 8, sum[m][n][2 * half] * scale, sum[m][n][2 * half + 1] * scale,
+                         first);
         }
 }
 
@@ -1922,15 +1934,18 @@ __global__ void __launch_bounds__(256, 1) attention_backward_kernel(Attention a)
             }
         }
         if (a.dk)
-            backward_keys<D, BN>(a.dk + keys + first * width, dk, a.scale, width, a.nk - first);
-        if (a.dv) backward_keys<D, BN>(a.dv + keys + first * width, dv, 1, width, a.nk - first);
+            backward_keys<D, BN>(a.dk + keys + first * width, dk, a.scale, width, a.nk - first,
+                                 a.first_dk);
+        if (a.dv)
+            backward_keys<D, BN>(a.dv + keys + first * width, dv, 1, width, a.nk - first,
+                                 a.first_dv);
     }
 }
 
 /* dq += scale times the sum of its parts. */
 template <int V>
-__global__ void attention_queries_kernel(bf16 *dq, const float *parts, int splits, float scale,
-                                         int64_t n) {
+__global__ void attention_queries_kernel(bf16 *dq, bool first, const float *parts, int splits,
+                                         float scale, int64_t n) {
     int64_t i = FLAT_INDEX(V);
     if (i >= n) return;
     float sum[V] = {0};
@@ -1940,7 +1955,7 @@ __global__ void attention_queries_kernel(bf16 *dq, const float *parts, int split
         for (int j = 0; j < V; j++) sum[j] += part[j];
     }
     for (int j = 0; j < V; j++) sum[j] *= scale;
-    add<V>(dq + i, sum);
+    add<V>(dq + i, sum, first);
 }
 
 /* The general form, for other head sizes, a bias or a mask: scores of some queries in memory, in
@@ -2038,7 +2053,7 @@ static void flash_backward(Attention a, int64_t batch, sc_tensor *q) {
            dim3((unsigned)splits, (unsigned)a.heads, (unsigned)batch), 256, shared, a);
     if (q->grad)
         LAUNCH_FLAT(wide(n, q->grad, parts.p), attention_queries_kernel, n, half_grad(q),
-                    (const float *)parts.p, (int)splits, a.scale, n);
+                    first_part(q), (const float *)parts.p, (int)splits, a.scale, n);
 }
 
 static void cuda_attention_backward(const sc_tensor *o, const float *lse, sc_tensor *q,
@@ -2046,6 +2061,7 @@ static void cuda_attention_backward(const sc_tensor *o, const float *lse, sc_ten
     Attention a = attention_arguments(o, lse, q, k, v, heads, scale);
     int64_t batch = q->shape[0], size = q->shape[2] / heads;
     a.dout = half_grad(o), a.dk = half_grad(k), a.dv = half_grad(v);
+    a.first_dk = first_part(k), a.first_dv = first_part(v);
     bool roomy = gpu.shared_memory >= 160 << 10;
     if (size == 128 && roomy) flash_backward<128, 128, 2>(a, batch, q);
     else if (size == 128) flash_backward<128, 64, 1>(a, batch, q);
@@ -2350,7 +2366,7 @@ __global__ void mse_backward_kernel(bf16 *dp, const bf16 *p, const bf16 *t, floa
     load<V>(a, p + i);
     load<V>(b, t + i);
     for (int j = 0; j < V; j++) a[j] = s * (a[j] - b[j]);
-    add<V>(dp + i, a);
+    add<V>(dp + i, a, false);
 }
 static void cuda_mse_backward(sc_tensor *prediction, const sc_tensor *target, float factor) {
     int64_t n = sc_count(prediction);
