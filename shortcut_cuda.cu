@@ -525,6 +525,17 @@ template <int V> __device__ __forceinline__ void add(bf16 *p, const float x[V], 
     store<V>(p, sum);
 }
 
+/* Activations: all but gelu are x s(u(x)); sigmoid s, and the slope of u in *slope. */
+__device__ __forceinline__ float gate(sc_activation kind, float x, float *slope) {
+    const float k = 1.5957691216057308f; /* 2 sqrt(2/pi) */
+    float u = x;
+    *slope = 1;
+    if (kind == SC_GELU_TANH)
+        u = k * (x + 0.044715f * x * x * x), *slope = k * (1 + 3 * 0.044715f * x * x);
+    if (kind == SC_QUICK_GELU) u = 1.702f * x, *slope = 1.702f;
+    return 1 / (1 + __expf(-u));
+}
+
 /* Whether rows of n values can be read 8 at a time. */
 static bool wide(int64_t n, const void *a, const void *b = NULL, const void *c = NULL,
                  const void *d = NULL) {
@@ -730,7 +741,8 @@ struct Epilogue {
 
 struct Shape { /* all that decides how a product is computed; compared byte by byte */
     int64_t m, n, k, lda, ldb, ldc, stride_a, stride_b, stride_c, batch;
-    int32_t ta, tb, in, f32_out, epilogue; /* in: cudaDataType_t, epilogue: cublasLtEpilogue_t */
+    int32_t ta, tb, in, f32_out, scaled;
+    int32_t epilogue; /* cublasLtEpilogue_t; in: cudaDataType_t */
     int32_t align_a, align_b, align_c, align_bias, align_before;
 };
 struct Plan {
@@ -812,7 +824,7 @@ static bool describe_pointers(Plan *p, const Epilogue &e, const float *scale_a,
                               const float *scale_b) {
     bool ok = !e.bias || describe(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, e.bias);
     if (e.before) ok = ok && describe(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, e.before);
-    if (p->shape.in == CUDA_R_8F_E4M3)
+    if (p->shape.scaled)
         ok = ok && describe(p, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, scale_b) &&
              describe(p, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, scale_a);
     return ok;
@@ -825,7 +837,7 @@ static bool make_plan(Plan *p, const Shape *s, const Epilogue &e, const float *s
                       tb = s->tb ? CUBLAS_OP_T : CUBLAS_OP_N;
     bool ok = check(lt.MatmulDescCreate(&p->product, CUBLAS_COMPUTE_32F, CUDA_R_32F), "product");
 #if CUBLAS_VERSION >= 120900
-    if (s->in == CUDA_R_8F_E4M3) { /* each result is multiplied by the scales of its two rows */
+    if (s->scaled) { /* each result is multiplied by the scales of its two rows */
         cublasLtMatmulMatrixScale_t mode = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
         const cublasLtMatmulDescAttributes_t modes[] = {CUBLASLT_MATMUL_DESC_A_SCALE_MODE,
                                                         CUBLASLT_MATMUL_DESC_B_SCALE_MODE};
@@ -834,6 +846,8 @@ static bool make_plan(Plan *p, const Shape *s, const Epilogue &e, const float *s
                           CUBLAS_STATUS_SUCCESS) /* a library older than this program's headers */
                 return p->impossible = true, false;
     }
+#else
+    if (s->scaled) return p->impossible = true, false;
 #endif
     if (e.before) ok = ok && describe(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, s->n);
     p->made = ok && describe(p, CUBLASLT_MATMUL_DESC_TRANSA, tb) &&
@@ -877,6 +891,7 @@ static Plan *plan_for(int64_t m, int64_t n, int64_t k, Operand a, Operand b, cud
     s.m = m, s.n = n, s.k = k, s.lda = a.ld, s.ldb = b.ld, s.ldc = c.ld, s.batch = batch;
     s.stride_a = a.stride, s.stride_b = b.stride, s.stride_c = c.stride;
     s.ta = a.transposed, s.tb = b.transposed, s.in = in, s.f32_out = f32_out;
+    s.scaled = a.scale != NULL;
     s.epilogue = (e.bias ? CUBLASLT_EPILOGUE_BIAS : 0) | (e.gelu ? CUBLASLT_EPILOGUE_GELU : 0) |
                  (e.before ? CUBLASLT_EPILOGUE_GELU_AUX : 0);
     if (!s.epilogue) s.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
@@ -1010,37 +1025,66 @@ __global__ void turn_bytes_kernel(uint8_t *to, float *ones, const uint8_t *from,
         ones[blockIdx.x * 64 + threadIdx.x] = 1;
 }
 
-/* Whether y = x w^T, or x w in the backward pass, can go to fp8 tensor cores, x then becoming e4m3
- * with a scale for each row, too. cuBLASLt wants pieces of 16 bytes, and scales rows on chips of
- * compute capability 9.0 only. Of a few rows, such as the modulation's, little is to be gained, and
- * these are worth more bits. */
+/* Whether y = x w^T, or x w in the backward pass, may go to fp8 tensor cores, x then becoming e4m3
+ * with a scale for each row, too. cuBLASLt wants pieces of 16 bytes. Of a few rows, such as the
+ * modulation's, little is to be gained, and these are worth more bits. */
 static bool fits_fp8(int64_t m, int64_t n, int64_t k, sc_matrix x, sc_matrix w, Operand y,
                      bool f32_out) {
-#if CUBLAS_VERSION >= 120900
-    return gpu.capability == 90 && x.dtype == SC_BF16 && w.dtype == SC_F8_E4M3 && w.scale &&
+    return gpu.capability >= 89 && x.dtype == SC_BF16 && w.dtype == SC_F8_E4M3 && w.scale &&
            !x.transposed && m >= 16 && n % 16 == 0 && k % 16 == 0 && w.ld % 16 == 0 &&
            (uintptr_t)w.data % 16 == 0 && y.ld % 8 == 0 && (uintptr_t)y.data % 16 == 0 && !f32_out;
-#else
-    return false;
-#endif
+}
+
+/* y = f(alpha rows[r] columns[c] sum + beta y + bias); `sum` and e.before have rows of n. */
+template <int V>
+__global__ void scale_kernel(bf16 *y, int64_t ld, const bf16 *sum, const float *rows,
+                             const float *columns, float alpha, float beta, Epilogue e, int64_t n,
+                             int64_t total) {
+    int64_t i = FLAT_INDEX(V), c = i % n;
+    if (i >= total) return;
+    float v[V], s[V], old[V] = {0}, bias[V] = {0}, slope;
+    bf16 *to = y + i / n * ld + c;
+    load<V>(v, sum + i);
+    load<V>(s, columns + c);
+    if (beta != 0) load<V>(old, to);
+    if (e.bias) load<V>(bias, (const bf16 *)e.bias + c);
+    for (int j = 0; j < V; j++) v[j] = alpha * rows[i / n] * s[j] * v[j] + beta * old[j] + bias[j];
+    if (e.before) store<V>((bf16 *)e.before + i, v);
+    for (int j = 0; e.gelu && j < V; j++) v[j] *= gate(SC_GELU_TANH, v[j], &slope);
+    store<V>(to, v);
 }
 
 /* cuBLASLt wants rows of x and w side by side. In the backward pass, w is turned for that, and its
- * rows' scales, which then belong to columns, go into x before that is rounded. */
+ * rows' scales, which then belong to columns, go into x before that is rounded. Scales of rows are
+ * cuBLASLt's work where it can (compute capability 9.0), else scale_kernel's. */
 static bool fp8_product(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix x, sc_matrix w,
                         float beta, Operand y, Epilogue e) {
     bool turn = !w.transposed;
     Scratch<uint8_t> narrow(m * k), turned(turn ? n * k : 0);
     Scratch<float> scale(m), ones(turn ? n : 0);
-    Operand px = {narrow.p, k, false, 0, scale.p}, pw = {w.data, w.ld, true, 0, w.scale};
-    if (turn) pw = {turned.p, k, true, 0, ones.p};
-    if (gpu.failed || !plan_for(m, n, k, px, pw, CUDA_R_8F_E4M3, y, false, e, 1)) return gpu.failed;
+    const float *columns = turn ? ones.p : w.scale;
+    Operand px = {narrow.p, k, false, 0, scale.p}, pw = {w.data, w.ld, true, 0, columns};
+    if (turn) pw.data = turned.p, pw.ld = k;
+    if (gpu.failed) return true;
+    bool scaled = plan_for(m, n, k, px, pw, CUDA_R_8F_E4M3, y, false, e, 1) != NULL;
+    Scratch<bf16> sum(scaled ? 0 : m * n);
+    Operand to = {sum.p, n, false, 0, NULL};
+    if (!scaled) {
+        px.scale = pw.scale = NULL;
+        if (gpu.failed || !plan_for(m, n, k, px, pw, CUDA_R_8F_E4M3, to, false, Epilogue(), 1))
+            return gpu.failed;
+    }
     if (turn)
         launch("turn_bytes", turn_bytes_kernel,
                dim3((unsigned)ceil_div(n, 64), (unsigned)ceil_div(k, 64)), 256, 0, turned.p, ones.p,
                (const uint8_t *)w.data, k, n, w.ld);
     quantize(narrow.p, scale.p, (const bf16 *)x.data, turn ? w.scale : NULL, m, k, x.ld);
-    return product(m, n, k, alpha, px, pw, CUDA_R_8F_E4M3, beta, y, false, e, 1);
+    if (scaled) return product(m, n, k, alpha, px, pw, CUDA_R_8F_E4M3, beta, y, false, e, 1);
+    product(m, n, k, 1, px, pw, CUDA_R_8F_E4M3, 0, to, false, Epilogue(), 1);
+    bool wide_rows = wide(n | y.ld, y.data, columns, e.bias, e.before);
+    LAUNCH_FLAT(wide_rows, scale_kernel, m * n, (bf16 *)y.data, y.ld, (const bf16 *)sum.p,
+                (const float *)scale.p, columns, alpha, beta, e, n, m * n);
+    return true;
 }
 
 /* As gemm, b on the device. False: there is no such product with a GELU, and C is as it was. */
@@ -1057,10 +1101,8 @@ static bool multiply(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, 
     Scratch<bf16> half_bias(bias && !f32 ? n : 0);
     if (half_bias.p) convert(half_bias.p, full_data(bias), NULL, 1, n, n);
     Epilogue e = {f32 ? (const void *)full_data(bias) : half_bias.p, gelu, before};
-    if (fits_fp8(m, n, k, a, b, to, f32)) {
-        if (fp8_product(m, n, k, alpha, a, b, beta, to, e)) return true;
-        if (gelu) return false; /* e4m3 and then a GELU cost less than expanding the weights */
-    }
+    if (fits_fp8(m, n, k, a, b, to, f32) && fp8_product(m, n, k, alpha, a, b, beta, to, e))
+        return true;
     Scratch<bf16> wa(a.dtype == SC_BF16 ? 0 : m * k), wb(b.dtype == SC_BF16 ? 0 : k * n);
     Operand pa = as_half(a, a.transposed ? k : m, a.transposed ? m : k, wa.p);
     Operand pb = as_half(b, b.transposed ? n : k, b.transposed ? k : n, wb.p);
@@ -1205,17 +1247,6 @@ static void cuda_embed_timestep(sc_tensor *y, const float *t) {
                dim3((unsigned)ceil_div(half, 128), (unsigned)count), 128, 0,
                (bf16 *)y->data + b * 2 * half, f, (int)half);
     }
-}
-
-/* All but gelu are x s(u(x)); sigmoid s, and the slope of u in *slope. */
-__device__ __forceinline__ float gate(sc_activation kind, float x, float *slope) {
-    const float k = 1.5957691216057308f; /* 2 sqrt(2/pi) */
-    float u = x;
-    *slope = 1;
-    if (kind == SC_GELU_TANH)
-        u = k * (x + 0.044715f * x * x * x), *slope = k * (1 + 3 * 0.044715f * x * x);
-    if (kind == SC_QUICK_GELU) u = 1.702f * x, *slope = 1.702f;
-    return 1 / (1 + __expf(-u));
 }
 
 /* Rows of n values, x_ld and y_ld apart; y may be x. */

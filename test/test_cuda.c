@@ -301,6 +301,8 @@ static void test_products(void) {
             {'y', 2, {19, 32}}, {'g', 2, {19, 64}}, {'o', 2, {19, 32}}, {'o', 2, {19, 32}});
     COMPARE(fp8_linear, 1.0 / 28, {'i', 2, {19, 80}}, {'i', 2, {144, 80}}, {'I', 1, {144}},
             {'y', 2, {19, 144}}, {'g', 2, {19, 80}}, {'o', 2, {19, 144}}, {'o', 2, {19, 144}});
+    COMPARE(fp8_linear, 1.0 / 28, {'i', 2, {19, 144}}, {'i', 2, {80, 144}}, {'I', 1, {80}},
+            {'y', 2, {19, 80}}, {'g', 2, {19, 144}}, {'o', 2, {19, 80}}, {'o', 2, {19, 80}});
     /* f32 inputs are rounded to bf16 first: one rounding more for each of them. */
     for (int i = 0; i < 4; i++) {
         a_transposed = i % 2, b_transposed = i / 2;

@@ -17,10 +17,10 @@ enum cublasStatus_t {
 };
 enum cublasOperation_t { CUBLAS_OP_N, CUBLAS_OP_T };
 enum cublasLtEpilogue_t { /* the real values: their bits are combined */
-    CUBLASLT_EPILOGUE_DEFAULT = 1,
-    CUBLASLT_EPILOGUE_BIAS = 4,
-    CUBLASLT_EPILOGUE_GELU = 32,
-    CUBLASLT_EPILOGUE_GELU_AUX = 32 | 128
+                          CUBLASLT_EPILOGUE_DEFAULT = 1,
+                          CUBLASLT_EPILOGUE_BIAS = 4,
+                          CUBLASLT_EPILOGUE_GELU = 32,
+                          CUBLASLT_EPILOGUE_GELU_AUX = 32 | 128
 };
 enum { CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE = 2 };
 enum cublasComputeType_t { CUBLAS_COMPUTE_32F };
@@ -150,9 +150,10 @@ cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t p, cublasL
     bool fits = m == c->rows && n == c->columns && ka == kb && a->type == b->type &&
                 a->batch == b->batch && a->batch == c->batch;
     if (!fits) return CUBLAS_STATUS_INVALID_VALUE;
-    if (a->type == CUDA_R_8F_E4M3 && (!p->ta || p->tb || m % 16 || ka % 16 ||
-                                      p->mode[0] != CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F))
+    if (a->type == CUDA_R_8F_E4M3 && (!p->ta || p->tb || m % 16 || ka % 16))
         return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (p->mode[0] == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F && m % 128 == 16)
+        return CUBLAS_STATUS_NOT_SUPPORTED; /* so that e4m3 without scales is tried, too */
     bool gelu = p->epilogue & CUBLASLT_EPILOGUE_GELU, keeps = p->epilogue & 128;
     if (gelu && a->type != CUDA_R_16BF) return CUBLAS_STATUS_NOT_SUPPORTED;
     if (keeps && (p->aux_ld % 8 || p->aux_ld < (int64_t)m || !p->aux || (uintptr_t)p->aux % 16))
@@ -202,10 +203,10 @@ cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t p, const void *alpha, cons
                         emulated_get(b, lb->type,
                                      q * lb->stride + (p->tb ? j + k * lb->ld : k + j * lb->ld));
                 int64_t at = q * lc->stride + i + j * lc->ld;
-                if (la->type == CUDA_R_8F_E4M3) sum *= p->scale[0][i] * p->scale[1][j];
+                if (p->mode[0] == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F)
+                    sum *= p->scale[0][i] * p->scale[1][j];
                 sum = s * sum + (t == 0 ? 0 : t * emulated_get(c, lc->type, at));
-                if (p->epilogue & CUBLASLT_EPILOGUE_BIAS)
-                    sum += emulated_get(p->bias, lc->type, i);
+                if (p->epilogue & CUBLASLT_EPILOGUE_BIAS) sum += emulated_get(p->bias, lc->type, i);
                 if (p->epilogue & 128) emulated_set(p->aux, lc->type, i + j * p->aux_ld, sum);
                 if (p->epilogue & CUBLASLT_EPILOGUE_GELU)
                     sum = sum / (1 + expf(-1.5957691f * (sum + 0.044715f * sum * sum * sum)));
