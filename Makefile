@@ -33,11 +33,11 @@ else
   $(info OpenMP is missing, using one core; for more install the package libomp-dev)
 endif
 
-# Compute capability 8.x, 9.0 and, where this nvcc knows it, 12.0; newer ones by the driver's compiler.
+# Compute capability 8.x and, where this nvcc knows them, 9.0 (a: with what only this chip has) and
+# 12.0; others by the driver's compiler.
 NVCC ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
-BLACKWELL := arch=compute_120,code=sm_120
-CUDA_ARCH ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90] \
-    $(if $(filter sm_120,$(shell $(NVCC) --list-gpu-code)),-gencode $(BLACKWELL))
+chip = $(shell $(NVCC) -gencode arch=compute_$(1),code=sm_$(1) --dryrun -x cu -c /dev/null >/dev/null 2>&1 && echo '-gencode arch=compute_$(1),code=sm_$(1)')
+CUDA_ARCH ?= -gencode arch=compute_80,code=[sm_80,compute_80] $(call chip,90a) $(call chip,120)
 ifneq ($(NVCC),)
   CUDA_LIB := $(patsubst %/bin/,%/lib64,$(dir $(realpath $(shell command -v $(NVCC)))))
   CUDA_OBJECT := build/shortcut_cuda.o

@@ -75,7 +75,7 @@ static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
  * What C++ has no words for; test/emulation/cuda_runtime.h has the same in plain loops. */
 #ifdef __CUDACC__
 __device__ __forceinline__ void *shared_memory() {
-    extern __shared__ uint4 block_memory[];
+    extern __shared__ __align__(1024) uint4 block_memory[];
     return block_memory;
 }
 __device__ __forceinline__ unsigned shared_address(const void *p) {
@@ -121,6 +121,78 @@ __device__ __forceinline__ void multiply_add(float sum[4], const uint32_t a[4], 
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* Products of a warpgroup, four warps in step: sum[64, 8 N] += A B over 16, on the tensor cores of
+ * compute capability 9.0. Of its 16 rows a lane holds what it holds in multiply_add, for each N. A
+ * and B lie in shared memory as describe_tile says (A_M: [k][m], B_N: [k][n]), or A is held as in
+ * multiply_add. They run on their own: what was written to shared memory becomes visible to them by
+ * show_products, before a barrier; registers by start_products; finish_products waits for all. */
+#define PRODUCT_SUMS_64                                                                            \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,"   \
+    "%25,%26,%27,%28,%29,%30,%31"
+#define PRODUCT_SUMS_128                                                                           \
+    PRODUCT_SUMS_64 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,"    \
+                    "%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define SUM_1(x) "+f"((x)[0]), "+f"((x)[1]), "+f"((x)[2]), "+f"((x)[3])
+#define SUM_4(x, i) SUM_1(x[i]), SUM_1(x[i + 1]), SUM_1(x[i + 2]), SUM_1(x[i + 3])
+#define SUM_8(x, i) SUM_4(x, i), SUM_4(x, i + 4)
+
+template <int N, bool A_M, bool B_N>
+__device__ __forceinline__ void group_product(float (*sum)[4], uint64_t a, uint64_t b) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    if constexpr (N == 8)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" PRODUCT_SUMS_64
+                     "}, %32, %33, 1, 1, 1, %34, %35;"
+                     : SUM_8(sum, 0)
+                     : "l"(a), "l"(b), "n"(A_M), "n"(B_N));
+    else
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" PRODUCT_SUMS_128
+                     "}, %64, %65, 1, 1, 1, %66, %67;"
+                     : SUM_8(sum, 0), SUM_8(sum, 8)
+                     : "l"(a), "l"(b), "n"(A_M), "n"(B_N));
+#endif
+}
+/* N = 16, B stored [k][n]. */
+__device__ __forceinline__ void group_product_packed(float (*sum)[4], const uint32_t a[4],
+                                                     uint64_t b) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" PRODUCT_SUMS_128
+                 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
+                 : SUM_8(sum, 0), SUM_8(sum, 8)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+#endif
+}
+template <bool GROUP> __device__ __forceinline__ void show_products() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    if (GROUP) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+/* No use of x moves from behind this to before it, or the other way round: the compiler does not
+ * know that products write and read registers until they are finished. */
+__device__ __forceinline__ void hold(float &x) { asm volatile("" : "+f"(x)::"memory"); }
+__device__ __forceinline__ void hold(uint32_t &x) { asm volatile("" : "+r"(x)::"memory"); }
+template <class T, int N> __device__ __forceinline__ void hold(T (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) hold(x[i]);
+}
+/* x...: the registers that products write or read. */
+template <bool GROUP, class... T> __device__ __forceinline__ void start_products(T &...x) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    if constexpr (GROUP) {
+        (hold(x), ...);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    }
+#endif
+}
+template <bool GROUP, class... T> __device__ __forceinline__ void finish_products(T &...x) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    if constexpr (GROUP) {
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        (hold(x), ...);
+    }
+#endif
 }
 
 __device__ __forceinline__ uint32_t pack(float low, float high) { /* two bf16, to nearest */
@@ -1595,55 +1667,59 @@ static void cuda_norm_rope_backward(const sc_tensor *y, int64_t offset, sc_tenso
  * Flash attention (Dao 2023) on the tensor cores for heads of 32, 64 and 128 channels: scores exist
  * only tile by tile. Q, K, V, O [B,T,C], head h in columns [h D, (h + 1) D). With the sum of
  * exponentials l and log-sum-exp L of a row of scores:  P = exp(scale Q K^T - L), O = P V;
- * dV = P^T dO;  dS = P (dO V^T - delta), delta = rowsum(dO O);  dQ = scale dS K;  dK = scale dS^T
- * Q.
- *
- * A tile of W columns lies in shared memory row by row, in pieces of 16 bytes. The pieces of a row
- * are permuted by the row's number, so that 8 rows' pieces of one column lie in different banks. */
+ * dV = P^T dO;  dS = P (dO V^T - delta), delta = rowsum(dO O);  dQ = scale dS K;
+ * dK = scale dS^T Q. */
 
-template <int W> __device__ __forceinline__ bf16 *piece(bf16 *tile, int row, int p) {
-    constexpr int PIECES = W / 8;
-    int turn = PIECES >= 8 ? row % 8 : row / (8 / PIECES) % PIECES;
-    return tile + row * W + (p ^ turn) * 8;
-}
+/* ROWS x W values in shared memory: panels of PANEL columns one after the other, each row by row in
+ * pieces of 16 bytes. The pieces of a row are permuted by the row's number, so that 8 rows' pieces
+ * of one column lie in different banks. With panels of 64 columns, as warpgroups want them, that is
+ * what PTX calls the 128-byte swizzle. */
+template <int ROWS, int W, int PANEL = W> struct Tile {
+    enum { PIECES = PANEL / 8, SIZE = ROWS * W };
+    bf16 *data;
+    __device__ __forceinline__ bf16 *piece(int row, int p) const {
+        int turn = PIECES >= 8 ? row % 8 : row / (8 / PIECES) % PIECES;
+        return data + p / PIECES * ROWS * PANEL + row * PANEL + (p % PIECES ^ turn) * 8;
+    }
+};
 
-/* Starts copying ROWS rows of W values, of which `rows` exist; the others become zero. A thread
- * copies the same piece of every STEP-th row: as these are 8 apart or more, it is permuted alike.
- */
-template <int ROWS, int W, int THREADS>
-__device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *from, int64_t ld, int64_t rows) {
-    constexpr int PIECES = W / 8, STEP = THREADS / PIECES;
+/* Starts copying the tile's rows, of which `rows` exist; the others become zero. A thread copies
+ * the same piece of every STEP-th row: as these are 8 apart or more, it is permuted alike. */
+template <int THREADS, int ROWS, int W, int PANEL>
+__device__ __forceinline__ void load_tile(Tile<ROWS, W, PANEL> tile, const bf16 *from, int64_t ld,
+                                          int64_t rows) {
+    constexpr int STEP = THREADS / (W / 8);
     static_assert(STEP % 8 == 0 && ROWS % STEP == 0, "every thread copies as much");
-    int r = threadIdx.x / PIECES, p = threadIdx.x % PIECES;
-    bf16 *to = piece<W>(tile, r, p);
+    int r = threadIdx.x / (W / 8), p = threadIdx.x % (W / 8);
+    bf16 *to = tile.piece(r, p);
     const bf16 *at = from + r * ld + p * 8;
 #pragma unroll
     for (int i = 0; i < ROWS; i += STEP, at += STEP * ld)
-        copy16(to + i * W, r + i < rows ? at : from, r + i < rows);
+        copy16(to + i * PANEL, r + i < rows ? at : from, r + i < rows);
 }
 
-/* sum[M 16-row tiles][N 8-column tiles] += rows m0 ... of A times columns n0 ... of B, over K; both
- * are tiles in shared memory, AW and BW wide. A_T: A is stored [k][m]; B_T: B is stored [n][k]. */
-template <int M, int N, int K, bool A_T, bool B_T, int AW, int BW>
-__device__ __forceinline__ void multiply_tiles(float (*sum)[N][4], bf16 *a, int m0, bf16 *b,
-                                               int n0) {
+/* sum[M 16-row tiles][N 8-column tiles] += rows m0, m0 + STEP, ... of A times columns n0 ... of B,
+ * over K. A_T: A is stored [k][m]; B_T: B is stored [n][k]. Each warp for itself. */
+template <int M, int STEP, int N, int K, bool A_T, bool B_T, class A, class B>
+__device__ __forceinline__ void warp_multiply(float (*sum)[N][4], A a, int m0, B b, int n0) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int k = 0; k < K; k += 16) {
         uint32_t fa[M][4], fb[4];
 #pragma unroll
         for (int m = 0; m < M; m++) {
+            int row = m0 + m * STEP;
             if (A_T)
-                load_matrices_transposed(fa[m], piece<AW>(a, k + lane % 8 + lane / 16 * 8,
-                                                          (m0 + m * 16) / 8 + lane / 8 % 2));
-            else load_matrices(fa[m], piece<AW>(a, m0 + m * 16 + lane % 16, k / 8 + lane / 16));
+                load_matrices_transposed(
+                    fa[m], a.piece(k + lane % 8 + lane / 16 * 8, row / 8 + lane / 8 % 2));
+            else load_matrices(fa[m], a.piece(row + lane % 16, k / 8 + lane / 16));
         }
 #pragma unroll
         for (int n = 0; n < N; n += 2) {
             if (B_T)
-                load_matrices(
-                    fb, piece<BW>(b, n0 + n * 8 + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
-            else load_matrices_transposed(fb, piece<BW>(b, k + lane % 16, n0 / 8 + n + lane / 16));
+                load_matrices(fb,
+                              b.piece(n0 + n * 8 + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
+            else load_matrices_transposed(fb, b.piece(k + lane % 16, n0 / 8 + n + lane / 16));
 #pragma unroll
             for (int m = 0; m < M; m++) {
                 multiply_add(sum[m][n], fa[m], fb[0], fb[1]);
@@ -1651,6 +1727,37 @@ __device__ __forceinline__ void multiply_tiles(float (*sum)[N][4], bf16 *a, int 
             }
         }
     }
+}
+
+/* Where a warpgroup's product finds 16 values of k from `k` on for 64 or more rows from `m` on:
+ * START, distance of panels, of 8 rows, swizzle. K_FIRST: the tile's columns are k, else its rows.
+ */
+template <bool K_FIRST, int ROWS, int W>
+__device__ __forceinline__ uint64_t describe_tile(Tile<ROWS, W, 64> t, int m, int k) {
+    int row = K_FIRST ? m : k, column = K_FIRST ? k : m;
+    uint32_t start = shared_address(t.data + column / 64 * ROWS * 64 + row * 64 + column % 64);
+    return (uint64_t)1 << 62 | (uint64_t)(1024 / 16) << 32 | (uint64_t)(ROWS * 128 / 16) << 16 |
+           (start & 0x3ffff) >> 4;
+}
+
+/* The same by warpgroups of 4 warps, of which each has 16 of STEP = 64 rows: queued only, to be
+ * finished by finish_products. */
+template <int M, int N, int K, bool A_T, bool B_T, class A, class B>
+__device__ __forceinline__ void group_multiply(float (*sum)[N][4], A a, int m0, B b, int n0) {
+    m0 -= threadIdx.x / 32 % 4 * 16;
+#pragma unroll
+    for (int k = 0; k < K; k += 16)
+#pragma unroll
+        for (int m = 0; m < M; m++)
+            group_product<N, A_T, !B_T>(sum[m], describe_tile<!A_T>(a, m0 + m * 64, k),
+                                        describe_tile<B_T>(b, n0, k));
+}
+
+/* GROUP: by warpgroups, where the chip has products for them. */
+template <bool GROUP, int M, int STEP, int N, int K, bool A_T, bool B_T, class A, class B>
+__device__ __forceinline__ void multiply_tiles(float (*sum)[N][4], A a, int m0, B b, int n0) {
+    if constexpr (GROUP) group_multiply<M, N, K, A_T, B_T>(sum, a, m0, b, n0);
+    else warp_multiply<M, STEP, N, K, A_T, B_T>(sum, a, m0, b, n0);
 }
 
 __device__ __forceinline__ float
@@ -1663,7 +1770,8 @@ __device__ __forceinline__ float quad_max(float x) {
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-enum { QUERIES = 128, KEYS = 64 }; /* tile of the forward pass: 4 warps, 32 queries each */
+/* Tile of the forward pass: 4 warps, each with rows 16 warp ... of both halves of the queries. */
+enum { QUERIES = 128, KEYS = 64 };
 
 /* One tile of scores s becomes exp2(factor s - top); what was summed before is brought to the new
  * maximum. `left`: how many of the tile's keys exist. */
@@ -1701,77 +1809,91 @@ __device__ __forceinline__ void softmax_tile(float (*s)[KEYS / 8][4], float (*ou
         }
 }
 
-/* out += P V: a lane's scores are, pair by pair, what it must hold of the left matrix. */
-template <int D>
-__device__ __forceinline__ void add_values(float (*out)[D / 8][4], float (*p)[KEYS / 8][4],
-                                           bf16 *v) {
+/* A lane's scores in columns 16 k ... are, pair by pair, what it must hold of a left matrix. */
+__device__ __forceinline__ void pack_scores(uint32_t fa[4], float (*p)[4], int k) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float *pair = &p[2 * k + i / 2][i % 2 * 2];
+        fa[i] = pack(pair[0], pair[1]);
+    }
+}
+
+/* out += P V */
+template <bool GROUP, int D, class V>
+__device__ __forceinline__ void add_values(float (*out)[D / 8][4], float (*p)[KEYS / 8][4], V v) {
     int lane = threadIdx.x % 32;
+    uint32_t fa[KEYS / 16][2][4], fb[4];
 #pragma unroll
-    for (int k = 0; k < KEYS / 16; k++) {
-        uint32_t fa[2][4], fb[4];
+    for (int i = 0; i < KEYS / 8; i++) pack_scores(fa[i / 2][i % 2], p[i % 2], i / 2);
+    start_products<GROUP>(out[0], out[1], fa);
 #pragma unroll
-        for (int m = 0; m < 2; m++)
+    for (int k = 0; k < KEYS / 16; k++)
+        if constexpr (GROUP) {
+            group_product_packed(out[0], fa[k][0], describe_tile<false>(v, 0, k * 16));
+            group_product_packed(out[1], fa[k][1], describe_tile<false>(v, 0, k * 16));
+        } else {
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const float *pair = &p[m][2 * k + i / 2][i % 2 * 2];
-                fa[m][i] = pack(pair[0], pair[1]);
-            }
+            for (int n = 0; n < D / 8; n += 2) {
+                load_matrices_transposed(fb, v.piece(k * 16 + lane % 16, n + lane / 16));
 #pragma unroll
-        for (int n = 0; n < D / 8; n += 2) {
-            load_matrices_transposed(fb, piece<D>(v, k * 16 + lane % 16, n + lane / 16));
-#pragma unroll
-            for (int m = 0; m < 2; m++) {
-                multiply_add(out[m][n], fa[m], fb[0], fb[1]);
-                multiply_add(out[m][n + 1], fa[m], fb[2], fb[3]);
+                for (int m = 0; m < 2; m++) {
+                    multiply_add(out[m][n], fa[k][m], fb[0], fb[1]);
+                    multiply_add(out[m][n + 1], fa[k][m], fb[2], fb[3]);
+                }
             }
         }
-    }
+    finish_products<GROUP>(out[0], out[1], fa);
 }
 
 /* What a pass over one head reads and writes. factor = scale log2(e): exponentials are powers of 2.
  */
 struct Attention {
     const bf16 *q, *k, *v, *dout;
-    bf16 *o, *dk, *dv;
+    bf16 *o, *dq, *dk, *dv;
     float *lse, *delta; /* [B,H,Tq] */
-    float *dq;          /* [splits,B,Tq,C], the parts of the sum */
+    float *parts;       /* of dq: [splits,B,Tq,C] */
     int nq, nk, heads;
     float scale, factor;
-    bool first_dk, first_dv;
+    bool first_dq, first_dk, first_dv;
 };
 
 /* grid (tiles of queries, H, B). A tile of V is on its way while scores are computed, the next of K
  * while they are used. */
-template <int D> __global__ void __launch_bounds__(128) attention_kernel(Attention a) {
-    bf16 *sq = (bf16 *)shared_memory(), *sk = sq + QUERIES * D, *sv = sk + KEYS * D;
+template <int D, bool GROUP> __global__ void __launch_bounds__(128) attention_kernel(Attention a) {
+    constexpr int PANEL = GROUP ? 64 : D;
+    Tile<QUERIES, D, PANEL> q = {(bf16 *)shared_memory()};
+    Tile<KEYS, D, PANEL> k = {q.data + q.SIZE}, v = {k.data + k.SIZE};
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * QUERIES;
     int64_t width = (int64_t)a.heads * D,
             queries = ((int64_t)blockIdx.z * a.nq + first) * width + blockIdx.y * D;
     int64_t keys = (int64_t)blockIdx.z * a.nk * width + blockIdx.y * D;
-    const bf16 *k = a.k + keys, *v = a.v + keys;
     float out[2][D / 8][4] = {}, top[2][2], sum[2][2] = {};
     for (int i = 0; i < 4; i++) top[i / 2][i % 2] = -INFINITY;
-    load_tile<QUERIES, D, 128>(sq, a.q + queries, width, a.nq - first);
-    load_tile<KEYS, D, 128>(sk, k, width, a.nk);
+    load_tile<128>(q, a.q + queries, width, a.nq - first);
+    load_tile<128>(k, a.k + keys, width, a.nk);
     commit_copies();
     for (int j = 0; j < a.nk; j += KEYS) {
         wait_copies<0>();
+        show_products<GROUP>();
         __syncthreads(); /* K is there, the last V no longer needed */
-        load_tile<KEYS, D, 128>(sv, v + j * width, width, a.nk - j);
+        load_tile<128>(v, a.v + keys + j * width, width, a.nk - j);
         commit_copies();
         float s[2][KEYS / 8][4] = {};
-        multiply_tiles<2, KEYS / 8, D, false, true, D, D>(s, sq, warp * 32, sk, 0);
+        start_products<GROUP>(s);
+        multiply_tiles<GROUP, 2, 64, KEYS / 8, D, false, true>(s, q, warp * 16, k, 0);
+        finish_products<GROUP>(s);
         wait_copies<0>();
+        show_products<GROUP>();
         __syncthreads(); /* V is there, K no longer needed */
         if (j + KEYS < a.nk)
-            load_tile<KEYS, D, 128>(sk, k + (j + KEYS) * width, width, a.nk - j - KEYS);
+            load_tile<128>(k, a.k + keys + (j + KEYS) * width, width, a.nk - j - KEYS);
         commit_copies();
         softmax_tile<D>(s, out, top, sum, a.nk - j, a.factor);
-        add_values<D>(out, s, sv);
+        add_values<GROUP, D>(out, s, v);
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        int m = i / 2, half = i % 2, row = warp * 32 + m * 16 + half * 8 + lane / 4;
+        int m = i / 2, half = i % 2, row = m * 64 + warp * 16 + half * 8 + lane / 4;
         float total = quad_sum(sum[m][half]), inverse = 1 / total;
         if (first + row >= a.nq) continue;
         bf16 *o = a.o + queries + row * width + lane % 4 * 2;
@@ -1798,178 +1920,175 @@ template <int D> __global__ void attention_delta_kernel(Attention a, int64_t ite
         a.delta[(row / a.nq * a.heads + i % a.heads) * a.nq + row % a.nq] = sum;
 }
 
-/* How the 8 warps share the backward pass's products. A tile has 64 queries and BN keys. */
-template <int D, int BN> struct Backward {
-    enum {
-        BM = 64,
-        S_N = BN / 4 / 8,  /* scores [BM,BN]: 2 x 4 warps, 32 rows and S_N 8-column tiles each */
-        K_M = BN / 4 / 16, /* dK and dV [BN,D]: 4 x 2 warps */
-        K_N = D / 2 / 8,
-        Q_ACROSS = D == 32 ? 2 : 4, /* dQ [BM,D] */
-        Q_M = BM / (8 / Q_ACROSS) / 16,
-        Q_N = D / Q_ACROSS / 8
-    };
+/* How 8 warps share a result [ROWS, COLUMNS]: ACROSS of them next to each other. A warp has M x N
+ * tiles of 16 x 8 from (row(), column()) on. */
+template <int ROWS, int COLUMNS, int ACROSS> struct Share {
+    enum { DOWN = 8 / ACROSS, M = ROWS / DOWN / 16, N = COLUMNS / ACROSS / 8 };
+    static __device__ int row() { return threadIdx.x / 32 % DOWN * M * 16; }
+    static __device__ int column() { return threadIdx.x / 32 / DOWN * N * 8; }
+};
+/* The backward pass: a tile has BM queries and BN keys. */
+enum { BM = 64 };
+template <int D, int BN, bool GROUP> struct Backward {
+    using Scores = Share<BM, BN, GROUP ? 2 : 4>;
+    using Keys = Share<BN, D, GROUP ? 1 : 2>;               /* dK and dV */
+    using Queries = Share<BM, D, GROUP || D == 32 ? 2 : 4>; /* dQ */
+    enum { PANEL = GROUP ? 64 : D, S_PANEL = GROUP ? 64 : BN };
 };
 
 /* P and dS of one tile, from the scores s and from dp = dO V^T, to shared memory. */
-template <int D, int BN>
-__device__ __forceinline__ void backward_scores(const Attention &a, float (*s)[BN / 32][4],
-                                                float (*dp)[BN / 32][4], bf16 *sp, bf16 *ds,
-                                                int first_query, int first_key) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+template <class S, class T>
+__device__ __forceinline__ void backward_scores(const Attention &a, float (*s)[S::N][4],
+                                                float (*dp)[S::N][4], T p, T ds, int first_query,
+                                                int first_key) {
+    int lane = threadIdx.x % 32;
     const float *lse = a.lse + ((int64_t)blockIdx.z * a.heads + blockIdx.y) * a.nq;
     const float *delta = a.delta + ((int64_t)blockIdx.z * a.heads + blockIdx.y) * a.nq;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        int m = i / 2, half = i % 2, row = warp / 4 * 32 + m * 16 + half * 8 + lane / 4,
+    for (int i = 0; i < 2 * S::M; i++) {
+        int m = i / 2, half = i % 2, row = S::row() + m * 16 + half * 8 + lane / 4,
             query = first_query + row;
         float l = query < a.nq ? lse[query] * 1.4426950408889634f : INFINITY; /* makes P zero */
         float d = query < a.nq ? delta[query] : 0;
 #pragma unroll
-        for (int n = 0; n < BN / 32; n++) {
-            int column = warp % 4 * (BN / 4) + n * 8 + lane % 4 * 2;
-            float p[2], g[2];
+        for (int n = 0; n < S::N; n++) {
+            int column = S::column() + n * 8 + lane % 4 * 2;
+            float x[2], g[2];
 #pragma unroll
             for (int c = 0; c < 2; c++) {
-                p[c] = first_key + column + c < a.nk
+                x[c] = first_key + column + c < a.nk
                            ? power_of_2(s[m][n][2 * half + c] * a.factor - l)
                            : 0;
-                g[c] = p[c] * (dp[m][n][2 * half + c] - d);
+                g[c] = x[c] * (dp[m][n][2 * half + c] - d);
             }
-            *(uint32_t *)(piece<BN>(sp, row, column / 8) + column % 8) = pack(p[0], p[1]);
-            *(uint32_t *)(piece<BN>(ds, row, column / 8) + column % 8) = pack(g[0], g[1]);
+            *(uint32_t *)(p.piece(row, column / 8) + column % 8) = pack(x[0], x[1]);
+            *(uint32_t *)(ds.piece(row, column / 8) + column % 8) = pack(g[0], g[1]);
         }
     }
 }
 
 /* Where the block sums a lane's part of row `half` of dQ's tile m; NULL: there is no such query. */
-template <int D, int BN>
+template <int D, class Q>
 __device__ __forceinline__ float *query_sums(const Attention &a, int first_query, int m, int half) {
-    using B = Backward<D, BN>;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, n0 = warp % B::Q_ACROSS * B::Q_N * 8;
-    int query = first_query + warp / B::Q_ACROSS * B::Q_M * 16 + m * 16 + half * 8 + lane / 4;
+    int lane = threadIdx.x % 32, query = first_query + Q::row() + m * 16 + half * 8 + lane / 4;
     int64_t sample = (int64_t)blockIdx.x * gridDim.z + blockIdx.z;
     if (query >= a.nq) return NULL;
-    return a.dq + ((sample * a.nq + query) * a.heads + blockIdx.y) * D + n0 + lane % 4 * 2;
+    return a.parts + ((sample * a.nq + query) * a.heads + blockIdx.y) * D + Q::column() +
+           lane % 4 * 2;
 }
 
 /* dQ of this tile begins with what the block's other keys gave; asked for before other products, so
  * that it is there when these are done. */
-template <int D, int BN>
-__device__ __forceinline__ void load_queries_sum(const Attention &a,
-                                                 float (*dq)[Backward<D, BN>::Q_N][4],
+template <int D, class Q>
+__device__ __forceinline__ void load_queries_sum(const Attention &a, float (*dq)[Q::N][4],
                                                  int first_query, bool first_part) {
-    using B = Backward<D, BN>;
 #pragma unroll
-    for (int i = 0; i < 2 * B::Q_M; i++) {
-        const float *row = query_sums<D, BN>(a, first_query, i / 2, i % 2);
+    for (int i = 0; i < 2 * Q::M; i++) {
+        const float *row = query_sums<D, Q>(a, first_query, i / 2, i % 2);
 #pragma unroll
-        for (int n = 0; n < B::Q_N; n++) {
+        for (int n = 0; n < Q::N; n++) {
             float2 sum = row && !first_part ? *(const float2 *)(row + n * 8) : make_float2(0, 0);
             dq[i / 2][n][i % 2 * 2] = sum.x, dq[i / 2][n][i % 2 * 2 + 1] = sum.y;
         }
     }
 }
 
-template <int D, int BN>
-__device__ __forceinline__ void
-store_queries_sum(const Attention &a, float (*dq)[Backward<D, BN>::Q_N][4], int first_query) {
-    using B = Backward<D, BN>;
+template <int D, class Q>
+__device__ __forceinline__ void store_queries_sum(const Attention &a, float (*dq)[Q::N][4],
+                                                  int first_query) {
 #pragma unroll
-    for (int i = 0; i < 2 * B::Q_M; i++) {
-        float *row = query_sums<D, BN>(a, first_query, i / 2, i % 2);
+    for (int i = 0; i < 2 * Q::M; i++) {
+        float *row = query_sums<D, Q>(a, first_query, i / 2, i % 2);
         if (!row) continue;
 #pragma unroll
-        for (int n = 0; n < B::Q_N; n++)
+        for (int n = 0; n < Q::N; n++)
             *(float2 *)(row + n * 8) =
                 make_float2(dq[i / 2][n][i % 2 * 2], dq[i / 2][n][i % 2 * 2 + 1]);
     }
 }
 
 /* Adds the rows of dK or dV that exist to their place in memory. */
-template <int D, int BN>
-__device__ __forceinline__ void backward_keys(bf16 *to, float (*sum)[D / 16][4], float scale,
+template <class K>
+__device__ __forceinline__ void backward_keys(bf16 *to, float (*sum)[K::N][4], float scale,
                                               int64_t width, int left, bool first) {
-    using B = Backward<D, BN>;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int m = 0; m < B::K_M; m++)
+    for (int i = 0; i < 2 * K::M; i++) {
+        int m = i / 2, half = i % 2, row = K::row() + m * 16 + half * 8 + lane / 4;
+        if (row >= left) continue;
+        bf16 *p = to + row * width + K::column() + lane % 4 * 2;
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int row = warp / 2 * (BN / 4) + m * 16 + half * 8 + lane / 4;
-            if (row >= left) continue;
-            bf16 *p = to + row * width + warp % 2 * (D / 2) + lane % 4 * 2;
-#pragma unroll
-            for (int n = 0; n < B::K_N; n++)
-                add_pair(p + n * 8, sum[m][n][2 * half] * scale, sum[m][n][2 * half + 1] * scale,
-                         first);
-        }
+        for (int n = 0; n < K::N; n++)
+            add_pair(p + n * 8, sum[m][n][2 * half] * scale, sum[m][n][2 * half + 1] * scale,
+                     first);
+    }
 }
 
 /* grid (splits, H, B). A block takes every splits-th tile of keys, keeps it, and walks over all
- * queries. N_STAGES 2: the next queries are on their way meanwhile, where shared memory allows. */
-template <int D, int BN, int N_STAGES>
+ * queries. STAGES 2: the next queries are on their way meanwhile, where shared memory allows. */
+template <int D, int BN, int STAGES, bool GROUP>
 __global__ void __launch_bounds__(256, 1) attention_backward_kernel(Attention a) {
-    using B = Backward<D, BN>;
-    enum { BM = B::BM };
-    bf16 *sk = (bf16 *)shared_memory(), *sv = sk + BN * D, *sq = sv + BN * D,
-         *sg = sq + N_STAGES * BM * D;
-    bf16 *sp = sg + N_STAGES * BM * D, *ds = sp + BM * BN;
-    int warp = threadIdx.x / 32;
+    using B = Backward<D, BN, GROUP>;
+    using S = typename B::Scores;
+    using K = typename B::Keys;
+    using Q = typename B::Queries;
+    Tile<BN, D, B::PANEL> k = {(bf16 *)shared_memory()}, v = {k.data + k.SIZE};
+    Tile<BM, BN, B::S_PANEL> p = {v.data + v.SIZE}, ds = {p.data + p.SIZE};
+    bf16 *stages = ds.data + ds.SIZE; /* of queries, and of the gradients of what they found */
+    auto stage = [&](int i) { return Tile<BM, D, B::PANEL>{stages + i % (2 * STAGES) * BM * D}; };
     int64_t width = (int64_t)a.heads * D,
             queries = (int64_t)blockIdx.z * a.nq * width + blockIdx.y * D;
     int64_t keys = (int64_t)blockIdx.z * a.nk * width + blockIdx.y * D;
     auto load_queries = [&](int i) {
-        int at = i % N_STAGES * BM * D;
-        load_tile<BM, D, 256>(sq + at, a.q + queries + (int64_t)i * BM * width, width,
-                              a.nq - i * BM);
-        load_tile<BM, D, 256>(sg + at, a.dout + queries + (int64_t)i * BM * width, width,
-                              a.nq - i * BM);
+        int64_t at = queries + (int64_t)i * BM * width;
+        load_tile<256>(stage(2 * i), a.q + at, width, a.nq - i * BM);
+        load_tile<256>(stage(2 * i + 1), a.dout + at, width, a.nq - i * BM);
     };
     for (int first = blockIdx.x * BN; first < a.nk; first += gridDim.x * BN) {
         __syncthreads(); /* the last tile of keys is no longer needed */
-        load_tile<BN, D, 256>(sk, a.k + keys + first * width, width, a.nk - first);
-        load_tile<BN, D, 256>(sv, a.v + keys + first * width, width, a.nk - first);
+        load_tile<256>(k, a.k + keys + first * width, width, a.nk - first);
+        load_tile<256>(v, a.v + keys + first * width, width, a.nk - first);
         load_queries(0);
         commit_copies();
-        float dk[B::K_M][B::K_N][4] = {}, dv[B::K_M][B::K_N][4] = {};
+        float dk[K::M][K::N][4] = {}, dv[K::M][K::N][4] = {};
         for (int i = 0; i * BM < a.nq; i++) {
             bool more = (i + 1) * BM < a.nq;
-            if (N_STAGES == 2) {
+            if (STAGES == 2) {
                 if (more) load_queries(i + 1);
                 commit_copies();
             }
-            wait_copies<N_STAGES - 1>();
+            wait_copies<STAGES - 1>();
+            show_products<GROUP>();
             __syncthreads();
-            bf16 *q = sq + i % N_STAGES * BM * D, *g = sg + i % N_STAGES * BM * D;
-            float s[2][B::S_N][4] = {}, dp[2][B::S_N][4] = {};
-            multiply_tiles<2, B::S_N, D, false, true, D, D>(s, q, warp / 4 * 32, sk,
-                                                            warp % 4 * (BN / 4));
-            multiply_tiles<2, B::S_N, D, false, true, D, D>(dp, g, warp / 4 * 32, sv,
-                                                            warp % 4 * (BN / 4));
-            backward_scores<D, BN>(a, s, dp, sp, ds, i * BM, first);
-            float dq[B::Q_M][B::Q_N][4];
-            load_queries_sum<D, BN>(a, dq, i * BM, first == (int)blockIdx.x * BN);
+            auto q = stage(2 * i), g = stage(2 * i + 1);
+            float s[S::M][S::N][4] = {}, dp[S::M][S::N][4] = {}, dq[Q::M][Q::N][4];
+            start_products<GROUP>(s, dp);
+            multiply_tiles<GROUP, S::M, 16, S::N, D, false, true>(s, q, S::row(), k, S::column());
+            multiply_tiles<GROUP, S::M, 16, S::N, D, false, true>(dp, g, S::row(), v, S::column());
+            finish_products<GROUP>(s, dp);
+            backward_scores<S>(a, s, dp, p, ds, i * BM, first);
+            load_queries_sum<D, Q>(a, dq, i * BM, first == (int)blockIdx.x * BN);
+            show_products<GROUP>();
             __syncthreads();
-            multiply_tiles<B::K_M, B::K_N, BM, true, false, BN, D>(dv, sp, warp / 2 * (BN / 4), g,
-                                                                   warp % 2 * (D / 2));
-            multiply_tiles<B::K_M, B::K_N, BM, true, false, BN, D>(dk, ds, warp / 2 * (BN / 4), q,
-                                                                   warp % 2 * (D / 2));
-            multiply_tiles<B::Q_M, B::Q_N, BN, false, false, BN, D>(
-                dq, ds, warp / B::Q_ACROSS * B::Q_M * 16, sk, warp % B::Q_ACROSS * B::Q_N * 8);
-            store_queries_sum<D, BN>(a, dq, i * BM);
+            start_products<GROUP>(dv, dk, dq);
+            multiply_tiles<GROUP, K::M, 16, K::N, BM, true, false>(dv, p, K::row(), g, K::column());
+            multiply_tiles<GROUP, K::M, 16, K::N, BM, true, false>(dk, ds, K::row(), q,
+                                                                   K::column());
+            multiply_tiles<GROUP, Q::M, 16, Q::N, BN, false, false>(dq, ds, Q::row(), k,
+                                                                    Q::column());
+            finish_products<GROUP>(dv, dk, dq);
+            store_queries_sum<D, Q>(a, dq, i * BM);
             __syncthreads(); /* P, dS and these queries are no longer needed */
-            if (N_STAGES == 1) {
+            if (STAGES == 1) {
                 if (more) load_queries(i + 1);
                 commit_copies();
             }
         }
         if (a.dk)
-            backward_keys<D, BN>(a.dk + keys + first * width, dk, a.scale, width, a.nk - first,
-                                 a.first_dk);
+            backward_keys<K>(a.dk + keys + first * width, dk, a.scale, width, a.nk - first,
+                             a.first_dk);
         if (a.dv)
-            backward_keys<D, BN>(a.dv + keys + first * width, dv, 1, width, a.nk - first,
-                                 a.first_dv);
+            backward_keys<K>(a.dv + keys + first * width, dv, 1, width, a.nk - first, a.first_dv);
     }
 }
 
@@ -2046,29 +2165,17 @@ static Attention attention_arguments(const sc_tensor *o, const float *lse, const
     return a;
 }
 
-template <int D> static void flash_attention(const Attention &a, int64_t batch) {
+template <int D, bool GROUP> static void flash_attention(const Attention &a, int64_t batch) {
     size_t shared = (size_t)(QUERIES + 2 * KEYS) * D * sizeof(bf16);
-    launch("attention", attention_kernel<D>,
+    launch("attention", attention_kernel<D, GROUP>,
            dim3((unsigned)ceil_div(a.nq, QUERIES), (unsigned)a.heads, (unsigned)batch), 128, shared,
            a);
 }
 
-static void cuda_attention(sc_tensor *o, float *lse, const sc_tensor *q, const sc_tensor *k,
-                           const sc_tensor *v, int heads, float scale, const sc_tensor *bias,
-                           bool causal) {
-    Attention a = attention_arguments(o, lse, q, k, v, heads, scale);
-    int64_t batch = q->shape[0], size = q->shape[2] / heads;
-    if (bias || causal) attention_by_products(a, batch, size, half_data(bias), causal);
-    else if (size == 128) flash_attention<128>(a, batch);
-    else if (size == 64) flash_attention<64>(a, batch);
-    else if (size == 32) flash_attention<32>(a, batch);
-    else attention_by_products(a, batch, size, NULL, false);
-}
-
-template <int D, int BN, int N_STAGES>
-static void flash_backward(Attention a, int64_t batch, sc_tensor *q) {
+template <int D, int BN, int STAGES, bool GROUP>
+static void flash_backward(Attention a, int64_t batch) {
     constexpr size_t shared =
-        (size_t)(2 * BN * D + N_STAGES * 2 * 64 * D + 2 * 64 * BN) * sizeof(bf16);
+        (size_t)(2 * BN * D + STAGES * 2 * 64 * D + 2 * 64 * BN) * sizeof(bf16);
     int64_t tiles = ceil_div(a.nk, BN), n = batch * a.nq * a.heads * D,
             items = batch * a.nq * a.heads;
     /* Two blocks for each processor, while the parts of dQ fit 512 MiB. */
@@ -2077,27 +2184,80 @@ static void flash_backward(Attention a, int64_t batch, sc_tensor *q) {
     if (splits > tiles) splits = tiles;
     if (splits > most) splits = most < 1 ? 1 : most;
     Scratch<float> parts(splits * n), delta(items);
-    a.dq = parts.p, a.delta = delta.p;
+    a.parts = parts.p, a.delta = delta.p;
     launch("attention_delta", attention_delta_kernel<D>, dim3((unsigned)ceil_div(items, 8)), 256, 0,
            a, items);
-    launch("attention_backward", attention_backward_kernel<D, BN, N_STAGES>,
+    launch("attention_backward", attention_backward_kernel<D, BN, STAGES, GROUP>,
            dim3((unsigned)splits, (unsigned)a.heads, (unsigned)batch), 256, shared, a);
-    if (q->grad)
-        LAUNCH_FLAT(wide(n, q->grad, parts.p), attention_queries_kernel, n, half_grad(q),
-                    first_part(q), (const float *)parts.p, (int)splits, a.scale, n);
+    if (a.dq)
+        LAUNCH_FLAT(wide(n, a.dq, parts.p), attention_queries_kernel, n, a.dq, a.first_dq,
+                    (const float *)parts.p, (int)splits, a.scale, n);
+}
+
+/* Whether there are warpgroup products in this program's code for the chip, and attention made of
+ * them agrees with attention made of warps' products: tried once. */
+extern "C" bool sc_cuda_group_products(void) {
+    enum { T = 150, HEADS = 2, N = T * HEADS * 128 };
+    static int known = -1;
+    if (known >= 0 || gpu.failed || gpu.capability != 90) return known > 0;
+    known = 0;
+    static float values[4 * N];
+    static bf16 inputs[4 * N], results[2][4 * N]; /* Q, K, V, dO; O, dQ, dK, dV */
+    sc_rng rng = {1};
+    sc_normal(&rng, values, 4 * N);
+    for (int i = 0; i < 4 * N; i++) inputs[i] = __float2bfloat16_rn(values[i]);
+    Scratch<bf16> in(4 * N), out(4 * N);
+    Scratch<float> lse(T * HEADS);
+    cuda_upload(in.p, inputs, sizeof inputs);
+    for (int group = 0; group < 2 && !gpu.failed; group++) {
+        Attention a;
+        memset(&a, 0, sizeof a);
+        a.q = in.p, a.k = in.p + N, a.v = in.p + 2 * N, a.dout = in.p + 3 * N, a.lse = lse.p;
+        a.o = out.p, a.dq = out.p + N, a.dk = out.p + 2 * N, a.dv = out.p + 3 * N;
+        a.nq = a.nk = T, a.heads = HEADS, a.scale = 0.088f, a.factor = a.scale * 1.442695f;
+        a.first_dq = a.first_dk = a.first_dv = true;
+        cuda_zero(out.p, sizeof inputs);
+        if (group) flash_attention<128, true>(a, 1), flash_backward<128, 128, 2, true>(a, 1);
+        else flash_attention<128, false>(a, 1), flash_backward<128, 128, 2, false>(a, 1);
+        if (!cuda_download(results[group], out.p, sizeof inputs)) return false;
+    }
+    for (int part = 0; part < 4; part++) {
+        double difference = 0, whole = 0;
+        for (int i = part * N; i < (part + 1) * N; i++) {
+            double x = __bfloat162float(results[0][i]), y = __bfloat162float(results[1][i]);
+            difference += (x - y) * (x - y), whole += x * x;
+        }
+        if (!(difference <= 1e-4 * whole)) return false; /* rounding: 1e-5 */
+    }
+    known = 1;
+    return true;
+}
+
+static void cuda_attention(sc_tensor *o, float *lse, const sc_tensor *q, const sc_tensor *k,
+                           const sc_tensor *v, int heads, float scale, const sc_tensor *bias,
+                           bool causal) {
+    Attention a = attention_arguments(o, lse, q, k, v, heads, scale);
+    int64_t batch = q->shape[0], size = q->shape[2] / heads;
+    if (bias || causal) attention_by_products(a, batch, size, half_data(bias), causal);
+    else if (size == 128 && sc_cuda_group_products()) flash_attention<128, true>(a, batch);
+    else if (size == 128) flash_attention<128, false>(a, batch);
+    else if (size == 64) flash_attention<64, false>(a, batch);
+    else if (size == 32) flash_attention<32, false>(a, batch);
+    else attention_by_products(a, batch, size, NULL, false);
 }
 
 static void cuda_attention_backward(const sc_tensor *o, const float *lse, sc_tensor *q,
                                     sc_tensor *k, sc_tensor *v, int heads, float scale) {
     Attention a = attention_arguments(o, lse, q, k, v, heads, scale);
     int64_t batch = q->shape[0], size = q->shape[2] / heads;
-    a.dout = half_grad(o), a.dk = half_grad(k), a.dv = half_grad(v);
-    a.first_dk = first_part(k), a.first_dv = first_part(v);
+    a.dout = half_grad(o), a.dq = half_grad(q), a.dk = half_grad(k), a.dv = half_grad(v);
+    a.first_dq = first_part(q), a.first_dk = first_part(k), a.first_dv = first_part(v);
     bool roomy = gpu.shared_memory >= 160 << 10;
-    if (size == 128 && roomy) flash_backward<128, 128, 2>(a, batch, q);
-    else if (size == 128) flash_backward<128, 64, 1>(a, batch, q);
-    else if (size == 64) flash_backward<64, 128, 2>(a, batch, q);
-    else if (size == 32) flash_backward<32, 128, 2>(a, batch, q);
+    if (size == 128 && sc_cuda_group_products()) flash_backward<128, 128, 2, true>(a, batch);
+    else if (size == 128 && roomy) flash_backward<128, 128, 2, false>(a, batch);
+    else if (size == 128) flash_backward<128, 64, 1, false>(a, batch);
+    else if (size == 64) flash_backward<64, 128, 2, false>(a, batch);
+    else if (size == 32) flash_backward<32, 128, 2, false>(a, batch);
     else
         fail("attention_backward", "only heads of 32, 64 and 128 channels can be trained on a GPU");
 }

@@ -18,6 +18,8 @@
 #include "../shortcut.h"
 #include "test.h"
 
+bool sc_cuda_group_products(void); /* of shortcut_cuda.cu: how attention is computed */
+
 #define ONE (1.0 / 512)
 #define F32 1e-5
 
@@ -730,7 +732,11 @@ int main(int argc, char **argv) {
         SKIP(sc_error());
         return test_report();
     }
-    printf("%s\n", gpu->name);
+#if defined(SHORTCUT_CUDA) || defined(EMULATED)
+    bool group = sc_cuda_group_products();
+    printf("%s; attention by products of %s\n", gpu->name, group ? "warpgroups" : "warps");
+    CHECK(group || strcmp(gpu->name, "emulated GPU"));
+#endif
     test_products();
     for (int i = 0; i < 2; i++) {
         new_grads = i;

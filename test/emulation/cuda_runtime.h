@@ -6,8 +6,9 @@
  * warp only when all lanes wait at the block's barrier: as on a GPU one warp may be far ahead of
  * the others, so a missing barrier shows, if not at once then as a difference between two orders
  * (emulation_order: warps rising or falling, lanes by odd steps below 32). A copy to shared memory
- * (cp.async) takes place when it is waited for, not before. Memory is filled with NaN when it is
- * handed out, and writes beyond a block's ends are found when it is given back. */
+ * (cp.async) takes place when it is waited for, not before, and so do a warpgroup's products.
+ * Memory is filled with NaN when it is handed out, and writes beyond a block's ends are found when
+ * it is given back. */
 #ifndef EMULATED_CUDA_RUNTIME_H
 #define EMULATED_CUDA_RUNTIME_H
 #include <math.h>
@@ -65,7 +66,8 @@ enum {
     EMULATION_THREADS = 1024,
     EMULATION_STACK = 256 << 10,
     EMULATION_SHARED = 256 << 10,
-    EMULATION_COPIES = 64
+    EMULATION_COPIES = 64,
+    EMULATION_PRODUCTS = 64
 };
 
 struct emulation_copy {
@@ -73,6 +75,14 @@ struct emulation_copy {
     const void *from;
     bool valid;
     int group;
+};
+
+struct emulation_product {
+    float (*sum)[4];
+    int n;
+    bool packed, a_m, b_n;
+    uint64_t a, b;
+    float rows[2][16]; /* of A, if packed */
 };
 
 static struct {
@@ -87,9 +97,13 @@ static struct {
     int turn[EMULATION_THREADS];
     emulation_copy copies[EMULATION_THREADS][EMULATION_COPIES];
     int copy_count[EMULATION_THREADS], group[EMULATION_THREADS];
+    emulation_product products[EMULATION_THREADS][EMULATION_PRODUCTS];
+    int product_count[EMULATION_THREADS];
+    bool hidden[EMULATION_THREADS]; /* its copies came after its last show_products */
+    int64_t group_products;
     void (*run)(void *);
     void *kernel;
-    alignas(128) char shared[EMULATION_SHARED];
+    alignas(1024) char shared[EMULATION_SHARED];
 } emulation;
 
 static inline void *shared_memory() { return emulation.shared; }
@@ -159,6 +173,7 @@ static inline void emulation_warp_barrier() {
 static void emulation_prepare(int i) {
     emulation.finished[i] = emulation.blocked[i] = false;
     emulation.turn[i] = emulation.copy_count[i] = emulation.group[i] = 0;
+    emulation.product_count[i] = 0, emulation.hidden[i] = false;
     emulation.warp_arrived[i / 32] = 0;
     if (!emulation.stack[i]) emulation.stack[i] = (char *)malloc(EMULATION_STACK);
     getcontext(&emulation.fibre[i]);
@@ -242,8 +257,12 @@ template <int N> static inline void wait_copies() {
     int self = (int)threadIdx.x, kept = 0;
     for (int i = 0; i < emulation.copy_count[self]; i++) {
         emulation_copy c = emulation.copies[self][i];
-        if (c.group >= emulation.group[self] - N) emulation.copies[self][kept++] = c;
-        else if (c.valid) memcpy(c.to, c.from, 16);
+        if (c.group >= emulation.group[self] - N) {
+            emulation.copies[self][kept++] = c;
+            continue;
+        }
+        emulation.hidden[self] = true;
+        if (c.valid) memcpy(c.to, c.from, 16);
         else memset(c.to, 0, 16);
     }
     emulation.copy_count[self] = kept;
@@ -294,6 +313,72 @@ static inline void multiply_add(float sum[4], const uint32_t a[4], uint32_t b0, 
         for (int k = 0; k < 16; k++)
             sum[c] += emulation_element(fa[c / 2][k / 2][0], k % 2) *
                       emulation_element(fb[c % 2][k / 2], k % 2);
+}
+
+/* ---- A warpgroup's products ----
+ * A and B are found as PTX describes matrices in shared memory with a swizzle of 128 bytes: eight
+ * rows of 128 bytes follow each other, in which the number of a piece of 16 bytes is changed by the
+ * row's, as bits of the address say. The contiguous direction goes on in the next panel. */
+
+static inline uint32_t shared_address(const void *p) {
+    return (uint32_t)((const char *)p - emulation.shared);
+}
+
+/* Value (outer, inner) of the described matrix; inner lies side by side. */
+static inline float emulation_described(uint64_t d, int outer, int inner) {
+    if (d >> 62 != 1) emulation_die("not the swizzle of 128 bytes");
+    uint32_t start = (uint32_t)(d & 0x3fff) << 4, panels = (uint32_t)(d >> 16 & 0x3fff) << 4,
+             rows = (uint32_t)(d >> 32 & 0x3fff) << 4;
+    uint32_t at = start + (uint32_t)(inner / 64) * panels + (uint32_t)(inner % 64 * 2) +
+                  (uint32_t)(outer / 8) * rows + (uint32_t)(outer % 8) * 128;
+    at ^= (at >> 7 & 7) << 4;
+    uint16_t bits;
+    if (at + 2 > EMULATION_SHARED) emulation_die("a product beyond shared memory");
+    memcpy(&bits, emulation.shared + at, 2);
+    return __uint_as_float((uint32_t)bits << 16);
+}
+
+static inline void emulation_queue(emulation_product p) {
+    int self = (int)threadIdx.x, n = emulation.product_count[self]++;
+    if (n >= EMULATION_PRODUCTS) emulation_die("too many products under way");
+    for (int i = 0; i < emulation.count; i++)
+        if (emulation.hidden[i]) emulation_die("a product of what was not shown to it");
+    emulation.products[self][n] = p;
+    emulation.group_products++;
+}
+template <int N, bool A_M, bool B_N>
+static inline void group_product(float (*sum)[4], uint64_t a, uint64_t b) {
+    emulation_queue(emulation_product{sum, N, false, A_M, B_N, a, b, {}});
+}
+static inline void group_product_packed(float (*sum)[4], const uint32_t a[4], uint64_t b) {
+    emulation_product p = {sum, 16, true, false, true, 0, b, {}};
+    int warp = (int)threadIdx.x / 32 * 32, g = (int)threadIdx.x % 32 / 4;
+    int turn = emulation_show(a, 4);
+    for (int half = 0; half < 2; half++)
+        for (int k = 0; k < 16; k++)
+            p.rows[half][k] = emulation_element(
+                emulation.exchange[turn][warp + g * 4 + k / 2 % 4][half + k / 8 * 2], k % 2);
+    emulation_queue(p);
+}
+template <bool GROUP> static inline void show_products() {
+    if (GROUP) emulation.hidden[threadIdx.x] = false;
+}
+template <bool GROUP, class... T> static inline void start_products(T &...) {}
+template <bool GROUP, class... T> static inline void finish_products(T &...) {
+    int self = (int)threadIdx.x, row = self / 32 % 4 * 16 + self % 32 / 4;
+    for (int i = 0; GROUP && i < emulation.product_count[self]; i++) {
+        const emulation_product *p = &emulation.products[self][i];
+        for (int c = 0; c < 4 * p->n; c++) {
+            int m = row + c / 2 % 2 * 8, n = c / 4 * 8 + self % 4 * 2 + c % 2;
+            for (int k = 0; k < 16; k++) {
+                float a = p->packed ? p->rows[c / 2 % 2][k]
+                                    : emulation_described(p->a, p->a_m ? k : m, p->a_m ? m : k);
+                p->sum[c / 4][c % 4] +=
+                    a * emulation_described(p->b, p->b_n ? k : n, p->b_n ? n : k);
+            }
+        }
+    }
+    emulation.product_count[self] = 0;
 }
 
 /* ---- The runtime ---- */
