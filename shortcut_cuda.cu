@@ -922,6 +922,8 @@ static bool make_plan(Plan *p, const Shape *s, const Epilogue &e, const float *s
     if (s->scaled) return p->impossible = true, false;
 #endif
     if (e.before) ok = ok && describe(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, s->n);
+    if (s->in == CUDA_R_8F_E4M3) /* sums with fewer bits, but more than their terms have */
+        ok = ok && describe(p, CUBLASLT_MATMUL_DESC_FAST_ACCUM, (int8_t)1);
     p->made = ok && describe(p, CUBLASLT_MATMUL_DESC_TRANSA, tb) &&
               describe(p, CUBLASLT_MATMUL_DESC_TRANSB, ta) &&
               describe(p, CUBLASLT_MATMUL_DESC_EPILOGUE, (cublasLtEpilogue_t)s->epilogue) &&

@@ -10,6 +10,8 @@
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
 #include "../shortcut.h"
+
+bool sc_cuda_group_products(void); /* of shortcut_cuda.cu: how attention is computed */
 #include <time.h>
 
 static const sc_backend *gpu;
@@ -93,6 +95,11 @@ static void product(sc_tensor **x) { /* y = x w^T */
     gpu->gemm(m, n, k, 1, sc__whole(x[0], false), sc__whole(x[1], true), 0, sc__whole(x[2], false),
               NULL);
 }
+static void product_back(sc_tensor **x) { /* x = y w, as for the gradient of x */
+    int64_t m = x[0]->shape[1], k = x[0]->shape[2], n = x[1]->shape[1];
+    gpu->gemm(m, k, n, 1, sc__whole(x[2], false), sc__whole(x[1], false), 0, sc__whole(x[0], false),
+              NULL);
+}
 static void gelu_into(sc_tensor **x, sc_tensor *before) { /* y = gelu(x w^T + y) */
     int64_t m = x[0]->shape[0] * x[0]->shape[1], k = x[0]->shape[2], n = x[1]->shape[1];
     gpu->gemm_gelu(m, n, k, sc__whole(x[0], false), sc__whole(x[1], true), 1,
@@ -115,8 +122,10 @@ static void measure_ceilings(void) {
                        tensor(SC_BF16, 1, 1, (int64_t)1 << 29, false)};
     bandwidth = 4.0 * (double)((int64_t)1 << 29) / time_of(copy, y);
     drop(y, 2);
-    printf("%s: product ceiling C = %.0f TFLOP/s, copy B = %.0f GB/s\n", gpu->name, ceiling / 1e12,
-           bandwidth / 1e9);
+    printf(
+        "%s: product ceiling C = %.0f TFLOP/s, copy B = %.0f GB/s; attention by products of %s\n",
+        gpu->name, ceiling / 1e12, bandwidth / 1e9,
+        sc_cuda_group_products() ? "warpgroups" : "warps");
 }
 
 /* ---- Operations at FLUX's sizes: batch 8 of 1024 + 256 tokens, or one of 4096 + 512 ---- */
@@ -182,6 +191,7 @@ static void measure_products(int64_t rows) {
         snprintf(name, sizeof name, "linear %lld -> %lld, %lld rows", (long long)k, (long long)n,
                  (long long)rows);
         report(name, time_of(product, x), flops, bytes);
+        report("  backward", time_of(product_back, x), flops, bytes);
         if (n > 64 && k > 64) {
             sc_tensor narrow = *x[1], *y[3] = {x[0], &narrow, x[2]};
             narrow.dtype = SC_F8_E4M3;
@@ -190,6 +200,8 @@ static void measure_products(int64_t rows) {
                 stop();
             gpu->quantize(narrow.data, narrow.scale, x[1]->data, n, k);
             report("  with fp8 weights", time_of(product, y), flops, bytes - (double)(n * k));
+            report("  with fp8 weights, backward", time_of(product_back, y), flops,
+                   bytes - (double)(n * k));
             gpu->release(narrow.data), gpu->release(narrow.scale);
         }
         drop(x, 3);
