@@ -1938,20 +1938,28 @@ template <int D, int BN, bool GROUP> struct Backward {
     enum { PANEL = GROUP ? 64 : D, S_PANEL = GROUP ? 64 : BN };
 };
 
+/* Log-sum-exp and delta of a lane's queries. */
+template <class S>
+__device__ __forceinline__ void load_query_sums(const Attention &a, float2 *sums, int first_query) {
+    int64_t head = ((int64_t)blockIdx.z * a.heads + blockIdx.y) * a.nq;
+#pragma unroll
+    for (int i = 0; i < 2 * S::M; i++) {
+        int query = first_query + S::row() + i * 8 + threadIdx.x % 32 / 4;
+        sums[i] = query < a.nq ? make_float2(a.lse[head + query], a.delta[head + query])
+                               : make_float2(INFINITY, 0); /* makes P zero */
+    }
+}
+
 /* P and dS of one tile, from the scores s and from dp = dO V^T, to shared memory. */
 template <class S, class T>
 __device__ __forceinline__ void backward_scores(const Attention &a, float (*s)[S::N][4],
-                                                float (*dp)[S::N][4], T p, T ds, int first_query,
+                                                float (*dp)[S::N][4], const float2 *sums, T p, T ds,
                                                 int first_key) {
     int lane = threadIdx.x % 32;
-    const float *lse = a.lse + ((int64_t)blockIdx.z * a.heads + blockIdx.y) * a.nq;
-    const float *delta = a.delta + ((int64_t)blockIdx.z * a.heads + blockIdx.y) * a.nq;
 #pragma unroll
     for (int i = 0; i < 2 * S::M; i++) {
-        int m = i / 2, half = i % 2, row = S::row() + m * 16 + half * 8 + lane / 4,
-            query = first_query + row;
-        float l = query < a.nq ? lse[query] * 1.4426950408889634f : INFINITY; /* makes P zero */
-        float d = query < a.nq ? delta[query] : 0;
+        int m = i / 2, half = i % 2, row = S::row() + i * 8 + lane / 4;
+        float l = sums[i].x * 1.4426950408889634f, d = sums[i].y;
 #pragma unroll
         for (int n = 0; n < S::N; n++) {
             int column = S::column() + n * 8 + lane % 4 * 2;
@@ -2064,18 +2072,21 @@ __global__ void __launch_bounds__(256, 1) attention_backward_kernel(Attention a)
             __syncthreads();
             auto q = stage(2 * i), g = stage(2 * i + 1);
             float s[S::M][S::N][4] = {}, dp[S::M][S::N][4] = {}, dq[Q::M][Q::N][4];
+            float2 sums[2 * S::M]; /* these, too, are asked for before products */
+            load_query_sums<S>(a, sums, i * BM);
             start_products<GROUP>(s, dp);
             multiply_tiles<GROUP, S::M, 16, S::N, D, false, true>(s, q, S::row(), k, S::column());
             multiply_tiles<GROUP, S::M, 16, S::N, D, false, true>(dp, g, S::row(), v, S::column());
             finish_products<GROUP>(s, dp);
-            backward_scores<S>(a, s, dp, p, ds, i * BM, first);
+            backward_scores<S>(a, s, dp, sums, p, ds, first);
             load_queries_sum<D, Q>(a, dq, i * BM, first == (int)blockIdx.x * BN);
             show_products<GROUP>();
             __syncthreads();
-            start_products<GROUP>(dv, dk, dq);
+            start_products<GROUP>(dv, dk);
             multiply_tiles<GROUP, K::M, 16, K::N, BM, true, false>(dv, p, K::row(), g, K::column());
             multiply_tiles<GROUP, K::M, 16, K::N, BM, true, false>(dk, ds, K::row(), q,
                                                                    K::column());
+            start_products<GROUP>(dq); /* the others need not wait for its first part */
             multiply_tiles<GROUP, Q::M, 16, Q::N, BN, false, false>(dq, ds, Q::row(), k,
                                                                     Q::column());
             finish_products<GROUP>(dv, dk, dq);

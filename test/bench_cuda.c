@@ -10,9 +10,9 @@
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
 #include "../shortcut.h"
+#include <time.h>
 
 bool sc_cuda_group_products(void); /* of shortcut_cuda.cu: how attention is computed */
-#include <time.h>
 
 static const sc_backend *gpu;
 static double ceiling, bandwidth; /* FLOP/s, bytes/s */
