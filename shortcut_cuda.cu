@@ -1941,7 +1941,7 @@ template <int D, int BN, bool GROUP> struct Backward {
 /* Log-sum-exp and delta of a lane's queries. */
 template <class S>
 __device__ __forceinline__ void load_query_sums(const Attention &a, float2 *sums, int first_query) {
-    int64_t head = ((int64_t)blockIdx.z * a.heads + blockIdx.y) * a.nq;
+    int64_t head = ((int64_t)blockIdx.y * a.heads + blockIdx.x) * a.nq;
 #pragma unroll
     for (int i = 0; i < 2 * S::M; i++) {
         int query = first_query + S::row() + i * 8 + threadIdx.x % 32 / 4;
@@ -1981,9 +1981,9 @@ __device__ __forceinline__ void backward_scores(const Attention &a, float (*s)[S
 template <int D, class Q>
 __device__ __forceinline__ float *query_sums(const Attention &a, int first_query, int m, int half) {
     int lane = threadIdx.x % 32, query = first_query + Q::row() + m * 16 + half * 8 + lane / 4;
-    int64_t sample = (int64_t)blockIdx.x * gridDim.z + blockIdx.z;
+    int64_t sample = (int64_t)blockIdx.z * gridDim.y + blockIdx.y;
     if (query >= a.nq) return NULL;
-    return a.parts + ((sample * a.nq + query) * a.heads + blockIdx.y) * D + Q::column() +
+    return a.parts + ((sample * a.nq + query) * a.heads + blockIdx.x) * D + Q::column() +
            lane % 4 * 2;
 }
 
@@ -2034,8 +2034,9 @@ __device__ __forceinline__ void backward_keys(bf16 *to, float (*sum)[K::N][4], f
     }
 }
 
-/* grid (splits, H, B). A block takes every splits-th tile of keys, keeps it, and walks over all
- * queries. STAGES 2: the next queries are on their way meanwhile, where shared memory allows. */
+/* grid (H, B, splits): blocks with a tile of keys more than others begin first. A block takes every
+ * splits-th tile of keys, keeps it, and walks over all queries. STAGES 2: the next queries are on
+ * their way meanwhile, where shared memory allows. */
 template <int D, int BN, int STAGES, bool GROUP>
 __global__ void __launch_bounds__(256, 1) attention_backward_kernel(Attention a) {
     using B = Backward<D, BN, GROUP>;
@@ -2047,14 +2048,14 @@ __global__ void __launch_bounds__(256, 1) attention_backward_kernel(Attention a)
     bf16 *stages = ds.data + ds.SIZE; /* of queries, and of the gradients of what they found */
     auto stage = [&](int i) { return Tile<BM, D, B::PANEL>{stages + i % (2 * STAGES) * BM * D}; };
     int64_t width = (int64_t)a.heads * D,
-            queries = (int64_t)blockIdx.z * a.nq * width + blockIdx.y * D;
-    int64_t keys = (int64_t)blockIdx.z * a.nk * width + blockIdx.y * D;
+            queries = (int64_t)blockIdx.y * a.nq * width + blockIdx.x * D;
+    int64_t keys = (int64_t)blockIdx.y * a.nk * width + blockIdx.x * D;
     auto load_queries = [&](int i) {
         int64_t at = queries + (int64_t)i * BM * width;
         load_tile<256>(stage(2 * i), a.q + at, width, a.nq - i * BM);
         load_tile<256>(stage(2 * i + 1), a.dout + at, width, a.nq - i * BM);
     };
-    for (int first = blockIdx.x * BN; first < a.nk; first += gridDim.x * BN) {
+    for (int first = blockIdx.z * BN; first < a.nk; first += gridDim.z * BN) {
         __syncthreads(); /* the last tile of keys is no longer needed */
         load_tile<256>(k, a.k + keys + first * width, width, a.nk - first);
         load_tile<256>(v, a.v + keys + first * width, width, a.nk - first);
@@ -2079,7 +2080,7 @@ __global__ void __launch_bounds__(256, 1) attention_backward_kernel(Attention a)
             multiply_tiles<GROUP, S::M, 16, S::N, D, false, true>(dp, g, S::row(), v, S::column());
             finish_products<GROUP>(s, dp);
             backward_scores<S>(a, s, dp, sums, p, ds, first);
-            load_queries_sum<D, Q>(a, dq, i * BM, first == (int)blockIdx.x * BN);
+            load_queries_sum<D, Q>(a, dq, i * BM, first == (int)blockIdx.z * BN);
             show_products<GROUP>();
             __syncthreads();
             start_products<GROUP>(dv, dk);
@@ -2201,7 +2202,7 @@ static void flash_backward(Attention a, int64_t batch) {
     launch("attention_delta", attention_delta_kernel<D>, dim3((unsigned)ceil_div(items, 8)), 256, 0,
            a, items);
     launch("attention_backward", attention_backward_kernel<D, BN, STAGES, GROUP>,
-           dim3((unsigned)splits, (unsigned)a.heads, (unsigned)batch), 256, shared, a);
+           dim3((unsigned)a.heads, (unsigned)batch, (unsigned)splits), 256, shared, a);
     if (a.dq)
         LAUNCH_FLAT(wide(n, a.dq, parts.p), attention_queries_kernel, n, a.dq, a.first_dq,
                     (const float *)parts.p, (int)splits, a.scale, n);
