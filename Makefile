@@ -37,7 +37,7 @@ endif
 # 12.0; others by the driver's compiler.
 NVCC ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 chip = $(shell $(NVCC) -gencode arch=compute_$(1),code=sm_$(1) --dryrun -x cu -c /dev/null >/dev/null 2>&1 && echo '-gencode arch=compute_$(1),code=sm_$(1)')
-CUDA_ARCH ?= -gencode arch=compute_80,code=[sm_80,compute_80] $(call chip,90a) $(call chip,120)
+CUDA_ARCH ?= -gencode arch=compute_80,code=[sm_80,compute_80] $(or $(call chip,90a),$(call chip,90)) $(call chip,120)
 ifneq ($(NVCC),)
   CUDA_LIB := $(patsubst %/bin/,%/lib64,$(dir $(realpath $(shell command -v $(NVCC)))))
   CUDA_OBJECT := build/shortcut_cuda.o

@@ -2027,15 +2027,14 @@ size_t sc_tape_bytes(const sc_tape *t) {
 
 size_t sc_tape_peak(const sc_tape *t) { return t->device.peak + t->shared.peak; }
 
-/* Forgets all tensors, and holds exactly this for later ones. */
-static bool sc__tape_reserve(sc_tape *t, size_t own, size_t shared) {
+bool sc_tape_reserve(sc_tape *t, size_t bytes) {
+    size_t shared = t->sharing && t->shared.peak < bytes ? t->shared.peak : 0;
     sc_tape_reset(t);
     sc__arena_free(&t->device);
     sc__arena_free(&t->shared);
-    return (own == 0 || sc__arena_add(&t->device, own)) &&
+    return (bytes == 0 || sc__arena_add(&t->device, bytes - shared)) &&
            (shared == 0 || sc__arena_add(&t->shared, shared));
 }
-bool sc_tape_reserve(sc_tape *t, size_t bytes) { return sc__tape_reserve(t, bytes, 0); }
 
 /* ---- Tensors of the tape ---- */
 
@@ -5525,8 +5524,7 @@ bool sc_plan_memory(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recip
     plan->remade = t->sharing;
     SC_FREE(size);
     flux->checkpointed = plan->blocks - plan->kept;
-    size_t shared = t->sharing ? t->shared.peak : 0;
-    return ok && sc__tape_reserve(t, plan->step - shared + plan->kept_bytes, shared);
+    return ok && sc_tape_reserve(t, plan->step + plan->kept_bytes);
 }
 
 /* ==== The parts of a model, wherever they are =================================================

@@ -145,12 +145,12 @@ __device__ __forceinline__ void group_product(float (*sum)[4], uint64_t a, uint6
         asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" PRODUCT_SUMS_64
                      "}, %32, %33, 1, 1, 1, %34, %35;"
                      : SUM_8(sum, 0)
-                     : "l"(a), "l"(b), "n"(A_M), "n"(B_N));
+                     : "l"(a), "l"(b), "n"((int)A_M), "n"((int)B_N));
     else
         asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" PRODUCT_SUMS_128
                      "}, %64, %65, 1, 1, 1, %66, %67;"
                      : SUM_8(sum, 0), SUM_8(sum, 8)
-                     : "l"(a), "l"(b), "n"(A_M), "n"(B_N));
+                     : "l"(a), "l"(b), "n"((int)A_M), "n"((int)B_N));
 #endif
 }
 /* N = 16, B stored [k][n]. */
@@ -812,11 +812,12 @@ struct Epilogue {
 };
 
 struct Shape { /* all that decides how a product is computed; compared byte by byte */
-    int64_t m, n, k, lda, ldb, ldc, stride_a, stride_b, stride_c, batch;
-    int32_t ta, tb, in, f32_out, scaled;
+    int64_t m, n, k, lda, ldb, ldc, stride_a, stride_b, stride_c;
+    int32_t batch, ta, tb, in, f32_out, scaled;
     int32_t epilogue; /* cublasLtEpilogue_t; in: cudaDataType_t */
     int32_t align_a, align_b, align_c, align_bias, align_before;
 };
+static_assert(sizeof(Shape) == 9 * 8 + 12 * 4, "no bytes but its members'");
 struct Plan {
     bool made, impossible;
     Shape shape;
@@ -834,12 +835,11 @@ static int32_t alignment(const void *p) { /* the largest power of two up to 256 
 
 static bool make_layout(cublasLtMatrixLayout_t *layout, int32_t type, int64_t rows, int64_t columns,
                         int64_t ld, const Shape *s, int64_t stride) {
-    int32_t batch = (int32_t)s->batch;
     return check(lt.MatrixLayoutCreate(layout, (cudaDataType_t)type, (uint64_t)rows,
                                        (uint64_t)columns, ld),
                  "matrix layout") &&
-           check(lt.MatrixLayoutSetAttribute(*layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch,
-                                             sizeof batch),
+           check(lt.MatrixLayoutSetAttribute(*layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &s->batch,
+                                             sizeof s->batch),
                  "matrix batch") &&
            check(lt.MatrixLayoutSetAttribute(*layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
                                              &stride, sizeof stride),
@@ -962,7 +962,7 @@ static Plan *plan_for(int64_t m, int64_t n, int64_t k, Operand a, Operand b, cud
                       Operand c, bool f32_out, Epilogue e, int64_t batch) {
     Shape s;
     memset(&s, 0, sizeof s);
-    s.m = m, s.n = n, s.k = k, s.lda = a.ld, s.ldb = b.ld, s.ldc = c.ld, s.batch = batch;
+    s.m = m, s.n = n, s.k = k, s.lda = a.ld, s.ldb = b.ld, s.ldc = c.ld, s.batch = (int32_t)batch;
     s.stride_a = a.stride, s.stride_b = b.stride, s.stride_c = c.stride;
     s.ta = a.transposed, s.tb = b.transposed, s.in = in, s.f32_out = f32_out;
     s.scaled = a.scale != NULL;

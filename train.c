@@ -399,7 +399,7 @@ static bool preview(training *t) {
                    (size_t)width * 4);
     }
     sc_pipeline_release(p);
-    ok = ok && sc_tape_reserve(p->tape, held);
+    ok = sc_tape_reserve(p->tape, held) && ok;
     char path[1024];
     run_path(t, "preview.png", path);
     ok = ok && sc_picture_save(&(sc_picture){3 * width, height, sheet}, path, NULL);
