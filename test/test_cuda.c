@@ -736,18 +736,25 @@ int main(int argc, char **argv) {
 #if defined(SHORTCUT_CUDA) || defined(EMULATED)
     bool group = sc_cuda_group_products();
     printf("%s; attention by products of %s\n", gpu->name, group ? "warpgroups" : "warps");
-    CHECK(group || strcmp(gpu->name, "emulated GPU"));
 #endif
     test_products();
+    test_attention();
+    new_grads = true;
+    test_attention();
+    test_training_steps();
+#ifdef EMULATED
+    if (getenv("EMULATED_CHIP")) return test_report();
+    char again[256]; /* what depends on the chip on one with less, too */
+    snprintf(again, sizeof again, "EMULATED_CHIP=89 %s", argv[0]);
+    CHECK(group && system(again) == 0);
+#endif
     for (int i = 0; i < 2; i++) {
         new_grads = i;
         test_elementwise();
         test_norms();
-        test_attention();
     }
     test_pictures();
     test_training();
     test_memory_error();
-    test_training_steps();
     return test_report();
 }

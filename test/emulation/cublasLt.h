@@ -153,8 +153,8 @@ cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t p, cublasL
     if (!fits) return CUBLAS_STATUS_INVALID_VALUE;
     if (a->type == CUDA_R_8F_E4M3 && (!p->ta || p->tb || m % 16 || ka % 16))
         return CUBLAS_STATUS_NOT_SUPPORTED;
-    if (p->mode[0] == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F && m % 128 == 16)
-        return CUBLAS_STATUS_NOT_SUPPORTED; /* so that e4m3 without scales is tried, too */
+    if (p->mode[0] == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F && emulation_smaller())
+        return CUBLAS_STATUS_NOT_SUPPORTED;
     bool gelu = p->epilogue & CUBLASLT_EPILOGUE_GELU, keeps = p->epilogue & 128;
     if (gelu && a->type != CUDA_R_16BF) return CUBLAS_STATUS_NOT_SUPPORTED;
     if (keeps && (p->aux_ld % 8 || p->aux_ld < (int64_t)m || !p->aux || (uintptr_t)p->aux % 16))

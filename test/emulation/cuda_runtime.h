@@ -194,11 +194,13 @@ static void emulation_block(int threads, size_t shared) {
     swapcontext(&emulation.main, &emulation.fibre[emulation.current]);
 }
 
+static inline size_t emulation_shared_limit();
+
 template <class K>
 static void emulate_launch(const char *name, dim3 blocks, int threads, size_t shared,
                            const K &kernel) {
     emulation_kernel = name;
-    if (threads > EMULATION_THREADS || shared > EMULATION_SHARED || blocks.y > 65535 ||
+    if (threads > EMULATION_THREADS || shared > emulation_shared_limit() || blocks.y > 65535 ||
         blocks.z > 65535)
         emulation_die("a launch beyond the limits");
     gridDim = blocks, blockDim = dim3((unsigned)threads);
@@ -399,8 +401,7 @@ struct cudaDeviceProp {
     size_t sharedMemPerBlockOptin;
 };
 
-static size_t emulation_shared_limit = 227 << 10, emulation_memory_limit = (size_t)4 << 30,
-              emulation_memory;
+static size_t emulation_memory_limit = (size_t)4 << 30, emulation_memory;
 enum { EMULATION_GUARD = 256 };
 
 static inline const char *cudaGetErrorString(cudaError_t e) {
@@ -413,10 +414,17 @@ static inline cudaError_t cudaDriverGetVersion(int *version) {
     return *version = CUDART_VERSION, cudaSuccess;
 }
 static inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+/* An H100, or, with EMULATED_CHIP=89 in the environment, a chip with less: no products of
+ * warpgroups, no scales of rows in cuBLASLt, 99 KiB of shared memory. */
+static inline bool emulation_smaller() { return getenv("EMULATED_CHIP") != NULL; }
+static inline size_t emulation_shared_limit() {
+    return (size_t)(emulation_smaller() ? 99 : 227) << 10;
+}
 static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
+    bool smaller = emulation_smaller();
     snprintf(p->name, sizeof p->name, "emulated GPU");
-    p->major = 9, p->minor = 0, p->multiProcessorCount = 1;
-    p->sharedMemPerBlockOptin = emulation_shared_limit;
+    p->major = smaller ? 8 : 9, p->minor = smaller ? 9 : 0, p->multiProcessorCount = 1;
+    p->sharedMemPerBlockOptin = emulation_shared_limit();
     return cudaSuccess;
 }
 /* Guards of known bytes lie around a block; its size is kept in front of it. */
