@@ -738,7 +738,6 @@ int main(int argc, char **argv) {
     printf("%s; attention by products of %s\n", gpu->name, group ? "warpgroups" : "warps");
 #endif
     test_products();
-    test_attention();
     new_grads = true;
     test_attention();
     test_training_steps();
@@ -752,6 +751,7 @@ int main(int argc, char **argv) {
         new_grads = i;
         test_elementwise();
         test_norms();
+        if (!new_grads) test_attention();
     }
     test_pictures();
     test_training();
