@@ -170,14 +170,15 @@ bool sc_file_save(const char *path, const sc_named *tensors, int64_t count,
  * What each computes, forward and backward, and on which shapes, stands over its CPU version. Every
  * pointer inside a tensor that a backend is given is memory of that backend. Activations have the
  * type `activation`; LoRA factors, optimiser state and losses are f32; frozen weights keep the type
- * they have on disk. `_backward` functions add into the gradients of inputs that need them, or store
- * where `new_grad` says so (of x, h, q, k and v: of these they write all). */
+ * they have on disk. `_backward` functions add into the gradients of inputs that need them, or,
+ * where `new_grad` says so, store (of x, h, q, k and v, of which they write all). */
 typedef struct sc_matrix {      /* row-major; `transposed`: used as its transpose */
     const void *data;
     sc_dtype dtype;
     int64_t ld;                 /* elements from one stored row to the next */
     bool transposed;
     const float *scale;         /* of each stored row, with SC_F8_E4M3 only; NULL: 1 */
+    uint64_t content;           /* of a layer's input: same number, same values; 0: not known */
 } sc_matrix;
 
 typedef enum { SC_SILU, SC_GELU_TANH, SC_GELU, SC_QUICK_GELU } sc_activation;
@@ -1941,6 +1942,8 @@ struct sc_tape {
     sc__arena shared;           /* data of cheap operations, if `sharing`: of one block at a time */
     bool recording, failed, sharing, in_block;
     const uint8_t *sets;        /* LoRA set of each sample, or NULL */
+    const sc_tensor *input;     /* of the last linear layer, until its memory is given back; */
+    uint64_t content;           /* the number of its values */
     sc__block_bytes *sizes;     /* where each block that is run again notes its own, or NULL */
     sc__op *ops;
     int64_t count, capacity;
@@ -2009,6 +2012,7 @@ void sc_tape_free(sc_tape *t) {
 }
 
 void sc_tape_reset(sc_tape *t) {
+    t->input = NULL;
     sc__arena_reset(&t->host);
     sc__arena_reset(&t->device);
     t->count = 0;
@@ -2103,8 +2107,8 @@ sc_tensor *sc_reshape(sc_tape *t, const sc_tensor *x, int ndim, const int64_t *s
     return y;
 }
 
-/* The gradient of x, made when first asked for; NULL when nothing below x wants one. All of a new one
- * is written next, or it is zeroed first. */
+/* The gradient of x, made when first asked for; NULL when nothing below x wants one. All of a new
+ * one is written next, or it is zeroed first. */
 static void *sc__whole_grad(sc_tape *t, sc_tensor *x) {
     if (!x || !x->needs_grad || x->grad) return x ? x->grad : NULL;
     x->grad = sc__arena_take(&t->device, (size_t)(sc_count(x) * sc_dtype_size(x->dtype)));
@@ -2166,6 +2170,7 @@ static sc__mark_t sc__mark(const sc_tape *t) {
                         t->device.taken};
 }
 static void sc__release(sc_tape *t, sc__mark_t m) {
+    t->input = NULL;
     t->host.current = m.host, t->host.used = m.host_used;
     t->device.current = m.device, t->device.used = m.device_used, t->device.taken = m.device_taken;
 }
@@ -2211,10 +2216,10 @@ bool sc_backward(sc_tape *t) {
  * dB += scale dy^T u;  dA += scale e^T x;  dx += scale e A. */
 
 static sc_matrix sc__matrix(const void *data, sc_dtype dtype, int64_t ld, bool transposed) {
-    return (sc_matrix){data, dtype, ld, transposed, NULL};
+    return (sc_matrix){data, dtype, ld, transposed, NULL, 0};
 }
 static sc_matrix sc__whole(const sc_tensor *x, bool transposed) {
-    return (sc_matrix){x->data, x->dtype, sc__last(x), transposed, x->scale};
+    return (sc_matrix){x->data, x->dtype, sc__last(x), transposed, x->scale, 0};
 }
 
 /* Rows [first, first + count) of x as a matrix; of its gradient. */
@@ -2325,12 +2330,15 @@ static bool sc__linear(sc_tape *t, sc_tensor *x, const sc_linear_layer *l, sc__l
         if (!sc__linear_lora(t, x, &o, l, set, sample * each, count * each)) return false;
     }
     float beta = adapted ? 1.f : 0.f;
+    sc_matrix left = sc__whole(x, false), right = sc__whole(l->weight, true);
+    static SC_THREAD_LOCAL uint64_t contents;
+    if (t->input != x) t->input = x, t->content = ++contents; /* no tensor is written twice */
+    left.content = t->content;
     if (o.sum == o.y)
-        t->be->gemm(rows, out, in, 1, sc__whole(x, false), sc__whole(l->weight, true), beta,
-                    sc__columns(o.y, 0, o.at), l->bias);
+        t->be->gemm(rows, out, in, 1, left, right, beta, sc__columns(o.y, 0, o.at), l->bias);
     else
-        t->be->gemm_gelu(rows, out, in, sc__whole(x, false), sc__whole(l->weight, true), beta,
-                         sc__columns(o.y, 0, o.at), l->bias, o.sum);
+        t->be->gemm_gelu(rows, out, in, left, right, beta, sc__columns(o.y, 0, o.at), l->bias,
+                         o.sum);
     sc__record(t, sc__linear_backward, o.sum, x, l->weight, l->bias);
     return true;
 }

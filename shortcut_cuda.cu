@@ -1128,18 +1128,44 @@ __global__ void scale_kernel(bf16 *y, int64_t ld, const bf16 *sum, const float *
     store<V>(to, v);
 }
 
+/* The left matrix of the last e4m3 product: the next layer may have the same. */
+static struct {
+    uint8_t *data;
+    float *scale;
+    int64_t size, rows; /* allocated */
+    uint64_t content;
+} rounded;
+
+static bool make_room_for_rounded(int64_t m, int64_t k) {
+    if (rounded.size >= m * k && rounded.rows >= m) return true;
+    if (rounded.data) cuda_release(rounded.data);
+    if (rounded.scale) cuda_release(rounded.scale);
+    memset(&rounded, 0, sizeof rounded);
+    rounded.data = (uint8_t *)cuda_alloc((size_t)(m * k));
+    rounded.scale = (float *)cuda_alloc((size_t)m * 4);
+    if (!rounded.data || !rounded.scale) return fail("e4m3 matrix", sc_error());
+    rounded.size = m * k, rounded.rows = m;
+    return true;
+}
+
+static void round_left(int64_t m, int64_t k, sc_matrix x, const float *factor) {
+    if (x.content && x.content == rounded.content) return; /* never with a factor */
+    quantize(rounded.data, rounded.scale, (const bf16 *)x.data, factor, m, k, x.ld);
+    rounded.content = x.content;
+}
+
 /* cuBLASLt wants rows of x and w side by side. In the backward pass, w is turned for that, and its
  * rows' scales, which then belong to columns, go into x before that is rounded. Scales of rows are
  * cuBLASLt's work where it can (compute capability 9.0), else scale_kernel's. */
 static bool fp8_product(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix x, sc_matrix w,
                         float beta, Operand y, Epilogue e) {
     bool turn = !w.transposed;
-    Scratch<uint8_t> narrow(m * k), turned(turn ? n * k : 0);
-    Scratch<float> scale(m), ones(turn ? n : 0);
+    Scratch<uint8_t> turned(turn ? n * k : 0);
+    Scratch<float> ones(turn ? n : 0);
+    if (gpu.failed || !make_room_for_rounded(m, k)) return true;
     const float *columns = turn ? ones.p : w.scale;
-    Operand px = {narrow.p, k, false, 0, scale.p}, pw = {w.data, w.ld, true, 0, columns};
+    Operand px = {rounded.data, k, false, 0, rounded.scale}, pw = {w.data, w.ld, true, 0, columns};
     if (turn) pw.data = turned.p, pw.ld = k;
-    if (gpu.failed) return true;
     bool scaled = plan_for(m, n, k, px, pw, CUDA_R_8F_E4M3, y, false, e, 1) != NULL;
     Scratch<bf16> sum(scaled ? 0 : m * n);
     Operand to = {sum.p, n, false, 0, NULL};
@@ -1152,12 +1178,12 @@ static bool fp8_product(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix 
         launch("turn_bytes", turn_bytes_kernel,
                dim3((unsigned)ceil_div(n, 64), (unsigned)ceil_div(k, 64)), 256, 0, turned.p, ones.p,
                (const uint8_t *)w.data, k, n, w.ld);
-    quantize(narrow.p, scale.p, (const bf16 *)x.data, turn ? w.scale : NULL, m, k, x.ld);
+    round_left(m, k, x, turn ? w.scale : NULL);
     if (scaled) return product(m, n, k, alpha, px, pw, CUDA_R_8F_E4M3, beta, y, false, e, 1);
     product(m, n, k, 1, px, pw, CUDA_R_8F_E4M3, 0, to, false, Epilogue(), 1);
     bool wide_rows = wide(n | y.ld, y.data, columns, e.bias, e.before);
     LAUNCH_FLAT(wide_rows, scale_kernel, m * n, (bf16 *)y.data, y.ld, (const bf16 *)sum.p,
-                (const float *)scale.p, columns, alpha, beta, e, n, m * n);
+                (const float *)rounded.scale, columns, alpha, beta, e, n, m * n);
     return true;
 }
 
@@ -2382,7 +2408,7 @@ static void cuda_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, co
     slab = direct || slab > pixels ? pixels : slab < 8 ? 8 : slab;
     Scratch<bf16> columns(direct ? 0 : inner * slab),
         weights(w->dtype == SC_BF16 ? 0 : out * inner);
-    sc_matrix matrix = {w->data, w->dtype, inner, false, NULL};
+    sc_matrix matrix = {w->data, w->dtype, inner, false, NULL, 0};
     Operand pw = as_half(matrix, out, inner, weights.p);
     int64_t total = sc_count(y);
     if (b)

@@ -247,18 +247,18 @@ static void test_elementwise(void) {
 
 static bool a_transposed, b_transposed;
 static void gemm(const sc_backend *be, sc_tensor **x) { /* c += 0.5 a b */
-    sc_matrix a = {x[0]->data, x[0]->dtype, x[0]->shape[1], a_transposed, NULL},
-              b = {x[1]->data, x[1]->dtype, x[1]->shape[1], b_transposed, NULL};
-    sc_matrix c = {x[2]->grad, x[2]->dtype, x[2]->shape[1], false, NULL};
+    sc_matrix a = {x[0]->data, x[0]->dtype, x[0]->shape[1], a_transposed, NULL, 0},
+              b = {x[1]->data, x[1]->dtype, x[1]->shape[1], b_transposed, NULL, 0};
+    sc_matrix c = {x[2]->grad, x[2]->dtype, x[2]->shape[1], false, NULL, 0};
     int64_t m = x[2]->shape[0], n = x[2]->shape[1],
             k = a_transposed ? x[0]->shape[0] : x[0]->shape[1];
     be->gemm(m, n, k, 0.5f, a, b, 1, c, NULL);
 }
 static void linear(const sc_backend *be, sc_tensor **x) { /* y = x w^T + b on rows 1 ... */
     int64_t in = x[0]->shape[1], out = x[1]->shape[0], size = sc_dtype_size(x[0]->dtype);
-    sc_matrix a = {(char *)x[0]->data + in * size, x[0]->dtype, in, false, NULL},
-              w = {x[1]->data, x[1]->dtype, in, true, NULL};
-    sc_matrix y = {x[3]->data, x[3]->dtype, out, false, NULL};
+    sc_matrix a = {(char *)x[0]->data + in * size, x[0]->dtype, in, false, NULL, 0},
+              w = {x[1]->data, x[1]->dtype, in, true, NULL, 0};
+    sc_matrix y = {x[3]->data, x[3]->dtype, out, false, NULL, 0};
     be->gemm(x[3]->shape[0], out, in, 1, a, w, 0, y, x[2]);
 }
 
@@ -267,11 +267,15 @@ static void linear(const sc_backend *be, sc_tensor **x) { /* y = x w^T + b on ro
  * x[4] [m,n], x[5] [m,n] */
 static void linear_gelu(const sc_backend *be, sc_tensor **x) {
     int64_t m = x[0]->shape[0], k = x[0]->shape[1], n = x[1]->shape[0], width = x[3]->shape[1];
-    sc_matrix a = {x[0]->data, x[0]->dtype, k, false, NULL},
-              w = {x[1]->data, x[1]->dtype, k, true, NULL};
-    sc_matrix y = {(char *)x[3]->grad + (width - n) * sc_dtype_size(x[3]->dtype), x[3]->dtype,
-                   width, false, NULL};
-    sc_matrix z = {x[5]->data, x[5]->dtype, n, false, NULL};
+    sc_matrix a = {x[0]->data, x[0]->dtype, k, false, NULL, 0},
+              w = {x[1]->data, x[1]->dtype, k, true, NULL, 0};
+    sc_matrix y = {(char *)x[3]->grad + (width - n) * sc_dtype_size(x[3]->dtype),
+                   x[3]->dtype,
+                   width,
+                   false,
+                   NULL,
+                   false};
+    sc_matrix z = {x[5]->data, x[5]->dtype, n, false, NULL, 0};
     be->gemm_gelu(m, n, k, a, w, 1, y, x[2], x[4]);
     be->gemm_gelu(m, n, k, a, w, 0, z, NULL, NULL);
 }
@@ -283,13 +287,14 @@ static void fp8_linear(const sc_backend *be, sc_tensor **x) {
     uint8_t *narrow = be->alloc((size_t)(n * k));
     float *scale = be->alloc((size_t)n * 4);
     be->quantize(narrow, scale, x[1]->data, n, k);
-    sc_matrix w = {narrow, SC_F8_E4M3, k, true, scale}, wt = {narrow, SC_F8_E4M3, k, false, scale};
-    be->gemm(m, n, k, 1, (sc_matrix){x[0]->data, x[0]->dtype, k, false, NULL}, w, 0,
-             (sc_matrix){x[3]->data, x[3]->dtype, n, false, NULL}, x[2]);
-    be->gemm_gelu(m, n, k, (sc_matrix){x[0]->data, x[0]->dtype, k, false, NULL}, w, 0,
-                  (sc_matrix){x[5]->data, x[5]->dtype, n, false, NULL}, x[2], x[6]);
-    be->gemm(m, k, n, 1, (sc_matrix){x[3]->grad, x[3]->dtype, n, false, NULL}, wt, 1,
-             (sc_matrix){x[4]->grad, x[4]->dtype, k, false, NULL}, NULL);
+    sc_matrix w = {narrow, SC_F8_E4M3, k, true, scale, 0},
+              wt = {narrow, SC_F8_E4M3, k, false, scale, 0};
+    be->gemm(m, n, k, 1, (sc_matrix){x[0]->data, x[0]->dtype, k, false, NULL, 0}, w, 0,
+             (sc_matrix){x[3]->data, x[3]->dtype, n, false, NULL, 0}, x[2]);
+    be->gemm_gelu(m, n, k, (sc_matrix){x[0]->data, x[0]->dtype, k, false, NULL, 0}, w, 0,
+                  (sc_matrix){x[5]->data, x[5]->dtype, n, false, NULL, 0}, x[2], x[6]);
+    be->gemm(m, k, n, 1, (sc_matrix){x[3]->grad, x[3]->dtype, n, false, NULL, 0}, wt, 1,
+             (sc_matrix){x[4]->grad, x[4]->dtype, k, false, NULL, 0}, NULL);
     be->release(narrow);
     be->release(scale);
 }
