@@ -3,6 +3,7 @@
 #ifndef EMULATED_CUBLASLT_H
 #define EMULATED_CUBLASLT_H
 #include "cuda_bf16.h"
+#include <vector>
 
 #define CUBLAS_VER_MAJOR 0
 #define CUBLAS_VERSION 130000
@@ -181,6 +182,19 @@ static inline void emulated_set(void *p, cudaDataType_t type, int64_t i, float x
     else ((__nv_bfloat16 *)p)[i] = __float2bfloat16_rn(x);
 }
 
+/* op(X) as f32, row by row. */
+static inline std::vector<float> emulated_matrix(const void *x, cublasLtMatrixLayout_t l, int64_t q,
+                                                 bool transposed) {
+    int64_t rows = (int64_t)(transposed ? l->columns : l->rows),
+            columns = (int64_t)(transposed ? l->rows : l->columns);
+    std::vector<float> m((size_t)(rows * columns));
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t j = 0; j < columns; j++)
+            m[(size_t)(i * columns + j)] = emulated_get(
+                x, l->type, q * l->stride + (transposed ? j + i * l->ld : i + j * l->ld));
+    return m;
+}
+
 /* D = f(alpha op(A) op(B) + beta C + bias), column-major; a bias has an element for each row. */
 static inline cublasStatus_t
 cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t p, const void *alpha, const void *a,
@@ -191,19 +205,23 @@ cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t p, const void *alpha, cons
     const void *pointers[4] = {a, b, c, d};
     for (int i = 0; i < 4; i++)
         if ((uintptr_t)pointers[i] % (uintptr_t)algo->align[i]) return CUBLAS_STATUS_INVALID_VALUE;
-    int64_t inner = (int64_t)(p->ta ? la->rows : la->columns), rows = (int64_t)lc->rows;
+    int64_t inner = (int64_t)(p->ta ? la->rows : la->columns), rows = (int64_t)lc->rows,
+            columns = (int64_t)lc->columns;
     float s = *(const float *)alpha, t = *(const float *)beta;
-    for (int64_t q = 0; q < lc->batch; q++)
-        for (int64_t j = 0; j < (int64_t)lc->columns; j++)
-            for (int64_t i = 0; i < rows; i++) {
-                float sum = 0;
-                for (int64_t k = 0; k < inner; k++)
-                    sum +=
-                        emulated_get(a, la->type,
-                                     q * la->stride + (p->ta ? k + i * la->ld : i + k * la->ld)) *
-                        emulated_get(b, lb->type,
-                                     q * lb->stride + (p->tb ? j + k * lb->ld : k + j * lb->ld));
+    std::vector<float> sums((size_t)columns);
+    for (int64_t q = 0; q < lc->batch; q++) {
+        std::vector<float> ma = emulated_matrix(a, la, q, p->ta),
+                           mb = emulated_matrix(b, lb, q, p->tb);
+        for (int64_t i = 0; i < rows; i++) {
+            for (int64_t j = 0; j < columns; j++) sums[(size_t)j] = 0;
+            for (int64_t k = 0; k < inner; k++) {
+                float x = ma[(size_t)(i * inner + k)];
+                const float *row = &mb[(size_t)(k * columns)];
+                for (int64_t j = 0; j < columns; j++) sums[(size_t)j] += x * row[j];
+            }
+            for (int64_t j = 0; j < columns; j++) {
                 int64_t at = q * lc->stride + i + j * lc->ld;
+                float sum = sums[(size_t)j];
                 if (p->mode[0] == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F)
                     sum *= p->scale[0][i] * p->scale[1][j];
                 sum = s * sum + (t == 0 ? 0 : t * emulated_get(c, lc->type, at));
@@ -213,6 +231,8 @@ cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t p, const void *alpha, cons
                     sum = sum / (1 + expf(-1.5957691f * (sum + 0.044715f * sum * sum * sum)));
                 emulated_set(d, lc->type, at, sum);
             }
+        }
+    }
     return CUBLAS_STATUS_SUCCESS;
 }
 #endif

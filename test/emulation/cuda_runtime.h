@@ -86,8 +86,8 @@ struct emulation_product {
 };
 
 static struct {
-    ucontext_t main, fibre[EMULATION_THREADS];
-    char *stack[EMULATION_THREADS];
+    void *launch[5], *place[EMULATION_THREADS][5]; /* where the launch and each fibre go on */
+    bool started[EMULATION_THREADS];
     int count, current, running; /* threads of the block; the one that runs; those not finished */
     bool finished[EMULATION_THREADS], blocked[EMULATION_THREADS]; /* blocked: at the barrier */
     int waiting, arrivals; /* at the block's barrier; barriers passed */
@@ -117,28 +117,46 @@ static inline int emulation_lane(int warp, int lane) {
     return -1;
 }
 
+static void emulation_start();
+
+/* To where fibre `next` goes on: without a system call, as a block has thousands of these. */
+static __attribute__((noinline)) void emulation_go_on(int next) {
+    emulation.current = next;
+    threadIdx.x = (unsigned)next;
+    if (emulation.started[next]) __builtin_longjmp(emulation.place[next], 1);
+    static ucontext_t fibre;
+    emulation.started[next] = true;
+    getcontext(&fibre);
+    fibre.uc_stack.ss_sp = malloc(EMULATION_STACK);
+    fibre.uc_stack.ss_size = EMULATION_STACK;
+    makecontext(&fibre, emulation_start, 0);
+    setcontext(&fibre);
+}
+static __attribute__((noinline)) void emulation_return() { __builtin_longjmp(emulation.launch, 1); }
+
 /* The next thread that can go on does; back to the launch if all have finished. */
-static inline void emulation_yield() {
+static __attribute__((noinline)) void emulation_yield() {
     int from = emulation.current, warps = (emulation.count + 31) / 32, next = -1;
-    if (emulation.running == 0) { setcontext(&emulation.main); }
+    if (__builtin_setjmp(emulation.place[from])) return;
+    if (emulation.running == 0) emulation_return();
     for (int w = 0; w < warps && next < 0; w++) {
         int ahead = emulation_order > 0 ? w : warps - w;
         next = emulation_lane((from / 32 + ahead) % warps, from % 32);
     }
     while (next < 0 || emulation.finished[next]) /* all wait: one of them opens the barrier */
         next = (next < 0 ? from + 1 : next + 1) % emulation.count;
-    if (next == from) return;
-    emulation.current = next;
-    threadIdx.x = (unsigned)next;
-    swapcontext(&emulation.fibre[from], &emulation.fibre[next]);
+    if (next != from) emulation_go_on(next);
 }
 
-static inline void emulation_start() {
-    int self = emulation.current;
-    emulation.run(emulation.kernel);
-    emulation.finished[self] = true;
-    emulation.running--;
-    emulation_yield();
+/* A fibre: the same thread of one block after the other. */
+static void emulation_start() {
+    for (;;) {
+        int self = emulation.current;
+        emulation.run(emulation.kernel);
+        emulation.finished[self] = true;
+        emulation.running--;
+        emulation_yield();
+    }
 }
 
 /* Threads that have returned do not count, as on a GPU since compute capability 7.0. */
@@ -175,23 +193,15 @@ static void emulation_prepare(int i) {
     emulation.turn[i] = emulation.copy_count[i] = emulation.group[i] = 0;
     emulation.product_count[i] = 0, emulation.hidden[i] = false;
     emulation.warp_arrived[i / 32] = 0;
-    if (!emulation.stack[i]) emulation.stack[i] = (char *)malloc(EMULATION_STACK);
-    getcontext(&emulation.fibre[i]);
-    emulation.fibre[i].uc_stack.ss_sp = emulation.stack[i];
-    emulation.fibre[i].uc_stack.ss_size = EMULATION_STACK;
-    emulation.fibre[i].uc_link = NULL;
-    makecontext(&emulation.fibre[i], emulation_start, 0);
 }
 
 /* One block, from all its threads' first lines to the last one's end. */
-static void emulation_block(int threads, size_t shared) {
+static __attribute__((noinline)) void emulation_block(int threads, size_t shared) {
     memset(emulation.shared, 0xff, shared); /* NaN */
     emulation.count = emulation.running = threads;
     emulation.waiting = 0;
     for (int i = 0; i < threads; i++) emulation_prepare(i);
-    emulation.current = emulation_order > 0 ? 0 : threads - 1;
-    threadIdx.x = (unsigned)emulation.current;
-    swapcontext(&emulation.main, &emulation.fibre[emulation.current]);
+    if (!__builtin_setjmp(emulation.launch)) emulation_go_on(emulation_order > 0 ? 0 : threads - 1);
 }
 
 static inline size_t emulation_shared_limit();
