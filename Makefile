@@ -68,10 +68,13 @@ build/test_%_plain: test/test_%.c test/test.h shortcut.h tools.h | build
 	$(CC) -std=c99 -pedantic -Wall -Wextra -Wno-unused-function $(CFLAGS) $< -o $@ -lm
 build/test_cuda: test/test_cuda.c test/test.h shortcut.h $(CUDA_OBJECT) | build
 	$(CC) $(BASE) -Wno-unused-function $(CFLAGS) $< -o $@ $(CUDA_LINK) $(LIBS)
-# The CUDA file as plain C++, on a small imitation of CUDA.
-build/test_cuda_emulated: test/test_cuda.c test/test.h shortcut.h shortcut_cuda.cu $(wildcard test/emulation/*.h) | build
-	$(CXX) -std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas $(filter -fsanitize% -fno-sanitize%,$(CFLAGS)) -Itest/emulation -I. -x c++ -c shortcut_cuda.cu -o $@.o
-	$(CC) $(BASE) -Wno-unused-function -DEMULATED $(CFLAGS) $< $@.o -o $@ -lstdc++ $(LIBS)
+# The CUDA file as plain C++, on a small imitation of CUDA: its test, and whole programs on it (slow).
+build/emulated.o: shortcut_cuda.cu shortcut.h $(wildcard test/emulation/*.h) | build
+	$(CXX) -std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas $(filter -fsanitize% -fno-sanitize%,$(CFLAGS)) -Itest/emulation -I. -x c++ -c $< -o $@
+build/test_cuda_emulated: test/test_cuda.c test/test.h shortcut.h build/emulated.o
+	$(CC) $(BASE) -Wno-unused-function -DEMULATED $(CFLAGS) $< build/emulated.o -o $@ -lstdc++ $(LIBS)
+build/train_emulated build/sample_emulated: build/%_emulated: %.c shortcut.h tools.h build/emulated.o
+	$(CC) $(BASE) -DSHORTCUT_CUDA $(CFLAGS) $< build/emulated.o -o $@ -lstdc++ $(LIBS)
 
 test: $(PROGRAMS) $(TESTS)
 	sh test/run.sh $(TESTS)
