@@ -1726,17 +1726,20 @@ __device__ __forceinline__ void load_tile(Tile<ROWS, W, PANEL> tile, const bf16 
         copy16(to + i * PANEL, r + i < rows ? at : from, r + i < rows);
 }
 
-/* sum[M 16-row tiles][N 8-column tiles] += rows m0, m0 + STEP, ... of A times columns n0 ... of B,
- * over K. A_T: A is stored [k][m]; B_T: B is stored [n][k]. Each warp for itself. */
-template <int M, int STEP, int N, int K, bool A_T, bool B_T, class A, class B>
-__device__ __forceinline__ void warp_multiply(float (*sum)[N][4], A a, int m0, B b, int n0) {
+/* sum[M 16-row tiles][N 8-column tiles] += the warp's rows of A, from S::row() on and S::STEP
+ * apart, times its columns of B, from S::column() on, over K. A_T: A is stored [k][m]; B_T: B is
+ * stored [n][k]. Each warp for itself. */
+template <class S, int K, bool A_T, bool B_T, class A, class B>
+__device__ __forceinline__ void warp_multiply(float (*sum)[S::N][4], A a, B b) {
+    constexpr int M = S::M, N = S::N;
+    int m0 = S::row(), n0 = S::column();
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int k = 0; k < K; k += 16) {
         uint32_t fa[M][4], fb[4];
 #pragma unroll
         for (int m = 0; m < M; m++) {
-            int row = m0 + m * STEP;
+            int row = m0 + m * S::STEP;
             if (A_T)
                 load_matrices_transposed(
                     fa[m], a.piece(k + lane % 8 + lane / 16 * 8, row / 8 + lane / 8 % 2));
@@ -1757,9 +1760,9 @@ __device__ __forceinline__ void warp_multiply(float (*sum)[N][4], A a, int m0, B
     }
 }
 
-/* Where a warpgroup's product finds 16 values of k from `k` on for 64 or more rows from `m` on:
- * START, distance of panels, of 8 rows, swizzle. K_FIRST: the tile's columns are k, else its rows.
- */
+/* Where a warpgroup's product finds 16 values of k from `k` on for 64 or more rows from `m` on: the
+ * first, how far panels and groups of 8 rows are apart, the swizzle. K_FIRST: the tile's columns
+ * are k, else its rows are. */
 template <bool K_FIRST, int ROWS, int W>
 __device__ __forceinline__ uint64_t describe_tile(Tile<ROWS, W, 64> t, int m, int k) {
     int row = K_FIRST ? m : k, column = K_FIRST ? k : m;
@@ -1768,24 +1771,24 @@ __device__ __forceinline__ uint64_t describe_tile(Tile<ROWS, W, 64> t, int m, in
            (start & 0x3ffff) >> 4;
 }
 
-/* The same by warpgroups of 4 warps, of which each has 16 of STEP = 64 rows: queued only, to be
- * finished by finish_products. */
-template <int M, int N, int K, bool A_T, bool B_T, class A, class B>
-__device__ __forceinline__ void group_multiply(float (*sum)[N][4], A a, int m0, B b, int n0) {
-    m0 -= threadIdx.x / 32 % 4 * 16;
+/* The same by warpgroups of 4 warps, of which each has 16 of 64 rows: queued only, to be finished
+ * by finish_products. */
+template <class S, int K, bool A_T, bool B_T, class A, class B>
+__device__ __forceinline__ void group_multiply(float (*sum)[S::N][4], A a, B b) {
+    int m0 = S::row() - threadIdx.x / 32 % 4 * 16;
 #pragma unroll
     for (int k = 0; k < K; k += 16)
 #pragma unroll
-        for (int m = 0; m < M; m++)
-            group_product<N, A_T, !B_T>(sum[m], describe_tile<!A_T>(a, m0 + m * 64, k),
-                                        describe_tile<B_T>(b, n0, k));
+        for (int m = 0; m < S::M; m++)
+            group_product<S::N, A_T, !B_T>(sum[m], describe_tile<!A_T>(a, m0 + m * 64, k),
+                                           describe_tile<B_T>(b, S::column(), k));
 }
 
 /* GROUP: by warpgroups, where the chip has products for them. */
-template <bool GROUP, int M, int STEP, int N, int K, bool A_T, bool B_T, class A, class B>
-__device__ __forceinline__ void multiply_tiles(float (*sum)[N][4], A a, int m0, B b, int n0) {
-    if constexpr (GROUP) group_multiply<M, N, K, A_T, B_T>(sum, a, m0, b, n0);
-    else warp_multiply<M, STEP, N, K, A_T, B_T>(sum, a, m0, b, n0);
+template <bool GROUP, class S, int K, bool A_T, bool B_T, class A, class B>
+__device__ __forceinline__ void multiply_tiles(float (*sum)[S::N][4], A a, B b) {
+    if constexpr (GROUP) group_multiply<S, K, A_T, B_T>(sum, a, b);
+    else warp_multiply<S, K, A_T, B_T>(sum, a, b);
 }
 
 __device__ __forceinline__ float
@@ -1798,8 +1801,13 @@ __device__ __forceinline__ float quad_max(float x) {
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-/* Tile of the forward pass: 4 warps, each with rows 16 warp ... of both halves of the queries. */
+/* Tile of the forward pass: 4 warps, each with 16 rows of both halves of the queries. */
 enum { QUERIES = 128, KEYS = 64 };
+struct Halves {
+    enum { M = 2, STEP = 64, N = KEYS / 8 };
+    static __device__ int row() { return threadIdx.x / 32 * 16; }
+    static __device__ int column() { return 0; }
+};
 
 /* One tile of scores s becomes exp2(factor s - top); what was summed before is brought to the new
  * maximum. `left`: how many of the tile's keys exist. */
@@ -1891,7 +1899,7 @@ template <int D, bool GROUP> __global__ void __launch_bounds__(128) attention_ke
     constexpr int PANEL = GROUP ? 64 : D;
     Tile<QUERIES, D, PANEL> q = {(bf16 *)shared_memory()};
     Tile<KEYS, D, PANEL> k = {q.data + q.SIZE}, v = {k.data + k.SIZE};
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = blockIdx.x * QUERIES;
+    int lane = threadIdx.x % 32, first = blockIdx.x * QUERIES;
     int64_t width = (int64_t)a.heads * D,
             queries = ((int64_t)blockIdx.z * a.nq + first) * width + blockIdx.y * D;
     int64_t keys = (int64_t)blockIdx.z * a.nk * width + blockIdx.y * D;
@@ -1908,7 +1916,7 @@ template <int D, bool GROUP> __global__ void __launch_bounds__(128) attention_ke
         commit_copies();
         float s[2][KEYS / 8][4] = {};
         start_products<GROUP>(s);
-        multiply_tiles<GROUP, 2, 64, KEYS / 8, D, false, true>(s, q, warp * 16, k, 0);
+        multiply_tiles<GROUP, Halves, D, false, true>(s, q, k);
         finish_products<GROUP>(s);
         wait_copies<0>();
         show_products<GROUP>();
@@ -1921,7 +1929,7 @@ template <int D, bool GROUP> __global__ void __launch_bounds__(128) attention_ke
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        int m = i / 2, half = i % 2, row = m * 64 + warp * 16 + half * 8 + lane / 4;
+        int m = i / 2, half = i % 2, row = Halves::row() + m * Halves::STEP + half * 8 + lane / 4;
         float total = quad_sum(sum[m][half]), inverse = 1 / total;
         if (first + row >= a.nq) continue;
         bf16 *o = a.o + queries + row * width + lane % 4 * 2;
@@ -1951,7 +1959,7 @@ template <int D> __global__ void attention_delta_kernel(Attention a, int64_t ite
 /* How 8 warps share a result [ROWS, COLUMNS]: ACROSS of them next to each other. A warp has M x N
  * tiles of 16 x 8 from (row(), column()) on. */
 template <int ROWS, int COLUMNS, int ACROSS> struct Share {
-    enum { DOWN = 8 / ACROSS, M = ROWS / DOWN / 16, N = COLUMNS / ACROSS / 8 };
+    enum { DOWN = 8 / ACROSS, M = ROWS / DOWN / 16, STEP = 16, N = COLUMNS / ACROSS / 8 };
     static __device__ int row() { return threadIdx.x / 32 % DOWN * M * 16; }
     static __device__ int column() { return threadIdx.x / 32 / DOWN * N * 8; }
 };
@@ -2078,22 +2086,20 @@ __global__ void __launch_bounds__(256, 1) attention_backward_kernel(Attention a)
     int64_t keys = (int64_t)blockIdx.y * a.nk * width + blockIdx.x * D;
     auto load_queries = [&](int i) {
         int64_t at = queries + (int64_t)i * BM * width;
-        load_tile<256>(stage(2 * i), a.q + at, width, a.nq - i * BM);
-        load_tile<256>(stage(2 * i + 1), a.dout + at, width, a.nq - i * BM);
+        if (i * BM < a.nq) {
+            load_tile<256>(stage(2 * i), a.q + at, width, a.nq - i * BM);
+            load_tile<256>(stage(2 * i + 1), a.dout + at, width, a.nq - i * BM);
+        }
+        commit_copies();
     };
     for (int first = blockIdx.z * BN; first < a.nk; first += gridDim.z * BN) {
         __syncthreads(); /* the last tile of keys is no longer needed */
         load_tile<256>(k, a.k + keys + first * width, width, a.nk - first);
         load_tile<256>(v, a.v + keys + first * width, width, a.nk - first);
         load_queries(0);
-        commit_copies();
         float dk[K::M][K::N][4] = {}, dv[K::M][K::N][4] = {};
         for (int i = 0; i * BM < a.nq; i++) {
-            bool more = (i + 1) * BM < a.nq;
-            if (STAGES == 2) {
-                if (more) load_queries(i + 1);
-                commit_copies();
-            }
+            if (STAGES == 2) load_queries(i + 1);
             wait_copies<STAGES - 1>();
             show_products<GROUP>();
             __syncthreads();
@@ -2102,33 +2108,26 @@ __global__ void __launch_bounds__(256, 1) attention_backward_kernel(Attention a)
             float2 sums[2 * S::M]; /* these, too, are asked for before products */
             load_query_sums<S>(a, sums, i * BM);
             start_products<GROUP>(s, dp);
-            multiply_tiles<GROUP, S::M, 16, S::N, D, false, true>(s, q, S::row(), k, S::column());
-            multiply_tiles<GROUP, S::M, 16, S::N, D, false, true>(dp, g, S::row(), v, S::column());
+            multiply_tiles<GROUP, S, D, false, true>(s, q, k);
+            multiply_tiles<GROUP, S, D, false, true>(dp, g, v);
             finish_products<GROUP>(s, dp);
             backward_scores<S>(a, s, dp, sums, p, ds, first);
             load_queries_sum<D, Q>(a, dq, i * BM, first == (int)blockIdx.z * BN);
             show_products<GROUP>();
             __syncthreads();
             start_products<GROUP>(dv, dk);
-            multiply_tiles<GROUP, K::M, 16, K::N, BM, true, false>(dv, p, K::row(), g, K::column());
-            multiply_tiles<GROUP, K::M, 16, K::N, BM, true, false>(dk, ds, K::row(), q,
-                                                                   K::column());
+            multiply_tiles<GROUP, K, BM, true, false>(dv, p, g);
+            multiply_tiles<GROUP, K, BM, true, false>(dk, ds, q);
             start_products<GROUP>(dq); /* the others need not wait for its first part */
-            multiply_tiles<GROUP, Q::M, 16, Q::N, BN, false, false>(dq, ds, Q::row(), k,
-                                                                    Q::column());
+            multiply_tiles<GROUP, Q, BN, false, false>(dq, ds, k);
             finish_products<GROUP>(dv, dk, dq);
             store_queries_sum<D, Q>(a, dq, i * BM);
             __syncthreads(); /* P, dS and these queries are no longer needed */
-            if (STAGES == 1) {
-                if (more) load_queries(i + 1);
-                commit_copies();
-            }
+            if (STAGES == 1) load_queries(i + 1);
         }
-        if (a.dk)
-            backward_keys<K>(a.dk + keys + first * width, dk, a.scale, width, a.nk - first,
-                             a.first_dk);
-        if (a.dv)
-            backward_keys<K>(a.dv + keys + first * width, dv, 1, width, a.nk - first, a.first_dv);
+        int64_t at = keys + first * width;
+        backward_keys<K>(a.dk + at, dk, a.scale, width, a.nk - first, a.first_dk);
+        backward_keys<K>(a.dv + at, dv, 1, width, a.nk - first, a.first_dv);
     }
 }
 
@@ -2229,9 +2228,8 @@ static void flash_backward(Attention a, int64_t batch) {
            a, items);
     launch("attention_backward", attention_backward_kernel<D, BN, STAGES, GROUP>,
            dim3((unsigned)a.heads, (unsigned)batch, (unsigned)splits), 256, shared, a);
-    if (a.dq)
-        LAUNCH_FLAT(wide(n, a.dq, parts.p), attention_queries_kernel, n, a.dq, a.first_dq,
-                    (const float *)parts.p, (int)splits, a.scale, n);
+    LAUNCH_FLAT(wide(n, a.dq, parts.p), attention_queries_kernel, n, a.dq, a.first_dq,
+                (const float *)parts.p, (int)splits, a.scale, n);
 }
 
 /* Whether there are warpgroup products in this program's code for the chip, and attention made of
