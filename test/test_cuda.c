@@ -274,7 +274,7 @@ static void linear_gelu(const sc_backend *be, sc_tensor **x) {
                    width,
                    false,
                    NULL,
-                   false};
+                   0};
     sc_matrix z = {x[5]->data, x[5]->dtype, n, false, NULL, 0};
     be->gemm_gelu(m, n, k, a, w, 1, y, x[2], x[4]);
     be->gemm_gelu(m, n, k, a, w, 0, z, NULL, NULL);
