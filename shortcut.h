@@ -1910,8 +1910,9 @@ const sc_backend *sc_cpu(void) {
 /* ==== Tape ====================================================================================
  *
  * Operations run at once (eagerly). While recording, each also appends {backward, inputs, output};
- * sc_backward walks that list from its end. Gradients are allocated when first asked for, and only
- * ever added to. Tensors live in an arena: a list of chunks, given back all at once.
+ * sc_backward walks that list from its end. Gradients are allocated when first asked for; the first
+ * part of one is stored, others are added. Tensors live in an arena: a list of chunks, given back
+ * all at once.
  *
  * Where memory is short, the results of cheap operations (one pass over memory, no product) lie in
  * an arena that all blocks share, and are made again when a block's backward pass reads them.
