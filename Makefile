@@ -97,7 +97,8 @@ bench: $(PROGRAMS)
 	python3 test/bench.py
 
 # Against diffusers, transformers and peft (test/reference/requirements.txt), with FLUX.1's own
-# tokenizers where SHORTCUT_FLUX_DIR is its folder.
+# tokenizers where SHORTCUT_FLUX_DIR is its folder, and with ComfyUI where COMFYUI is (and python3 has
+# its packages).
 compare: $(PROGRAMS)
 	@python3 -c 'import torch, diffusers, transformers, peft, safetensors, PIL' 2>/dev/null || \
 	    { echo "error: make compare needs PyTorch: pip install -r test/reference/requirements.txt"; exit 1; }
@@ -105,6 +106,7 @@ compare: $(PROGRAMS)
 	python3 test/compare_formats.py
 	python3 test/compare_vae.py 256 384
 	python3 test/compare_tokenizers.py $(or $(SHORTCUT_FLUX_DIR),data/tiny-flux)
+	$(if $(COMFYUI),python3 test/compare_comfyui.py $(COMFYUI),@echo "ComfyUI: skipped: COMFYUI=FOLDER names a clone of it")
 
 clean:
 	rm -rf build $(PROGRAMS)
