@@ -38,10 +38,13 @@ endif
 NVCC ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 chip = $(shell $(NVCC) -gencode arch=compute_$(1),code=sm_$(1) --dryrun -x cu -c /dev/null >/dev/null 2>&1 && echo '-gencode arch=compute_$(1),code=sm_$(1)')
 CUDA_ARCH ?= -gencode arch=compute_80,code=[sm_80,compute_80] $(or $(call chip,90a),$(call chip,90)) $(call chip,120)
+comma := ,
 ifneq ($(NVCC),)
-  CUDA_LIB := $(patsubst %/bin/,%/lib64,$(dir $(realpath $(shell command -v $(NVCC)))))
+  # NVIDIA's own packages have lib64, conda's and pip's lib; Debian's are where the linker looks.
+  CUDA_ROOT := $(patsubst %/bin/,%,$(dir $(realpath $(shell command -v $(NVCC)))))
+  CUDA_LIB := $(patsubst %/libcudart_static.a,%,$(firstword $(wildcard $(CUDA_ROOT)/lib64/libcudart_static.a $(CUDA_ROOT)/lib/libcudart_static.a)))
   CUDA_OBJECT := build/shortcut_cuda.o
-  CUDA_LINK := -DSHORTCUT_CUDA $(CUDA_OBJECT) -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB) -lcudart_static -ldl -lpthread -lrt
+  CUDA_LINK := -DSHORTCUT_CUDA $(CUDA_OBJECT) $(if $(CUDA_LIB),-L$(CUDA_LIB) -Wl$(comma)-rpath$(comma)$(CUDA_LIB)) -lcudart_static -ldl -lpthread -lrt
 endif
 
 PROGRAMS := train sample shortcut

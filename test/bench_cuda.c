@@ -1,12 +1,13 @@
 /* make bench-cuda: the GPU against its own ceilings, measured in the same run.
  *
- * C is the rate of an 8192 cubed bf16 product on random data, B the rate of a large copy, bytes
- * read and written. An operation's floor is what its arithmetic takes at C or what its bytes take
- * at B, whichever is longer. FLUX.1-dev is run at full size with random weights. Times are medians.
+ * C is the rate of an 8192 cubed bf16 product on random data, C8 that of the same with fp8 weights
+ * (x rounded in each run), B the rate of a large copy, bytes read and written. An operation's floor
+ * is what its arithmetic takes at C, or at C8, or what its bytes take at B, whichever is longer.
+ * FLUX.1-dev is run at full size with random weights. Times are medians.
  *
  * build/bench_cuda [operations] [bf16] [fp8] [small]    without a name: all four
- * bf16, fp8: training at batch 8 and sampling; small: training at batch 1 where only 24 GiB are
- * left. */
+ * bf16, fp8: training at batch 8 and sampling; small: training at batch 1 where only 23 GiB are
+ * left, as on a card of 24. */
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
 #include "../shortcut.h"
@@ -15,7 +16,7 @@
 bool sc_cuda_group_products(void); /* of shortcut_cuda.cu: how attention is computed */
 
 static const sc_backend *gpu;
-static double ceiling, bandwidth; /* FLOP/s, bytes/s */
+static double ceiling, ceiling8, bandwidth; /* FLOP/s, bytes/s */
 static sc_rng rng = {1};
 
 static void stop(void) { printf("error: %s\n", sc_error()), exit(1); }
@@ -81,11 +82,14 @@ static void drop(sc_tensor **x, int count) {
     }
 }
 
-static void report(const char *name, double t, double flops, double bytes) {
-    double floor = fmax(flops / ceiling, bytes / bandwidth);
+static void report_at(double rate, const char *name, double t, double flops, double bytes) {
+    double floor = fmax(flops / rate, bytes / bandwidth);
     printf("%-44s %9.3f ms %8.1f TFLOP/s %7.0f GB/s  floor %8.3f ms, reached %3.0f%%\n", name,
            1e3 * t, flops / t / 1e12, bytes / t / 1e9, 1e3 * floor, 100 * floor / t);
     fflush(stdout);
+}
+static void report(const char *name, double t, double flops, double bytes) {
+    report_at(ceiling, name, t, flops, bytes);
 }
 
 /* ---- Ceilings ---- */
@@ -107,25 +111,47 @@ static void gelu_into(sc_tensor **x, sc_tensor *before) { /* y = gelu(x w^T + y)
 }
 static void linear_gelu(sc_tensor **x) { gelu_into(x, NULL); }
 static void linear_gelu_kept(sc_tensor **x) { gelu_into(x, x[3]); }
+static void product_lora(sc_tensor **x) { /* y += x w^T + bias: LoRA's part is in y */
+    int64_t m = x[0]->shape[1], k = x[0]->shape[2], n = x[1]->shape[1];
+    gpu->gemm(m, n, k, 1, sc__whole(x[0], false), sc__whole(x[1], true), 1, sc__whole(x[2], false),
+              x[3]);
+}
 static void copy(sc_tensor **x) {
     int64_t n = sc_count(x[0]);
     gpu->copy_block(x[1]->data, n, x[0]->data, n, 1, n, SC_BF16, false);
 }
+static void copy_by_library(sc_tensor **x) {
+    gpu->download(x[1]->data, x[0]->data, 2 * (size_t)sc_count(x[0]));
+}
+
+/* w [1,n,k] as e4m3. */
+static sc_tensor narrowed(const sc_tensor *w) {
+    sc_tensor x = *w;
+    int64_t n = w->shape[1], k = w->shape[2];
+    x.dtype = SC_F8_E4M3;
+    if (!(x.data = gpu->alloc((size_t)(n * k))) || !(x.scale = gpu->alloc((size_t)n * 4))) stop();
+    gpu->quantize(x.data, x.scale, w->data, n, k);
+    return x;
+}
 
 static void measure_ceilings(void) {
     int64_t n = 8192;
+    double flops = 2.0 * 8192 * 8192 * 8192, bytes = 4.0 * (double)((int64_t)1 << 29);
     sc_tensor *x[3] = {tensor(SC_BF16, 1, n, n, false), tensor(SC_BF16, 1, n, n, false),
                        tensor(SC_BF16, 1, n, n, false)};
-    ceiling = 2.0 * 8192 * 8192 * 8192 / time_of(product, x);
+    ceiling = flops / time_of(product, x);
+    sc_tensor narrow = narrowed(x[1]), *x8[3] = {x[0], &narrow, x[2]};
+    ceiling8 = flops / time_of(product, x8);
+    gpu->release(narrow.data), gpu->release(narrow.scale);
     drop(x, 3);
     sc_tensor *y[2] = {tensor(SC_BF16, 1, 1, (int64_t)1 << 29, false),
                        tensor(SC_BF16, 1, 1, (int64_t)1 << 29, false)};
-    bandwidth = 4.0 * (double)((int64_t)1 << 29) / time_of(copy, y);
+    bandwidth = bytes / fmin(time_of(copy, y), time_of(copy_by_library, y));
     drop(y, 2);
-    printf(
-        "%s: product ceiling C = %.0f TFLOP/s, copy B = %.0f GB/s; attention by products of %s\n",
-        gpu->name, ceiling / 1e12, bandwidth / 1e9,
-        sc_cuda_group_products() ? "warpgroups" : "warps");
+    printf("%s: product ceiling C = %.0f TFLOP/s (fp8: %.0f), copy B = %.0f GB/s; attention by "
+           "products of %s\n",
+           gpu->name, ceiling / 1e12, ceiling8 / 1e12, bandwidth / 1e9,
+           sc_cuda_group_products() ? "warpgroups" : "warps");
 }
 
 /* ---- Operations at FLUX's sizes: batch 8 of 1024 + 256 tokens, or one of 4096 + 512 ---- */
@@ -193,16 +219,14 @@ static void measure_products(int64_t rows) {
         report(name, time_of(product, x), flops, bytes);
         report("  backward", time_of(product_back, x), flops, bytes);
         if (n > 64 && k > 64) {
-            sc_tensor narrow = *x[1], *y[3] = {x[0], &narrow, x[2]};
-            narrow.dtype = SC_F8_E4M3;
-            if (!(narrow.data = gpu->alloc((size_t)(n * k))) ||
-                !(narrow.scale = gpu->alloc((size_t)n * 4)))
-                stop();
-            gpu->quantize(narrow.data, narrow.scale, x[1]->data, n, k);
-            report("  with fp8 weights", time_of(product, y), flops, bytes - (double)(n * k));
-            report("  with fp8 weights, backward", time_of(product_back, y), flops,
-                   bytes - (double)(n * k));
+            double more = 2.0 * (double)(rows * n), less = (double)(n * k);
+            sc_tensor *bias = tensor(SC_F32, 1, 1, n, false), *z[4] = {x[0], x[1], x[2], bias};
+            report("  with bias and LoRA's part", time_of(product_lora, z), flops, bytes + more);
+            sc_tensor narrow = narrowed(x[1]), *y[3] = {x[0], &narrow, x[2]};
+            report_at(ceiling8, "  fp8", time_of(product, y), flops, bytes - less);
+            report_at(ceiling8, "  fp8, backward", time_of(product_back, y), flops, bytes - less);
             gpu->release(narrow.data), gpu->release(narrow.scale);
+            drop(&bias, 1);
         }
         drop(x, 3);
     }
@@ -242,6 +266,7 @@ static void measure_operations(void) {
     drop(g, 4);
     sc_tensor *u[6];
     for (int i = 0; i < 6; i++) u[i] = tensor(SC_F32, 1, 1, (int64_t)1 << 27, false);
+    gpu->zero(u[3]->data, (size_t)4 << 27); /* a second moment is not negative */
     report("AdamW and averages, 134 M numbers", time_of(update, u), 0, 48.0 * (1 << 27));
     drop(u, 6);
     measure_attention(8, 1280);
@@ -356,12 +381,15 @@ static void measure_sampling(sc_flux *f, const char *weights) {
     sc_tape_free(t);
 }
 
-/* With only 24 GiB left by a ballast: batch 1, fp8. */
+/* Batch 1, fp8, where a ballast leaves 23 GiB for model and training: what a card of 24 has. The
+ * model is made first, as a random one is bf16 at the beginning. */
 static void measure_small_card(void) {
-    size_t left = gpu->memory_left(), wanted = (size_t)24 << 30;
-    void *ballast = left > wanted ? gpu->alloc(left - wanted) : NULL;
-    printf("with %.1f GiB left: ", (double)gpu->memory_left() / (1 << 30));
+    size_t all = gpu->memory_left(), wanted = (size_t)23 << 30;
     sc_flux *f = open_flux(true);
+    size_t left = gpu->memory_left(), model = all - left;
+    void *ballast = left + model > wanted ? gpu->alloc(left + model - wanted) : NULL;
+    printf("where 23 GiB were free, %.1f GiB of them behind the model: ",
+           (double)gpu->memory_left() / (1 << 30));
     measure_training(f, 1, "fp8 weights");
     sc_flux_close(f);
     if (ballast) gpu->release(ballast);
@@ -394,5 +422,8 @@ int main(int argc, char **argv) {
     if (step[0] > 0 && step[1] > 0)
         printf("fp8 is %.2f times as fast as bf16\n", step[0] / step[1]);
     if (argc < 2 || chosen[SMALL]) measure_small_card();
+    double first = ceiling;
+    measure_ceilings();
+    printf("C at the end is %.2f of C at the beginning\n", ceiling / first);
     return 0;
 }

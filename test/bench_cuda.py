@@ -2,7 +2,7 @@
 diffusers and peft are installed, FLUX.1-dev's training step and sampling there, as build/bench_cuda
 does them.
 
-python3 test/bench_cuda.py [--no-tiny-flux] [--no-pytorch]
+python3 test/bench_cuda.py [tiny-flux] [eager] [compiled]      without a name: all three
 python3 test/bench_cuda.py --tiny      a small model on any device, to try this script
 """
 import csv
@@ -107,7 +107,7 @@ def training_step(torch, model, forward, x, optimiser):
     optimiser.zero_grad()
 
 
-def pytorch(tiny):
+def pytorch(ways, tiny):
     try:
         import torch
         import diffusers  # noqa: F401
@@ -120,9 +120,8 @@ def pytorch(tiny):
         return
     model, device = make_model(torch, tiny)
     batch, grid, text = (2, 4, 8) if tiny else (BATCH, GRID, TEXT)
-    for name, forward in (("eager", model), ("torch.compile", torch.compile(model))):
-        if tiny and name != "eager":
-            continue
+    for name in ways:
+        forward = torch.compile(model) if name == "compiled" else model
         try:
             with torch.no_grad():
                 model.disable_adapters()
@@ -146,10 +145,12 @@ def pytorch(tiny):
 
 
 if __name__ == "__main__":
-    unknown = set(sys.argv[1:]) - {"--tiny", "--no-tiny-flux", "--no-pytorch"}
+    tiny, chosen = sys.argv[1:] == ["--tiny"], sys.argv[1:] or ["tiny-flux", "eager", "compiled"]
+    unknown = set(chosen) - {"tiny-flux", "eager", "compiled", "--tiny"}
     if unknown:
-        sys.exit(f"error: unknown option {min(unknown)}")
-    if not {"--tiny", "--no-tiny-flux"} & set(sys.argv):
+        sys.exit(f"error: '{min(unknown)}' is not tiny-flux, eager or compiled")
+    if "tiny-flux" in chosen:
         tiny_flux()
-    if "--no-pytorch" not in sys.argv:
-        pytorch("--tiny" in sys.argv)
+    ways = ["eager"] if tiny else [name for name in chosen if name != "tiny-flux"]
+    if ways:
+        pytorch(ways, tiny)
