@@ -9,7 +9,7 @@
  * Memory that an operation gives back may be handed out again at once: what uses it next is queued
  * behind.
  * - The first failure is kept, later calls do nothing, and those two report it.
- * - Every sum has a fixed order (no atomics): the same inputs give the same bits.
+ * - Every sum has a fixed order (no atomic additions): the same inputs give the same bits.
  * - A matrix is row-major, B batch, T tokens, C channels, H heads, D channels of a head.
  *
  * Compiled as C++ against test/emulation/ the same file runs on the CPU (test/test_cuda.c).
@@ -127,7 +127,8 @@ __device__ __forceinline__ void multiply_add(float sum[4], const uint32_t a[4], 
  * compute capability 9.0. Of its 16 rows a lane holds what it holds in multiply_add, for each N. A
  * and B lie in shared memory as describe_tile says (A_M: [k][m], B_N: [k][n]), or A is held as in
  * multiply_add. They run on their own: what was written to shared memory becomes visible to them by
- * show_products, before a barrier; registers by start_products; finish_products waits for all. */
+ * show_products, before a barrier; registers by start_products. send_products ends a group of them,
+ * finish_products waits until at most LEFT groups are under way. */
 #define PRODUCT_SUMS_64                                                                            \
     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,"   \
     "%25,%26,%27,%28,%29,%30,%31"
@@ -185,14 +186,37 @@ template <bool GROUP, class... T> __device__ __forceinline__ void start_products
     }
 #endif
 }
-template <bool GROUP, class... T> __device__ __forceinline__ void finish_products(T &...x) {
+template <bool GROUP> __device__ __forceinline__ void send_products() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    if constexpr (GROUP) asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+template <bool GROUP, int LEFT = 0, class... T>
+__device__ __forceinline__ void finish_products(T &...x) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     if constexpr (GROUP) {
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
         (hold(x), ...);
     }
 #endif
+}
+
+/* Blocks that add to the same memory one after the other: *turn says whose turn it is. Of what a
+ * block wrote before pass_turn (and, for other threads, a barrier), the L2 cache shows all to those
+ * that have seen it. Without branches, which warpgroups' products do not allow between them: `now`:
+ * this thread is the one to pass it. */
+__device__ __forceinline__ int see_turn(const int *turn) {
+    int number;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(number) : "l"(turn) : "memory");
+    return number;
+}
+__device__ __forceinline__ void pass_turn(bool now, int *turn, int next) {
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+    asm volatile(
+        "{ .reg .pred p; setp.ne.s32 p, %2, 0; @p st.relaxed.gpu.global.s32 [%0], %1; }" ::"l"(
+            turn),
+        "r"(next), "r"((int)now)
+        : "memory");
 }
 
 __device__ __forceinline__ uint32_t pack(float low, float high) { /* two bf16, to nearest */
@@ -1782,8 +1806,8 @@ __device__ __forceinline__ uint64_t describe_tile(Tile<ROWS, W, 64> t, int m, in
            (start & 0x3ffff) >> 4;
 }
 
-/* The same by warpgroups of 4 warps, of which each has 16 of 64 rows: queued only, to be finished
- * by finish_products. */
+/* The same by warpgroups of 4 warps, of which each has 16 of 64 rows: sent only, to be finished by
+ * finish_products. */
 template <class S, int K, bool A_T, bool B_T, class A, class B>
 __device__ __forceinline__ void group_multiply(float (*sum)[S::N][4], A a, B b) {
     int m0 = S::row() - threadIdx.x / 32 % 4 * 16;
@@ -1793,6 +1817,7 @@ __device__ __forceinline__ void group_multiply(float (*sum)[S::N][4], A a, B b) 
         for (int m = 0; m < S::M; m++)
             group_product<S::N, A_T, !B_T>(sum[m], describe_tile<!A_T>(a, m0 + m * 64, k),
                                            describe_tile<B_T>(b, S::column(), k));
+    send_products<true>();
 }
 
 /* GROUP: by warpgroups, where the chip has products for them. */
@@ -1889,6 +1914,7 @@ __device__ __forceinline__ void add_values(float (*out)[D / 8][4], float (*p)[KE
                 }
             }
         }
+    send_products<GROUP>();
     finish_products<GROUP>(out[0], out[1], fa);
 }
 
@@ -1898,8 +1924,9 @@ struct Attention {
     const bf16 *q, *k, *v, *dout;
     bf16 *o, *dq, *dk, *dv;
     float *lse, *delta; /* [B,H,Tq] */
-    float *parts;       /* of dq: [splits,B,Tq,C] */
-    int nq, nk, heads;
+    float *sums;        /* of dq: [B,Tq,C] */
+    int *turns;         /* [B,H,tiles of queries]: whose turn it is to add; before them, tickets */
+    int nq, nk, heads, all_heads, group; /* heads of a sample, of all; that are worked on at once */
     float scale, factor;
     bool first_dq, first_dk, first_dv;
 };
@@ -1983,82 +2010,107 @@ template <int D, int BN, bool GROUP> struct Backward {
     enum { PANEL = GROUP ? 64 : D, S_PANEL = GROUP ? 64 : BN };
 };
 
+/* A block's work: a tile of keys of one head, of all_heads. */
+struct Job {
+    int tile, head;
+};
+
+/* Jobs are numbered by tickets, so that whatever a block waits for has begun before it. Tiles of
+ * one head add to its dQ in their order, each close behind the one before, whose queries, gradients
+ * and sums it finds in the L2 cache. Some eight of a head are under way at once: at first they wait
+ * for each other, later each begins when the one before is far ahead. */
+__device__ __forceinline__ Job job_of(const Attention &a, int ticket, int tiles) {
+    int first = ticket / (a.group * tiles) * a.group, within = ticket % (a.group * tiles);
+    int heads = a.all_heads - first < a.group ? a.all_heads - first : a.group;
+    return {within / heads, first + within % heads};
+}
+
 /* Log-sum-exp and delta of a lane's queries. */
 template <class S>
-__device__ __forceinline__ void load_query_sums(const Attention &a, float2 *sums, int first_query) {
-    int64_t head = ((int64_t)blockIdx.y * a.heads + blockIdx.x) * a.nq;
+__device__ __forceinline__ void load_query_sums(const Attention &a, float2 *sums, int64_t head,
+                                                int first_query) {
 #pragma unroll
     for (int i = 0; i < 2 * S::M; i++) {
         int query = first_query + S::row() + i * 8 + threadIdx.x % 32 / 4;
-        sums[i] = query < a.nq ? make_float2(a.lse[head + query], a.delta[head + query])
-                               : make_float2(INFINITY, 0); /* makes P zero */
+        sums[i] = query < a.nq
+                      ? make_float2(a.lse[head * a.nq + query], a.delta[head * a.nq + query])
+                      : make_float2(INFINITY, 0); /* makes P zero */
     }
 }
 
-/* P and dS of one tile, from the scores s and from dp = dO V^T, to shared memory. */
+/* The scores s of one tile become P. */
+template <class S>
+__device__ __forceinline__ void backward_softmax(const Attention &a, float (*s)[S::N][4],
+                                                 const float2 *sums, int first_key) {
+#pragma unroll
+    for (int i = 0; i < 2 * S::M * S::N * 2; i++) {
+        int row = i / (2 * S::N), m = row / 2, n = i / 2 % S::N, c = row % 2 * 2 + i % 2;
+        int key = first_key + S::column() + n * 8 + threadIdx.x % 4 * 2 + i % 2;
+        float l = sums[row].x * 1.4426950408889634f;
+        s[m][n][c] = key < a.nk ? power_of_2(s[m][n][c] * a.factor - l) : 0;
+    }
+}
+
+/* P and dS = P (dP - delta) of one tile, to shared memory. */
 template <class S, class T>
-__device__ __forceinline__ void backward_scores(const Attention &a, float (*s)[S::N][4],
-                                                float (*dp)[S::N][4], const float2 *sums, T p, T ds,
-                                                int first_key) {
+__device__ __forceinline__ void backward_scores(float (*p)[S::N][4], float (*dp)[S::N][4],
+                                                const float2 *sums, T to, T ds) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 2 * S::M; i++) {
-        int m = i / 2, half = i % 2, row = S::row() + i * 8 + lane / 4;
-        float l = sums[i].x * 1.4426950408889634f, d = sums[i].y;
+        int m = i / 2, half = i % 2 * 2, row = S::row() + i * 8 + lane / 4;
+        float d = sums[i].y;
 #pragma unroll
         for (int n = 0; n < S::N; n++) {
             int column = S::column() + n * 8 + lane % 4 * 2;
-            float x[2], g[2];
-#pragma unroll
-            for (int c = 0; c < 2; c++) {
-                x[c] = first_key + column + c < a.nk
-                           ? power_of_2(s[m][n][2 * half + c] * a.factor - l)
-                           : 0;
-                g[c] = x[c] * (dp[m][n][2 * half + c] - d);
-            }
-            *(uint32_t *)(p.piece(row, column / 8) + column % 8) = pack(x[0], x[1]);
-            *(uint32_t *)(ds.piece(row, column / 8) + column % 8) = pack(g[0], g[1]);
+            float x = p[m][n][half], y = p[m][n][half + 1];
+            *(uint32_t *)(to.piece(row, column / 8) + column % 8) = pack(x, y);
+            *(uint32_t *)(ds.piece(row, column / 8) + column % 8) =
+                pack(x * (dp[m][n][half] - d), y * (dp[m][n][half + 1] - d));
         }
     }
 }
 
-/* Where the block sums a lane's part of row `half` of dQ's tile m; NULL: there is no such query. */
+/* Where a lane's part of row `half` of dQ's tile m is, from the head's first; -1: there is no such
+ * query. */
 template <int D, class Q>
-__device__ __forceinline__ float *query_sums(const Attention &a, int first_query, int m, int half) {
+__device__ __forceinline__ int64_t query_place(const Attention &a, int first_query, int m,
+                                               int half) {
     int lane = threadIdx.x % 32, query = first_query + Q::row() + m * 16 + half * 8 + lane / 4;
-    int64_t sample = (int64_t)blockIdx.z * gridDim.y + blockIdx.y;
-    if (query >= a.nq) return NULL;
-    return a.parts + ((sample * a.nq + query) * a.heads + blockIdx.x) * D + Q::column() +
-           lane % 4 * 2;
+    return query < a.nq ? (int64_t)query * a.heads * D + Q::column() + lane % 4 * 2 : -1;
 }
 
-/* dQ of this tile begins with what the block's other keys gave; asked for before other products, so
- * that it is there when these are done. */
+/* dQ of these queries begins with what the head's earlier keys gave; asked for before other
+ * products, so that it is there when these are done. Past the L1 cache: other blocks wrote it. */
 template <int D, class Q>
 __device__ __forceinline__ void load_queries_sum(const Attention &a, float (*dq)[Q::N][4],
-                                                 int first_query, bool first_part) {
+                                                 const float *sums, int first_query) {
 #pragma unroll
     for (int i = 0; i < 2 * Q::M; i++) {
-        const float *row = query_sums<D, Q>(a, first_query, i / 2, i % 2);
+        int64_t at = query_place<D, Q>(a, first_query, i / 2, i % 2);
 #pragma unroll
         for (int n = 0; n < Q::N; n++) {
-            float2 sum = row && !first_part ? *(const float2 *)(row + n * 8) : make_float2(0, 0);
+            float2 sum =
+                sums && at >= 0 ? __ldcg((const float2 *)(sums + at + n * 8)) : make_float2(0, 0);
             dq[i / 2][n][i % 2 * 2] = sum.x, dq[i / 2][n][i % 2 * 2 + 1] = sum.y;
         }
     }
 }
 
+/* To where the head's next keys go on, or, after the last (sums NULL), to the gradient. */
 template <int D, class Q>
 __device__ __forceinline__ void store_queries_sum(const Attention &a, float (*dq)[Q::N][4],
-                                                  int first_query) {
+                                                  float *sums, bf16 *to, int first_query) {
 #pragma unroll
     for (int i = 0; i < 2 * Q::M; i++) {
-        float *row = query_sums<D, Q>(a, first_query, i / 2, i % 2);
-        if (!row) continue;
+        int64_t at = query_place<D, Q>(a, first_query, i / 2, i % 2);
+        if (at < 0) continue;
 #pragma unroll
-        for (int n = 0; n < Q::N; n++)
-            *(float2 *)(row + n * 8) =
-                make_float2(dq[i / 2][n][i % 2 * 2], dq[i / 2][n][i % 2 * 2 + 1]);
+        for (int n = 0; n < Q::N; n++) {
+            float x = dq[i / 2][n][i % 2 * 2], y = dq[i / 2][n][i % 2 * 2 + 1];
+            if (sums) *(float2 *)(sums + at + n * 8) = make_float2(x, y);
+            else add_pair(to + at + n * 8, x * a.scale, y * a.scale, a.first_dq);
+        }
     }
 }
 
@@ -2079,22 +2131,30 @@ __device__ __forceinline__ void backward_keys(bf16 *to, float (*sum)[K::N][4], f
     }
 }
 
-/* grid (H, B, splits): blocks with a tile of keys more than others begin first. A block takes every
- * splits-th tile of keys, keeps it, and walks over all queries. STAGES 2: the next queries are on
- * their way meanwhile, where shared memory allows. */
+/* A block keeps a tile of keys and walks over all queries. STAGES 2: the next queries are on their
+ * way meanwhile, where shared memory allows. */
 template <int D, int BN, int STAGES, bool GROUP>
 __global__ void __launch_bounds__(256, 1) attention_backward_kernel(Attention a) {
     using B = Backward<D, BN, GROUP>;
     using S = typename B::Scores;
     using K = typename B::Keys;
     using Q = typename B::Queries;
+    __shared__ int ticket;
     Tile<BN, D, B::PANEL> k = {(bf16 *)shared_memory()}, v = {k.data + k.SIZE};
     Tile<BM, BN, B::S_PANEL> p = {v.data + v.SIZE}, ds = {p.data + p.SIZE};
     bf16 *stages = ds.data + ds.SIZE; /* of queries, and of the gradients of what they found */
     auto stage = [&](int i) { return Tile<BM, D, B::PANEL>{stages + i % (2 * STAGES) * BM * D}; };
-    int64_t width = (int64_t)a.heads * D,
-            queries = (int64_t)blockIdx.y * a.nq * width + blockIdx.x * D;
-    int64_t keys = (int64_t)blockIdx.y * a.nk * width + blockIdx.x * D;
+    if (threadIdx.x == 0) ticket = atomicAdd(a.turns, 1);
+    __syncthreads();
+    int tiles = (a.nk + BN - 1) / BN;
+    Job job = job_of(a, ticket, tiles);
+    int first = job.tile * BN, *turn = a.turns + 1 + (int64_t)job.head * ((a.nq + BM - 1) / BM);
+    int64_t width = (int64_t)a.heads * D, sample = job.head / a.heads,
+            column = (int64_t)(job.head % a.heads) * D;
+    int64_t queries = sample * a.nq * width + column,
+            keys = (sample * a.nk + first) * width + column;
+    float *sums_before = job.tile > 0 ? a.sums + queries : NULL,
+          *sums_after = job.tile < tiles - 1 ? a.sums + queries : NULL;
     auto load_queries = [&](int i) {
         int64_t at = queries + (int64_t)i * BM * width;
         if (i * BM < a.nq) {
@@ -2103,59 +2163,46 @@ __global__ void __launch_bounds__(256, 1) attention_backward_kernel(Attention a)
         }
         commit_copies();
     };
-    for (int first = blockIdx.z * BN; first < a.nk; first += gridDim.z * BN) {
-        __syncthreads(); /* the last tile of keys is no longer needed */
-        load_tile<256>(k, a.k + keys + first * width, width, a.nk - first);
-        load_tile<256>(v, a.v + keys + first * width, width, a.nk - first);
-        load_queries(0);
-        float dk[K::M][K::N][4] = {}, dv[K::M][K::N][4] = {};
-        for (int i = 0; i * BM < a.nq; i++) {
-            if (STAGES == 2) load_queries(i + 1);
-            wait_copies<STAGES - 1>();
-            show_products<GROUP>();
-            __syncthreads();
-            auto q = stage(2 * i), g = stage(2 * i + 1);
-            float s[S::M][S::N][4] = {}, dp[S::M][S::N][4] = {}, dq[Q::M][Q::N][4];
-            float2 sums[2 * S::M]; /* these, too, are asked for before products */
-            load_query_sums<S>(a, sums, i * BM);
-            start_products<GROUP>(s, dp);
-            multiply_tiles<GROUP, S, D, false, true>(s, q, k);
-            multiply_tiles<GROUP, S, D, false, true>(dp, g, v);
-            finish_products<GROUP>(s, dp);
-            backward_scores<S>(a, s, dp, sums, p, ds, first);
-            load_queries_sum<D, Q>(a, dq, i * BM, first == (int)blockIdx.z * BN);
-            show_products<GROUP>();
-            __syncthreads();
-            start_products<GROUP>(dv, dk);
-            multiply_tiles<GROUP, K, BM, true, false>(dv, p, g);
-            multiply_tiles<GROUP, K, BM, true, false>(dk, ds, q);
-            start_products<GROUP>(dq); /* the others need not wait for its first part */
-            multiply_tiles<GROUP, Q, BN, false, false>(dq, ds, k);
-            finish_products<GROUP>(dv, dk, dq);
-            store_queries_sum<D, Q>(a, dq, i * BM);
-            __syncthreads(); /* P, dS and these queries are no longer needed */
-            if (STAGES == 1) load_queries(i + 1);
-        }
-        int64_t at = keys + first * width;
-        backward_keys<K>(a.dk + at, dk, a.scale, width, a.nk - first, a.first_dk);
-        backward_keys<K>(a.dv + at, dv, 1, width, a.nk - first, a.first_dv);
+    load_tile<256>(k, a.k + keys, width, a.nk - first);
+    load_tile<256>(v, a.v + keys, width, a.nk - first);
+    load_queries(0);
+    float dk[K::M][K::N][4] = {}, dv[K::M][K::N][4] = {};
+    int seen = see_turn(&turn[0]);
+    for (int i = 0; i * BM < a.nq; i++) {
+        if (STAGES == 2) load_queries(i + 1);
+        wait_copies<STAGES - 1>();
+        show_products<GROUP>();
+        __syncthreads();
+        auto q = stage(2 * i), g = stage(2 * i + 1);
+        float s[S::M][S::N][4] = {}, dp[S::M][S::N][4] = {}, dq[Q::M][Q::N][4];
+        float2 sums[2 * S::M]; /* these, too, are asked for before products */
+        load_query_sums<S>(a, sums, job.head, i * BM);
+        start_products<GROUP>(s, dp);
+        multiply_tiles<GROUP, S, D, false, true>(s, q, k);
+        multiply_tiles<GROUP, S, D, false, true>(dp, g, v);
+        finish_products<GROUP, 1>(s);
+        backward_softmax<S>(a, s, sums, first);
+        finish_products<GROUP>(dp);
+        backward_scores<S>(s, dp, sums, p, ds);
+        while (seen != job.tile) seen = see_turn(&turn[i]);
+        show_products<GROUP>();
+        __syncthreads();
+        load_queries_sum<D, Q>(a, dq, sums_before, i * BM);
+        start_products<GROUP>(dv, dk);
+        multiply_tiles<GROUP, K, BM, true, false>(dv, p, g);
+        multiply_tiles<GROUP, K, BM, true, false>(dk, ds, q);
+        start_products<GROUP>(dq); /* the others need not wait for what was there before */
+        multiply_tiles<GROUP, Q, BN, false, false>(dq, ds, k);
+        pass_turn(threadIdx.x == 0 && i > 0, &turn[i - 1], job.tile + 1); /* meanwhile */
+        seen = see_turn(&turn[i + 1]);
+        finish_products<GROUP>(dv, dk, dq);
+        store_queries_sum<D, Q>(a, dq, sums_after, a.dq + queries, i * BM);
+        __syncthreads(); /* P, dS and these queries are no longer needed, dQ is written */
+        if (STAGES == 1) load_queries(i + 1);
     }
-}
-
-/* dq += scale times the sum of its parts. */
-template <int V>
-__global__ void attention_queries_kernel(bf16 *dq, bool first, const float *parts, int splits,
-                                         float scale, int64_t n) {
-    int64_t i = FLAT_INDEX(V);
-    if (i >= n) return;
-    float sum[V] = {0};
-    for (int s = 0; s < splits; s++) {
-        float part[V];
-        load<V>(part, parts + s * n + i);
-        for (int j = 0; j < V; j++) sum[j] += part[j];
-    }
-    for (int j = 0; j < V; j++) sum[j] *= scale;
-    add<V>(dq + i, sum, first);
+    pass_turn(threadIdx.x == 0, &turn[(a.nq - 1) / BM], job.tile + 1);
+    backward_keys<K>(a.dk + keys, dk, a.scale, width, a.nk - first, a.first_dk);
+    backward_keys<K>(a.dv + keys, dv, 1, width, a.nk - first, a.first_dv);
 }
 
 /* The general form, for other head sizes, a bias or a mask: scores of some queries in memory, in
@@ -2226,21 +2273,18 @@ template <int D, int BN, int STAGES, bool GROUP>
 static void flash_backward(Attention a, int64_t batch) {
     constexpr size_t shared =
         (size_t)(2 * BN * D + STAGES * 2 * 64 * D + 2 * 64 * BN) * sizeof(bf16);
-    int64_t tiles = ceil_div(a.nk, BN), n = batch * a.nq * a.heads * D,
-            items = batch * a.nq * a.heads;
-    /* Two blocks for each processor, while the parts of dQ fit 512 MiB. */
-    int64_t splits = ceil_div(2 * gpu.processors, batch * a.heads),
-            most = ((int64_t)512 << 20) / (4 * n);
-    if (splits > tiles) splits = tiles;
-    if (splits > most) splits = most < 1 ? 1 : most;
-    Scratch<float> parts(splits * n), delta(items);
-    a.parts = parts.p, a.delta = delta.p;
+    int64_t tiles = ceil_div(a.nk, BN), items = batch * a.nq * a.heads,
+            count = batch * a.heads * ceil_div(a.nq, BM) + 2; /* a ticket; a look ahead */
+    Scratch<float> sums(tiles > 1 ? items * D : 0), delta(items);
+    Scratch<int> turns(count);
+    a.sums = sums.p, a.delta = delta.p, a.turns = turns.p;
+    a.all_heads = (int)batch * a.heads,
+    a.group = (int)ceil_div(gpu.processors, tiles < 8 ? tiles : 8);
+    cuda_zero(turns.p, (size_t)count * sizeof(int));
     launch("attention_delta", attention_delta_kernel<D>, dim3((unsigned)ceil_div(items, 8)), 256, 0,
            a, items);
     launch("attention_backward", attention_backward_kernel<D, BN, STAGES, GROUP>,
-           dim3((unsigned)a.heads, (unsigned)batch, (unsigned)splits), 256, shared, a);
-    LAUNCH_FLAT(wide(n, a.dq, parts.p), attention_queries_kernel, n, a.dq, a.first_dq,
-                (const float *)parts.p, (int)splits, a.scale, n);
+           dim3((unsigned)(tiles * a.all_heads)), 256, shared, a);
 }
 
 /* Whether there are warpgroup products in this program's code for the chip, and attention made of
@@ -2258,8 +2302,6 @@ extern "C" bool sc_cuda_group_products(void) {
     Scratch<bf16> in(4 * N), out(4 * N);
     Scratch<float> lse(T * HEADS);
     cuda_upload(in.p, inputs, sizeof inputs);
-    int processors = gpu.processors;
-    gpu.processors = 1; /* a block then has more than one tile of keys, as it has at full size */
     for (int group = 0; group < 2 && !gpu.failed; group++) {
         Attention a;
         memset(&a, 0, sizeof a);
@@ -2270,10 +2312,8 @@ extern "C" bool sc_cuda_group_products(void) {
         cuda_zero(out.p, sizeof inputs);
         if (group) flash_attention<128, true>(a, 1), flash_backward<128, 128, 2, true>(a, 1);
         else flash_attention<128, false>(a, 1), flash_backward<128, 128, 2, false>(a, 1);
-        cuda_download(results[group], out.p, sizeof inputs);
+        if (!cuda_download(results[group], out.p, sizeof inputs)) return false;
     }
-    gpu.processors = processors;
-    if (gpu.failed) return false;
     for (int part = 0; part < 4; part++) {
         double difference = 0, whole = 0;
         for (int i = part * N; i < (part + 1) * N; i++) {

@@ -418,10 +418,10 @@ static void test_attention(void) {
     compare_attention(1, 128, 128, 1, 32);
     compare_attention(2, 37, 37, 3, 32);
     compare_attention(1, 130, 201, 1, 64);
-    compare_attention(1, 70, 301, 2, 32); /* emulated: one block to three tiles of keys */
+    compare_attention(1, 70, 301, 2, 32); /* three tiles of keys take turns */
     compare_attention(1, 1, 5, 2, 128);
     compare_attention(LARGE(2, 1), 199, 150, LARGE(3, 1), 128);
-#ifndef EMULATED /* so many heads that even a large GPU gives each block three tiles of keys */
+#ifndef EMULATED /* more heads than are worked on at once, each with three tiles of keys */
     for (int size = 32; size <= 128; size *= 2) compare_attention(15, 70, 300, 24, size);
 #endif
     if (!small) {

@@ -83,6 +83,7 @@ struct emulation_product {
     bool packed, a_m, b_n;
     uint64_t a, b;
     float rows[2][16]; /* of A, if packed */
+    int group;
 };
 
 static struct {
@@ -98,7 +99,7 @@ static struct {
     emulation_copy copies[EMULATION_THREADS][EMULATION_COPIES];
     int copy_count[EMULATION_THREADS], group[EMULATION_THREADS];
     emulation_product products[EMULATION_THREADS][EMULATION_PRODUCTS];
-    int product_count[EMULATION_THREADS];
+    int product_count[EMULATION_THREADS], sent[EMULATION_THREADS]; /* products; groups of them */
     bool hidden[EMULATION_THREADS]; /* its copies came after its last show_products */
     int64_t group_products;
     void (*run)(void *);
@@ -191,7 +192,7 @@ static inline void emulation_warp_barrier() {
 static void emulation_prepare(int i) {
     emulation.finished[i] = emulation.blocked[i] = false;
     emulation.turn[i] = emulation.copy_count[i] = emulation.group[i] = 0;
-    emulation.product_count[i] = 0, emulation.hidden[i] = false;
+    emulation.product_count[i] = emulation.sent[i] = 0, emulation.hidden[i] = false;
     emulation.warp_arrived[i / 32] = 0;
 }
 
@@ -252,6 +253,20 @@ static inline uint32_t __float_as_uint(float x) {
 }
 #define __expf expf
 static inline float power_of_2(float x) { return exp2f(x); }
+
+/* Blocks run one after the other, in the order of their numbers. */
+template <class T> static inline T __ldcg(const T *p) { return *p; }
+static inline int atomicAdd(int *p, int x) { return *p += x, *p - x; }
+static inline int see_turn(const int *turn) {
+    static const int *last;
+    static int64_t times;
+    times = turn == last ? times + 1 : 0, last = turn;
+    if (times > 1 << 20) emulation_die("a block waits for one that has not begun");
+    return *turn;
+}
+static inline void pass_turn(bool now, int *turn, int next) {
+    if (now) *turn = next;
+}
 
 static inline void copy16(void *shared, const void *global, bool valid) {
     int self = (int)threadIdx.x, n = emulation.copy_count[self]++;
@@ -356,14 +371,15 @@ static inline void emulation_queue(emulation_product p) {
     for (int i = 0; i < emulation.count; i++)
         if (emulation.hidden[i]) emulation_die("a product of what was not shown to it");
     emulation.products[self][n] = p;
+    emulation.products[self][n].group = emulation.sent[self];
     emulation.group_products++;
 }
 template <int N, bool A_M, bool B_N>
 static inline void group_product(float (*sum)[4], uint64_t a, uint64_t b) {
-    emulation_queue(emulation_product{sum, N, false, A_M, B_N, a, b, {}});
+    emulation_queue(emulation_product{sum, N, false, A_M, B_N, a, b, {}, 0});
 }
 static inline void group_product_packed(float (*sum)[4], const uint32_t a[4], uint64_t b) {
-    emulation_product p = {sum, 16, true, false, true, 0, b, {}};
+    emulation_product p = {sum, 16, true, false, true, 0, b, {}, 0};
     int warp = (int)threadIdx.x / 32 * 32, g = (int)threadIdx.x % 32 / 4;
     int turn = emulation_show(a, 4);
     for (int half = 0; half < 2; half++)
@@ -376,10 +392,16 @@ template <bool GROUP> static inline void show_products() {
     if (GROUP) emulation.hidden[threadIdx.x] = false;
 }
 template <bool GROUP, class... T> static inline void start_products(T &...) {}
-template <bool GROUP, class... T> static inline void finish_products(T &...) {
-    int self = (int)threadIdx.x, row = self / 32 % 4 * 16 + self % 32 / 4;
+template <bool GROUP> static inline void send_products() { emulation.sent[threadIdx.x]++; }
+/* Whoever need not be finished is not. */
+template <bool GROUP, int LEFT = 0, class... T> static inline void finish_products(T &...) {
+    int self = (int)threadIdx.x, row = self / 32 % 4 * 16 + self % 32 / 4, kept = 0;
     for (int i = 0; GROUP && i < emulation.product_count[self]; i++) {
         const emulation_product *p = &emulation.products[self][i];
+        if (p->group >= emulation.sent[self] - LEFT) {
+            emulation.products[self][kept++] = *p;
+            continue;
+        }
         for (int c = 0; c < 4 * p->n; c++) {
             int m = row + c / 2 % 2 * 8, n = c / 4 * 8 + self % 4 * 2 + c % 2;
             for (int k = 0; k < 16; k++) {
@@ -390,7 +412,7 @@ template <bool GROUP, class... T> static inline void finish_products(T &...) {
             }
         }
     }
-    emulation.product_count[self] = 0;
+    emulation.product_count[self] = kept;
 }
 
 /* ---- The runtime ---- */
@@ -433,7 +455,7 @@ static inline size_t emulation_shared_limit() {
 static inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
     bool smaller = emulation_smaller();
     snprintf(p->name, sizeof p->name, "emulated GPU");
-    p->major = smaller ? 8 : 9, p->minor = smaller ? 9 : 0, p->multiProcessorCount = 1;
+    p->major = smaller ? 8 : 9, p->minor = smaller ? 9 : 0, p->multiProcessorCount = 7;
     p->sharedMemPerBlockOptin = emulation_shared_limit();
     return cudaSuccess;
 }
