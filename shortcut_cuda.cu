@@ -1806,18 +1806,19 @@ __device__ __forceinline__ uint64_t describe_tile(Tile<ROWS, W, 64> t, int m, in
            (start & 0x3ffff) >> 4;
 }
 
-/* The same by warpgroups of 4 warps, of which each has 16 of 64 rows: sent only, to be finished by
- * finish_products. */
+/* The same by warpgroups of 4 warps, of which each has 16 of 64 rows: a group of products for each
+ * M, sent only, to be finished by finish_products. */
 template <class S, int K, bool A_T, bool B_T, class A, class B>
 __device__ __forceinline__ void group_multiply(float (*sum)[S::N][4], A a, B b) {
     int m0 = S::row() - threadIdx.x / 32 % 4 * 16;
 #pragma unroll
-    for (int k = 0; k < K; k += 16)
+    for (int m = 0; m < S::M; m++) {
 #pragma unroll
-        for (int m = 0; m < S::M; m++)
+        for (int k = 0; k < K; k += 16)
             group_product<S::N, A_T, !B_T>(sum[m], describe_tile<!A_T>(a, m0 + m * 64, k),
                                            describe_tile<B_T>(b, S::column(), k));
-    send_products<true>();
+        send_products<true>();
+    }
 }
 
 /* GROUP: by warpgroups, where the chip has products for them. */
@@ -1846,76 +1847,71 @@ struct Halves {
 };
 
 /* One tile of scores s becomes exp2(factor s - top); what was summed before is brought to the new
- * maximum. `left`: how many of the tile's keys exist. */
+ * maximum. `left`: how many of the tile's keys exist. Of rows g and g + 8 of 16, for one M. */
 template <int D>
-__device__ __forceinline__ void softmax_tile(float (*s)[KEYS / 8][4], float (*out)[D / 8][4],
-                                             float (*top)[2], float (*sum)[2], int left,
-                                             float factor) {
+__device__ __forceinline__ void softmax_tile(float (*s)[4], float (*out)[4], float top[2],
+                                             float sum[2], int left, float factor) {
     int lane = threadIdx.x % 32;
     if (left < KEYS)
 #pragma unroll
-        for (int i = 0; i < 2 * KEYS / 8 * 4; i++) {
-            int m = i / (KEYS / 2), n = i / 4 % (KEYS / 8), c = i % 4;
-            if (n * 8 + lane % 4 * 2 + c % 2 >= left) s[m][n][c] = -INFINITY;
-        }
+        for (int i = 0; i < KEYS / 8 * 4; i++)
+            if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= left) s[i / 4][i % 4] = -INFINITY;
 #pragma unroll
-    for (int m = 0; m < 2; m++)
+    for (int half = 0; half < 2; half++) {
+        float old = top[half], best = old, total = 0;
 #pragma unroll
-        for (int half = 0; half < 2; half++) { /* rows g and g + 8 */
-            float old = top[m][half], best = old, total = 0;
+        for (int n = 0; n < KEYS / 8; n++)
+            best = fmaxf(best, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+        best = quad_max(best);
+        float shrink = power_of_2((old - best) * factor), base = best * factor;
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
-                best = fmaxf(best, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
-            best = quad_max(best);
-            float shrink = power_of_2((old - best) * factor), base = best * factor;
+        for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
+            for (int c = 2 * half; c < 2 * half + 2; c++)
+                total += s[n][c] = power_of_2(s[n][c] * factor - base);
+        top[half] = best;
+        sum[half] = sum[half] * shrink + total;
 #pragma unroll
-                for (int c = 2 * half; c < 2 * half + 2; c++)
-                    total += s[m][n][c] = power_of_2(s[m][n][c] * factor - base);
-            top[m][half] = best;
-            sum[m][half] = sum[m][half] * shrink + total;
-#pragma unroll
-            for (int n = 0; n < D / 8; n++)
-                out[m][n][2 * half] *= shrink, out[m][n][2 * half + 1] *= shrink;
-        }
-}
-
-/* A lane's scores in columns 16 k ... are, pair by pair, what it must hold of a left matrix. */
-__device__ __forceinline__ void pack_scores(uint32_t fa[4], float (*p)[4], int k) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const float *pair = &p[2 * k + i / 2][i % 2 * 2];
-        fa[i] = pack(pair[0], pair[1]);
+        for (int n = 0; n < D / 8; n++) out[n][2 * half] *= shrink, out[n][2 * half + 1] *= shrink;
     }
 }
 
-/* out += P V */
-template <bool GROUP, int D, class V>
-__device__ __forceinline__ void add_values(float (*out)[D / 8][4], float (*p)[KEYS / 8][4], V v) {
-    int lane = threadIdx.x % 32;
-    uint32_t fa[KEYS / 16][2][4], fb[4];
+/* A lane's scores of a tile are, pair by pair, what it must hold of a left matrix. */
+__device__ __forceinline__ void pack_scores(uint32_t (*fa)[4], float (*p)[4]) {
 #pragma unroll
-    for (int i = 0; i < KEYS / 8; i++) pack_scores(fa[i / 2][i % 2], p[i % 2], i / 2);
-    start_products<GROUP>(out[0], out[1], fa);
+    for (int i = 0; i < KEYS / 4; i++) {
+        const float *pair = &p[i / 2][i % 2 * 2];
+        fa[i / 4][i % 4] = pack(pair[0], pair[1]);
+    }
+}
+
+/* out += P V for both halves of the queries, by each warp for itself. */
+template <int D, class V>
+__device__ __forceinline__ void warp_values(float (*out)[D / 8][4], uint32_t (*p)[KEYS / 16][4],
+                                            V v) {
+    int lane = threadIdx.x % 32;
+    uint32_t fb[4];
 #pragma unroll
     for (int k = 0; k < KEYS / 16; k++)
-        if constexpr (GROUP) {
-            group_product_packed(out[0], fa[k][0], describe_tile<false>(v, 0, k * 16));
-            group_product_packed(out[1], fa[k][1], describe_tile<false>(v, 0, k * 16));
-        } else {
 #pragma unroll
-            for (int n = 0; n < D / 8; n += 2) {
-                load_matrices_transposed(fb, v.piece(k * 16 + lane % 16, n + lane / 16));
+        for (int n = 0; n < D / 8; n += 2) {
+            load_matrices_transposed(fb, v.piece(k * 16 + lane % 16, n + lane / 16));
 #pragma unroll
-                for (int m = 0; m < 2; m++) {
-                    multiply_add(out[m][n], fa[k][m], fb[0], fb[1]);
-                    multiply_add(out[m][n + 1], fa[k][m], fb[2], fb[3]);
-                }
+            for (int m = 0; m < 2; m++) {
+                multiply_add(out[m][n], p[m][k], fb[0], fb[1]);
+                multiply_add(out[m][n + 1], p[m][k], fb[2], fb[3]);
             }
         }
-    send_products<GROUP>();
-    finish_products<GROUP>(out[0], out[1], fa);
+}
+
+/* The same for one half by warpgroups: sent only. */
+template <int N, class V>
+__device__ __forceinline__ void group_values(float (&out)[N][4], uint32_t (&p)[KEYS / 16][4], V v) {
+    start_products<true>(out, p);
+#pragma unroll
+    for (int k = 0; k < KEYS / 16; k++)
+        group_product_packed(out, p[k], describe_tile<false>(v, 0, k * 16));
+    send_products<true>();
 }
 
 /* What a pass over one head reads and writes. factor = scale log2(e): exponentials are powers of 2.
@@ -1931,46 +1927,18 @@ struct Attention {
     bool first_dq, first_dk, first_dv;
 };
 
-/* grid (tiles of queries, H, B). A tile of V is on its way while scores are computed, the next of K
- * while they are used. */
-template <int D, bool GROUP> __global__ void __launch_bounds__(128) attention_kernel(Attention a) {
-    constexpr int PANEL = GROUP ? 64 : D;
-    Tile<QUERIES, D, PANEL> q = {(bf16 *)shared_memory()};
-    Tile<KEYS, D, PANEL> k = {q.data + q.SIZE}, v = {k.data + k.SIZE};
-    int lane = threadIdx.x % 32, first = blockIdx.x * QUERIES;
-    int64_t width = (int64_t)a.heads * D,
-            queries = ((int64_t)blockIdx.z * a.nq + first) * width + blockIdx.y * D;
-    int64_t keys = (int64_t)blockIdx.z * a.nk * width + blockIdx.y * D;
-    float out[2][D / 8][4] = {}, top[2][2], sum[2][2] = {};
-    for (int i = 0; i < 4; i++) top[i / 2][i % 2] = -INFINITY;
-    load_tile<128>(q, a.q + queries, width, a.nq - first);
-    load_tile<128>(k, a.k + keys, width, a.nk);
-    commit_copies();
-    for (int j = 0; j < a.nk; j += KEYS) {
-        wait_copies<0>();
-        show_products<GROUP>();
-        __syncthreads(); /* K is there, the last V no longer needed */
-        load_tile<128>(v, a.v + keys + j * width, width, a.nk - j);
-        commit_copies();
-        float s[2][KEYS / 8][4] = {};
-        start_products<GROUP>(s);
-        multiply_tiles<GROUP, Halves, D, false, true>(s, q, k);
-        finish_products<GROUP>(s);
-        wait_copies<0>();
-        show_products<GROUP>();
-        __syncthreads(); /* V is there, K no longer needed */
-        if (j + KEYS < a.nk)
-            load_tile<128>(k, a.k + keys + (j + KEYS) * width, width, a.nk - j - KEYS);
-        commit_copies();
-        softmax_tile<D>(s, out, top, sum, a.nk - j, a.factor);
-        add_values<GROUP, D>(out, s, v);
-    }
+/* O = out / sum, and log-sum-exp, of the queries from `first` on. */
+template <int D>
+__device__ __forceinline__ void store_outputs(const Attention &a, bf16 *to, float (*out)[D / 8][4],
+                                              float (*top)[2], float (*sum)[2], int first) {
+    int lane = threadIdx.x % 32;
+    int64_t width = (int64_t)a.heads * D;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         int m = i / 2, half = i % 2, row = Halves::row() + m * Halves::STEP + half * 8 + lane / 4;
         float total = quad_sum(sum[m][half]), inverse = 1 / total;
         if (first + row >= a.nq) continue;
-        bf16 *o = a.o + queries + row * width + lane % 4 * 2;
+        bf16 *o = to + row * width + lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < D / 8; n++)
             *(uint32_t *)(o + n * 8) =
@@ -1979,6 +1947,61 @@ template <int D, bool GROUP> __global__ void __launch_bounds__(128) attention_ke
             a.lse[((int64_t)blockIdx.z * a.heads + blockIdx.y) * a.nq + first + row] =
                 top[m][half] * a.scale + logf(total);
     }
+}
+
+/* grid (tiles of queries, H, B). By warps, a tile of V is on its way while scores are computed, the
+ * next of K while they are used. By warpgroups both are on their way meanwhile, and products of one
+ * half of the queries run under the softmax of the other. */
+template <int D, bool GROUP> __global__ void __launch_bounds__(128) attention_kernel(Attention a) {
+    constexpr int PANEL = GROUP ? 64 : D;
+    Tile<QUERIES, D, PANEL> q = {(bf16 *)shared_memory()};
+    auto stage = [&](int i) {
+        return Tile<KEYS, D, PANEL>{q.data + q.SIZE + i % (GROUP ? 4 : 2) * KEYS * D};
+    };
+    int first = blockIdx.x * QUERIES;
+    int64_t width = (int64_t)a.heads * D,
+            queries = ((int64_t)blockIdx.z * a.nq + first) * width + blockIdx.y * D;
+    int64_t keys = (int64_t)blockIdx.z * a.nk * width + blockIdx.y * D;
+    /* Tiles of K have even numbers, of V odd ones. */
+    auto load = [&](const bf16 *from, int i, int at) {
+        if (at < a.nk) load_tile<128>(stage(i), from + keys + at * width, width, a.nk - at);
+    };
+    float out[2][D / 8][4] = {}, top[2][2], sum[2][2] = {};
+    for (int i = 0; i < 4; i++) top[i / 2][i % 2] = -INFINITY;
+    load_tile<128>(q, a.q + queries, width, a.nq - first);
+    load(a.k, 0, 0);
+    if (GROUP) load(a.v, 1, 0);
+    commit_copies();
+    for (int i = 0, j = 0; j < a.nk; i += 2, j += KEYS) {
+        wait_copies<0>();
+        show_products<GROUP>();
+        __syncthreads(); /* K (and V) are there, the last ones no longer needed */
+        if (GROUP) load(a.k, i + 2, j + KEYS), load(a.v, i + 3, j + KEYS);
+        else load(a.v, i + 1, j);
+        commit_copies();
+        float s[2][KEYS / 8][4] = {};
+        uint32_t p[2][KEYS / 16][4];
+        start_products<GROUP>(s);
+        multiply_tiles<GROUP, Halves, D, false, true>(s, q, stage(i));
+        finish_products<GROUP, 1>(s[0]);
+        softmax_tile<D>(s[0], out[0], top[0], sum[0], a.nk - j, a.factor);
+        pack_scores(p[0], s[0]);
+        if constexpr (GROUP) group_values(out[0], p[0], stage(i + 1));
+        finish_products<GROUP, 1>(s[1]);
+        softmax_tile<D>(s[1], out[1], top[1], sum[1], a.nk - j, a.factor);
+        pack_scores(p[1], s[1]);
+        if constexpr (GROUP) {
+            group_values(out[1], p[1], stage(i + 1));
+            finish_products<GROUP>(out, p);
+        } else {
+            wait_copies<0>();
+            __syncthreads(); /* V is there, K no longer needed */
+            load(a.k, i + 2, j + KEYS);
+            commit_copies();
+            warp_values<D>(out, p, stage(i + 1));
+        }
+    }
+    store_outputs<D>(a, a.o + queries, out, top, sum, first);
 }
 
 /* delta = rowsum(dO O): a warp to a head of a token. */
@@ -2010,19 +2033,35 @@ template <int D, int BN, bool GROUP> struct Backward {
     enum { PANEL = GROUP ? 64 : D, S_PANEL = GROUP ? 64 : BN };
 };
 
-/* A block's work: a tile of keys of one head, of all_heads. */
+/* A block's work: a tile of keys of one head. */
 struct Job {
-    int tile, head;
+    int tile, head;        /* the head: of all samples' */
+    int64_t queries, keys; /* where the head's queries begin, and the tile's keys */
+    float *before,
+        *after; /* dQ's sums over earlier keys, and for later ones; NULL: there are none */
+    int *turn;  /* for each tile of queries */
 };
 
 /* Jobs are numbered by tickets, so that whatever a block waits for has begun before it. Tiles of
  * one head add to its dQ in their order, each close behind the one before, whose queries, gradients
  * and sums it finds in the L2 cache. Some eight of a head are under way at once: at first they wait
  * for each other, later each begins when the one before is far ahead. */
-__device__ __forceinline__ Job job_of(const Attention &a, int ticket, int tiles) {
-    int first = ticket / (a.group * tiles) * a.group, within = ticket % (a.group * tiles);
+template <int D, int BN> __device__ __forceinline__ Job take_job(const Attention &a) {
+    __shared__ int ticket;
+    if (threadIdx.x == 0) ticket = atomicAdd(a.turns, 1);
+    __syncthreads();
+    int tiles = (a.nk + BN - 1) / BN, first = ticket / (a.group * tiles) * a.group;
     int heads = a.all_heads - first < a.group ? a.all_heads - first : a.group;
-    return {within / heads, first + within % heads};
+    int within = ticket % (a.group * tiles), tile = within / heads, head = first + within % heads;
+    int64_t width = (int64_t)a.heads * D, sample = head / a.heads, column = head % a.heads * D;
+    int64_t queries = sample * a.nq * width + column;
+    return {tile,
+            head,
+            queries,
+            (sample * a.nk + tile * BN) * width + column,
+            tile > 0 ? a.sums + queries : NULL,
+            tile < tiles - 1 ? a.sums + queries : NULL,
+            a.turns + 1 + (int64_t)head * ((a.nq + BM - 1) / BM)};
 }
 
 /* Log-sum-exp and delta of a lane's queries. */
@@ -2139,35 +2178,25 @@ __global__ void __launch_bounds__(256, 1) attention_backward_kernel(Attention a)
     using S = typename B::Scores;
     using K = typename B::Keys;
     using Q = typename B::Queries;
-    __shared__ int ticket;
+    Job job = take_job<D, BN>(a);
+    int64_t width = (int64_t)a.heads * D, first = job.tile * BN;
     Tile<BN, D, B::PANEL> k = {(bf16 *)shared_memory()}, v = {k.data + k.SIZE};
     Tile<BM, BN, B::S_PANEL> p = {v.data + v.SIZE}, ds = {p.data + p.SIZE};
     bf16 *stages = ds.data + ds.SIZE; /* of queries, and of the gradients of what they found */
     auto stage = [&](int i) { return Tile<BM, D, B::PANEL>{stages + i % (2 * STAGES) * BM * D}; };
-    if (threadIdx.x == 0) ticket = atomicAdd(a.turns, 1);
-    __syncthreads();
-    int tiles = (a.nk + BN - 1) / BN;
-    Job job = job_of(a, ticket, tiles);
-    int first = job.tile * BN, *turn = a.turns + 1 + (int64_t)job.head * ((a.nq + BM - 1) / BM);
-    int64_t width = (int64_t)a.heads * D, sample = job.head / a.heads,
-            column = (int64_t)(job.head % a.heads) * D;
-    int64_t queries = sample * a.nq * width + column,
-            keys = (sample * a.nk + first) * width + column;
-    float *sums_before = job.tile > 0 ? a.sums + queries : NULL,
-          *sums_after = job.tile < tiles - 1 ? a.sums + queries : NULL;
     auto load_queries = [&](int i) {
-        int64_t at = queries + (int64_t)i * BM * width;
+        int64_t at = job.queries + (int64_t)i * BM * width;
         if (i * BM < a.nq) {
             load_tile<256>(stage(2 * i), a.q + at, width, a.nq - i * BM);
             load_tile<256>(stage(2 * i + 1), a.dout + at, width, a.nq - i * BM);
         }
         commit_copies();
     };
-    load_tile<256>(k, a.k + keys, width, a.nk - first);
-    load_tile<256>(v, a.v + keys, width, a.nk - first);
+    load_tile<256>(k, a.k + job.keys, width, a.nk - first);
+    load_tile<256>(v, a.v + job.keys, width, a.nk - first);
     load_queries(0);
     float dk[K::M][K::N][4] = {}, dv[K::M][K::N][4] = {};
-    int seen = see_turn(&turn[0]);
+    int seen = see_turn(&job.turn[0]);
     for (int i = 0; i * BM < a.nq; i++) {
         if (STAGES == 2) load_queries(i + 1);
         wait_copies<STAGES - 1>();
@@ -2181,28 +2210,28 @@ __global__ void __launch_bounds__(256, 1) attention_backward_kernel(Attention a)
         multiply_tiles<GROUP, S, D, false, true>(s, q, k);
         multiply_tiles<GROUP, S, D, false, true>(dp, g, v);
         finish_products<GROUP, 1>(s);
-        backward_softmax<S>(a, s, sums, first);
+        backward_softmax<S>(a, s, sums, (int)first);
         finish_products<GROUP>(dp);
         backward_scores<S>(s, dp, sums, p, ds);
-        while (seen != job.tile) seen = see_turn(&turn[i]);
+        while (seen != job.tile) seen = see_turn(&job.turn[i]);
         show_products<GROUP>();
         __syncthreads();
-        load_queries_sum<D, Q>(a, dq, sums_before, i * BM);
+        load_queries_sum<D, Q>(a, dq, job.before, i * BM);
         start_products<GROUP>(dv, dk);
         multiply_tiles<GROUP, K, BM, true, false>(dv, p, g);
         multiply_tiles<GROUP, K, BM, true, false>(dk, ds, q);
         start_products<GROUP>(dq); /* the others need not wait for what was there before */
         multiply_tiles<GROUP, Q, BN, false, false>(dq, ds, k);
-        pass_turn(threadIdx.x == 0 && i > 0, &turn[i - 1], job.tile + 1); /* meanwhile */
-        seen = see_turn(&turn[i + 1]);
+        pass_turn(threadIdx.x == 0 && i > 0, &job.turn[i - 1], job.tile + 1); /* meanwhile */
+        seen = see_turn(&job.turn[i + 1]);
         finish_products<GROUP>(dv, dk, dq);
-        store_queries_sum<D, Q>(a, dq, sums_after, a.dq + queries, i * BM);
+        store_queries_sum<D, Q>(a, dq, job.after, a.dq + job.queries, i * BM);
         __syncthreads(); /* P, dS and these queries are no longer needed, dQ is written */
         if (STAGES == 1) load_queries(i + 1);
     }
-    pass_turn(threadIdx.x == 0, &turn[(a.nq - 1) / BM], job.tile + 1);
-    backward_keys<K>(a.dk + keys, dk, a.scale, width, a.nk - first, a.first_dk);
-    backward_keys<K>(a.dv + keys, dv, 1, width, a.nk - first, a.first_dv);
+    pass_turn(threadIdx.x == 0, &job.turn[(a.nq - 1) / BM], job.tile + 1);
+    backward_keys<K>(a.dk + job.keys, dk, a.scale, width, (int)(a.nk - first), a.first_dk);
+    backward_keys<K>(a.dv + job.keys, dv, 1, width, (int)(a.nk - first), a.first_dv);
 }
 
 /* The general form, for other head sizes, a bias or a mask: scores of some queries in memory, in
@@ -2263,7 +2292,7 @@ static Attention attention_arguments(const sc_tensor *o, const float *lse, const
 }
 
 template <int D, bool GROUP> static void flash_attention(const Attention &a, int64_t batch) {
-    size_t shared = (size_t)(QUERIES + 2 * KEYS) * D * sizeof(bf16);
+    size_t shared = (size_t)(QUERIES + (GROUP ? 4 : 2) * KEYS) * D * sizeof(bf16);
     launch("attention", attention_kernel<D, GROUP>,
            dim3((unsigned)ceil_div(a.nq, QUERIES), (unsigned)a.heads, (unsigned)batch), 128, shared,
            a);

@@ -205,7 +205,8 @@ cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t p, const void *alpha, cons
     const void *pointers[4] = {a, b, c, d};
     for (int i = 0; i < 4; i++)
         if ((uintptr_t)pointers[i] % (uintptr_t)algo->align[i]) return CUBLAS_STATUS_INVALID_VALUE;
-    bool rare = p->mode[0] == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F || p->epilogue & CUBLASLT_EPILOGUE_GELU;
+    bool rare = p->mode[0] == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F ||
+                p->epilogue & CUBLASLT_EPILOGUE_GELU;
     if (getenv("EMULATED_LATE") && rare && *(const float *)beta != 0)
         return CUBLAS_STATUS_NOT_SUPPORTED; /* the heuristic was not asked about beta */
     int64_t inner = (int64_t)(p->ta ? la->rows : la->columns), rows = (int64_t)lc->rows,
