@@ -203,20 +203,18 @@ __device__ __forceinline__ void finish_products(T &...x) {
 
 /* Blocks that add to the same memory one after the other: *turn says whose turn it is. Of what a
  * block wrote before pass_turn (and, for other threads, a barrier), the L2 cache shows all to those
- * that have seen it. Without branches, which warpgroups' products do not allow between them: `now`:
- * this thread is the one to pass it. */
+ * that have seen it. `now`: this thread is the one to pass it; a predicate, as a branch between
+ * warpgroups' products would make the compiler wait for each. */
 __device__ __forceinline__ int see_turn(const int *turn) {
     int number;
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(number) : "l"(turn) : "memory");
     return number;
 }
 __device__ __forceinline__ void pass_turn(bool now, int *turn, int next) {
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
-    asm volatile(
-        "{ .reg .pred p; setp.ne.s32 p, %2, 0; @p st.relaxed.gpu.global.s32 [%0], %1; }" ::"l"(
-            turn),
-        "r"(next), "r"((int)now)
-        : "memory");
+    asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p fence.acq_rel.gpu; "
+                 "@p st.relaxed.gpu.global.s32 [%0], %1; }" ::"l"(turn),
+                 "r"(next), "r"((int)now)
+                 : "memory");
 }
 
 __device__ __forceinline__ uint32_t pack(float low, float high) { /* two bf16, to nearest */
@@ -2037,14 +2035,13 @@ template <int D, int BN, bool GROUP> struct Backward {
 struct Job {
     int tile, head;        /* the head: of all samples' */
     int64_t queries, keys; /* where the head's queries begin, and the tile's keys */
-    float *before,
-        *after; /* dQ's sums over earlier keys, and for later ones; NULL: there are none */
-    int *turn;  /* for each tile of queries */
+    float *before, *after; /* dQ's sums over earlier keys, and for later ones; NULL: no such keys */
+    int *turn;             /* for each tile of queries */
 };
 
 /* Jobs are numbered by tickets, so that whatever a block waits for has begun before it. Tiles of
  * one head add to its dQ in their order, each close behind the one before, whose queries, gradients
- * and sums it finds in the L2 cache. Some eight of a head are under way at once: at first they wait
+ * and sums it finds in the L2 cache. Some five of a head are under way at once: at first they wait
  * for each other, later each begins when the one before is far ahead. */
 template <int D, int BN> __device__ __forceinline__ Job take_job(const Attention &a) {
     __shared__ int ticket;
@@ -2092,8 +2089,8 @@ __device__ __forceinline__ void backward_softmax(const Attention &a, float (*s)[
 
 /* P and dS = P (dP - delta) of one tile, to shared memory. */
 template <class S, class T>
-__device__ __forceinline__ void backward_scores(float (*p)[S::N][4], float (*dp)[S::N][4],
-                                                const float2 *sums, T to, T ds) {
+__device__ __forceinline__ void store_scores(float (*p)[S::N][4], float (*dp)[S::N][4],
+                                             const float2 *sums, T to, T ds) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 2 * S::M; i++) {
@@ -2108,6 +2105,23 @@ __device__ __forceinline__ void backward_scores(float (*p)[S::N][4], float (*dp)
                 pack(x * (dp[m][n][half] - d), y * (dp[m][n][half + 1] - d));
         }
     }
+}
+
+/* The same from the tiles of queries, their gradients, keys and values. */
+template <class S, int D, bool GROUP, class Queries, class Keys, class T>
+__device__ __forceinline__ void backward_scores(const Attention &a, int head, int first_query,
+                                                int first_key, Queries q, Queries dout, Keys k,
+                                                Keys v, T p, T ds) {
+    float s[S::M][S::N][4] = {}, dp[S::M][S::N][4] = {};
+    float2 sums[2 * S::M]; /* asked for before products, so that they are there behind */
+    load_query_sums<S>(a, sums, head, first_query);
+    start_products<GROUP>(s, dp);
+    multiply_tiles<GROUP, S, D, false, true>(s, q, k);
+    multiply_tiles<GROUP, S, D, false, true>(dp, dout, v);
+    finish_products<GROUP, 1>(s);
+    backward_softmax<S>(a, s, sums, first_key);
+    finish_products<GROUP>(dp);
+    store_scores<S>(s, dp, sums, p, ds);
 }
 
 /* Where a lane's part of row `half` of dQ's tile m is, from the head's first; -1: there is no such
@@ -2196,34 +2210,32 @@ __global__ void __launch_bounds__(256, 1) attention_backward_kernel(Attention a)
     load_tile<256>(v, a.v + job.keys, width, a.nk - first);
     load_queries(0);
     float dk[K::M][K::N][4] = {}, dv[K::M][K::N][4] = {};
+    /* Warpgroups take turns under their products, else the first warp does under others'. */
+    bool looks = GROUP || threadIdx.x < 32;
     int seen = see_turn(&job.turn[0]);
+    auto next_turn = [&](int i) {
+        pass_turn(threadIdx.x == 0 && i > 0, &job.turn[i - 1], job.tile + 1);
+        seen = see_turn(&job.turn[i + 1]);
+    };
     for (int i = 0; i * BM < a.nq; i++) {
         if (STAGES == 2) load_queries(i + 1);
         wait_copies<STAGES - 1>();
         show_products<GROUP>();
         __syncthreads();
         auto q = stage(2 * i), g = stage(2 * i + 1);
-        float s[S::M][S::N][4] = {}, dp[S::M][S::N][4] = {}, dq[Q::M][Q::N][4];
-        float2 sums[2 * S::M]; /* these, too, are asked for before products */
-        load_query_sums<S>(a, sums, job.head, i * BM);
-        start_products<GROUP>(s, dp);
-        multiply_tiles<GROUP, S, D, false, true>(s, q, k);
-        multiply_tiles<GROUP, S, D, false, true>(dp, g, v);
-        finish_products<GROUP, 1>(s);
-        backward_softmax<S>(a, s, sums, (int)first);
-        finish_products<GROUP>(dp);
-        backward_scores<S>(s, dp, sums, p, ds);
-        while (seen != job.tile) seen = see_turn(&job.turn[i]);
+        backward_scores<S, D, GROUP>(a, job.head, i * BM, (int)first, q, g, k, v, p, ds);
+        while (looks && __any_sync(~0u, seen != job.tile)) seen = see_turn(&job.turn[i]);
         show_products<GROUP>();
         __syncthreads();
+        float dq[Q::M][Q::N][4];
         load_queries_sum<D, Q>(a, dq, job.before, i * BM);
+        if (!GROUP && looks) next_turn(i);
         start_products<GROUP>(dv, dk);
         multiply_tiles<GROUP, K, BM, true, false>(dv, p, g);
         multiply_tiles<GROUP, K, BM, true, false>(dk, ds, q);
         start_products<GROUP>(dq); /* the others need not wait for what was there before */
         multiply_tiles<GROUP, Q, BN, false, false>(dq, ds, k);
-        pass_turn(threadIdx.x == 0 && i > 0, &job.turn[i - 1], job.tile + 1); /* meanwhile */
-        seen = see_turn(&job.turn[i + 1]);
+        if (GROUP) next_turn(i);
         finish_products<GROUP>(dv, dk, dq);
         store_queries_sum<D, Q>(a, dq, job.after, a.dq + job.queries, i * BM);
         __syncthreads(); /* P, dS and these queries are no longer needed, dQ is written */
@@ -2307,8 +2319,9 @@ static void flash_backward(Attention a, int64_t batch) {
     Scratch<float> sums(tiles > 1 ? items * D : 0), delta(items);
     Scratch<int> turns(count);
     a.sums = sums.p, a.delta = delta.p, a.turns = turns.p;
-    a.all_heads = (int)batch * a.heads,
-    a.group = (int)ceil_div(gpu.processors, tiles < 8 ? tiles : 8);
+    a.all_heads = (int)batch * a.heads;
+    int64_t groups = (5 * a.all_heads + gpu.processors / 2) / gpu.processors;
+    a.group = (int)ceil_div(a.all_heads, groups < 1 ? 1 : groups);
     cuda_zero(turns.p, (size_t)count * sizeof(int));
     launch("attention_delta", attention_delta_kernel<D>, dim3((unsigned)ceil_div(items, 8)), 256, 0,
            a, items);
@@ -2374,7 +2387,7 @@ static void cuda_attention_backward(const sc_tensor *o, const float *lse, sc_ten
     int64_t batch = q->shape[0], size = q->shape[2] / heads;
     a.dout = half_grad(o), a.dq = half_grad(q), a.dk = half_grad(k), a.dv = half_grad(v);
     a.first_dq = first_part(q), a.first_dk = first_part(k), a.first_dv = first_part(v);
-    bool roomy = gpu.shared_memory >= 160 << 10;
+    bool roomy = gpu.shared_memory >= 161 << 10;
     if (size == 128 && sc_cuda_group_products()) flash_backward<128, 128, 2, true>(a, batch);
     else if (size == 128 && roomy) flash_backward<128, 128, 2, false>(a, batch);
     else if (size == 128) flash_backward<128, 64, 1, false>(a, batch);

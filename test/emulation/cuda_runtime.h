@@ -241,6 +241,13 @@ static inline float __shfl_xor_sync(unsigned, float x, int mask) {
     return x;
 }
 
+static inline bool __any_sync(unsigned, bool x) {
+    uint32_t all = x;
+    int turn = emulation_show(&all, 1), warp = (int)threadIdx.x / 32 * 32;
+    for (int i = 0; i < 32; i++) all |= emulation.exchange[turn][warp + i][0];
+    return all != 0;
+}
+
 static inline float __uint_as_float(uint32_t bits) {
     float x;
     memcpy(&x, &bits, 4);
