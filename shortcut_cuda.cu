@@ -679,30 +679,31 @@ static int64_t last_size(const sc_tensor *x) { return x->shape[x->ndim - 1]; }
 static int64_t row_count(const sc_tensor *x) { return sc_count(x) / last_size(x); }
 
 /* ==== Sums over rows =========================================================================
- * Gradients of what a whole sample, or all rows, share: F gives K values for (row, column), which
- * are summed over slices of rows, and then over the slices, always in the same order. */
+ * Gradients of what a whole sample, or all rows, share: F gives K values for each column of a row,
+ * which are summed over slices of rows, and then over the slices, always in the same order. */
 
-/* partial [sample, slice, K, n]; 32 columns and 8 rows at a time. */
-template <int K, class F>
+/* partial [sample, slice, K, n]; 32 V columns and 8 rows at a time. */
+template <int V, int K, class F>
 __global__ void column_partials(float *partial, F f, int64_t sample_rows, int64_t slice_rows,
                                 int n) {
-    __shared__ float parts[8][K][32];
-    int lane = threadIdx.x % 32, part = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
+    __shared__ float parts[8][K][32 * V];
+    int column = threadIdx.x % 32 * V, part = threadIdx.x / 32, c0 = blockIdx.x * 32 * V;
     int64_t first = blockIdx.z * sample_rows + blockIdx.y * slice_rows;
     int64_t end = first + slice_rows, last = (blockIdx.z + 1) * sample_rows;
     if (end > last) end = last;
-    float sum[K] = {0}, x[K];
-    for (int64_t r = first + part; c < n && r < end; r += 8) {
-        f(r, c, x);
-        for (int k = 0; k < K; k++) sum[k] += x[k];
+    float sum[K][V] = {}, x[K][V];
+    for (int64_t r = first + part; c0 + column < n && r < end; r += 8) {
+        f.template columns<V>(x, r, c0 + column);
+        for (int i = 0; i < K * V; i++) sum[i / V][i % V] += x[i / V][i % V];
     }
-    for (int k = 0; k < K; k++) parts[part][k][lane] = sum[k];
+    for (int i = 0; i < K * V; i++) parts[part][i / V][column + i % V] = sum[i / V][i % V];
     __syncthreads();
-    if (part > 0 || c >= n) return;
-    for (int k = 0; k < K; k++) {
+    for (int i = threadIdx.x; i < K * 32 * V; i += blockDim.x) {
+        int k = i / (32 * V), c = i % (32 * V);
         float total = 0;
-        for (int i = 0; i < 8; i++) total += parts[i][k][lane];
-        partial[((int64_t)(blockIdx.z * gridDim.y + blockIdx.y) * K + k) * n + c] = total;
+        for (int j = 0; j < 8; j++) total += parts[j][k][c];
+        if (c0 + c < n)
+            partial[((int64_t)(blockIdx.z * gridDim.y + blockIdx.y) * K + k) * n + c0 + c] = total;
     }
 }
 
@@ -727,9 +728,10 @@ static void column_sums(F f, int64_t samples, int64_t rows, int64_t n, T *const 
     while (samples * ceil_div(rows, slice) > 4096) slice *= 2;
     int64_t slices = ceil_div(rows, slice);
     Scratch<float> partial(samples * slices * K * n);
-    dim3 blocks((unsigned)ceil_div(n, 32), (unsigned)slices, (unsigned)samples);
-    launch("column_partials", column_partials<K, F>, blocks, 256, 0, partial.p, f, rows, slice,
-           (int)n);
+    bool w = f.wide();
+    dim3 blocks((unsigned)ceil_div(n, w ? 256 : 32), (unsigned)slices, (unsigned)samples);
+    launch("column_partials", w ? column_partials<8, K, F> : column_partials<1, K, F>, blocks, 256,
+           0, partial.p, f, rows, slice, (int)n);
     for (int k = 0; k < K; k++)
         launch("column_totals", column_totals<T>,
                dim3((unsigned)ceil_div(n, 128), (unsigned)samples), 128, 0, to[k], stride,
@@ -739,8 +741,9 @@ static void column_sums(F f, int64_t samples, int64_t rows, int64_t n, T *const 
 struct PlainColumns {
     const bf16 *x;
     int64_t n;
-    __device__ void operator()(int64_t r, int c, float sum[1]) const {
-        sum[0] = value(x[r * n + c]);
+    bool wide() const { return ::wide(n, x); }
+    template <int V> __device__ void columns(float (*sum)[V], int64_t r, int c) const {
+        load<V>(sum[0], x + r * n + c);
     }
 };
 static void cuda_column_sum(float *sum, const void *x, int64_t rows, int64_t columns) {
@@ -1514,10 +1517,12 @@ struct ModulateColumns { /* dscale, dshift */
     const bf16 *x, *dy;
     const float2 *stats;
     int64_t n;
-    __device__ void operator()(int64_t r, int c, float sum[2]) const {
+    bool wide() const { return ::wide(n, x, dy); }
+    template <int V> __device__ void columns(float (*sum)[V], int64_t r, int c) const {
         float2 s = stats[r];
-        sum[1] = value(dy[r * n + c]);
-        sum[0] = sum[1] * (value(x[r * n + c]) - s.x) * s.y;
+        load<V>(sum[0], x + r * n + c);
+        load<V>(sum[1], dy + r * n + c);
+        for (int j = 0; j < V; j++) sum[0][j] = sum[1][j] * (sum[0][j] - s.x) * s.y;
     }
 };
 
@@ -1577,8 +1582,12 @@ __global__ void gated_residual_backward_kernel(bf16 *dx, bool dx_first, bf16 *dh
 struct GateColumns {
     const bf16 *h, *dy;
     int64_t n;
-    __device__ void operator()(int64_t r, int c, float sum[1]) const {
-        sum[0] = value(h[r * n + c]) * value(dy[r * n + c]);
+    bool wide() const { return ::wide(n, h, dy); }
+    template <int V> __device__ void columns(float (*sum)[V], int64_t r, int c) const {
+        float d[V];
+        load<V>(sum[0], h + r * n + c);
+        load<V>(d, dy + r * n + c);
+        for (int j = 0; j < V; j++) sum[0][j] *= d[j];
     }
 };
 
@@ -2007,8 +2016,11 @@ template <int D> __global__ void attention_delta_kernel(Attention a, int64_t ite
     int64_t i = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
     if (i >= items) return;
     float sum = 0;
-    for (int d = threadIdx.x % 32; d < D; d += 32)
-        sum += value(a.o[i * D + d]) * value(a.dout[i * D + d]);
+    for (int d = threadIdx.x % 32 * 2; d < D; d += 64) {
+        uint32_t o = *(const uint32_t *)(a.o + i * D + d),
+                 g = *(const uint32_t *)(a.dout + i * D + d);
+        sum += low_half(o) * low_half(g) + high_half(o) * high_half(g);
+    }
     sum = warp_sum(sum);
     int64_t row = i / a.heads; /* of B * Tq */
     if (threadIdx.x % 32 == 0)
