@@ -241,6 +241,7 @@ static void test_elementwise(void) {
     COMPARE(copy_block, 2 * ONE, {'i', 2, {9, 41}}, {'o', 2, {9, 39}});
     COMPARE(copy_aligned, 2 * ONE, {'i', 2, {5, 64}}, {'o', 2, {5, 64}});
     COMPARE(column_sum, ONE, {'i', 2, {203, 77}}, {'G', 1, {77}});
+    COMPARE(column_sum, ONE, {'i', 2, {203, 264}}, {'G', 1, {264}});
 }
 
 /* ---- Products ---- */
