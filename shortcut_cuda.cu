@@ -1928,7 +1928,7 @@ struct Attention {
     bf16 *o, *dq, *dk, *dv;
     float *lse, *delta; /* [B,H,Tq] */
     float *sums;        /* of dq: [B,Tq,C] */
-    int *turns;         /* [B,H,tiles of queries]: whose turn it is to add; before them, tickets */
+    int *turns;         /* the next ticket; [B,H,tiles of queries]: whose turn it is to add */
     int nq, nk, heads, all_heads, group; /* heads of a sample, of all; that are worked on at once */
     float scale, factor;
     bool first_dq, first_dk, first_dv;
@@ -2325,13 +2325,14 @@ template <int D, bool GROUP> static void flash_attention(const Attention &a, int
 template <int D, int BN, int STAGES, bool GROUP>
 static void flash_backward(Attention a, int64_t batch) {
     constexpr size_t shared =
-        (size_t)(2 * BN * D + STAGES * 2 * 64 * D + 2 * 64 * BN) * sizeof(bf16);
+        (size_t)(2 * BN * D + STAGES * 2 * BM * D + 2 * BM * BN) * sizeof(bf16);
     int64_t tiles = ceil_div(a.nk, BN), items = batch * a.nq * a.heads,
             count = batch * a.heads * ceil_div(a.nq, BM) + 2; /* a ticket; a look ahead */
     Scratch<float> sums(tiles > 1 ? items * D : 0), delta(items);
     Scratch<int> turns(count);
     a.sums = sums.p, a.delta = delta.p, a.turns = turns.p;
     a.all_heads = (int)batch * a.heads;
+    /* Groups of even size, of about as many heads as give each processor one of five tiles. */
     int64_t groups = (5 * a.all_heads + gpu.processors / 2) / gpu.processors;
     a.group = (int)ceil_div(a.all_heads, groups < 1 ? 1 : groups);
     cuda_zero(turns.p, (size_t)count * sizeof(int));

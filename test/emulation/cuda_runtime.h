@@ -400,7 +400,7 @@ template <bool GROUP> static inline void show_products() {
 }
 template <bool GROUP, class... T> static inline void start_products(T &...) {}
 template <bool GROUP> static inline void send_products() { emulation.sent[threadIdx.x]++; }
-/* Whoever need not be finished is not. */
+/* What may be left under way is. */
 template <bool GROUP, int LEFT = 0, class... T> static inline void finish_products(T &...) {
     int self = (int)threadIdx.x, row = self / 32 % 4 * 16 + self % 32 / 4, kept = 0;
     for (int i = 0; GROUP && i < emulation.product_count[self]; i++) {
