@@ -6,7 +6,7 @@
 #   sh test/cuda_session.sh bench       5 min   ceilings, operations, FLUX.1-dev's step and sampling
 #   sh test/cuda_session.sh tiny        4 min   ./train data/10pairs: time, bits, losses, pictures
 #   sh test/cuda_session.sh eager       4 min   the same work in PyTorch, where it, diffusers and
-#   sh test/cuda_session.sh compiled    9 min   peft are installed
+#   sh test/cuda_session.sh compiled    5 min   peft are installed
 #
 # Several names in one call are done one after the other. `make` first: make && make
 # build/test_cuda build/bench_cuda. Whole outputs go to $OUT (default build/session), the last lines
