@@ -725,7 +725,7 @@ template <int K, class T, class F>
 static void column_sums(F f, int64_t samples, int64_t rows, int64_t n, T *const to[K],
                         int64_t stride) {
     int64_t slice = 64;
-    while (samples * ceil_div(rows, slice) > 4096) slice *= 2;
+    while (slice < rows && samples * ceil_div(rows, slice) > 4096) slice *= 2;
     int64_t slices = ceil_div(rows, slice);
     Scratch<float> partial(samples * slices * K * n);
     bool w = f.wide();
@@ -1853,7 +1853,7 @@ struct Halves {
     static __device__ int column() { return 0; }
 };
 
-/* One tile of scores s becomes exp2(factor s - top); what was summed before is brought to the new
+/* One tile of scores s becomes exp2(factor (s - top)); what was summed before is brought to the new
  * maximum. `left`: how many of the tile's keys exist. Of rows g and g + 8 of 16, for one M. */
 template <int D>
 __device__ __forceinline__ void softmax_tile(float (*s)[4], float (*out)[4], float top[2],

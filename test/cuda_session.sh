@@ -13,6 +13,7 @@
 # of each to the terminal. What is expected stands in test/cuda-log.md.
 cd "$(dirname "$0")/.." || exit 1
 out=${OUT:-build/session}
+failed=0
 mkdir -p "$out"
 
 run() { # name, seconds, command...
@@ -23,6 +24,7 @@ run() { # name, seconds, command...
     timeout "$limit" "$@" >"$out/$name.txt" 2>&1
     status=$?
     tail -n "${lines:-12}" "$out/$name.txt" | cut -c1-300
+    [ $status -eq 0 ] || failed=1
     echo "== $name: exit $status after $(($(date +%s) - start)) s"
 }
 
@@ -64,3 +66,4 @@ for part in "$@"; do
     *) echo "error: '$part' is not parity, races, bench, tiny, eager or compiled" >&2; exit 2 ;;
     esac
 done
+exit $failed
