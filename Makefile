@@ -71,23 +71,25 @@ build/test_%_plain: test/test_%.c test/test.h shortcut.h tools.h | build
 	$(CC) -std=c99 -pedantic -Wall -Wextra -Wno-unused-function $(CFLAGS) $< -o $@ -lm
 build/test_cuda: test/test_cuda.c test/test.h shortcut.h $(CUDA_OBJECT) | build
 	$(CC) $(BASE) -Wno-unused-function $(CFLAGS) $< -o $@ $(CUDA_LINK) $(LIBS)
-# The CUDA file as plain C++, on a small imitation of CUDA: its test, and whole programs on it (slow).
+# The CUDA file as plain C++, on a small imitation of CUDA: its test, and the programs on it (slow; the
+# way back is make clean all).
 build/emulated.o: shortcut_cuda.cu shortcut.h $(wildcard test/emulation/*.h) | build
 	$(CXX) -std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas $(filter -fsanitize% -fno-sanitize%,$(CFLAGS)) -Itest/emulation -I. -x c++ -c $< -o $@
 build/test_cuda_emulated: test/test_cuda.c test/test.h shortcut.h build/emulated.o
 	$(CC) $(BASE) -Wno-unused-function -DEMULATED $(CFLAGS) $< build/emulated.o -o $@ -lstdc++ $(LIBS)
-build/train_emulated build/sample_emulated: build/%_emulated: %.c shortcut.h tools.h build/emulated.o
-	$(CC) $(BASE) -DSHORTCUT_CUDA $(CFLAGS) $< build/emulated.o -o $@ -lstdc++ $(LIBS)
+emulated: clean
+	$(MAKE) --no-print-directory CUDA_OBJECT=build/emulated.o CUDA_LINK='-DSHORTCUT_CUDA build/emulated.o -lstdc++' all
 
 test: $(PROGRAMS) $(TESTS)
 	sh test/run.sh $(TESTS)
 
-# Without the first option clang 14's search for leaks may crash in its own list of threads' memory;
-# without the second CUDA cannot reserve its addresses, and its libraries never free some memory.
+# Without the first option clang 14's search for leaks may crash in its own list of threads' memory,
+# without the second CUDA cannot start; leaks.txt names its libraries, which do not free everything.
 check:
 	$(MAKE) --no-print-directory clean
 	ASAN_OPTIONS="intercept_tls_get_addr=0:protect_shadow_gap=0:$$ASAN_OPTIONS" \
-	LSAN_OPTIONS="suppressions=$(CURDIR)/test/leaks.txt:print_suppressions=0:$$LSAN_OPTIONS" $(MAKE) --no-print-directory CFLAGS="$(SANITIZE)" test
+	LSAN_OPTIONS="suppressions=$(CURDIR)/test/leaks.txt:print_suppressions=0:$$LSAN_OPTIONS" \
+	$(MAKE) --no-print-directory CFLAGS="$(SANITIZE)" test
 	$(MAKE) --no-print-directory clean
 	$(MAKE) --no-print-directory all
 
@@ -125,4 +127,4 @@ fuzz: build/fuzz_json build/fuzz_safetensors build/fuzz_tokenizer
 build/fuzz_%: test/fuzz_%.c test/fuzz.h shortcut.h | build
 	clang -std=c99 -g -O1 -fsanitize=fuzzer,address,undefined $< -o $@ -lm
 
-.PHONY: all test check compare fuzz bench bench-cuda clean
+.PHONY: all test emulated check compare fuzz bench bench-cuda clean

@@ -2332,7 +2332,8 @@ static void flash_backward(Attention a, int64_t batch) {
     Scratch<int> turns(count);
     a.sums = sums.p, a.delta = delta.p, a.turns = turns.p;
     a.all_heads = (int)batch * a.heads;
-    /* Groups of even size, of about as many heads as give each processor one of five tiles. */
+    /* Groups of even size, of a fifth as many heads as there are processors: some five blocks
+     * follow each other over a head's queries. */
     int64_t groups = (5 * a.all_heads + gpu.processors / 2) / gpu.processors;
     a.group = (int)ceil_div(a.all_heads, groups < 1 ? 1 : groups);
     cuda_zero(turns.p, (size_t)count * sizeof(int));

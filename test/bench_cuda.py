@@ -104,47 +104,57 @@ def training_step(torch, model, x, optimiser):
     optimiser.zero_grad()
 
 
-def pytorch(ways, tiny):
+def measure(torch, name, model, device, tiny):
+    batch, grid, text = (2, 4, 8) if tiny else (BATCH, GRID, TEXT)
+    if name == "compiled":  # block by block, as diffusers advises: as a whole takes many minutes
+        model.compile_repeated_blocks(dynamic=False)
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it goes on as eager
+    with torch.no_grad():
+        model.disable_adapters()
+        x = inputs(torch, model, device, 1, 2 * grid, 2 * text)
+        seconds = median_time(torch, lambda: [model(**x) for _ in range(3)])
+    print(f"PyTorch {name}: 3 steps at 1024x1024, transformer only: {seconds:.3f} s", flush=True)
+    torch.compiler.reset()  # versions for sampling count toward the limit of 8
+    model.enable_adapters()
+    model.enable_gradient_checkpointing()
+    model.train()
+    x = inputs(torch, model, device, batch, grid, text)
+    model.set_adapter("student")
+    student = [p for n, p in model.named_parameters() if "student" in n]
+    optimiser = torch.optim.AdamW(student, lr=2e-5, fused=device == "cuda")
+    seconds = median_time(torch, lambda: training_step(torch, model, x, optimiser))
+    print(f"PyTorch {name}: SCFM step, 512x512, batch {batch}, rank 64, every block checkpointed, "
+          f"LoRA and its optimiser in bf16: {seconds:.3f} s", flush=True)
+
+
+failed = []
+
+
+def attempt(what, work, *arguments):
+    """What hinders it is printed, and the rest is done."""
     try:
-        import torch
-        import peft  # noqa: F401
-        from diffusers.models import attention_dispatch, modeling_utils
-    except ImportError as missing:
-        print(f"PyTorch: skipped: {missing}")
-        return
+        work(*arguments)
+    except Exception as error:  # a program that failed, memory, a compiler, torch's own limits
+        skipped = isinstance(error, ImportError) or "no GPU" in str(error)
+        print(f"{what}: {'skipped' if skipped else 'failed'}:",
+              (str(error) or repr(error)).splitlines()[0], flush=True)
+        if not skipped:
+            failed.append(what)
+
+
+def pytorch(ways, tiny):
+    import torch
+    import peft  # noqa: F401
+    from diffusers.models import attention_dispatch, modeling_utils
+
     if not tiny and not torch.cuda.is_available():
-        print("PyTorch: skipped: no GPU")
-        return
+        raise RuntimeError("no GPU")
     # They ask in every block whether torch is 2.5 (1.11) or newer: it is, and torch.compile cannot
     # follow the question into the package `packaging`.
     attention_dispatch.is_torch_version = modeling_utils.is_torch_version = lambda *_: True
     model, device = make_model(torch, tiny)
-    batch, grid, text = (2, 4, 8) if tiny else (BATCH, GRID, TEXT)
     for name in ways:
-        if name == "compiled": # block by block, as diffusers advises: as a whole takes many minutes
-            model.compile_repeated_blocks(dynamic=False)
-            torch._dynamo.config.fail_on_recompile_limit_hit = True # else it goes on as eager
-        try:
-            with torch.no_grad():
-                model.disable_adapters()
-                x = inputs(torch, model, device, 1, 2 * grid, 2 * text)
-                seconds = median_time(torch, lambda: [model(**x) for _ in range(3)])
-            print(f"PyTorch {name}: 3 steps at 1024x1024, transformer only: {seconds:.3f} s",
-                  flush=True)
-            torch.compiler.reset() # versions for sampling count toward the limit of 8
-            model.enable_adapters()
-            model.enable_gradient_checkpointing()
-            model.train()
-            x = inputs(torch, model, device, batch, grid, text)
-            model.set_adapter("student")
-            student = [p for n, p in model.named_parameters() if "student" in n]
-            optimiser = torch.optim.AdamW(student, lr=2e-5, fused=device == "cuda")
-            seconds = median_time(torch, lambda: training_step(torch, model, x, optimiser))
-            print(f"PyTorch {name}: SCFM step, 512x512, batch {batch}, rank 64, every block "
-                  f"checkpointed, LoRA and its optimiser in bf16: {seconds:.3f} s",
-                  flush=True)
-        except RuntimeError as error: # out of memory, or a compiler that is missing
-            print(f"PyTorch {name}: failed: {str(error).splitlines()[0]}", flush=True)
+        attempt(f"PyTorch {name}", measure, torch, name, model, device, tiny)
 
 
 if __name__ == "__main__":
@@ -152,11 +162,9 @@ if __name__ == "__main__":
     unknown = set() if tiny else set(chosen) - {"tiny-flux", "eager", "compiled"}
     if unknown:
         sys.exit(f"error: '{min(unknown)}' is not tiny-flux, eager or compiled")
-    if "tiny-flux" in chosen:
-        try:
-            tiny_flux()
-        except RuntimeError as error:
-            print("tiny-flux:", error, flush=True)
     ways = ["eager", "compiled"] if tiny else [name for name in chosen if name != "tiny-flux"]
+    if "tiny-flux" in chosen:
+        attempt("tiny-flux", tiny_flux)
     if ways:
-        pytorch(ways, tiny)
+        attempt("PyTorch", pytorch, ways, tiny)
+    sys.exit(bool(failed))
