@@ -91,6 +91,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#if defined(__GNUC__)
+#define SC_PRINTF(text, first) __attribute__((format(printf, text, first)))
+#else
+#define SC_PRINTF(text, first)
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -101,7 +107,9 @@ extern "C" {
  * _free; const pointers live as long as what they were asked of. Host arrays are yours. A tape, and
  * a model that computes on it, belong to one thread at a time, and all that is on a GPU to one. */
 const char *sc_error(void); /* the last failure on this thread, one line; valid until the next */
-bool sc_set_error(const char *line); /* for backends in other files; returns false */
+/* Sets it, as printf formats it, and returns false, so that `return sc_fail(...)` reads well: for
+ * what is built on this header. Control characters become ?, which a terminal does not obey. */
+bool sc_fail(const char *format, ...) SC_PRINTF(1, 2);
 
 /* ==== Random numbers ==== */
 typedef struct sc_rng { uint64_t state; } sc_rng; /* the seed is the first state */
@@ -312,9 +320,18 @@ typedef struct sc_linear_layer {
 sc_tape *sc_tape_new(const sc_backend *backend);
 void sc_tape_free(sc_tape *tape);
 void sc_tape_reset(sc_tape *tape);                       /* forget all tensors, keep the memory */
-void sc_tape_record(sc_tape *tape, bool recording);
+bool sc_tape_record(sc_tape *tape, bool recording);      /* returns how it was before */
 /* [B] sc_set each; NULL: all teacher */
 void sc_tape_use(sc_tape *tape, const uint8_t *set_of_sample);
+/* Host memory that lives as long as tensors do: for coefficients, times, sets. */
+void *sc_tape_host(sc_tape *tape, size_t bytes);
+/* What is made after sc_tape_mark, and not recorded, is given back by sc_tape_rewind. */
+typedef struct sc_mark {
+    int host, device;
+    size_t host_used, device_used, device_taken;
+} sc_mark;
+sc_mark sc_tape_mark(const sc_tape *tape);
+void sc_tape_rewind(sc_tape *tape, sc_mark mark);
 size_t sc_tape_bytes(const sc_tape *tape);               /* memory held */
 size_t sc_tape_peak(const sc_tape *tape);                /* most that was in use at once, ever */
 bool sc_tape_reserve(sc_tape *tape, size_t bytes);       /* forget all tensors, hold exactly this */
@@ -376,6 +393,10 @@ sc_tensor *sc_group_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, con
                          int groups, float eps, bool silu);
 sc_tensor *sc_upsample(sc_tape *t, const sc_tensor *x);
 sc_tensor *sc_swap_axes(sc_tape *t, const sc_tensor *x);  /* [B,M,N] -> [B,N,M] */
+/* Samples [first, first + count) of x, the same memory; not recorded. */
+sc_tensor *sc_samples(sc_tape *t, const sc_tensor *x, int64_t first, int64_t count);
+/* Copies x over y, as many numbers; not recorded. False: one of them is NULL. */
+bool sc_copy(sc_tape *t, sc_tensor *y, const sc_tensor *x);
 /* same data, new shape */
 sc_tensor *sc_reshape(sc_tape *t, const sc_tensor *x, int ndim, const int64_t *shape);
 
@@ -539,19 +560,32 @@ float sc_dynamic_shift(int64_t tokens);                         /* FLUX: exp(mu(
 /* steps + 1 times, from 1 - 1e-5 down to 0 (the paper's sampler; diffusers' starts at 1). */
 void sc_schedule(float *times, int steps, float shift);
 
+/* A velocity model in four versions (sets, [B]; NULL: all teacher): what the sampler and SCFM ask
+ * for, and no more. [first, first + x->shape[0]) says which samples of the batch x holds; time and
+ * guidance [B] are of x's samples. FLUX with a batch's text is one; a toy network may be another. */
+typedef struct sc_model {
+    sc_tensor *(*velocity)(void *self, sc_tape *t, sc_tensor *x, int64_t first, const uint8_t *sets,
+                           const float *time, const float *guidance);
+    void *self;
+} sc_model;
+
 typedef struct sc_sampling {
     int steps;
-    float shift;                /* of the times; 0: FLUX's dynamic shift */
+    float shift;                /* of the times; sc_sample: 0 is FLUX's dynamic shift */
     float guidance;
-    int h, w;                   /* grid of tokens */
+    int h, w;                   /* sc_sample: grid of tokens */
     const uint8_t *sets;        /* [B] LoRA set of each sample; NULL: the loaded LoRAs, if any */
     /* After each step; false stops. NULL: none. */
     bool (*progress)(void *user, int step, int steps);
     void *user;
 } sc_sampling;
 
-/* Euler from noise to data: latents [B, h*w, in_channels] (host f32) holds noise before, the sample
- * after. context [B, T, text_channels] and pooled [B, pooled_channels] are host f32. */
+/* Euler steps from noise to data: x, host f32 of `shape`, shape[0] = B samples, holds noise before,
+ * the samples after. */
+bool sc_euler(const sc_model *model, sc_tape *tape, const sc_sampling *s, int ndim,
+              const int64_t *shape, float *x);
+/* The same of FLUX: latents [B, h*w, in_channels], context [B, T, text_channels], pooled [B,
+ * pooled_channels]; resets the tape. */
 bool sc_sample(sc_flux *flux, sc_tape *tape, const sc_sampling *s, int batch, int text_tokens,
                const float *context, const float *pooled, float *latents);
 
@@ -591,14 +625,6 @@ typedef struct sc_draw {        /* what chance decides for one sample */
 /* tokens: of the picture; flow_matching: t[0] is any time, not one of a grid's. */
 void sc_draw_sample(const sc_recipe *recipe, sc_rng *rng, int64_t tokens, bool flow_matching,
                     sc_draw *draw);
-
-/* A velocity model in four versions (sets), as SCFM sees it; [first, first + x->shape[0])
- * says which samples of the batch x holds. FLUX is one; a toy network may be another. */
-typedef struct sc_model {
-    sc_tensor *(*velocity)(void *self, sc_tape *t, sc_tensor *x, int64_t first, const uint8_t *sets,
-                           const float *time, const float *guidance);
-    void *self;
-} sc_model;
 
 /* The noisy input x = (1 - t) x0 + t eps, each sample at the first time of its draw. */
 sc_tensor *sc_noisy(sc_tape *t, const sc_draw *draws, sc_tensor *x0, sc_tensor *noise);
@@ -793,10 +819,8 @@ bool sc_pipeline_decode(sc_pipeline *p, const float *latents, int batch, int h, 
 #define SC_FREE free
 #endif
 #if defined(__GNUC__)
-#define SC_PRINTF(f, a) __attribute__((format(printf, f, a)))
 #define SC_THREAD_LOCAL __thread
 #else
-#define SC_PRINTF(f, a)
 #define SC_THREAD_LOCAL
 #endif
 #ifdef _OPENMP
@@ -806,7 +830,576 @@ bool sc_pipeline_decode(sc_pipeline *p, const float *latents, int batch, int h, 
 #endif
 #define SC_PARALLEL_FOR SC_PRAGMA(omp parallel for schedule(static))
 #define SC_SIMD SC_PRAGMA(omp simd)
+#define sc__fail sc_fail
 #define SC_SIMD_SUM(s) SC_PRAGMA(omp simd reduction(+ : s))
+
+/* #############################################################################################
+ * PART I: THE PAPER AND THE MODEL                                                       >>part1
+ *
+ * All of SCFM and all of FLUX.1, in the order of a training step's ideas: how a picture is drawn,
+ * what is learned, what computes the velocity, which numbers are trained, and the step that puts
+ * all of it together. It uses what the API above declares and nothing else, but for these few
+ * names of the parts below: */
+static void *sc__alloc(size_t count, size_t size);
+static sc_params *sc__params_new(sc_flux *flux, int64_t count, bool teacher);
+static void sc__params_start(sc_params *p, const float *values);
+static const sc_tensor *sc__rope(sc_flux *f, int text, int h, int w);
+
+/* ==== Flow matching: times and sampler ========================================= >>flow =======
+ *
+ * A model learns the velocity v = eps - x0 of the straight path x_t = (1 - t) x0 + t eps from data
+ * (t = 0) to noise (t = 1). A sample is drawn by following it back from noise with Euler steps,
+ * x_t' = x_t - (t - t') v(x_t, t, c); a time shift s > 1 puts more of them near the noise, where
+ * the picture's structure is decided. The learned velocity of a trained model is an average over
+ * pictures, so its paths are curved, and few large steps leave them: SCFM, below, straightens them.
+ */
+
+float sc_shift_time(float u, float shift) { return shift * u / (1.f + (shift - 1.f) * u); }
+
+/* FLUX's: mu grows linearly with the number of image tokens, 0.5 at 256, 1.15 at 4096. */
+float sc_dynamic_shift(int64_t tokens) {
+    return expf(0.5f + (1.15f - 0.5f) * (float)(tokens - 256) / (4096 - 256));
+}
+
+void sc_schedule(float *times, int steps, float shift) {
+    for (int i = 0; i <= steps; i++) times[i] = sc_shift_time(1.f - (float)i / (float)steps, shift);
+    times[0] = 1.f - 1e-5f;
+}
+
+/* `n` host numbers on the tape, all the same: times, guidances, coefficients for sc_blend. */
+static float *sc__constant(sc_tape *t, int64_t n, float value) {
+    float *x = (float *)sc_tape_host(t, (size_t)n * sizeof *x);
+    for (int64_t i = 0; x && i < n; i++) x[i] = value;
+    return x;
+}
+
+bool sc_euler(const sc_model *model, sc_tape *t, const sc_sampling *s, int ndim,
+              const int64_t *shape, float *x) {
+    int64_t batch = shape[0];
+    if (s->steps < 1 || batch < 1)
+        return sc__fail("a sample of %d steps, %lld at once: both must be positive", s->steps,
+                       (long long)batch);
+    float *times = sc__constant(t, s->steps + 1, 0), *time = sc__constant(t, batch, 0);
+    float *guidance = sc__constant(t, batch, s->guidance);
+    float *one = sc__constant(t, batch, 1), *delta = sc__constant(t, batch, 0);
+    if (!times || !time || !guidance || !one || !delta) return false;
+    sc_schedule(times, s->steps, s->shift);
+    sc_mark mark = sc_tape_mark(t); /* each step's tensors are given back after it */
+    bool recorded = sc_tape_record(t, false), ok = true;
+    for (int i = 0; ok && i < s->steps; i++) {
+        for (int64_t b = 0; b < batch; b++) time[b] = times[i], delta[b] = times[i + 1] - times[i];
+        sc_tensor *now = sc_from(t, ndim, shape, x);
+        sc_tensor *v = now ? model->velocity(model->self, t, now, 0, s->sets, time, guidance) : NULL;
+        ok = sc_read(t, sc_blend(t, one, now, delta, v), x); /* x - (t - t') v */
+        for (int64_t j = 0; ok && j < sc_count(now); j++)
+            if (!isfinite(x[j]))
+                ok = sc__fail("step %d gave NaN or infinity: are the weights damaged?", i + 1);
+        if (ok && s->progress && !s->progress(s->user, i + 1, s->steps)) ok = sc__fail("stopped");
+        sc_tape_rewind(t, mark);
+    }
+    sc_tape_record(t, recorded);
+    return ok;
+}
+
+/* ==== SCFM: shortcutting a flow-matching model ================================= >>scfm =======
+ *
+ * Cai et al., "Shortcutting Pre-trained Flow Matching Diffusion Models is Almost Free Lunch"
+ * (NeurIPS 2025). One Euler step over an interval should equal two steps over its halves, at every
+ * scale at once. A step of training, for each sample:
+ *
+ *  1. x0, c: a picture's latents and its caption; eps ~ N(0, I). These are the caller's.
+ *  2. Teacher's case (0.4 of the samples): N = 32. Else its own case: N from {2, 4, 8, 16}.
+ *  3. Times t_i = shift(1 - i / N), the shift drawn, t_0 = 1 - 1e-5; the guidance g is drawn too.
+ *  4. j even: the step from t_j down to t_j+2, its halves d1 = t_j - t_j+1, d2 = t_j+1 - t_j+2.
+ *  5. x = (1 - t_j) x0 + t_j eps
+ *  6. v1 = first(x, t_j, c, g);  x' = x - d1 v1;  v2 = slow(x', t_j+1, c, g);
+ *     target = (d1 v1 + d2 v2) / (d1 + d2)
+ *  7. loss = mean((student(x, t_j, c, g) - target)^2). Then AdamW, and both averages follow.
+ *
+ * `first` is the teacher on the fine grid, which anchors the student to the model it came from, or
+ * the student's own fast average on a coarse one, which doubles its step. The network is never told
+ * the step size, so the only velocity that satisfies all of them is constant along its trajectory:
+ * the flow becomes straight, and a few Euler steps follow it.
+ *
+ * Easy to get wrong: t = 1 is noise; the first time is 1 - 1e-5; j is even; no gradient through
+ * the target; the second half-step always uses the slow average.
+ */
+
+/* ---- Steps 2 to 4: chance ---- */
+
+static float sc__between(sc_rng *rng, const float range[2]) {
+    return range[0] + (range[1] - range[0]) * sc_uniform(rng);
+}
+
+void sc_draw_sample(const sc_recipe *r, sc_rng *rng, int64_t tokens, bool flow_matching,
+                    sc_draw *d) {
+    int choices = 0;
+    while (choices < 8 && r->self_steps[choices]) choices++;
+    d->no_caption = sc_uniform(rng) < r->caption_dropout;
+    d->teacher = sc_uniform(rng) < r->teacher_ratio || !choices;
+    int chosen = sc_uniform_int(rng, choices ? choices : 1);
+    d->steps = d->teacher ? r->teacher_steps : r->self_steps[chosen];
+    bool dynamic = sc_uniform(rng) < r->dynamic_shift_ratio;
+    float shift = sc__between(rng, r->shift), unit = sc_uniform(rng);
+    d->shift = dynamic ? sc_dynamic_shift(tokens) : shift;
+    d->guidance = sc__between(rng, r->guidance);
+    d->j = 2 * sc_uniform_int(rng, d->steps / 2);
+    for (int i = 0; i < 3; i++)
+        d->t[i] = sc_shift_time(1.f - (float)(d->j + i) / (float)d->steps, d->shift);
+    if (flow_matching) d->t[0] = sc_shift_time(unit, d->shift);
+    d->t[0] = fminf(d->t[0], 1.f - 1e-5f);
+}
+
+/* ---- Step 5: noisy input ---- */
+
+sc_tensor *sc_noisy(sc_tape *t, const sc_draw *draws, sc_tensor *x0, sc_tensor *noise) {
+    if (!x0 || !noise) return NULL;
+    int64_t n = x0->shape[0];
+    float *time = sc__constant(t, n, 0), *rest = sc__constant(t, n, 1);
+    if (!time || !rest) return NULL;
+    for (int64_t i = 0; i < n; i++) time[i] = draws[i].t[0], rest[i] -= time[i];
+    return sc_blend(t, rest, x0, time, noise); /* (1 - t) x0 + t eps */
+}
+
+/* ---- Step 6: the target ---- */
+
+bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int64_t first,
+                    const sc_tensor *x_of_all, sc_tensor *target_of_all) {
+    int64_t n = x_of_all->shape[0] - first;
+    sc_mark mark = sc_tape_mark(t);
+    sc_tensor *x = sc_samples(t, x_of_all, first, n);
+    sc_tensor *target = sc_samples(t, target_of_all, first, n);
+    float *t0 = sc__constant(t, n, 0), *t1 = sc__constant(t, n, 0), *g = sc__constant(t, n, 0);
+    float *one = sc__constant(t, n, 1), *minus_d1 = sc__constant(t, n, 0);
+    float *part1 = sc__constant(t, n, 0), *part2 = sc__constant(t, n, 0);
+    uint8_t *start = (uint8_t *)sc_tape_host(t, (size_t)n);
+    uint8_t *slow = (uint8_t *)sc_tape_host(t, (size_t)n);
+    if (!x || !target || !t0 || !t1 || !g || !one || !minus_d1 || !part1 || !part2 || !start ||
+        !slow)
+        return false;
+    for (int64_t i = 0; i < n; i++) {
+        const sc_draw *d = &draws[first + i];
+        float d1 = d->t[0] - d->t[1], d2 = d->t[1] - d->t[2];
+        t0[i] = d->t[0], t1[i] = d->t[1], g[i] = d->guidance;
+        minus_d1[i] = -d1, part1[i] = d1 / (d1 + d2), part2[i] = d2 / (d1 + d2);
+        start[i] = d->teacher ? SC_TEACHER : SC_FAST, slow[i] = SC_SLOW;
+    }
+    bool recorded = sc_tape_record(t, false); /* no gradient */
+    sc_tensor *v1 = model->velocity(model->self, t, x, first, start, t0, g);
+    sc_tensor *halfway = sc_blend(t, one, x, minus_d1, v1); /* x - d1 v1 */
+    sc_tensor *v2 = halfway ? model->velocity(model->self, t, halfway, first, slow, t1, g) : NULL;
+    bool ok = sc_copy(t, target, sc_blend(t, part1, v1, part2, v2));
+    sc_tape_record(t, recorded);
+    sc_tape_rewind(t, mark);
+    return ok;
+}
+
+/* Flow matching, for the samples [0, n): the target eps - x0. */
+static bool sc__flow_matching_target(sc_tape *t, sc_tensor *x0, sc_tensor *noise, int64_t n,
+                                     sc_tensor *target) {
+    const float *one = sc__constant(t, n, 1), *minus = sc__constant(t, n, -1);
+    sc_tensor *data = sc_samples(t, x0, 0, n), *eps = sc_samples(t, noise, 0, n);
+    sc_tensor *part = sc_samples(t, target, 0, n);
+    return one && minus && part && sc_copy(t, part, sc_blend(t, one, eps, minus, data));
+}
+
+/* ==== FLUX: the velocity of a noisy picture ==================================== >>flux =======
+ *
+ * Peebles & Xie's diffusion transformer in its multimodal form (Esser et al. 2024), as released in
+ * FLUX.1: `layers` double blocks, in which text and image keep their own weights and meet in one
+ * attention, then `single_layers` blocks on the joined sequence, attention and MLP side by side.
+ * Time, guidance and pooled text become one vector, which modulates every norm. Names are those of
+ * diffusers' FluxTransformer2DModel; how the weights get here is told at >>open.
+ *
+ * Easy to get wrong: text comes first in every joined sequence. A block's modulation is cut into
+ * (shift, scale, gate) for attention, then the same for the MLP; norm_out alone has (scale, shift).
+ * RoPE turns neighbouring channels (0,1), (2,3)...; text tokens sit at position (0,0,0), image
+ * tokens at (0,row,column). There is no final norm on the text stream.
+ */
+
+typedef struct sc__stream {         /* one stream of a double block: image or text */
+    sc_linear_layer mod;            /* [6C, C] */
+    sc_linear_layer q, k, v, out;   /* [C, C] */
+    sc_linear_layer up, down;       /* [4C, C], [C, 4C] */
+    sc_tensor *norm_q, *norm_k;     /* [D] */
+} sc__stream;
+
+typedef struct sc__double_block {
+    const sc_flux *flux;
+    sc__stream image, text;
+} sc__double_block;
+
+typedef struct sc__single_block {
+    const sc_flux *flux;
+    sc_linear_layer mod;            /* [3C, C] */
+    sc_linear_layer q, k, v;        /* [C, C] */
+    sc_linear_layer up;             /* [4C, C] */
+    sc_linear_layer out;            /* [C, 5C], of the attention's and the MLP's output */
+    sc_tensor *norm_q, *norm_k;     /* [D] */
+} sc__single_block;
+
+typedef struct sc__embedder { sc_linear_layer first, second; } sc__embedder;
+typedef struct sc__module { char name[SC_MAX_NAME]; sc_linear_layer *layer; } sc__module;
+
+struct sc_flux {
+    sc_flux_config config;
+    sc_net *net;                    /* its weights */
+    sc_linear_layer x_embedder, context_embedder;
+    sc__embedder time, guidance, pooled;
+    sc__double_block *double_blocks;
+    sc__single_block *single_blocks;
+    sc_linear_layer norm_out, proj_out;
+    sc__module *modules;            /* every linear layer by name: what LoRA can adapt */
+    int module_count;
+    sc_tensor rope;                 /* [T, D/2, 2], made for: */
+    int rope_text, rope_h, rope_w;
+    char *config_text;              /* config.json, as it was read */
+    int checkpointed;   /* so many of the blocks keep only their inputs for the backward pass */
+};
+
+/* RoPE's (cos, sin) for each token and channel pair, turn [text + h w, D/2, 2]: pair i of an axis
+ * of d channels turns by position * 10000^(-2i/d). */
+static void sc__rope_turns(const sc_flux_config *c, int text, int h, int w, float *turn) {
+    for (int64_t token = -text; token < (int64_t)h * w; token++) {
+        double position[3] = {0, token < 0 ? 0 : (double)(token / w),
+                              token < 0 ? 0 : (double)(token % w)};
+        for (int axis = 0; axis < 3; axis++)
+            for (int i = 0; i < c->rope_axes[axis]; i += 2) {
+                double angle = position[axis] * pow(10000.0, -(double)i / c->rope_axes[axis]);
+                *turn++ = (float)cos(angle);
+                *turn++ = (float)sin(angle);
+            }
+    }
+}
+
+/* in: image [B,Ti,C], text [B,Tt,C], silu of the modulation vector [B,C]; out: image, text. */
+static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context) {
+    const sc__double_block *block = (const sc__double_block *)context;
+    const sc__stream *const stream[2] = {&block->image, &block->text};
+    int heads = block->flux->config.heads;
+    float scale = 1.f / sqrtf((float)block->flux->config.head_size);
+    sc_tensor *mod[2], *q[2], *k[2], *v[2];
+    for (int i = 0; i < 2; i++) { /* 0 image, 1 text */
+        mod[i] = sc_linear(t, in[2], &stream[i]->mod);
+        sc_tensor *n = sc_ln_modulate(t, in[i], mod[i], 0, 1);
+        q[i] = sc_linear(t, n, &stream[i]->q);
+        k[i] = sc_linear(t, n, &stream[i]->k);
+        v[i] = sc_linear(t, n, &stream[i]->v);
+    }
+    const sc_tensor *rope = &block->flux->rope;
+    sc_tensor *query = sc_norm_rope(t, q[1], q[0], block->text.norm_q, block->image.norm_q, rope);
+    sc_tensor *key = sc_norm_rope(t, k[1], k[0], block->text.norm_k, block->image.norm_k, rope);
+    sc_tensor *o =
+        sc_attention(t, query, key, sc_concat_tokens(t, v[1], v[0]), heads, scale, NULL, false);
+    int64_t from[2] = {in[1]->shape[1], 0};
+    for (int i = 0; i < 2; i++) {
+        sc_tensor *own = sc_slice_tokens(t, o, from[i], in[i]->shape[1]);
+        sc_tensor *x = sc_gated_residual(t, in[i], sc_linear(t, own, &stream[i]->out), mod[i], 2);
+        sc_tensor *h = sc_linear_gelu(t, sc_ln_modulate(t, x, mod[i], 3, 4), &stream[i]->up);
+        h = sc_linear(t, h, &stream[i]->down);
+        out[i] = sc_gated_residual(t, x, h, mod[i], 5);
+    }
+    return out[0] && out[1];
+}
+
+/* in: joined tokens [B,T,C], silu of the modulation vector [B,C]; out: joined tokens. */
+static bool sc__single_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context) {
+    const sc__single_block *block = (const sc__single_block *)context;
+    const sc_tensor *rope = &block->flux->rope;
+    float scale = 1.f / sqrtf((float)block->flux->config.head_size);
+    sc_tensor *mod = sc_linear(t, in[1], &block->mod);
+    sc_tensor *n = sc_ln_modulate(t, in[0], mod, 0, 1);
+    sc_tensor *q = sc_norm_rope(t, NULL, sc_linear(t, n, &block->q), NULL, block->norm_q, rope);
+    sc_tensor *k = sc_norm_rope(t, NULL, sc_linear(t, n, &block->k), NULL, block->norm_k, rope);
+    sc_tensor *v = sc_linear(t, n, &block->v);
+    sc_tensor *o = sc_attention(t, q, k, v, block->flux->config.heads, scale, NULL, false);
+    sc_tensor *both = sc_concat_gelu(t, o, n, &block->up);
+    out[0] = sc_gated_residual(t, in[0], sc_linear(t, both, &block->out), mod, 2);
+    return out[0] != NULL;
+}
+
+/* An MLP of two layers: linear, SiLU, linear. */
+static sc_tensor *sc__embed(sc_tape *t, const sc__embedder *e, sc_tensor *x) {
+    return sc_linear(t, sc_activate(t, SC_SILU, sc_linear(t, x, &e->first)), &e->second);
+}
+
+/* The vector that modulates every block: silu(time + guidance + pooled text), [B,C]. */
+static sc_tensor *sc__flux_modulation(sc_flux *f, sc_tape *t, const sc_flux_input *in) {
+    int64_t batch = in->x->shape[0];
+    sc_tensor *sum = sc__embed(t, &f->time, sc_timestep_embedding(t, in->time, batch, 256));
+    if (f->config.guidance) {
+        sc_tensor *guidance = sc_timestep_embedding(t, in->guidance, batch, 256);
+        sum = sc_add(t, sum, sc__embed(t, &f->guidance, guidance));
+    }
+    return sc_activate(t, SC_SILU, sc_add(t, sum, sc__embed(t, &f->pooled, in->pooled)));
+}
+
+/* Replaces the first one or two of x by the block's outputs. While recording, a block keeps its
+ * activations for the backward pass, or, to save memory, only its inputs, and runs again there. */
+static bool sc__run_block(const sc_flux *f, int index, sc_tape *t, sc_block block,
+                          const void *context, sc_tensor **x, int inputs) {
+    sc_tensor *out[2] = {NULL, NULL};
+    bool again = index < f->checkpointed;
+    bool ok = (again ? sc_checkpoint : sc_keep)(t, block, context, x, inputs, out);
+    x[0] = out[0];
+    if (out[1]) x[1] = out[1];
+    return ok;
+}
+
+sc_tensor *sc_flux_velocity(sc_flux *f, sc_tape *t, const sc_flux_input *in) {
+    if (!in->x || !in->context || !in->pooled) return NULL;
+    int64_t text_tokens = in->context->shape[1], image_tokens = (int64_t)in->h * in->w;
+    if (in->x->shape[1] != image_tokens) {
+        sc__fail("latent has %lld tokens, the grid is %d x %d", (long long)in->x->shape[1], in->h,
+                in->w);
+        return NULL;
+    }
+    if (!sc_net_load(f->net) || !sc__rope(f, (int)text_tokens, in->h, in->w)) return NULL;
+    sc_tensor *mod = sc__flux_modulation(f, t, in);
+    sc_tensor *x[3] = {sc_linear(t, in->x, &f->x_embedder),
+                       sc_linear(t, in->context, &f->context_embedder), mod};
+    if (!x[0] || !x[1] || !mod) return NULL;
+    for (int i = 0; i < f->config.layers; i++)
+        if (!sc__run_block(f, i, t, sc__double_forward, &f->double_blocks[i], x, 3)) return NULL;
+    sc_tensor *joined[2] = {sc_concat_tokens(t, x[1], x[0]), mod};
+    if (!joined[0]) return NULL;
+    for (int i = 0; i < f->config.single_layers; i++)
+        if (!sc__run_block(f, f->config.layers + i, t, sc__single_forward, &f->single_blocks[i],
+                           joined, 2))
+            return NULL;
+    sc_tensor *image = sc_slice_tokens(t, joined[0], text_tokens, image_tokens);
+    sc_tensor *n =
+        sc_ln_modulate(t, image, sc_linear(t, mod, &f->norm_out), 1, 0); /* scale comes first */
+    return sc_linear(t, n, &f->proj_out);
+}
+
+/* ==== What is trained: LoRA, or all weights ==================================== >>lora =======
+ *
+ * A LoRA (Hu et al. 2021) adapts a frozen linear layer by two thin matrices, A [r, in] and B
+ * [out, r]: y = x W^T + b becomes y = x W^T + b + scale (x A^T) B^T, where scale = alpha / r. A
+ * starts gaussian, B zero, so that the first step's student is the teacher. sc_linear (>>linear)
+ * does this for all layers, and is the only place that does.
+ *
+ * SCFM needs four networks: the student, its fast and slow averages, and the teacher. They share
+ * everything but the trained numbers, so the numbers of each lie in one array, and a network is an
+ * index, its set: nothing is copied or swapped. The teacher of a LoRA has no array: it is the base.
+ */
+
+/* An A or B whose numbers lie at `data`, which stays with its owner. */
+static sc_tensor *sc__factor(float *data, int64_t rows, int64_t columns) {
+    sc_tensor *x = (sc_tensor *)sc__alloc(1, sizeof *x);
+    if (x) *x = (sc_tensor){.data = data, .dtype = SC_F32, .ndim = 2, .shape = {rows, columns}};
+    return x;
+}
+
+/* Points the adapters of every module at their parts of the arrays, and draws A's in `start`. */
+static bool sc__attach(sc_params *p, float scale, sc_rng rng, float *start) {
+    int64_t at = 0;
+    for (int i = 0; i < p->flux->module_count; i++) {
+        sc_linear_layer *layer = p->flux->modules[i].layer;
+        int64_t out = layer->weight->shape[0], in = layer->weight->shape[1], n = p->rank * in;
+        sc_adapter *lora = &p->adapters[i];
+        *lora = (sc_adapter){.rank = p->rank, .scale = scale, .next = layer->adapters};
+        layer->adapters = lora;
+        for (int s = 0; s < SC_SETS; s++) {
+            if (!p->set[s]) continue;
+            lora->a[s] = sc__factor(p->set[s] + at, p->rank, in);
+            lora->b[s] = sc__factor(p->set[s] + at + n, out, p->rank);
+            if (!lora->a[s] || !lora->b[s]) return false;
+        }
+        sc_tensor *a = lora->a[SC_STUDENT], *b = lora->b[SC_STUDENT];
+        a->needs_grad = b->needs_grad = true;
+        a->grad = p->grad + at;
+        b->grad = p->grad + at + n;
+        sc_normal(&rng, start + at, n);
+        for (int64_t j = at; j < at + n; j++) start[j] /= (float)p->rank;
+        at += n + p->rank * out;
+    }
+    return true;
+}
+
+sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed) {
+    if (rank < 1) return sc__fail("a LoRA of rank %d: it must be positive", rank), NULL;
+    int64_t count = 0;
+    for (int i = 0; i < flux->module_count; i++) {
+        const sc_tensor *w = flux->modules[i].layer->weight;
+        count += rank * (w->shape[0] + w->shape[1]);
+    }
+    sc_params *p = sc__params_new(flux, count, false);
+    float *start = p ? (float *)sc__alloc((size_t)count, sizeof *start) : NULL;
+    if (start) p->adapters = (sc_adapter *)sc__alloc((size_t)flux->module_count, sizeof *p->adapters);
+    if (p) p->rank = rank;
+    bool ok = start && p->adapters && sc__attach(p, alpha / (float)rank, (sc_rng){seed}, start);
+    if (ok) sc__params_start(p, start);
+    SC_FREE(start);
+    if (ok) return p;
+    sc_params_free(p);
+    return NULL;
+}
+
+/* ==== A training step ========================================================== >>step =======
+ *
+ * FLUX with a batch's text is a velocity model in four sets: what SCFM and the sampler ask for. A
+ * step draws, asks for the target, lets the student answer, and goes back from the loss to the
+ * gradients of all trained numbers (>>tape). sc_params_step then moves the numbers w and both
+ * averages (>>adamw), with the gradient g shortened to the norm `clip`:
+ *   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
+ *   w -= lr (m' / (sqrt(v') + eps) + decay w), m' = m / (1 - b1^step), v' = v / (1 - b2^step);
+ *   fast = 0.99 fast + 0.01 w;  slow = 0.999 slow + 0.001 w.
+ */
+
+typedef struct sc__flux_model {
+    sc_flux *flux;
+    sc_params *params;          /* NULL: sampling, with the loaded LoRAs */
+    int h, w;
+    sc_tensor *context, *pooled;
+} sc__flux_model;
+
+static sc_tensor *sc__flux_samples(sc__flux_model *m, sc_tape *t, sc_tensor *x, int64_t from,
+                                   const float *time, const float *guidance) {
+    int64_t n = x ? x->shape[0] : 0;
+    sc_flux_input in = {.x = x, .time = time, .guidance = guidance, .h = m->h, .w = m->w,
+                        .context = sc_samples(t, m->context, from, n),
+                        .pooled = sc_samples(t, m->pooled, from, n)};
+    return sc_flux_velocity(m->flux, t, &in);
+}
+
+/* sc_model.velocity. With LoRA each sample brings its own set into one pass; with whole weights
+ * each run of samples that share a set is a pass. */
+static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x, int64_t first,
+                                          const uint8_t *sets, const float *time,
+                                          const float *guidance) {
+    sc__flux_model *m = (sc__flux_model *)self;
+    int64_t batch = x->shape[0], count;
+    sc_tensor *all = NULL;
+    sc_tape_use(t, sets);
+    if (!m->params || m->params->adapters)
+        return sc__flux_samples(m, t, x, first, time, guidance);
+    for (int64_t i = 0; i < batch; i += count) {
+        for (count = 1; i + count < batch && sets[i + count] == sets[i];) count++;
+        if (!m->params->set[sets[i]])
+            return sc__fail("the recipe asks a teacher; these weights were given none"), NULL;
+        sc_params_use(m->params, (sc_set)sets[i]);
+        sc_tensor *v = sc__flux_samples(m, t, sc_samples(t, x, i, count), first + i, time + i,
+                                        guidance + i);
+        if (!v || count == batch) return v;
+        if (!all) all = sc_new(t, 3, (const int64_t[]){batch, v->shape[1], v->shape[2]});
+        if (!sc_copy(t, sc_samples(t, all, i, count), v)) return NULL;
+    }
+    return all;
+}
+
+/* Guidance distillation: the target v_u + g (v_c - v_u) of the frozen teacher, itself asked with
+ * g = 1; v_u is without a caption. */
+static bool sc__guidance_target(sc__flux_model *m, sc_tape *t, const sc_batch *batch,
+                                const float *time, const float *guidance, sc_tensor *x,
+                                sc_tensor *target) {
+    int64_t n = x->shape[0];
+    const sc_tensor *c = m->context, *p = m->pooled;
+    sc_mark mark = sc_tape_mark(t);
+    sc_tensor *no_c = sc_from(t, 3, (const int64_t[]){1, c->shape[1], c->shape[2]},
+                              batch->no_context);
+    sc_tensor *no_p = sc_from(t, 2, (const int64_t[]){1, p->shape[1]}, batch->no_pooled);
+    sc__flux_model uncaptioned = *m;
+    uncaptioned.context = sc_new(t, 3, c->shape);
+    uncaptioned.pooled = sc_new(t, 2, p->shape);
+    for (int64_t i = 0; i < n; i++)
+        if (!sc_copy(t, sc_samples(t, uncaptioned.context, i, 1), no_c) ||
+            !sc_copy(t, sc_samples(t, uncaptioned.pooled, i, 1), no_p))
+            return false;
+    float *one = sc__constant(t, n, 1), *rest = sc__constant(t, n, 1);
+    uint8_t *teacher = (uint8_t *)sc_tape_host(t, (size_t)n);
+    if (!one || !rest || !teacher) return false;
+    for (int64_t i = 0; i < n; i++) rest[i] -= guidance[i], teacher[i] = SC_TEACHER;
+    sc_tensor *with = sc__flux_model_velocity(m, t, x, 0, teacher, time, one);
+    sc_tensor *without =
+        with ? sc__flux_model_velocity(&uncaptioned, t, x, 0, teacher, time, one) : NULL;
+    bool ok = sc_copy(t, target, sc_blend(t, guidance, with, rest, without));
+    sc_tape_rewind(t, mark);
+    return ok;
+}
+
+/* Uploads text; false where there is no memory. */
+static bool sc__flux_text(sc__flux_model *m, sc_tape *t, int batch, int text_tokens,
+                          const float *context, const float *pooled) {
+    const sc_flux_config *c = sc_flux_config_of(m->flux);
+    m->context = sc_from(t, 3, (const int64_t[]){batch, text_tokens, c->text_channels}, context);
+    m->pooled = sc_from(t, 2, (const int64_t[]){batch, c->pooled_channels}, pooled);
+    return m->context && m->pooled;
+}
+
+/* A dropped caption is replaced by the empty one. */
+static void sc__drop_captions(const sc_batch *b, const sc_flux_config *c, const sc_draw *draws) {
+    int64_t nc = (int64_t)b->text_tokens * c->text_channels, np = c->pooled_channels;
+    for (int i = 0; i < b->size; i++) {
+        if (!draws[i].no_caption) continue;
+        memcpy(b->context + i * nc, b->no_context, (size_t)nc * 4);
+        memcpy(b->pooled + i * np, b->no_pooled, (size_t)np * 4);
+    }
+}
+
+/* This part of n samples, in whole ones: what is left over is one with that chance. */
+static int64_t sc__part_of(int64_t n, float part, sc_rng *rng) {
+    float exact = part * (float)n, whole = floorf(exact);
+    return (int64_t)whole + (exact > whole && sc_uniform(rng) < exact - whole);
+}
+
+bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *r,
+                       const sc_batch *b, sc_rng *rng) {
+    int64_t n = b->size, tokens = (int64_t)b->h * b->w;
+    const sc_flux_config *c = sc_flux_config_of(flux);
+    const int64_t shape[] = {n, tokens, c->in_channels};
+    sc_tape_reset(t);
+    sc_tape_record(t, false);
+    sc_draw *draws = (sc_draw *)sc_tape_host(t, (size_t)n * sizeof *draws);
+    float *time = sc__constant(t, n, 0), *guidance = sc__constant(t, n, 0);
+    uint8_t *student = (uint8_t *)sc_tape_host(t, (size_t)n);
+    if (!draws || !time || !guidance || !student) return false;
+    /* Steps 2 to 4: chance. Flow matching comes first, then the teacher's case, then the student's
+     * own: neighbours with the same set share their products. */
+    int64_t plain = r->distil_guidance ? n : sc__part_of(n, r->fm_ratio, rng);
+    for (int64_t i = 0, low = plain, high = n; i < n; i++) {
+        sc_draw d;
+        sc_draw_sample(r, rng, tokens, i < plain, &d);
+        int64_t at = i < plain ? i : d.teacher ? low++ : --high;
+        draws[at] = d, time[at] = d.t[0], guidance[at] = d.guidance, student[at] = SC_STUDENT;
+    }
+    sc__drop_captions(b, c, draws);
+    /* Step 5: noisy input. */
+    sc__flux_model self = {.flux = flux, .params = params, .h = b->h, .w = b->w};
+    sc_model model = {sc__flux_model_velocity, &self};
+    sc_tensor *x0 = sc_from(t, 3, shape, b->x0), *noise = sc_from(t, 3, shape, b->noise);
+    sc_tensor *x = sc_noisy(t, draws, x0, noise), *target = sc_new(t, 3, shape);
+    if (!x || !target || !sc__flux_text(&self, t, b->size, b->text_tokens, b->context, b->pooled))
+        return false;
+    /* Step 6: target. */
+    bool ok = r->distil_guidance ? sc__guidance_target(&self, t, b, time, guidance, x, target)
+                                 : !plain || sc__flow_matching_target(t, x0, noise, plain, target);
+    if (!ok || (plain < n && !sc_scfm_target(&model, t, draws, plain, x, target))) return false;
+    /* Step 7: the student's answer, and the way back. */
+    sc_tape_record(t, true);
+    sc_tensor *v = sc__flux_model_velocity(&self, t, x, 0, student, time, guidance);
+    ok = sc_mse(t, v, target, 1.f, &params->results[0]) && sc_backward(t);
+    sc_tape_record(t, false);
+    sc_tape_use(t, NULL);
+    return ok;
+}
+
+bool sc_sample(sc_flux *f, sc_tape *t, const sc_sampling *s, int batch, int text_tokens,
+               const float *context, const float *pooled, float *latents) {
+    const int64_t shape[] = {batch, (int64_t)s->h * s->w, sc_flux_config_of(f)->in_channels};
+    sc__flux_model self = {.flux = f, .h = s->h, .w = s->w};
+    sc_sampling shifted = *s;
+    if (!(s->shift > 0)) shifted.shift = sc_dynamic_shift(shape[1]);
+    sc_tape_reset(t);
+    bool ok = batch < 1 || sc__flux_text(&self, t, batch, text_tokens, context, pooled);
+    ok = ok && sc_euler(&(sc_model){sc__flux_model_velocity, &self}, t, &shifted, 3, shape, latents);
+    sc_tape_use(t, NULL);
+    return ok;
+}
+
+/* #############################################################################################
+ * PART II: THE MACHINE                                                                  >>part2 */
 
 /* ==== Errors, memory, random numbers, data types ==============================================
  *
@@ -827,8 +1420,7 @@ static char *sc__plain(char *text) {
     return text;
 }
 
-/* Sets the message; returns false, so that `return sc__fail(...)` reads well. */
-static SC_PRINTF(1, 2) bool sc__fail(const char *format, ...) {
+bool sc_fail(const char *format, ...) {
     va_list args;
     va_start(args, format);
     vsnprintf(sc__message, sizeof sc__message, format, args);
@@ -836,8 +1428,6 @@ static SC_PRINTF(1, 2) bool sc__fail(const char *format, ...) {
     sc__plain(sc__message);
     return false;
 }
-
-bool sc_set_error(const char *line) { return sc__fail("%s", line); }
 
 /* Zeroed memory for `count` items of `size` bytes; NULL with the error set. */
 static void *sc__alloc(size_t count, size_t size) {
@@ -2020,7 +2610,11 @@ void sc_tape_reset(sc_tape *t) {
     t->failed = false;
 }
 
-void sc_tape_record(sc_tape *t, bool recording) { t->recording = recording; }
+bool sc_tape_record(sc_tape *t, bool recording) {
+    bool before = t->recording;
+    t->recording = recording;
+    return before;
+}
 void sc_tape_use(sc_tape *t, const uint8_t *set_of_sample) { t->sets = set_of_sample; }
 
 size_t sc_tape_bytes(const sc_tape *t) {
@@ -2042,6 +2636,8 @@ bool sc_tape_reserve(sc_tape *t, size_t bytes) {
 }
 
 /* ---- Tensors of the tape ---- */
+
+void *sc_tape_host(sc_tape *t, size_t bytes) { return sc__arena_take(&t->host, bytes); }
 
 static sc_tensor *sc__struct(sc_tape *t, int ndim, const int64_t *shape, sc_dtype dtype) {
     sc_tensor *x = (sc_tensor *)sc__arena_take(&t->host, sizeof *x);
@@ -2161,16 +2757,11 @@ static void sc__run_cheap(sc_tape *t, sc__op op) {
     sc__append(t, op);
 }
 
-/* Marks: everything taken from the arenas after sc__mark goes back at sc__release. */
-typedef struct sc__mark_t {
-    int host, device;
-    size_t host_used, device_used, device_taken;
-} sc__mark_t;
-static sc__mark_t sc__mark(const sc_tape *t) {
-    return (sc__mark_t){t->host.current, t->device.current, t->host.used, t->device.used,
-                        t->device.taken};
+sc_mark sc_tape_mark(const sc_tape *t) {
+    return (sc_mark){t->host.current, t->device.current, t->host.used, t->device.used,
+                     t->device.taken};
 }
-static void sc__release(sc_tape *t, sc__mark_t m) {
+void sc_tape_rewind(sc_tape *t, sc_mark m) {
     t->input = NULL;
     t->host.current = m.host, t->host.used = m.host_used;
     t->device.current = m.device, t->device.used = m.device_used, t->device.taken = m.device_taken;
@@ -2695,6 +3286,20 @@ sc_tensor *sc_upsample(sc_tape *t, const sc_tensor *x) {
     return y;
 }
 
+sc_tensor *sc_samples(sc_tape *t, const sc_tensor *x, int64_t first, int64_t count) {
+    sc_tensor *y = x ? sc_reshape(t, x, x->ndim, x->shape) : NULL;
+    if (!y) return NULL;
+    y->data = (char *)y->data + first * (sc_count(x) / x->shape[0]) * sc_dtype_size(x->dtype);
+    y->shape[0] = count;
+    return y;
+}
+
+bool sc_copy(sc_tape *t, sc_tensor *y, const sc_tensor *x) {
+    int64_t n = x ? sc_count(x) : 0;
+    if (x && y) t->be->copy_block(y->data, n, x->data, n, 1, n, x->dtype, false);
+    return x && y;
+}
+
 sc_tensor *sc_swap_axes(sc_tape *t, const sc_tensor *x) {
     sc_tensor *y = x ? sc__new3(t, x->shape[0], x->shape[2], x->shape[1]) : NULL;
     if (y) t->be->swap_axes(y, x);
@@ -2714,21 +3319,21 @@ static bool sc__overlap(const sc_tensor *a, const sc_tensor *b) {
 static bool sc__run_lean(sc_tape *t, sc_block block, const void *context, sc_tensor **in,
                          sc_tensor **out) {
     bool recording = t->recording, overlap = false;
-    sc__mark_t start = sc__mark(t);
+    sc_mark start = sc_tape_mark(t);
     t->recording = false;
     bool ok = block(t, in, out, context);
     t->recording = recording;
     if (!ok) return false;
     int count = out[1] ? 2 : 1;
-    sc__mark_t end = sc__mark(t);
+    sc_mark end = sc_tape_mark(t);
     sc_tensor old[2];
     for (int i = 0; i < count; i++) old[i] = *out[i];
-    sc__release(t, start);
+    sc_tape_rewind(t, start);
     for (int i = 0; i < count; i++) {
         if (!(out[i] = sc__new_like(t, &old[i]))) return false;
         for (int j = 0; j < count; j++) overlap = overlap || sc__overlap(out[i], &old[j]);
     }
-    if (overlap) sc__release(t, end);
+    if (overlap) sc_tape_rewind(t, end);
     for (int i = 0; i < count; i++) {
         int64_t n = sc_count(&old[i]);
         if (overlap) out[i] = sc_reshape(t, &old[i], old[i].ndim, old[i].shape);
@@ -2760,7 +3365,7 @@ typedef struct sc__checkpoint {
 static void sc__checkpoint_backward(sc_tape *t, sc__op *op) {
     const sc__checkpoint *c = (const sc__checkpoint *)op->extra;
     for (int i = 0; i < c->inputs; i++) sc__grad(t, op->in[i]);
-    sc__mark_t mark = sc__mark(t);
+    sc_mark mark = sc_tape_mark(t);
     int64_t first = t->count;
     const uint8_t *sets = t->sets;
     sc_tensor *out[2] = {NULL, NULL};
@@ -2771,7 +3376,7 @@ static void sc__checkpoint_backward(sc_tape *t, sc__op *op) {
     for (int i = 0; i < 2 && out[i]; i++) out[i]->grad = op->out[i]->grad;
     if (!t->failed) sc__backward_from(t, first);
     t->sets = sets;
-    sc__release(t, mark);
+    sc_tape_rewind(t, mark);
 }
 
 bool sc_checkpoint(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs,
@@ -2799,18 +3404,18 @@ bool sc_checkpoint(sc_tape *t, sc_block block, const void *context, sc_tensor **
 static void sc__keep_begin(sc_tape *t, sc__op *op) {
     sc_tensor *end = (sc_tensor *)op->extra;
     for (int i = 0; i < 5 && op->in[i]; i++) sc__grad(t, op->in[i]);
-    *(sc__mark_t *)end->data = sc__mark(t);
+    *(sc_mark *)end->data = sc_tape_mark(t);
     end->grad = end->data;
 }
 static void sc__keep_end(sc_tape *t, sc__op *op) {
-    sc__release(t, *(sc__mark_t *)op->out[0]->data);
+    sc_tape_rewind(t, *(sc_mark *)op->out[0]->data);
 }
 
 bool sc_keep(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs,
              sc_tensor **out) {
     if (!t->recording) return sc__run_lean(t, block, context, in, out);
     sc_tensor yes = {.needs_grad = true}, *end = sc__struct(t, 0, NULL, SC_F32);
-    if (!end || !(end->data = sc__arena_take(&t->host, sizeof(sc__mark_t)))) return false;
+    if (!end || !(end->data = sc__arena_take(&t->host, sizeof(sc_mark)))) return false;
     int64_t first = t->count;
     sc__op *op = sc__record(t, sc__keep_end, end, &yes, NULL, NULL);
     if (!op) return false;
@@ -2823,306 +3428,6 @@ bool sc_keep(sc_tape *t, sc_block block, const void *context, sc_tensor **in, in
     op->out[1] = out[1];
     op->extra = end;
     return true;
-}
-
-/* ==== Flow matching: times and sampler ========================================================
- *
- * A model learns the velocity v = eps - x0 of the straight path x_t = (1 - t) x0 + t eps from data
- * (t = 0) to noise (t = 1). A sample is drawn by following it back from noise with Euler steps,
- * x_t' = x_t - (t - t') v(x_t, t, c); a time shift s > 1 puts more of them near the noise, where
- * the picture's structure is decided. The learned velocity of a trained model is an average over
- * pictures, so its paths are curved, and few large steps leave them: SCFM, below, straightens them.
- */
-
-float sc_shift_time(float u, float shift) { return shift * u / (1.f + (shift - 1.f) * u); }
-
-/* FLUX's: mu grows linearly with the number of image tokens, 0.5 at 256, 1.15 at 4096. */
-float sc_dynamic_shift(int64_t tokens) {
-    return expf(0.5f + (1.15f - 0.5f) * (float)(tokens - 256) / (4096 - 256));
-}
-
-void sc_schedule(float *times, int steps, float shift) {
-    for (int i = 0; i <= steps; i++) times[i] = sc_shift_time(1.f - (float)i / (float)steps, shift);
-    times[0] = 1.f - 1e-5f;
-}
-
-bool sc_sample(sc_flux *f, sc_tape *t, const sc_sampling *s, int batch, int text_tokens,
-               const float *context, const float *pooled, float *latents) {
-    const sc_flux_config *c = sc_flux_config_of(f);
-    if (s->steps < 1 || batch < 1)
-        return sc__fail("a sample of %d steps, %d at once: both must be positive", s->steps, batch);
-    float *host = (float *)sc__alloc((size_t)(s->steps + 1 + 4 * batch), sizeof *host);
-    if (!host) return false;
-    float *times = host + 4 * batch, *time = host, *guidance = host + batch;
-    float *one = host + 2 * batch, *delta = host + 3 * batch;
-    sc_schedule(times, s->steps,
-                s->shift > 0 ? s->shift : sc_dynamic_shift((int64_t)s->h * s->w));
-    for (int b = 0; b < batch; b++) guidance[b] = s->guidance, one[b] = 1;
-    sc_tape_record(t, false);
-    sc_tape_use(t, s->sets);
-    bool ok = true;
-    for (int i = 0; ok && i < s->steps; i++) {
-        sc_tape_reset(t);
-        for (int b = 0; b < batch; b++) time[b] = times[i], delta[b] = times[i + 1] - times[i];
-        sc_tensor *x =
-            sc_from(t, 3, (const int64_t[]){batch, (int64_t)s->h * s->w, c->in_channels}, latents);
-        sc_flux_input in = {
-            .x = x, .time = time, .guidance = guidance, .h = s->h, .w = s->w,
-            .context =
-                sc_from(t, 3, (const int64_t[]){batch, text_tokens, c->text_channels}, context),
-            .pooled = sc_from(t, 2, (const int64_t[]){batch, c->pooled_channels}, pooled)};
-        sc_tensor *v = sc_flux_velocity(f, t, &in);
-        ok = sc_read(t, sc_blend(t, one, x, delta, v), latents);
-        for (int64_t j = 0; ok && j < sc_count(x); j++)
-            if (!isfinite(latents[j]))
-                ok = sc__fail("step %d gave NaN or infinity: are the weights damaged?", i + 1);
-        if (ok && s->progress && !s->progress(s->user, i + 1, s->steps)) ok = sc__fail("stopped");
-    }
-    sc_tape_use(t, NULL);
-    SC_FREE(host);
-    return ok;
-}
-
-/* ==== SCFM: shortcutting a flow-matching model ===============================================
- *
- * Cai et al., "Shortcutting Pre-trained Flow Matching Diffusion Models is Almost Free Lunch"
- * (NeurIPS 2025). One Euler step over an interval should equal two steps over its halves, at every
- * scale at once. A step of training, for each sample:
- *
- *  1. x0, c: a picture's latents and its caption; eps ~ N(0, I). These are the caller's.
- *  2. Teacher's case (0.4 of the samples): N = 32. Else its own case: N from {2, 4, 8, 16}.
- *  3. Times t_i = shift(1 - i / N), the shift drawn, t_0 = 1 - 1e-5; the guidance g is drawn too.
- *  4. j even: the step from t_j down to t_j+2, its halves d1 = t_j - t_j+1, d2 = t_j+1 - t_j+2.
- *  5. x = (1 - t_j) x0 + t_j eps
- *  6. v1 = first(x, t_j, c, g);  x' = x - d1 v1;  v2 = slow(x', t_j+1, c, g);
- *     target = (d1 v1 + d2 v2) / (d1 + d2)
- *  7. loss = mean((student(x, t_j, c, g) - target)^2). Then AdamW, and both averages follow.
- *
- * `first` is the teacher on the fine grid, which anchors the student to the model it came from, or
- * the student's own fast average on a coarse one, which doubles its step. The network is never told
- * the step size, so the only velocity that satisfies all of them is constant along its trajectory:
- * the flow becomes straight, and a few Euler steps follow it.
- *
- * Easy to get wrong: t = 1 is noise; the first time is 1 - 1e-5; j is even; no gradient through
- * the target; the second half-step always uses the slow average.
- */
-
-/* ---- Steps 2 to 4: chance ---- */
-
-static float sc__between(sc_rng *rng, const float range[2]) {
-    return range[0] + (range[1] - range[0]) * sc_uniform(rng);
-}
-
-void sc_draw_sample(const sc_recipe *r, sc_rng *rng, int64_t tokens, bool flow_matching,
-                    sc_draw *d) {
-    int choices = 0;
-    while (choices < 8 && r->self_steps[choices]) choices++;
-    d->no_caption = sc_uniform(rng) < r->caption_dropout;
-    d->teacher = sc_uniform(rng) < r->teacher_ratio || !choices;
-    int chosen = sc_uniform_int(rng, choices ? choices : 1);
-    d->steps = d->teacher ? r->teacher_steps : r->self_steps[chosen];
-    bool dynamic = sc_uniform(rng) < r->dynamic_shift_ratio;
-    float shift = sc__between(rng, r->shift), unit = sc_uniform(rng);
-    d->shift = dynamic ? sc_dynamic_shift(tokens) : shift;
-    d->guidance = sc__between(rng, r->guidance);
-    d->j = 2 * sc_uniform_int(rng, d->steps / 2);
-    for (int i = 0; i < 3; i++)
-        d->t[i] = sc_shift_time(1.f - (float)(d->j + i) / (float)d->steps, d->shift);
-    if (flow_matching) d->t[0] = sc_shift_time(unit, d->shift);
-    d->t[0] = fminf(d->t[0], 1.f - 1e-5f);
-}
-
-/* ---- Steps 5 and 6: noisy input and target ---- */
-
-/* `n` times the same number, on the tape: coefficients for sc_blend. */
-static float *sc__constant(sc_tape *t, int64_t n, float value) {
-    float *x = (float *)sc__arena_take(&t->host, (size_t)n * sizeof *x);
-    for (int64_t i = 0; x && i < n; i++) x[i] = value;
-    return x;
-}
-
-/* Samples [first, first + count) of x, the same memory. */
-static sc_tensor *sc__samples(sc_tape *t, const sc_tensor *x, int64_t first, int64_t count) {
-    sc_tensor *y = sc_reshape(t, x, x->ndim, x->shape);
-    if (!y) return NULL;
-    y->data = (char *)y->data + first * (sc_count(x) / x->shape[0]) * sc_dtype_size(x->dtype);
-    y->shape[0] = count;
-    return y;
-}
-
-sc_tensor *sc_noisy(sc_tape *t, const sc_draw *draws, sc_tensor *x0, sc_tensor *noise) {
-    if (!x0 || !noise) return NULL;
-    int64_t n = x0->shape[0];
-    float *time = sc__constant(t, n, 0), *rest = sc__constant(t, n, 1);
-    if (!time || !rest) return NULL;
-    for (int64_t i = 0; i < n; i++) time[i] = draws[i].t[0], rest[i] -= time[i];
-    return sc_blend(t, rest, x0, time, noise);
-}
-
-bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int64_t first,
-                    const sc_tensor *x_of_all, sc_tensor *target_of_all) {
-    int64_t n = x_of_all->shape[0] - first;
-    bool recording = t->recording;
-    sc__mark_t mark = sc__mark(t);
-    sc_tensor *x = sc__samples(t, x_of_all, first, n),
-              *target = sc__samples(t, target_of_all, first, n), *v1, *halfway, *v2 = NULL;
-    float *t0 = sc__constant(t, 7 * n, 1), *t1 = t0 + n, *guidance = t1 + n, *one = guidance + n,
-          *minus_d1 = one + n, *part1 = minus_d1 + n, *part2 = part1 + n;
-    uint8_t *start = (uint8_t *)sc__arena_take(&t->host, (size_t)n * 2), *slow = start + n;
-    if (!x || !target || !t0 || !start) return false;
-    for (int64_t i = 0; i < n; i++) {
-        const sc_draw *d = &draws[first + i];
-        float d1 = d->t[0] - d->t[1], d2 = d->t[1] - d->t[2];
-        t0[i] = d->t[0], t1[i] = d->t[1], guidance[i] = d->guidance;
-        minus_d1[i] = -d1, part1[i] = d1 / (d1 + d2), part2[i] = d2 / (d1 + d2);
-        start[i] = d->teacher ? SC_TEACHER : SC_FAST, slow[i] = SC_SLOW;
-    }
-    sc_tape_record(t, false); /* no gradient */
-    v1 = model->velocity(model->self, t, x, first, start, t0, guidance);
-    halfway = sc_blend(t, one, x, minus_d1, v1); /* x - d1 v1 */
-    if (halfway) v2 = model->velocity(model->self, t, halfway, first, slow, t1, guidance);
-    if (v2) t->be->blend(target, part1, v1, part2, v2); /* (d1 v1 + d2 v2) / (d1 + d2) */
-    sc_tape_record(t, recording);
-    sc__release(t, mark);
-    return v2 != NULL;
-}
-
-/* Flow matching, for the samples [0, n): the target eps - x0. */
-static bool sc__flow_matching_target(sc_tape *t, const sc_tensor *x0, const sc_tensor *noise,
-                                     int64_t n, sc_tensor *target) {
-    const float *one = sc__constant(t, n, 1), *minus = sc__constant(t, n, -1);
-    sc_tensor *data = sc__samples(t, x0, 0, n), *eps = sc__samples(t, noise, 0, n),
-              *part = sc__samples(t, target, 0, n);
-    if (!one || !minus || !data || !eps || !part) return false;
-    t->be->blend(part, one, eps, minus, data);
-    return true;
-}
-
-/* ---- FLUX as a model of four sets, and its training step ---- */
-
-typedef struct sc__flux_model {
-    sc_flux *flux;
-    sc_params *params;
-    const sc_batch *batch;
-    sc_tensor *context, *pooled;
-} sc__flux_model;
-
-/* With LoRA each sample brings its own set into one pass; with whole weights each run of samples
- * that share a set is a pass. */
-static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x, int64_t first,
-                                          const uint8_t *sets, const float *time,
-                                          const float *guidance) {
-    sc__flux_model *m = (sc__flux_model *)self;
-    int64_t batch = x->shape[0], count = batch;
-    bool whole = m->params->adapters == NULL;
-    sc_tensor *y = NULL;
-    sc_tape_use(t, sets);
-    for (int64_t i = 0; i < batch; i += count) {
-        sc_set set = whole ? sc__next_run(t, batch, &i, &count) : SC_TEACHER;
-        if (whole && !m->params->set[set])
-            return sc__fail("the recipe asks a teacher; these weights were given none"), NULL;
-        if (whole) sc_params_use(m->params, set);
-        sc_flux_input in = {.x = sc__samples(t, x, i, count),
-                            .time = time + i, .guidance = guidance + i,
-                            .context = sc__samples(t, m->context, first + i, count),
-                            .pooled = sc__samples(t, m->pooled, first + i, count),
-                            .h = m->batch->h, .w = m->batch->w};
-        sc_tensor *v = sc_flux_velocity(m->flux, t, &in);
-        if (!v || count == batch) return v;
-        if (!y && !(y = sc__new3(t, batch, v->shape[1], v->shape[2]))) return NULL;
-        int64_t n = sc_count(v);
-        sc__copy_columns(t, y->data, n, i * (n / count), v->data, n, 0, 1, n, false);
-    }
-    return y;
-}
-
-/* One sample's host values for each of like's samples. */
-static sc_tensor *sc__repeated(sc_tape *t, const sc_tensor *like, const float *values) {
-    int64_t n = like->shape[0], size = sc_count(like) / n;
-    sc_tensor *one = sc_from(t, 1, &size, values), *y = one ? sc__new_like(t, like) : NULL;
-    if (y) sc__copy_columns(t, y->data, size, 0, one->data, 0, 0, n, size, false);
-    return y;
-}
-
-/* Guidance distillation: the target v_u + g (v_c - v_u) of the frozen teacher, itself asked with
- * g = 1; v_u is without a caption. */
-static bool sc__guidance_target(sc__flux_model *m, sc_tape *t, const float *time,
-                                const float *guidance, sc_tensor *x, sc_tensor *target) {
-    int64_t n = x->shape[0];
-    sc__mark_t mark = sc__mark(t);
-    sc__flux_model uncaptioned = *m;
-    uncaptioned.context = sc__repeated(t, m->context, m->batch->no_context);
-    uncaptioned.pooled = sc__repeated(t, m->pooled, m->batch->no_pooled);
-    float *one = sc__constant(t, n, 1), *rest = sc__constant(t, n, 1);
-    uint8_t *teacher = (uint8_t *)sc__arena_take(&t->host, (size_t)n);
-    if (!uncaptioned.context || !uncaptioned.pooled || !one || !rest || !teacher) return false;
-    for (int64_t i = 0; i < n; i++) rest[i] -= guidance[i], teacher[i] = SC_TEACHER;
-    sc_tensor *with = sc__flux_model_velocity(m, t, x, 0, teacher, time, one);
-    sc_tensor *without =
-        with ? sc__flux_model_velocity(&uncaptioned, t, x, 0, teacher, time, one) : NULL;
-    if (without) t->be->blend(target, guidance, with, rest, without);
-    sc__release(t, mark);
-    return without != NULL;
-}
-
-/* Uploads the batch's text; a dropped caption is replaced by the empty one. */
-static bool sc__upload_text(sc__flux_model *m, sc_tape *t, const sc_draw *draws) {
-    const sc_batch *b = m->batch;
-    const sc_flux_config *c = sc_flux_config_of(m->flux);
-    int64_t nc = (int64_t)b->text_tokens * c->text_channels, np = c->pooled_channels;
-    for (int i = 0; i < b->size; i++) {
-        if (!draws[i].no_caption) continue;
-        memcpy(b->context + i * nc, b->no_context, (size_t)nc * 4);
-        memcpy(b->pooled + i * np, b->no_pooled, (size_t)np * 4);
-    }
-    m->context =
-        sc_from(t, 3, (const int64_t[]){b->size, b->text_tokens, c->text_channels}, b->context);
-    m->pooled = sc_from(t, 2, (const int64_t[]){b->size, np}, b->pooled);
-    return m->context && m->pooled;
-}
-
-/* This part of n samples, in whole ones: what is left over is one with that chance. */
-static int64_t sc__part_of(int64_t n, float part, sc_rng *rng) {
-    float exact = part * (float)n, whole = floorf(exact);
-    return (int64_t)whole + (exact > whole && sc_uniform(rng) < exact - whole);
-}
-
-bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *r,
-                       const sc_batch *b, sc_rng *rng) {
-    int64_t n = b->size, tokens = (int64_t)b->h * b->w;
-    const int64_t shape[] = {n, tokens, sc_flux_config_of(flux)->in_channels};
-    sc_tape_reset(t);
-    sc_tape_record(t, false);
-    sc_draw *draws = (sc_draw *)sc__arena_take(&t->host, (size_t)n * sizeof *draws);
-    float *time = sc__constant(t, n, 0), *guidance = sc__constant(t, n, 0);
-    uint8_t *student = (uint8_t *)sc__arena_take(&t->host, (size_t)n);
-    if (!draws || !time || !guidance || !student) return false;
-    /* Steps 2 to 4: chance. Flow matching comes first, then the teacher's case, then the student's
-     * own: neighbours with the same set share its products. */
-    int64_t plain = r->distil_guidance ? n : sc__part_of(n, r->fm_ratio, rng);
-    for (int64_t i = 0, low = plain, high = n; i < n; i++) {
-        sc_draw d;
-        sc_draw_sample(r, rng, tokens, i < plain, &d);
-        int64_t at = i < plain ? i : d.teacher ? low++ : --high;
-        draws[at] = d, time[at] = d.t[0], guidance[at] = d.guidance, student[at] = SC_STUDENT;
-    }
-    /* Step 5: noisy input. */
-    sc__flux_model self = {.flux = flux, .params = params, .batch = b};
-    sc_model model = {sc__flux_model_velocity, &self};
-    sc_tensor *x0 = sc_from(t, 3, shape, b->x0), *noise = sc_from(t, 3, shape, b->noise);
-    sc_tensor *x = sc_noisy(t, draws, x0, noise), *target = sc_new(t, 3, shape);
-    if (!x || !target || !sc__upload_text(&self, t, draws)) return false;
-    /* Step 6: target. */
-    bool ok = r->distil_guidance ? sc__guidance_target(&self, t, time, guidance, x, target)
-                                 : !plain || sc__flow_matching_target(t, x0, noise, plain, target);
-    if (!ok || (plain < n && !sc_scfm_target(&model, t, draws, plain, x, target))) return false;
-    /* Step 7: the student's answer, and the way back. */
-    sc_tape_record(t, true);
-    sc_tensor *v = sc__flux_model_velocity(&self, t, x, 0, student, time, guidance);
-    ok = sc_mse(t, v, target, 1.f, &params->results[0]) && sc_backward(t);
-    sc_tape_record(t, false);
-    sc_tape_use(t, NULL);
-    return ok;
 }
 
 /* ==== Files ==================================================================================
@@ -4471,59 +4776,11 @@ static bool sc__config_int(const sc_json *config, const char *path, const char *
     return true;
 }
 
-/* ==== FLUX transformer ========================================================================
+/* ==== Opening and saving FLUX ================================================== >>open =======
  *
- * Peebles & Xie's diffusion transformer in its multimodal form (Esser et al. 2024), as released in
- * FLUX.1: `layers` double blocks, in which text and image keep their own weights and meet in one
- * attention, then `single_layers` blocks on the joined sequence, attention and MLP side by side.
- * Time, guidance and pooled text become one vector, which modulates every norm. Names are those of
- * diffusers' FluxTransformer2DModel.
- *
- * Easy to get wrong: text comes first in every joined sequence. A block's modulation is cut into
- * (shift, scale, gate) for attention, then the same for the MLP; norm_out alone has (scale, shift).
- * RoPE turns neighbouring channels (0,1), (2,3)...; text tokens sit at position (0,0,0), image
- * tokens at (0,row,column). There is no final norm on the text stream.
+ * The configuration, the weights by their names (diffusers' FluxTransformer2DModel), the list of
+ * linear layers that LoRA can adapt, and a copy of all of it on disk, with LoRAs folded in.
  */
-
-typedef struct sc__stream {         /* one stream of a double block: image or text */
-    sc_linear_layer mod;            /* [6C, C] */
-    sc_linear_layer q, k, v, out;   /* [C, C] */
-    sc_linear_layer up, down;       /* [4C, C], [C, 4C] */
-    sc_tensor *norm_q, *norm_k;     /* [D] */
-} sc__stream;
-
-typedef struct sc__double_block {
-    const sc_flux *flux;
-    sc__stream image, text;
-} sc__double_block;
-
-typedef struct sc__single_block {
-    const sc_flux *flux;
-    sc_linear_layer mod;            /* [3C, C] */
-    sc_linear_layer q, k, v;        /* [C, C] */
-    sc_linear_layer up;             /* [4C, C] */
-    sc_linear_layer out;            /* [C, 5C], of the attention's and the MLP's output */
-    sc_tensor *norm_q, *norm_k;     /* [D] */
-} sc__single_block;
-
-typedef struct sc__embedder { sc_linear_layer first, second; } sc__embedder;
-typedef struct sc__module { char name[SC_MAX_NAME]; sc_linear_layer *layer; } sc__module;
-
-struct sc_flux {
-    sc_flux_config config;
-    sc_net *net;
-    sc_linear_layer x_embedder, context_embedder;
-    sc__embedder time, guidance, pooled;
-    sc__double_block *double_blocks;
-    sc__single_block *single_blocks;
-    sc_linear_layer norm_out, proj_out;
-    sc__module *modules;            /* every linear layer by name: what LoRA can adapt */
-    int module_count;
-    sc_tensor rope;                 /* [T, D/2, 2], made for: */
-    int rope_text, rope_h, rope_w;
-    char *config_text;              /* config.json, as it was read */
-    int checkpointed; /* so many of the blocks keep only their inputs for the backward pass */
-};
 
 const sc_flux_config *sc_flux_config_of(const sc_flux *flux) { return &flux->config; }
 
@@ -4809,28 +5066,14 @@ bool sc_flux_save(const sc_flux *f, const char *folder, sc_dtype dtype,
     return ok;
 }
 
-/* ---- Forward ---- */
-
-/* The table of (cos, sin) for each token and channel pair: pair i of an axis of d channels turns by
- * position * 10000^(-2i/d); computed in double, kept until the sizes change. */
-static const sc_tensor *sc__flux_rope(sc_flux *f, int text, int h, int w) {
+/* The table of RoPE's turns on the model's backend, kept until the sizes change. */
+static const sc_tensor *sc__rope(sc_flux *f, int text, int h, int w) {
     if (f->rope.data && f->rope_text == text && f->rope_h == h && f->rope_w == w) return &f->rope;
     const sc_backend *be = f->net->backend;
     int64_t tokens = text + (int64_t)h * w, size = f->config.head_size;
-    float *table = (float *)sc__alloc((size_t)(tokens * size), sizeof *table), *turn = table;
+    float *table = (float *)sc__alloc((size_t)(tokens * size), sizeof *table);
     if (!table) return NULL;
-    for (int64_t token = 0; token < tokens; token++) {
-        int64_t pixel = token - text;
-        double position[3] = {0, pixel < 0 ? 0 : (double)(pixel / w),
-                              pixel < 0 ? 0 : (double)(pixel % w)};
-        for (int axis = 0; axis < 3; axis++)
-            for (int i = 0; i < f->config.rope_axes[axis]; i += 2) {
-                double angle =
-                    position[axis] * pow(10000.0, -(double)i / f->config.rope_axes[axis]);
-                *turn++ = (float)cos(angle);
-                *turn++ = (float)sin(angle);
-            }
-    }
+    sc__rope_turns(&f->config, text, h, w, table);
     if (f->rope.data) be->release(f->rope.data);
     f->rope = (sc_tensor){.dtype = SC_F32, .ndim = 3, .shape = {tokens, size / 2, 2}};
     f->rope.data = be->alloc((size_t)(tokens * size) * 4);
@@ -4840,108 +5083,11 @@ static const sc_tensor *sc__flux_rope(sc_flux *f, int text, int h, int w) {
     return f->rope.data ? &f->rope : NULL;
 }
 
-static sc_tensor *sc__embed(sc_tape *t, const sc__embedder *e, sc_tensor *x) {
-    return sc_linear(t, sc_activate(t, SC_SILU, sc_linear(t, x, &e->first)), &e->second);
-}
-
-/* in: image [B,Ti,C], text [B,Tt,C], silu of the modulation vector [B,C]; out: image, text. */
-static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context) {
-    const sc__double_block *block = (const sc__double_block *)context;
-    const sc__stream *const stream[2] = {&block->image, &block->text};
-    int heads = block->flux->config.heads;
-    float scale = 1.f / sqrtf((float)block->flux->config.head_size);
-    sc_tensor *mod[2], *q[2], *k[2], *v[2];
-    for (int i = 0; i < 2; i++) { /* 0 image, 1 text */
-        mod[i] = sc_linear(t, in[2], &stream[i]->mod);
-        sc_tensor *n = sc_ln_modulate(t, in[i], mod[i], 0, 1);
-        q[i] = sc_linear(t, n, &stream[i]->q);
-        k[i] = sc_linear(t, n, &stream[i]->k);
-        v[i] = sc_linear(t, n, &stream[i]->v);
-    }
-    const sc_tensor *rope = &block->flux->rope;
-    sc_tensor *query = sc_norm_rope(t, q[1], q[0], block->text.norm_q, block->image.norm_q, rope);
-    sc_tensor *key = sc_norm_rope(t, k[1], k[0], block->text.norm_k, block->image.norm_k, rope);
-    sc_tensor *o =
-        sc_attention(t, query, key, sc_concat_tokens(t, v[1], v[0]), heads, scale, NULL, false);
-    int64_t from[2] = {in[1]->shape[1], 0};
-    for (int i = 0; i < 2; i++) {
-        sc_tensor *own = sc_slice_tokens(t, o, from[i], in[i]->shape[1]);
-        sc_tensor *x = sc_gated_residual(t, in[i], sc_linear(t, own, &stream[i]->out), mod[i], 2);
-        sc_tensor *h = sc_linear_gelu(t, sc_ln_modulate(t, x, mod[i], 3, 4), &stream[i]->up);
-        h = sc_linear(t, h, &stream[i]->down);
-        out[i] = sc_gated_residual(t, x, h, mod[i], 5);
-    }
-    return out[0] && out[1];
-}
-
-/* in: joined tokens [B,T,C], silu of the modulation vector [B,C]; out: joined tokens. */
-static bool sc__single_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context) {
-    const sc__single_block *block = (const sc__single_block *)context;
-    const sc_tensor *rope = &block->flux->rope;
-    float scale = 1.f / sqrtf((float)block->flux->config.head_size);
-    sc_tensor *mod = sc_linear(t, in[1], &block->mod);
-    sc_tensor *n = sc_ln_modulate(t, in[0], mod, 0, 1);
-    sc_tensor *q = sc_norm_rope(t, NULL, sc_linear(t, n, &block->q), NULL, block->norm_q, rope);
-    sc_tensor *k = sc_norm_rope(t, NULL, sc_linear(t, n, &block->k), NULL, block->norm_k, rope);
-    sc_tensor *v = sc_linear(t, n, &block->v);
-    sc_tensor *o = sc_attention(t, q, k, v, block->flux->config.heads, scale, NULL, false);
-    sc_tensor *both = sc_concat_gelu(t, o, n, &block->up);
-    out[0] = sc_gated_residual(t, in[0], sc_linear(t, both, &block->out), mod, 2);
-    return out[0] != NULL;
-}
-
-/* The vector that modulates every block: silu(time + guidance + pooled text), [B,C]. */
-static sc_tensor *sc__flux_modulation(sc_flux *f, sc_tape *t, const sc_flux_input *in) {
-    int64_t batch = in->x->shape[0];
-    sc_tensor *sum = sc__embed(t, &f->time, sc_timestep_embedding(t, in->time, batch, 256));
-    if (f->config.guidance)
-        sum = sc_add(
-            t, sum, sc__embed(t, &f->guidance, sc_timestep_embedding(t, in->guidance, batch, 256)));
-    return sc_activate(t, SC_SILU, sc_add(t, sum, sc__embed(t, &f->pooled, in->pooled)));
-}
-
-/* Replaces the first one or two of x by the block's outputs. */
-static bool sc__run_block(const sc_flux *f, int index, sc_tape *t, sc_block block,
-                          const void *context, sc_tensor **x, int inputs) {
-    sc_tensor *out[2] = {NULL, NULL};
-    bool ok =
-        (index < f->checkpointed ? sc_checkpoint : sc_keep)(t, block, context, x, inputs, out);
-    x[0] = out[0];
-    if (out[1]) x[1] = out[1];
-    return ok;
-}
-
-sc_tensor *sc_flux_velocity(sc_flux *f, sc_tape *t, const sc_flux_input *in) {
-    if (!in->x || !in->context || !in->pooled) return NULL;
-    int64_t text_tokens = in->context->shape[1], image_tokens = (int64_t)in->h * in->w;
-    if (in->x->shape[1] != image_tokens) {
-        sc__fail("latent has %lld tokens, the grid is %d x %d", (long long)in->x->shape[1], in->h,
-                 in->w);
-        return NULL;
-    }
-    if (!sc_net_load(f->net) || !sc__flux_rope(f, (int)text_tokens, in->h, in->w)) return NULL;
-    sc_tensor *mod = sc__flux_modulation(f, t, in);
-    sc_tensor *x[3] = {sc_linear(t, in->x, &f->x_embedder),
-                       sc_linear(t, in->context, &f->context_embedder), mod};
-    if (!x[0] || !x[1] || !mod) return NULL;
-    for (int i = 0; i < f->config.layers; i++)
-        if (!sc__run_block(f, i, t, sc__double_forward, &f->double_blocks[i], x, 3)) return NULL;
-    sc_tensor *joined[2] = {sc_concat_tokens(t, x[1], x[0]), mod};
-    if (!joined[0]) return NULL;
-    for (int i = 0; i < f->config.single_layers; i++)
-        if (!sc__run_block(f, f->config.layers + i, t, sc__single_forward, &f->single_blocks[i],
-                           joined, 2))
-            return NULL;
-    sc_tensor *image = sc_slice_tokens(t, joined[0], text_tokens, image_tokens);
-    sc_tensor *n =
-        sc_ln_modulate(t, image, sc_linear(t, mod, &f->norm_out), 1, 0); /* scale comes first */
-    return sc_linear(t, n, &f->proj_out);
-}
-
-/* ==== What is trained: LoRA factors, or all weights ==========================================
+/* ==== Trained numbers ======================================================== >>params =======
  *
- * SCFM needs four networks: the student, its fast and slow averages, and the teacher. They share
- * everything but these numbers, so the numbers of each lie in one array, and a set is an index.
+ * The student, its averages, its gradient and Adam's moments, each an array of `count` numbers in
+ * the backend's memory. Of a LoRA they are the factors of all its layers (>>lora), or else they are
+ * all weights of the model, which sc_params_use points into one of the arrays.
  */
 
 static float *sc__params_array(sc_params *p) {
@@ -4950,12 +5096,25 @@ static float *sc__params_array(sc_params *p) {
     return x;
 }
 
-static bool sc__params_arrays(sc_params *p, bool teacher) {
-    for (int s = teacher ? SC_TEACHER : SC_STUDENT; s < SC_SETS; s++)
-        if (!(p->set[s] = sc__params_array(p))) return false;
-    return (p->results = (double *)p->backend->alloc(2 * sizeof *p->results)) &&
-           (p->grad = sc__params_array(p)) && (p->m = sc__params_array(p)) &&
-           (p->v = sc__params_array(p));
+/* All arrays, zero; with `teacher`, one for the frozen copy too. */
+static sc_params *sc__params_new(sc_flux *flux, int64_t count, bool teacher) {
+    sc_params *p = (sc_params *)sc__alloc(1, sizeof *p);
+    if (!p) return NULL;
+    *p = (sc_params){.backend = flux->net->backend, .flux = flux, .count = count};
+    bool ok = (p->results = (double *)p->backend->alloc(2 * sizeof *p->results)) &&
+              (p->grad = sc__params_array(p)) && (p->m = sc__params_array(p)) &&
+              (p->v = sc__params_array(p));
+    for (int s = teacher ? SC_TEACHER : SC_STUDENT; ok && s < SC_SETS; s++)
+        ok = (p->set[s] = sc__params_array(p)) != NULL;
+    if (ok) return p;
+    sc_params_free(p);
+    return NULL;
+}
+
+/* All sets become the same host values. */
+static void sc__params_start(sc_params *p, const float *values) {
+    for (int s = 0; s < SC_SETS; s++)
+        if (p->set[s]) p->backend->upload(p->set[s], values, (size_t)p->count * 4);
 }
 
 void sc_params_copy(sc_params *p, sc_set to, sc_set from) {
@@ -4963,73 +5122,12 @@ void sc_params_copy(sc_params *p, sc_set to, sc_set from) {
                            false);
 }
 
-/* An A or B whose numbers lie at `data`, which stays with its owner. */
-static sc_tensor *sc__factor(float *data, int64_t rows, int64_t columns) {
-    sc_tensor *x = (sc_tensor *)sc__alloc(1, sizeof *x);
-    if (x) *x = (sc_tensor){.data = data, .dtype = SC_F32, .ndim = 2, .shape = {rows, columns}};
-    return x;
-}
-
-/* Points the adapters of every module at their parts of the arrays, and draws A's in `start`. */
-static bool sc__attach(sc_params *p, float scale, sc_rng rng, float *start) {
-    int64_t at = 0;
-    for (int i = 0; i < p->flux->module_count; i++) {
-        sc_linear_layer *layer = p->flux->modules[i].layer;
-        int64_t out = layer->weight->shape[0], in = layer->weight->shape[1], n = p->rank * in;
-        sc_adapter *lora = &p->adapters[i];
-        *lora = (sc_adapter){.rank = p->rank, .scale = scale, .next = layer->adapters};
-        layer->adapters = lora;
-        for (int s = 0; s < SC_SETS; s++) {
-            if (!p->set[s]) continue;
-            lora->a[s] = sc__factor(p->set[s] + at, p->rank, in);
-            lora->b[s] = sc__factor(p->set[s] + at + n, out, p->rank);
-            if (!lora->a[s] || !lora->b[s]) return false;
-        }
-        sc_tensor *a = lora->a[SC_STUDENT], *b = lora->b[SC_STUDENT];
-        a->needs_grad = b->needs_grad = true;
-        a->grad = p->grad + at;
-        b->grad = p->grad + at + n;
-        sc_normal(&rng, start + at, n);
-        for (int64_t j = at; j < at + n; j++) start[j] /= (float)p->rank;
-        at += n + p->rank * out;
-    }
-    return true;
-}
-
-sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed) {
-    if (rank < 1) return sc__fail("a LoRA of rank %d: it must be positive", rank), NULL;
-    sc_params *p = (sc_params *)sc__alloc(1, sizeof *p);
-    if (!p) return NULL;
-    *p = (sc_params){.backend = flux->net->backend, .flux = flux, .rank = rank};
-    for (int i = 0; i < flux->module_count; i++) {
-        const sc_tensor *w = flux->modules[i].layer->weight;
-        p->count += rank * (w->shape[0] + w->shape[1]);
-    }
-    p->adapters = (sc_adapter *)sc__alloc((size_t)flux->module_count, sizeof *p->adapters);
-    float *start = (float *)sc__alloc((size_t)p->count, sizeof *start);
-    bool ok = p->adapters && start && sc__params_arrays(p, false) &&
-              sc__attach(p, alpha / (float)rank, (sc_rng){seed}, start);
-    for (int s = SC_STUDENT; ok && s < SC_SETS; s++)
-        p->backend->upload(p->set[s], start, (size_t)p->count * 4);
-    SC_FREE(start);
-    if (ok) return p;
-    sc_params_free(p);
-    return NULL;
-}
-
 sc_params *sc_params_full(sc_flux *flux, bool teacher) {
     if (!flux->net->widen)
         return sc__fail("to train all weights the model must be opened with `widen`"), NULL;
-    sc_params *p = (sc_params *)sc__alloc(1, sizeof *p);
-    if (!p) return NULL;
-    *p = (sc_params){
-        .backend = flux->net->backend, .flux = flux, .count = sc_flux_parameters(flux)};
-    float *host = (float *)sc__alloc((size_t)p->count, sizeof *host), *end = host;
-    if (!host || !sc__params_arrays(p, teacher)) {
-        SC_FREE(host);
-        sc_params_free(p);
-        return NULL;
-    }
+    sc_params *p = sc__params_new(flux, sc_flux_parameters(flux), teacher);
+    float *host = p ? (float *)sc__alloc((size_t)p->count, sizeof *host) : NULL, *end = host;
+    if (!host) return sc_params_free(p), NULL;
     for (int64_t i = 0; i < flux->net->count; i++) {
         sc_weight *w = flux->net->weights[i];
         p->backend->download(end, w->tensor.data, (size_t)sc_count(&w->tensor) * 4);
@@ -5037,8 +5135,7 @@ sc_params *sc_params_full(sc_flux *flux, bool teacher) {
         w->owned = false;
         end += sc_count(&w->tensor);
     }
-    for (int s = 0; s < SC_SETS; s++)
-        if (p->set[s]) p->backend->upload(p->set[s], host, (size_t)p->count * 4);
+    sc__params_start(p, host);
     SC_FREE(host);
     sc_params_use(p, SC_STUDENT);
     return p;
@@ -7401,7 +7498,7 @@ static sc_tensor *sc__text_norm(sc_tape *t, const sc_tensor *x, const sc_tensor 
  * What a layer made is given back before the next. */
 static bool sc__encoder_layers(sc_tape *t, const sc__encoder *e, sc_tensor *x, float scale,
                                const sc_tensor *bias) {
-    sc__mark_t mark = sc__mark(t);
+    sc_mark mark = sc_tape_mark(t);
     for (int i = 0; i < e->layers; i++) {
         const sc__text_layer *l = &e->layer[i];
         sc_tensor *n = sc__text_norm(t, x, l->norm[0], l->norm[2], e->eps);
@@ -7415,7 +7512,7 @@ static bool sc__encoder_layers(sc_tape *t, const sc__encoder *e, sc_tensor *x, f
         if (!x || !y) return false;
         int64_t size = sc_count(x);
         t->be->copy_block(x->data, size, y->data, size, 1, size, x->dtype, false);
-        sc__release(t, mark);
+        sc_tape_rewind(t, mark);
     }
     return true;
 }

@@ -45,7 +45,7 @@ static bool fail(const char *what, const char *why) {
     if (gpu.failed) return false;
     gpu.failed = true;
     snprintf(gpu.message, sizeof gpu.message, "GPU: %s: %s", what, why);
-    return sc_set_error(gpu.message);
+    return sc_fail("%s", gpu.message);
 }
 
 static bool check(cudaError_t status, const char *what) {
@@ -273,7 +273,7 @@ static void *no_memory(size_t bytes) {
              "%zu of %zu MiB are free; fewer or smaller pictures at once, --weights fp8 or "
              "--weights-on host need less",
              blocks.held >> 20, bytes >> 20, left >> 20, total >> 20);
-    sc_set_error(text);
+    sc_fail("%s", text);
     return NULL;
 }
 
@@ -300,7 +300,7 @@ static void *cuda_alloc(size_t bytes) {
     if (blocks.count == blocks.capacity) {
         int capacity = blocks.capacity ? 2 * blocks.capacity : 1024;
         Block *list = (Block *)realloc(blocks.list, (size_t)capacity * sizeof *list);
-        if (!list) return sc_set_error("out of memory: list of GPU blocks"), nullptr;
+        if (!list) return sc_fail("out of memory: list of GPU blocks"), nullptr;
         blocks.list = list;
         blocks.capacity = capacity;
     }
@@ -390,7 +390,7 @@ static bool cuda_download(void *host, const void *device, size_t bytes) {
     if (!gpu.failed && bytes > 0)
         check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDefault, gpu.stream), "download");
     if (!gpu.failed) check(cudaStreamSynchronize(gpu.stream), "a kernel");
-    return !gpu.failed || sc_set_error(gpu.message);
+    return !gpu.failed || sc_fail("%s", gpu.message);
 }
 
 /* The numbers on their way to the host: pinned places, used in turn. */
@@ -413,7 +413,7 @@ static bool cuda_collect(double *host, int count) {
     int i = (int)(posts.collected++ % SC_POSTS);
     if (!gpu.failed) check(cudaEventSynchronize(posts.done[i]), "a kernel");
     memcpy(host, posts.value + i * SC_POST_SIZE, (size_t)count * sizeof *host);
-    return !gpu.failed || sc_set_error(gpu.message);
+    return !gpu.failed || sc_fail("%s", gpu.message);
 }
 
 static void cuda_zero(void *p, size_t bytes) {
@@ -452,7 +452,7 @@ static void *cuda_alloc_streamed(size_t bytes) {
     if (place == streamed.capacity) {
         int capacity = streamed.capacity ? 2 * streamed.capacity : 1024;
         Streamed *list = (Streamed *)realloc(streamed.list, (size_t)capacity * sizeof *list);
-        if (!list) return sc_set_error("out of memory: list of streamed matrices"), nullptr;
+        if (!list) return sc_fail("out of memory: list of streamed matrices"), nullptr;
         streamed.list = list;
         streamed.capacity = capacity;
     }
@@ -461,7 +461,7 @@ static void *cuda_alloc_streamed(size_t bytes) {
     s.size = bytes;
     if (cudaMallocHost((void **)&s.host, bytes) != cudaSuccess) {
         cudaGetLastError();
-        return sc_set_error("out of memory: pinned host memory for streamed weights"), nullptr;
+        return sc_fail("out of memory: pinned host memory for streamed weights"), nullptr;
     }
     check(cudaEventCreateWithFlags(&s.copied, cudaEventDisableTiming), "cudaEventCreate");
     check(cudaEventCreateWithFlags(&s.free, cudaEventDisableTiming), "cudaEventCreate");
@@ -786,13 +786,13 @@ static bool open_cublas() {
     const char *name = "libcublasLt.so." TEXT(CUBLAS_VER_MAJOR);
     void *library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
     if (!library)
-        return sc_set_error(
+        return sc_fail(
             "no GPU: cannot load cuBLASLt " TEXT(CUBLAS_VER_MAJOR) ": install the CUDA libraries");
     bool all = true;
 #define X(name) all = (lt.name = (decltype(lt.name))dlsym(library, "cublasLt" #name)) && all;
     CUBLASLT_CALLS(X)
 #undef X
-    return all || sc_set_error("no GPU: this cuBLASLt lacks a function that is needed");
+    return all || sc_fail("no GPU: this cuBLASLt lacks a function that is needed");
 #else
 #define X(name) lt.name = cublasLt##name;
     CUBLASLT_CALLS(X)
@@ -2783,14 +2783,14 @@ static bool no_gpu(cudaError_t why) {
     int driver = 0;
     cudaGetLastError();
     if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
-        return sc_set_error("no GPU: no NVIDIA driver is installed");
+        return sc_fail("no GPU: no NVIDIA driver is installed");
     if (why == cudaErrorInsufficientDriver)
         snprintf(text, sizeof text,
                  "no GPU: the driver is for CUDA %d.%d, this program needs %d.%d or newer",
                  driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000,
                  CUDART_VERSION % 1000 / 10);
     else snprintf(text, sizeof text, "no GPU: %s", cudaGetErrorString(why));
-    return sc_set_error(text);
+    return sc_fail("%s", text);
 }
 
 static bool open_device() {
@@ -2808,7 +2808,7 @@ static bool open_device() {
         snprintf(text, sizeof text,
                  "no GPU: %s has compute capability %d.%d; 8.0 or more is needed", gpu.name, major,
                  minor);
-        return sc_set_error(text);
+        return sc_fail("%s", text);
     }
     gpu.capability = 10 * major + minor;
     gpu.processors = properties.multiProcessorCount;
@@ -2841,6 +2841,6 @@ extern "C" const sc_backend *sc_cuda(void) {
         else snprintf(why, sizeof why, "%s", sc_error());
     }
     tried = true;
-    if (!ok) sc_set_error(why);
+    if (!ok) sc_fail("%s", why);
     return ok ? &table : NULL;
 }

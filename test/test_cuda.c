@@ -736,7 +736,7 @@ int main(int argc, char **argv) {
 #if defined(SHORTCUT_CUDA) || defined(EMULATED)
     gpu = sc_cuda();
 #else
-    sc_set_error("no GPU: built without CUDA");
+    sc_fail("no GPU: built without CUDA");
 #endif
     if (!gpu) {
         SKIP(sc_error());

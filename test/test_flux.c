@@ -236,11 +236,11 @@ static void test_scfm(const char *name) {
         CHECK(rel_error(draws[i].t, times + 3 * i, 3) < 1e-6);
     }
     sc_tape_reset(f.tape);
-    sc_batch batch = {.size = (int)f.batch, .h = f.h, .w = f.w, .text_tokens = (int)f.text};
     sc__flux_model self = {
         .flux = f.flux,
         .params = p,
-        .batch = &batch,
+        .h = f.h,
+        .w = f.w,
         .context = sc_from(
             f.tape, 3, (const int64_t[]){f.batch, f.text, f.flux->config.text_channels}, f.context),
         .pooled = sc_from(f.tape, 2, (const int64_t[]){f.batch, f.flux->config.pooled_channels},
