@@ -525,6 +525,11 @@ void sc_params_step(sc_params *params, sc_adamw *adamw, float fast_decay, float 
  * of a thread are kept, whichever params made them: ask one before another steps. A norm that is
  * not finite: the step changed nothing. */
 bool sc_params_report(sc_params *params, double *loss, double *norm);
+/* A run's state in one file, to go on from bit for bit: the student, both averages, Adam's moments,
+ * and the teacher where all weights are trained. The metadata (as in sc_file_save) is yours: step
+ * and random state. Loading fails, and may have changed some, where the file is of another run. */
+bool sc_params_save(const sc_params *params, const char *path, const char *const *metadata);
+bool sc_params_load(sc_params *params, const sc_file *file);
 
 /* ==== LoRA files ====
  * Written: safetensors, PEFT names, transformer.<module>.lora_A.weight [rank, in] and
@@ -5589,6 +5594,54 @@ bool sc_lora_start(sc_params *p, const char *path) {
     }
     sc__lora_close(&file);
     return ok;
+}
+
+/* ==== A run's state ============================================================ >>state =======
+ *
+ * All that a run needs to go on as if it had never stopped: the arrays of trained numbers. Step and
+ * random state are the caller's, who may keep them in the file's metadata.
+ */
+
+/* The arrays by name; the teacher's only where it is a copy of all weights. */
+static int sc__state_arrays(const sc_params *p, sc_named named[6], sc_tensor tensors[6]) {
+    static const char *const names[] = {"student", "fast", "slow", "m", "v", "teacher"};
+    float *arrays[] = {p->set[SC_STUDENT], p->set[SC_FAST], p->set[SC_SLOW], p->m, p->v,
+                       p->set[SC_TEACHER]};
+    int n = p->set[SC_TEACHER] ? 6 : 5;
+    for (int i = 0; i < n; i++) {
+        tensors[i] =
+            (sc_tensor){.data = arrays[i], .dtype = SC_F32, .ndim = 1, .shape = {p->count}};
+        named[i] = (sc_named){names[i], &tensors[i], SC_F32};
+    }
+    return n;
+}
+
+/* One array at a time: the host never holds more. */
+static bool sc__fill_state(const void *user, const sc_named *x, sc_tensor *host) {
+    const sc_params *p = (const sc_params *)user;
+    host->data = sc__alloc((size_t)p->count, sizeof(float));
+    return host->data && p->backend->download(host->data, x->tensor->data, (size_t)p->count * 4);
+}
+
+bool sc_params_save(const sc_params *p, const char *path, const char *const *metadata) {
+    sc_named named[6];
+    sc_tensor tensors[6];
+    int n = sc__state_arrays(p, named, tensors);
+    return sc__save(path, named, n, metadata, sc__fill_state, p);
+}
+
+bool sc_params_load(sc_params *p, const sc_file *file) {
+    sc_named named[6];
+    sc_tensor tensors[6];
+    int n = sc__state_arrays(p, named, tensors);
+    for (int i = 0; i < n; i++) {
+        const sc_tensor *x = sc_file_find(file, named[i].name);
+        if (!x || x->dtype != SC_F32 || sc_count(x) != p->count)
+            return sc__fail("%s: '%s' does not fit: resume with the model, rank and mode the run "
+                            "had", sc_file_path(file), named[i].name);
+        p->backend->upload(tensors[i].data, x->data, (size_t)p->count * 4);
+    }
+    return true;
 }
 
 /* ==== Memory of a training step ===============================================================
