@@ -23,8 +23,9 @@
 #define STBI_ONLY_PNG
 #define STBI_ONLY_JPEG
 #define STBI_NO_STDIO
-/* Doubles a row of a JPEG's colours, with libjpeg's rounding; stb (2.27) has the last but one pixel's
- * weights exchanged. The macro renames stb's where it is defined, not where its address is taken. */
+/* Doubles a row of a JPEG's colours, with libjpeg's rounding; stb (2.27) has the last but one
+ * pixel's weights exchanged. The macro renames stb's where it is defined, not where its address is
+ * taken. */
 static unsigned char *stbi__resample_row_h_2_of_stb(unsigned char *out, unsigned char *row,
                                                     unsigned char *far, int width, int factor);
 static unsigned char *stbi__resample_row_h_2(unsigned char *out, unsigned char *row,
@@ -44,21 +45,12 @@ static unsigned char *stbi__resample_row_h_2(unsigned char *out, unsigned char *
 #define SC__MAX_PIXELS 64000000
 #define SC__CONVERT ": convert it, as by: magick FILE NEW.png"
 
-/* The CRC of PNG chunks: polynomial 0xedb88320, bits reflected. */
-static uint32_t sc__crc(const uint8_t *p, size_t n) {
-    uint32_t table[256], crc = 0xffffffffu;
-    for (uint32_t i = 0; i < 256; i++) {
-        table[i] = i;
-        for (int bit = 0; bit < 8; bit++)
-            table[i] = table[i] >> 1 ^ (table[i] & 1 ? 0xedb88320u : 0);
-    }
-    while (n--) crc = crc >> 8 ^ table[(crc ^ *p++) & 0xff];
-    return ~crc;
-}
+/* The CRC of PNG chunks is the one that stb writes. */
+#define sc__crc(bytes, n) stbiw__crc32((unsigned char *)(bytes), (int)(n))
 
 /* Steps through a PNG's chunks, or a JPEG's segments up to its end marker: the payload of the next
- * one named `tag` (PNG: "eXIf"; JPEG: the byte of the marker; NULL: any) from *at on; NULL: no more,
- * and *at is where that showed. Its name stands 4 bytes before it, of a JPEG 3. */
+ * one named `tag` (PNG: "eXIf"; JPEG: the byte of the marker; NULL: any) from *at on; NULL: no
+ * more, and *at is where that showed. Its name stands 4 bytes before it, of a JPEG 3. */
 static const uint8_t *sc__chunk(const uint8_t *bytes, size_t size, size_t *at, const char *tag,
                                 size_t *length) {
     bool png = size > 8 && !memcmp(bytes, "\x89PNG\r\n\x1a\n", 8);
@@ -82,12 +74,12 @@ static const uint8_t *sc__chunk(const uint8_t *bytes, size_t size, size_t *at, c
 
 /* What a file says beside its pixels. */
 typedef struct sc__about {
-    bool pixels;             /* they have begun */
-    sc__text exif, raw, xmp; /* raw: EXIF as hexadecimal text */
-    bool jfif, named;        /* JPEG: its components are named R, G and B */
+    bool pixels;               /* they have begun */
+    sc__text exif, raw, xmp;   /* raw: EXIF as hexadecimal text */
+    bool jfif, named;          /* JPEG: its components are named R, G and B */
     int components, transform; /* transform: Adobe's; -1: not said */
     size_t at, missing_size;
-    const char *missing;     /* at `at`: what stb must see there, and other readers do without */
+    const char *missing; /* at `at`: what stb must see there, and other readers do without */
 } sc__about;
 
 static bool sc__starts(const uint8_t *p, size_t n, const char *with, size_t length) {
@@ -111,7 +103,7 @@ static bool sc__png_keyword(const uint8_t *type, size_t n, const char *keyword, 
         return true;
     p += strlen(keyword) + 1;
     if (international) packed = p < end && *p;
-    p += international ? 2 : packed; /* flag and method; or the method */
+    p += international ? 2 : packed;                  /* flag and method; or the method */
     for (int i = 0; international && p && i < 2; i++) /* language, translated keyword */
         p = p < end ? (const uint8_t *)memchr(p, 0, (size_t)(end - p)) : NULL, p = p ? p + 1 : p;
     if (!p || p > end) return true;
@@ -181,8 +173,10 @@ static const char *sc__jpeg_about(sc__about *a, const uint8_t *bytes, size_t siz
     if (a->components == 3 && a->named && (a->jfif || a->transform > 0))
         return "a JPEG that says both RGB and YCbCr of its colours" SC__CONVERT;
     if (a->components == 4) { /* libjpeg takes CMYK as if it had Adobe's marker, stb does not */
-        a->missing = a->transform > 0 ? "\xff\xee\0\x0e" "Adobe\0\x64\0\0\0\0\2"
-                                      : "\xff\xee\0\x0e" "Adobe\0\x64\0\0\0\0";
+        a->missing = a->transform > 0 ? "\xff\xee\0\x0e"
+                                        "Adobe\0\x64\0\0\0\0\2"
+                                      : "\xff\xee\0\x0e"
+                                        "Adobe\0\x64\0\0\0\0";
         a->missing_size = 16;
     }
     return NULL;

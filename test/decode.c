@@ -1,5 +1,5 @@
-/* decode PICTURE...: each as the programs read it: "WIDTH HEIGHT\n" and its pixels, 3 bytes each; or
- * "refused: why\n". */
+/* decode PICTURE...: each as the programs read it: "WIDTH HEIGHT\n" and its pixels, 3 bytes each;
+ * or "refused: why\n". */
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
 #include "../shortcut.h"

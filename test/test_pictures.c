@@ -1,5 +1,6 @@
 /* Pictures and data sets: PNGs and JPEGs against Pillow (test/reference/make_pictures.py), scaling,
- * buckets, orientation, colours, broken files, the parameters chunk, texts, folders good and bad. */
+ * buckets, orientation, colours, broken files, the parameters chunk, texts, folders good and bad.
+ */
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
 #include "../shortcut.h"
@@ -93,10 +94,9 @@ static void test_buckets(void) {
         {512, 512, 512, 32, 512, 512},   {1, 1, 512, 32, 512, 512},
         {4000, 4000, 512, 32, 512, 512}, {1920, 1080, 512, 32, 672, 384},
         {1080, 1920, 512, 32, 384, 672}, {10000, 10, 512, 32, 1024, 256},
-        {10, 10000, 512, 32, 256, 1024},
-        {128, 128, 128, 16, 128, 128},   {300, 200, 128, 16, 160, 96},
-        {7, 9, 16, 32, 32, 32},          {200, 100, 256, 16, 352, 176},
-        {100, 200, 256, 16, 176, 352},
+        {10, 10000, 512, 32, 256, 1024}, {128, 128, 128, 16, 128, 128},
+        {300, 200, 128, 16, 160, 96},    {7, 9, 16, 32, 32, 32},
+        {200, 100, 256, 16, 352, 176},   {100, 200, 256, 16, 176, 352},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         const int *k = cases[i];
@@ -109,7 +109,8 @@ static void test_buckets(void) {
             int w = 0, h = 0;
             int w2 = 0, h2 = 0;
             sc_bucket(width, height, 512, 32, &w, &h);
-            sc_bucket(height, width, 512, 32, &w2, &h2); /* on its side: the same, if but for ties */
+            sc_bucket(height, width, 512, 32, &w2,
+                      &h2); /* on its side: the same, if but for ties */
             double ratio = (double)width / height;
             if (!CHECKED(w >= 32 && h >= 32 && w % 32 == 0 && h % 32 == 0 && w * h <= 512 * 512 &&
                          w <= 1024 && h <= 1024) ||
@@ -195,7 +196,8 @@ static void test_orientation(void) {
     CHECK(sc_orientation(other, sizeof other, "tiff:Orientation=\"3\"") == 3);
     other[16] = 0x12, other[24] = 9;
     CHECK(sc_orientation(other, sizeof other, "tiff:Orientation=\"3\"") == 1);
-    for (size_t n = 0; n < sizeof many; n++) { /* truncated: read nothing outside (sanitizers watch) */
+    for (size_t n = 0; n < sizeof many;
+         n++) { /* truncated: read nothing outside (sanitizers watch) */
         uint8_t *copy = malloc(n + 1);
         memcpy(copy, many, n);
         int orientation = sc_orientation(copy, n, NULL);
@@ -258,7 +260,8 @@ static void test_png_chunks(void) {
         size_t head = strlen(keyword) + 1;
         int size = 0;
         if (international) text = xmp + sizeof xmp - 1 - strlen("<x tiff:Orientation=\"6\"/>");
-        unsigned char *data = stbi_zlib_compress((unsigned char *)text, (int)strlen(text), &size, 8);
+        unsigned char *data =
+            stbi_zlib_compress((unsigned char *)text, (int)strlen(text), &size, 8);
         memcpy(packed, keyword, head);
         memcpy(packed + head, international ? "\1\0\0\0" : "\0", international ? 4 : 1);
         head += international ? 4 : 1;
@@ -294,8 +297,8 @@ static void add_segment(sc__text *t, int marker, const void *data, size_t n) {
     sc__text_add(t, data, n);
 }
 
-/* differences: of each block from the last one of its component, 0 or 64 to 127 in size. `extra`: an
- * APP segment, its marker first. sampling: of the first component, as in its frame. */
+/* differences: of each block from the last one of its component, 0 or 64 to 127 in size. `extra`:
+ * an APP segment, its marker first. sampling: of the first component, as in its frame. */
 static bool load_made(sc_picture *p, int width, int components, int sampling, const char *ids,
                       const int *differences, int blocks, int marker, const void *extra, size_t n) {
     sc__text t = {0};
@@ -340,8 +343,7 @@ static bool load_made(sc_picture *p, int width, int components, int sampling, co
 static void expect_colour(const sc_picture *p, int x, double r, double g, double b) {
     const double want[3] = {r, g, b};
     int64_t area = (int64_t)p->width * p->height;
-    for (int c = 0; c < 3; c++)
-        CHECK_CLOSE(p->rgb[c * area + x] * 127.5 + 127.5, want[c], 2);
+    for (int c = 0; c < 3; c++) CHECK_CLOSE(p->rgb[c * area + x] * 127.5 + 127.5, want[c], 2);
 }
 
 /* What libjpeg makes of them: CMYK is Adobe's, upside down, whether it says so or not. */
@@ -382,9 +384,13 @@ static void test_jpeg_colours(void) {
 
 /* What stb does not decode is refused by name. */
 static void test_jpeg_kinds(void) {
-    static const struct { int marker, bits; const char *words; } cases[] = {
-        {0xc3, 8, "lossless or arithmetic"}, {0xc9, 8, "lossless or arithmetic"},
-        {0xca, 8, "lossless or arithmetic"}, {0xc1, 12, "8 bits"}};
+    static const struct {
+        int marker, bits;
+        const char *words;
+    } cases[] = {{0xc3, 8, "lossless or arithmetic"},
+                 {0xc9, 8, "lossless or arithmetic"},
+                 {0xca, 8, "lossless or arithmetic"},
+                 {0xc1, 12, "8 bits"}};
     size_t size = 0;
     char *bytes = sc__read_file(PICTURES "exif1.jpg", &size);
     size_t at = 0;
@@ -472,10 +478,13 @@ static void expect_text(const void *bytes, size_t n, const char *want, const cha
 
 static void test_texts(void) {
     static const char apple[] = "caf\xc3\xa9 \xe2\x82\xac \xf0\x9f\x8d\x8e\r\n";
-    static const char little[] = "\xff\xfe" "c\0a\0f\0\xe9\0 \0\xac\x20 \0\x3c\xd8\x4e\xdf\r\0\n";
+    static const char little[] = "\xff\xfe"
+                                 "c\0a\0f\0\xe9\0 \0\xac\x20 \0\x3c\xd8\x4e\xdf\r\0\n";
     static const char big[] = "\xfe\xff\0c\0a\0f\0\xe9\0 \x20\xac\0 \xd8\x3c\xdf\x4e\0\r\0\n";
     expect_text(apple, strlen(apple), apple, NULL);
-    expect_text("\xef\xbb\xbf" "a", 4, "a", NULL);
+    expect_text("\xef\xbb\xbf"
+                "a",
+                4, "a", NULL);
     expect_text("", 0, "", NULL);
     expect_text("\xef\xbb\xbf", 3, "", NULL);
     expect_text("\xff\xfe", 2, "", NULL);
@@ -484,12 +493,16 @@ static void test_texts(void) {
     expect_text(little + 2, sizeof little - 2, NULL, "bad:1: byte 1 (0x00) is no UTF-8 text");
     expect_text(big + 2, sizeof big - 3, NULL, "bad:1: byte 0 (0x00) is no UTF-8 text");
     expect_text(little, sizeof little - 1, NULL, "bad:1: byte 22 (0x0a) is no UTF-16 text");
-    expect_text("\xff\xfe\x3c\xd8" "a", 6, NULL, "byte 2 (0xd83c) is no UTF-16 text");
-    expect_text("\xff\xfe" "a\0\x4e\xdf", 6, NULL, "byte 4 (0xdf4e) is no UTF-16 text");
+    expect_text("\xff\xfe\x3c\xd8"
+                "a",
+                6, NULL, "byte 2 (0xd83c) is no UTF-16 text");
+    expect_text("\xff\xfe"
+                "a\0\x4e\xdf",
+                6, NULL, "byte 4 (0xdf4e) is no UTF-16 text");
     expect_text("\xff\xfe\0\0a\0\0\0", 8, NULL, "byte 2 (0x00) is no UTF-16 text"); /* UTF-32 */
     expect_text("a\ncaf\xe9 au lait", 14, NULL, "bad:2: byte 5 (0xe9) is no UTF-8 text");
-    static const char *const bad[] = {"\xff", "\xc3(", "\xed\xa0\x80", "\xc0\x80", "\xf4\x90\x80\x80",
-                                      "\xe2\x82"};
+    static const char *const bad[] = {
+        "\xff", "\xc3(", "\xed\xa0\x80", "\xc0\x80", "\xf4\x90\x80\x80", "\xe2\x82"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
         expect_text(bad[i], strlen(bad[i]), NULL, "bad:1: byte 0 (");
 }
@@ -512,7 +525,7 @@ static void test_dataset(void) {
     write_text("c.txt", " ok \xe2\x82\xac \xf0\x9f\x8d\x8e ");
     write_text("README.txt", "no caption");
     static const char *const names[] = {"a.JPG", "b.png", "c.jpeg"},
-                            *const captions[] = {"", "a bee", "ok \xe2\x82\xac \xf0\x9f\x8d\x8e"};
+                             *const captions[] = {"", "a bee", "ok \xe2\x82\xac \xf0\x9f\x8d\x8e"};
     expect_pairs(names, captions, 3, NULL);
     write_text(".hidden.png", "");
     write_text("notes.txt", "no picture");
@@ -536,8 +549,9 @@ static void test_dataset(void) {
         "\xef\xbb\xbf{\"file_name\": \"z.png\", \"prompt\": \"last\", \"text\": \"unused\"}\r\n\n"
         "{\"file_name\": \"./sub/x.png\", \"text\": \"caf\\u00e9\"}\n   \n"
         "{\"caption\": \"\", \"file_name\": \"y.png\", \"extra\": [1]}");
-    CHECK(!sc_dataset_open(folder) && strstr(sc_error(), "3 files are not used: "
-                                                         "a.JPG b.png c.jpeg (used are those that"));
+    CHECK(!sc_dataset_open(folder) &&
+          strstr(sc_error(), "3 files are not used: "
+                             "a.JPG b.png c.jpeg (used are those that"));
     remove(temporary("a.TXT")), remove(temporary("b.txt")), remove(temporary("c.txt"));
     expect_pairs((const char *[]){"sub/x.png", "y.png", "z.png"},
                  (const char *[]){"caf\xc3\xa9", "", "last"}, 3, ": a.JPG b.png c.jpeg (");
