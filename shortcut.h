@@ -711,12 +711,12 @@ bool sc_picture_fit(sc_picture *out, const sc_picture *p, int width, int height)
  * width that whose ratio is nearest to the picture's. */
 void sc_bucket(int width, int height, int resolution, int multiple, int *bucket_width,
                int *bucket_height);
-/* The orientation, 1 to 8, in an EXIF block (with or without its "Exif\0\0"), else in the text of an
- * XMP packet; 1 where neither has one. Either may be NULL. */
+/* The orientation, 1 to 8, in an EXIF block (with or without its "Exif\0\0"), else in the text of
+ * an XMP packet; 1 where neither has one. Either may be NULL. */
 int sc_orientation(const uint8_t *exif, size_t size, const char *xmp);
 
-/* The text of a file, UTF-8, yours to free: it is UTF-8, or UTF-16 with a byte order mark. NULL with
- * the error set where a byte is neither, which it names. */
+/* A file of UTF-8, or of UTF-16 with a byte order mark, as UTF-8 without a mark; yours to free.
+ * NULL with the error set, which names the byte that is neither. */
 char *sc_text_load(const char *path);
 
 typedef struct sc_pair { char *path, *caption; } sc_pair; /* caption: UTF-8, perhaps empty */
@@ -726,8 +726,8 @@ typedef struct sc_dataset {
     char *unused;               /* a line: which pictures and captions are left out; NULL: none */
 } sc_dataset;
 /* A folder with metadata.jsonl (file_name, and prompt, text or caption), or with name.txt beside
- * every PNG or JPEG. Opens no picture. NULL with the error set, as when nothing is left, or when most
- * of the pictures that are left out have captions. */
+ * every PNG or JPEG. Opens no picture. NULL with the error set, as when nothing is left, or when
+ * most of the pictures that are left out have captions. */
 sc_dataset *sc_dataset_open(const char *folder);
 void sc_dataset_close(sc_dataset *data);
 
@@ -7901,7 +7901,7 @@ typedef struct sc__item { char *name; sc__kind kind; bool used; } sc__item;
 
 typedef struct sc__folder {
     const char *path;
-    sc__item *items;         /* by name */
+    sc__item *items;            /* by name */
     int64_t count;
 } sc__folder;
 
@@ -7913,7 +7913,7 @@ static void sc__names_add(sc__names *names, const char *name) {
     if (names->count > 6) return;
     sc__text_add(&names->list, " ", 1);
     sc__text_add(&names->list, name, strlen(name) + 1);
-    names->list.length--; /* its NUL: the next one goes over it */
+    names->list.length -= !names->list.failed; /* the next one goes over its NUL */
 }
 
 /* Where the ending of a name begins: its last dot; its end if it has none. */
@@ -7956,8 +7956,8 @@ static sc__item *sc__caption_of(sc__folder *f, const char *name) {
     return caption ? caption : sc__item_of(f, name, sc__ending_at(name), ".TXT");
 }
 
-/* Lists what is below `path` but hidden names. Folders that cannot be read, and links to folders, as
- * they may lead in circles, are listed themselves: they may hold pictures. */
+/* Lists what is below `path` but hidden names. Folders that cannot be read, and links to folders,
+ * as they may lead in circles, are listed themselves: they may hold pictures. */
 static bool sc__list(sc__folder *f, const char *path) {
     struct stat s;
     bool top = path == f->path, ok = true;
