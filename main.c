@@ -498,12 +498,11 @@ static bool run_experiment(experiment *x) {
 /* ---- Setting the experiment up ---- */
 
 static bool load_prompts(experiment *x) {
-    size_t length;
     const sc_flux_config *c = sc_flux_config_of(x->p->flux);
-    char *text = sc__read_file(x->o.prompts, &length), *rest = text, *line;
+    char *text = sc_text_load(x->o.prompts), *rest = text, *line;
     bool ok = text != NULL;
     int lines = 1;
-    for (size_t i = 0; ok && i < length; i++) lines += text[i] == '\n';
+    for (const char *s = text; ok && *s; s++) lines += *s == '\n' || *s == '\r';
     x->prompts = ok ? (prompt *)sc__alloc((size_t)lines, sizeof *x->prompts) : NULL;
     ok = ok && x->prompts;
     while (ok && (line = sc_next_line(&rest))) {
@@ -528,6 +527,7 @@ static bool load_real(experiment *x) {
     bool ok = data && (x->real = (float *)sc__alloc((size_t)(data->count * x->judge.features),
                                                     sizeof *x->real));
     double started = sc_seconds();
+    if (ok && data->unused) sc_print_text(stderr, "warning: ", data->unused);
     for (int64_t i = 0; ok && i < data->count; i++, x->real_count++) {
         sc_picture picture = {0}, fitted = {0};
         int class_of;

@@ -176,8 +176,7 @@ static void numbered(const char *out, int index, char path[1024]) {
 /* Pictures that are there with the same settings are not drawn again, so a run that was stopped
  * goes on where it was. */
 static bool draw_list(sc_pipeline *p, const options *o) {
-    size_t length;
-    char *text = sc__read_file(o->prompts, &length), *rest = text, *line, path[1024];
+    char *text = sc_text_load(o->prompts), *rest = text, *line, path[1024];
     bool made = false, ok = text && sc__make_folder(o->out_dir, &made);
     sc__text metadata = {0};
     int index = 0;

@@ -737,20 +737,28 @@ void sc_picture_to_pixels(const sc_picture *p, uint8_t *pixels);
 void sc_picture_free(sc_picture *p);
 /* Scales `p` to cover width x height (bicubic, antialiased), cuts what sticks out on both sides. */
 bool sc_picture_fit(sc_picture *out, const sc_picture *p, int width, int height);
-/* The sides of the aspect bucket for a picture: multiples of `multiple`, area up to resolution^2,
- * no side above twice the resolution, the ratio as near to the picture's as possible. */
+/* The sides of the aspect bucket for a picture: multiples of `multiple`, no side above twice the
+ * resolution, the area up to resolution^2: of the widest for each height and the tallest for each
+ * width that whose ratio is nearest to the picture's. */
 void sc_bucket(int width, int height, int resolution, int multiple, int *bucket_width,
                int *bucket_height);
-/* The EXIF orientation in the bytes of a JPEG or PNG file; 1 where there is none. */
-int sc_exif_orientation(const uint8_t *bytes, size_t size);
+/* The orientation, 1 to 8, in an EXIF block (with or without its "Exif\0\0"), else in the text of
+ * an XMP packet; 1 where neither has one. Either may be NULL. */
+int sc_orientation(const uint8_t *exif, size_t size, const char *xmp);
 
-typedef struct sc_pair { char *path, *caption; } sc_pair; /* caption: valid UTF-8, perhaps empty */
+/* A file of UTF-8, or of UTF-16 with a byte order mark, as UTF-8 without a mark; yours to free.
+ * NULL with the error set, which names the byte that is neither. */
+char *sc_text_load(const char *path);
+
+typedef struct sc_pair { char *path, *caption; } sc_pair; /* caption: UTF-8, perhaps empty */
 typedef struct sc_dataset {
     sc_pair *pairs;             /* in the order of their paths */
     int64_t count;
+    char *unused;               /* a line: which pictures and captions are left out; NULL: none */
 } sc_dataset;
 /* A folder with metadata.jsonl (file_name, and prompt, text or caption), or with name.txt beside
- * every name.png, name.jpg or name.jpeg. Opens no picture. NULL with the error set. */
+ * every PNG or JPEG. Opens no picture. NULL with the error set, as when nothing is left, or when
+ * most of the pictures that are left out have captions. */
 sc_dataset *sc_dataset_open(const char *folder);
 void sc_dataset_close(sc_dataset *data);
 
@@ -7942,20 +7950,20 @@ bool sc_picture_fit(sc_picture *out, const sc_picture *p, int width, int height)
 void sc_bucket(int width, int height, int resolution, int multiple, int *bucket_width,
                int *bucket_height) {
     int side = resolution / multiple < 1 ? 1 : resolution / multiple;
+    int64_t area = (int64_t)resolution * resolution / multiple / multiple;
     double nearest = INFINITY;
-    for (int a = 1; a <= 2 * side; a++) {
-        int64_t area = (int64_t)resolution * resolution / multiple / multiple;
-        int b = (int)(area / a < 2 * side ? area / a : 2 * side);
-        double distance = fabs(log((double)a / b * height / width));
-        if (b < 1 || distance >= nearest) continue;
+    *bucket_width = *bucket_height = multiple;
+    for (int i = 2; i < 4 * side + 2; i++) { /* the tallest for a width, the widest for a height */
+        int64_t one = i / 2, other = area / one, w = i % 2 ? other : one, h = i % 2 ? one : other;
+        double distance = fabs(log((double)w / (double)h * height / width));
+        if (other < 1 || other > 2 * side || distance >= nearest) continue;
         nearest = distance;
-        *bucket_width = a * multiple;
-        *bucket_height = b * multiple;
+        *bucket_width = (int)w * multiple;
+        *bucket_height = (int)h * multiple;
     }
-    if (!(nearest < INFINITY)) *bucket_width = *bucket_height = multiple;
 }
 
-/* ---- EXIF orientation: tag 0x0112 of the first directory of a TIFF block ---- */
+/* ---- Orientation: tag 0x0112 of the first directory of a TIFF block; XMP's text ---- */
 
 static uint32_t sc__bytes(const uint8_t *p, int count, bool big_endian) {
     uint32_t value = 0;
@@ -7963,149 +7971,269 @@ static uint32_t sc__bytes(const uint8_t *p, int count, bool big_endian) {
     return value;
 }
 
+/* 0: the tag is not there. It should be a SHORT; any integer or fraction is taken. */
 static int sc__tiff_orientation(const uint8_t *tiff, size_t size) {
-    if (size < 8 || (memcmp(tiff, "II*", 4) && memcmp(tiff, "MM\0*", 4))) return 1;
+    static const uint8_t sizes[] = {0, 0, 0, 2, 4, 8, 1, 0, 2, 4, 8, 0, 0, 4}; /* by type */
+    for (int i = 0; i < 2 && size >= 6 && !memcmp(tiff, "Exif\0", 6); i++) tiff += 6, size -= 6;
+    if (size < 8 || (memcmp(tiff, "II*", 4) && memcmp(tiff, "MM\0*", 4))) return 0;
     bool big = *tiff == 'M';
     size_t at = sc__bytes(tiff + 4, 4, big);
-    if (at > size - 2) return 1;
-    uint32_t entries = sc__bytes(tiff + at, 2, big);
-    for (at += 2; entries > 0 && at <= size && size - at >= 12; entries--, at += 12)
-        if (sc__bytes(tiff + at, 2, big) == 0x0112) {
-            uint32_t value = sc__bytes(tiff + at + 8, 2, big);
-            return value >= 1 && value <= 8 ? (int)value : 1;
-        }
-    return 1;
+    uint32_t entries = at <= size - 2 ? sc__bytes(tiff + at, 2, big) : 0;
+    for (at += 2; entries > 0 && at <= size && size - at >= 12; entries--, at += 12) {
+        uint32_t type = sc__bytes(tiff + at + 2, 2, big), count = sc__bytes(tiff + at + 4, 4, big);
+        size_t n = type < sizeof sizes ? sizes[type] : 0, place = at + 8;
+        if (sc__bytes(tiff + at, 2, big) != 0x0112) continue;
+        if (n && count > 4 / n) place = sc__bytes(tiff + place, 4, big);
+        if (count == 0 || place > size - n) continue;
+        uint32_t value = sc__bytes(tiff + place, n < 4 ? (int)n : 4, big);
+        uint32_t parts = n < 8 ? 1 : sc__bytes(tiff + place + 4, 4, big);
+        return parts && value % parts == 0 && value / parts >= 1 && value / parts <= 8
+                   ? (int)(value / parts) : 1;
+    }
+    return 0;
 }
 
-/* Steps through a PNG's chunks or a JPEG's segments up to its picture data: the payload of the next
- * one named `tag` (PNG: "eXIf"; JPEG: the byte of the marker), from *at on; NULL: no more. */
-static const uint8_t *sc__chunk(const uint8_t *bytes, size_t size, size_t *at, const char *tag,
-                                size_t *length) {
-    bool png = size > 8 && !memcmp(bytes, "\x89PNG\r\n\x1a\n", 8);
-    if (!png && (size < 4 || bytes[0] != 0xff || bytes[1] != 0xd8)) return NULL;
-    if (*at == 0) *at = png ? 8 : 2;
-    while (*at < size && size - *at >= (png ? 12u : 4u)) {
-        const uint8_t *p = bytes + *at;
-        size_t head = png ? 8 : 4, n = png ? sc__bytes(p, 4, true) : sc__bytes(p + 2, 2, true) - 2u;
-        if (!png && p[0] != 0xff) return NULL;
-        if (!png && p[1] == 0xff) { /* a marker may be padded */
-            ++*at;
-            continue;
-        }
-        if (n > size - *at - (png ? 12u : 4u)) return NULL;
-        *at += head + n + (png ? 4 : 0);
-        *length = n;
-        if (png ? !memcmp(p + 4, tag, 4) : p[1] == (uint8_t)*tag) return p + head;
-        if (!png && p[1] == 0xda) return NULL;
+int sc_orientation(const uint8_t *exif, size_t size, const char *xmp) {
+    int orientation = exif ? sc__tiff_orientation(exif, size) : 0;
+    while (!orientation && xmp && (xmp = strstr(xmp, "tiff:Orientation"))) {
+        xmp += 16;
+        const char *value = *xmp == '>' ? xmp + 1 : !strncmp(xmp, "=\"", 2) ? xmp + 2 : "";
+        if (*value && strchr("0123456789", *value))
+            orientation = *value >= '1' && *value <= '8' ? *value - '0' : 1;
     }
+    return orientation ? orientation : 1;
+}
+
+/* ---- Text files ---- */
+
+/* The character at s[n], n > 0, as UTF-8; returns how many bytes of s it takes; 0: it is none. */
+static int sc__utf16_char(const uint8_t *s, size_t n, bool big, char *out, int *size) {
+    uint32_t c = n < 2 ? 0 : sc__bytes(s, 2, big), low = n < 4 ? 0 : sc__bytes(s + 2, 2, big);
+    bool pair = c >> 10 == 0xd800 >> 10;
+    if (pair ? low >> 10 != 0xdc00 >> 10 : c >> 10 == 0xdc00 >> 10) return 0;
+    *size = sc__utf8_encode(pair ? 0x10000 + ((c & 0x3ff) << 10 | (low & 0x3ff)) : c, out);
+    return n < 2 ? 0 : pair ? 4 : 2;
+}
+
+char *sc_text_load(const char *path) {
+    size_t n = 0, at = 0;
+    int64_t line = 1;
+    char *file = sc__read_file(path, &n);
+    const uint8_t *s = (const uint8_t *)file;
+    uint32_t mark = n > 1 ? sc__bytes(s, 2, true) : 0;
+    bool big = mark == 0xfeff, wide = big || mark == 0xfffe;
+    char *text = file ? (char *)sc__alloc(n / 2 * 3 + 4, 1) : NULL, *to = text;
+    bool ok = text != NULL;
+    if (ok) at = wide ? 2 : n > 2 && !memcmp(file, "\xef\xbb\xbf", 3) ? 3 : 0;
+    for (int took, size; ok && at < n; at += (size_t)took, to += size) {
+        took = size = sc__utf8_size(file + at);
+        if (wide) took = sc__utf16_char(s + at, n - at, big, to, &size);
+        else memcpy(to, file + at, (size_t)size);
+        if (took == 0 || *to == 0)
+            ok = sc__fail("%s:%lld: byte %zu (0x%02x) is no %s text: save the file as UTF-8, or as "
+                          "UTF-16 with a byte order mark", path, (long long)line, at,
+                          sc__bytes(s + at, wide && n - at > 1 ? 2 : 1, big),
+                          wide ? "UTF-16" : "UTF-8");
+        line += *to == '\n';
+    }
+    SC_FREE(file);
+    if (ok) return text;
+    SC_FREE(text);
     return NULL;
-}
-
-int sc_exif_orientation(const uint8_t *bytes, size_t size) {
-    size_t at = 0, length = 0;
-    bool png = size > 0 && bytes[0] == 0x89;
-    const uint8_t *p;
-    while ((p = sc__chunk(bytes, size, &at, png ? "eXIf" : "\xe1", &length))) {
-        if (png) return sc__tiff_orientation(p, length);
-        if (length >= 6 && !memcmp(p, "Exif\0", 6)) return sc__tiff_orientation(p + 6, length - 6);
-    }
-    return 1;
 }
 
 /* ---- Folders of pictures with captions ---- */
 
-/* A copy of text[n], behind which there is a NUL, as valid UTF-8: bytes that are not become U+FFFD,
- * NUL a space; without a byte order mark and white space at the ends. */
-static char *sc__clean_text(const char *text, size_t n) {
-    static const char space[] = " \t\n\v\f\r"; /* and its NUL; isspace would ask the locale */
-    char *clean = (char *)sc__alloc(3 * n + 1, 1), *to = clean;
-    const char *p = text, *end = text + n;
-    if (!clean) return NULL;
-    if (n >= 3 && !memcmp(p, "\xef\xbb\xbf", 3)) p += 3;
-    while (p < end && memchr(space, *p, sizeof space)) p++;
-    while (end > p && memchr(space, end[-1], sizeof space)) end--;
-    for (int size; p < end; p += size ? size : 1) {
-        size = sc__utf8_size(p);
-        if (!size) to += sc__utf8_encode(0xfffd, to);
-        for (int i = 0; i < size; i++) *to++ = p[i] ? p[i] : ' ';
-    }
-    *to = 0;
-    return clean;
+typedef enum { SC__NO_DATA, SC__CAPTION_FILE, SC__PICTURE_FILE, SC__OTHER_FILE } sc__kind;
+
+/* A file below the folder: its path from there; part of a pair. */
+typedef struct sc__item { char *name; sc__kind kind; bool used; } sc__item;
+
+typedef struct sc__folder {
+    const char *path;
+    sc__item *items;            /* by name */
+    int64_t count;
+} sc__folder;
+
+/* How many files, and the first names. */
+typedef struct sc__names { int64_t count; sc__text list; } sc__names;
+
+static void sc__names_add(sc__names *names, const char *name) {
+    if (++names->count == 6) name = "...";
+    if (names->count > 6) return;
+    sc__text_add(&names->list, " ", 1);
+    sc__text_add(&names->list, name, strlen(name) + 1);
+    names->list.length -= !names->list.failed; /* the next one goes over its NUL */
 }
 
-/* Takes `caption`; NULL means that an error is already set. */
-static bool sc__dataset_add(sc_dataset *d, const char *folder, const char *name, char *caption) {
-    char *path = caption ? sc__join(folder, name) : NULL;
-    sc_pair *pairs = path ? (sc_pair *)sc__grow(d->pairs, d->count, sizeof *pairs) : NULL;
-    if (pairs) {
-        d->pairs = pairs;
-        d->pairs[d->count++] = (sc_pair){path, caption};
-        return true;
-    }
-    SC_FREE(path);
-    SC_FREE(caption);
-    return false;
+/* Where the ending of a name begins: its last dot; its end if it has none. */
+static size_t sc__ending_at(const char *name) {
+    const char *slash = strrchr(name, '/'), *dot = strrchr(slash ? slash : name, '.');
+    return dot ? (size_t)(dot - name) : strlen(name);
 }
 
-static bool sc__dataset_line(sc_dataset *d, const char *folder, const char *path, int64_t number,
-                             const char *line, size_t length) {
-    static const char *const keys[] = {"prompt", "text", "caption"};
-    char where[1024];
-    snprintf(where, sizeof where, "%s:%lld", path, (long long)number);
-    sc_json *json = sc_json_parse(line, length, where);
+static sc__kind sc__kind_of(const char *name) {
+    static const char endings[] = /* a caption's, a picture's, and of pictures that are not read */
+        ".txt.png.jpg.jpeg.jpe.jfif.webp.bmp.tif.tiff.gif.heic.heif.avif.jxl.jp2.apng.tga.ppm.pgm"
+        ".psd.exr.qoi.svg.dng.cr2.cr3.nef.arw.raw.";
+    const char *ending = name + sc__ending_at(name), *e = endings;
+    size_t n = strlen(ending);
+    while (n && e[1] && (strncasecmp(e, ending, n) || e[n] != '.')) e += 1 + strcspn(e + 1, ".");
+    if (n < 2 || !e[1]) return SC__NO_DATA;
+    if (e == endings) return strncasecmp(name, "readme", 6) ? SC__CAPTION_FILE : SC__NO_DATA;
+    return e < strstr(endings, ".webp") ? SC__PICTURE_FILE : SC__OTHER_FILE;
+}
+
+static int sc__by_item_name(const void *a, const void *b) {
+    return strcmp(((const sc__item *)a)->name, ((const sc__item *)b)->name);
+}
+
+/* The item called name[length] and `ending`; NULL: there is none. */
+static sc__item *sc__item_of(sc__folder *f, const char *name, size_t length, const char *ending) {
+    sc__item key = {.name = (char *)sc__alloc(length + 8, 1)}, *found = NULL;
+    if (key.name) {
+        memcpy(key.name, name, length);
+        memcpy(key.name + length, ending, strlen(ending));
+        if (f->count) found = (sc__item *)bsearch(&key, f->items, (size_t)f->count, sizeof key,
+                                                   sc__by_item_name);
+    }
+    SC_FREE(key.name);
+    return found;
+}
+
+static sc__item *sc__caption_of(sc__folder *f, const char *name) {
+    sc__item *caption = sc__item_of(f, name, sc__ending_at(name), ".txt");
+    return caption ? caption : sc__item_of(f, name, sc__ending_at(name), ".TXT");
+}
+
+/* Lists what is below `path` but hidden names. Folders that cannot be read, and links to folders,
+ * as they may lead in circles, are listed themselves: they may hold pictures. */
+static bool sc__list(sc__folder *f, const char *path) {
+    struct stat s;
+    bool top = path == f->path, ok = true;
+    DIR *folder = top || (!lstat(path, &s) && S_ISDIR(s.st_mode)) ? opendir(path) : NULL;
+    for (struct dirent *e; ok && folder && (e = readdir(folder));) {
+        char *child = sc__join(path, e->d_name);
+        ok = child && (*e->d_name == '.' || sc__list(f, child));
+        SC_FREE(child);
+    }
+    if (folder) return closedir(folder), ok;
+    if (top) return sc__fail("%s: %s", path, strerror(errno));
+    const char *name = path + strlen(f->path) + 1;
+    bool closed = sc__is_folder(path);
+    sc__item new_one = {.kind = closed ? SC__OTHER_FILE : sc__kind_of(name)};
+    if (new_one.kind == SC__NO_DATA) return true;
+    sc__item *items = (sc__item *)sc__grow(f->items, f->count, sizeof *items);
+    if (!items) return false;
+    f->items = items;
+    new_one.name = closed ? sc__join(name, "") : sc__strdup(name);
+    if (new_one.name) items[f->count++] = new_one;
+    return new_one.name != NULL;
+}
+
+/* Adds a copy of the caption without white space at its ends; NULL: an error is already set. */
+static bool sc__dataset_add(sc_dataset *d, const char *folder, const char *name,
+                            const char *caption) {
+    static const char space[] = " \t\n\v\f\r"; /* isspace would ask the locale */
+    sc_pair *pairs = caption ? (sc_pair *)sc__grow(d->pairs, d->count, sizeof *pairs) : NULL;
+    if (!pairs) return false;
+    d->pairs = pairs;
+    caption += strspn(caption, space);
+    sc_pair *pair = &pairs[d->count++];
+    *pair = (sc_pair){sc__join(folder, name), sc__strdup(caption)};
+    for (size_t n = strlen(caption); pair->caption && n && strchr(space, caption[n - 1]); n--)
+        pair->caption[n - 1] = 0;
+    return pair->path && pair->caption;
+}
+
+static bool sc__dataset_line(sc_dataset *d, sc__folder *f, const char *where, const char *line) {
+    static const char *const keys[] = {"prompt", "text", "caption"}, lost[] = "\xef\xbf\xbd";
+    sc_json *json = sc_json_parse(line, strlen(line), where);
     if (!json) return false;
     const char *name = sc_json_string(sc_json_get(json, "file_name"), NULL), *caption = NULL;
     for (int i = 0; i < 3 && !caption; i++)
         caption = sc_json_string(sc_json_get(json, keys[i]), NULL);
+    while (name && !strncmp(name, "./", 2)) name += 2;
     bool ok = true;
     if (!name || !*name) ok = sc__fail("%s: no 'file_name'", where);
     else if (!caption) ok = sc__fail("%s: no 'prompt', 'text' or 'caption' for %s", where, name);
     else if (*name == '/' || !strncmp(name, "../", 3) || strstr(name, "/../"))
         ok = sc__fail("%s: file_name '%s' is outside the folder", where, name);
-    ok = ok && sc__dataset_add(d, folder, name, sc__clean_text(caption, strlen(caption)));
+    else if (strstr(caption, lost) && !strstr(line, lost))
+        ok = sc__fail("%s: a \\u in the caption of %s is no character", where, name);
+    sc__item *item = ok ? sc__item_of(f, name, strlen(name), "") : NULL;
+    if (item) item->used = true;
+    ok = ok && sc__dataset_add(d, f->path, name, caption);
     sc_json_free(json);
     return ok;
 }
 
-static bool sc__dataset_metadata(sc_dataset *d, const char *folder, const char *path) {
-    size_t length = 0, at = 0;
-    char *text = sc__read_file(path, &length);
-    bool ok = text != NULL;
-    for (int64_t number = 1; ok && at < length; number++) {
-        const char *line = text + at, *newline = (const char *)memchr(line, '\n', length - at);
-        size_t n = newline ? (size_t)(newline - line) : length - at;
-        at += n + 1;
-        if (number == 1 && n >= 3 && !memcmp(line, "\xef\xbb\xbf", 3)) line += 3, n -= 3;
-        if (strspn(line, " \t\r") < n) ok = sc__dataset_line(d, folder, path, number, line, n);
+static bool sc__dataset_metadata(sc_dataset *d, sc__folder *f, const char *path) {
+    size_t room = strlen(path) + 32;
+    char *text = sc_text_load(path), *next = text, *where = (char *)sc__alloc(room, 1);
+    bool ok = text && where;
+    for (int64_t number = 1; ok && *next; number++) {
+        char *line = next;
+        next += strcspn(line, "\n");
+        if (*next) *next++ = 0;
+        snprintf(where, room, "%s:%lld", path, (long long)number);
+        if (line[strspn(line, " \t\r")]) ok = sc__dataset_line(d, f, where, line);
     }
+    SC_FREE(where);
     SC_FREE(text);
     return ok;
 }
 
-/* Pictures without captions: how many, and the first names. */
-typedef struct sc__lacking { int64_t count; char names[512]; } sc__lacking;
-
-/* One file of a folder without metadata.jsonl: if it is a picture, its caption is in name.txt. */
-static bool sc__dataset_file(sc_dataset *d, const char *folder, const char *name,
-                             sc__lacking *lacking) {
-    const char *dot = strrchr(name, '.');
-    if (*name == '.' || !dot ||
-        (strcasecmp(dot, ".png") && strcasecmp(dot, ".jpg") && strcasecmp(dot, ".jpeg")))
-        return true;
-    size_t length = 0;
-    char *path = sc__join(folder, name), *text = NULL;
-    if (path) memcpy(strrchr(path, '.'), ".txt", 5); /* no ending of a picture is shorter */
-    bool ok = path != NULL;
-    if (ok && !sc__exists(path)) {
-        size_t used = strlen(lacking->names);
-        if (lacking->count++ < 5)
-            snprintf(lacking->names + used, sizeof lacking->names - used, " %s", name);
-    } else
-        ok = ok && (text = sc__read_file(path, &length)) &&
-             sc__dataset_add(d, folder, name, sc__clean_text(text, length));
-    SC_FREE(text);
-    SC_FREE(path);
+/* Without metadata.jsonl: pairs of the pictures in the folder itself and name.txt. */
+static bool sc__dataset_captions(sc_dataset *d, sc__folder *f) {
+    sc__names lacking = {0};
+    bool ok = true;
+    for (sc__item *e = f->items; ok && e < f->items + f->count; e++) {
+        if (e->kind != SC__PICTURE_FILE || strchr(e->name, '/')) continue;
+        sc__item *caption = sc__caption_of(f, e->name);
+        if (!caption) { sc__names_add(&lacking, e->name); continue; }
+        char *path = sc__join(f->path, caption->name), *text = path ? sc_text_load(path) : NULL;
+        ok = e->used = caption->used = sc__dataset_add(d, f->path, e->name, text);
+        SC_FREE(text);
+        SC_FREE(path);
+    }
+    if (ok && lacking.count)
+        ok = sc__fail("%s: no caption for %lld of the pictures:%s: write one into name.txt beside "
+                      "each (it may be empty)", f->path, (long long)lacking.count,
+                      lacking.list.data);
+    SC_FREE(lacking.list.data);
     return ok;
+}
+
+/* Says what is left out in d->unused; false where it may not be. */
+static bool sc__dataset_unused(sc_dataset *d, sc__folder *f, bool metadata) {
+    int64_t pictures = 0, captioned = 0;
+    sc__names unused = {0};
+    for (int64_t i = 0; i < 2 * f->count; i++) { /* pictures, and their captions; other captions */
+        sc__item *e = &f->items[i % f->count], *caption = NULL;
+        if (e->used || (e->kind == SC__CAPTION_FILE) != (i >= f->count)) continue;
+        if (e->kind == SC__CAPTION_FILE && metadata) continue;
+        sc__names_add(&unused, e->name);
+        if (e->kind == SC__CAPTION_FILE) continue;
+        pictures++;
+        if ((caption = sc__caption_of(f, e->name))) captioned++, caption->used = true;
+    }
+    size_t room = strlen(f->path) + unused.list.length + 256;
+    d->unused = unused.count ? (char *)sc__alloc(room, 1) : NULL;
+    bool ok = !unused.list.failed && (d->unused || !unused.count);
+    if (ok && d->unused)
+        snprintf(d->unused, room, "%s: %lld file%s not used:%s (used are %s)", f->path,
+                 (long long)unused.count, unused.count == 1 ? " is" : "s are", unused.list.data,
+                 metadata ? "those that metadata.jsonl names"
+                          : "PNG and JPEG, in the folder itself, with name.txt beside each");
+    SC_FREE(unused.list.data);
+    if (!ok) return sc__fail("%s: out of memory", f->path);
+    if (d->count == 0)
+        return sc__fail("%s: no pictures: put in metadata.jsonl, or name.txt beside name.png or "
+                        ".jpg", d->unused ? d->unused : f->path);
+    return 2 * captioned <= pictures ||
+           sc__fail("%s; most have captions: convert, move or name them so that they are, or take "
+                    "them away", d->unused);
 }
 
 static int sc__compare_pairs(const void *a, const void *b) {
@@ -8116,25 +8244,15 @@ static int sc__compare_pairs(const void *a, const void *b) {
 
 sc_dataset *sc_dataset_open(const char *folder) {
     sc_dataset *d = (sc_dataset *)sc__alloc(1, sizeof *d);
+    sc__folder f = {.path = folder};
     char *path = sc__join(folder, "metadata.jsonl");
-    bool ok = d && path;
-    if (ok && sc__exists(path)) ok = sc__dataset_metadata(d, folder, path);
-    else if (ok) {
-        sc__lacking lacking = {0};
-        DIR *directory = opendir(folder);
-        if (!directory) ok = sc__fail("%s: %s", folder, strerror(errno));
-        for (struct dirent *e; ok && (e = readdir(directory));)
-            ok = sc__dataset_file(d, folder, e->d_name, &lacking);
-        if (directory) closedir(directory);
-        if (ok && lacking.count)
-            ok = sc__fail("%s: no caption for %lld of the pictures:%s%s: write one into name.txt "
-                          "beside each (it may be empty)", folder, (long long)lacking.count,
-                          lacking.names, lacking.count > 5 ? " ..." : "");
-    }
-    if (ok && d->count == 0)
-        ok = sc__fail("%s: no pictures: put in metadata.jsonl, or name.txt beside name.png or .jpg",
-                      folder);
+    bool ok = d && path && sc__list(&f, folder), metadata = ok && sc__exists(path);
+    if (ok && f.count) qsort(f.items, (size_t)f.count, sizeof *f.items, sc__by_item_name);
+    if (ok) ok = metadata ? sc__dataset_metadata(d, &f, path) : sc__dataset_captions(d, &f);
+    ok = ok && sc__dataset_unused(d, &f, metadata);
     if (ok) qsort(d->pairs, (size_t)d->count, sizeof *d->pairs, sc__compare_pairs);
+    for (int64_t i = 0; i < f.count; i++) SC_FREE(f.items[i].name);
+    SC_FREE(f.items);
     SC_FREE(path);
     if (ok) return d;
     sc_dataset_close(d);
@@ -8147,6 +8265,7 @@ void sc_dataset_close(sc_dataset *d) {
         SC_FREE(d->pairs[i].path);
         SC_FREE(d->pairs[i].caption);
     }
+    SC_FREE(d->unused);
     SC_FREE(d->pairs);
     SC_FREE(d);
 }
@@ -8255,6 +8374,11 @@ static bool sc__text_is_cut(const sc_text_encoders *t, const char *prompt, int t
 
 /* Where the transformer and 8 GiB to work with would not fit beside them, the encoders go again. */
 bool sc_pipeline_text(sc_pipeline *p, const char *prompt, float *context, float *pooled) {
+    const char *bad = prompt;
+    while (*bad && sc__utf8_size(bad)) bad += sc__utf8_size(bad);
+    if (*bad)
+        return sc__fail("the prompt is not UTF-8: byte %d is 0x%02x", (int)(bad - prompt),
+                        (unsigned char)*bad);
     if (!p->text && !(p->text = sc_text_encoders_open(p->backend, p->folder))) return false;
     const sc_flux_config *c = sc_flux_config_of(p->flux);
     if (p->text->t5.width != c->text_channels || p->text->clip.width != c->pooled_channels)

@@ -23,77 +23,204 @@
 #define STBI_ONLY_PNG
 #define STBI_ONLY_JPEG
 #define STBI_NO_STDIO
+/* Doubles a row of a JPEG's colours, with libjpeg's rounding; stb (2.27) has the last but one
+ * pixel's weights exchanged. The macro renames stb's where it is defined, not where its address is
+ * taken. */
+static unsigned char *stbi__resample_row_h_2_of_stb(unsigned char *out, unsigned char *row,
+                                                    unsigned char *far, int width, int factor);
+static unsigned char *stbi__resample_row_h_2(unsigned char *out, unsigned char *row,
+                                             unsigned char *far, int width, int factor) {
+    if (width < 2) return stbi__resample_row_h_2_of_stb(out, row, far, width, factor);
+    out[0] = row[0], out[2 * width - 1] = row[width - 1];
+    for (int i = 1; i < 2 * width - 1; i++)
+        out[i] = (unsigned char)((3 * row[i / 2] + row[i / 2 + (i % 2 ? 1 : -1)] + 1 + i % 2) >> 2);
+    return out;
+}
+#define stbi__resample_row_h_2(...) stbi__resample_row_h_2_of_stb(__VA_ARGS__)
 #include <stb/stb_image.h>
 #define STB_IMAGE_WRITE_IMPLEMENTATION
 #define STBI_WRITE_NO_STDIO
 #include <stb/stb_image_write.h>
 
 #define SC__MAX_PIXELS 64000000
+#define SC__CONVERT ": convert it, as by: magick FILE NEW.png"
 
-/* The CRC of PNG chunks: polynomial 0xedb88320, bits reflected. */
-static uint32_t sc__crc(const uint8_t *p, size_t n) {
-    uint32_t table[256], crc = 0xffffffffu;
-    for (uint32_t i = 0; i < 256; i++) {
-        table[i] = i;
-        for (int bit = 0; bit < 8; bit++)
-            table[i] = table[i] >> 1 ^ (table[i] & 1 ? 0xedb88320u : 0);
+/* The CRC of PNG chunks is the one that stb writes. */
+#define sc__crc(bytes, n) stbiw__crc32((unsigned char *)(bytes), (int)(n))
+
+/* Steps through a PNG's chunks, or a JPEG's segments up to its end marker: the payload of the next
+ * one named `tag` (PNG: "eXIf"; JPEG: the byte of the marker; NULL: any) from *at on; NULL: no
+ * more, and *at is where that showed. Its name stands 4 bytes before it, of a JPEG 3. */
+static const uint8_t *sc__chunk(const uint8_t *bytes, size_t size, size_t *at, const char *tag,
+                                size_t *length) {
+    bool png = size > 8 && !memcmp(bytes, "\x89PNG\r\n\x1a\n", 8);
+    size_t head = png ? 8 : 4, tail = png ? 4 : 0;
+    if (!png && (size < 4 || bytes[0] != 0xff || bytes[1] != 0xd8)) return NULL;
+    if (*at == 0) *at = png ? 8 : 2;
+    for (; size - *at >= 2; ++*at) {
+        const uint8_t *p = bytes + *at;
+        if (!png && (p[0] != 0xff || !p[1] || p[1] == 0xff || (p[1] & 0xf8) == 0xd0))
+            continue; /* pixels and their restart markers, or padding */
+        if (size - *at < head + tail || (!png && p[1] == 0xd9)) return NULL;
+        size_t n = png ? sc__bytes(p, 4, true) : sc__bytes(p + 2, 2, true) - 2u;
+        if (n > size - *at - head - tail) return NULL;
+        *at += head + n + tail;
+        *length = n;
+        if (!tag || (png ? !memcmp(p + 4, tag, 4) : p[1] == (uint8_t)*tag)) return p + head;
+        --*at;
     }
-    while (n--) crc = crc >> 8 ^ table[(crc ^ *p++) & 0xff];
-    return ~crc;
+    return NULL;
 }
 
-/* JPEG: a walk over its markers to the end marker, and the Huffman tables, which old versions of
- * stb trust to have at most 256 codes. Between markers are 0xff 0 and restarts (0xd0 to 0xd7). */
-static const char *sc__jpeg_damage(const uint8_t *bytes, size_t size) {
-    size_t at = 2, n;
-    while (at + 2 <= size) {
-        uint8_t marker = bytes[at] == 0xff ? bytes[at + 1] : 0;
-        if (marker == 0xd9) return NULL;
-        if (marker == 0 || marker == 0xff || (marker & 0xf8) == 0xd0) {
-            at++;
-            continue;
-        }
-        n = size - at < 4 ? 0 : sc__bytes(bytes + at + 2, 2, true);
-        if (n < 2 || n > size - at - 2) break;
-        size_t end = at + n + 2, codes = 0;
-        for (size_t table = at + 4; marker == 0xc4 && table < end; table += 17 + codes) {
-            codes = 0;
-            for (size_t i = 1; i <= 16 && table + 17 <= end; i++) codes += bytes[table + i];
-            if (codes > 256 || table + 17 + codes > end) return "damaged JPEG (Huffman table)";
-        }
-        at = end;
-    }
-    return "truncated JPEG";
+/* What a file says beside its pixels. */
+typedef struct sc__about {
+    bool pixels;               /* they have begun */
+    sc__text exif, raw, xmp;   /* raw: EXIF as hexadecimal text */
+    bool jfif, named;          /* JPEG: its components are named R, G and B */
+    int components, transform; /* transform: Adobe's; -1: not said */
+    size_t at, missing_size;
+    const char *missing; /* at `at`: what stb must see there, and other readers do without */
+} sc__about;
+
+static bool sc__starts(const uint8_t *p, size_t n, const char *with, size_t length) {
+    return n >= length && !memcmp(p, with, length);
 }
 
-/* What is wrong with the container; NULL: nothing. */
-static const char *sc__picture_damage(const uint8_t *bytes, size_t size) {
-    if (size > 8 && !memcmp(bytes, "\x89PNG\r\n\x1a\n", 8)) {
-        size_t n;
-        for (size_t at = 8; size - at >= 12; at += n + 12) {
-            n = sc__bytes(bytes + at, 4, true);
-            if (n > size - at - 12) break;
-            if (sc__crc(bytes + at + 4, n + 4) != sc__bytes(bytes + at + 8 + n, 4, true))
-                return "damaged PNG (wrong checksum)";
-            if (!memcmp(bytes + at + 4, "IEND", 4)) return NULL;
-        }
-        return "truncated PNG";
+/* The last one counts. */
+static void sc__keep(sc__text *text, const uint8_t *p, size_t n) {
+    text->length = 0;
+    sc__text_add(text, (const char *)p, n);
+}
+
+/* The text of a PNG's tEXt, zTXt or iTXt chunk if it has this keyword; the last two may be packed.
+ * False: it cannot be unpacked. */
+static bool sc__png_keyword(const uint8_t *type, size_t n, const char *keyword, sc__text *text) {
+    enum { LIMIT = 1 << 20 };
+    const uint8_t *p = type + 4, *end = p + n;
+    bool international = !memcmp(type, "iTXt", 4), packed = !memcmp(type, "zTXt", 4);
+    if ((!international && !packed && memcmp(type, "tEXt", 4)) ||
+        !sc__starts(p, n, keyword, strlen(keyword) + 1))
+        return true;
+    p += strlen(keyword) + 1;
+    if (international) packed = p < end && *p;
+    p += international ? 2 : packed;                  /* flag and method; or the method */
+    for (int i = 0; international && p && i < 2; i++) /* language, translated keyword */
+        p = p < end ? (const uint8_t *)memchr(p, 0, (size_t)(end - p)) : NULL, p = p ? p + 1 : p;
+    if (!p || p > end) return true;
+    if (!packed) return sc__keep(text, p, (size_t)(end - p)), true;
+    char *plain = (char *)sc__alloc(LIMIT, 1);
+    int size = plain ? stbi_zlib_decode_buffer(plain, LIMIT, (const char *)p, (int)(end - p)) : -1;
+    if (size >= 0) sc__keep(text, (uint8_t *)plain, (size_t)size);
+    SC_FREE(plain);
+    return size >= 0;
+}
+
+/* A PNG's chunks: what is wrong or not supported; NULL: nothing. */
+static const char *sc__png_about(sc__about *a, const uint8_t *bytes, size_t size) {
+    const uint8_t *p;
+    size_t n = 0;
+    while ((p = sc__chunk(bytes, size, &a->at, NULL, &n))) {
+        if (sc__crc(p - 4, n + 4) != sc__bytes(p + n, 4, true))
+            return "damaged PNG (wrong checksum)";
+        if (!memcmp(p - 4, "IEND", 4)) return NULL;
+        if (!memcmp(p - 4, "IDAT", 4)) a->pixels = true;
+        if (!memcmp(p - 4, "CgBI", 4)) return "a PNG for iPhones alone (CgBI)" SC__CONVERT;
+        if (!memcmp(p - 4, "eXIf", 4)) sc__keep(&a->exif, p, n);
+        if (!sc__png_keyword(p - 4, n, "Raw profile type exif", &a->raw) ||
+            !sc__png_keyword(p - 4, n, "XML:com.adobe.xmp", &a->xmp))
+            return "damaged PNG (compressed text)";
     }
-    if (size < 4 || bytes[0] != 0xff || bytes[1] != 0xd8) return "not a PNG or JPEG picture";
-    return sc__jpeg_damage(bytes, size);
+    a->missing = "\0\0\0\0IEND\xae\x42\x60\x82";
+    a->missing_size = 12;
+    return a->pixels && size - a->at < 12 ? NULL : "truncated PNG";
+}
+
+/* A segment of a JPEG. Old versions of stb trust Huffman tables to have at most 256 codes. */
+static const char *sc__jpeg_segment(sc__about *a, int marker, const uint8_t *p, size_t n) {
+    static const char xmp[] = "http://ns.adobe.com/xap/1.0/"; /* and its NUL */
+    for (size_t at = 0, codes; marker == 0xc4 && at < n; at += 17 + codes) {
+        codes = 0;
+        for (size_t i = 1; i <= 16 && at + 17 <= n; i++) codes += p[at + i];
+        if (codes > 256 || at + 17 + codes > n) return "damaged JPEG (Huffman table)";
+    }
+    if (a->pixels) return NULL;
+    if (marker == 0xe0) a->jfif = a->jfif || sc__starts(p, n, "JFIF", 5);
+    if (marker == 0xee && n >= 12 && sc__starts(p, n, "Adobe", 5)) a->transform = p[11];
+    if (marker == 0xe1 && sc__starts(p, n, "Exif\0", 6))
+        sc__text_add(&a->exif, (const char *)p + 6, n - 6); /* several are one */
+    if (marker == 0xe1 && sc__starts(p, n, xmp, sizeof xmp))
+        sc__keep(&a->xmp, p + sizeof xmp, n - sizeof xmp);
+    if (marker < 0xc0 || marker > 0xcf || marker == 0xc4 || marker == 0xc8 || marker == 0xcc)
+        return NULL;
+    if (marker > 0xc2) return "a lossless or arithmetic-coded JPEG" SC__CONVERT;
+    if (n < 6 || p[0] != 8) return "a JPEG of other than 8 bits" SC__CONVERT;
+    a->components = p[5];
+    a->named = n >= 15 && p[6] == 'R' && p[9] == 'G' && p[12] == 'B';
+    return NULL;
+}
+
+/* A JPEG's segments, in the same way. */
+static const char *sc__jpeg_about(sc__about *a, const uint8_t *bytes, size_t size) {
+    const char *fault = NULL;
+    const uint8_t *p;
+    size_t n = 0, at = 0;
+    while (!fault && (p = sc__chunk(bytes, size, &at, NULL, &n))) {
+        if (p[-3] == 0xda && !a->pixels) a->pixels = true, a->at = (size_t)(p - 4 - bytes);
+        fault = sc__jpeg_segment(a, p[-3], p, n);
+    }
+    if (fault) return fault;
+    if (size - at < 2 || bytes[at] != 0xff || bytes[at + 1] != 0xd9) return "truncated JPEG";
+    if (a->components == 3 && a->named && (a->jfif || a->transform > 0))
+        return "a JPEG that says both RGB and YCbCr of its colours" SC__CONVERT;
+    if (a->components == 4) { /* libjpeg takes CMYK as if it had Adobe's marker, stb does not */
+        a->missing = a->transform > 0 ? "\xff\xee\0\x0e"
+                                        "Adobe\0\x64\0\0\0\0\2"
+                                      : "\xff\xee\0\x0e"
+                                        "Adobe\0\x64\0\0\0\0";
+        a->missing_size = 16;
+    }
+    return NULL;
+}
+
+/* The orientation by all that is said of it, in the order in which Pillow asks. */
+static int sc__orientation(sc__about *a) {
+    uint8_t *hex = (uint8_t *)a->raw.data;
+    size_t lines = 0, digits = 0;
+    for (size_t i = 0; i < a->raw.length; i++) { /* in place; three lines are its head */
+        int c = hex[i], digit = c <= '9' ? c - '0' : (c | 32) - 'a' + 10;
+        if (lines < 3) lines += c == '\n';
+        else if (isxdigit(c)) {
+            hex[digits / 2] = (uint8_t)(digits % 2 ? hex[digits / 2] << 4 | digit : digit);
+            digits++;
+        }
+    }
+    sc__text_add(&a->xmp, "", 1);
+    if (a->exif.data) return sc_orientation((uint8_t *)a->exif.data, a->exif.length, a->xmp.data);
+    return sc_orientation(hex, digits / 2, a->xmp.data);
 }
 
 /* A PNG or JPEG file as floats, upright, without alpha. Free it with sc_picture_free. */
 bool sc_picture_load(sc_picture *p, const char *path) {
+    sc__about a = {.transform = -1};
     size_t size = 0;
     int width, height, channels;
-    char *file = sc__read_file(path, &size);
-    const uint8_t *bytes = (const uint8_t *)file;
+    uint8_t *bytes = (uint8_t *)sc__read_file(path, &size), *more;
     void *pixels = NULL;
     *p = (sc_picture){0};
-    if (!file) return false;
-    const char *damage = sc__picture_damage(bytes, size);
-    bool ok = !damage || sc__fail("%s: %s", path, damage);
+    if (!bytes) return false;
+    const char *fault = "not a PNG or JPEG picture" SC__CONVERT;
+    if (sc__starts(bytes, size, "\x89PNG\r\n\x1a\n", 8)) fault = sc__png_about(&a, bytes, size);
+    if (sc__starts(bytes, size, "\xff\xd8", 2)) fault = sc__jpeg_about(&a, bytes, size);
+    bool ok = !fault || sc__fail("%s: %s", path, fault);
+    if (ok && a.missing) {
+        ok = (more = (uint8_t *)SC_REALLOC(bytes, size + a.missing_size)) != NULL;
+        if (ok) {
+            memmove(more + a.at + a.missing_size, more + a.at, size - a.at);
+            memcpy(more + a.at, a.missing, a.missing_size);
+            bytes = more;
+            size += a.missing_size;
+        } else sc__fail("%s: out of memory", path);
+    }
     if (ok && stbi_info_from_memory(bytes, (int)size, &width, &height, &channels) &&
         (int64_t)width * height > SC__MAX_PIXELS)
         ok = sc__fail("%s: %d x %d pixels; at most %d million are supported", path, width, height,
@@ -103,11 +230,15 @@ bool sc_picture_load(sc_picture *p, const char *path) {
         pixels = stbi_load_16_from_memory(bytes, (int)size, &width, &height, &channels, 0);
     if (ok && !deep)
         pixels = stbi_load_from_memory(bytes, (int)size, &width, &height, &channels, 0);
-    if (ok && !pixels) ok = sc__fail("%s: cannot decode: %s", path, stbi_failure_reason());
+    if (ok && !pixels)
+        ok = sc__fail("%s: cannot decode: %s%s", path, stbi_failure_reason(), SC__CONVERT);
     ok = ok && sc_picture_from_pixels(p, pixels, width, height, channels, deep ? 16 : 8,
-                                      sc_exif_orientation(bytes, size));
+                                      sc__orientation(&a));
     stbi_image_free(pixels);
-    SC_FREE(file);
+    SC_FREE(a.exif.data);
+    SC_FREE(a.raw.data);
+    SC_FREE(a.xmp.data);
+    SC_FREE(bytes);
     return ok;
 }
 
@@ -503,8 +634,7 @@ bool sc_parse_recipe(const sc_option *options, int count, const char *model, con
 
 /* The next line of *text that is not empty, ended by NUL; NULL: there is none. */
 char *sc_next_line(char **text) {
-    char *line = *text + (strncmp(*text, "\xef\xbb\xbf", 3) ? 0 : 3); /* a byte order mark */
-    line += strspn(line, "\r\n");
+    char *line = *text + strspn(*text, "\r\n");
     *text = line + strcspn(line, "\r\n");
     if (**text) *(*text)++ = 0;
     return *line ? line : NULL;

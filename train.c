@@ -745,6 +745,7 @@ static bool load_data(training *t) {
     char fingerprint[32];
     sc_dataset *data = sc_dataset_open(t->o.data);
     if (!data) return false;
+    if (data->unused) sc_print_text(stderr, "warning: ", data->unused);
     fingerprint_of(t, data, fingerprint);
     bool ok = true, cached = !t->o.no_cache && load_cache(t, fingerprint);
     if (!cached) {

@@ -45,7 +45,17 @@ check "no text in it" quiet train --steps 1
 head -c 100000 /dev/zero | tr '\0' a >"$pairs/a.txt"
 check "a long one" quiet train --steps 1
 printf 'a\377\376\000\033b' >"$pairs/a.txt"
-check "not UTF-8" quiet train --steps 1
+fails 1 "a.txt:1: byte 1 (0xff) is no UTF-8 text" train
+printf 'a\000n\000' >"$pairs/a.txt"
+fails 1 "a.txt:1: byte 1 (0x00) is no UTF-8 text" train
+printf '\377\376a\000' >"$pairs/a.txt"
+check "UTF-16 with its mark" quiet train --steps 1
+cp "$pairs/a.png" "$pairs/b.webp"
+./train "$pairs" --no-cache --batch 1 --rank 1 --steps 1 --preview 0 --run "$dir/run" --out "$dir/lora" >"$dir/output" 2>&1
+check "what is not used is named" grep -q "^warning: .*: 1 file is not used: b.webp (" "$dir/output"
+echo b >"$pairs/b.txt"
+fails 1 "not used: b.webp (.*most have captions" train
+rm "$pairs/b.webp" "$pairs/b.txt"
 cp "$pairs/a.png" "$pairs/b.png"
 fails 1 "no caption for 1 of the pictures: b.png:" train
 rm "$pairs/a.txt"
@@ -130,6 +140,9 @@ fails 1 "needs a tensor 'noise'" sample --noise test/reference/pipeline_a/lora.s
 : >"$dir/prompts"
 fails 1 "no prompts" ./sample --prompts "$dir/prompts" 1 --no-lora --out-dir "$dir/set"
 check "no empty folder is left" test ! -e "$dir/set"
+printf 'a\ncaf\351\n' >"$dir/prompts"
+fails 1 "prompts:2: byte 5 (0xe9) is no UTF-8 text" ./sample --prompts "$dir/prompts" 1 --no-lora --out-dir "$dir/set"
+fails 1 "the prompt is not UTF-8: byte 3 is 0xe9" ./sample "$(printf 'caf\351')" 1 --no-lora --out "$dir/out.png"
 printf 'a\033[31m\n' >"$dir/prompts"
 ./sample --prompts "$dir/prompts" 1 --no-lora --out-dir "$dir/set" >"$dir/output"
 check "nor do prompts steer it" grep -q 'a?.31m"' "$dir/output"
