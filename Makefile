@@ -1,4 +1,5 @@
 # make            train, sample and shortcut
+# make flow       SCFM small enough to see: test/flow.c, which writes flow.png
 # make test       all tests;  make check: the same under sanitizers;  make bench: speed against PyTorch
 # make compare    with diffusers, transformers and peft;  make fuzz: the readers of files, with clang
 # The programs use OpenBLAS where it is installed and a plain C product where it is not, and contain
@@ -64,6 +65,9 @@ build:
 	mkdir -p build
 build/test_%: test/test_%.c test/test.h test/fuzz.h shortcut.h tools.h | build
 	$(CC) $(BASE) -Wno-unused-function $(CFLAGS) $< -o $@ $(LIBS)
+build/test_mixture: test/flow.c test/draw.h
+build/flow: test/flow.c test/draw.h shortcut.h tools.h | build
+	$(CC) $(BASE) -Wno-unused-function $(CFLAGS) $< -o $@ $(LIBS)
 build/encode build/vae_at_size: build/%: test/%.c shortcut.h | build
 	$(CC) $(BASE) $(CFLAGS) $< -o $@ $(LIBS)
 # The same tests of a build with plain C products, on one thread.
@@ -79,6 +83,9 @@ build/test_cuda_emulated: test/test_cuda.c test/test.h shortcut.h build/emulated
 	$(CC) $(BASE) -Wno-unused-function -DEMULATED $(CFLAGS) $< build/emulated.o -o $@ -lstdc++ $(LIBS)
 emulated: clean
 	$(MAKE) --no-print-directory CUDA_OBJECT=build/emulated.o CUDA_LINK='-DSHORTCUT_CUDA build/emulated.o -lstdc++' all
+
+flow: build/flow
+	build/flow
 
 test: $(PROGRAMS) $(TESTS)
 	sh test/run.sh $(TESTS)
@@ -128,4 +135,4 @@ fuzz: build/fuzz_json build/fuzz_safetensors build/fuzz_tokenizer
 build/fuzz_%: test/fuzz_%.c test/fuzz.h shortcut.h | build
 	clang -std=c99 -g -O1 -fsanitize=fuzzer,address,undefined $< -o $@ -lm
 
-.PHONY: all test emulated check compare fuzz bench bench-cuda clean
+.PHONY: all flow test emulated check compare fuzz bench bench-cuda clean

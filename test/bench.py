@@ -1,9 +1,12 @@
 """make bench: the SCFM training step and 3-step sampling of tiny-flux, ours against PyTorch's.
 
-The peer is diffusers' FluxTransformer2DModel with peft's LoRA, same threads, same sizes, same run.
-Also the part of the machine's measured sgemm peak that our training step reaches.
-Needs torch, diffusers and peft (test/reference/requirements.txt).
+The peers are diffusers' FluxTransformer2DModel with peft's LoRA, as it is and compiled block by
+block: same threads, same sizes. All take turns, seven times, so that a busy machine slows them alike;
+printed are medians, the least and the most. Also the part of our BLAS's measured sgemm peak that we
+reach, beside PyTorch's peak. Needs torch, diffusers and peft (test/reference/requirements.txt).
 """
+import ctypes
+import ctypes.util
 import json
 import os
 import re
@@ -18,6 +21,7 @@ os.environ["OMP_NUM_THREADS"] = str(THREADS)
 try:
     import torch
     from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from diffusers.models import attention_dispatch, modeling_utils
     from peft import LoraConfig
     from PIL import Image
 except ImportError as missing:
@@ -28,19 +32,63 @@ RANK = 64 if not os.path.exists(f"{MODEL}/recipe.json") else json.load(open(f"{M
 TOKENS, TEXT = 64, 16
 
 
-def median_time(work, repeats=7):
-    work()
-    times = []
-    for _ in range(repeats):
+def seconds(work, count=1):
+    """A function that does the work and returns the seconds it took, each time."""
+    def run():
         start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        for _ in range(count):
+            work()
+        return (time.perf_counter() - start) / count
+    return run
 
 
-def sgemm_peak():
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    return 2 * 2048 ** 3 / median_time(lambda: a @ b)
+def in_turns(works, rounds=7):
+    """Name -> seconds in each round. What fails in the two rounds before is named and left out."""
+    for name, work in list(works.items()):
+        try:
+            work(), work()
+        except Exception as error:  # a compiler that is missing, torch's own limits
+            if name.startswith("ours"):
+                raise
+            print(f"{name}: failed: {(str(error) or repr(error)).splitlines()[0]}", flush=True)
+            del works[name]
+    times = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            times[name].append(work())
+    return times
+
+
+def spread(values, form):
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def report(what, times, flop, peak):
+    print(f"{what}, median (least to most):")
+    for name, mine in times.items():
+        ratios = [b / a for a, b in zip(times["ours"], mine)]
+        ratio = "" if name == "ours" else f", {spread(ratios, '.2f')} times ours"
+        print(f"    {name:17} {spread([1e3 * t for t in mine], '.1f')} ms{ratio}")
+    print(f"    ours reaches {100 * flop / statistics.median(times['ours']) / peak:.0f}% of the sgemm peak", flush=True)
+
+
+def sgemm_peak(n=2048):
+    """FLOP/s of our BLAS, and of PyTorch's where OpenBLAS is not found."""
+    a, b, c = (torch.randn(n, n) for _ in range(3))
+    works = {"PyTorch's BLAS": seconds(lambda: torch.mm(a, b, out=c))}
+    library = ctypes.util.find_library("openblas")
+    if library:
+        blas = ctypes.CDLL(library)
+        blas.openblas_set_num_threads(THREADS)
+        pointers = [ctypes.c_void_p(x.data_ptr()) for x in (a, b, c)]
+        one, zero, row_major, plain = ctypes.c_float(1), ctypes.c_float(0), 101, 111
+        works["ours (OpenBLAS)"] = seconds(lambda: blas.cblas_sgemm(
+            row_major, plain, plain, n, n, n, one, pointers[0], n, pointers[1], n, zero, pointers[2], n))
+    times = in_turns(works)
+    print(f"{THREADS} threads; sgemm, {n} cubed, GFLOP/s, median (least to most):")
+    for name, mine in times.items():
+        print(f"    {name:17} {spread([2e-9 * n ** 3 / t for t in mine], '.0f')}", flush=True)
+    return 2 * n ** 3 / statistics.median(times[list(times)[-1]])
 
 
 def flop_of_a_pass(config, batch):
@@ -68,9 +116,13 @@ def flop_of_decoding(vae):
 
 
 class Peer:
-    def __init__(self):
+    def __init__(self, compiled=False):
         self.base = FluxTransformer2DModel.from_pretrained(f"{MODEL}/transformer", torch_dtype=torch.float32)
         self.vae = AutoencoderKL.from_pretrained(f"{MODEL}/vae", torch_dtype=torch.float32)
+        if compiled:  # as in bench_cuda.py
+            attention_dispatch.is_torch_version = modeling_utils.is_torch_version = lambda *_: True
+            torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it goes on as eager
+            self.base.compile_repeated_blocks(dynamic=False)
         targets = [n for n, m in self.base.named_modules() if isinstance(m, torch.nn.Linear)]
         for name in ("student", "fast", "slow"):
             self.base.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, init_lora_weights="gaussian"), name)
@@ -129,35 +181,36 @@ def ours_train_step(folder):
     return float(re.search(r"one step: ([\d.]+) s", out)[1])
 
 
+def ours_pictures(folder, count):
+    subprocess.run(["./sample", "a red apple", "3", "--no-lora", "--count", str(count), "--threads", str(THREADS), "--out", f"{folder}/x.png"],
+                   capture_output=True, check=True)
+
+
 def ours_sample(folder):
     """Seconds of one more picture in the same process."""
-    times = []
-    for count in (1, 41):
-        start = time.perf_counter()
-        subprocess.run(["./sample", "a red apple", "3", "--no-lora", "--count", str(count), "--threads", str(THREADS), "--out", f"{folder}/x.png"],
-                       capture_output=True, check=True)
-        times.append(time.perf_counter() - start)
-    return (times[1] - times[0]) / 40, times[0]
+    return (seconds(lambda: ours_pictures(folder, 41))() - seconds(lambda: ours_pictures(folder, 1))()) / 40
 
 
 def main():
     torch.set_num_threads(THREADS)
-    peer = Peer()
+    peak = sgemm_peak()
+    peers = {"PyTorch": Peer(), "PyTorch, compiled": Peer(compiled=True)}
+    base, vae = peers["PyTorch"].base, peers["PyTorch"].vae
     # Pictures go to memory where that is a folder: ours wait until a disk has them, PIL's do not.
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
-        peak = sgemm_peak()
-        ours, theirs = ours_train_step(folder), median_time(peer.train_step)
-        # Two passes for the target, the student's, and its way back (gradients of the inputs only).
-        work = 4 * flop_of_a_pass(peer.base.config, BATCH)
-        print(f"{THREADS} threads, sgemm peak {peak / 1e9:.0f} GFLOP/s (2048 cubed, torch)")
-        print(f"SCFM training step, batch {BATCH}, rank {RANK}: ours {ours * 1e3:.0f} ms, PyTorch {theirs * 1e3:.0f} ms, ratio {theirs / ours:.2f}; "
-              f"ours reaches at least {100 * work / ours / peak:.0f}% of the peak (LoRA's own products not counted)")
-        peer.base.disable_adapters()
-        (ours, first), theirs = ours_sample(folder), median_time(lambda: peer.sample(f"{folder}/y.png"), 21)
+        times = in_turns({"ours": lambda: ours_train_step(folder)} | {name: seconds(peer.train_step) for name, peer in peers.items()})
+        # Two passes for the target, the student's, and its way back (gradients of the inputs only);
+        # LoRA's own products are not counted.
+        report(f"SCFM training step, batch {BATCH}, rank {RANK}", times, 4 * flop_of_a_pass(base.config, BATCH), peak)
+        for peer in peers.values():
+            peer.base.disable_adapters()
+        times = in_turns({"ours": lambda: ours_sample(folder)} |
+                         {name: seconds(lambda peer=peer: peer.sample(f"{folder}/y.png"), 10) for name, peer in peers.items()})
         with torch.no_grad():
-            work = 3 * flop_of_a_pass(peer.base.config, 1) + flop_of_decoding(peer.vae)
-        print(f"3 steps, decoding and PNG, batch 1: ours {ours * 1e3:.1f} ms, PyTorch {theirs * 1e3:.1f} ms, ratio {theirs / ours:.2f}; "
-              f"ours reaches {100 * work / ours / peak:.0f}% of the peak; first picture with loading {first:.2f} s")
+            flop = 3 * flop_of_a_pass(base.config, 1) + flop_of_decoding(vae)
+        report("3 steps, decoding and PNG, batch 1", times, flop, peak)
+        first = [seconds(lambda: ours_pictures(folder, 1))() for _ in range(7)]
+        print(f"    ours, first picture with loading: {spread(first, '.2f')} s")
 
 
 if __name__ == "__main__":
