@@ -379,14 +379,12 @@ sc_tensor *sc_swap_axes(sc_tape *t, const sc_tensor *x);  /* [B,M,N] -> [B,N,M] 
 /* same data, new shape */
 sc_tensor *sc_reshape(sc_tape *t, const sc_tensor *x, int ndim, const int64_t *shape);
 
-/* A block reads in[] (at most 5) and makes out[0] and perhaps out[1]. sc_checkpoint keeps its
- * inputs only, and runs it again in the backward pass. sc_keep keeps all, but the gradients inside
- * it live no longer than its part of the backward pass. */
+/* A block reads in[] (at most 5) and makes out[0] and perhaps out[1]. For the backward pass it is
+ * kept, or only its inputs are, and it runs again (checkpointing); the gradients inside it live no
+ * longer than its part of that pass. */
 typedef bool (*sc_block)(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context);
-bool sc_checkpoint(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs,
-                   sc_tensor **out);
-bool sc_keep(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs,
-             sc_tensor **out);
+bool sc_run_block(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs,
+                  sc_tensor **out, bool keep);
 
 /* ==== Weights of a network ==== */
 #define SC_MAX_NAME 128         /* of a module */
@@ -2701,7 +2699,7 @@ sc_tensor *sc_swap_axes(sc_tape *t, const sc_tensor *x) {
     return y;
 }
 
-/* ---- Checkpoint: keep a block's inputs only, and run it again in the backward pass ---- */
+/* ---- Blocks ---- */
 
 static bool sc__overlap(const sc_tensor *a, const sc_tensor *b) {
     const char *pa = (const char *)a->data, *pb = (const char *)b->data;
@@ -2731,9 +2729,8 @@ static bool sc__run_lean(sc_tape *t, sc_block block, const void *context, sc_ten
     if (overlap) sc__release(t, end);
     for (int i = 0; i < count; i++) {
         int64_t n = sc_count(&old[i]);
-        if (overlap) out[i] = sc_reshape(t, &old[i], old[i].ndim, old[i].shape);
+        if (overlap) out[i]->data = old[i].data;
         else t->be->copy_block(out[i]->data, n, old[i].data, n, 1, n, old[i].dtype, false);
-        if (!out[i]) return false;
     }
     return true;
 }
@@ -2750,78 +2747,54 @@ static bool sc__run_recorded(sc_tape *t, sc_block block, const void *context, sc
     return ok;
 }
 
-typedef struct sc__checkpoint {
+typedef struct sc__block_call {
     sc_block block;
     const void *context;
     const uint8_t *sets;
     int inputs;
-} sc__checkpoint;
+    int64_t first;              /* of a kept block: its first operation on the tape; -1 */
+} sc__block_call;
 
-static void sc__checkpoint_backward(sc_tape *t, sc__op *op) {
-    const sc__checkpoint *c = (const sc__checkpoint *)op->extra;
+/* The block's operations: those that were kept on the tape, or made now; backwards, between a mark
+ * and its release. */
+static void sc__block_backward(sc_tape *t, sc__op *op) {
+    const sc__block_call *c = (const sc__block_call *)op->extra;
     for (int i = 0; i < c->inputs; i++) sc__grad(t, op->in[i]);
     sc__mark_t mark = sc__mark(t);
-    int64_t first = t->count;
-    const uint8_t *sets = t->sets;
-    sc_tensor *out[2] = {NULL, NULL};
-    t->sets = c->sets;
-    if (!sc__run_recorded(t, c->block, c->context, op->in, out)) t->failed = true;
-    if (t->sizes)
-        *t->sizes++ = (sc__block_bytes){t->device.taken - mark.device_taken, t->shared.taken};
-    for (int i = 0; i < 2 && out[i]; i++) out[i]->grad = op->out[i]->grad;
-    if (!t->failed) sc__backward_from(t, first);
-    t->sets = sets;
+    int64_t first = c->first < 0 ? t->count : c->first;
+    if (c->first < 0) {
+        const uint8_t *sets = t->sets;
+        sc_tensor *out[2] = {NULL, NULL};
+        t->sets = c->sets;
+        if (!sc__run_recorded(t, c->block, c->context, op->in, out)) t->failed = true;
+        t->sets = sets;
+        if (t->sizes)
+            *t->sizes++ = (sc__block_bytes){t->device.taken - mark.device_taken, t->shared.taken};
+        for (int i = 0; i < 2 && out[i]; i++) out[i]->grad = op->out[i]->grad;
+    }
+    sc__backward_from(t, first);
     sc__release(t, mark);
 }
 
-bool sc_checkpoint(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs,
-                   sc_tensor **out) {
-    if (!sc__run_lean(t, block, context, in, out)) return false;
+bool sc_run_block(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs,
+                  sc_tensor **out, bool keep) {
+    int64_t first = keep ? t->count : -1;
+    if (!(t->recording && keep ? sc__run_recorded : sc__run_lean)(t, block, context, in, out))
+        return false;
     if (!t->recording) return true;
-    sc__checkpoint *c = (sc__checkpoint *)sc__arena_take(&t->host, sizeof *c);
+    for (int64_t i = first; keep && i < t->count; i++)
+        t->ops[i].out[0]->stale = t->ops[i].out[0]->shared;
+    sc__block_call *c = (sc__block_call *)sc__arena_take(&t->host, sizeof *c);
     if (!c) return false;
-    *c = (sc__checkpoint){block, context, t->sets, inputs};
+    *c = (sc__block_call){block, context, t->sets, inputs, first};
     /* weights inside may need a gradient where no input does */
     sc_tensor yes = {.needs_grad = true};
-    sc__op *op = sc__record(t, sc__checkpoint_backward, out[0], &yes, NULL, NULL);
-    if (!op) return false;
-    for (int i = 0; i < inputs; i++) op->in[i] = in[i];
-    op->out[1] = out[1];
-    if (out[1]) out[1]->needs_grad = true;
-    op->extra = c;
-    return true;
-}
-
-/* ---- A kept block: two operations around its own say where its way back begins and ends ---- */
-
-/* Of the way back: the gradients that leave the block come first; `end`, a tensor whose data is a
- * mark, gets a "gradient", so that its own operation is walked too. */
-static void sc__keep_begin(sc_tape *t, sc__op *op) {
-    sc_tensor *end = (sc_tensor *)op->extra;
-    for (int i = 0; i < 5 && op->in[i]; i++) sc__grad(t, op->in[i]);
-    *(sc__mark_t *)end->data = sc__mark(t);
-    end->grad = end->data;
-}
-static void sc__keep_end(sc_tape *t, sc__op *op) {
-    sc__release(t, *(sc__mark_t *)op->out[0]->data);
-}
-
-bool sc_keep(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs,
-             sc_tensor **out) {
-    if (!t->recording) return sc__run_lean(t, block, context, in, out);
-    sc_tensor yes = {.needs_grad = true}, *end = sc__struct(t, 0, NULL, SC_F32);
-    if (!end || !(end->data = sc__arena_take(&t->host, sizeof(sc__mark_t)))) return false;
-    int64_t first = t->count;
-    sc__op *op = sc__record(t, sc__keep_end, end, &yes, NULL, NULL);
-    if (!op) return false;
-    op->in[0] = NULL;
-    if (!sc__run_recorded(t, block, context, in, out)) return false;
-    for (int64_t i = first; i < t->count; i++) t->ops[i].out[0]->stale = t->ops[i].out[0]->shared;
-    op = sc__record(t, sc__keep_begin, out[0], &yes, NULL, NULL);
+    sc__op *op = sc__record(t, sc__block_backward, out[0], &yes, NULL, NULL);
     if (!op) return false;
     for (int i = 0; i < 5; i++) op->in[i] = i < inputs ? in[i] : NULL;
     op->out[1] = out[1];
-    op->extra = end;
+    if (out[1]) out[1]->needs_grad = true;
+    op->extra = c;
     return true;
 }
 
@@ -4904,8 +4877,7 @@ static sc_tensor *sc__flux_modulation(sc_flux *f, sc_tape *t, const sc_flux_inpu
 static bool sc__run_block(const sc_flux *f, int index, sc_tape *t, sc_block block,
                           const void *context, sc_tensor **x, int inputs) {
     sc_tensor *out[2] = {NULL, NULL};
-    bool ok =
-        (index < f->checkpointed ? sc_checkpoint : sc_keep)(t, block, context, x, inputs, out);
+    bool ok = sc_run_block(t, block, context, x, inputs, out, index >= f->checkpointed);
     x[0] = out[0];
     if (out[1]) x[1] = out[1];
     return ok;

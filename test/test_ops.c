@@ -275,16 +275,15 @@ static bool run_block(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *c
 }
 
 static block blocks[2];
-static int how; /* 0: plainly, 1: sc_checkpoint, 2: sc_keep, 3: one each */
+static int how; /* 0: plainly, 1: run again, 2: kept, 3: one each */
 static sc_tensor *op_blocks(sc_tape *t, leaves *l) {
     sc_tensor *in[2] = {&l->x[0], &l->x[1]}, *first[2] = {NULL, NULL}, *second[2] = {NULL, NULL};
     for (int i = 0; i < 2; i++) {
         sc_tensor **from = in, **out = i ? second : first, *after[2] = {first[0], &l->x[1]};
         if (i) from = after;
-        bool again = how == 1 || (how == 3 && i == 0), kept = how == 2 || (how == 3 && i == 1);
-        bool ok = again  ? sc_checkpoint(t, run_block, &blocks[i], from, 2, out)
-                  : kept ? sc_keep(t, run_block, &blocks[i], from, 2, out)
-                         : run_block(t, from, out, &blocks[i]);
+        bool kept = how == 2 || (how == 3 && i == 1);
+        bool ok = how ? sc_run_block(t, run_block, &blocks[i], from, 2, out, kept)
+                      : run_block(t, from, out, &blocks[i]);
         if (!ok) return NULL;
     }
     return sc_concat_tokens(t, sc_concat_tokens(t, second[0], second[1]),
@@ -313,8 +312,8 @@ static void test_unread_block(void) {
         sc_tape_reset(t);
         sc_tape_record(t, true);
         sc_tensor *in[2] = {&now.x[0], &now.x[1]}, *out[2] = {NULL, NULL}, *none[2] = {NULL, NULL};
-        CHECK(sc_checkpoint(t, run_block, &blocks[0], in, 2, out));
-        if (unread) CHECK(sc_keep(t, run_block, &blocks[1], in, 2, none));
+        CHECK(sc_run_block(t, run_block, &blocks[0], in, 2, out, false));
+        if (unread) CHECK(sc_run_block(t, run_block, &blocks[1], in, 2, none, true));
         CHECK(sc_mse(t, sc_add(t, out[0], out[1]), in[0], 1, unread ? &again : &loss));
         sc_tape_record(t, false); /* the way back records what it needs by itself */
         CHECK(sc_backward(t));
