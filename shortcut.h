@@ -2407,22 +2407,32 @@ static void sc__copy_columns(sc_tape *t, void *dst, int64_t dst_ld, int64_t dst_
                       src_ld, rows, columns, t->be->activation, add);
 }
 
-static void sc__add_backward(sc_tape *t, sc__op *op) {
-    int64_t n = sc_count(op->out[0]);
+/* `rows` rows of x and of y, of which one may be wider: its part begins at column `at`. */
+static void sc__copy_rows(sc_tape *t, const sc__op *op, bool back, bool add) {
+    const sc_tensor *x = op->in[0], *y = op->out[0];
+    int64_t rows = op->n[0], at = op->n[1], wx = sc_count(x) / rows, wy = sc_count(y) / rows;
+    int64_t x_at = wx > wy ? at : 0, y_at = wx > wy ? 0 : at, width = wx < wy ? wx : wy;
+    if (back) sc__copy_columns(t, x->grad, wx, x_at, y->grad, wy, y_at, rows, width, add);
+    else sc__copy_columns(t, y->data, wy, y_at, x->data, wx, x_at, rows, width, add);
+}
+static void sc__copy_forward(sc_tape *t, sc__op *op) { sc__copy_rows(t, op, false, op->n[2]); }
+static void sc__copy_backward(sc_tape *t, sc__op *op) {
+    sc_tensor *x = op->in[0];
     float beta;
-    for (int i = 0; i < 2; i++)
-        if (sc__grad_beta(t, op->in[i], &beta))
-            sc__copy_columns(t, op->in[i]->grad, n, 0, op->out[0]->grad, n, 0, 1, n, beta != 0);
+    if (sc_count(x) > sc_count(op->out[0])) sc__grad(t, x); /* zeros around the part */
+    if (sc__grad_beta(t, x, &beta)) sc__copy_rows(t, op, true, beta != 0);
+}
+static sc_tensor *sc__copy(sc_tape *t, sc_tensor *x, sc_tensor *y, int64_t rows, int64_t at,
+                           bool add) {
+    if (y)
+        sc__run_cheap(t, (sc__op){sc__copy_backward, sc__copy_forward, {x}, {y}, {rows, at, add},
+                                  0, NULL});
+    return y;
 }
 
-sc_tensor *sc_add(sc_tape *t, sc_tensor *a, sc_tensor *b) {
+sc_tensor *sc_add(sc_tape *t, sc_tensor *a, sc_tensor *b) { /* not made again: its order matters */
     sc_tensor *y = a && b ? sc__new_like(t, a) : NULL;
-    if (!y) return NULL;
-    int64_t n = sc_count(y);
-    sc__copy_columns(t, y->data, n, 0, a->data, n, 0, 1, n, false);
-    sc__copy_columns(t, y->data, n, 0, b->data, n, 0, 1, n, true);
-    sc__record(t, sc__add_backward, y, a, b, NULL);
-    return y;
+    return sc__copy(t, b, sc__copy(t, a, y, 1, 0, false), 1, 0, true);
 }
 
 sc_tensor *sc_multiply(sc_tape *t, sc_tensor *a, sc_tensor *b) {
@@ -2431,88 +2441,32 @@ sc_tensor *sc_multiply(sc_tape *t, sc_tensor *a, sc_tensor *b) {
     return y;
 }
 
-/* Concatenation of rows of `wa` and `wb` elements: tokens and channels differ only in what a row
- * is. */
-static void sc__concat_forward(sc_tape *t, sc__op *op) {
-    int64_t rows = op->n[0], wa = op->n[1], wb = op->n[2];
-    void *y = op->out[0]->data;
-    sc__copy_columns(t, y, wa + wb, 0, op->in[0]->data, wa, 0, rows, wa, false);
-    sc__copy_columns(t, y, wa + wb, wa, op->in[1]->data, wb, 0, rows, wb, false);
-}
-static void sc__concat_backward(sc_tape *t, sc__op *op) {
-    int64_t rows = op->n[0], width[2] = {op->n[1], op->n[2]}, sum = width[0] + width[1];
-    float beta;
-    for (int i = 0; i < 2; i++)
-        if (sc__grad_beta(t, op->in[i], &beta))
-            sc__copy_columns(t, op->in[i]->grad, width[i], 0, op->out[0]->grad, sum, i * width[0],
-                             rows, width[i], beta != 0);
-}
-
-static sc_tensor *sc__concat(sc_tape *t, sc_tensor *a, sc_tensor *b, int64_t rows, sc_tensor *y) {
-    if (y)
-        sc__run_cheap(t, (sc__op){sc__concat_backward, sc__concat_forward, {a, b}, {y},
-                                  {rows, sc_count(a) / rows, sc_count(b) / rows}, 0, NULL});
-    return y;
-}
-
 sc_tensor *sc_concat_tokens(sc_tape *t, sc_tensor *a, sc_tensor *b) {
     if (!a || !b) return NULL;
-    int64_t batch = a->shape[0], shape[] = {batch, a->shape[1] + b->shape[1], a->shape[2]};
-    return sc__concat(t, a, b, batch, sc__new_cheap(t, 3, shape));
+    const int64_t batch = a->shape[0], n = a->shape[1], c = a->shape[2];
+    sc_tensor *y = sc__new_cheap(t, 3, (const int64_t[]){batch, n + b->shape[1], c});
+    return sc__copy(t, b, sc__copy(t, a, y, batch, 0, false), batch, n * c, false);
 }
 
 sc_tensor *sc_concat_channels(sc_tape *t, sc_tensor *a, sc_tensor *b) {
     if (!a || !b) return NULL;
-    const int64_t shape[] = {a->shape[0], a->shape[1], a->shape[2] + b->shape[2]};
-    return sc__concat(t, a, b, sc__rows(a), sc__new_cheap(t, 3, shape));
-}
-
-/* The GELU's part, and its gradient, are its own operation's. */
-static void sc__concat_gelu_forward(sc_tape *t, sc__op *op) {
-    sc_tensor *a = op->in[0], *y = op->out[0];
-    int64_t width = sc__last(a);
-    sc__copy_columns(t, y->data, sc__last(y), 0, a->data, width, 0, sc__rows(a), width, false);
-}
-static void sc__concat_gelu_backward(sc_tape *t, sc__op *op) {
-    sc_tensor *a = op->in[0], *y = op->out[0];
-    int64_t width = sc__last(a);
-    float beta;
-    if (sc__grad_beta(t, a, &beta))
-        sc__copy_columns(t, a->grad, width, 0, y->grad, sc__last(y), 0, sc__rows(a), width,
-                         beta != 0);
+    const int64_t batch = a->shape[0], n = a->shape[1], c = a->shape[2];
+    sc_tensor *y = sc__new_cheap(t, 3, (const int64_t[]){batch, n, c + b->shape[2]});
+    return sc__copy(t, b, sc__copy(t, a, y, batch * n, 0, false), batch * n, c, false);
 }
 
 sc_tensor *sc_concat_gelu(sc_tape *t, sc_tensor *a, const sc_tensor *x, const sc_linear_layer *l) {
     int64_t width = a ? sc__last(a) : 0;
     sc_tensor *y = a ? sc__linear_new(t, x, l, width, true) : NULL;
     if (!y || !sc__linear_gelu(t, (sc_tensor *)x, l, y, width)) return NULL;
-    sc__run_cheap(
-        t, (sc__op){sc__concat_gelu_backward, sc__concat_gelu_forward, {a}, {y}, {0}, 0, NULL});
-    return y;
-}
-
-static void sc__slice_forward(sc_tape *t, sc__op *op) {
-    sc_tensor *x = op->in[0], *y = op->out[0];
-    int64_t c = x->shape[2];
-    sc__copy_columns(t, y->data, y->shape[1] * c, 0, x->data, x->shape[1] * c, op->n[0],
-                     x->shape[0], y->shape[1] * c, false);
-}
-static void sc__slice_backward(sc_tape *t, sc__op *op) {
-    sc_tensor *x = op->in[0], *y = op->out[0];
-    if (sc__grad(t, x))
-        sc__copy_columns(t, x->grad, x->shape[1] * x->shape[2], op->n[0], y->grad,
-                         y->shape[1] * y->shape[2], 0, x->shape[0], y->shape[1] * y->shape[2],
-                         true);
+    return sc__copy(t, a, y, sc__rows(a), 0, false);
 }
 
 sc_tensor *sc_slice_tokens(sc_tape *t, sc_tensor *x, int64_t from, int64_t count) {
     if (!x) return NULL;
-    const int64_t shape[] = {x->shape[0], count, x->shape[2]};
-    sc_tensor *y = sc__new_cheap(t, 3, shape);
-    if (y)
-        sc__run_cheap(t, (sc__op){sc__slice_backward, sc__slice_forward, {x}, {y},
-                                  {from * x->shape[2]}, 0, NULL});
-    return y;
+    const int64_t batch = x->shape[0], c = x->shape[2];
+    sc_tensor *y = sc__new_cheap(t, 3, (const int64_t[]){batch, count, c});
+    return sc__copy(t, x, y, batch, from * c, false);
 }
 
 static void sc__ln_modulate_forward(sc_tape *t, sc__op *op) {
