@@ -358,7 +358,7 @@ sc_tensor *sc_timestep_embedding(sc_tape *t, const float *times, int64_t batch, 
 /* p[b] u[b] + q[b] v[b]; p and q [B] on the host; not recorded */
 sc_tensor *sc_blend(sc_tape *t, const float *p, sc_tensor *u, const float *q, sc_tensor *v);
 /* Mean square error, into *loss, which is the backend's memory. */
-bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, float weight, double *loss);
+bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, double *loss);
 
 /* Operations of the frozen networks (text encoders, VAE, evaluator); not recorded. Norms are over
  * the last dimension, w and b [C]; ids [batch, tokens] on the host, table [vocabulary, C]. */
@@ -1928,7 +1928,7 @@ typedef struct sc__block_bytes { size_t own, shared; } sc__block_bytes;
 typedef struct sc__op sc__op;
 struct sc__op {
     void (*backward)(sc_tape *t, sc__op *op);
-    void (*forward)(sc_tape *t, sc__op *op); /* of cheap operations */
+    void (*forward)(sc_tape *t, sc__op *op); /* NULL: never made again */
     sc_tensor *in[5], *out[2];  /* what each slot means is the operation's business */
     int64_t n[3];
     float scale;
@@ -1945,7 +1945,7 @@ struct sc_tape {
     uint64_t content;           /* the number of its values */
     sc__block_bytes *sizes;     /* where each block that is run again notes its own, or NULL */
     sc__op *ops;
-    int64_t count, capacity;
+    int64_t count;
 };
 
 static bool sc__arena_add(sc__arena *a, size_t size) {
@@ -2049,27 +2049,22 @@ static sc_tensor *sc__struct(sc_tape *t, int ndim, const int64_t *shape, sc_dtyp
     return x;
 }
 
-static sc_tensor *sc__new_in(sc_tape *t, bool shared, int ndim, const int64_t *shape) {
+/* cheap: for the result of an operation of one pass, which may lie where other blocks' results do
+ * and be made again; sc__run_op must make it. */
+static sc_tensor *sc__new(sc_tape *t, bool cheap, int ndim, const int64_t *shape) {
     sc_tensor *x = sc__struct(t, ndim, shape, t->be->activation);
     if (!x) return NULL;
-    x->shared = shared;
-    x->data = sc__arena_take(shared ? &t->shared : &t->device,
+    x->shared = cheap && t->sharing && t->in_block && t->recording;
+    x->data = sc__arena_take(x->shared ? &t->shared : &t->device,
                              (size_t)(sc_count(x) * sc_dtype_size(x->dtype)));
     return x->data ? x : NULL;
 }
 
 sc_tensor *sc_new(sc_tape *t, int ndim, const int64_t *shape) {
-    return sc__new_in(t, false, ndim, shape);
+    return sc__new(t, false, ndim, shape);
 }
-/* For the result of a cheap operation, which sc__run_cheap must then make. */
-static sc_tensor *sc__new_cheap(sc_tape *t, int ndim, const int64_t *shape) {
-    return sc__new_in(t, t->sharing && t->in_block && t->recording, ndim, shape);
-}
-static sc_tensor *sc__new3(sc_tape *t, int64_t b, int64_t n, int64_t c) {
-    return sc_new(t, 3, (const int64_t[]){b, n, c});
-}
-static sc_tensor *sc__new_like(sc_tape *t, const sc_tensor *x) {
-    return sc_new(t, x->ndim, x->shape);
+static sc_tensor *sc__new_like(sc_tape *t, const sc_tensor *x) { /* NULL: of what failed */
+    return x ? sc_new(t, x->ndim, x->shape) : NULL;
 }
 
 sc_tensor *sc_from(sc_tape *t, int ndim, const int64_t *shape, const float *values) {
@@ -2129,34 +2124,28 @@ static void *sc__grad_beta(sc_tape *t, sc_tensor *x, float *beta) {
     return grad;
 }
 
-/* Appends an operation if any of its inputs needs a gradient, or its result may be wanted again. */
-static sc__op *sc__append(sc_tape *t, sc__op op) {
+/* Records an operation if any of its inputs needs a gradient, or its result may be wanted again. */
+static sc__op *sc__record(sc_tape *t, sc__op op) {
     bool needed = false;
     for (int i = 0; i < 3; i++) needed = needed || (op.in[i] && op.in[i]->needs_grad);
     if (!t->recording || !(needed || op.out[0]->shared)) return NULL;
-    if (t->count == t->capacity) {
-        int64_t capacity = t->capacity ? 2 * t->capacity : 256;
-        sc__op *ops = (sc__op *)SC_REALLOC(t->ops, (size_t)capacity * sizeof *ops);
-        if (!ops) {
-            sc__fail("out of memory: a tape of %lld operations", (long long)capacity);
-            t->failed = true;
-            return NULL;
-        }
-        t->ops = ops;
-        t->capacity = capacity;
+    sc__op *ops = (sc__op *)sc__grow(t->ops, t->count, sizeof *ops);
+    if (!ops) {
+        t->failed = true;
+        return NULL;
     }
+    t->ops = ops;
     if (needed) op.out[0]->needs_grad = true;
     t->ops[t->count] = op;
     return &t->ops[t->count++];
 }
-static sc__op *sc__record(sc_tape *t, void (*backward)(sc_tape *, sc__op *), sc_tensor *out,
-                          sc_tensor *a, sc_tensor *b, sc_tensor *c) {
-    return sc__append(t, (sc__op){.backward = backward, .in = {a, b, c}, .out = {out}});
-}
-/* A cheap operation. Operations that make parts of one tensor follow each other. */
-static void sc__run_cheap(sc_tape *t, sc__op op) {
+/* Runs an operation, records it, returns its result. Those that make parts of one tensor follow
+ * each other. */
+static sc_tensor *sc__run_op(sc_tape *t, sc__op op) {
+    if (!op.out[0]) return NULL;
     op.forward(t, &op);
-    sc__append(t, op);
+    sc__record(t, op);
+    return op.out[0];
 }
 
 /* Marks: everything taken from the arenas after sc__mark goes back at sc__release. */
@@ -2220,17 +2209,11 @@ static sc_matrix sc__matrix(const void *data, sc_dtype dtype, int64_t ld, bool t
 static sc_matrix sc__whole(const sc_tensor *x, bool transposed) {
     return (sc_matrix){x->data, x->dtype, sc__last(x), transposed, x->scale, 0};
 }
-
-/* Rows [first, first + count) of x as a matrix; of its gradient. */
-static sc_matrix sc__part(const sc_tensor *x, int64_t first, bool transposed) {
-    int64_t n = sc__last(x);
-    return sc__matrix((char *)x->data + first * n * sc_dtype_size(x->dtype), x->dtype, n,
-                      transposed);
-}
-static sc_matrix sc__grad_part(const sc_tensor *x, int64_t first, bool transposed) {
-    int64_t n = sc__last(x);
-    return sc__matrix((char *)x->grad + first * n * sc_dtype_size(x->dtype), x->dtype, n,
-                      transposed);
+/* The rows of x, or of its gradient, from `first` on, in its columns from `at` on. */
+static sc_matrix sc__part(const sc_tensor *x, const void *values, int64_t first, int64_t at,
+                          bool transposed) {
+    int64_t ld = sc__last(x), skip = (first * ld + at) * sc_dtype_size(x->dtype);
+    return sc__matrix((const char *)values + skip, x->dtype, ld, transposed);
 }
 
 /* The next run of samples from *sample on that use the same set: its set, its samples. */
@@ -2250,17 +2233,17 @@ static void sc__lora_backward(sc_tape *t, sc__op *op) {
     float s = lora->scale;
     sc_tensor *e = sc__new_like(t, u);
     if (!e) { t->failed = true; return; }
-    t->be->gemm(rows, r, out, s, sc__grad_part(y, first, false), sc__whole(b, false), 0,
+    t->be->gemm(rows, r, out, s, sc__part(y, y->grad, first, 0, false), sc__whole(b, false), 0,
                 sc__whole(e, false), NULL);
     if (b->grad)
-        t->be->gemm(out, r, rows, s, sc__grad_part(y, first, true), sc__whole(u, false), 1,
-                    sc__matrix(b->grad, SC_F32, r, false), NULL);
+        t->be->gemm(out, r, rows, s, sc__part(y, y->grad, first, 0, true), sc__whole(u, false), 1,
+                    sc__part(b, b->grad, 0, 0, false), NULL);
     if (a->grad)
-        t->be->gemm(r, in, rows, 1, sc__whole(e, true), sc__part(x, first, false), 1,
-                    sc__matrix(a->grad, SC_F32, in, false), NULL);
+        t->be->gemm(r, in, rows, 1, sc__whole(e, true), sc__part(x, x->data, first, 0, false), 1,
+                    sc__part(a, a->grad, 0, 0, false), NULL);
     if (sc__grad(t, x))
         t->be->gemm(rows, in, r, 1, sc__whole(e, false), sc__whole(a, false), 1,
-                    sc__grad_part(x, first, false), NULL);
+                    sc__part(x, x->grad, first, 0, false), NULL);
 }
 
 static void sc__linear_backward(sc_tape *t, sc__op *op) {
@@ -2268,19 +2251,12 @@ static void sc__linear_backward(sc_tape *t, sc__op *op) {
     int64_t rows = sc__rows(x), in = sc__last(x), out = sc__last(y);
     float beta;
     if (sc__grad_beta(t, x, &beta))
-        t->be->gemm(rows, in, out, 1, sc__grad_part(y, 0, false), sc__whole(w, false), beta,
-                    sc__grad_part(x, 0, false), NULL);
+        t->be->gemm(rows, in, out, 1, sc__part(y, y->grad, 0, 0, false), sc__whole(w, false), beta,
+                    sc__part(x, x->grad, 0, 0, false), NULL);
     if (w->grad)
-        t->be->gemm(out, in, rows, 1, sc__grad_part(y, 0, true), sc__whole(x, false), 1,
-                    sc__matrix(w->grad, SC_F32, in, false), NULL);
+        t->be->gemm(out, in, rows, 1, sc__part(y, y->grad, 0, 0, true), sc__whole(x, false), 1,
+                    sc__part(w, w->grad, 0, 0, false), NULL);
     if (bias && bias->grad) t->be->column_sum((float *)bias->grad, y->grad, rows, out);
-}
-
-/* Rows from `first` on of y, its columns from `at` on. */
-static sc_matrix sc__columns(const sc_tensor *y, int64_t first, int64_t at) {
-    sc_matrix m = sc__part(y, first, false);
-    m.data = (char *)m.data + at * sc_dtype_size(y->dtype);
-    return m;
 }
 
 /* What a layer computes: y[:, at ...] = sum, or gelu(sum). sum is y itself, or the tensor that the
@@ -2290,28 +2266,24 @@ typedef struct sc__linear_output { sc_tensor *y; int64_t at; sc_tensor *sum; } s
 /* Sets the rows of one run of samples with one set to the adapters' part, and records it. */
 static bool sc__linear_lora(sc_tape *t, sc_tensor *x, const sc__linear_output *o,
                             const sc_linear_layer *l, sc_set set, int64_t first, int64_t rows) {
-    int64_t in = sc__last(x), out = l->weight->shape[0], width = sc__last(o->y);
+    int64_t in = sc__last(x), out = l->weight->shape[0];
+    sc_matrix y = sc__part(o->y, o->y->data, first, o->at, false);
     float beta = 0;
     for (const sc_adapter *lora = l->adapters; lora; lora = lora->next) {
         if (!lora->a[set]) continue;
         sc_tensor *u = sc_new(t, 2, (const int64_t[]){rows, lora->rank});
         if (!u) return false;
-        t->be->gemm(rows, lora->rank, in, 1, sc__part(x, first, false),
+        t->be->gemm(rows, lora->rank, in, 1, sc__part(x, x->data, first, 0, false),
                     sc__whole(lora->a[set], true), 0, sc__whole(u, false), NULL);
         t->be->gemm(rows, out, lora->rank, lora->scale, sc__whole(u, false),
-                    sc__whole(lora->b[set], true), beta, sc__columns(o->y, first, o->at), NULL);
+                    sc__whole(lora->b[set], true), beta, y, NULL);
         beta = 1;
-        sc__op *op = sc__record(t, sc__lora_backward, o->sum, x, lora->a[set], lora->b[set]);
-        if (op) {
-            op->in[3] = u;
-            op->n[0] = first;
-            op->n[1] = set;
-            op->extra = lora;
-        }
+        sc__record(t, (sc__op){sc__lora_backward, NULL, {x, lora->a[set], lora->b[set], u},
+                               {o->sum}, {first, set}, 0, lora});
     }
     if (beta == 0) { /* this set adds nothing; the other columns are not written yet */
-        sc_matrix part = sc__part(o->y, first, false);
-        t->be->zero((void *)part.data, (size_t)(rows * width * sc_dtype_size(part.dtype)));
+        int64_t size = sc__last(o->y) * sc_dtype_size(y.dtype);
+        t->be->zero((char *)o->y->data + first * size, (size_t)(rows * size));
     }
     return true;
 }
@@ -2330,15 +2302,14 @@ static bool sc__linear(sc_tape *t, sc_tensor *x, const sc_linear_layer *l, sc__l
     }
     float beta = adapted ? 1.f : 0.f;
     sc_matrix left = sc__whole(x, false), right = sc__whole(l->weight, true);
+    sc_matrix y = sc__part(o.y, o.y->data, 0, o.at, false);
     static SC_THREAD_LOCAL uint64_t contents;
     if (t->input != x) t->input = x, t->content = ++contents; /* no tensor is written twice */
     left.content = t->content;
-    if (o.sum == o.y)
-        t->be->gemm(rows, out, in, 1, left, right, beta, sc__columns(o.y, 0, o.at), l->bias);
-    else
-        t->be->gemm_gelu(rows, out, in, left, right, beta, sc__columns(o.y, 0, o.at), l->bias,
-                         o.sum);
-    sc__record(t, sc__linear_backward, o.sum, x, l->weight, l->bias);
+    if (o.sum == o.y) t->be->gemm(rows, out, in, 1, left, right, beta, y, l->bias);
+    else t->be->gemm_gelu(rows, out, in, left, right, beta, y, l->bias, o.sum);
+    sc__record(t, (sc__op){sc__linear_backward, NULL, {x, l->weight, l->bias}, {o.sum}, {0}, 0,
+                           NULL});
     return true;
 }
 
@@ -2355,7 +2326,7 @@ static sc_tensor *sc__linear_new(sc_tape *t, const sc_tensor *x, const sc_linear
     }
     memcpy(shape, x->shape, sizeof shape);
     shape[x->ndim - 1] = l->weight->shape[0] + more;
-    return (cheap ? sc__new_cheap : sc_new)(t, x->ndim, shape);
+    return sc__new(t, cheap, x->ndim, shape);
 }
 
 sc_tensor *sc_linear(sc_tape *t, const sc_tensor *x, const sc_linear_layer *l) {
@@ -2381,7 +2352,7 @@ static bool sc__linear_gelu(sc_tape *t, sc_tensor *x, const sc_linear_layer *l, 
     if (t->recording && !sum) return false;
     if (!sc__linear(t, x, l, (sc__linear_output){y, at, sum})) return false;
     if (sum) /* the product has applied the GELU */
-        sc__append(t, sc__activation(SC_GELU_TANH, y, at, sum));
+        sc__record(t, sc__activation(SC_GELU_TANH, y, at, sum));
     return true;
 }
 
@@ -2393,9 +2364,8 @@ sc_tensor *sc_linear_gelu(sc_tape *t, const sc_tensor *x, const sc_linear_layer 
 /* ---- The other operations: allocate, call the backend, record ---- */
 
 sc_tensor *sc_activate(sc_tape *t, sc_activation kind, sc_tensor *x) {
-    sc_tensor *y = x ? sc__new_cheap(t, x->ndim, x->shape) : NULL;
-    if (y) sc__run_cheap(t, sc__activation(kind, y, 0, x));
-    return y;
+    sc_tensor *y = x ? sc__new(t, true, x->ndim, x->shape) : NULL;
+    return sc__run_op(t, sc__activation(kind, y, 0, x));
 }
 
 /* A block of `rows` rows: dst[r, dst_at ...] (+)= src[r, src_at ...], in the activations' type. */
@@ -2424,19 +2394,17 @@ static void sc__copy_backward(sc_tape *t, sc__op *op) {
 }
 static sc_tensor *sc__copy(sc_tape *t, sc_tensor *x, sc_tensor *y, int64_t rows, int64_t at,
                            bool add) {
-    if (y)
-        sc__run_cheap(t, (sc__op){sc__copy_backward, sc__copy_forward, {x}, {y}, {rows, at, add},
-                                  0, NULL});
-    return y;
+    return sc__run_op(t, (sc__op){sc__copy_backward, sc__copy_forward, {x}, {y}, {rows, at, add}, 0,
+                               NULL});
 }
 
 sc_tensor *sc_add(sc_tape *t, sc_tensor *a, sc_tensor *b) { /* not made again: its order matters */
-    sc_tensor *y = a && b ? sc__new_like(t, a) : NULL;
+    sc_tensor *y = b ? sc__new_like(t, a) : NULL;
     return sc__copy(t, b, sc__copy(t, a, y, 1, 0, false), 1, 0, true);
 }
 
 sc_tensor *sc_multiply(sc_tape *t, sc_tensor *a, sc_tensor *b) {
-    sc_tensor *y = a && b ? sc__new_like(t, a) : NULL;
+    sc_tensor *y = b ? sc__new_like(t, a) : NULL;
     if (y) t->be->multiply(y, a, b);
     return y;
 }
@@ -2444,14 +2412,14 @@ sc_tensor *sc_multiply(sc_tape *t, sc_tensor *a, sc_tensor *b) {
 sc_tensor *sc_concat_tokens(sc_tape *t, sc_tensor *a, sc_tensor *b) {
     if (!a || !b) return NULL;
     const int64_t batch = a->shape[0], n = a->shape[1], c = a->shape[2];
-    sc_tensor *y = sc__new_cheap(t, 3, (const int64_t[]){batch, n + b->shape[1], c});
+    sc_tensor *y = sc__new(t, true, 3, (const int64_t[]){batch, n + b->shape[1], c});
     return sc__copy(t, b, sc__copy(t, a, y, batch, 0, false), batch, n * c, false);
 }
 
 sc_tensor *sc_concat_channels(sc_tape *t, sc_tensor *a, sc_tensor *b) {
     if (!a || !b) return NULL;
     const int64_t batch = a->shape[0], n = a->shape[1], c = a->shape[2];
-    sc_tensor *y = sc__new_cheap(t, 3, (const int64_t[]){batch, n, c + b->shape[2]});
+    sc_tensor *y = sc__new(t, true, 3, (const int64_t[]){batch, n, c + b->shape[2]});
     return sc__copy(t, b, sc__copy(t, a, y, batch * n, 0, false), batch * n, c, false);
 }
 
@@ -2465,7 +2433,7 @@ sc_tensor *sc_concat_gelu(sc_tape *t, sc_tensor *a, const sc_tensor *x, const sc
 sc_tensor *sc_slice_tokens(sc_tape *t, sc_tensor *x, int64_t from, int64_t count) {
     if (!x) return NULL;
     const int64_t batch = x->shape[0], c = x->shape[2];
-    sc_tensor *y = sc__new_cheap(t, 3, (const int64_t[]){batch, count, c});
+    sc_tensor *y = sc__new(t, true, 3, (const int64_t[]){batch, count, c});
     return sc__copy(t, x, y, batch, from * c, false);
 }
 
@@ -2480,11 +2448,9 @@ static void sc__ln_modulate_backward(sc_tape *t, sc__op *op) {
 }
 
 sc_tensor *sc_ln_modulate(sc_tape *t, sc_tensor *x, sc_tensor *mod, int shift, int scale) {
-    sc_tensor *y = x && mod ? sc__new_cheap(t, x->ndim, x->shape) : NULL;
-    if (y)
-        sc__run_cheap(t, (sc__op){sc__ln_modulate_backward, sc__ln_modulate_forward, {x, mod}, {y},
-                                  {shift, scale}, 0, NULL});
-    return y;
+    sc_tensor *y = x && mod ? sc__new(t, true, x->ndim, x->shape) : NULL;
+    return sc__run_op(t, (sc__op){sc__ln_modulate_backward, sc__ln_modulate_forward, {x, mod}, {y},
+                               {shift, scale}, 0, NULL});
 }
 
 static void sc__gated_residual_backward(sc_tape *t, sc__op *op) {
@@ -2495,11 +2461,10 @@ static void sc__gated_residual_backward(sc_tape *t, sc__op *op) {
 }
 
 sc_tensor *sc_gated_residual(sc_tape *t, sc_tensor *x, sc_tensor *h, sc_tensor *mod, int gate) {
-    sc_tensor *y = x && h && mod ? sc__new_like(t, x) : NULL;
+    sc_tensor *y = h && mod ? sc__new_like(t, x) : NULL;
     if (!y) return NULL;
     t->be->gated_residual(y, x, h, mod, gate);
-    sc__op *op = sc__record(t, sc__gated_residual_backward, y, x, h, mod);
-    if (op) op->n[0] = gate;
+    sc__record(t, (sc__op){sc__gated_residual_backward, NULL, {x, h, mod}, {y}, {gate}, 0, NULL});
     return y;
 }
 
@@ -2519,14 +2484,13 @@ sc_tensor *sc_norm_rope(sc_tape *t, sc_tensor *text, sc_tensor *image, sc_tensor
     if (!image || (!text && text_weight)) return NULL;
     if (image_weight->shape[0] > 256) return sc__fail("a head has more than 256 channels"), NULL;
     int64_t text_tokens = text ? text->shape[1] : 0, tokens = text_tokens + image->shape[1];
-    const int64_t shape[] = {image->shape[0], tokens, image->shape[2]};
-    sc_tensor *y = sc__new_cheap(t, 3, shape);
-    if (!y) return NULL;
-    sc_tensor *parts[2] = {text, image}, *weights[2] = {text_weight, image_weight};
-    for (int i = text ? 0 : 1; i < 2; i++)
-        sc__run_cheap(t, (sc__op){sc__norm_rope_backward, sc__norm_rope_forward,
-                                  {parts[i], weights[i]}, {y}, {i ? text_tokens : 0}, 0, rope});
-    return y;
+    sc_tensor *y =
+        sc__new(t, true, 3, (const int64_t[]){image->shape[0], tokens, image->shape[2]});
+    sc__op op = {sc__norm_rope_backward, sc__norm_rope_forward, {text, text_weight}, {y}, {0}, 0,
+                 rope};
+    if (text) sc__run_op(t, op);
+    op.in[0] = image, op.in[1] = image_weight, op.n[0] = text_tokens;
+    return sc__run_op(t, op);
 }
 
 static void sc__attention_backward(sc_tape *t, sc__op *op) {
@@ -2545,13 +2509,14 @@ static void sc__attention_backward(sc_tape *t, sc__op *op) {
 
 sc_tensor *sc_attention(sc_tape *t, sc_tensor *q, sc_tensor *k, sc_tensor *v, int heads,
                         float scale, const sc_tensor *bias, bool causal) {
-    sc_tensor *o = q && k && v ? sc__new_like(t, q) : NULL;
+    sc_tensor *o = k && v ? sc__new_like(t, q) : NULL;
     if (!o) return NULL;
-    sc__op *op = bias || causal ? NULL : sc__record(t, sc__attention_backward, o, q, k, v);
+    sc__op *op = bias || causal ? NULL
+                                : sc__record(t, (sc__op){sc__attention_backward, NULL, {q, k, v},
+                                                         {o}, {heads}, scale, NULL});
     size_t sums = (size_t)(q->shape[0] * heads * q->shape[1]) * sizeof(float);
     float *lse = op ? (float *)sc__arena_take(&t->device, sums) : NULL;
-    if (op && !lse) return NULL;
-    if (op) op->n[0] = heads, op->scale = scale, op->extra = lse;
+    if (op && !(op->extra = lse)) return NULL;
     t->be->attention(o, lse, q, k, v, heads, scale, bias, causal);
     return o;
 }
@@ -2563,43 +2528,40 @@ sc_tensor *sc_timestep_embedding(sc_tape *t, const float *times, int64_t batch, 
 }
 
 sc_tensor *sc_blend(sc_tape *t, const float *p, sc_tensor *u, const float *q, sc_tensor *v) {
-    sc_tensor *y = u && v ? sc__new_like(t, u) : NULL;
+    sc_tensor *y = v ? sc__new_like(t, u) : NULL;
     if (y) t->be->blend(y, p, u, q, v);
     return y;
 }
 
 static void sc__mse_backward(sc_tape *t, sc__op *op) {
-    if (sc__grad(t, op->in[0])) t->be->mse_backward(op->in[0], op->in[1], op->scale);
+    if (sc__grad(t, op->in[0])) t->be->mse_backward(op->in[0], op->in[1], 1);
 }
 
-/* `weight` counts in the backward pass only. */
-bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, float weight,
-            double *loss) {
+bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, double *loss) {
     if (!prediction || !target) return false;
     t->be->mse(loss, prediction, target);
-    sc__op *op = sc__record(t, sc__mse_backward, prediction, prediction, NULL, NULL);
-    if (!op) return !t->failed;
-    op->in[1] = (sc_tensor *)target;
-    op->scale = weight;
-    return sc__grad(t, prediction) != NULL; /* it exists: the walk back starts here */
+    if (sc__record(t, (sc__op){sc__mse_backward, NULL, {prediction, (sc_tensor *)target},
+                               {prediction}, {0}, 0, NULL}))
+        sc__grad(t, prediction); /* it exists: the walk back starts here */
+    return !t->failed;
 }
 
 sc_tensor *sc_layer_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
                          float eps) {
-    sc_tensor *y = x ? sc__new_like(t, x) : NULL;
+    sc_tensor *y = sc__new_like(t, x);
     if (y) t->be->layer_norm(y, x, w, b, eps);
     return y;
 }
 
 sc_tensor *sc_rms_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, float eps) {
-    sc_tensor *y = x ? sc__new_like(t, x) : NULL;
+    sc_tensor *y = sc__new_like(t, x);
     if (y) t->be->rms_norm(y, x, w, eps);
     return y;
 }
 
 sc_tensor *sc_embed_tokens(sc_tape *t, const sc_tensor *table, const int32_t *ids, int64_t batch,
                            int64_t tokens) {
-    sc_tensor *y = sc__new3(t, batch, tokens, table->shape[1]);
+    sc_tensor *y = sc_new(t, 3, (const int64_t[]){batch, tokens, table->shape[1]});
     for (int64_t i = 0; i < batch * tokens; i++)
         if (ids[i] < 0 || ids[i] >= table->shape[0]) {
             sc__fail("token id %d is outside the table of %lld embeddings", (int)ids[i],
@@ -2628,7 +2590,7 @@ sc_tensor *sc_conv2d(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const s
 
 sc_tensor *sc_group_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
                          int groups, float eps, bool silu) {
-    sc_tensor *y = x ? sc__new_like(t, x) : NULL;
+    sc_tensor *y = sc__new_like(t, x);
     size_t bytes = y ? (size_t)(2 * x->shape[0] * groups) * sizeof(double) : 0;
     double *sums = y ? (double *)sc__arena_take(&t->device, bytes) : NULL;
     if (!sums) return NULL;
@@ -2639,16 +2601,16 @@ sc_tensor *sc_group_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, con
 }
 
 sc_tensor *sc_upsample(sc_tape *t, const sc_tensor *x) {
-    sc_tensor *y =
-        x ? sc_new(t, 4,
-                   (const int64_t[]){x->shape[0], x->shape[1], 2 * x->shape[2], 2 * x->shape[3]})
-          : NULL;
+    if (!x) return NULL;
+    const int64_t *n = x->shape;
+    sc_tensor *y = sc_new(t, 4, (const int64_t[]){n[0], n[1], 2 * n[2], 2 * n[3]});
     if (y) t->be->upsample(y, x);
     return y;
 }
 
 sc_tensor *sc_swap_axes(sc_tape *t, const sc_tensor *x) {
-    sc_tensor *y = x ? sc__new3(t, x->shape[0], x->shape[2], x->shape[1]) : NULL;
+    if (!x) return NULL;
+    sc_tensor *y = sc_new(t, 3, (const int64_t[]){x->shape[0], x->shape[2], x->shape[1]});
     if (y) t->be->swap_axes(y, x);
     return y;
 }
@@ -2743,12 +2705,11 @@ bool sc_run_block(sc_tape *t, sc_block block, const void *context, sc_tensor **i
     *c = (sc__block_call){block, context, t->sets, inputs, first};
     /* weights inside may need a gradient where no input does */
     sc_tensor yes = {.needs_grad = true};
-    sc__op *op = sc__record(t, sc__block_backward, out[0], &yes, NULL, NULL);
+    sc__op *op = sc__record(t, (sc__op){sc__block_backward, NULL, {&yes}, {out[0], out[1]}, {0}, 0,
+                                        c});
     if (!op) return false;
-    for (int i = 0; i < 5; i++) op->in[i] = i < inputs ? in[i] : NULL;
-    op->out[1] = out[1];
+    for (int i = 0; i < inputs; i++) op->in[i] = in[i];
     if (out[1]) out[1]->needs_grad = true;
-    op->extra = c;
     return true;
 }
 
@@ -2956,7 +2917,8 @@ static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x, 
                             .h = m->batch->h, .w = m->batch->w};
         sc_tensor *v = sc_flux_velocity(m->flux, t, &in);
         if (!v || count == batch) return v;
-        if (!y && !(y = sc__new3(t, batch, v->shape[1], v->shape[2]))) return NULL;
+        if (!y) y = sc_new(t, 3, (const int64_t[]){batch, v->shape[1], v->shape[2]});
+        if (!y) return NULL;
         int64_t n = sc_count(v);
         sc__copy_columns(t, y->data, n, i * (n / count), v->data, n, 0, 1, n, false);
     }
@@ -3046,7 +3008,7 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     /* Step 7: the student's answer, and the way back. */
     sc_tape_record(t, true);
     sc_tensor *v = sc__flux_model_velocity(&self, t, x, 0, student, time, guidance);
-    ok = sc_mse(t, v, target, 1.f, &params->results[0]) && sc_backward(t);
+    ok = sc_mse(t, v, target, &params->results[0]) && sc_backward(t);
     sc_tape_record(t, false);
     sc_tape_use(t, NULL);
     return ok;

@@ -155,7 +155,7 @@ static double train_step(network *n, sc_tape *t, const sc_recipe *r, sc_rng *rng
     sc_tensor *target = sc_from(t, 3, shape, exact);
     if (scfm && !sc_scfm_target(&model, t, draws, 0, x, target)) return NAN;
     sc_tape_record(t, true);
-    sc_mse(t, network_velocity(n, SC_STUDENT, t, x, time), target, 1, &loss);
+    sc_mse(t, network_velocity(n, SC_STUDENT, t, x, time), target, &loss);
     sc_backward(t);
     sc_tape_record(t, false);
     network_step(n, lr, 0.98f, scfm ? 0.99f : 0.99f);
