@@ -1486,14 +1486,21 @@ static void sc__softmax_scores(float *p, float *lse, const float *q, const float
     sc__sgemm(false, true, (int)rows, (int)tokens, (int)size, scale, q, (int)ld, k, (int)ld, 0, p,
               (int)tokens);
     for (int64_t r = 0; r < rows; r++) {
-        float *row = p + r * tokens, top = -INFINITY, sum = 0;
+        float *row = p + r * tokens, top = -INFINITY;
+        double sum = 0; /* of parts: hundreds of equal values, as of padding, all round one way */
         int64_t n = causal ? first + r + 1 : tokens;
         if (bias) SC_SIMD for (int64_t c = 0; c < n; c++) row[c] += bias[r * tokens + c];
         SC_PRAGMA(omp simd reduction(max : top))
         for (int64_t c = 0; c < n; c++) top = row[c] > top ? row[c] : top;
-        SC_SIMD_SUM(sum) for (int64_t c = 0; c < n; c++) sum += row[c] = sc__exp(row[c] - top);
-        float inverse = 1 / sum;
-        if (lse) lse[r] = top + logf(sum);
+        for (int64_t start = 0; start < n; start += 64) {
+            int64_t end = start + 64 < n ? start + 64 : n;
+            float part = 0;
+            SC_SIMD_SUM(part)
+            for (int64_t c = start; c < end; c++) part += row[c] = sc__exp(row[c] - top);
+            sum += part;
+        }
+        float inverse = (float)(1 / sum);
+        if (lse) lse[r] = top + (float)log(sum);
         SC_SIMD for (int64_t c = 0; c < n; c++) row[c] *= inverse;
         for (int64_t c = n; c < tokens; c++) row[c] = 0;
     }
