@@ -375,7 +375,7 @@ sc_tensor *sc_timestep_embedding(sc_tape *t, const float *times, int64_t batch, 
 /* p[b] u[b] + q[b] v[b]; p and q [B] on the host; not recorded */
 sc_tensor *sc_blend(sc_tape *t, const float *p, sc_tensor *u, const float *q, sc_tensor *v);
 /* Mean square error, into *loss, which is the backend's memory. */
-bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, float weight, double *loss);
+bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, double *loss);
 
 /* Operations of the frozen networks (text encoders, VAE, evaluator); not recorded. Norms are over
  * the last dimension, w and b [C]; ids [batch, tokens] on the host, table [vocabulary, C]. */
@@ -400,14 +400,12 @@ bool sc_copy(sc_tape *t, sc_tensor *y, const sc_tensor *x);
 /* same data, new shape */
 sc_tensor *sc_reshape(sc_tape *t, const sc_tensor *x, int ndim, const int64_t *shape);
 
-/* A block reads in[] (at most 5) and makes out[0] and perhaps out[1]. sc_checkpoint keeps its
- * inputs only, and runs it again in the backward pass. sc_keep keeps all, but the gradients inside
- * it live no longer than its part of the backward pass. */
+/* A block reads in[] (at most 5) and makes out[0] and perhaps out[1]. For the backward pass it is
+ * kept, or only its inputs are, and it runs again (checkpointing); the gradients inside it live no
+ * longer than its part of that pass. */
 typedef bool (*sc_block)(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context);
-bool sc_checkpoint(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs,
-                   sc_tensor **out);
-bool sc_keep(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs,
-             sc_tensor **out);
+bool sc_run_block(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs,
+                  sc_tensor **out, bool keep);
 
 /* ==== Weights of a network ==== */
 #define SC_MAX_NAME 128         /* of a module */
@@ -1149,11 +1147,10 @@ static sc_tensor *sc__flux_modulation(sc_flux *f, sc_tape *t, const sc_flux_inpu
 
 /* Replaces the first one or two of x by the block's outputs. While recording, a block keeps its
  * activations for the backward pass, or, to save memory, only its inputs, and runs again there. */
-static bool sc__run_block(const sc_flux *f, int index, sc_tape *t, sc_block block,
+static bool sc__flux_block(const sc_flux *f, int index, sc_tape *t, sc_block block,
                           const void *context, sc_tensor **x, int inputs) {
     sc_tensor *out[2] = {NULL, NULL};
-    bool again = index < f->checkpointed;
-    bool ok = (again ? sc_checkpoint : sc_keep)(t, block, context, x, inputs, out);
+    bool ok = sc_run_block(t, block, context, x, inputs, out, index >= f->checkpointed);
     x[0] = out[0];
     if (out[1]) x[1] = out[1];
     return ok;
@@ -1173,11 +1170,11 @@ sc_tensor *sc_flux_velocity(sc_flux *f, sc_tape *t, const sc_flux_input *in) {
                        sc_linear(t, in->context, &f->context_embedder), mod};
     if (!x[0] || !x[1] || !mod) return NULL;
     for (int i = 0; i < f->config.layers; i++)
-        if (!sc__run_block(f, i, t, sc__double_forward, &f->double_blocks[i], x, 3)) return NULL;
+        if (!sc__flux_block(f, i, t, sc__double_forward, &f->double_blocks[i], x, 3)) return NULL;
     sc_tensor *joined[2] = {sc_concat_tokens(t, x[1], x[0]), mod};
     if (!joined[0]) return NULL;
     for (int i = 0; i < f->config.single_layers; i++)
-        if (!sc__run_block(f, f->config.layers + i, t, sc__single_forward, &f->single_blocks[i],
+        if (!sc__flux_block(f, f->config.layers + i, t, sc__single_forward, &f->single_blocks[i],
                            joined, 2))
             return NULL;
     sc_tensor *image = sc_slice_tokens(t, joined[0], text_tokens, image_tokens);
@@ -1392,7 +1389,7 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     /* Step 7: the student's answer, and the way back. */
     sc_tape_record(t, true);
     sc_tensor *v = sc__flux_model_velocity(&self, t, x, 0, student, time, guidance);
-    ok = sc_mse(t, v, target, 1.f, &params->results[0]) && sc_backward(t);
+    ok = sc_mse(t, v, target, &params->results[0]) && sc_backward(t);
     sc_tape_record(t, false);
     sc_tape_use(t, NULL);
     return ok;
@@ -2091,14 +2088,21 @@ static void sc__softmax_scores(float *p, float *lse, const float *q, const float
     sc__sgemm(false, true, (int)rows, (int)tokens, (int)size, scale, q, (int)ld, k, (int)ld, 0, p,
               (int)tokens);
     for (int64_t r = 0; r < rows; r++) {
-        float *row = p + r * tokens, top = -INFINITY, sum = 0;
+        float *row = p + r * tokens, top = -INFINITY;
+        double sum = 0; /* of parts: hundreds of equal values, as of padding, all round one way */
         int64_t n = causal ? first + r + 1 : tokens;
         if (bias) SC_SIMD for (int64_t c = 0; c < n; c++) row[c] += bias[r * tokens + c];
         SC_PRAGMA(omp simd reduction(max : top))
         for (int64_t c = 0; c < n; c++) top = row[c] > top ? row[c] : top;
-        SC_SIMD_SUM(sum) for (int64_t c = 0; c < n; c++) sum += row[c] = sc__exp(row[c] - top);
-        float inverse = 1 / sum;
-        if (lse) lse[r] = top + logf(sum);
+        for (int64_t start = 0; start < n; start += 64) {
+            int64_t end = start + 64 < n ? start + 64 : n;
+            float part = 0;
+            SC_SIMD_SUM(part)
+            for (int64_t c = start; c < end; c++) part += row[c] = sc__exp(row[c] - top);
+            sum += part;
+        }
+        float inverse = (float)(1 / sum);
+        if (lse) lse[r] = top + (float)log(sum);
         SC_SIMD for (int64_t c = 0; c < n; c++) row[c] *= inverse;
         for (int64_t c = n; c < tokens; c++) row[c] = 0;
     }
@@ -2533,7 +2537,7 @@ typedef struct sc__block_bytes { size_t own, shared; } sc__block_bytes;
 typedef struct sc__op sc__op;
 struct sc__op {
     void (*backward)(sc_tape *t, sc__op *op);
-    void (*forward)(sc_tape *t, sc__op *op); /* of cheap operations */
+    void (*forward)(sc_tape *t, sc__op *op); /* NULL: never made again */
     sc_tensor *in[5], *out[2];  /* what each slot means is the operation's business */
     int64_t n[3];
     float scale;
@@ -2550,7 +2554,7 @@ struct sc_tape {
     uint64_t content;           /* the number of its values */
     sc__block_bytes *sizes;     /* where each block that is run again notes its own, or NULL */
     sc__op *ops;
-    int64_t count, capacity;
+    int64_t count;
 };
 
 static bool sc__arena_add(sc__arena *a, size_t size) {
@@ -2660,27 +2664,22 @@ static sc_tensor *sc__struct(sc_tape *t, int ndim, const int64_t *shape, sc_dtyp
     return x;
 }
 
-static sc_tensor *sc__new_in(sc_tape *t, bool shared, int ndim, const int64_t *shape) {
+/* cheap: for the result of an operation of one pass, which may lie where other blocks' results do
+ * and be made again; sc__run_op must make it. */
+static sc_tensor *sc__new(sc_tape *t, bool cheap, int ndim, const int64_t *shape) {
     sc_tensor *x = sc__struct(t, ndim, shape, t->be->activation);
     if (!x) return NULL;
-    x->shared = shared;
-    x->data = sc__arena_take(shared ? &t->shared : &t->device,
+    x->shared = cheap && t->sharing && t->in_block && t->recording;
+    x->data = sc__arena_take(x->shared ? &t->shared : &t->device,
                              (size_t)(sc_count(x) * sc_dtype_size(x->dtype)));
     return x->data ? x : NULL;
 }
 
 sc_tensor *sc_new(sc_tape *t, int ndim, const int64_t *shape) {
-    return sc__new_in(t, false, ndim, shape);
+    return sc__new(t, false, ndim, shape);
 }
-/* For the result of a cheap operation, which sc__run_cheap must then make. */
-static sc_tensor *sc__new_cheap(sc_tape *t, int ndim, const int64_t *shape) {
-    return sc__new_in(t, t->sharing && t->in_block && t->recording, ndim, shape);
-}
-static sc_tensor *sc__new3(sc_tape *t, int64_t b, int64_t n, int64_t c) {
-    return sc_new(t, 3, (const int64_t[]){b, n, c});
-}
-static sc_tensor *sc__new_like(sc_tape *t, const sc_tensor *x) {
-    return sc_new(t, x->ndim, x->shape);
+static sc_tensor *sc__new_like(sc_tape *t, const sc_tensor *x) { /* NULL: of what failed */
+    return x ? sc_new(t, x->ndim, x->shape) : NULL;
 }
 
 sc_tensor *sc_from(sc_tape *t, int ndim, const int64_t *shape, const float *values) {
@@ -2740,34 +2739,28 @@ static void *sc__grad_beta(sc_tape *t, sc_tensor *x, float *beta) {
     return grad;
 }
 
-/* Appends an operation if any of its inputs needs a gradient, or its result may be wanted again. */
-static sc__op *sc__append(sc_tape *t, sc__op op) {
+/* Records an operation if any of its inputs needs a gradient, or its result may be wanted again. */
+static sc__op *sc__record(sc_tape *t, sc__op op) {
     bool needed = false;
     for (int i = 0; i < 3; i++) needed = needed || (op.in[i] && op.in[i]->needs_grad);
     if (!t->recording || !(needed || op.out[0]->shared)) return NULL;
-    if (t->count == t->capacity) {
-        int64_t capacity = t->capacity ? 2 * t->capacity : 256;
-        sc__op *ops = (sc__op *)SC_REALLOC(t->ops, (size_t)capacity * sizeof *ops);
-        if (!ops) {
-            sc__fail("out of memory: a tape of %lld operations", (long long)capacity);
-            t->failed = true;
-            return NULL;
-        }
-        t->ops = ops;
-        t->capacity = capacity;
+    sc__op *ops = (sc__op *)sc__grow(t->ops, t->count, sizeof *ops);
+    if (!ops) {
+        t->failed = true;
+        return NULL;
     }
+    t->ops = ops;
     if (needed) op.out[0]->needs_grad = true;
     t->ops[t->count] = op;
     return &t->ops[t->count++];
 }
-static sc__op *sc__record(sc_tape *t, void (*backward)(sc_tape *, sc__op *), sc_tensor *out,
-                          sc_tensor *a, sc_tensor *b, sc_tensor *c) {
-    return sc__append(t, (sc__op){.backward = backward, .in = {a, b, c}, .out = {out}});
-}
-/* A cheap operation. Operations that make parts of one tensor follow each other. */
-static void sc__run_cheap(sc_tape *t, sc__op op) {
+/* Runs an operation, records it, returns its result. Those that make parts of one tensor follow
+ * each other. */
+static sc_tensor *sc__run_op(sc_tape *t, sc__op op) {
+    if (!op.out[0]) return NULL;
     op.forward(t, &op);
-    sc__append(t, op);
+    sc__record(t, op);
+    return op.out[0];
 }
 
 sc_mark sc_tape_mark(const sc_tape *t) {
@@ -2826,17 +2819,11 @@ static sc_matrix sc__matrix(const void *data, sc_dtype dtype, int64_t ld, bool t
 static sc_matrix sc__whole(const sc_tensor *x, bool transposed) {
     return (sc_matrix){x->data, x->dtype, sc__last(x), transposed, x->scale, 0};
 }
-
-/* Rows [first, first + count) of x as a matrix; of its gradient. */
-static sc_matrix sc__part(const sc_tensor *x, int64_t first, bool transposed) {
-    int64_t n = sc__last(x);
-    return sc__matrix((char *)x->data + first * n * sc_dtype_size(x->dtype), x->dtype, n,
-                      transposed);
-}
-static sc_matrix sc__grad_part(const sc_tensor *x, int64_t first, bool transposed) {
-    int64_t n = sc__last(x);
-    return sc__matrix((char *)x->grad + first * n * sc_dtype_size(x->dtype), x->dtype, n,
-                      transposed);
+/* The rows of x, or of its gradient, from `first` on, in its columns from `at` on. */
+static sc_matrix sc__part(const sc_tensor *x, const void *values, int64_t first, int64_t at,
+                          bool transposed) {
+    int64_t ld = sc__last(x), skip = (first * ld + at) * sc_dtype_size(x->dtype);
+    return sc__matrix((const char *)values + skip, x->dtype, ld, transposed);
 }
 
 /* The next run of samples from *sample on that use the same set: its set, its samples. */
@@ -2856,17 +2843,17 @@ static void sc__lora_backward(sc_tape *t, sc__op *op) {
     float s = lora->scale;
     sc_tensor *e = sc__new_like(t, u);
     if (!e) { t->failed = true; return; }
-    t->be->gemm(rows, r, out, s, sc__grad_part(y, first, false), sc__whole(b, false), 0,
+    t->be->gemm(rows, r, out, s, sc__part(y, y->grad, first, 0, false), sc__whole(b, false), 0,
                 sc__whole(e, false), NULL);
     if (b->grad)
-        t->be->gemm(out, r, rows, s, sc__grad_part(y, first, true), sc__whole(u, false), 1,
-                    sc__matrix(b->grad, SC_F32, r, false), NULL);
+        t->be->gemm(out, r, rows, s, sc__part(y, y->grad, first, 0, true), sc__whole(u, false), 1,
+                    sc__part(b, b->grad, 0, 0, false), NULL);
     if (a->grad)
-        t->be->gemm(r, in, rows, 1, sc__whole(e, true), sc__part(x, first, false), 1,
-                    sc__matrix(a->grad, SC_F32, in, false), NULL);
+        t->be->gemm(r, in, rows, 1, sc__whole(e, true), sc__part(x, x->data, first, 0, false), 1,
+                    sc__part(a, a->grad, 0, 0, false), NULL);
     if (sc__grad(t, x))
         t->be->gemm(rows, in, r, 1, sc__whole(e, false), sc__whole(a, false), 1,
-                    sc__grad_part(x, first, false), NULL);
+                    sc__part(x, x->grad, first, 0, false), NULL);
 }
 
 static void sc__linear_backward(sc_tape *t, sc__op *op) {
@@ -2874,19 +2861,12 @@ static void sc__linear_backward(sc_tape *t, sc__op *op) {
     int64_t rows = sc__rows(x), in = sc__last(x), out = sc__last(y);
     float beta;
     if (sc__grad_beta(t, x, &beta))
-        t->be->gemm(rows, in, out, 1, sc__grad_part(y, 0, false), sc__whole(w, false), beta,
-                    sc__grad_part(x, 0, false), NULL);
+        t->be->gemm(rows, in, out, 1, sc__part(y, y->grad, 0, 0, false), sc__whole(w, false), beta,
+                    sc__part(x, x->grad, 0, 0, false), NULL);
     if (w->grad)
-        t->be->gemm(out, in, rows, 1, sc__grad_part(y, 0, true), sc__whole(x, false), 1,
-                    sc__matrix(w->grad, SC_F32, in, false), NULL);
+        t->be->gemm(out, in, rows, 1, sc__part(y, y->grad, 0, 0, true), sc__whole(x, false), 1,
+                    sc__part(w, w->grad, 0, 0, false), NULL);
     if (bias && bias->grad) t->be->column_sum((float *)bias->grad, y->grad, rows, out);
-}
-
-/* Rows from `first` on of y, its columns from `at` on. */
-static sc_matrix sc__columns(const sc_tensor *y, int64_t first, int64_t at) {
-    sc_matrix m = sc__part(y, first, false);
-    m.data = (char *)m.data + at * sc_dtype_size(y->dtype);
-    return m;
 }
 
 /* What a layer computes: y[:, at ...] = sum, or gelu(sum). sum is y itself, or the tensor that the
@@ -2896,28 +2876,24 @@ typedef struct sc__linear_output { sc_tensor *y; int64_t at; sc_tensor *sum; } s
 /* Sets the rows of one run of samples with one set to the adapters' part, and records it. */
 static bool sc__linear_lora(sc_tape *t, sc_tensor *x, const sc__linear_output *o,
                             const sc_linear_layer *l, sc_set set, int64_t first, int64_t rows) {
-    int64_t in = sc__last(x), out = l->weight->shape[0], width = sc__last(o->y);
+    int64_t in = sc__last(x), out = l->weight->shape[0];
+    sc_matrix y = sc__part(o->y, o->y->data, first, o->at, false);
     float beta = 0;
     for (const sc_adapter *lora = l->adapters; lora; lora = lora->next) {
         if (!lora->a[set]) continue;
         sc_tensor *u = sc_new(t, 2, (const int64_t[]){rows, lora->rank});
         if (!u) return false;
-        t->be->gemm(rows, lora->rank, in, 1, sc__part(x, first, false),
+        t->be->gemm(rows, lora->rank, in, 1, sc__part(x, x->data, first, 0, false),
                     sc__whole(lora->a[set], true), 0, sc__whole(u, false), NULL);
         t->be->gemm(rows, out, lora->rank, lora->scale, sc__whole(u, false),
-                    sc__whole(lora->b[set], true), beta, sc__columns(o->y, first, o->at), NULL);
+                    sc__whole(lora->b[set], true), beta, y, NULL);
         beta = 1;
-        sc__op *op = sc__record(t, sc__lora_backward, o->sum, x, lora->a[set], lora->b[set]);
-        if (op) {
-            op->in[3] = u;
-            op->n[0] = first;
-            op->n[1] = set;
-            op->extra = lora;
-        }
+        sc__record(t, (sc__op){sc__lora_backward, NULL, {x, lora->a[set], lora->b[set], u},
+                               {o->sum}, {first, set}, 0, lora});
     }
     if (beta == 0) { /* this set adds nothing; the other columns are not written yet */
-        sc_matrix part = sc__part(o->y, first, false);
-        t->be->zero((void *)part.data, (size_t)(rows * width * sc_dtype_size(part.dtype)));
+        int64_t size = sc__last(o->y) * sc_dtype_size(y.dtype);
+        t->be->zero((char *)o->y->data + first * size, (size_t)(rows * size));
     }
     return true;
 }
@@ -2936,15 +2912,14 @@ static bool sc__linear(sc_tape *t, sc_tensor *x, const sc_linear_layer *l, sc__l
     }
     float beta = adapted ? 1.f : 0.f;
     sc_matrix left = sc__whole(x, false), right = sc__whole(l->weight, true);
+    sc_matrix y = sc__part(o.y, o.y->data, 0, o.at, false);
     static SC_THREAD_LOCAL uint64_t contents;
     if (t->input != x) t->input = x, t->content = ++contents; /* no tensor is written twice */
     left.content = t->content;
-    if (o.sum == o.y)
-        t->be->gemm(rows, out, in, 1, left, right, beta, sc__columns(o.y, 0, o.at), l->bias);
-    else
-        t->be->gemm_gelu(rows, out, in, left, right, beta, sc__columns(o.y, 0, o.at), l->bias,
-                         o.sum);
-    sc__record(t, sc__linear_backward, o.sum, x, l->weight, l->bias);
+    if (o.sum == o.y) t->be->gemm(rows, out, in, 1, left, right, beta, y, l->bias);
+    else t->be->gemm_gelu(rows, out, in, left, right, beta, y, l->bias, o.sum);
+    sc__record(t, (sc__op){sc__linear_backward, NULL, {x, l->weight, l->bias}, {o.sum}, {0}, 0,
+                           NULL});
     return true;
 }
 
@@ -2961,7 +2936,7 @@ static sc_tensor *sc__linear_new(sc_tape *t, const sc_tensor *x, const sc_linear
     }
     memcpy(shape, x->shape, sizeof shape);
     shape[x->ndim - 1] = l->weight->shape[0] + more;
-    return (cheap ? sc__new_cheap : sc_new)(t, x->ndim, shape);
+    return sc__new(t, cheap, x->ndim, shape);
 }
 
 sc_tensor *sc_linear(sc_tape *t, const sc_tensor *x, const sc_linear_layer *l) {
@@ -2987,7 +2962,7 @@ static bool sc__linear_gelu(sc_tape *t, sc_tensor *x, const sc_linear_layer *l, 
     if (t->recording && !sum) return false;
     if (!sc__linear(t, x, l, (sc__linear_output){y, at, sum})) return false;
     if (sum) /* the product has applied the GELU */
-        sc__append(t, sc__activation(SC_GELU_TANH, y, at, sum));
+        sc__record(t, sc__activation(SC_GELU_TANH, y, at, sum));
     return true;
 }
 
@@ -2999,9 +2974,8 @@ sc_tensor *sc_linear_gelu(sc_tape *t, const sc_tensor *x, const sc_linear_layer 
 /* ---- The other operations: allocate, call the backend, record ---- */
 
 sc_tensor *sc_activate(sc_tape *t, sc_activation kind, sc_tensor *x) {
-    sc_tensor *y = x ? sc__new_cheap(t, x->ndim, x->shape) : NULL;
-    if (y) sc__run_cheap(t, sc__activation(kind, y, 0, x));
-    return y;
+    sc_tensor *y = x ? sc__new(t, true, x->ndim, x->shape) : NULL;
+    return sc__run_op(t, sc__activation(kind, y, 0, x));
 }
 
 /* A block of `rows` rows: dst[r, dst_at ...] (+)= src[r, src_at ...], in the activations' type. */
@@ -3013,112 +2987,64 @@ static void sc__copy_columns(sc_tape *t, void *dst, int64_t dst_ld, int64_t dst_
                       src_ld, rows, columns, t->be->activation, add);
 }
 
-static void sc__add_backward(sc_tape *t, sc__op *op) {
-    int64_t n = sc_count(op->out[0]);
+/* `rows` rows of x and of y, of which one may be wider: its part begins at column `at`. */
+static void sc__copy_rows(sc_tape *t, const sc__op *op, bool back, bool add) {
+    const sc_tensor *x = op->in[0], *y = op->out[0];
+    int64_t rows = op->n[0], at = op->n[1], wx = sc_count(x) / rows, wy = sc_count(y) / rows;
+    int64_t x_at = wx > wy ? at : 0, y_at = wx > wy ? 0 : at, width = wx < wy ? wx : wy;
+    if (back) sc__copy_columns(t, x->grad, wx, x_at, y->grad, wy, y_at, rows, width, add);
+    else sc__copy_columns(t, y->data, wy, y_at, x->data, wx, x_at, rows, width, add);
+}
+static void sc__copy_forward(sc_tape *t, sc__op *op) { sc__copy_rows(t, op, false, op->n[2]); }
+static void sc__copy_backward(sc_tape *t, sc__op *op) {
+    sc_tensor *x = op->in[0];
     float beta;
-    for (int i = 0; i < 2; i++)
-        if (sc__grad_beta(t, op->in[i], &beta))
-            sc__copy_columns(t, op->in[i]->grad, n, 0, op->out[0]->grad, n, 0, 1, n, beta != 0);
+    if (sc_count(x) > sc_count(op->out[0])) sc__grad(t, x); /* zeros around the part */
+    if (sc__grad_beta(t, x, &beta)) sc__copy_rows(t, op, true, beta != 0);
+}
+static sc_tensor *sc__copy(sc_tape *t, sc_tensor *x, sc_tensor *y, int64_t rows, int64_t at,
+                           bool add) {
+    return sc__run_op(t, (sc__op){sc__copy_backward, sc__copy_forward, {x}, {y}, {rows, at, add}, 0,
+                               NULL});
 }
 
-sc_tensor *sc_add(sc_tape *t, sc_tensor *a, sc_tensor *b) {
-    sc_tensor *y = a && b ? sc__new_like(t, a) : NULL;
-    if (!y) return NULL;
-    int64_t n = sc_count(y);
-    sc__copy_columns(t, y->data, n, 0, a->data, n, 0, 1, n, false);
-    sc__copy_columns(t, y->data, n, 0, b->data, n, 0, 1, n, true);
-    sc__record(t, sc__add_backward, y, a, b, NULL);
-    return y;
+sc_tensor *sc_add(sc_tape *t, sc_tensor *a, sc_tensor *b) { /* not made again: its order matters */
+    sc_tensor *y = b ? sc__new_like(t, a) : NULL;
+    return sc__copy(t, b, sc__copy(t, a, y, 1, 0, false), 1, 0, true);
 }
 
 sc_tensor *sc_multiply(sc_tape *t, sc_tensor *a, sc_tensor *b) {
-    sc_tensor *y = a && b ? sc__new_like(t, a) : NULL;
+    sc_tensor *y = b ? sc__new_like(t, a) : NULL;
     if (y) t->be->multiply(y, a, b);
-    return y;
-}
-
-/* Concatenation of rows of `wa` and `wb` elements: tokens and channels differ only in what a row
- * is. */
-static void sc__concat_forward(sc_tape *t, sc__op *op) {
-    int64_t rows = op->n[0], wa = op->n[1], wb = op->n[2];
-    void *y = op->out[0]->data;
-    sc__copy_columns(t, y, wa + wb, 0, op->in[0]->data, wa, 0, rows, wa, false);
-    sc__copy_columns(t, y, wa + wb, wa, op->in[1]->data, wb, 0, rows, wb, false);
-}
-static void sc__concat_backward(sc_tape *t, sc__op *op) {
-    int64_t rows = op->n[0], width[2] = {op->n[1], op->n[2]}, sum = width[0] + width[1];
-    float beta;
-    for (int i = 0; i < 2; i++)
-        if (sc__grad_beta(t, op->in[i], &beta))
-            sc__copy_columns(t, op->in[i]->grad, width[i], 0, op->out[0]->grad, sum, i * width[0],
-                             rows, width[i], beta != 0);
-}
-
-static sc_tensor *sc__concat(sc_tape *t, sc_tensor *a, sc_tensor *b, int64_t rows, sc_tensor *y) {
-    if (y)
-        sc__run_cheap(t, (sc__op){sc__concat_backward, sc__concat_forward, {a, b}, {y},
-                                  {rows, sc_count(a) / rows, sc_count(b) / rows}, 0, NULL});
     return y;
 }
 
 sc_tensor *sc_concat_tokens(sc_tape *t, sc_tensor *a, sc_tensor *b) {
     if (!a || !b) return NULL;
-    int64_t batch = a->shape[0], shape[] = {batch, a->shape[1] + b->shape[1], a->shape[2]};
-    return sc__concat(t, a, b, batch, sc__new_cheap(t, 3, shape));
+    const int64_t batch = a->shape[0], n = a->shape[1], c = a->shape[2];
+    sc_tensor *y = sc__new(t, true, 3, (const int64_t[]){batch, n + b->shape[1], c});
+    return sc__copy(t, b, sc__copy(t, a, y, batch, 0, false), batch, n * c, false);
 }
 
 sc_tensor *sc_concat_channels(sc_tape *t, sc_tensor *a, sc_tensor *b) {
     if (!a || !b) return NULL;
-    const int64_t shape[] = {a->shape[0], a->shape[1], a->shape[2] + b->shape[2]};
-    return sc__concat(t, a, b, sc__rows(a), sc__new_cheap(t, 3, shape));
-}
-
-/* The GELU's part, and its gradient, are its own operation's. */
-static void sc__concat_gelu_forward(sc_tape *t, sc__op *op) {
-    sc_tensor *a = op->in[0], *y = op->out[0];
-    int64_t width = sc__last(a);
-    sc__copy_columns(t, y->data, sc__last(y), 0, a->data, width, 0, sc__rows(a), width, false);
-}
-static void sc__concat_gelu_backward(sc_tape *t, sc__op *op) {
-    sc_tensor *a = op->in[0], *y = op->out[0];
-    int64_t width = sc__last(a);
-    float beta;
-    if (sc__grad_beta(t, a, &beta))
-        sc__copy_columns(t, a->grad, width, 0, y->grad, sc__last(y), 0, sc__rows(a), width,
-                         beta != 0);
+    const int64_t batch = a->shape[0], n = a->shape[1], c = a->shape[2];
+    sc_tensor *y = sc__new(t, true, 3, (const int64_t[]){batch, n, c + b->shape[2]});
+    return sc__copy(t, b, sc__copy(t, a, y, batch * n, 0, false), batch * n, c, false);
 }
 
 sc_tensor *sc_concat_gelu(sc_tape *t, sc_tensor *a, const sc_tensor *x, const sc_linear_layer *l) {
     int64_t width = a ? sc__last(a) : 0;
     sc_tensor *y = a ? sc__linear_new(t, x, l, width, true) : NULL;
     if (!y || !sc__linear_gelu(t, (sc_tensor *)x, l, y, width)) return NULL;
-    sc__run_cheap(
-        t, (sc__op){sc__concat_gelu_backward, sc__concat_gelu_forward, {a}, {y}, {0}, 0, NULL});
-    return y;
-}
-
-static void sc__slice_forward(sc_tape *t, sc__op *op) {
-    sc_tensor *x = op->in[0], *y = op->out[0];
-    int64_t c = x->shape[2];
-    sc__copy_columns(t, y->data, y->shape[1] * c, 0, x->data, x->shape[1] * c, op->n[0],
-                     x->shape[0], y->shape[1] * c, false);
-}
-static void sc__slice_backward(sc_tape *t, sc__op *op) {
-    sc_tensor *x = op->in[0], *y = op->out[0];
-    if (sc__grad(t, x))
-        sc__copy_columns(t, x->grad, x->shape[1] * x->shape[2], op->n[0], y->grad,
-                         y->shape[1] * y->shape[2], 0, x->shape[0], y->shape[1] * y->shape[2],
-                         true);
+    return sc__copy(t, a, y, sc__rows(a), 0, false);
 }
 
 sc_tensor *sc_slice_tokens(sc_tape *t, sc_tensor *x, int64_t from, int64_t count) {
     if (!x) return NULL;
-    const int64_t shape[] = {x->shape[0], count, x->shape[2]};
-    sc_tensor *y = sc__new_cheap(t, 3, shape);
-    if (y)
-        sc__run_cheap(t, (sc__op){sc__slice_backward, sc__slice_forward, {x}, {y},
-                                  {from * x->shape[2]}, 0, NULL});
-    return y;
+    const int64_t batch = x->shape[0], c = x->shape[2];
+    sc_tensor *y = sc__new(t, true, 3, (const int64_t[]){batch, count, c});
+    return sc__copy(t, x, y, batch, from * c, false);
 }
 
 static void sc__ln_modulate_forward(sc_tape *t, sc__op *op) {
@@ -3132,11 +3058,9 @@ static void sc__ln_modulate_backward(sc_tape *t, sc__op *op) {
 }
 
 sc_tensor *sc_ln_modulate(sc_tape *t, sc_tensor *x, sc_tensor *mod, int shift, int scale) {
-    sc_tensor *y = x && mod ? sc__new_cheap(t, x->ndim, x->shape) : NULL;
-    if (y)
-        sc__run_cheap(t, (sc__op){sc__ln_modulate_backward, sc__ln_modulate_forward, {x, mod}, {y},
-                                  {shift, scale}, 0, NULL});
-    return y;
+    sc_tensor *y = x && mod ? sc__new(t, true, x->ndim, x->shape) : NULL;
+    return sc__run_op(t, (sc__op){sc__ln_modulate_backward, sc__ln_modulate_forward, {x, mod}, {y},
+                               {shift, scale}, 0, NULL});
 }
 
 static void sc__gated_residual_backward(sc_tape *t, sc__op *op) {
@@ -3147,11 +3071,10 @@ static void sc__gated_residual_backward(sc_tape *t, sc__op *op) {
 }
 
 sc_tensor *sc_gated_residual(sc_tape *t, sc_tensor *x, sc_tensor *h, sc_tensor *mod, int gate) {
-    sc_tensor *y = x && h && mod ? sc__new_like(t, x) : NULL;
+    sc_tensor *y = h && mod ? sc__new_like(t, x) : NULL;
     if (!y) return NULL;
     t->be->gated_residual(y, x, h, mod, gate);
-    sc__op *op = sc__record(t, sc__gated_residual_backward, y, x, h, mod);
-    if (op) op->n[0] = gate;
+    sc__record(t, (sc__op){sc__gated_residual_backward, NULL, {x, h, mod}, {y}, {gate}, 0, NULL});
     return y;
 }
 
@@ -3171,14 +3094,13 @@ sc_tensor *sc_norm_rope(sc_tape *t, sc_tensor *text, sc_tensor *image, sc_tensor
     if (!image || (!text && text_weight)) return NULL;
     if (image_weight->shape[0] > 256) return sc__fail("a head has more than 256 channels"), NULL;
     int64_t text_tokens = text ? text->shape[1] : 0, tokens = text_tokens + image->shape[1];
-    const int64_t shape[] = {image->shape[0], tokens, image->shape[2]};
-    sc_tensor *y = sc__new_cheap(t, 3, shape);
-    if (!y) return NULL;
-    sc_tensor *parts[2] = {text, image}, *weights[2] = {text_weight, image_weight};
-    for (int i = text ? 0 : 1; i < 2; i++)
-        sc__run_cheap(t, (sc__op){sc__norm_rope_backward, sc__norm_rope_forward,
-                                  {parts[i], weights[i]}, {y}, {i ? text_tokens : 0}, 0, rope});
-    return y;
+    sc_tensor *y =
+        sc__new(t, true, 3, (const int64_t[]){image->shape[0], tokens, image->shape[2]});
+    sc__op op = {sc__norm_rope_backward, sc__norm_rope_forward, {text, text_weight}, {y}, {0}, 0,
+                 rope};
+    if (text) sc__run_op(t, op);
+    op.in[0] = image, op.in[1] = image_weight, op.n[0] = text_tokens;
+    return sc__run_op(t, op);
 }
 
 static void sc__attention_backward(sc_tape *t, sc__op *op) {
@@ -3197,13 +3119,14 @@ static void sc__attention_backward(sc_tape *t, sc__op *op) {
 
 sc_tensor *sc_attention(sc_tape *t, sc_tensor *q, sc_tensor *k, sc_tensor *v, int heads,
                         float scale, const sc_tensor *bias, bool causal) {
-    sc_tensor *o = q && k && v ? sc__new_like(t, q) : NULL;
+    sc_tensor *o = k && v ? sc__new_like(t, q) : NULL;
     if (!o) return NULL;
-    sc__op *op = bias || causal ? NULL : sc__record(t, sc__attention_backward, o, q, k, v);
+    sc__op *op = bias || causal ? NULL
+                                : sc__record(t, (sc__op){sc__attention_backward, NULL, {q, k, v},
+                                                         {o}, {heads}, scale, NULL});
     size_t sums = (size_t)(q->shape[0] * heads * q->shape[1]) * sizeof(float);
     float *lse = op ? (float *)sc__arena_take(&t->device, sums) : NULL;
-    if (op && !lse) return NULL;
-    if (op) op->n[0] = heads, op->scale = scale, op->extra = lse;
+    if (op && !(op->extra = lse)) return NULL;
     t->be->attention(o, lse, q, k, v, heads, scale, bias, causal);
     return o;
 }
@@ -3215,43 +3138,40 @@ sc_tensor *sc_timestep_embedding(sc_tape *t, const float *times, int64_t batch, 
 }
 
 sc_tensor *sc_blend(sc_tape *t, const float *p, sc_tensor *u, const float *q, sc_tensor *v) {
-    sc_tensor *y = u && v ? sc__new_like(t, u) : NULL;
+    sc_tensor *y = v ? sc__new_like(t, u) : NULL;
     if (y) t->be->blend(y, p, u, q, v);
     return y;
 }
 
 static void sc__mse_backward(sc_tape *t, sc__op *op) {
-    if (sc__grad(t, op->in[0])) t->be->mse_backward(op->in[0], op->in[1], op->scale);
+    if (sc__grad(t, op->in[0])) t->be->mse_backward(op->in[0], op->in[1], 1);
 }
 
-/* `weight` counts in the backward pass only. */
-bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, float weight,
-            double *loss) {
+bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, double *loss) {
     if (!prediction || !target) return false;
     t->be->mse(loss, prediction, target);
-    sc__op *op = sc__record(t, sc__mse_backward, prediction, prediction, NULL, NULL);
-    if (!op) return !t->failed;
-    op->in[1] = (sc_tensor *)target;
-    op->scale = weight;
-    return sc__grad(t, prediction) != NULL; /* it exists: the walk back starts here */
+    if (sc__record(t, (sc__op){sc__mse_backward, NULL, {prediction, (sc_tensor *)target},
+                               {prediction}, {0}, 0, NULL}))
+        sc__grad(t, prediction); /* it exists: the walk back starts here */
+    return !t->failed;
 }
 
 sc_tensor *sc_layer_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
                          float eps) {
-    sc_tensor *y = x ? sc__new_like(t, x) : NULL;
+    sc_tensor *y = sc__new_like(t, x);
     if (y) t->be->layer_norm(y, x, w, b, eps);
     return y;
 }
 
 sc_tensor *sc_rms_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, float eps) {
-    sc_tensor *y = x ? sc__new_like(t, x) : NULL;
+    sc_tensor *y = sc__new_like(t, x);
     if (y) t->be->rms_norm(y, x, w, eps);
     return y;
 }
 
 sc_tensor *sc_embed_tokens(sc_tape *t, const sc_tensor *table, const int32_t *ids, int64_t batch,
                            int64_t tokens) {
-    sc_tensor *y = sc__new3(t, batch, tokens, table->shape[1]);
+    sc_tensor *y = sc_new(t, 3, (const int64_t[]){batch, tokens, table->shape[1]});
     for (int64_t i = 0; i < batch * tokens; i++)
         if (ids[i] < 0 || ids[i] >= table->shape[0]) {
             sc__fail("token id %d is outside the table of %lld embeddings", (int)ids[i],
@@ -3280,7 +3200,7 @@ sc_tensor *sc_conv2d(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const s
 
 sc_tensor *sc_group_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
                          int groups, float eps, bool silu) {
-    sc_tensor *y = x ? sc__new_like(t, x) : NULL;
+    sc_tensor *y = sc__new_like(t, x);
     size_t bytes = y ? (size_t)(2 * x->shape[0] * groups) * sizeof(double) : 0;
     double *sums = y ? (double *)sc__arena_take(&t->device, bytes) : NULL;
     if (!sums) return NULL;
@@ -3291,10 +3211,9 @@ sc_tensor *sc_group_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, con
 }
 
 sc_tensor *sc_upsample(sc_tape *t, const sc_tensor *x) {
-    sc_tensor *y =
-        x ? sc_new(t, 4,
-                   (const int64_t[]){x->shape[0], x->shape[1], 2 * x->shape[2], 2 * x->shape[3]})
-          : NULL;
+    if (!x) return NULL;
+    const int64_t *n = x->shape;
+    sc_tensor *y = sc_new(t, 4, (const int64_t[]){n[0], n[1], 2 * n[2], 2 * n[3]});
     if (y) t->be->upsample(y, x);
     return y;
 }
@@ -3314,12 +3233,13 @@ bool sc_copy(sc_tape *t, sc_tensor *y, const sc_tensor *x) {
 }
 
 sc_tensor *sc_swap_axes(sc_tape *t, const sc_tensor *x) {
-    sc_tensor *y = x ? sc__new3(t, x->shape[0], x->shape[2], x->shape[1]) : NULL;
+    if (!x) return NULL;
+    sc_tensor *y = sc_new(t, 3, (const int64_t[]){x->shape[0], x->shape[2], x->shape[1]});
     if (y) t->be->swap_axes(y, x);
     return y;
 }
 
-/* ---- Checkpoint: keep a block's inputs only, and run it again in the backward pass ---- */
+/* ---- Blocks ---- */
 
 static bool sc__overlap(const sc_tensor *a, const sc_tensor *b) {
     const char *pa = (const char *)a->data, *pb = (const char *)b->data;
@@ -3349,9 +3269,8 @@ static bool sc__run_lean(sc_tape *t, sc_block block, const void *context, sc_ten
     if (overlap) sc_tape_rewind(t, end);
     for (int i = 0; i < count; i++) {
         int64_t n = sc_count(&old[i]);
-        if (overlap) out[i] = sc_reshape(t, &old[i], old[i].ndim, old[i].shape);
+        if (overlap) out[i]->data = old[i].data;
         else t->be->copy_block(out[i]->data, n, old[i].data, n, 1, n, old[i].dtype, false);
-        if (!out[i]) return false;
     }
     return true;
 }
@@ -3368,78 +3287,53 @@ static bool sc__run_recorded(sc_tape *t, sc_block block, const void *context, sc
     return ok;
 }
 
-typedef struct sc__checkpoint {
+typedef struct sc__block_call {
     sc_block block;
     const void *context;
     const uint8_t *sets;
     int inputs;
-} sc__checkpoint;
+    int64_t first;              /* of a kept block: its first operation on the tape; -1 */
+} sc__block_call;
 
-static void sc__checkpoint_backward(sc_tape *t, sc__op *op) {
-    const sc__checkpoint *c = (const sc__checkpoint *)op->extra;
+/* The block's operations: those that were kept on the tape, or made now; backwards, between a mark
+ * and its release. */
+static void sc__block_backward(sc_tape *t, sc__op *op) {
+    const sc__block_call *c = (const sc__block_call *)op->extra;
     for (int i = 0; i < c->inputs; i++) sc__grad(t, op->in[i]);
     sc_mark mark = sc_tape_mark(t);
-    int64_t first = t->count;
-    const uint8_t *sets = t->sets;
-    sc_tensor *out[2] = {NULL, NULL};
-    t->sets = c->sets;
-    if (!sc__run_recorded(t, c->block, c->context, op->in, out)) t->failed = true;
-    if (t->sizes)
-        *t->sizes++ = (sc__block_bytes){t->device.taken - mark.device_taken, t->shared.taken};
-    for (int i = 0; i < 2 && out[i]; i++) out[i]->grad = op->out[i]->grad;
-    if (!t->failed) sc__backward_from(t, first);
-    t->sets = sets;
+    int64_t first = c->first < 0 ? t->count : c->first;
+    if (c->first < 0) {
+        const uint8_t *sets = t->sets;
+        sc_tensor *out[2] = {NULL, NULL};
+        t->sets = c->sets;
+        if (!sc__run_recorded(t, c->block, c->context, op->in, out)) t->failed = true;
+        t->sets = sets;
+        if (t->sizes)
+            *t->sizes++ = (sc__block_bytes){t->device.taken - mark.device_taken, t->shared.taken};
+        for (int i = 0; i < 2 && out[i]; i++) out[i]->grad = op->out[i]->grad;
+    }
+    sc__backward_from(t, first);
     sc_tape_rewind(t, mark);
 }
 
-bool sc_checkpoint(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs,
-                   sc_tensor **out) {
-    if (!sc__run_lean(t, block, context, in, out)) return false;
+bool sc_run_block(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs,
+                  sc_tensor **out, bool keep) {
+    int64_t first = keep ? t->count : -1;
+    if (!(t->recording && keep ? sc__run_recorded : sc__run_lean)(t, block, context, in, out))
+        return false;
     if (!t->recording) return true;
-    sc__checkpoint *c = (sc__checkpoint *)sc__arena_take(&t->host, sizeof *c);
+    for (int64_t i = first; keep && i < t->count; i++)
+        t->ops[i].out[0]->stale = t->ops[i].out[0]->shared;
+    sc__block_call *c = (sc__block_call *)sc__arena_take(&t->host, sizeof *c);
     if (!c) return false;
-    *c = (sc__checkpoint){block, context, t->sets, inputs};
+    *c = (sc__block_call){block, context, t->sets, inputs, first};
     /* weights inside may need a gradient where no input does */
     sc_tensor yes = {.needs_grad = true};
-    sc__op *op = sc__record(t, sc__checkpoint_backward, out[0], &yes, NULL, NULL);
+    sc__op *op = sc__record(t, (sc__op){sc__block_backward, NULL, {&yes}, {out[0], out[1]}, {0}, 0,
+                                        c});
     if (!op) return false;
     for (int i = 0; i < inputs; i++) op->in[i] = in[i];
-    op->out[1] = out[1];
     if (out[1]) out[1]->needs_grad = true;
-    op->extra = c;
-    return true;
-}
-
-/* ---- A kept block: two operations around its own say where its way back begins and ends ---- */
-
-/* Of the way back: the gradients that leave the block come first; `end`, a tensor whose data is a
- * mark, gets a "gradient", so that its own operation is walked too. */
-static void sc__keep_begin(sc_tape *t, sc__op *op) {
-    sc_tensor *end = (sc_tensor *)op->extra;
-    for (int i = 0; i < 5 && op->in[i]; i++) sc__grad(t, op->in[i]);
-    *(sc_mark *)end->data = sc_tape_mark(t);
-    end->grad = end->data;
-}
-static void sc__keep_end(sc_tape *t, sc__op *op) {
-    sc_tape_rewind(t, *(sc_mark *)op->out[0]->data);
-}
-
-bool sc_keep(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs,
-             sc_tensor **out) {
-    if (!t->recording) return sc__run_lean(t, block, context, in, out);
-    sc_tensor yes = {.needs_grad = true}, *end = sc__struct(t, 0, NULL, SC_F32);
-    if (!end || !(end->data = sc__arena_take(&t->host, sizeof(sc_mark)))) return false;
-    int64_t first = t->count;
-    sc__op *op = sc__record(t, sc__keep_end, end, &yes, NULL, NULL);
-    if (!op) return false;
-    op->in[0] = NULL;
-    if (!sc__run_recorded(t, block, context, in, out)) return false;
-    for (int64_t i = first; i < t->count; i++) t->ops[i].out[0]->stale = t->ops[i].out[0]->shared;
-    op = sc__record(t, sc__keep_begin, out[0], &yes, NULL, NULL);
-    if (!op) return false;
-    for (int i = 0; i < 5; i++) op->in[i] = i < inputs ? in[i] : NULL;
-    op->out[1] = out[1];
-    op->extra = end;
     return true;
 }
 
