@@ -22,7 +22,8 @@
  *         float *rgb = malloc(sizeof(float) * 3 * p->resolution * p->resolution);
  *         sc_rng rng = {1};                                             // the seed
  *         sc_normal(&rng, latents, h * h * c->in_channels);
- *         sc_sampling s = {.steps = 3, .shift = p->shift, .guidance = 1.2f, .h = h, .w = h};
+ *         sc_sampling s = {.steps = 3, .guidance = 1.2f, .h = h, .w = h,
+ *                          .shift = sc_pipeline_shift(p, h * h)};
  *         if (!sc_lora_load(p->flux, "lora.safetensors", 1, &(sc_lora_report){0}) ||
  *             !sc_pipeline_text(p, "a red apple", context, pooled) ||
  *             !sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, context, pooled, latents) ||
@@ -36,7 +37,7 @@
  *     sc_params *lora = sc_params_lora(p->flux, 64, 64, 1);             // rank, alpha, seed
  *     sc_recipe recipe = {.teacher_ratio = 0.4f, .teacher_steps = 32,
  *                         .self_steps = {2, 4, 8, 16}, .shift = {2.5f, 4.5f},
- *                         .dynamic_shift_ratio = 0.1f, .guidance = {0, 7.5f}};
+ *                         .dynamic_shift_ratio = 0.1f, .mu = p->mu, .guidance = {0, 7.5f}};
  *     sc_adamw adamw = {.lr = 2e-5f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f,
  *                       .weight_decay = 1e-4f, .clip = 10};
  *     for (int step = 0; step < 10000; step++) {                        // next_batch: yours
@@ -535,13 +536,17 @@ bool sc_lora_start(sc_params *params, const char *path);
 /* ==== Flow matching ====
  * t = 1 is noise, t = 0 is data: x_t = (1 - t) x0 + t eps; the velocity is eps - x0. */
 float sc_shift_time(float u, float shift);                      /* s u / (1 + (s - 1) u) */
-float sc_dynamic_shift(int64_t tokens);                         /* FLUX: exp(mu(tokens)) */
+typedef struct sc_mu {          /* of a scheduler: mu, linear in the number of image tokens */
+    float base, max;            /* mu at base_tokens and at max_tokens */
+    int base_tokens, max_tokens; /* the latter 0: FLUX.1's mu, 0.5 at 256 and 1.15 at 4096 */
+} sc_mu;
+float sc_dynamic_shift(const sc_mu *mu, int64_t tokens);        /* exp(mu(tokens)) */
 /* steps + 1 times, from 1 - 1e-5 down to 0 (the paper's sampler; diffusers' starts at 1). */
 void sc_schedule(float *times, int steps, float shift);
 
 typedef struct sc_sampling {
     int steps;
-    float shift;                /* of the times; 0: FLUX's dynamic shift */
+    float shift;                /* of the times, positive */
     float guidance;
     int h, w;                   /* grid of tokens */
     const uint8_t *sets;        /* [B] LoRA set of each sample; NULL: the loaded LoRAs, if any */
@@ -563,7 +568,8 @@ typedef struct sc_recipe {
     int teacher_steps;          /* N of the teacher case */
     int self_steps[8];          /* N of the self case: one of these, ended by 0 */
     float shift[2];             /* the random time shift: uniform between these */
-    float dynamic_shift_ratio;  /* how often FLUX's dynamic shift is used instead */
+    float dynamic_shift_ratio;  /* how often the dynamic shift of `mu` is used instead */
+    sc_mu mu;
     float guidance[2];          /* uniform between these */
     float fm_ratio;             /* SCFM: part of the batch with the plain flow-matching target;
                                  * 1: flow matching alone */
@@ -738,7 +744,8 @@ typedef struct sc_pipeline {
     int text_tokens;            /* T5 tokens of a prompt */
     int token_pixels;           /* sides of a picture are multiples of this: 16 for FLUX */
     int resolution;             /* usual side of a picture, in pixels */
-    float shift;                /* of the scheduler; 0: FLUX's dynamic shift */
+    float shift;                /* of the scheduler; 0: the dynamic one of `mu` */
+    sc_mu mu;
     bool cut;                   /* the last prompt was longer than text_tokens: its end is lost */
 } sc_pipeline;
 
@@ -754,6 +761,7 @@ typedef struct sc_pipeline_options {
 sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *model,
                               const sc_pipeline_options *options);
 void sc_pipeline_close(sc_pipeline *p);
+float sc_pipeline_shift(const sc_pipeline *p, int64_t tokens); /* of a picture's times */
 /* lets the text encoders and the VAE go until they are needed again */
 void sc_pipeline_release(sc_pipeline *p);
 
@@ -2836,9 +2844,10 @@ bool sc_keep(sc_tape *t, sc_block block, const void *context, sc_tensor **in, in
 
 float sc_shift_time(float u, float shift) { return shift * u / (1.f + (shift - 1.f) * u); }
 
-/* FLUX's: mu grows linearly with the number of image tokens, 0.5 at 256, 1.15 at 4096. */
-float sc_dynamic_shift(int64_t tokens) {
-    return expf(0.5f + (1.15f - 0.5f) * (float)(tokens - 256) / (4096 - 256));
+float sc_dynamic_shift(const sc_mu *mu, int64_t tokens) {
+    const sc_mu m = mu->max_tokens ? *mu : (sc_mu){0.5f, 1.15f, 256, 4096};
+    float part = (float)(tokens - m.base_tokens) / (float)(m.max_tokens - m.base_tokens);
+    return expf(m.base + (m.max - m.base) * part);
 }
 
 void sc_schedule(float *times, int steps, float shift) {
@@ -2851,12 +2860,13 @@ bool sc_sample(sc_flux *f, sc_tape *t, const sc_sampling *s, int batch, int text
     const sc_flux_config *c = sc_flux_config_of(f);
     if (s->steps < 1 || batch < 1)
         return sc__fail("a sample of %d steps, %d at once: both must be positive", s->steps, batch);
+    if (!(s->shift > 0))
+        return sc__fail("a sample with a time shift of %g: it must be positive", (double)s->shift);
     float *host = (float *)sc__alloc((size_t)(s->steps + 1 + 4 * batch), sizeof *host);
     if (!host) return false;
     float *times = host + 4 * batch, *time = host, *guidance = host + batch;
     float *one = host + 2 * batch, *delta = host + 3 * batch;
-    sc_schedule(times, s->steps,
-                s->shift > 0 ? s->shift : sc_dynamic_shift((int64_t)s->h * s->w));
+    sc_schedule(times, s->steps, s->shift);
     for (int b = 0; b < batch; b++) guidance[b] = s->guidance, one[b] = 1;
     sc_tape_record(t, false);
     sc_tape_use(t, s->sets);
@@ -2923,7 +2933,7 @@ void sc_draw_sample(const sc_recipe *r, sc_rng *rng, int64_t tokens, bool flow_m
     d->steps = d->teacher ? r->teacher_steps : r->self_steps[chosen];
     bool dynamic = sc_uniform(rng) < r->dynamic_shift_ratio;
     float shift = sc__between(rng, r->shift), unit = sc_uniform(rng);
-    d->shift = dynamic ? sc_dynamic_shift(tokens) : shift;
+    d->shift = dynamic ? sc_dynamic_shift(&r->mu, tokens) : shift;
     d->guidance = sc__between(rng, r->guidance);
     d->j = 2 * sc_uniform_int(rng, d->steps / 2);
     for (int i = 0; i < 3; i++)
@@ -4460,11 +4470,22 @@ static bool sc__read_config(const char *path, sc_json **json, char **name, char 
     return *json != NULL;
 }
 
+/* A number from a config, or a truth value as 1 or 0; absent or null: the fallback. False with the
+ * error set. */
+static bool sc__config_number(const sc_json *config, const char *path, const char *key,
+                              double fallback, double *number) {
+    const sc_json *v = sc_json_get(config, key);
+    bool absent = !v || v->type == SC__NULL, flag = sc__json_is(v, SC__BOOL);
+    *number = absent ? fallback : flag ? sc_json_bool(v, false) : sc_json_number(v, NAN);
+    return !isnan(*number) || sc__fail("%s: '%s' must be a number", path, key);
+}
+
 /* An integer >= 1 from a config; false with the error set. */
 static bool sc__config_int(const sc_json *config, const char *path, const char *key, int fallback,
                            int *value) {
-    double number = sc_json_number(sc_json_get(config, key), fallback);
+    double number;
     *value = fallback;
+    if (!sc__config_number(config, path, key, fallback, &number)) return false;
     if (!(number >= 1 && number <= 1 << 24 && number == floor(number)))
         return sc__fail("%s: '%s' must be a whole number from 1 up", path, key);
     *value = (int)number;
@@ -8008,57 +8029,87 @@ void sc_dataset_close(sc_dataset *d) {
  * data is cached never loads them, and can be let go again.
  */
 
-/* A number or a truth value in folder/name under `key`; `fallback` where there is no such file or
- * key. False if the file is broken. */
-static bool sc__setting(const char *folder, const char *name, const char *key, double fallback,
-                        double *number) {
-    char *path = sc__join(folder, name);
-    bool there = path && sc__exists(path);
-    sc_json *json = there ? sc_json_load(path) : NULL;
-    const sc_json *value = sc_json_get(json, key);
-    bool absent = !value || value->type == SC__NULL, ok = path && (json || !there);
-    *number = absent                     ? fallback
-              : sc__json_is(value, SC__BOOL) ? sc_json_bool(value, false)
-                                             : sc_json_number(value, NAN);
-    if (ok && isnan(*number)) ok = sc__fail("%s: '%s' must be a number", path, key);
-    sc_json_free(json);
-    SC_FREE(path);
-    return ok;
+/* folder/name, parsed, and its path; *json is NULL where there is no such file. False if it is
+ * broken. */
+static bool sc__load_settings(const char *folder, const char *name, char **path, sc_json **json) {
+    *path = sc__join(folder, name);
+    bool there = *path && sc__exists(*path);
+    *json = there ? sc_json_load(*path) : NULL;
+    return *path && (*json || !there);
 }
 
-/* Numbers of the scheduler, the tokenizer and the VAE that decide how the model is used. Single
- * files come without a scheduler: then it is FLUX.1-dev's or schnell's. */
-static bool sc__pipeline_settings(sc_pipeline *p) {
-    static const char scheduler[] = "scheduler/scheduler_config.json";
-    char *folder = sc__model_folder(p->folder),
-         *vae = folder ? sc__part_path(p->folder, SC__VAE) : NULL;
-    sc_vae *plan = vae ? sc_vae_open(NULL, vae, false) : NULL;
-    const sc_flux_config *c = &p->flux->config;
-    bool ok = plan != NULL, guided = c->guidance;
-    double dynamic, shift, length;
-    ok = ok && sc__setting(folder, scheduler, "use_dynamic_shifting", guided, &dynamic) &&
-         sc__setting(folder, scheduler, "shift", 1, &shift) &&
-         sc__setting(folder, "tokenizer_2/tokenizer_config.json", "model_max_length",
-                     guided ? 512 : 256, &length);
-    if (ok) {
-        p->shift = dynamic != 0 ? 0 : (float)shift;
-        p->text_tokens = length >= 1 && length <= 512 ? (int)length : 512;
-        p->resolution = plan->config.resolution;
-        p->token_pixels = 2 * sc_vae_factor(plan); /* 2x2 latents of f x f pixels */
-        if (p->resolution < p->token_pixels || p->resolution > 1 << 14)
-            ok = sc__fail("%s: a wrong sample_size", vae);
-        if (!dynamic && !(shift > 0))
-            ok = sc__fail("%s/%s: 'shift' must be positive", folder, scheduler);
-        int channels = 4 * plan->config.latent_channels; /* of a token */
-        if (c->in_channels != channels || c->out_channels != channels)
-            ok = sc__fail("%s: the transformer takes tokens of %d channels and makes some of %d, "
-                          "the VAE's have %d: this is no plain text-to-image model",
-                          p->folder, c->in_channels, c->out_channels, channels);
+/* The scheduler's time shift. Single files come without a scheduler: then it is FLUX.1-dev's or
+ * schnell's. What would give other times, or other steps than Euler's, is refused. */
+static bool sc__read_scheduler(sc_pipeline *p, const sc_json *json, const char *path) {
+    static const char *const refused[] = {"shift_terminal", "use_karras_sigmas", "use_beta_sigmas",
+                                          "use_exponential_sigmas", "invert_sigmas",
+                                          "stochastic_sampling"};
+    static const char known[] = "FlowMatchEulerDiscreteScheduler", exponential[] = "exponential";
+    const char *kind = sc_json_string(sc_json_get(json, "_class_name"), known);
+    const char *type = sc_json_string(sc_json_get(json, "time_shift_type"), exponential);
+    double value, dynamic, shift, base, max;
+    if (strcmp(kind, known)) return sc__fail("%s: a %s; expected a %s", path, kind, known);
+    if (strcmp(type, exponential))
+        return sc__fail("%s: time_shift_type '%s' is not supported; expected '%s'", path, type,
+                        exponential);
+    for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
+        if (!sc__config_number(json, path, refused[i], 0, &value)) return false;
+        if (value) return sc__fail("%s: '%s' is not supported", path, refused[i]);
     }
+    bool guided = !json && p->flux->config.guidance;
+    if (!sc__config_number(json, path, "use_dynamic_shifting", guided, &dynamic) ||
+        !sc__config_number(json, path, "shift", 1, &shift) ||
+        !sc__config_number(json, path, "base_shift", 0.5, &base) ||
+        !sc__config_number(json, path, "max_shift", 1.15, &max) ||
+        !sc__config_int(json, path, "base_image_seq_len", 256, &p->mu.base_tokens) ||
+        !sc__config_int(json, path, "max_image_seq_len", 4096, &p->mu.max_tokens)) return false;
+    p->mu.base = (float)base;
+    p->mu.max = (float)max;
+    p->shift = dynamic ? 0 : (float)shift;
+    if (p->mu.base_tokens == p->mu.max_tokens)
+        return sc__fail("%s: base_image_seq_len and max_image_seq_len must differ", path);
+    return dynamic || shift > 0 || sc__fail("%s: 'shift' must be positive", path);
+}
+
+/* What the VAE's config decides: the sides of pictures, and whether the transformer is its own. */
+static bool sc__read_sizes(sc_pipeline *p, const sc_vae *plan, const char *path) {
+    const sc_flux_config *c = &p->flux->config;
+    int channels = 4 * plan->config.latent_channels; /* of a token */
+    p->resolution = plan->config.resolution;
+    p->token_pixels = 2 * sc_vae_factor(plan); /* 2x2 latents of f x f pixels */
+    if (c->in_channels != channels || c->out_channels != channels)
+        return sc__fail("%s: the transformer takes tokens of %d channels and makes some of %d, "
+                        "the VAE's have %d: this is no plain text-to-image model",
+                        p->folder, c->in_channels, c->out_channels, channels);
+    return (p->resolution >= p->token_pixels && p->resolution <= 1 << 14) ||
+           sc__fail("%s: a wrong sample_size", path);
+}
+
+/* What decides how the model is used. */
+static bool sc__pipeline_settings(sc_pipeline *p) {
+    char *folder = sc__model_folder(p->folder), *path = NULL, *words = NULL;
+    char *vae = folder ? sc__part_path(p->folder, SC__VAE) : NULL;
+    sc_vae *plan = vae ? sc_vae_open(NULL, vae, false) : NULL;
+    sc_json *scheduler = NULL, *tokenizer = NULL;
+    double length = 0, usual = p->flux->config.guidance ? 512 : 256;
+    bool ok = plan && sc__read_sizes(p, plan, vae) &&
+              sc__load_settings(folder, "scheduler/scheduler_config.json", &path, &scheduler) &&
+              sc__read_scheduler(p, scheduler, path) &&
+              sc__load_settings(folder, "tokenizer_2/tokenizer_config.json", &words, &tokenizer) &&
+              sc__config_number(tokenizer, words, "model_max_length", usual, &length);
+    p->text_tokens = length >= 1 && length <= 512 ? (int)length : 512;
+    sc_json_free(tokenizer);
+    sc_json_free(scheduler);
     sc_vae_close(plan);
+    SC_FREE(words);
+    SC_FREE(path);
     SC_FREE(vae);
     SC_FREE(folder);
     return ok;
+}
+
+float sc_pipeline_shift(const sc_pipeline *p, int64_t tokens) {
+    return p->shift > 0 ? p->shift : sc_dynamic_shift(&p->mu, tokens);
 }
 
 sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *model,

@@ -328,22 +328,27 @@ static void test_adamw(void) {
     sc_file_close(f);
 }
 
-/* Shift 0 is FLUX's dynamic one; no steps or no samples are refused. */
+/* FLUX.1's dynamic shift and another one; no steps, no samples or no shift are refused. */
 static void test_sampling(void) {
     fixture f = open_fixture("flux_a");
     int64_t n = f.n / f.batch;
-    float *dynamic = malloc((size_t)n * 8), *given = dynamic + n;
-    sc_sampling s = {.steps = 2, .guidance = 2, .h = f.h, .w = f.w};
-    memcpy(dynamic, f.x, (size_t)n * 4), memcpy(given, f.x, (size_t)n * 4);
-    CHECK(sc_sample(f.flux, f.tape, &s, 1, f.text, f.context, f.pooled, dynamic));
-    s.shift = sc_dynamic_shift((int64_t)f.h * f.w);
-    CHECK(sc_sample(f.flux, f.tape, &s, 1, f.text, f.context, f.pooled, given));
-    CHECK(!memcmp(dynamic, given, (size_t)n * 4) && memcmp(given, f.x, (size_t)n * 4));
-    CHECK(!sc_sample(f.flux, f.tape, &s, 0, f.text, f.context, f.pooled, given));
+    float *latents = malloc((size_t)n * 4);
+    sc_mu flux = {0}, other = {1, 2, 100, 300};
+    CHECK_CLOSE(sc_dynamic_shift(&flux, 256), exp(0.5), 1e-6);
+    CHECK_CLOSE(sc_dynamic_shift(&flux, 4096), exp(1.15), 1e-6);
+    CHECK_CLOSE(sc_dynamic_shift(&other, 200), exp(1.5), 1e-6);
+    sc_sampling s = {.steps = 2, .guidance = 2, .h = f.h, .w = f.w, .shift = 3};
+    memcpy(latents, f.x, (size_t)n * 4);
+    CHECK(sc_sample(f.flux, f.tape, &s, 1, f.text, f.context, f.pooled, latents));
+    CHECK(memcmp(latents, f.x, (size_t)n * 4));
+    CHECK(!sc_sample(f.flux, f.tape, &s, 0, f.text, f.context, f.pooled, latents));
     s.steps = 0;
-    CHECK(!sc_sample(f.flux, f.tape, &s, 1, f.text, f.context, f.pooled, given) &&
+    CHECK(!sc_sample(f.flux, f.tape, &s, 1, f.text, f.context, f.pooled, latents) &&
           strstr(sc_error(), "0 steps"));
-    free(dynamic);
+    s.steps = 2, s.shift = 0;
+    CHECK(!sc_sample(f.flux, f.tape, &s, 1, f.text, f.context, f.pooled, latents) &&
+          strstr(sc_error(), "shift of 0"));
+    free(latents);
     close_fixture(&f);
 }
 
