@@ -683,8 +683,9 @@ typedef struct sc_tokenizer sc_tokenizer;
 sc_tokenizer *sc_tokenizer_open(const char *folder);
 void sc_tokenizer_close(sc_tokenizer *t);
 int sc_tokenizer_length(const sc_tokenizer *t);  /* model_max_length; 0: not said */
-/* Exactly `length` ids, cut or padded, the end token kept. Bytes that are not UTF-8 become U+FFFD.
- * Returns how many ids are not padding; -1: error. */
+/* Exactly `length` ids, cut or padded; the tokens at begin and end are kept, so that CLIP's needs 2
+ * at least, T5's 1. Bytes that are not UTF-8 become U+FFFD. Returns how many ids are not padding;
+ * -1: error. */
 int sc_tokenize(const sc_tokenizer *t, const char *text, int length, int32_t *ids);
 
 /* ==== Text encoders: CLIP (pooled vector) and T5 (a vector for each token) ==== */
@@ -7025,7 +7026,8 @@ static bool sc__emit_text(const sc_tokenizer *t, const uint32_t *s, size_t n, bo
 int sc_tokenize(const sc_tokenizer *t, const char *text, int length, int32_t *ids) {
     sc__codes codes = {0};
     sc__ids out = {ids, length - (t->end >= 0), 0}; /* the last place is the end token's */
-    if (length < 2) return sc__fail("a text needs room for 2 tokens at least"), -1;
+    int least = t->begin >= 0 && t->end >= 0 ? 2 : 1;
+    if (length < least) return sc__fail("this tokenizer needs room for %d tokens", least), -1;
     if (strlen(text) > (size_t)1 << 28) return sc__fail("a text of more than 256 MiB"), -1;
     sc__codes_add_text(&codes, text);
     if (t->begin >= 0) sc__emit(&out, t->begin);
@@ -7316,7 +7318,7 @@ sc_tokenizer *sc_tokenizer_open(const char *folder) {
         ok = sc__fail("%s: no tokenizer here; copy CLIP's vocab.json and merges.txt, or T5's "
                       "tokenizer.json, into this folder", folder);
     double length = sc_json_number(sc_json_get(config, "model_max_length"), 0);
-    if (ok) t->length = length >= 2 && length <= 1 << 20 ? (int)length : 0;
+    if (ok) t->length = length >= 1 && length <= 1 << 20 ? (int)length : 0;
     sc_json_free(config);
     SC_FREE(vocab);
     SC_FREE(unigram);
@@ -7360,8 +7362,9 @@ struct sc_text_encoders {
     const sc_backend *backend;
     sc_tape *tape;
     sc__encoder clip, t5;
-    int clip_length, clip_end;
-    sc_tensor *clip_positions;  /* [clip_length, width] */
+    int clip_length;            /* of a text: the tokenizer's, and no more than positions */
+    int clip_positions, clip_end;
+    sc_tensor *clip_position;   /* [clip_positions, width] */
     int t5_buckets, t5_distance;
     sc_tensor *t5_bias;         /* [buckets, heads] */
 };
@@ -7443,10 +7446,10 @@ static bool sc__encoder_layers(sc_tape *t, const sc__encoder *e, sc_tensor *x, f
 
 /* ---- CLIP ---- */
 
-static bool sc__clip_positions(sc_text_encoders *t) {
+static bool sc__clip_position(sc_text_encoders *t) {
     const char *name = "text_model.embeddings.position_embedding.weight";
-    const int64_t shape[] = {t->clip_length, t->clip.width};
-    return (t->clip_positions = sc_net_weight(t->clip.net, name, 2, shape)) != NULL;
+    const int64_t shape[] = {t->clip_positions, t->clip.width};
+    return (t->clip_position = sc_net_weight(t->clip.net, name, 2, shape)) != NULL;
 }
 
 static bool sc__clip_layer(sc_text_encoders *t, int index, int64_t hidden) {
@@ -7472,19 +7475,22 @@ static bool sc__clip_read_config(sc_text_encoders *t, const sc_json *json, const
     const char *layers = "text_model.encoder.layers.%d.mlp.fc1.weight";
     int hidden_side = sc__side(t->clip.net, "text_model.encoder.layers.0.mlp.fc1.weight", 0, 2048);
     int width = sc__side(t->clip.net, "text_model.embeddings.token_embedding.weight", 1, 512);
-    int words = sc__side(t->clip.net, "text_model.embeddings.token_embedding.weight", 0, 49408);
+    int vocabulary = sc__side(t->clip.net, "text_model.embeddings.token_embedding.weight", 0,
+                              49408);
     int length = sc__side(t->clip.net, "text_model.embeddings.position_embedding.weight", 0, 77);
     if (!sc__config_int(json, path, "hidden_size", width, &t->clip.width) ||
         !sc__config_int(json, path, "num_attention_heads", json ? 8 : width / 64, &t->clip.heads) ||
         !sc__config_int(json, path, "num_hidden_layers", sc__count_layers(t->clip.net, layers, 12),
                          &t->clip.layers) ||
-        !sc__config_int(json, path, "max_position_embeddings", length, &t->clip_length) ||
-        !sc__config_int(json, path, "vocab_size", words, &t->clip.vocabulary) ||
+        !sc__config_int(json, path, "max_position_embeddings", length, &t->clip_positions) ||
+        !sc__config_int(json, path, "vocab_size", vocabulary, &t->clip.vocabulary) ||
         !sc__config_int(json, path, "intermediate_size", hidden_side, hidden) ||
         !sc__activation_named(activation, path, &t->clip.activation)) return false;
     if (t->clip.width % t->clip.heads)
         return sc__fail("%s: hidden_size must be a multiple of num_attention_heads", path);
-    return (t->clip_length >= 2 && t->clip_length <= SC__MAX_TOKENS) ||
+    int words = t->clip.tokenizer ? sc_tokenizer_length(t->clip.tokenizer) : 0;
+    t->clip_length = words && words < t->clip_positions ? words : t->clip_positions;
+    return (t->clip_positions >= 2 && t->clip_positions <= SC__MAX_TOKENS) ||
            sc__fail("%s: max_position_embeddings must be from 2 to %d", path, SC__MAX_TOKENS);
 }
 
@@ -7508,7 +7514,7 @@ static bool sc__clip_encode(sc_text_encoders *s, const int32_t *ids, float *pool
     for (int i = 0; i < length; i++) positions[i] = i;
     sc_tape_reset(t);
     sc_tensor *x = sc_add(t, sc_embed_tokens(t, s->clip.tokens, ids, 1, length),
-                          sc_embed_tokens(t, s->clip_positions, positions, 1, length));
+                          sc_embed_tokens(t, s->clip_position, positions, 1, length));
     if (!sc__encoder_layers(t, &s->clip, x, scale, NULL)) return false;
     x = sc_slice_tokens(t, x, sc__clip_end(s, ids), 1);
     return sc_read(t, sc__text_norm(t, x, s->clip.norm[0], s->clip.norm[1], s->clip.eps), pooled);
@@ -7635,7 +7641,7 @@ static bool sc__encoder_open(sc_text_encoders *t, sc__encoder *e, const char *pa
         const int64_t shape[] = {e->vocabulary, e->width};
         ok = (e->layer = (sc__text_layer *)sc__alloc((size_t)e->layers, sizeof *e->layer)) &&
              (e->tokens = sc_net_weight(e->net, tokens, 2, shape)) &&
-             (clip ? sc__clip_positions : sc__t5_bias)(t) &&
+             (clip ? sc__clip_position : sc__t5_bias)(t) &&
              sc__open_layer(e->net, last, e->norm, norms, clip ? 2 : 1, e->width, NULL, 0, false);
     }
     for (int i = 0; ok && i < e->layers; i++)
@@ -7683,8 +7689,8 @@ sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *m
 bool sc_text_encode(sc_text_encoders *t, const char *prompt, int tokens, float *context,
                     float *pooled) {
     int32_t ids[SC__MAX_TOKENS];
-    if (tokens < 2 || tokens > SC__MAX_TOKENS)
-        return sc__fail("a prompt takes from 2 to %d text tokens, not %d", SC__MAX_TOKENS, tokens);
+    if (tokens < 1 || tokens > SC__MAX_TOKENS)
+        return sc__fail("a prompt takes from 1 to %d text tokens, not %d", SC__MAX_TOKENS, tokens);
     return sc_tokenize(t->clip.tokenizer, prompt, t->clip_length, ids) >= 0 &&
            sc__clip_encode(t, ids, pooled) &&
            sc_tokenize(t->t5.tokenizer, prompt, tokens, ids) >= 0 &&

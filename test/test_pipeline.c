@@ -289,13 +289,36 @@ static void test_bad_schedulers(void) {
     }
 }
 
+/* pipeline_a's encoders, whose CLIP has 16 positions, with a tokenizer that cuts at 9, and T5 asked
+ * for one token. From transformers 4.57.1, the prompts padded and cut to these lengths. */
+static void test_lengths(void) {
+    static const float pooled_9[] = {0.83356899f, -1.56699490f, -0.61655849f, 1.06459606f},
+                       context_1[] = {0.05930667f, -0.31571981f, 0.45006207f, 0.09219716f};
+    static const char prompt[] = "the apple on the red apple on red, ?";
+    copy_with("test/reference/pipeline_a", "tokenizer", "tokenizer_config.json",
+              "{\"model_max_length\": 9}");
+    sc_text_encoders *t = sc_text_encoders_open(sc_cpu(), copy);
+    if (!t) printf("%s\n", sc_error()), exit(1);
+    float context[20], pooled[24];
+    int32_t ids[2];
+    CHECK(sc_text_encode(t, prompt, 1, context, pooled));
+    CHECK(rel_error(pooled, pooled_9, 4) < 1e-5);
+    CHECK(rel_error(context, context_1, 4) < 1e-5);
+    CHECK(sc_tokenize(t->t5.tokenizer, prompt, 1, ids) == 1 && ids[0] == 1);
+    CHECK(sc_tokenize(t->t5.tokenizer, prompt, 0, ids) == -1);
+    CHECK(sc_tokenize(t->clip.tokenizer, prompt, 2, ids) == 2 && ids[0] == 521 && ids[1] == 522);
+    CHECK(sc_tokenize(t->clip.tokenizer, prompt, 1, ids) == -1 && strstr(sc_error(), "2 tokens"));
+    sc_text_encoders_close(t);
+    remove_copy(copy);
+}
+
 int main(void) {
     snprintf(copy, sizeof copy, "build/test-copy-%ld", (long)getpid());
     test_tokenizers();
     test_encoders("data/tiny-flux", "text_tiny");
     test_mismatch();
     test_pipeline("pipeline_a"), test_pipeline("pipeline_b");
-    test_scheduler(), test_bad_schedulers();
+    test_lengths(), test_scheduler(), test_bad_schedulers();
     replay(TEST_DIR "/corpus/tokenizer", LLVMFuzzerTestOneInput);
     return test_report();
 }
