@@ -4481,16 +4481,21 @@ static bool sc__config_number(const sc_json *config, const char *path, const cha
     return !isnan(*number) || sc__fail("%s: '%s' must be a number", path, key);
 }
 
-/* An integer >= 1 from a config; false with the error set. */
-static bool sc__config_int(const sc_json *config, const char *path, const char *key, int fallback,
-                           int *value) {
+/* An integer >= least from a config; false with the error set. */
+static bool sc__config_from(int least, const sc_json *config, const char *path, const char *key,
+                            int fallback, int *value) {
     double number;
     *value = fallback;
     if (!sc__config_number(config, path, key, fallback, &number)) return false;
-    if (!(number >= 1 && number <= 1 << 24 && number == floor(number)))
-        return sc__fail("%s: '%s' must be a whole number from 1 up", path, key);
+    if (!(number >= least && number <= 1 << 24 && number == floor(number)))
+        return sc__fail("%s: '%s' must be a whole number from %d up", path, key, least);
     *value = (int)number;
     return true;
+}
+
+static bool sc__config_int(const sc_json *config, const char *path, const char *key, int fallback,
+                           int *value) {
+    return sc__config_from(1, config, path, key, fallback, value);
 }
 
 /* ==== FLUX transformer ========================================================================
@@ -4598,8 +4603,8 @@ static bool sc__flux_read_config(sc_flux_config *c, const sc_net *net, const sc_
     if (!sc__config_int(json, path, "in_channels", in, &c->in_channels) ||
         !sc__config_int(json, path, "out_channels", json ? c->in_channels : out,
                         &c->out_channels) ||
-        !sc__config_int(json, path, "num_layers", layers, &c->layers) ||
-        !sc__config_int(json, path, "num_single_layers", singles, &c->single_layers) ||
+        !sc__config_from(0, json, path, "num_layers", layers, &c->layers) ||
+        !sc__config_from(0, json, path, "num_single_layers", singles, &c->single_layers) ||
         !sc__config_int(json, path, "attention_head_dim", size, &c->head_size) ||
         !sc__config_int(json, path, "num_attention_heads", width / c->head_size, &c->heads) ||
         !sc__config_int(json, path, "joint_attention_dim", text, &c->text_channels) ||
