@@ -6730,15 +6730,8 @@ static void sc__codes_add_text(sc__codes *codes, const char *text) {
 
 /* ---- BPE ---- */
 
-/* Tokens of a word, linked; a merge removes the right one. */
-typedef struct sc__symbol { int32_t id, previous, next; } sc__symbol;
-/* A merge that is possible between the part at `at` and the next one. */
-typedef struct sc__candidate { const sc__merge *merge; int32_t at; } sc__candidate;
-typedef struct sc__symbols {
-    sc__symbol *symbol;
-    sc__candidate *heap;
-    size_t heap_count;
-} sc__symbols;
+/* A token of a word, and its merge with the next one; NULL: there is none. */
+typedef struct sc__symbol { int32_t id; const sc__merge *merge; } sc__symbol;
 
 static int sc__by_sides(const void *a, const void *b) {
     const sc__merge *x = (const sc__merge *)a, *y = (const sc__merge *)b;
@@ -6746,63 +6739,48 @@ static int sc__by_sides(const void *a, const void *b) {
     return order ? order : (x->right > y->right) - (x->right < y->right);
 }
 
-static bool sc__before(sc__candidate a, sc__candidate b) {
-    return a.merge->rank != b.merge->rank ? a.merge->rank < b.merge->rank : a.at < b.at;
+static void sc__find_merge(const sc_tokenizer *t, sc__symbol *left, const sc__symbol *right) {
+    const sc__merge key = {left->id, right->id, 0, 0};
+    left->merge = (const sc__merge *)bsearch(&key, t->merges, t->merge_count, sizeof key,
+                                             sc__by_sides);
 }
 
-/* Puts the merge of the part `at` and the next one, if there is one, on the heap. */
-static void sc__push_candidate(const sc_tokenizer *t, sc__symbols *p, int32_t at) {
-    if (at < 0 || p->symbol[at].next < 0) return;
-    sc__merge key = {p->symbol[at].id, p->symbol[p->symbol[at].next].id, 0, 0};
-    void *found = bsearch(&key, t->merges, t->merge_count, sizeof key, sc__by_sides);
-    if (!found) return;
-    sc__candidate new_one = {(const sc__merge *)found, at};
-    size_t i = p->heap_count++;
-    for (; i && sc__before(new_one, p->heap[(i - 1) / 2]); i = (i - 1) / 2)
-        p->heap[i] = p->heap[(i - 1) / 2];
-    p->heap[i] = new_one;
-}
-
-static sc__candidate sc__pop_candidate(sc__symbols *p) {
-    sc__candidate top = p->heap[0], last = p->heap[--p->heap_count];
-    size_t i = 0;
-    for (size_t child; (child = 2 * i + 1) < p->heap_count; i = child) {
-        if (child + 1 < p->heap_count && sc__before(p->heap[child + 1], p->heap[child])) child++;
-        if (!sc__before(p->heap[child], last)) break;
-        p->heap[i] = p->heap[child];
+/* Makes the merge m of a word's n tokens wherever it is possible, from the left on, until one of a
+ * lower rank becomes possible; returns how many tokens remain. */
+static size_t sc__bpe_merge(const sc_tokenizer *t, const sc__merge *m, sc__symbol *x, size_t n) {
+    const sc__merge *next = m; /* whose turn it is */
+    size_t to = 0;
+    for (size_t i = 0; i < n; i++, to++) {
+        x[to] = x[i];
+        if (x[i].merge != m || next != m) continue;
+        x[to] = (sc__symbol){m->id, NULL};
+        if (++i + 1 < n) sc__find_merge(t, &x[to], &x[i + 1]);
+        if (to) sc__find_merge(t, &x[to - 1], &x[to]);
+        for (size_t k = to - (to > 0); k <= to; k++)
+            if (x[k].merge && x[k].merge->rank < next->rank) next = x[k].merge;
     }
-    p->heap[i] = last;
-    return top;
+    return to;
 }
 
 /* The tokens of the word s[n]: of all possible merges always the one of the lowest rank, and of
  * these the first from the left. */
 static bool sc__bpe_word(const sc_tokenizer *t, const char *s, size_t n, sc__ids *out) {
-    sc__symbols p = {(sc__symbol *)sc__alloc(n, sizeof *p.symbol),
-                   (sc__candidate *)sc__alloc(3 * n, sizeof *p.heap), 0};
-    bool ok = p.symbol && p.heap;
-    for (size_t i = 0; ok && i < n; i++) {
+    sc__symbol *x = (sc__symbol *)sc__alloc(n, sizeof *x);
+    if (!x) return false;
+    for (size_t i = 0; i < n; i++) {
         int32_t id = t->letter[i + 1 == n][(unsigned char)s[i]];
-        p.symbol[i] = (sc__symbol){id < 0 ? t->unknown : id, (int32_t)i - 1,
-                               i + 1 < n ? (int32_t)i + 1 : -1};
+        x[i].id = id < 0 ? t->unknown : id;
+        if (i) sc__find_merge(t, &x[i - 1], &x[i]);
     }
-    for (size_t i = 0; ok && i < n; i++) sc__push_candidate(t, &p, (int32_t)i);
-    while (ok && p.heap_count) {
-        sc__candidate c = sc__pop_candidate(&p);
-        sc__symbol *left = &p.symbol[c.at], *right = left->next < 0 ? NULL : &p.symbol[left->next];
-        bool there = right && left->id == c.merge->left && right->id == c.merge->right;
-        if (!there) continue; /* another merge took one of them */
-        left->id = c.merge->id;
-        left->next = right->next;
-        right->id = -1;
-        if (left->next >= 0) p.symbol[left->next].previous = c.at;
-        sc__push_candidate(t, &p, left->previous);
-        sc__push_candidate(t, &p, c.at);
+    for (const sc__merge *m = NULL;; m = NULL) {
+        for (size_t i = 0; i < n; i++)
+            if (x[i].merge && (!m || x[i].merge->rank < m->rank)) m = x[i].merge;
+        if (!m) break;
+        n = sc__bpe_merge(t, m, x, n);
     }
-    for (int32_t i = 0; ok && i >= 0; i = p.symbol[i].next) sc__emit(out, p.symbol[i].id);
-    SC_FREE(p.symbol);
-    SC_FREE(p.heap);
-    return ok;
+    for (size_t i = 0; i < n; i++) sc__emit(out, x[i].id);
+    SC_FREE(x);
+    return true;
 }
 
 /* How many of the n code points at s are a word: 's 't 're 've 'm 'll 'd, letters, one number, or
@@ -7347,19 +7325,52 @@ sc_tokenizer *sc_tokenizer_open(const char *folder) {
 
 enum { SC__MAX_TOKENS = 4096 };
 
+/* What each of them calls the same: keys of config.json, and weights. */
+typedef struct sc__encoder_names {
+    const char *width, *heads, *layers, *hidden, *rows, *eps;
+    const char *tokens, *position, *last; /* last: the norm behind the layers */
+    const char *layer, *inside;           /* what stands before and behind a layer's number */
+    const char *norm[2], *attention[4], *plain, *gate, *up, *down; /* plain: a gate without up */
+    int usual_layers, usual_rows, usual_words, columns; /* columns of `position` for a head */
+    float usual_eps;
+} sc__encoder_names;
+
+static const sc__encoder_names sc__clip_names = {
+    "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size",
+    "max_position_embeddings", "layer_norm_eps",
+    "text_model.embeddings.token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight", "text_model.final_layer_norm",
+    "text_model.encoder.layers.", ".", {"layer_norm1", "layer_norm2"},
+    {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"},
+    "mlp.fc1", NULL, NULL, "mlp.fc2", 12, 77, 49408, 64, 1e-5f};
+
+static const sc__encoder_names sc__t5_names = {
+    "d_model", "num_heads", "num_layers", "d_ff", "relative_attention_num_buckets",
+    "layer_norm_epsilon", "shared.weight",
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "encoder.final_layer_norm", "encoder.block.", ".layer.", {"0.layer_norm", "1.layer_norm"},
+    {"0.SelfAttention.q", "0.SelfAttention.k", "0.SelfAttention.v", "0.SelfAttention.o"},
+    "1.DenseReluDense.wi", "1.DenseReluDense.wi_0", "1.DenseReluDense.wi_1",
+    "1.DenseReluDense.wo", 6, 32, 32128, 1, 1e-6f};
+
+typedef struct sc__text_norm { sc_tensor *weight, *bias; } sc__text_norm; /* T5's has no bias */
+
 typedef struct sc__text_layer { /* y = down(f(gate x) * up x), or without up */
-    sc_tensor *norm[4];         /* weights of attention's and of the MLP's; CLIP: then the biases */
+    sc__text_norm norm[2];      /* before attention, before the MLP */
     sc_linear_layer q, k, v, out, gate, up, down;
 } sc__text_layer;
 
 typedef struct sc__encoder {
+    const sc__encoder_names *names;
     sc_tokenizer *tokenizer;
     sc_net *net;
-    int width, heads, size, layers, vocabulary;
-    bool gated;                 /* the MLPs have their `up` */
+    int width, heads, size, layers, hidden, vocabulary, rows;
+    bool gated, biased;         /* the MLPs have their `up`; layers and norms have biases */
     float eps;
     sc_activation activation;
-    sc_tensor *tokens, *norm[2]; /* [vocabulary, width]; the last norm's weight; CLIP: and bias */
+    sc_tensor *tokens;          /* [vocabulary, width] */
+    sc_tensor *position;        /* CLIP: [rows, width] for each place; T5: [rows, heads] */
+    sc__text_norm last;
     sc__text_layer *layer;
 } sc__encoder;
 
@@ -7367,11 +7378,9 @@ struct sc_text_encoders {
     const sc_backend *backend;
     sc_tape *tape;
     sc__encoder clip, t5;
-    int clip_length;            /* of a text: the tokenizer's, and no more than positions */
-    int clip_positions, clip_end;
-    sc_tensor *clip_position;   /* [clip_positions, width] */
-    int t5_buckets, t5_distance;
-    sc_tensor *t5_bias;         /* [buckets, heads] */
+    int clip_length;            /* of a text: the tokenizer's, and no more than there are places */
+    int clip_end;               /* eos_token_id */
+    int t5_distance;            /* the largest that has a bucket of its own */
 };
 
 static void sc__encoder_close(sc__encoder *e) {
@@ -7388,6 +7397,8 @@ void sc_text_encoders_close(sc_text_encoders *t) {
     SC_FREE(t);
 }
 
+/* ---- Opening ---- */
+
 static bool sc__activation_named(const char *name, const char *path, sc_activation *kind) {
     static const struct { const char *name; sc_activation kind; } known[] = {
         {"quick_gelu", SC_QUICK_GELU}, {"gelu", SC_GELU}, {"gelu_new", SC_GELU_TANH},
@@ -7397,261 +7408,122 @@ static bool sc__activation_named(const char *name, const char *path, sc_activati
     return sc__fail("%s: activation '%s' is not supported", path, name);
 }
 
-typedef struct sc__named_linear {
-    sc_linear_layer *layer;
-    const char *name;
-    int64_t out, in;
-} sc__named_linear;
+/* A side of a matrix of the first layer. */
+static int sc__layer_side(const sc__encoder *e, const char *name, int dim, int fallback) {
+    char full[SC_MAX_NAME];
+    snprintf(full, sizeof full, "%s0%s%s.weight", e->names->layer, e->names->inside, name);
+    return sc__side(e->net, full, dim, fallback);
+}
 
-/* Opens `count` vectors and `linears` linear layers, whose names follow `prefix`. */
-static bool sc__open_layer(sc_net *net, const char *prefix, sc_tensor **vectors,
-                           const char *const *vector_names, int count, int64_t width,
-                           const sc__named_linear *linears, int linear_count, bool bias) {
-    char name[160];
-    for (int i = 0; i < count; i++) {
-        snprintf(name, sizeof name, "%s%s", prefix, vector_names[i]);
-        if (!(vectors[i] = sc_net_weight(net, name, 1, &width))) return false;
-    }
-    for (int i = 0; i < linear_count; i++) {
-        const sc__named_linear *l = &linears[i];
-        snprintf(name, sizeof name, "%s%s", prefix, l->name);
-        if (!sc_net_linear(net, l->layer, name, l->out, l->in, bias)) return false;
-    }
+static bool sc__encoder_config(sc__encoder *e, const sc_json *json, const char *path) {
+    const sc__encoder_names *n = e->names;
+    char layers[SC_MAX_NAME];
+    snprintf(layers, sizeof layers, "%s%%d%s%s.weight", n->layer, n->inside, n->attention[0]);
+    int gate = n->gate ? sc__layer_side(e, n->gate, 0, 0) : 0;
+    const struct { const char *key; int fallback, *value; } sides[] = {
+        {n->width, sc__side(e->net, n->tokens, 1, 512), &e->width},
+        {n->heads, json ? 8 : sc__side(e->net, n->position, 1, 512) / n->columns, &e->heads},
+        {n->layers, sc__count_layers(e->net, layers, n->usual_layers), &e->layers},
+        {n->hidden, gate ? gate : sc__layer_side(e, n->plain, 0, 2048), &e->hidden},
+        {"vocab_size", sc__side(e->net, n->tokens, 0, n->usual_words), &e->vocabulary},
+        {n->rows, sc__side(e->net, n->position, 0, n->usual_rows), &e->rows}};
+    for (size_t i = 0; i < sizeof sides / sizeof *sides; i++)
+        if (!sc__config_int(json, path, sides[i].key, sides[i].fallback, sides[i].value))
+            return false;
+    e->eps = (float)sc_json_number(sc_json_get(json, n->eps), n->usual_eps);
     return true;
 }
 
-/* A layer norm, or without a bias T5's, which only scales. */
-static sc_tensor *sc__text_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *weight,
-                                const sc_tensor *bias, float eps) {
-    return bias ? sc_layer_norm(t, x, weight, bias, eps) : sc_rms_norm(t, x, weight, eps);
-}
-
-/* x [1, T, C] through the layers, in place; CLIP's attention is causal, T5's has a bias [H, T, T].
- * What a layer made is given back before the next. */
-static bool sc__encoder_layers(sc_tape *t, const sc__encoder *e, sc_tensor *x, float scale,
-                               const sc_tensor *bias) {
-    sc__mark_t mark = sc__mark(t);
-    for (int i = 0; i < e->layers; i++) {
-        const sc__text_layer *l = &e->layer[i];
-        sc_tensor *n = sc__text_norm(t, x, l->norm[0], l->norm[2], e->eps);
-        sc_tensor *o = sc_attention(t, sc_linear(t, n, &l->q), sc_linear(t, n, &l->k),
-                                    sc_linear(t, n, &l->v), e->heads, scale, bias, !bias);
-        sc_tensor *y = sc_add(t, x, sc_linear(t, o, &l->out));
-        n = sc__text_norm(t, y, l->norm[1], l->norm[3], e->eps);
-        sc_tensor *h = sc_activate(t, e->activation, sc_linear(t, n, &l->gate));
-        if (e->gated) h = sc_multiply(t, h, sc_linear(t, n, &l->up));
-        y = sc_add(t, y, sc_linear(t, h, &l->down));
-        if (!x || !y) return false;
-        int64_t size = sc_count(x);
-        t->be->copy_block(x->data, size, y->data, size, 1, size, x->dtype, false);
-        sc__release(t, mark);
-    }
-    return true;
-}
-
-/* ---- CLIP ---- */
-
-static bool sc__clip_position(sc_text_encoders *t) {
-    const char *name = "text_model.embeddings.position_embedding.weight";
-    const int64_t shape[] = {t->clip_positions, t->clip.width};
-    return (t->clip_position = sc_net_weight(t->clip.net, name, 2, shape)) != NULL;
-}
-
-static bool sc__clip_layer(sc_text_encoders *t, int index, int64_t hidden) {
-    sc__text_layer *l = &t->clip.layer[index];
-    static const char *const norms[] = {"layer_norm1.weight", "layer_norm2.weight",
-                                        "layer_norm1.bias", "layer_norm2.bias"};
-    char prefix[64];
-    int64_t c = t->clip.width;
-    const sc__named_linear linears[] = {
-        {&l->q, "self_attn.q_proj", c, c}, {&l->k, "self_attn.k_proj", c, c},
-        {&l->v, "self_attn.v_proj", c, c}, {&l->out, "self_attn.out_proj", c, c},
-        {&l->gate, "mlp.fc1", hidden, c}, {&l->down, "mlp.fc2", c, hidden}};
-    snprintf(prefix, sizeof prefix, "text_model.encoder.layers.%d.", index);
-    return sc__open_layer(t->clip.net, prefix, l->norm, norms, 4, c, linears, 6, true);
-}
-
-static bool sc__clip_read_config(sc_text_encoders *t, const sc_json *json, const char *path,
-                                 int *hidden) {
-    const char *activation = sc_json_string(sc_json_get(json, "hidden_act"), "quick_gelu");
-    t->clip.eps = (float)sc_json_number(sc_json_get(json, "layer_norm_eps"), 1e-5);
+static bool sc__clip_config(sc_text_encoders *t, const sc_json *json, const char *path) {
+    sc__encoder *e = &t->clip;
     const sc_json *end = sc_json_get(json, "eos_token_id");
+    const char *activation = sc_json_string(sc_json_get(json, "hidden_act"), "quick_gelu");
+    int length = e->tokenizer ? sc_tokenizer_length(e->tokenizer) : 0;
     t->clip_end = end ? sc__json_id(end) : json ? 49407 : 2;
-    const char *layers = "text_model.encoder.layers.%d.mlp.fc1.weight";
-    int hidden_side = sc__side(t->clip.net, "text_model.encoder.layers.0.mlp.fc1.weight", 0, 2048);
-    int width = sc__side(t->clip.net, "text_model.embeddings.token_embedding.weight", 1, 512);
-    int vocabulary = sc__side(t->clip.net, "text_model.embeddings.token_embedding.weight", 0,
-                              49408);
-    int length = sc__side(t->clip.net, "text_model.embeddings.position_embedding.weight", 0, 77);
-    if (!sc__config_int(json, path, "hidden_size", width, &t->clip.width) ||
-        !sc__config_int(json, path, "num_attention_heads", json ? 8 : width / 64, &t->clip.heads) ||
-        !sc__config_int(json, path, "num_hidden_layers", sc__count_layers(t->clip.net, layers, 12),
-                         &t->clip.layers) ||
-        !sc__config_int(json, path, "max_position_embeddings", length, &t->clip_positions) ||
-        !sc__config_int(json, path, "vocab_size", vocabulary, &t->clip.vocabulary) ||
-        !sc__config_int(json, path, "intermediate_size", hidden_side, hidden) ||
-        !sc__activation_named(activation, path, &t->clip.activation)) return false;
-    if (t->clip.width % t->clip.heads)
+    t->clip_length = length && length < e->rows ? length : e->rows;
+    e->size = e->width / e->heads;
+    if (e->width % e->heads)
         return sc__fail("%s: hidden_size must be a multiple of num_attention_heads", path);
-    int words = t->clip.tokenizer ? sc_tokenizer_length(t->clip.tokenizer) : 0;
-    t->clip_length = words && words < t->clip_positions ? words : t->clip_positions;
-    return (t->clip_positions >= 2 && t->clip_positions <= SC__MAX_TOKENS) ||
-           sc__fail("%s: max_position_embeddings must be from 2 to %d", path, SC__MAX_TOKENS);
-}
-
-/* Where the pooled vector is: at the first end token, which for the config's 2 is the highest id.
- */
-static int sc__clip_end(const sc_text_encoders *s, const int32_t *ids) {
-    int32_t wanted = s->clip_end;
-    int end = 0;
-    for (int i = 0; s->clip_end == 2 && i < s->clip_length; i++)
-        wanted = i == 0 || ids[i] > wanted ? ids[i] : wanted;
-    while (end < s->clip_length && ids[end] != wanted) end++;
-    return end < s->clip_length ? end : 0;
-}
-
-/* ids [clip_length] -> the pooled vector [clip_width]. */
-static bool sc__clip_encode(sc_text_encoders *s, const int32_t *ids, float *pooled) {
-    sc_tape *t = s->tape;
-    int32_t positions[SC__MAX_TOKENS];
-    int length = s->clip_length;
-    float scale = 1.f / sqrtf((float)s->clip.width / (float)s->clip.heads);
-    for (int i = 0; i < length; i++) positions[i] = i;
-    sc_tape_reset(t);
-    sc_tensor *x = sc_add(t, sc_embed_tokens(t, s->clip.tokens, ids, 1, length),
-                          sc_embed_tokens(t, s->clip_position, positions, 1, length));
-    if (!sc__encoder_layers(t, &s->clip, x, scale, NULL)) return false;
-    x = sc_slice_tokens(t, x, sc__clip_end(s, ids), 1);
-    return sc_read(t, sc__text_norm(t, x, s->clip.norm[0], s->clip.norm[1], s->clip.eps), pooled);
-}
-
-/* ---- T5 ---- */
-
-static bool sc__t5_bias(sc_text_encoders *t) {
-    const char *name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
-    const int64_t shape[] = {t->t5_buckets, t->t5.heads};
-    return (t->t5_bias = sc_net_weight(t->t5.net, name, 2, shape)) != NULL;
-}
-
-static bool sc__t5_layer(sc_text_encoders *t, int index, int64_t hidden) {
-    sc__text_layer *l = &t->t5.layer[index];
-    static const char *const norms[] = {"0.layer_norm.weight", "1.layer_norm.weight"};
-    char prefix[64];
-    int64_t c = t->t5.width, inner = (int64_t)t->t5.heads * t->t5.size;
-    const char *gate = t->t5.gated ? "1.DenseReluDense.wi_0" : "1.DenseReluDense.wi";
-    const sc__named_linear linears[] = {
-        {&l->q, "0.SelfAttention.q", inner, c}, {&l->k, "0.SelfAttention.k", inner, c},
-        {&l->v, "0.SelfAttention.v", inner, c}, {&l->out, "0.SelfAttention.o", c, inner},
-        {&l->gate, gate, hidden, c}, {&l->down, "1.DenseReluDense.wo", c, hidden},
-        {&l->up, "1.DenseReluDense.wi_1", hidden, c}};
-    snprintf(prefix, sizeof prefix, "encoder.block.%d.layer.", index);
-    int count = t->t5.gated ? 7 : 6;
-    return sc__open_layer(t->t5.net, prefix, l->norm, norms, 2, c, linears, count, false);
+    if (e->rows < 2 || e->rows > SC__MAX_TOKENS)
+        return sc__fail("%s: max_position_embeddings must be from 2 to %d", path, SC__MAX_TOKENS);
+    return sc__activation_named(activation, path, &e->activation);
 }
 
 /* Configs have `dense_act_fn` and `is_gated_act`, or `feed_forward_proj`, which means both. */
-static bool sc__t5_read_config(sc_text_encoders *t, const sc_json *json, const char *path,
-                               int *hidden) {
-    const char *bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
-    const char *layers = "encoder.block.%d.layer.0.SelfAttention.q.weight";
-    int gate = sc__side(t->t5.net, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0, 0);
-    int up = sc__side(t->t5.net, "encoder.block.0.layer.1.DenseReluDense.wi.weight", 0, 2048);
-    int inner = sc__side(t->t5.net, "encoder.block.0.layer.0.SelfAttention.q.weight", 0, 512);
-    int words = sc__side(t->t5.net, "shared.weight", 0, 32128);
-    int heads = sc__side(t->t5.net, bias, 1, 8), buckets = sc__side(t->t5.net, bias, 0, 32);
+static bool sc__t5_config(sc_text_encoders *t, const sc_json *json, const char *path) {
+    sc__encoder *e = &t->t5;
+    bool gate = !json && sc__layer_side(e, e->names->gate, 0, 0);
+    int inner = sc__layer_side(e, e->names->attention[0], 0, 512);
     const char *both = sc_json_string(sc_json_get(json, "feed_forward_proj"),
-                                      !json && gate ? "gated-gelu" : "relu");
+                                      gate ? "gated-gelu" : "relu");
     bool gated = strstr(both, "gated-") == both;
     const char *activation = !strcmp(both, "gated-gelu") ? "gelu_new" : gated ? both + 6 : both;
     activation = sc_json_string(sc_json_get(json, "dense_act_fn"), activation);
-    t->t5.gated = sc_json_bool(sc_json_get(json, "is_gated_act"), gated);
-    t->t5.eps = (float)sc_json_number(sc_json_get(json, "layer_norm_epsilon"), 1e-6);
-    if (!sc__config_int(json, path, "d_model", sc__side(t->t5.net, "shared.weight", 1, 512),
-                        &t->t5.width) ||
-        !sc__config_int(json, path, "num_heads", heads, &t->t5.heads) ||
-        !sc__config_int(json, path, "d_kv", json ? 64 : inner / heads, &t->t5.size) ||
-        !sc__config_int(json, path, "num_layers", sc__count_layers(t->t5.net, layers, 6),
-                        &t->t5.layers) ||
-        !sc__config_int(json, path, "d_ff", gate ? gate : up, hidden) ||
-        !sc__config_int(json, path, "vocab_size", words, &t->t5.vocabulary) ||
-        !sc__config_int(json, path, "relative_attention_num_buckets", buckets, &t->t5_buckets) ||
-        !sc__config_int(json, path, "relative_attention_max_distance", 128, &t->t5_distance) ||
-        !sc__activation_named(activation, path, &t->t5.activation))
+    e->gated = sc_json_bool(sc_json_get(json, "is_gated_act"), gated);
+    if (!sc__config_int(json, path, "d_kv", json ? 64 : inner / e->heads, &e->size) ||
+        !sc__config_int(json, path, "relative_attention_max_distance", 128, &t->t5_distance))
         return false;
-    return (t->t5_buckets >= 4 && t->t5_distance > t->t5_buckets / 4) ||
-           sc__fail("%s: relative_attention_num_buckets must be 4 or more, and less than four "
-                    "times relative_attention_max_distance", path);
+    if (e->rows < 4 || t->t5_distance <= e->rows / 4)
+        return sc__fail("%s: relative_attention_num_buckets must be 4 or more, and less than four "
+                        "times relative_attention_max_distance", path);
+    return sc__activation_named(activation, path, &e->activation);
 }
 
-/* Half of the buckets for keys behind the query; of each half, half for exact distances, the rest
- * for distances that grow logarithmically up to the largest. */
-static int sc__t5_bucket(int distance, int buckets, int largest) {
-    int half = buckets / 2, exact = half / 2, d = abs(distance), bucket = distance > 0 ? half : 0;
-    if (d < exact) return bucket + d;
-    float ratio = logf((float)d / (float)exact) / (float)log((double)largest / exact);
-    int far = exact + (int)(ratio * (float)(half - exact));
-    return bucket + (far < half - 1 ? far : half - 1);
+static bool sc__open_norm(const sc__encoder *e, sc__text_norm *norm, const char *prefix,
+                          const char *name) {
+    char full[SC_MAX_NAME];
+    const int64_t width = e->width;
+    snprintf(full, sizeof full, "%s%s.weight", prefix, name);
+    norm->weight = sc_net_weight(e->net, full, 1, &width);
+    if (!norm->weight || !e->biased) return norm->weight != NULL;
+    snprintf(full, sizeof full, "%s%s.bias", prefix, name);
+    return (norm->bias = sc_net_weight(e->net, full, 1, &width)) != NULL;
 }
 
-/* The bias for each head and pair of tokens, [H, T, T]: a learned number for the bucket of their
- * distance. */
-static sc_tensor *sc__t5_position_bias(sc_text_encoders *s, int tokens) {
-    int64_t heads = s->t5.heads, n = s->t5_buckets * heads, size = heads * tokens * tokens;
-    size_t bytes = (size_t)n * (size_t)sc_dtype_size(s->t5_bias->dtype);
-    float *bias = (float *)sc__alloc((size_t)(size + n), sizeof *bias);
-    void *raw = sc__alloc(bytes, 1);
-    sc_tensor *x = NULL;
-    if (bias && raw && s->backend->download(raw, s->t5_bias->data, bytes)) {
-        float *table = bias + size; /* [buckets, H] */
-        sc_to_f32(table, raw, s->t5_bias->dtype, n);
-        for (int distance = 1 - tokens; distance < tokens; distance++) {
-            int bucket = sc__t5_bucket(distance, s->t5_buckets, s->t5_distance);
-            for (int q = distance < 0 ? -distance : 0; q < tokens && q + distance < tokens; q++)
-                for (int64_t h = 0; h < heads; h++)
-                    bias[(h * tokens + q) * tokens + q + distance] = table[bucket * heads + h];
-        }
-        x = sc_from(s->tape, 3, (const int64_t[]){heads, tokens, tokens}, bias);
+static bool sc__open_layer(sc__encoder *e, int index) {
+    const sc__encoder_names *n = e->names;
+    sc__text_layer *l = &e->layer[index];
+    char prefix[64], name[SC_MAX_NAME];
+    int64_t c = e->width, inner = (int64_t)e->heads * e->size, hidden = e->hidden;
+    const struct { sc_linear_layer *layer; const char *name; int64_t out, in; } linears[] = {
+        {&l->q, n->attention[0], inner, c}, {&l->k, n->attention[1], inner, c},
+        {&l->v, n->attention[2], inner, c}, {&l->out, n->attention[3], c, inner},
+        {&l->gate, e->gated ? n->gate : n->plain, hidden, c}, {&l->down, n->down, c, hidden},
+        {&l->up, n->up, hidden, c}};
+    snprintf(prefix, sizeof prefix, "%s%d%s", n->layer, index, n->inside);
+    for (int i = 0; i < 2; i++)
+        if (!sc__open_norm(e, &l->norm[i], prefix, n->norm[i])) return false;
+    for (int i = 0; i < (e->gated ? 7 : 6); i++) {
+        snprintf(name, sizeof name, "%s%s", prefix, linears[i].name);
+        if (!sc_net_linear(e->net, linears[i].layer, name, linears[i].out, linears[i].in,
+                           e->biased)) return false;
     }
-    SC_FREE(raw);
-    SC_FREE(bias);
-    return x;
+    return true;
 }
 
-/* ids [tokens] -> context [tokens, t5_width]. */
-static bool sc__t5_encode(sc_text_encoders *s, const int32_t *ids, int tokens, float *context) {
-    sc_tape *t = s->tape;
-    sc_tape_reset(t);
-    sc_tensor *x = sc_embed_tokens(t, s->t5.tokens, ids, 1, tokens);
-    sc_tensor *bias = sc__t5_position_bias(s, tokens);
-    if (!bias || !sc__encoder_layers(t, &s->t5, x, 1, bias)) return false;
-    return sc_read(t, sc_rms_norm(t, x, s->t5.norm[0], s->t5.eps), context);
+static bool sc__encoder_weights(sc__encoder *e) {
+    const int64_t tokens[] = {e->vocabulary, e->width};
+    const int64_t position[] = {e->rows, e->names->columns == 1 ? e->heads : e->width};
+    bool ok = (e->layer = (sc__text_layer *)sc__alloc((size_t)e->layers, sizeof *e->layer)) &&
+              (e->tokens = sc_net_weight(e->net, e->names->tokens, 2, tokens)) &&
+              (e->position = sc_net_weight(e->net, e->names->position, 2, position)) &&
+              sc__open_norm(e, &e->last, "", e->names->last);
+    for (int i = 0; ok && i < e->layers; i++) ok = sc__open_layer(e, i);
+    return ok && sc_net_load(e->net);
 }
-
-/* ---- Both ---- */
 
 /* Opens the weights at `path` and checks the tokenizer, which a plan has not, against them: tokens
  * outside of the embedding table would read past its end. */
 static bool sc__encoder_open(sc_text_encoders *t, sc__encoder *e, const char *path) {
-    static const char *const norms[] = {"weight", "bias"};
     bool clip = e == &t->clip;
-    const char *tokens = clip ? "text_model.embeddings.token_embedding.weight" : "shared.weight";
-    const char *last = clip ? "text_model.final_layer_norm." : "encoder.final_layer_norm.";
     char *name = NULL, *text = NULL;
     sc_json *json = NULL;
-    int hidden = 0;
+    e->names = clip ? &sc__clip_names : &sc__t5_names;
+    e->biased = clip;
     bool ok = sc__read_config(path, &json, &name, &text) &&
               (e->net = sc_net_open(t->backend, path, sc__small_file(t->backend, path))) &&
-              (clip ? sc__clip_read_config : sc__t5_read_config)(t, json, name, &hidden);
-    if (ok) {
-        const int64_t shape[] = {e->vocabulary, e->width};
-        ok = (e->layer = (sc__text_layer *)sc__alloc((size_t)e->layers, sizeof *e->layer)) &&
-             (e->tokens = sc_net_weight(e->net, tokens, 2, shape)) &&
-             (clip ? sc__clip_position : sc__t5_bias)(t) &&
-             sc__open_layer(e->net, last, e->norm, norms, clip ? 2 : 1, e->width, NULL, 0, false);
-    }
-    for (int i = 0; ok && i < e->layers; i++)
-        ok = (clip ? sc__clip_layer : sc__t5_layer)(t, i, hidden);
-    ok = ok && sc_net_load(e->net);
+              sc__encoder_config(e, json, name) &&
+              (clip ? sc__clip_config : sc__t5_config)(t, json, name) && sc__encoder_weights(e);
     if (ok && e->tokenizer && e->tokenizer->largest >= e->vocabulary)
         ok = sc__fail("%s: vocab_size is %d, but the tokenizer has the id %d", path, e->vocabulary,
                       (int)e->tokenizer->largest);
@@ -7689,6 +7561,108 @@ sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *m
     if (ok) return t;
     sc_text_encoders_close(t);
     return NULL;
+}
+
+/* ---- Forward ---- */
+
+/* A layer norm, or without a bias T5's, which only scales. */
+static sc_tensor *sc__normed(sc_tape *t, const sc__encoder *e, const sc_tensor *x,
+                             const sc__text_norm *norm) {
+    return norm->bias ? sc_layer_norm(t, x, norm->weight, norm->bias, e->eps)
+                      : sc_rms_norm(t, x, norm->weight, e->eps);
+}
+
+/* x [1, T, C] through the layers, in place; CLIP's attention is causal, T5's has a bias [H, T, T].
+ * What a layer made is given back before the next. */
+static bool sc__encoder_layers(sc_tape *t, const sc__encoder *e, sc_tensor *x,
+                               const sc_tensor *bias) {
+    float scale = bias ? 1 : 1.f / sqrtf((float)e->size);
+    sc__mark_t mark = sc__mark(t);
+    for (int i = 0; i < e->layers; i++) {
+        const sc__text_layer *l = &e->layer[i];
+        sc_tensor *n = sc__normed(t, e, x, &l->norm[0]);
+        sc_tensor *o = sc_attention(t, sc_linear(t, n, &l->q), sc_linear(t, n, &l->k),
+                                    sc_linear(t, n, &l->v), e->heads, scale, bias, !bias);
+        sc_tensor *y = sc_add(t, x, sc_linear(t, o, &l->out));
+        n = sc__normed(t, e, y, &l->norm[1]);
+        sc_tensor *h = sc_activate(t, e->activation, sc_linear(t, n, &l->gate));
+        if (e->gated) h = sc_multiply(t, h, sc_linear(t, n, &l->up));
+        y = sc_add(t, y, sc_linear(t, h, &l->down));
+        if (!x || !y) return false;
+        int64_t size = sc_count(x);
+        t->be->copy_block(x->data, size, y->data, size, 1, size, x->dtype, false);
+        sc__release(t, mark);
+    }
+    return true;
+}
+
+/* Where the pooled vector is: at the first end token, which for the config's 2 is the highest id.
+ */
+static int sc__clip_end(const sc_text_encoders *s, const int32_t *ids) {
+    int32_t wanted = s->clip_end;
+    int end = 0;
+    for (int i = 0; s->clip_end == 2 && i < s->clip_length; i++)
+        wanted = i == 0 || ids[i] > wanted ? ids[i] : wanted;
+    while (end < s->clip_length && ids[end] != wanted) end++;
+    return end < s->clip_length ? end : 0;
+}
+
+/* ids [clip_length] -> the pooled vector [clip_width]. */
+static bool sc__clip_encode(sc_text_encoders *s, const int32_t *ids, float *pooled) {
+    sc_tape *t = s->tape;
+    int32_t places[SC__MAX_TOKENS];
+    int length = s->clip_length;
+    for (int i = 0; i < length; i++) places[i] = i;
+    sc_tape_reset(t);
+    sc_tensor *x = sc_add(t, sc_embed_tokens(t, s->clip.tokens, ids, 1, length),
+                          sc_embed_tokens(t, s->clip.position, places, 1, length));
+    if (!sc__encoder_layers(t, &s->clip, x, NULL)) return false;
+    x = sc_slice_tokens(t, x, sc__clip_end(s, ids), 1);
+    return sc_read(t, sc__normed(t, &s->clip, x, &s->clip.last), pooled);
+}
+
+/* Half of the buckets for keys behind the query; of each half, half for exact distances, the rest
+ * for distances that grow logarithmically up to the largest. */
+static int sc__t5_bucket(int distance, int buckets, int largest) {
+    int half = buckets / 2, exact = half / 2, d = abs(distance), bucket = distance > 0 ? half : 0;
+    if (d < exact) return bucket + d;
+    float ratio = logf((float)d / (float)exact) / (float)log((double)largest / exact);
+    int far = exact + (int)(ratio * (float)(half - exact));
+    return bucket + (far < half - 1 ? far : half - 1);
+}
+
+/* The bias for each head and pair of tokens, [H, T, T]: a learned number for the bucket of their
+ * distance. */
+static sc_tensor *sc__t5_position_bias(sc_text_encoders *s, int tokens) {
+    int64_t heads = s->t5.heads, n = s->t5.rows * heads, size = heads * tokens * tokens;
+    size_t bytes = (size_t)n * (size_t)sc_dtype_size(s->t5.position->dtype);
+    float *bias = (float *)sc__alloc((size_t)(size + n), sizeof *bias);
+    void *raw = sc__alloc(bytes, 1);
+    sc_tensor *x = NULL;
+    if (bias && raw && s->backend->download(raw, s->t5.position->data, bytes)) {
+        float *table = bias + size; /* [buckets, H] */
+        sc_to_f32(table, raw, s->t5.position->dtype, n);
+        for (int distance = 1 - tokens; distance < tokens; distance++) {
+            int bucket = sc__t5_bucket(distance, s->t5.rows, s->t5_distance);
+            for (int q = distance < 0 ? -distance : 0; q < tokens && q + distance < tokens; q++)
+                for (int64_t h = 0; h < heads; h++)
+                    bias[(h * tokens + q) * tokens + q + distance] = table[bucket * heads + h];
+        }
+        x = sc_from(s->tape, 3, (const int64_t[]){heads, tokens, tokens}, bias);
+    }
+    SC_FREE(raw);
+    SC_FREE(bias);
+    return x;
+}
+
+/* ids [tokens] -> context [tokens, t5_width]. */
+static bool sc__t5_encode(sc_text_encoders *s, const int32_t *ids, int tokens, float *context) {
+    sc_tape *t = s->tape;
+    sc_tape_reset(t);
+    sc_tensor *x = sc_embed_tokens(t, s->t5.tokens, ids, 1, tokens);
+    sc_tensor *bias = sc__t5_position_bias(s, tokens);
+    if (!bias || !sc__encoder_layers(t, &s->t5, x, bias)) return false;
+    return sc_read(t, sc__normed(t, &s->t5, x, &s->t5.last), context);
 }
 
 bool sc_text_encode(sc_text_encoders *t, const char *prompt, int tokens, float *context,
