@@ -6187,194 +6187,19 @@ void sc_unpack_latents(int64_t batch, int64_t channels, int64_t h, int64_t w, co
     sc__pack(batch, channels, h, w, (float *)tokens, latents, false);
 }
 
-/* ==== Unicode =================================================================================
+/* ==== Tokenizers ==============================================================================
  *
- * What the tokenizers ask of characters: which are letters or numbers, their lower case, canonical
- * composition (NFC) and graphemes (what a reader takes for one character). The tables were read off
- * the library whose token ids ours have to equal, and are packed: a number is a few digits of base
- * 21 and a last one of base 70, printed from '#' on without the backslash.
+ * CLIP's is a byte-level BPE (Sennrich et al. 2016): lower-case text is cut into words, each byte
+ * of a word is a token, and pairs of tokens merge in the order of merges.txt; "</w>" ends a word.
+ * T5's is a Unigram model (Kudo 2018): text is normalised with a table that the file carries,
+ * spaces become U+2581, and of all ways to cut a word the one with the highest sum of scores wins.
+ * The ids are those of Hugging Face's CLIPTokenizerFast and T5TokenizerFast.
+ *
+ * Text goes this way: special tokens are found in it, what lies between is normalised, special
+ * tokens are found again (each has one of the two ways), and what lies between is cut into words.
  */
 
-enum { SC__LETTER = 1, SC__DIGIT = 2 };
-enum { SC__EXTEND = 4, SC__SPACING = 8, SC__CONTROL = 16, SC__PREPEND = 32, SC__PICTURE = 64,
-       SC__CONSONANT = 128, SC__LINKER = 256 };
-
-/* Packed by test/make_unicode_tables.py, as tokenizers 0.22.2 has them. */
-static const char sc__word_table[] =
-    "S5'+U%*U%S#%+%'%#%'#'$#%%''%O%%`%%w'%(9%2+%+&%k`+%%%%&)%%#%*&%$%%%&%$G%%l;%%mf%,nU%%k'%&#%*k"
-    "-%k%W%()%Qk1%95'(%%%l[%%#%3%%+%%$5'$'%&#%4&%$[%AlG%/#%25'$d%-%%(#%)M%(#%-#%'#%;S%+7%)Q%%-%5k"
-    "/%_kG%'#%6#%+5%(5'%A%(1%&%%&M%%/%%#%')%'#%4#%1%%%'%(5'$%%&-'&#%,-%(%%&M%%/%%%%%%%%%%C)%%#%+5"
-    "'&'%43%%'%%M%%/%%%%%+%'#%6#%3%%(5'-#%/1%&%%&M%%/%%%%%+%'#%B%%%'%(5'%#%$-'/&%$+%''%%)%'%%%&%$"
-    "#%'%%''%'9%:#%9;'61%%'%%O%%A%'#%>'%&#%&%%(5',/'%#%(1%%'%%O%%5%%+%'#%C%%%%%(5'%%%53%%'%%k-%&#"
-    "%4#%)'%%/'$'%(G'%-%)E%'Q%%3%%#%&/%C5'5k;%%%%0/%-5'K%%%&%$)%%Q%%&%$3%%%%-#%&+%%#%-5'&)%D#%CI'"
-    "01%%k#%?+%kQk1%8#%$5'*-%()%'#%'%%+'%(;%0#%%5'*k'%%#%)#%&k1%%sE%%)%&/%%&%$'%&k-%%)%&d%%)%&/%%"
-    "&%$'%&?%%kM%%)%&kb%2I''A%4lA%&-%'{S%&C%%U%)l+%'''$1%+E%1G%2E%2;%%'%3kC%G#%(#%'5'*5':5'*lG%++"
-    "%&f%%#%)kh%.`%K5'$^%&+%/k3%(U%*7'IO%-kE%O5'*5'1#%k;k9%51%'5'M^%1%%$5'$k3%>k#%@5'''%$5'$k#%&7"
-    "%)k1%&'%M)%%-%%%%'#%)oC%eqd%&-%&k'%&-%&1%%*%$^%&kE%%/%%#%''%%/%')%&-%(;%)'%%/%kQ#'$#%&-')#%$"
-    "5'*;%kC#%(#%&5%%#%'+%**%$'%%7%&)%)+%(#%%kA'$%%$+'t>kS'k,M's$^'z0pG%*)%'%%-#'&k'%%#%)#%&kK%+#"
-    "%4O%-/%%/%%/%%/%%/%%/%%/%%/%k.#%pU%%$#'=3'++%&''$%%(lA%*'%%lI%%)%)k1%%lQ%')'.b%TA%D5'B1'%?'D"
-    "5'K?'nLr~9%eksm%%hk7%&qQ%'A%$5'$%%8k9%4`%&kh%$5'K3%&ld%&kb%&%%%&%$/%9A%%'%%)%%O%1-'.kC%2k?%@"
-    "5'<-%'&%$#%%5'$Y%.O%=[%+k9%@#%$5'*+%%5%$5'$+%%k-%;'%%1%(5'*O%'#%'k?%%#%'%%&+%&&%<'%&7%+'%0-%"
-    "&-%&-%-/%%/%%k1%%=%*m5%15'*yn/%0O%(k=%oyXtA%&m#%J/%0+%)&%$3%%;%%+%%&%$&%$&%$m%%Et;%6k[%&kG%L"
-    "9%kR+%%m^%75'+U%*U%/lG%'-%&-%&-%&'%G9%%U%%G%%%%%?%&=%FmE%0k5'0kM'5%'mF[%'k=%4W'(b%$)'-I%$#'$"
-    "1%$#')k'%.^%&k#%(1%%+'NnE%&5'*k#%(k#%(k+%,kC%07%%?%%/%%%%%7%%?%%/%%%%'kC%0r`%-M%.1%<-%%k/%%3"
-    "%k#-%&&%$k1%%%%'#%&O%&1'$O%&/'$`%,3'TG%%%%)+'$M%$-'(U%k$kK%(%'$%%$A'&k7'$#%3)%%'%%[%.3';[%$%"
-    "'%[%$''D1%%Y%*+'4kG%.M%&1'$G%)1'$E%;/'k.l'%[kA%1kA%+-'$k#%05'*5'$Y%-O%m,`'%k/%*%%4'%`[%$5'$#"
-    "%,M%/)'?E%RK%$/'8O%0kE%>^'%%%&#%1k5%DS%+5'-k#%35'(#%&#%,h%'#%0k;%2)%/5'$&%(I'/E%%S%7%%d/%%&%"
-    "$'%%?%%5%+k9%55'/1%&%%&M%%/%%%%%+%'#%6#%0+%B5%%#%&&%$k%%%#%=&%PkE%6)%)5')'%Bk;%8%%%#%,5'l>k9"
-    "%M)%Hk;%8#%/5'Jk1%1#%+5'*I'@W%99'(/%lQk3%kRk[%$G'01%&#%&1%%%%%Q%3&%25'k$1%&k)%4&%@#%.k+%+#%9"
-    "#%/k7%7#%6l'%l`d%35'*3%%k%%5#%3[')^%kN/%%%%%k'%9#%-5'*-%%%%%b%2#%+5'nBG%3&%$9%%f%@5'k4#%3K'O"
-    "ko9%kDm-'5oK%kzRlW%3ksM%5-%=os+%)zO%nwW^%65'kmZz3%+`%%5'*l3%%5'*^%6k;%4)%05'%/'%K%)G%p0k5%'5"
-    "'l_k[%$O'kGl+%)#%g;%e%%%#%@rq7%,kx;%M5%pkQ)%%/%%%%%r7%3#%A'%&#%2)%,u7%kuim%%);%'3%+5%l{X5'kj"
-    ",I'0I'kJS'kfl?%%l#%%%%&#%&%%&)%%9%%&%$-%%k^%%)%&1%%/%%Y%%)%%+%%#%'/%%sS%&S%%S%%`%%S%%`%%S%%`"
-    "%%S%%`%%S%%1%&k?'knN`%*-%mWkW%l*k5%./%&5'(#%nM^%6k3%(5'pVY%(5'm(^%&#%$5'pf/%%)%%%%%?%%oM%&3'"
-    "Tkd%+#%(5'u9kQ'%''%)'k*k5'%?'lZ)%%W%%%%%#%&&%$3%%)%%&%*#%(*%$%%%%%%#%&.%$&%&)%%/%%)%%)%%&%$3"
-    "%%C%)'%%+%%C%r8;'k|^5'xVlzlI%DowQ%*p9%&q{M%2tmE%3{W%kx4yC%kjHpy)%)oxW%";
-static const char sc__grapheme_table[] =
-    "$`Ck=dC-#k^'#C$#k^rEm/+mf/+mYk5+%&+$&+$&+]-r3.7+%#CRK+4#+kC/+$#r3%-+&%+%)+E#r3%#+BW+k97+_3+-"
-    "#+<)+%3+%'+%++O'+X%r3)3+NQ+$#r3$b+$#35k%mQ$#+$#3$#+%'3$1+$)3$#qA$%3%/+$1mQ&%+81mQ%#+$%35ImQ%"
-    "/mQ%#mQ')mQ&&+$%3$)+&%3&%3$#qA-#+(%mQ%#mQ&%+0%mQ0#+&%+$#3]#+%'3$%+(%+&'+'#+B%+'#+/%+$#35ImQ%"
-    "/mQ%%mQ%+mQ&#+%'3$++%%+$&3$#3$#qA8%+9#mQ$-+%#+$%35ImQ%/mQ%%mQ%+mQ&&+$#+$#3$)+&%3&%3$#qA+'+(%"
-    "mQ%#mQ&%+1#mQ4#+`#+$#3$#+$%3''3%'3$#+-#+L#+$'3$#+4ImQ%AmQ&&+$%+$)3%'+%'+$#qA+%+%'mQ+%+A#+$%3"
-    "]#+%#3$%+$#3$#+$%3%'+%)++%+/%+3#30%+$%35k'mQ$%+%#+$%3$)+%'3%'3$#qA$#r3,#+.%+A#+$%3k$#+(#+$%3"
-    "$'+%#+%/3$#+6%3b#+%#3$/+01+k@#+%#3$3+//+k'%+?(+(%3U=+$#3$++%%+)7+%k#+-#+kD)+$#3$-+%%+$%3$%+;"
-    "%3$%+('+4)+1#+%#3$%+*#+3#+t''+wH)+@'+A%+B%+e%+$#3$/+$13$#+$%3$7+-#+Q'+$#C$#+kS%+F#+kT'+$)3$%"
-    "+$'3(%3$#+$-3$'+m-%+$%3$#+^#3$#+$#3$/+%&+&1+$-3$5+&#+T`+U)+$#3S5+$)3$'+J3+0%+$#3B#3$)+$%3$-+"
-    "]#+$#3$%+$'3$#+$#3$++T13$1+$%3$%+l0'+%;+$#3$/+(#+*#+&#3$%+l_k[+qE#C$#+$#3$%C</C1#k^0#k^:ACk>"
-    "d+U#k^:#k^k8-k^3%k^o5%k^0#k^k=#k^k$#k^=7k^('k^l`#k^m9%k^.#k^-#k^_)k^%-k^%9k^%m3k^.m;k^&7k^%&"
-    "k^*#k^'#k^*#k^.%k^3#k^&#k^(&k^('k^%#k^/+k^Q'k^-#k^2#k^2#k^o:%k^pO'k^7%k^W#k^(#k^o`'+l%#+k>b+"
-    "qe-+$#k^0#k^k9%+q6&k^~mO)+%5+D%+k.%+mc#+'#+(#+;%3$%+$#3(#+k1%3VA3$%+>E+1#+J1+=7+$#3$#+P'+$#3"
-    "S#+$%3$)+$%3$%+$%3$#+H#+h-+$%3$%+$%3$%+0#+,#+$#3R#+W&+$%+&%+)%+%#+M#3$%+$%3)#3$#+m>%3$#+$%3$"
-    "#+$%3%#3$#+wzN#+tIA+4A+lh#Cl6%+k.9Cq;#+m4#+l-++kla'+%%+))+L'+(#+l=%+r1)+f++nI%+k-)+k$7+U)+kX"
-    "#3$#+$#3Y?+M#+&%+.'+$#3Q'3$)+$%3$%+&#r3(#+.#r3V'+H++$#3$1+4%3P#+0%+$#3T'3$3+$#3$#+%%r3))+%#3"
-    "$#+k:'3$'+$%3$)+*#+&#+l5#+$'3$1+9%+$%3[%+%#+$#3$#+$)3&%3&%3$#+-#+.%3&/+'++h#+$%3$-+%#+&&+$%+"
-    "$&3$#3$'+$#r3$#+2%+k0'3$1+$%3$'+$#3$#+;#+k/#+$%3$-+$#3$#+$%3$#+$#3$%+$#3$%+m=#+$%3$)+&)3$%+$"
-    "#3$%+?%+k0'3$1+$%3$#+$#3$%+kH#+$#3$#+$%3$1+kC#+$#3$#+&)+$#3$++mR'3$3+$#3$%+mG#+$+3%%3&)+$#r3"
-    "$#3$#r3$#3$#+l%'3$)+&%+$)3$#+'#3@5+L-+$#3$#r3$)+,#+--+$%3$'+L-r3$;+$#3$%+o[#3$/+%-+$#3$#+k0M"
-    "+%#3$/+$#3$%+$#3$%+kX-+'&+$&+$-+$#r3$#+g+3%%+%%3$#+$#3$#+nh%+$%3-%+$#r3$#3T%3$++'%3$'+;#+mwA"
-    "#+*?+qzZ9+$'3$'+kxR++`/+xi#+%kI3+)+k/#+/%+wq?%+mn3k7+&O+qX++'-+,1+&/+B)+l,'+kq7kI+(k?+,#+2#+"
-    ":++%?+}B/+%C+&/+%%+%++kB#+l8/+o=#+b)+q6)+mP%+tH/+kK/+kmIq7k^1'k^C#k^a-k^0%k^2#k^&5k^6kMk^?""?k"
-    "^.#k^8#k^&3k^%)k^-v=k^$++$s'k^,qKk^TmOk^kR9k^k3k1k^0)k^]1k^.-k^L1k^Bl9k^0k9k^%5k^%vKk^mRkr/k"
-    "^kntj4lU+k_p^+";
-static const char sc__lower_table[] =
-    "eUdkCOd%/dER%'(%&2%&P%%#mB$(%'#p#$&%%#ob$#%%%o`$#%&#l5$#oY$#o[$#%%#o`$#od%#p%$#oh$#%'#p%$#p)"
-    "%#p+$(%%#p3$#%%#p3&#%%#p3$#%%%p1$&%%#p5$#%'#%+#'$#%%#'$#%%#'$4%&4%&#'$&%%#lX$#kL$J%%#mT%4%+#"
-    "xxA$#%%#nP$#xx;&#%%#oJ$#kh$#l%$,%n-&%'#%,#m9*#k)%'k'%#k^%%k[%Cd%3dG#3,:%)#kT&#%%#0$#%&'mT$Al"
-    "7$bdTD%-X%%#A$0%&k<%&k'k=k~7k's|I%#s|I)#s|It:l5lt|?$-3kt=#%*k1nke&'nkenLl,%-#tqJ%k<%-12,-2.1"
-    "2,12,-2/*2,12<12,12,12,%2$%l*$#4/)lB$#4/%2$%l_0%2$%m0$#0/%mP$%mL$#4n5#tnX'#urF$#uo&*#[QAC7#%"
-    "uTUWko8k;k=T#%%#xve$#omg$#xvD&(%%#xwi$#xw*$#xx($#xx&%#%&#%,%xxi$k@%,&%(#%kjlOP%7>%kf0%'a%.&%"
-    "%#lpkD$,%(#%%#lyti&&%'6%%#lyuZ$#lyv*$#lyui$#lyuT$#lyuZ%#lyt<$#lyu&$#lytB$#koG$2%%#k<$#lyuX$#"
-    "lplg$&%%#lyvZ$2%%#ly}$<#%ym[Ud{Ck+k-kgk#k-l47k+%?k+%/k+%%k+kn8kAk^l5Mdk~(bdx|TbdeSYkjp1fh";
-static const char sc__class_table[] =
-    "thKpK$#pO$)p7$#pO$#p/$+p7$%oY$)p7$%oY$7p7$+%$)p7$1pK$#p`$#pK$'p7$'pK$%p7%'pK$)p7$#pK$#pO$%p7"
-    "$#pK$#pQ$%pS$#pQ$%pS$#pQ$;pKmf+pKm[#p7$)pK$#p7$'pK$#p;$#p7$-pK$-p7$%pK$#p7$%pK$#p;$#pG$#pK$#"
-    "7$#9$#;$#=$#?$#A$#C$#E$#G$%I$#K$#M$#O%#Q%#S$#U%#pK$#p7%#Gk&1pK$#`$#b$#dT#Y$#[$#^$#`$#b$#d$#f"
-    "$#h$%pK$%p7$+pK$#p7$%pK$#p74#k#kC/pK&)pK$#p7$#pK&%pK%#p7$%pK$#p7G#k%B#pK$#p7$%pK$#p7$%pK$'p7"
-    "$#pK$%p7$#pK$#p7$'pK$#p7$#pK$#p7$#pK$#p7$#pK$#p7$%pKl8/pK$#p7$#pKF)pK%3pK%'pK%+pKO'p7kV=pK%#"
-    "p7$%pK$#p7$%pK$#p7$'pK$'p7$#Y$#[$#^$'pK$#p7$%pK$%p7$+pKa#14#5'#pK$#p7$%pKkE#14#5kL#14#5kL#14"
-    "#5kL#14#5k^#5k^#5+#l?$#lMkC#14#5k^#5kZ#5kK%lf$#51)m'kJ%m=2)mEk*%p7?&p7%#p/[#mS$#mU%#mY))mU&#"
-    "mU%%pK$#5%%pKc#p7kN#1%%5k0#p7t7'pKwJ#5C#5l5#5.#pKld#pGl'#p;$#pK$#p7m-#pK$#p7k%#581pK&#p7T+pK"
-    "$-p7$%pK$#p7kT#13#5J#pK$#p7$/pKZ%5_#1/%5h#1l0'pK%#%$+p7$%pK$)p7$#pK%/%(#p7*#pK'%pKl_%pK$#p7$"
-    "/pK$#p7$%pK$#pS$#p+$#p7$#oY$k%pK)#pK$#pQ$#p7$#pK$#p7t8%pK$%%$)pK$'%$%pK(#pK'%%$#pK$#p7$#pK$%"
-    "%$)p7$#pKlka'pKl%#5k>bpKqe#p3$#pG$#pO$#p;$%p?kG%3~te#pK(5pKD%pKk.%pKmg#5lU#5?EpK^'p7I#5k=#10"
-    "#5mA&pK$#pK$#p7&%pK)%pK%#pKX#5mH#5wzN#Wu#/pK$/p7$%pKwd#p7m4#p7l-+pKkm&#p7%#pKL#pK$#%$#p7(#5l"
-    "=#pK$#p7}Q#5]#5^#5$#1k#'pKT%5c#1k*#5-#1kH#5$#1lJ#1$#5k/#14#5</pK'+pKlf#5'#1kY#5$#1mM#5$#1k]#"
-    "5kT#5$#1kQ#5|K#5wxZ+%`/pKxmU#%mvi%p/$'%'#pC$+p/,1p7&+pK$%p7B)pKl,'pKlr3/pK%CpK&/pK%%pK%+pKkt"
-    "O/p7kK-pK$#1";
-static const char sc__composed_table[] =
-    "oEk`kjf%#%%#%%#%%#-%#'''^%'k*%#%%#%%#/%+2%#%%#%%#/'-,%%(%#%%#%%#%%#-)/2%#%%#%%#/%+0)3$%#%%#%"
-    "%#%%#-%#'''^%'k*%#%%#%%#/%+2%#%%#%%#/'-,%%(%#%%#%%#%%#-)/2%#%%#%%#/%+0'#1%kL*%d#%c'%d#%ch%d#"
-    "%_k*%d#%c%%d#%c-%d#%c-%d#%a#%d#)a2%d#%c'%d#%c%%d#%cf%d#%cZ%d#%_6%d#%c+%d#%c%%d#%cd%d#%ak&%d#"
-    ")a%%d#%c%%d#%c'%d#%ch%d#%ce+%,%d#%ak'%d#'ak(%d#%ck)%d#%cX%d#-_8%d#%ck)%d#%cX%d#+a2%d#%c'%d#%"
-    "c-%d#)]6%d#%ck)%d#%cX%d#%a8%d#%c%%d#%ck'%d#%cX%d#%aY%d#%cX%d#)a4%d#%c%%d#%c'%d#%c+%d#%c%%d#%"
-    "c^%d#%_k(%d#%_#%d#%c/%%0%d#%c/%d#%c-%d#hk2A%d#?V#%d#^kD@%d#%R#%d#%V#%d#%V#%d#%lf2%d#%c(%d#%c"
-    "9%d#%c:%d#'kL+%d#%s1#%%#%t(#%d#)nH3%d#%Z#%d#%Z[%d#%t^k$%%#%kD3%p5#%yX#+i8%d#)T$%d#%lE%%d#%a#"
-    "%d#%>#%d#%o2?%d#%c'%d#%Z&%d#%c'%d#%Z&%d#%c'%d#%V&%d#%c'%d#%]&%d#%c'%d#%]&%d#%c'%d#%gM%d#%a#%"
-    "d#)k4V%d#1k*,%d#%Zd%d#%m3i%d#%e#%d#%nV)%d#%vY(%%#%w@#%d#sQk;(%kj7#'+#%'#%'#'/#'/#%+#%f#Wk>1%"
-    ";#%;0%+#%'#%'#%G#WF1%;#%.0%/#%+#-5#%#1k5kd2%#3'&0+<1-K0%&$%9/98#dd#Q(.%#3'&0+k#1-Z0%&$%9/Sk?"
-    "5%%#l+lT4%d#?k(#%d#%c'%d#)X&%d#)nQ'%%#%oJ#%d#%a#%d#)a*%d#%c+%d#%V#%d#)n`#%%#%o<#%d#%k0*%d#%c"
-    "+%d#%c)%d#%Z(%d#)Z#%d#rEwMkm)%#%%f#%e%%k#$n?mh#'J#EE#{){)kj533#))#n9n3mU%#Ut`thtf)#R%#Ul'l-m"
-    "QkIkET%%#%$UmImQmOmAmCmO11#%#%'#J%+ImOmIm#%%#%$Un'n1m7'#-%),%(MzSz[zbmzImzIm{Q''#''#''#''#++"
-    "#k/k/#''#)'#%%#')#~%srFrqi%d#%a_%d#%c[%d#%c?%d#%lbk<%d#%nP/%d#%c[%d#%c?%d#%c6%d#%c/%d#%nhk6%"
-    "%#%$%%%#%oak5%d#%c)%d#%vbk0%%#%wZ%%d#%a(%d#%a)%d#%c[%d#%cX%d#%cb%d#%c1%d#%a'%d#%ldk:%d#%nR#%"
-    "d#%ch%d#%c?%d#%a>%d#%tqba%%#%tr]k7%d#%c*%d#%ak4%d#%c/%d#%c[%d#%aZ%d#%c[%d#%c?%d#%c*%d#%lfk4%"
-    "d#%c1%d#%lE2%%#%$%%%#%q2#%d#%c/%d#%_#%d#%c[%d#%trWa%%#%tsRk7%d#%ak0%d#%c[%d#%pMZ%%#%-#%%#%tl"
-    "-#%%#%ts_#%d#%c[%d#%c?%d#%c*%d#%a4%d#%c;%d#%c(%d#%pfk4%%#%%1%%#%qc,%d#%cd%d#%ai%d#%c%%d#%c1%"
-    "d#%c$%d#%c[%d#%aZ%d#%c%%d#%a$%d#%a,%d#%cf%d#%c?%d#%F#%;k.%)'%'#'qE(-s([%d#%cV%d#%lY2%d#%c$%d"
-    "#%c5%d#%c.%d#%tqI$%%#%tpP$%%#%$$%%#%$5%%#%$.%%#%tpM)%%#%tv&^%d#%cV%d#%c.%d#%lb&%d#%c$%d#%c5%"
-    "d#%c.%d#%tr#$%%#%tvN1%d#%cW%d#%V#%d#%cV%d#%lb2%d#%c$%d#%c5%d#%c.%d#%tr7$%%#%tm>$%%#%$$%%#%$5"
-    "%%#%$.%%#%$d%%#%sD#%d#%cV%d#%rh2%%#%$$%%#%$5%%#%$.%%#%$d%%#%sZi%d#%ck#%d#%cV%d#%c.%d#1klIC%#"
-    "%%stWJ%%#%$%%%#%$k`%%#%suRk:%#%%subJ%%#%$%%%#%$k`%%#%stak:%#%%su)J%%#%$%%%#)sv$G%#%%sv3J%%#%"
-    "$%%%#)su6G%#%%suEJ%%#%$%%%#%$k`%%#%sv@k:%#%%svOJ%%#%$%%%#%$k`%%#%suRk:%#%%subJ%%#%$%%%#%$k`%"
-    "%#%sv]k:%#%%sw%J%%#%$%%%#%$k`%%#%sugk:%#%%sv/J%%#%$%%%#)sw*G%#%%sw9J%%#%$%%%#)sv4G%#%%svCJ%%"
-    "#%$%%%#%$k`%%#'sw>k8'swOJ'#%'#k`%svLk:%#%%sv[J%%#%$%%%#%$k`%%#%swVk:%#%%swfJ%%#%$%%%#%$k`%%#"
-    "%swVka'+#''#''#'/#'/#'+#+st'kh%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%E#%%#%%#%%#%%#%%"
-    "#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%k?#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%swckZ%#&%sw"
-    "fk`%swe#%,#'-(%syf)%sz_kZ%#&%#*'#kh-kj6(%ty5)%swa#%4#'5(%sz3)%s{0kg''#'#kh%szfkg%#%%#k`%sygk"
-    "T%#&%E*+Dkb%E#%k>kT%#&%#*)s|S#%#%%#k`%s{@kT%#&%/*'6I%#%%+k9%/#%k(kT%#&%#*'*K%kjVJ-tyEkh%swL#"
-    "%-#',(%s{))%s|6kg'7#'#khu^trU<%'#I'#bkU#%+#%&#kGk?#--#))#SS#''#YQ#)1#)'#')#Qu{i#'u|U#9J#%u|."
-    "#%'#%u|Y#%%#)=#%%#))#%%#1)#%%#)1#%%#))#%%#k#Y#%/#%%#%'#k?k:#%%#%K#%%#1d#%%#%%#%%#nw[ny=yzd''"
-    "#''#''#''#''#''#''#''#''#''#''#))#''#''#11#%#%')$%#%')$%#%')$%#%')$%#%QkF$7lE#?""?#''#''#''#''"
-    "#''#''#''#''#''#''#''#))#''#''#11#%#%')$%#%')$%#%')$%#%')$%#%QkF$)l)#%%#%%#%%#+9#mx|Imx|Imyk"
-    ";''#A7#mWn#m+%%#yAy3y7%#UtEtKt-%#6'#=q1q7pd%%#";
-static const char sc__split_table[] =
-    "klbkk/kjhllCll5lmK%%#%%#%-#%-#%%#%5#%+#mKm5mQ%%#'=#l?mWmQ)/#k#g#%%#%-#)A#q5q%q9%%#kqGks/kuY7"
-    "7#--#--#--#=X&7k?kc'#'%k`;'%#5ka#GfkK77#--#--#--#=X&ssEstSnq:msu3v|V|/'U)947%#%%nksW$%#%%nkt"
-    "B8%#%%#+%%#%%#%%#%%#%%#%%#''#%%#%%#%%#%%#''#''#%%#''#%%#''#%%#%%#%%#%%#%L(%*/%7#%5#muuUqwjIq"
-    "wl#%%#%15%#%%#%%#%%#%lElK<%%#%%5%%#%$%%%#";
-static const char sc__replaced_table[] =
-    "klYkjf%%'Gk?lJ7|25mIsy/kjO'%'%'%'^'%'%kYl&)kC9k>'%313.3k)3g)4%kki7kl1')'~a)t|h%%r=s|<+kmN%mE"
-    "xKzsS%%mut'kulU%wj$%w|=%xR%ts.%uqL%k~S%koq[%#%kmt,%}x5%~~g%kpC%mjE%qlK%mmO%lq1%t^%s)%lwG%wrg"
-    "%kkQ%kp=%kk)%oxW%nv=%l~=%kooV%ky1%rn9%ls`%p~[%rq+%kkui%pt)%qw'%ko5%ws<%t{/%lmd%xr8%l|U%ln5%k"
-    "}W%tr+%kkyD%z%%rA%pnd%ll9%ltf%kx?%mmK%ll%%lC%lw?%mnW%kt#%|M%wjX%pf%ks1%lm'%op?%m~h%p{Z%{rB%l"
-    "lf%tnW%ks+%n}0%ln`%p~'%muQ%kjw<%knb%nz-%kpO%r^%n}9%qI%rr+%kltF%y}A%zoB%B%xj`%koK%lm;%psA%m{,"
-    "%xmN%ltQ%ut5%kjmD%nz'%ksE%pz9%wh%u~2%wn-%xqL%ou?%plZ%txb%luL%ro)%xrL%kvS%tx)%nw-%lnQ%tz6%vu%"
-    "%vo,%mpX%ul;%t|T%pmh%wt.%}h%lW%q}/%ql1%k}C%l};%ls+%kj|T%sG%kzh%k}%%lr)%muY%mn)%s}I%kwQ%ksI%k"
-    "K%kou:%qjG%kw9%vtU%{ja%kkW%m1%}%%mx'%yU%klY%k{A%ksC%|-%olO%muV%m|h%kl'%kkxa%n#%y=%sz+%rq=%wf"
-    "%yoe%rK%knY%l{h%oz-%mk4%vyB%l{+%ky'%w;%{A%p{5%o3%m|`%nd%po-%kw[%l;%of%knoP%xx1%rqU%kyS%|yZ%p"
-    "r4%{%%m|%%l9%mo?%ku5%ly%%kuK%olU%nj+%oo1%}|&%zvG%kluX%qp1%mA%k{[%sd%k|S%sM%kkC%kvh%stU%kmxa%"
-    "o{I%|nC%kmt0%ntK%o|#%uv1%zv8%vM%lqd%m~Q%vmh%kl{$%wb%l|h%mq[%s#%sb%kt#%lt-%wM%mq-%mo7%G%ml3%k"
-    "z1%kluT%sv#%soP%tq3%~;%pk-%oz`%k~U%zS%}mF%lm=%qj+%lt$%lA%tK%mr]%yV%spO%kjl0%|oU%{k6%kB%nr9%k"
-    "sI%sk5%uvR%plU%lnc%xlA%lrT%n|A%ns8%x|B%ny6%kud)}%'n}-)qmJ%uvI%koG%{b%h%1%k1%tq[%soF%kjd'ln9'"
-    "kx^)k{?%oO+lz+%=%k5%kv5%nsa%ljY%kmyJ%rf%ld%t`%Y%m+%z[%m#%l[%wE%lh%kp9%7%ks;%p'%k)%l`%kmM%n1%"
-    "o#%x7%ky/%nQ%qI%z[%o?%x=%kuA%nf%9%$%3%/%1%k=%%%o)%k`%s+%z+%M%kM%rU%n1%wf%n#%#%wQ%kwI%m^%t=%k"
-    "M%uU%kG%}M%mU%lpY%r+%kU%}re%rjjf%qspc)|ke%ko%%l0%we%vf%kS%s;%kC%}7%l&%kf%l)%|'%lI%n-%C%qU%oQ"
-    "%ko[%1%n+%kf%rI%m=%ki%m^%k8%n/%kb%uA%lG%kI%qA%r/%nQ%+%kS%ks5%k`%u/%uU%B%lE%q1%sM%lmG%k|]%mE%"
-    "mG%s;%n5%kG%pC%'%nb%E%U%lC%6%u9%w`%qW%o;%p?%n=%sA%oS%km-%nE%knb%w%%kh%C%rE%kO%k6%kI%(%D%l/%l"
-    "9%td%z#%rh%rA%p9%krA%lf%m7%m[%k%%;%k=%~Y%kv1%ptz/%.%njM%rqvi%kuY%f%rzw%%mx#%u{Y%q~jP%l-rsq)k"
-    "qpX%,%5%qns^%qnkN%l3%=%l%%mA%b%l3%R%s{0%qymM%qomZ%1%C%I%qnyA%qxyP%s~Y%k)%qnz-%qny_%=%~Z%kj%%"
-    "5%sux3%suv>%?%tm,%tnW%9%k5%-%tnc%tq1%'%Y%O%9%%%E%kA%3%5%U%7%'%#%#%qozM%pzxc%s~H%M%qpkW%qpk>%"
-    "/%M%n;%lc%C%d%kQ%l?%W%kd%C%f%#%M%G%3%A%sU%qX%q[%oP%k#%ku<%lrE%r2%k)%U%mT%nY%$%mG%qqy-%qqw,%-"
-    "%A%K%3%k^%qrk`%kb%qq~Z%k;%;%l4%n'%vq@%?%vuQ%kI%#%qru+%qrq8%M%A%;%qryI%qry0%1%km-%kl:%vyc%v{S"
-    "%?%l;%kB%qstM%qso>%qsoC%qsn2%(%E%lb%%%wlV%wmG%k3%M%k5%wo,%rlqO%rlpa%wpA%)%)%K%swp#%swnF%qttG"
-    "%#%p}p@%vm&%#%wqH%rrnM%zrW%rumg%5%wr]%wt/%kC%7%h%mb%wx6%_%wyS%qunG%qum&%mS%+%'%&%k9%K%k%%>%9"
-    "%k;%K%+%W%9%kb%l?%k#%mI%quy=%quyc%k_%m)%Y%lY%qu{S%quyc%lP%Z%xs>%xxb%M%b%k(%xwF%x}S%^%qvyC%qv"
-    "v&%qd%ni%yja%ylf%ym@%k$%q|b%)%qsQ%l_%skQ%kjmc%voY%+%/%kW%8%qwqY%rqxa%yub%m:%o`%kC%qwmb%qwmN%"
-    "m.%q#%y{H%y|`%lY%l%%oA%qwnA%qwlg%zp$%zr%%qwyU%qwx4%zqe%zr[%k7%Y%%%qxn1%to]%trf%qxm*%qxyh%qxv"
-    "V%?%lc%o#%k-%kO%kH%k-%A%=%qxsb%qxv0%q/%k[%{m(%{oW%*%qxw+%qx|i%tQ%qxv=%k=%qxu2%m7%X%(%{vF%{w`"
-    "%kC%.%kI%px|?%pxx&%qyj#%qx|F%qypb%qyla%=%Y%qy}%%qy{P%M%qznQ%p=%qznD%E%|rT%|sC%|s*%#%|wW%M%M%"
-    "K%kh%|xP%|{3%q{kI%q{jZ%q{mA%q{ki%qll`%qk}6%q{}[%Q%n#%ry~i%;%}lU%q|kf%$%k+%W%q|lJ%%%#%k3%}mX%"
-    "}oO%}o4%l7%r{lW%q|y0%kY%k^%}se%r{yA%q}kH%q}n`%k3%q}nB%lO%}yg%}|?%7%-%q}|^%rI%#%q~k]%}{:%r}oM"
-    "%q~m(%)%~kH%r}tO%q~kF%~oP%~p7%,%^%rjk9%q~}D%~q$%~sb%kS%kd%~v$%sjl9%b%sjl,%sjp9%rjqF%rjt?%rjs"
-    "N%lb%9%rj|1%l)%rj{R%rkjE%rkj$%qnt3%rnvF%kjn/%l9%kjne%kjpO%wr_%rx{M%?%|m8%5%qnjF%)%nyE%kon$%k"
-    "jwK%.%G%zxB%zy%%'%7%k/%rlk^%rlk_%kM%l#%l+%me%n?%k1%m1%q@%m?%'%C%rlkf%r^%n6%smm$%kknC%'%k#%rn"
-    "p?%rnn.%rlv?%sm|T%+%snk?%r5%sns<%kkvQ%;%9%'%k^%e%m^%k4%n9%l8%kd%Y%kk|@%klj%%d%kk~g%kllS%)%rn"
-    "k=%rm}&%1%klnJ%klo=%krq0%sv~d%o5%sp~@%5%klw5%l1%nE%o[%rn|5%rnyZ%O%lK%lO%roqC%k~tN%poy@%@%kE%"
-    "po~M%pox(%l`%rqk/%Y%rpvi%lQ%d%rp|M%rp|8%r-%nI%%%lN%tb%[%rqtO%rp~e%kosL%kot`%rqsK%sv|*%koz1%}"
-    "|>%~j-%rrp#%p)%sxp,%3%ko~3%rr~`%sx|<%syk=%rslN%#%`%rst#%rsnT%kpk0%kpm3%mM%Y%kU%kpna%sz~I%rtq"
-    "X%rO%o?%kp}D%b%kqjO%rut[%s|u*%s|vS%qK%mW%ruwg%kqq:%kqs+%-%1%7%1%k'%rvxA";
-
-/* Of the code points first, first + stride, ..., last. */
-typedef struct sc__run { uint32_t first, last, stride; int32_t value; } sc__run;
-typedef struct sc__runs { sc__run *run; size_t count; } sc__runs;
-typedef struct sc__pair { uint32_t whole, first, second; } sc__pair; /* second 0: one for another */
-
-typedef struct sc__unicode {
-    sc__runs word, grapheme, lower, class_;
-    sc__pair *pairs;            /* decompositions, sorted by `whole` */
-    sc__pair *composed;         /* those that NFC makes again, sorted by `first`, `second` */
-    size_t pair_count, composed_count;
-} sc__unicode;
+/* ---- Text as code points ---- */
 
 /* Code points; running out of memory is noticed once, at the end. */
 typedef struct sc__codes { uint32_t *code; size_t count, room; bool failed; } sc__codes;
@@ -6404,95 +6229,8 @@ static uint32_t sc__utf8_decode(const char **text) {
     return i < size || size == 0 ? 0xfffd : c;
 }
 
-/* ---- Tables ---- */
-
-static uint32_t sc__unpack(const char **s) {
-    uint32_t n = 0, digit;
-    do {
-        digit = (uint32_t)(**s - 35 - (**s > '\\'));
-        ++*s;
-        if (digit >= 70) n = n * 21 + digit - 70;
-    } while (digit >= 70);
-    return n * 70 + digit;
-}
-
-static int32_t sc__unpack_signed(const char **s) {
-    uint32_t n = sc__unpack(s);
-    return n & 1 ? -(int32_t)(n / 2) - 1 : (int32_t)(n / 2);
-}
-
-/* A table of runs: the gap before each, 2 * (count - 1) + (stride - 1), and the value. */
-static bool sc__unpack_runs(sc__runs *r, const char *table) {
-    uint32_t end = 0;
-    r->run = (sc__run *)sc__alloc(strlen(table) / 3, sizeof *r->run);
-    while (r->run && *table) {
-        sc__run *run = &r->run[r->count++];
-        run->first = end + sc__unpack(&table);
-        uint32_t span = sc__unpack(&table);
-        run->stride = 1 + span % 2;
-        run->last = end = run->first + span / 2 * run->stride;
-        run->value = sc__unpack_signed(&table);
-    }
-    return r->run != NULL;
-}
-
-/* A table of decompositions into one or two code points, each number less the one above it. */
-static void sc__unpack_pairs(sc__pair *pairs, size_t *count, const char *table, bool two) {
-    for (sc__pair p = {0, 0, 0}; *table; pairs[(*count)++] = p) {
-        p.whole += (uint32_t)sc__unpack_signed(&table);
-        p.first += (uint32_t)sc__unpack_signed(&table);
-        if (two) p.second += (uint32_t)sc__unpack_signed(&table);
-    }
-}
-
-static int sc__by_whole(const void *a, const void *b) {
-    const sc__pair *x = (const sc__pair *)a, *y = (const sc__pair *)b;
-    return (x->whole > y->whole) - (x->whole < y->whole);
-}
-
-static int sc__by_parts(const void *a, const void *b) {
-    const sc__pair *x = (const sc__pair *)a, *y = (const sc__pair *)b;
-    int order = (x->first > y->first) - (x->first < y->first);
-    return order ? order : (x->second > y->second) - (x->second < y->second);
-}
-
-static void sc__unicode_free(sc__unicode *u) {
-    SC_FREE(u->word.run);
-    SC_FREE(u->grapheme.run);
-    SC_FREE(u->lower.run);
-    SC_FREE(u->class_.run);
-    SC_FREE(u->pairs);
-    SC_FREE(u->composed);
-}
-
-static bool sc__unicode_open(sc__unicode *u) {
-    size_t most = sizeof sc__composed_table + sizeof sc__split_table + sizeof sc__replaced_table;
-    u->pairs = (sc__pair *)sc__alloc(most / 2, sizeof *u->pairs);
-    u->composed = (sc__pair *)sc__alloc(sizeof sc__composed_table / 3, sizeof *u->composed);
-    if (!u->pairs || !u->composed || !sc__unpack_runs(&u->word, sc__word_table) ||
-        !sc__unpack_runs(&u->grapheme, sc__grapheme_table) ||
-        !sc__unpack_runs(&u->lower, sc__lower_table) ||
-        !sc__unpack_runs(&u->class_, sc__class_table)) return false;
-    sc__unpack_pairs(u->composed, &u->composed_count, sc__composed_table, true);
-    sc__unpack_pairs(u->pairs, &u->pair_count, sc__composed_table, true);
-    sc__unpack_pairs(u->pairs, &u->pair_count, sc__split_table, true);
-    sc__unpack_pairs(u->pairs, &u->pair_count, sc__replaced_table, false);
-    qsort(u->composed, u->composed_count, sizeof *u->composed, sc__by_parts);
-    qsort(u->pairs, u->pair_count, sizeof *u->pairs, sc__by_whole);
-    return true;
-}
-
-/* The value of the run with c in it, or 0. */
-static int32_t sc__run_value(const sc__runs *r, uint32_t c) {
-    size_t low = 0, high = r->count; /* `low` ends at the first run that begins above c */
-    while (low < high) {
-        size_t middle = low + (high - low) / 2;
-        if (r->run[middle].first <= c) low = middle + 1;
-        else high = middle;
-    }
-    if (!low) return 0;
-    const sc__run *run = &r->run[low - 1];
-    return c <= run->last && (c - run->first) % run->stride == 0 ? run->value : 0;
+static void sc__codes_add_text(sc__codes *codes, const char *text) {
+    while (*text) sc__codes_add(codes, sc__utf8_decode(&text));
 }
 
 static bool sc__is_space(uint32_t c) {
@@ -6501,133 +6239,17 @@ static bool sc__is_space(uint32_t c) {
            c == 0x205f || c == 0x3000;
 }
 
-/* ---- Normalisation (UAX 15) ---- */
-
-enum { SC__HANGUL = 0xac00, SC__JAMO_L = 0x1100, SC__JAMO_V = 0x1161, SC__JAMO_T = 0x11a7 };
-
-/* Appends the canonical decomposition of c. Syllables of Hangul are numbered by their jamo: 28
- * final ones (the first is none) inside 21 vowels inside 19 initial ones. */
-static void sc__decompose(const sc__unicode *u, uint32_t c, sc__codes *out) {
-    sc__pair key = {c, 0, 0}, *pair;
-    uint32_t syllable = c - SC__HANGUL;
-    if (c < 0xc0) sc__codes_add(out, c);
-    else if (syllable < 19 * 21 * 28) {
-        sc__codes_add(out, SC__JAMO_L + syllable / 588);
-        sc__codes_add(out, SC__JAMO_V + syllable % 588 / 28);
-        if (syllable % 28) sc__codes_add(out, SC__JAMO_T + syllable % 28);
-    } else {
-        pair = (sc__pair *)bsearch(&key, u->pairs, u->pair_count, sizeof key, sc__by_whole);
-        if (!pair) sc__codes_add(out, c);
-        if (pair) sc__decompose(u, pair->first, out);
-        if (pair && pair->second) sc__decompose(u, pair->second, out);
-    }
-}
-
-/* The code point that a and b compose to, or 0. */
-static uint32_t sc__compose(const sc__unicode *u, uint32_t a, uint32_t b) {
-    sc__pair key = {0, a, b}, *pair;
-    if (a - SC__JAMO_L < 19 && b - SC__JAMO_V < 21)
-        return SC__HANGUL + ((a - SC__JAMO_L) * 21 + (b - SC__JAMO_V)) * 28;
-    if (a - SC__HANGUL < 19 * 21 * 28 && (a - SC__HANGUL) % 28 == 0 && b - SC__JAMO_T - 1 < 27)
-        return a + (b - SC__JAMO_T);
-    pair = (sc__pair *)bsearch(&key, u->composed, u->composed_count, sizeof key, sc__by_parts);
-    return pair ? pair->whole : 0;
-}
-
-static int sc__by_class(const void *a, const void *b) {
-    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-    return (x > y) - (x < y);
-}
-
-/* NFC of s[n]: all is decomposed, marks that follow each other are sorted by their classes, and a
- * mark joins the last starter (class 0) unless one in between has the same class or a higher. */
-static void sc__nfc(const sc__unicode *u, const uint32_t *s, size_t n, sc__codes *out) {
-    sc__codes parts = {0};
-    for (size_t i = 0; i < n; i++) sc__decompose(u, s[i], &parts);
-    uint64_t *order = (uint64_t *)sc__alloc(parts.count, sizeof *order);
-    n = parts.count;
-    for (size_t i = 0, start = 0; order && i <= n; i++) { /* in one number: class, place, code */
-        uint32_t c = i < n ? parts.code[i] : 0;
-        int class_ = c < 0x300 ? 0 : sc__run_value(&u->class_, c);
-        if (i < n) order[i] = (uint64_t)class_ << 56 | (uint64_t)(i & 0xffffffff) << 21 | c;
-        if (class_) continue;
-        if (i - start > 1) qsort(order + start, i - start, sizeof *order, sc__by_class);
-        start = i + 1;
-    }
-    size_t starter = SIZE_MAX;
-    uint32_t last = 0; /* class of the last mark behind the starter */
-    for (size_t i = 0; order && i < n; i++) {
-        uint32_t c = (uint32_t)order[i] & 0x1fffff, class_ = (uint32_t)(order[i] >> 56), whole = 0;
-        if (starter < out->count && (out->count == starter + 1 || last < class_))
-            whole = sc__compose(u, out->code[starter], c);
-        if (whole) {
-            out->code[starter] = whole;
-            continue;
-        }
-        if (class_ == 0) starter = out->count;
-        last = class_;
-        sc__codes_add(out, c);
-    }
-    out->failed = out->failed || parts.failed || !order;
-    SC_FREE(order);
-    SC_FREE(parts.code);
-}
-
-/* ---- Graphemes (UAX 29) ---- */
-
-enum { SC__L = 1, SC__V, SC__T, SC__LV, SC__LVT }; /* jamo and syllables */
-
-static int sc__hangul(uint32_t c) {
-    if (c - SC__HANGUL < 19 * 21 * 28) return (c - SC__HANGUL) % 28 ? SC__LVT : SC__LV;
-    if ((c >= 0x1100 && c < 0x1160) || (c >= 0xa960 && c < 0xa97d)) return SC__L;
-    if ((c >= 0x1160 && c < 0x11a8) || (c >= 0xd7b0 && c < 0xd7c7)) return SC__V;
-    return (c >= 0x11a8 && c < 0x1200) || (c >= 0xd7cb && c < 0xd7fc) ? SC__T : 0;
-}
-
-static bool sc__hangul_joins(int a, int b) {
-    if (a == SC__L) return b && b != SC__T;
-    return ((a == SC__V || a == SC__LV) && b == SC__V) || (a && b == SC__T);
-}
-
+/* What tables know of characters; the section Unicode has them. */
+typedef struct sc__unicode sc__unicode;
+enum { SC__LETTER = 1, SC__DIGIT = 2 };
+static sc__unicode *sc__unicode_open(void);
+static int sc__word_kind(const sc__unicode *u, uint32_t c);
+/* NFC, then lower case. */
+static void sc__fold(const sc__unicode *u, const uint32_t *s, size_t n, sc__codes *out);
 /* How many of the n code points at s are the first grapheme. */
-static size_t sc__grapheme(const sc__unicode *u, const uint32_t *s, size_t n) {
-    enum { JOINER = 0x200d, NON_JOINER = 0x200c, FLAGS = 0x1f1e6 };
-    int kind = sc__run_value(&u->grapheme, *s);
-    bool picture = kind & SC__PICTURE, consonant = kind & SC__CONSONANT;
-    bool glued = false, linked = false, flag = false;
-    size_t i = 1;
-    for (; i < n; i++) {
-        uint32_t a = s[i - 1], b = s[i];
-        int before = kind;
-        if (a == '\r' && b == '\n') continue;
-        if (a < 0x80 && b < 0x80) break;
-        kind = sc__run_value(&u->grapheme, b);
-        flag = !flag && a - FLAGS < 26 && b - FLAGS < 26; /* letters of flags go in pairs */
-        bool joins = (kind & (SC__EXTEND | SC__SPACING)) || (before & SC__PREPEND) || flag ||
-                     (glued && (kind & SC__PICTURE)) || (linked && (kind & SC__CONSONANT)) ||
-                     sc__hangul_joins(sc__hangul(a), sc__hangul(b));
-        if (((before | kind) & SC__CONTROL) || !joins) break;
-        bool extends = kind & SC__EXTEND;
-        bool extends_conjunct = extends ? b != NON_JOINER : b == JOINER;
-        glued = picture && b == JOINER;
-        picture = (kind & SC__PICTURE) || (picture && extends);
-        linked = extends_conjunct && (linked || (consonant && (kind & SC__LINKER)));
-        consonant = (kind & SC__CONSONANT) || (consonant && extends_conjunct);
-    }
-    return i;
-}
+static size_t sc__grapheme(const sc__unicode *u, const uint32_t *s, size_t n);
 
-/* ==== Tokenizers ==============================================================================
- *
- * CLIP's is a byte-level BPE (Sennrich et al. 2016): lower-case text is cut into words, each byte
- * of a word is a token, and pairs of tokens merge in the order of merges.txt; "</w>" ends a word.
- * T5's is a Unigram model (Kudo 2018): text is normalised with a table that the file carries,
- * spaces become U+2581, and of all ways to cut a word the one with the highest sum of scores wins.
- * The ids are those of Hugging Face's CLIPTokenizerFast and T5TokenizerFast.
- *
- * Text goes this way: special tokens are found in it, what lies between is normalised, special
- * tokens are found again (each has one of the two ways), and what lies between is cut into words.
- */
+/* ---- The tokenizer ---- */
 
 typedef struct sc__word { const char *text; int32_t id; double score; } sc__word;
 typedef struct sc__special { sc__codes text; int32_t id; bool normalized; } sc__special;
@@ -6648,7 +6270,7 @@ struct sc_tokenizer {
     int32_t begin, end, pad, unknown; /* begin, end: -1 if there is none */
     int32_t largest;            /* id */
     sc_json *json;              /* owns the words' text */
-    sc__unicode unicode;
+    sc__unicode *unicode;
     sc__word *words;            /* sorted by text */
     size_t count;
     sc__special *special;
@@ -6724,10 +6346,6 @@ static void sc__text_add_codes(sc__text *text, const uint32_t *s, size_t n) {
         sc__text_add(text, bytes, (size_t)sc__utf8_encode(s[i], bytes));
 }
 
-static void sc__codes_add_text(sc__codes *codes, const char *text) {
-    while (*text) sc__codes_add(codes, sc__utf8_decode(&text));
-}
-
 /* ---- BPE ---- */
 
 /* A token of a word, and its merge with the next one; NULL: there is none. */
@@ -6792,25 +6410,11 @@ static size_t sc__bpe_cut(const sc_tokenizer *t, const uint32_t *s, size_t n) {
         while (same < length && same + 1 < n && s[same + 1] == (uint32_t)endings[i][same]) same++;
         if (same == length) return length + 1;
     }
-    int32_t kind = sc__run_value(&t->unicode.word, *s);
+    int32_t kind = sc__word_kind(t->unicode, *s);
     size_t i = 1;
     if (kind == SC__DIGIT || sc__is_space(*s)) return 1;
-    while (i < n && !sc__is_space(s[i]) && sc__run_value(&t->unicode.word, s[i]) == kind) i++;
+    while (i < n && !sc__is_space(s[i]) && sc__word_kind(t->unicode, s[i]) == kind) i++;
     return i;
-}
-
-/* NFC, then lower case: of U+0130 two code points, of all others one. */
-static void sc__fold(const sc_tokenizer *t, const uint32_t *s, size_t n, sc__codes *out) {
-    sc__codes composed = {0};
-    sc__nfc(&t->unicode, s, n, &composed);
-    for (size_t i = 0; i < composed.count; i++) {
-        uint32_t c = composed.code[i];
-        if (c == 0x130) sc__codes_add_text(out, "i\xcc\x87");
-        else if (c < 0x80) sc__codes_add(out, c >= 'A' && c <= 'Z' ? c + 32 : c);
-        else sc__codes_add(out, c + (uint32_t)sc__run_value(&t->unicode.lower, c));
-    }
-    out->failed = out->failed || composed.failed;
-    SC_FREE(composed.code);
 }
 
 /* ---- Unigram ---- */
@@ -6893,7 +6497,7 @@ static void sc__charsmap_apply(const sc_tokenizer *t, const sc__charsmap *map, c
     for (size_t i = 0, size; i < n; i += size) {
         char bytes[12];
         size_t length = 0;
-        size = sc__grapheme(&t->unicode, s + i, n - i);
+        size = sc__grapheme(t->unicode, s + i, n - i);
         for (size_t k = 0; k < size && length < 6; k++)
             length += (size_t)sc__utf8_encode(s[i + k], bytes + length);
         const char *found = length < 6 ? sc__charsmap_find(map, bytes, length) : NULL;
@@ -6909,7 +6513,7 @@ static void sc__charsmap_apply(const sc_tokenizer *t, const sc__charsmap *map, c
 
 static void sc__step_apply(const sc_tokenizer *t, const sc__step *step, const uint32_t *s,
                            size_t n, sc__codes *out) {
-    if (step->fold) sc__fold(t, s, n, out);
+    if (step->fold) sc__fold(t->unicode, s, n, out);
     if (step->charsmap.data) sc__charsmap_apply(t, &step->charsmap, s, n, out);
     if (step->fold || step->charsmap.data) return;
     while (step->right && n && sc__is_space(s[n - 1])) n--;
@@ -7028,7 +6632,7 @@ void sc_tokenizer_close(sc_tokenizer *t) {
     if (!t) return;
     for (size_t i = 0; i < t->special_count; i++) SC_FREE(t->special[i].text.code);
     for (size_t i = 0; i < t->step_count; i++) SC_FREE(t->steps[i].charsmap.data);
-    sc__unicode_free(&t->unicode);
+    SC_FREE(t->unicode);
     sc_json_free(t->json);
     SC_FREE(t->words);
     SC_FREE(t->special);
@@ -7292,7 +6896,7 @@ sc_tokenizer *sc_tokenizer_open(const char *folder) {
     sc_tokenizer *t = (sc_tokenizer *)sc__alloc(1, sizeof *t);
     char *vocab = sc__join(folder, "vocab.json"), *unigram = sc__join(folder, "tokenizer.json");
     char *path = sc__join(folder, "tokenizer_config.json");
-    bool ok = t && vocab && unigram && path && sc__unicode_open(&t->unicode);
+    bool ok = t && vocab && unigram && path && (t->unicode = sc__unicode_open());
     sc_json *config = ok && sc__exists(path) ? sc_json_load(path) : NULL;
     if (ok && !config && sc__exists(path)) ok = false;
     else if (ok && sc__exists(vocab)) ok = sc__bpe_open(t, folder, config);
@@ -7309,6 +6913,376 @@ sc_tokenizer *sc_tokenizer_open(const char *folder) {
     if (ok) return t;
     sc_tokenizer_close(t);
     return NULL;
+}
+
+/* ==== Unicode =================================================================================
+ *
+ * What the tokenizers ask of characters: which are letters or numbers, their lower case, canonical
+ * composition (NFC) and graphemes (what a reader takes for one character). The tables were read off
+ * the library whose token ids ours have to equal, and are packed: a number is a few digits of base
+ * 21 and a last one of base 70, printed from '#' on without the backslash.
+ */
+
+enum { SC__EXTEND = 4, SC__SPACING = 8, SC__CONTROL = 16, SC__PREPEND = 32, SC__PICTURE = 64,
+       SC__CONSONANT = 128, SC__LINKER = 256, SC__JOINS = 1 << 17 }; /* as the second of a pair */
+
+/* Packed by test/make_unicode_tables.py, as tokenizers 0.22.2 has them. */
+static const char sc__word_table[] =
+    "S5'+U%*U%S#%+%'%#%'#'$#%%''%O%%`%%w'%(9%2+%+&%k`+%%%%&)%%#%*&%$%%%&%$G%%l;%%mf%,nU%%k'%&#%*k"
+    "-%k%W%()%Qk1%95'(%%%l[%%#%3%%+%%$5'$'%&#%4&%$[%AlG%/#%25'$d%-%%(#%)M%(#%-#%'#%;S%+7%)Q%%-%5k"
+    "/%_kG%'#%6#%+5%(5'%A%(1%&%%&M%%/%%#%')%'#%4#%1%%%'%(5'$%%&-'&#%,-%(%%&M%%/%%%%%%%%%%C)%%#%+5"
+    "'&'%43%%'%%M%%/%%%%%+%'#%6#%3%%(5'-#%/1%&%%&M%%/%%%%%+%'#%B%%%'%(5'%#%$-'/&%$+%''%%)%'%%%&%$"
+    "#%'%%''%'9%:#%9;'61%%'%%O%%A%'#%>'%&#%&%%(5',/'%#%(1%%'%%O%%5%%+%'#%C%%%%%(5'%%%53%%'%%k-%&#"
+    "%4#%)'%%/'$'%(G'%-%)E%'Q%%3%%#%&/%C5'5k;%%%%0/%-5'K%%%&%$)%%Q%%&%$3%%%%-#%&+%%#%-5'&)%D#%CI'"
+    "01%%k#%?+%kQk1%8#%$5'*-%()%'#%'%%+'%(;%0#%%5'*k'%%#%)#%&k1%%sE%%)%&/%%&%$'%&k-%%)%&d%%)%&/%%"
+    "&%$'%&?%%kM%%)%&kb%2I''A%4lA%&-%'{S%&C%%U%)l+%'''$1%+E%1G%2E%2;%%'%3kC%G#%(#%'5'*5':5'*lG%++"
+    "%&f%%#%)kh%.`%K5'$^%&+%/k3%(U%*7'IO%-kE%O5'*5'1#%k;k9%51%'5'M^%1%%$5'$k3%>k#%@5'''%$5'$k#%&7"
+    "%)k1%&'%M)%%-%%%%'#%)oC%eqd%&-%&k'%&-%&1%%*%$^%&kE%%/%%#%''%%/%')%&-%(;%)'%%/%kQ#'$#%&-')#%$"
+    "5'*;%kC#%(#%&5%%#%'+%**%$'%%7%&)%)+%(#%%kA'$%%$+'t>kS'k,M's$^'z0pG%*)%'%%-#'&k'%%#%)#%&kK%+#"
+    "%4O%-/%%/%%/%%/%%/%%/%%/%%/%k.#%pU%%$#'=3'++%&''$%%(lA%*'%%lI%%)%)k1%%lQ%')'.b%TA%D5'B1'%?'D"
+    "5'K?'nLr~9%eksm%%hk7%&qQ%'A%$5'$%%8k9%4`%&kh%$5'K3%&ld%&kb%&%%%&%$/%9A%%'%%)%%O%1-'.kC%2k?%@"
+    "5'<-%'&%$#%%5'$Y%.O%=[%+k9%@#%$5'*+%%5%$5'$+%%k-%;'%%1%(5'*O%'#%'k?%%#%'%%&+%&&%<'%&7%+'%0-%"
+    "&-%&-%-/%%/%%k1%%=%*m5%15'*yn/%0O%(k=%oyXtA%&m#%J/%0+%)&%$3%%;%%+%%&%$&%$&%$m%%Et;%6k[%&kG%L"
+    "9%kR+%%m^%75'+U%*U%/lG%'-%&-%&-%&'%G9%%U%%G%%%%%?%&=%FmE%0k5'0kM'5%'mF[%'k=%4W'(b%$)'-I%$#'$"
+    "1%$#')k'%.^%&k#%(1%%+'NnE%&5'*k#%(k#%(k+%,kC%07%%?%%/%%%%%7%%?%%/%%%%'kC%0r`%-M%.1%<-%%k/%%3"
+    "%k#-%&&%$k1%%%%'#%&O%&1'$O%&/'$`%,3'TG%%%%)+'$M%$-'(U%k$kK%(%'$%%$A'&k7'$#%3)%%'%%[%.3';[%$%"
+    "'%[%$''D1%%Y%*+'4kG%.M%&1'$G%)1'$E%;/'k.l'%[kA%1kA%+-'$k#%05'*5'$Y%-O%m,`'%k/%*%%4'%`[%$5'$#"
+    "%,M%/)'?E%RK%$/'8O%0kE%>^'%%%&#%1k5%DS%+5'-k#%35'(#%&#%,h%'#%0k;%2)%/5'$&%(I'/E%%S%7%%d/%%&%"
+    "$'%%?%%5%+k9%55'/1%&%%&M%%/%%%%%+%'#%6#%0+%B5%%#%&&%$k%%%#%=&%PkE%6)%)5')'%Bk;%8%%%#%,5'l>k9"
+    "%M)%Hk;%8#%/5'Jk1%1#%+5'*I'@W%99'(/%lQk3%kRk[%$G'01%&#%&1%%%%%Q%3&%25'k$1%&k)%4&%@#%.k+%+#%9"
+    "#%/k7%7#%6l'%l`d%35'*3%%k%%5#%3[')^%kN/%%%%%k'%9#%-5'*-%%%%%b%2#%+5'nBG%3&%$9%%f%@5'k4#%3K'O"
+    "ko9%kDm-'5oK%kzRlW%3ksM%5-%=os+%)zO%nwW^%65'kmZz3%+`%%5'*l3%%5'*^%6k;%4)%05'%/'%K%)G%p0k5%'5"
+    "'l_k[%$O'kGl+%)#%g;%e%%%#%@rq7%,kx;%M5%pkQ)%%/%%%%%r7%3#%A'%&#%2)%,u7%kuim%%);%'3%+5%l{X5'kj"
+    ",I'0I'kJS'kfl?%%l#%%%%&#%&%%&)%%9%%&%$-%%k^%%)%&1%%/%%Y%%)%%+%%#%'/%%sS%&S%%S%%`%%S%%`%%S%%`"
+    "%%S%%`%%S%%1%&k?'knN`%*-%mWkW%l*k5%./%&5'(#%nM^%6k3%(5'pVY%(5'm(^%&#%$5'pf/%%)%%%%%?%%oM%&3'"
+    "Tkd%+#%(5'u9kQ'%''%)'k*k5'%?'lZ)%%W%%%%%#%&&%$3%%)%%&%*#%(*%$%%%%%%#%&.%$&%&)%%/%%)%%)%%&%$3"
+    "%%C%)'%%+%%C%r8;'k|^5'xVlzlI%DowQ%*p9%&q{M%2tmE%3{W%kx4yC%kjHpy)%)oxW%";
+static const char sc__grapheme_table[] =
+    "$`Ck=dC-#k^'#C$#k^rEm/+mf/+mYk5+%&+$&+$&+]-r3.7+%#CRK+4#+kC/+$#r3%-+&%+%)+E#r3%#+BW+k97+_3+-"
+    "#+<)+%3+%'+%++O'+X%r3)3+NQ+$#r3$b+$#35k%mQ$#+$#3$#+%'3$1+$)3$#qA$%3%/+$1mQ&%+81mQ%#+$%35ImQ%"
+    "/mQ%#mQ')mQ&&+$%3$)+&%3&%3$#qA-#+(%mQ%#mQ&%+0%mQ0#+&%+$#3]#+%'3$%+(%+&'+'#+B%+'#+/%+$#35ImQ%"
+    "/mQ%%mQ%+mQ&#+%'3$++%%+$&3$#3$#qA8%+9#mQ$-+%#+$%35ImQ%/mQ%%mQ%+mQ&&+$#+$#3$)+&%3&%3$#qA+'+(%"
+    "mQ%#mQ&%+1#mQ4#+`#+$#3$#+$%3''3%'3$#+-#+L#+$'3$#+4ImQ%AmQ&&+$%+$)3%'+%'+$#qA+%+%'mQ+%+A#+$%3"
+    "]#+%#3$%+$#3$#+$%3%'+%)++%+/%+3#30%+$%35k'mQ$%+%#+$%3$)+%'3%'3$#qA$#r3,#+.%+A#+$%3k$#+(#+$%3"
+    "$'+%#+%/3$#+6%3b#+%#3$/+01+k@#+%#3$3+//+k'%+?(+(%3U=+$#3$++%%+)7+%k#+-#+kD)+$#3$-+%%+$%3$%+;"
+    "%3$%+('+4)+1#+%#3$%+*#+3#+t''+wH)+@'+A%+B%+e%+$#3$/+$13$#+$%3$7+-#+Q'+$#C$#+kS%+F#+kT'+$)3$%"
+    "+$'3(%3$#+$-3$'+m-%+$%3$#+^#3$#+$#3$/+%&+&1+$-3$5+&#+T`+U)+$#3S5+$)3$'+J3+0%+$#3B#3$)+$%3$-+"
+    "]#+$#3$%+$'3$#+$#3$++T13$1+$%3$%+l0'+%;+$#3$/+(#+*#+&#3$%+l_k[+qE#C$#+$#3$%C</C1#k^0#k^:ACk>"
+    "d+U#k^:#k^k8-k^3%k^o5%k^0#k^k=#k^k$#k^=7k^('k^l`#k^m9%k^.#k^-#k^_)k^%-k^%9k^%m3k^.m;k^&7k^%&"
+    "k^*#k^'#k^*#k^.%k^3#k^&#k^(&k^('k^%#k^/+k^Q'k^-#k^2#k^2#k^o:%k^pO'k^7%k^W#k^(#k^o`'+l%#+k>b+"
+    "qe-+$#k^0#k^k9%+q6&k^~mO)+%5+D%+k.%+mc#+'#+(#+;%3$%+$#3(#+k1%3VA3$%+>E+1#+J1+=7+$#3$#+P'+$#3"
+    "S#+$%3$)+$%3$%+$%3$#+H#+h-+$%3$%+$%3$%+0#+,#+$#3R#+W&+$%+&%+)%+%#+M#3$%+$%3)#3$#+m>%3$#+$%3$"
+    "#+$%3%#3$#+wzN#+tIA+4A+lh#Cl6%+k.9Cq;#+m4#+l-++kla'+%%+))+L'+(#+l=%+r1)+f++nI%+k-)+k$7+U)+kX"
+    "#3$#+$#3Y?+M#+&%+.'+$#3Q'3$)+$%3$%+&#r3(#+.#r3V'+H++$#3$1+4%3P#+0%+$#3T'3$3+$#3$#+%%r3))+%#3"
+    "$#+k:'3$'+$%3$)+*#+&#+l5#+$'3$1+9%+$%3[%+%#+$#3$#+$)3&%3&%3$#+-#+.%3&/+'++h#+$%3$-+%#+&&+$%+"
+    "$&3$#3$'+$#r3$#+2%+k0'3$1+$%3$'+$#3$#+;#+k/#+$%3$-+$#3$#+$%3$#+$#3$%+$#3$%+m=#+$%3$)+&)3$%+$"
+    "#3$%+?%+k0'3$1+$%3$#+$#3$%+kH#+$#3$#+$%3$1+kC#+$#3$#+&)+$#3$++mR'3$3+$#3$%+mG#+$+3%%3&)+$#r3"
+    "$#3$#r3$#3$#+l%'3$)+&%+$)3$#+'#3@5+L-+$#3$#r3$)+,#+--+$%3$'+L-r3$;+$#3$%+o[#3$/+%-+$#3$#+k0M"
+    "+%#3$/+$#3$%+$#3$%+kX-+'&+$&+$-+$#r3$#+g+3%%+%%3$#+$#3$#+nh%+$%3-%+$#r3$#3T%3$++'%3$'+;#+mwA"
+    "#+*?+qzZ9+$'3$'+kxR++`/+xi#+%kI3+)+k/#+/%+wq?%+mn3k7+&O+qX++'-+,1+&/+B)+l,'+kq7kI+(k?+,#+2#+"
+    ":++%?+}B/+%C+&/+%%+%++kB#+l8/+o=#+b)+q6)+mP%+tH/+kK/+kmIq7k^1'k^C#k^a-k^0%k^2#k^&5k^6kMk^?""?k"
+    "^.#k^8#k^&3k^%)k^-v=k^$++$s'k^,qKk^TmOk^kR9k^k3k1k^0)k^]1k^.-k^L1k^Bl9k^0k9k^%5k^%vKk^mRkr/k"
+    "^kntj4lU+k_p^+";
+static const char sc__lower_table[] =
+    "eUdkCOd%/dER%'(%&2%&P%%#mB$(%'#p#$&%%#ob$#%%%o`$#%&#l5$#oY$#o[$#%%#o`$#od%#p%$#oh$#%'#p%$#p)"
+    "%#p+$(%%#p3$#%%#p3&#%%#p3$#%%%p1$&%%#p5$#%'#%+#'$#%%#'$#%%#'$4%&4%&#'$&%%#lX$#kL$J%%#mT%4%+#"
+    "xxA$#%%#nP$#xx;&#%%#oJ$#kh$#l%$,%n-&%'#%,#m9*#k)%'k'%#k^%%k[%Cd%3dG#3,:%)#kT&#%%#0$#%&'mT$Al"
+    "7$bdTD%-X%%#A$0%&k<%&k'k=k~7k's|I%#s|I)#s|It:l5lt|?$-3kt=#%*k1nke&'nkenLl,%-#tqJ%k<%-12,-2.1"
+    "2,12,-2/*2,12<12,12,12,%2$%l*$#4/)lB$#4/%2$%l_0%2$%m0$#0/%mP$%mL$#4n5#tnX'#urF$#uo&*#[QAC7#%"
+    "uTUWko8k;k=T#%%#xve$#omg$#xvD&(%%#xwi$#xw*$#xx($#xx&%#%&#%,%xxi$k@%,&%(#%kjlOP%7>%kf0%'a%.&%"
+    "%#lpkD$,%(#%%#lyti&&%'6%%#lyuZ$#lyv*$#lyui$#lyuT$#lyuZ%#lyt<$#lyu&$#lytB$#koG$2%%#k<$#lyuX$#"
+    "lplg$&%%#lyvZ$2%%#ly}$<#%ym[Ud{Ck+k-kgk#k-l47k+%?k+%/k+%%k+kn8kAk^l5Mdk~(bdx|TbdeSYkjp1fh";
+static const char sc__class_table[] =
+    "thKpK$#pO$)p7$#pO$#p/$+p7$%oY$)p7$%oY$7p7$+%$)p7$1pK$#p`$#pK$'p7$'pK$%p7%'pK$)p7$#pK$#pO$%p7"
+    "$#pK$#pQ$%pS$#pQ$%pS$#pQ$;pKmf+pKm[#p7$)pK$#p7$'pK$#p;$#p7$-pK$-p7$%pK$#p7$%pK$#p;$#pG$#pK$#"
+    "7$#9$#;$#=$#?$#A$#C$#E$#G$%I$#K$#M$#O%#Q%#S$#U%#pK$#p7%#Gk&1pK$#`$#b$#dT#Y$#[$#^$#`$#b$#d$#f"
+    "$#h$%pK$%p7$+pK$#p7$%pK$#p74#k#kC/pK&)pK$#p7$#pK&%pK%#p7$%pK$#p7G#k%B#pK$#p7$%pK$#p7$%pK$'p7"
+    "$#pK$%p7$#pK$#p7$'pK$#p7$#pK$#p7$#pK$#p7$#pK$#p7$%pKl8/pK$#p7$#pKF)pK%3pK%'pK%+pKO'p7kV=pK%#"
+    "p7$%pK$#p7$%pK$#p7$'pK$'p7$#Y$#[$#^$'pK$#p7$%pK$%p7$+pKa#14#5'#pK$#p7$%pKkE#14#5kL#14#5kL#14"
+    "#5kL#14#5k^#5k^#5+#l?$#lMkC#14#5k^#5kZ#5kK%lf$#51)m'kJ%m=2)mEk*%p7?&p7%#p/[#mS$#mU%#mY))mU&#"
+    "mU%%pK$#5%%pKc#p7kN#1%%5k0#p7t7'pKwJ#5C#5l5#5.#pKld#pGl'#p;$#pK$#p7m-#pK$#p7k%#581pK&#p7T+pK"
+    "$-p7$%pK$#p7kT#13#5J#pK$#p7$/pKZ%5_#1/%5h#1l0'pK%#%$+p7$%pK$)p7$#pK%/%(#p7*#pK'%pKl_%pK$#p7$"
+    "/pK$#p7$%pK$#pS$#p+$#p7$#oY$k%pK)#pK$#pQ$#p7$#pK$#p7t8%pK$%%$)pK$'%$%pK(#pK'%%$#pK$#p7$#pK$%"
+    "%$)p7$#pKlka'pKl%#5k>bpKqe#p3$#pG$#pO$#p;$%p?kG%3~te#pK(5pKD%pKk.%pKmg#5lU#5?EpK^'p7I#5k=#10"
+    "#5mA&pK$#pK$#p7&%pK)%pK%#pKX#5mH#5wzN#Wu#/pK$/p7$%pKwd#p7m4#p7l-+pKkm&#p7%#pKL#pK$#%$#p7(#5l"
+    "=#pK$#p7}Q#5]#5^#5$#1k#'pKT%5c#1k*#5-#1kH#5$#1lJ#1$#5k/#14#5</pK'+pKlf#5'#1kY#5$#1mM#5$#1k]#"
+    "5kT#5$#1kQ#5|K#5wxZ+%`/pKxmU#%mvi%p/$'%'#pC$+p/,1p7&+pK$%p7B)pKl,'pKlr3/pK%CpK&/pK%%pK%+pKkt"
+    "O/p7kK-pK$#1";
+static const char sc__composed_table[] =
+    "oEk`kjf%#%%#%%#%%#-%#'''^%'k*%#%%#%%#/%+2%#%%#%%#/'-,%%(%#%%#%%#%%#-)/2%#%%#%%#/%+0)3$%#%%#%"
+    "%#%%#-%#'''^%'k*%#%%#%%#/%+2%#%%#%%#/'-,%%(%#%%#%%#%%#-)/2%#%%#%%#/%+0'#1%kL*%d#%c'%d#%ch%d#"
+    "%_k*%d#%c%%d#%c-%d#%c-%d#%a#%d#)a2%d#%c'%d#%c%%d#%cf%d#%cZ%d#%_6%d#%c+%d#%c%%d#%cd%d#%ak&%d#"
+    ")a%%d#%c%%d#%c'%d#%ch%d#%ce+%,%d#%ak'%d#'ak(%d#%ck)%d#%cX%d#-_8%d#%ck)%d#%cX%d#+a2%d#%c'%d#%"
+    "c-%d#)]6%d#%ck)%d#%cX%d#%a8%d#%c%%d#%ck'%d#%cX%d#%aY%d#%cX%d#)a4%d#%c%%d#%c'%d#%c+%d#%c%%d#%"
+    "c^%d#%_k(%d#%_#%d#%c/%%0%d#%c/%d#%c-%d#hk2A%d#?V#%d#^kD@%d#%R#%d#%V#%d#%V#%d#%lf2%d#%c(%d#%c"
+    "9%d#%c:%d#'kL+%d#%s1#%%#%t(#%d#)nH3%d#%Z#%d#%Z[%d#%t^k$%%#%kD3%p5#%yX#+i8%d#)T$%d#%lE%%d#%a#"
+    "%d#%>#%d#%o2?%d#%c'%d#%Z&%d#%c'%d#%Z&%d#%c'%d#%V&%d#%c'%d#%]&%d#%c'%d#%]&%d#%c'%d#%gM%d#%a#%"
+    "d#)k4V%d#1k*,%d#%Zd%d#%m3i%d#%e#%d#%nV)%d#%vY(%%#%w@#%d#sQk;(%kj7#'+#%'#%'#'/#'/#%+#%f#Wk>1%"
+    ";#%;0%+#%'#%'#%G#WF1%;#%.0%/#%+#-5#%#1k5kd2%#3'&0+<1-K0%&$%9/98#dd#Q(.%#3'&0+k#1-Z0%&$%9/Sk?"
+    "5%%#l+lT4%d#?k(#%d#%c'%d#)X&%d#)nQ'%%#%oJ#%d#%a#%d#)a*%d#%c+%d#%V#%d#)n`#%%#%o<#%d#%k0*%d#%c"
+    "+%d#%c)%d#%Z(%d#)Z#%d#rEwMkm)%#%%f#%e%%k#$n?mh#'J#EE#{){)kj533#))#n9n3mU%#Ut`thtf)#R%#Ul'l-m"
+    "QkIkET%%#%$UmImQmOmAmCmO11#%#%'#J%+ImOmIm#%%#%$Un'n1m7'#-%),%(MzSz[zbmzImzIm{Q''#''#''#''#++"
+    "#k/k/#''#)'#%%#')#~%srFrqi%d#%a_%d#%c[%d#%c?%d#%lbk<%d#%nP/%d#%c[%d#%c?%d#%c6%d#%c/%d#%nhk6%"
+    "%#%$%%%#%oak5%d#%c)%d#%vbk0%%#%wZ%%d#%a(%d#%a)%d#%c[%d#%cX%d#%cb%d#%c1%d#%a'%d#%ldk:%d#%nR#%"
+    "d#%ch%d#%c?%d#%a>%d#%tqba%%#%tr]k7%d#%c*%d#%ak4%d#%c/%d#%c[%d#%aZ%d#%c[%d#%c?%d#%c*%d#%lfk4%"
+    "d#%c1%d#%lE2%%#%$%%%#%q2#%d#%c/%d#%_#%d#%c[%d#%trWa%%#%tsRk7%d#%ak0%d#%c[%d#%pMZ%%#%-#%%#%tl"
+    "-#%%#%ts_#%d#%c[%d#%c?%d#%c*%d#%a4%d#%c;%d#%c(%d#%pfk4%%#%%1%%#%qc,%d#%cd%d#%ai%d#%c%%d#%c1%"
+    "d#%c$%d#%c[%d#%aZ%d#%c%%d#%a$%d#%a,%d#%cf%d#%c?%d#%F#%;k.%)'%'#'qE(-s([%d#%cV%d#%lY2%d#%c$%d"
+    "#%c5%d#%c.%d#%tqI$%%#%tpP$%%#%$$%%#%$5%%#%$.%%#%tpM)%%#%tv&^%d#%cV%d#%c.%d#%lb&%d#%c$%d#%c5%"
+    "d#%c.%d#%tr#$%%#%tvN1%d#%cW%d#%V#%d#%cV%d#%lb2%d#%c$%d#%c5%d#%c.%d#%tr7$%%#%tm>$%%#%$$%%#%$5"
+    "%%#%$.%%#%$d%%#%sD#%d#%cV%d#%rh2%%#%$$%%#%$5%%#%$.%%#%$d%%#%sZi%d#%ck#%d#%cV%d#%c.%d#1klIC%#"
+    "%%stWJ%%#%$%%%#%$k`%%#%suRk:%#%%subJ%%#%$%%%#%$k`%%#%stak:%#%%su)J%%#%$%%%#)sv$G%#%%sv3J%%#%"
+    "$%%%#)su6G%#%%suEJ%%#%$%%%#%$k`%%#%sv@k:%#%%svOJ%%#%$%%%#%$k`%%#%suRk:%#%%subJ%%#%$%%%#%$k`%"
+    "%#%sv]k:%#%%sw%J%%#%$%%%#%$k`%%#%sugk:%#%%sv/J%%#%$%%%#)sw*G%#%%sw9J%%#%$%%%#)sv4G%#%%svCJ%%"
+    "#%$%%%#%$k`%%#'sw>k8'swOJ'#%'#k`%svLk:%#%%sv[J%%#%$%%%#%$k`%%#%swVk:%#%%swfJ%%#%$%%%#%$k`%%#"
+    "%swVka'+#''#''#'/#'/#'+#+st'kh%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%E#%%#%%#%%#%%#%%"
+    "#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%k?#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%swckZ%#&%sw"
+    "fk`%swe#%,#'-(%syf)%sz_kZ%#&%#*'#kh-kj6(%ty5)%swa#%4#'5(%sz3)%s{0kg''#'#kh%szfkg%#%%#k`%sygk"
+    "T%#&%E*+Dkb%E#%k>kT%#&%#*)s|S#%#%%#k`%s{@kT%#&%/*'6I%#%%+k9%/#%k(kT%#&%#*'*K%kjVJ-tyEkh%swL#"
+    "%-#',(%s{))%s|6kg'7#'#khu^trU<%'#I'#bkU#%+#%&#kGk?#--#))#SS#''#YQ#)1#)'#')#Qu{i#'u|U#9J#%u|."
+    "#%'#%u|Y#%%#)=#%%#))#%%#1)#%%#)1#%%#))#%%#k#Y#%/#%%#%'#k?k:#%%#%K#%%#1d#%%#%%#%%#nw[ny=yzd''"
+    "#''#''#''#''#''#''#''#''#''#''#))#''#''#11#%#%')$%#%')$%#%')$%#%')$%#%QkF$7lE#?""?#''#''#''#''"
+    "#''#''#''#''#''#''#''#))#''#''#11#%#%')$%#%')$%#%')$%#%')$%#%QkF$)l)#%%#%%#%%#+9#mx|Imx|Imyk"
+    ";''#A7#mWn#m+%%#yAy3y7%#UtEtKt-%#6'#=q1q7pd%%#";
+static const char sc__split_table[] =
+    "klbkk/kjhllCll5lmK%%#%%#%-#%-#%%#%5#%+#mKm5mQ%%#'=#l?mWmQ)/#k#g#%%#%-#)A#q5q%q9%%#kqGks/kuY7"
+    "7#--#--#--#=X&7k?kc'#'%k`;'%#5ka#GfkK77#--#--#--#=X&ssEstSnq:msu3v|V|/'U)947%#%%nksW$%#%%nkt"
+    "B8%#%%#+%%#%%#%%#%%#%%#%%#''#%%#%%#%%#%%#''#''#%%#''#%%#''#%%#%%#%%#%%#%L(%*/%7#%5#muuUqwjIq"
+    "wl#%%#%15%#%%#%%#%%#%lElK<%%#%%5%%#%$%%%#";
+static const char sc__replaced_table[] =
+    "klYkjf%%'Gk?lJ7|25mIsy/kjO'%'%'%'^'%'%kYl&)kC9k>'%313.3k)3g)4%kki7kl1')'~a)t|h%%r=s|<+kmN%mE"
+    "xKzsS%%mut'kulU%wj$%w|=%xR%ts.%uqL%k~S%koq[%#%kmt,%}x5%~~g%kpC%mjE%qlK%mmO%lq1%t^%s)%lwG%wrg"
+    "%kkQ%kp=%kk)%oxW%nv=%l~=%kooV%ky1%rn9%ls`%p~[%rq+%kkui%pt)%qw'%ko5%ws<%t{/%lmd%xr8%l|U%ln5%k"
+    "}W%tr+%kkyD%z%%rA%pnd%ll9%ltf%kx?%mmK%ll%%lC%lw?%mnW%kt#%|M%wjX%pf%ks1%lm'%op?%m~h%p{Z%{rB%l"
+    "lf%tnW%ks+%n}0%ln`%p~'%muQ%kjw<%knb%nz-%kpO%r^%n}9%qI%rr+%kltF%y}A%zoB%B%xj`%koK%lm;%psA%m{,"
+    "%xmN%ltQ%ut5%kjmD%nz'%ksE%pz9%wh%u~2%wn-%xqL%ou?%plZ%txb%luL%ro)%xrL%kvS%tx)%nw-%lnQ%tz6%vu%"
+    "%vo,%mpX%ul;%t|T%pmh%wt.%}h%lW%q}/%ql1%k}C%l};%ls+%kj|T%sG%kzh%k}%%lr)%muY%mn)%s}I%kwQ%ksI%k"
+    "K%kou:%qjG%kw9%vtU%{ja%kkW%m1%}%%mx'%yU%klY%k{A%ksC%|-%olO%muV%m|h%kl'%kkxa%n#%y=%sz+%rq=%wf"
+    "%yoe%rK%knY%l{h%oz-%mk4%vyB%l{+%ky'%w;%{A%p{5%o3%m|`%nd%po-%kw[%l;%of%knoP%xx1%rqU%kyS%|yZ%p"
+    "r4%{%%m|%%l9%mo?%ku5%ly%%kuK%olU%nj+%oo1%}|&%zvG%kluX%qp1%mA%k{[%sd%k|S%sM%kkC%kvh%stU%kmxa%"
+    "o{I%|nC%kmt0%ntK%o|#%uv1%zv8%vM%lqd%m~Q%vmh%kl{$%wb%l|h%mq[%s#%sb%kt#%lt-%wM%mq-%mo7%G%ml3%k"
+    "z1%kluT%sv#%soP%tq3%~;%pk-%oz`%k~U%zS%}mF%lm=%qj+%lt$%lA%tK%mr]%yV%spO%kjl0%|oU%{k6%kB%nr9%k"
+    "sI%sk5%uvR%plU%lnc%xlA%lrT%n|A%ns8%x|B%ny6%kud)}%'n}-)qmJ%uvI%koG%{b%h%1%k1%tq[%soF%kjd'ln9'"
+    "kx^)k{?%oO+lz+%=%k5%kv5%nsa%ljY%kmyJ%rf%ld%t`%Y%m+%z[%m#%l[%wE%lh%kp9%7%ks;%p'%k)%l`%kmM%n1%"
+    "o#%x7%ky/%nQ%qI%z[%o?%x=%kuA%nf%9%$%3%/%1%k=%%%o)%k`%s+%z+%M%kM%rU%n1%wf%n#%#%wQ%kwI%m^%t=%k"
+    "M%uU%kG%}M%mU%lpY%r+%kU%}re%rjjf%qspc)|ke%ko%%l0%we%vf%kS%s;%kC%}7%l&%kf%l)%|'%lI%n-%C%qU%oQ"
+    "%ko[%1%n+%kf%rI%m=%ki%m^%k8%n/%kb%uA%lG%kI%qA%r/%nQ%+%kS%ks5%k`%u/%uU%B%lE%q1%sM%lmG%k|]%mE%"
+    "mG%s;%n5%kG%pC%'%nb%E%U%lC%6%u9%w`%qW%o;%p?%n=%sA%oS%km-%nE%knb%w%%kh%C%rE%kO%k6%kI%(%D%l/%l"
+    "9%td%z#%rh%rA%p9%krA%lf%m7%m[%k%%;%k=%~Y%kv1%ptz/%.%njM%rqvi%kuY%f%rzw%%mx#%u{Y%q~jP%l-rsq)k"
+    "qpX%,%5%qns^%qnkN%l3%=%l%%mA%b%l3%R%s{0%qymM%qomZ%1%C%I%qnyA%qxyP%s~Y%k)%qnz-%qny_%=%~Z%kj%%"
+    "5%sux3%suv>%?%tm,%tnW%9%k5%-%tnc%tq1%'%Y%O%9%%%E%kA%3%5%U%7%'%#%#%qozM%pzxc%s~H%M%qpkW%qpk>%"
+    "/%M%n;%lc%C%d%kQ%l?%W%kd%C%f%#%M%G%3%A%sU%qX%q[%oP%k#%ku<%lrE%r2%k)%U%mT%nY%$%mG%qqy-%qqw,%-"
+    "%A%K%3%k^%qrk`%kb%qq~Z%k;%;%l4%n'%vq@%?%vuQ%kI%#%qru+%qrq8%M%A%;%qryI%qry0%1%km-%kl:%vyc%v{S"
+    "%?%l;%kB%qstM%qso>%qsoC%qsn2%(%E%lb%%%wlV%wmG%k3%M%k5%wo,%rlqO%rlpa%wpA%)%)%K%swp#%swnF%qttG"
+    "%#%p}p@%vm&%#%wqH%rrnM%zrW%rumg%5%wr]%wt/%kC%7%h%mb%wx6%_%wyS%qunG%qum&%mS%+%'%&%k9%K%k%%>%9"
+    "%k;%K%+%W%9%kb%l?%k#%mI%quy=%quyc%k_%m)%Y%lY%qu{S%quyc%lP%Z%xs>%xxb%M%b%k(%xwF%x}S%^%qvyC%qv"
+    "v&%qd%ni%yja%ylf%ym@%k$%q|b%)%qsQ%l_%skQ%kjmc%voY%+%/%kW%8%qwqY%rqxa%yub%m:%o`%kC%qwmb%qwmN%"
+    "m.%q#%y{H%y|`%lY%l%%oA%qwnA%qwlg%zp$%zr%%qwyU%qwx4%zqe%zr[%k7%Y%%%qxn1%to]%trf%qxm*%qxyh%qxv"
+    "V%?%lc%o#%k-%kO%kH%k-%A%=%qxsb%qxv0%q/%k[%{m(%{oW%*%qxw+%qx|i%tQ%qxv=%k=%qxu2%m7%X%(%{vF%{w`"
+    "%kC%.%kI%px|?%pxx&%qyj#%qx|F%qypb%qyla%=%Y%qy}%%qy{P%M%qznQ%p=%qznD%E%|rT%|sC%|s*%#%|wW%M%M%"
+    "K%kh%|xP%|{3%q{kI%q{jZ%q{mA%q{ki%qll`%qk}6%q{}[%Q%n#%ry~i%;%}lU%q|kf%$%k+%W%q|lJ%%%#%k3%}mX%"
+    "}oO%}o4%l7%r{lW%q|y0%kY%k^%}se%r{yA%q}kH%q}n`%k3%q}nB%lO%}yg%}|?%7%-%q}|^%rI%#%q~k]%}{:%r}oM"
+    "%q~m(%)%~kH%r}tO%q~kF%~oP%~p7%,%^%rjk9%q~}D%~q$%~sb%kS%kd%~v$%sjl9%b%sjl,%sjp9%rjqF%rjt?%rjs"
+    "N%lb%9%rj|1%l)%rj{R%rkjE%rkj$%qnt3%rnvF%kjn/%l9%kjne%kjpO%wr_%rx{M%?%|m8%5%qnjF%)%nyE%kon$%k"
+    "jwK%.%G%zxB%zy%%'%7%k/%rlk^%rlk_%kM%l#%l+%me%n?%k1%m1%q@%m?%'%C%rlkf%r^%n6%smm$%kknC%'%k#%rn"
+    "p?%rnn.%rlv?%sm|T%+%snk?%r5%sns<%kkvQ%;%9%'%k^%e%m^%k4%n9%l8%kd%Y%kk|@%klj%%d%kk~g%kllS%)%rn"
+    "k=%rm}&%1%klnJ%klo=%krq0%sv~d%o5%sp~@%5%klw5%l1%nE%o[%rn|5%rnyZ%O%lK%lO%roqC%k~tN%poy@%@%kE%"
+    "po~M%pox(%l`%rqk/%Y%rpvi%lQ%d%rp|M%rp|8%r-%nI%%%lN%tb%[%rqtO%rp~e%kosL%kot`%rqsK%sv|*%koz1%}"
+    "|>%~j-%rrp#%p)%sxp,%3%ko~3%rr~`%sx|<%syk=%rslN%#%`%rst#%rsnT%kpk0%kpm3%mM%Y%kU%kpna%sz~I%rtq"
+    "X%rO%o?%kp}D%b%kqjO%rut[%s|u*%s|vS%qK%mW%ruwg%kqq:%kqs+%-%1%7%1%k'%rvxA";
+
+enum {
+    SC__CODES = 0x110000,
+    SC__PAIRS = (sizeof sc__composed_table + sizeof sc__split_table + sizeof sc__replaced_table) / 2
+};
+typedef struct sc__pair { uint32_t whole, first, second; } sc__pair; /* second 0: one for another */
+
+struct sc__unicode {
+    int32_t kind[SC__CODES];    /* flags, and the combining class from bit 9 on */
+    int32_t lower[SC__CODES];   /* how far away the lower case is */
+    uint16_t pair[SC__CODES];   /* the number of its decomposition, from 1 up; 0: none */
+    sc__pair pairs[SC__PAIRS];  /* first those that NFC composes again */
+    int composed, count;        /* how many of them; of all */
+};
+
+/* ---- Tables ---- */
+
+static uint32_t sc__unpack(const char **s) {
+    uint32_t n = 0, digit;
+    do {
+        digit = (uint32_t)(**s - 35 - (**s > '\\'));
+        ++*s;
+        if (digit >= 70) n = n * 21 + digit - 70;
+    } while (digit >= 70);
+    return n * 70 + digit;
+}
+
+static int32_t sc__unpack_signed(const char **s) {
+    uint32_t n = sc__unpack(s);
+    return n & 1 ? -(int32_t)(n / 2) - 1 : (int32_t)(n / 2);
+}
+
+/* Adds a table of runs, code points first, first + stride, ..., last with one value, to values: the
+ * gap before each run, 2 * (count - 1) + (stride - 1), and the value. */
+static void sc__unpack_runs(int32_t *values, const char *table, int32_t factor) {
+    for (uint32_t code = 0; *table;) {
+        code += sc__unpack(&table);
+        uint32_t span = sc__unpack(&table), stride = 1 + span % 2;
+        int32_t value = sc__unpack_signed(&table) * factor;
+        for (uint32_t i = 0; i <= span / 2; i++) values[code + i * stride] += value;
+        code += span / 2 * stride;
+    }
+}
+
+/* Adds a table of decompositions into one or two code points, each number less the one above it. */
+static void sc__unpack_pairs(sc__unicode *u, const char *table, bool two) {
+    for (sc__pair p = {0, 0, 0}; *table;) {
+        p.whole += (uint32_t)sc__unpack_signed(&table);
+        p.first += (uint32_t)sc__unpack_signed(&table);
+        if (two) p.second += (uint32_t)sc__unpack_signed(&table);
+        u->pairs[u->count++] = p;
+        u->pair[p.whole] = (uint16_t)u->count;
+    }
+}
+
+static sc__unicode *sc__unicode_open(void) {
+    sc__unicode *u = (sc__unicode *)sc__alloc(1, sizeof *u);
+    if (!u) return NULL;
+    sc__unpack_runs(u->kind, sc__word_table, 1);
+    sc__unpack_runs(u->kind, sc__grapheme_table, 1);
+    sc__unpack_runs(u->kind, sc__class_table, 1 << 9);
+    sc__unpack_runs(u->lower, sc__lower_table, 1);
+    sc__unpack_pairs(u, sc__composed_table, true);
+    u->composed = u->count;
+    for (int i = 0; i < u->composed; i++) u->kind[u->pairs[i].second] |= SC__JOINS;
+    sc__unpack_pairs(u, sc__split_table, true);
+    sc__unpack_pairs(u, sc__replaced_table, false);
+    return u;
+}
+
+static int sc__word_kind(const sc__unicode *u, uint32_t c) {
+    return u->kind[c] & (SC__LETTER | SC__DIGIT);
+}
+
+/* ---- Normalisation (UAX 15) ---- */
+
+enum { SC__HANGUL = 0xac00, SC__JAMO_L = 0x1100, SC__JAMO_V = 0x1161, SC__JAMO_T = 0x11a7 };
+
+/* Appends the canonical decomposition of c. Syllables of Hangul are numbered by their jamo: 28
+ * final ones (the first is none) inside 21 vowels inside 19 initial ones. */
+static void sc__decompose(const sc__unicode *u, uint32_t c, sc__codes *out) {
+    const sc__pair *pair = u->pair[c] ? &u->pairs[u->pair[c] - 1] : NULL;
+    uint32_t syllable = c - SC__HANGUL;
+    if (syllable < 19 * 21 * 28) {
+        sc__codes_add(out, SC__JAMO_L + syllable / 588);
+        sc__codes_add(out, SC__JAMO_V + syllable % 588 / 28);
+        if (syllable % 28) sc__codes_add(out, SC__JAMO_T + syllable % 28);
+    } else if (!pair) sc__codes_add(out, c);
+    else {
+        sc__decompose(u, pair->first, out);
+        if (pair->second) sc__decompose(u, pair->second, out);
+    }
+}
+
+/* The code point that a and b compose to, or 0. */
+static uint32_t sc__compose(const sc__unicode *u, uint32_t a, uint32_t b) {
+    if (a - SC__JAMO_L < 19 && b - SC__JAMO_V < 21)
+        return SC__HANGUL + ((a - SC__JAMO_L) * 21 + (b - SC__JAMO_V)) * 28;
+    if (a - SC__HANGUL < 19 * 21 * 28 && (a - SC__HANGUL) % 28 == 0 && b - SC__JAMO_T - 1 < 27)
+        return a + (b - SC__JAMO_T);
+    for (int i = 0; u->kind[b] & SC__JOINS && i < u->composed; i++)
+        if (u->pairs[i].first == a && u->pairs[i].second == b) return u->pairs[i].whole;
+    return 0;
+}
+
+static int sc__class(const sc__unicode *u, uint32_t c) { return u->kind[c] >> 9 & 255; }
+
+/* NFC of s[n]: all is decomposed, marks that follow each other are sorted by their classes, and a
+ * mark joins the last starter (class 0) unless one in between has the same class or a higher. */
+static void sc__nfc(const sc__unicode *u, const uint32_t *s, size_t n, sc__codes *out) {
+    sc__codes parts = {0};
+    for (size_t i = 0; i < n; i++) sc__decompose(u, s[i], &parts);
+    for (size_t i = 0; i < parts.count; i++) {
+        uint32_t c = parts.code[i];
+        size_t at = i;
+        for (; sc__class(u, c) && at && sc__class(u, parts.code[at - 1]) > sc__class(u, c); at--)
+            parts.code[at] = parts.code[at - 1];
+        parts.code[at] = c;
+    }
+    size_t starter = SIZE_MAX;
+    int last = 0; /* class of the last mark behind the starter */
+    for (size_t i = 0; i < parts.count; i++) {
+        uint32_t c = parts.code[i], whole = 0;
+        int class_ = sc__class(u, c);
+        if (starter < out->count && (out->count == starter + 1 || last < class_))
+            whole = sc__compose(u, out->code[starter], c);
+        if (whole) {
+            out->code[starter] = whole;
+            continue;
+        }
+        if (class_ == 0) starter = out->count;
+        last = class_;
+        sc__codes_add(out, c);
+    }
+    out->failed = out->failed || parts.failed;
+    SC_FREE(parts.code);
+}
+
+/* NFC, then lower case: of U+0130 two code points, of all others one. */
+static void sc__fold(const sc__unicode *u, const uint32_t *s, size_t n, sc__codes *out) {
+    sc__codes composed = {0};
+    sc__nfc(u, s, n, &composed);
+    for (size_t i = 0; i < composed.count; i++) {
+        uint32_t c = composed.code[i];
+        if (c == 0x130) sc__codes_add_text(out, "i\xcc\x87");
+        else sc__codes_add(out, c + (uint32_t)u->lower[c]);
+    }
+    out->failed = out->failed || composed.failed;
+    SC_FREE(composed.code);
+}
+
+/* ---- Graphemes (UAX 29) ---- */
+
+enum { SC__L = 1, SC__V, SC__T, SC__LV, SC__LVT }; /* jamo and syllables */
+
+static int sc__hangul(uint32_t c) {
+    if (c - SC__HANGUL < 19 * 21 * 28) return (c - SC__HANGUL) % 28 ? SC__LVT : SC__LV;
+    if ((c >= 0x1100 && c < 0x1160) || (c >= 0xa960 && c < 0xa97d)) return SC__L;
+    if ((c >= 0x1160 && c < 0x11a8) || (c >= 0xd7b0 && c < 0xd7c7)) return SC__V;
+    return (c >= 0x11a8 && c < 0x1200) || (c >= 0xd7cb && c < 0xd7fc) ? SC__T : 0;
+}
+
+static bool sc__hangul_joins(int a, int b) {
+    if (a == SC__L) return b && b != SC__T;
+    return ((a == SC__V || a == SC__LV) && b == SC__V) || (a && b == SC__T);
+}
+
+/* How many of the n code points at s are the first grapheme. */
+static size_t sc__grapheme(const sc__unicode *u, const uint32_t *s, size_t n) {
+    enum { JOINER = 0x200d, NON_JOINER = 0x200c, FLAGS = 0x1f1e6 };
+    int kind = u->kind[*s];
+    bool picture = kind & SC__PICTURE, consonant = kind & SC__CONSONANT;
+    bool glued = false, linked = false, flag = false;
+    size_t i = 1;
+    for (; i < n; i++) {
+        uint32_t a = s[i - 1], b = s[i];
+        int before = kind;
+        if (a == '\r' && b == '\n') continue;
+        if (a < 0x80 && b < 0x80) break;
+        kind = u->kind[b];
+        flag = !flag && a - FLAGS < 26 && b - FLAGS < 26; /* letters of flags go in pairs */
+        bool joins = (kind & (SC__EXTEND | SC__SPACING)) || (before & SC__PREPEND) || flag ||
+                     (glued && (kind & SC__PICTURE)) || (linked && (kind & SC__CONSONANT)) ||
+                     sc__hangul_joins(sc__hangul(a), sc__hangul(b));
+        if (((before | kind) & SC__CONTROL) || !joins) break;
+        bool extends = kind & SC__EXTEND;
+        bool extends_conjunct = extends ? b != NON_JOINER : b == JOINER;
+        glued = picture && b == JOINER;
+        picture = (kind & SC__PICTURE) || (picture && extends);
+        linked = extends_conjunct && (linked || (consonant && (kind & SC__LINKER)));
+        consonant = (kind & SC__CONSONANT) || (consonant && extends_conjunct);
+    }
+    return i;
 }
 
 /* ==== Text encoders ===========================================================================
