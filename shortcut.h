@@ -4471,6 +4471,15 @@ static bool sc__read_config(const char *path, sc_json **json, char **name, char 
     return *json != NULL;
 }
 
+/* folder/name, parsed, and its path; *json is NULL where there is no such file. False if it is
+ * broken. */
+static bool sc__load_settings(const char *folder, const char *name, char **path, sc_json **json) {
+    *path = sc__join(folder, name);
+    bool there = *path && sc__exists(*path);
+    *json = there ? sc_json_load(*path) : NULL;
+    return *path && (*json || !there);
+}
+
 /* A number from a config, or a truth value as 1 or 0; absent or null: the fallback. False with the
  * error set. */
 static bool sc__config_number(const sc_json *config, const char *path, const char *key,
@@ -6578,36 +6587,29 @@ static bool sc__emit_words(const sc_tokenizer *t, const uint32_t *s, size_t n, b
     return ok;
 }
 
-static bool sc__emit_text(const sc_tokenizer *t, const uint32_t *s, size_t n, bool clean,
-                          bool first, sc__ids *out);
-
-/* Emits s[n], in which there are no special tokens (of the kind to be found at this time). */
-static bool sc__emit_piece(const sc_tokenizer *t, const uint32_t *s, size_t n, bool clean,
-                           bool first, sc__ids *out) {
-    if (clean) return sc__emit_words(t, s, n, first, out);
-    sc__codes normal = {0};
-    sc__normalise(t, s, n, &normal);
-    bool ok = !normal.failed && sc__emit_text(t, normal.code, normal.count, true, first, out);
-    SC_FREE(normal.code);
-    return ok;
-}
-
-/* Emits s[n]: the special tokens in it, and the pieces between them. `clean`: s is normalised.
- * `first`: the text begins here. */
+/* Emits s[n]: the special tokens in it, and what lies between them: as words or, where s is not
+ * `clean`, normalised, when others may be found in it. `first`: the text begins here. */
 static bool sc__emit_text(const sc_tokenizer *t, const uint32_t *s, size_t n, bool clean,
                           bool first, sc__ids *out) {
+    bool ok = true;
     size_t from = 0;
-    for (size_t i = 0; i <= n && out->count < out->limit; i++) {
+    for (size_t i = 0; ok && i <= n && out->count < out->limit; i++) {
         const sc__special *special = i < n ? sc__special_at(t, s + i, n - i, clean) : NULL;
+        sc__codes normal = {0};
         if (i < n && !special) continue;
-        if (i > from && !sc__emit_piece(t, s + from, i - from, clean, first && !from, out))
-            return false;
+        if (i > from && clean) ok = sc__emit_words(t, s + from, i - from, first && !from, out);
+        else if (i > from) {
+            sc__normalise(t, s + from, i - from, &normal);
+            ok = !normal.failed &&
+                 sc__emit_text(t, normal.code, normal.count, true, first && !from, out);
+            SC_FREE(normal.code);
+        }
         if (!special) break;
         sc__emit(out, special->id);
         from = i + special->text.count;
         i = from - 1;
     }
-    return true;
+    return ok;
 }
 
 int sc_tokenize(const sc_tokenizer *t, const char *text, int length, int32_t *ids) {
@@ -6679,6 +6681,23 @@ static bool sc__add_special(sc_tokenizer *t, const char *text, int32_t id, const
     return x->text.count || sc__fail("%s: added token '%s' is empty when normalised", path, text);
 }
 
+/* Makes room for 2 special tokens and adds those of a list, or of an object whose keys are ids. */
+static bool sc__read_special(sc_tokenizer *t, const sc_json *list, const char *path) {
+    int64_t n = sc_json_length(list);
+    t->special = (sc__special *)sc__alloc((size_t)n + 2, sizeof *t->special);
+    for (int64_t i = 0; i < n; i++) {
+        char *rest = NULL;
+        const char *key = sc_json_key(list, i);
+        const sc_json *token = key ? sc_json_value(list, i) : sc_json_at(list, i);
+        long named = key ? strtol(key, &rest, 10) : 0;
+        int32_t id = !key ? sc__json_id(sc_json_get(token, "id"))
+                     : named >> 24 || *rest ? -1 : (int32_t)named;
+        const char *text = sc_json_string(sc_json_get(token, "content"), "");
+        if (!t->special || !sc__add_special(t, text, id, token, path)) return false;
+    }
+    return t->special != NULL;
+}
+
 /* ---- Opening: CLIP ---- */
 
 static bool sc__bpe_read_words(sc_tokenizer *t, const char *path) {
@@ -6742,26 +6761,15 @@ static void sc__bpe_letters(sc_tokenizer *t) {
 static bool sc__bpe_read_special(sc_tokenizer *t, const sc_json *config, const char *path) {
     static const char start[] = "<|startoftext|>", end[] = "<|endoftext|>";
     const sc_json *added = sc_json_get(config, "added_tokens_decoder");
-    int64_t n = sc_json_length(added);
-    t->special = (sc__special *)sc__alloc((size_t)n + 2, sizeof *t->special);
-    if (!t->special || !sc__token_id(t, config, path, "bos_token", start, &t->begin) ||
-        !sc__token_id(t, config, path, "eos_token", end, &t->end) ||
-        !sc__token_id(t, config, path, "unk_token", end, &t->unknown) ||
-        !sc__token_id(t, config, path, "pad_token", end, &t->pad)) return false;
-    for (int64_t i = 0; i < n; i++) {
-        const sc_json *token = sc_json_value(added, i);
-        const char *key = sc_json_key(added, i);
-        char *rest = NULL;
-        long id = key ? strtol(key, &rest, 10) : -1;
-        if (id < 0 || id >= 1 << 24 || *rest)
-            return sc__fail("%s: added_tokens_decoder must map ids to tokens", path);
-        const char *text = sc__token_text(added, key, "");
-        if (!sc__add_special(t, text, (int32_t)id, token, path)) return false;
-    }
     const char *first = sc__token_text(config, "bos_token", start);
     const char *last = sc__token_text(config, "eos_token", end);
-    return n || (sc__add_special(t, first, t->begin, NULL, path) &&
-                 sc__add_special(t, last, t->end, NULL, path));
+    return sc__token_id(t, config, path, "bos_token", start, &t->begin) &&
+           sc__token_id(t, config, path, "eos_token", end, &t->end) &&
+           sc__token_id(t, config, path, "unk_token", end, &t->unknown) &&
+           sc__token_id(t, config, path, "pad_token", end, &t->pad) &&
+           sc__read_special(t, added, path) &&
+           (t->special_count || (sc__add_special(t, first, t->begin, NULL, path) &&
+                                 sc__add_special(t, last, t->end, NULL, path)));
 }
 
 static bool sc__bpe_open(sc_tokenizer *t, const char *folder, const sc_json *config) {
@@ -6859,16 +6867,14 @@ static bool sc__unigram_read_frame(sc_tokenizer *t, const char *path) {
 static bool sc__unigram_open(sc_tokenizer *t, const char *path, const sc_json *config) {
     t->json = sc_json_load(path);
     const sc_json *model = sc_json_get(t->json, "model"), *words = sc_json_get(model, "vocab");
-    const sc_json *added = sc_json_get(t->json, "added_tokens");
-    int64_t n = sc_json_length(words), n_added = sc_json_length(added);
+    int64_t n = sc_json_length(words);
     if (!t->json) return false;
     t->unigram = true;
     if (strcmp(sc_json_string(sc_json_get(model, "type"), ""), "Unigram") ||
         sc_json_bool(sc_json_get(model, "byte_fallback"), false))
         return sc__fail("%s: the model must be a Unigram without byte_fallback", path);
     t->words = (sc__word *)sc__alloc((size_t)n, sizeof *t->words);
-    t->special = (sc__special *)sc__alloc((size_t)n_added, sizeof *t->special);
-    if (!t->words || !t->special) return false;
+    if (!t->words) return false;
     for (; t->count < (size_t)n; t->count++) {
         const sc_json *word = sc_json_at(words, (int64_t)t->count);
         const char *text = sc_json_string(sc_json_at(word, 0), NULL);
@@ -6880,26 +6886,20 @@ static bool sc__unigram_open(sc_tokenizer *t, const char *path, const sc_json *c
     sc__sort_words(t);
     t->unknown = sc__json_id(sc_json_get(model, "unk_id"));
     if (t->unknown < 0 || t->unknown >= n) return sc__fail("%s: unk_id is not in the vocab", path);
-    if (!sc__token_id(t, config, path, "pad_token", "<pad>", &t->pad) ||
-        !sc__unigram_read_steps(t, sc_json_get(t->json, "normalizer"), path) ||
-        !sc__unigram_read_frame(t, path)) return false;
-    for (int64_t i = 0; i < n_added; i++) {
-        const sc_json *token = sc_json_at(added, i);
-        const char *text = sc_json_string(sc_json_get(token, "content"), "");
-        int32_t id = sc__json_id(sc_json_get(token, "id"));
-        if (!sc__add_special(t, text, id, token, path)) return false;
-    }
-    return true;
+    return sc__token_id(t, config, path, "pad_token", "<pad>", &t->pad) &&
+           sc__unigram_read_steps(t, sc_json_get(t->json, "normalizer"), path) &&
+           sc__unigram_read_frame(t, path) &&
+           sc__read_special(t, sc_json_get(t->json, "added_tokens"), path);
 }
 
 sc_tokenizer *sc_tokenizer_open(const char *folder) {
     sc_tokenizer *t = (sc_tokenizer *)sc__alloc(1, sizeof *t);
     char *vocab = sc__join(folder, "vocab.json"), *unigram = sc__join(folder, "tokenizer.json");
-    char *path = sc__join(folder, "tokenizer_config.json");
-    bool ok = t && vocab && unigram && path && (t->unicode = sc__unicode_open());
-    sc_json *config = ok && sc__exists(path) ? sc_json_load(path) : NULL;
-    if (ok && !config && sc__exists(path)) ok = false;
-    else if (ok && sc__exists(vocab)) ok = sc__bpe_open(t, folder, config);
+    char *path = NULL;
+    sc_json *config = NULL;
+    bool ok = t && vocab && unigram && (t->unicode = sc__unicode_open()) &&
+              sc__load_settings(folder, "tokenizer_config.json", &path, &config);
+    if (ok && sc__exists(vocab)) ok = sc__bpe_open(t, folder, config);
     else if (ok && sc__exists(unigram)) ok = sc__unigram_open(t, unigram, config);
     else if (ok)
         ok = sc__fail("%s: no tokenizer here; copy CLIP's vocab.json and merges.txt, or T5's "
@@ -7987,15 +7987,6 @@ void sc_dataset_close(sc_dataset *d) {
  * The text encoders and the VAE are opened when they are first used, so that a training run whose
  * data is cached never loads them, and can be let go again.
  */
-
-/* folder/name, parsed, and its path; *json is NULL where there is no such file. False if it is
- * broken. */
-static bool sc__load_settings(const char *folder, const char *name, char **path, sc_json **json) {
-    *path = sc__join(folder, name);
-    bool there = *path && sc__exists(*path);
-    *json = there ? sc_json_load(*path) : NULL;
-    return *path && (*json || !there);
-}
 
 /* The scheduler's time shift. Single files come without a scheduler: then it is FLUX.1-dev's or
  * schnell's. What would give other times, or other steps than Euler's, is refused. */
