@@ -6211,16 +6211,13 @@ void sc_unpack_latents(int64_t batch, int64_t channels, int64_t h, int64_t w, co
 /* ---- Text as code points ---- */
 
 /* Code points; running out of memory is noticed once, at the end. */
-typedef struct sc__codes { uint32_t *code; size_t count, room; bool failed; } sc__codes;
+typedef struct sc__codes { uint32_t *code; size_t count; bool failed; } sc__codes;
 
 static void sc__codes_add(sc__codes *s, uint32_t c) {
-    if (s->count == s->room) {
-        size_t room = 2 * s->room + 64;
-        uint32_t *code = (uint32_t *)SC_REALLOC(s->code, room * sizeof *code);
-        if (!code) { s->failed = true; return; }
-        s->code = code;
-        s->room = room;
-    }
+    uint32_t *code = (uint32_t *)sc__grow(s->code, (int64_t)s->count, sizeof *code);
+    s->failed = s->failed || !code;
+    if (!code) return;
+    s->code = code;
     s->code[s->count++] = c;
 }
 
@@ -6349,12 +6346,6 @@ static void sc__emit(sc__ids *out, int32_t id) {
     if (out->count < out->limit) out->ids[out->count++] = id;
 }
 
-static void sc__text_add_codes(sc__text *text, const uint32_t *s, size_t n) {
-    char bytes[4];
-    for (size_t i = 0; i < n; i++)
-        sc__text_add(text, bytes, (size_t)sc__utf8_encode(s[i], bytes));
-}
-
 /* ---- BPE ---- */
 
 /* A token of a word, and its merge with the next one; NULL: there is none. */
@@ -6410,22 +6401,6 @@ static bool sc__bpe_word(const sc_tokenizer *t, const char *s, size_t n, sc__ids
     return true;
 }
 
-/* How many of the n code points at s are a word: 's 't 're 've 'm 'll 'd, letters, one number, or
- * other signs. A space is for itself. */
-static size_t sc__bpe_cut(const sc_tokenizer *t, const uint32_t *s, size_t n) {
-    static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d"};
-    for (size_t i = 0; *s == '\'' && i < sizeof endings / sizeof *endings; i++) {
-        size_t length = strlen(endings[i]), same = 0;
-        while (same < length && same + 1 < n && s[same + 1] == (uint32_t)endings[i][same]) same++;
-        if (same == length) return length + 1;
-    }
-    int32_t kind = sc__word_kind(t->unicode, *s);
-    size_t i = 1;
-    if (kind == SC__DIGIT || sc__is_space(*s)) return 1;
-    while (i < n && !sc__is_space(s[i]) && sc__word_kind(t->unicode, s[i]) == kind) i++;
-    return i;
-}
-
 /* ---- Unigram ---- */
 
 /* The best cut up to a place in a word: its score, and the last token's start and id. */
@@ -6463,13 +6438,6 @@ static bool sc__unigram_word(const sc_tokenizer *t, const char *s, size_t n, sc_
     SC_FREE(best);
     SC_FREE(ids);
     return ok;
-}
-
-/* How many of the n code points at s are a word: those before the next `space`. */
-static size_t sc__unigram_cut(const sc_tokenizer *t, const uint32_t *s, size_t n) {
-    size_t i = 1;
-    while (i < n && s[i] != t->space) i++;
-    return i;
 }
 
 /* The index-th 32-bit number of a charsmap; 0 behind its end. */
@@ -6564,6 +6532,24 @@ static const sc__special *sc__special_at(const sc_tokenizer *t, const uint32_t *
     return best;
 }
 
+/* How many of the n code points at s are a word. Unigram: those before the next `space`. BPE: 's 't
+ * 're 've 'm 'll 'd, letters, one number, or other signs; a space is for itself. */
+static size_t sc__word_length(const sc_tokenizer *t, const uint32_t *s, size_t n) {
+    static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d"};
+    size_t i = 1;
+    while (t->unigram && i < n && s[i] != t->space) i++;
+    if (t->unigram) return i;
+    for (size_t e = 0; *s == '\'' && e < sizeof endings / sizeof *endings; e++) {
+        size_t length = strlen(endings[e]), same = 0;
+        while (same < length && same + 1 < n && s[same + 1] == (uint32_t)endings[e][same]) same++;
+        if (same == length) return length + 1;
+    }
+    int kind = sc__word_kind(t->unicode, *s);
+    if (kind == SC__DIGIT || sc__is_space(*s)) return 1;
+    while (i < n && !sc__is_space(s[i]) && sc__word_kind(t->unicode, s[i]) == kind) i++;
+    return i;
+}
+
 /* Emits the words of s[n], which is normalised. Those of a Unigram model begin with `space`, which
  * stands for spaces; a whole text gets one more at its front. Those of BPE have none. */
 static bool sc__emit_words(const sc_tokenizer *t, const uint32_t *s, size_t n, bool first,
@@ -6575,10 +6561,12 @@ static bool sc__emit_words(const sc_tokenizer *t, const uint32_t *s, size_t n, b
     for (size_t i = 0; i < n; i++) sc__codes_add(&line, s[i] == ' ' ? t->space : s[i]);
     bool ok = !line.failed;
     for (size_t i = 0, size; ok && i < line.count && out->count < out->limit; i += size) {
-        size = (t->unigram ? sc__unigram_cut : sc__bpe_cut)(t, line.code + i, line.count - i);
+        char bytes[4];
+        size = sc__word_length(t, line.code + i, line.count - i);
         if (!t->unigram && sc__is_space(line.code[i])) continue;
         word.length = 0;
-        sc__text_add_codes(&word, line.code + i, size);
+        for (size_t k = i; k < i + size; k++)
+            sc__text_add(&word, bytes, (size_t)sc__utf8_encode(line.code[k], bytes));
         ok = !word.failed && (t->unigram ? sc__unigram_word : sc__bpe_word)(t, word.data,
                                                                             word.length, out);
     }
@@ -6790,15 +6778,14 @@ static bool sc__bpe_open(sc_tokenizer *t, const char *folder, const sc_json *con
 /* ---- Opening: T5 ---- */
 
 static bool sc__base64(const char *text, sc__charsmap *out) {
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     uint32_t bits = 0;
     int count = 0;
     out->data = (unsigned char *)sc__alloc(strlen(text) + 1, 1); /* ends in NUL */
     for (; out->data && *text && *text != '='; text++) {
-        char c = *text;
-        int digit = c >= 'A' && c <= 'Z' ? c - 'A' : c >= 'a' && c <= 'z' ? c - 'a' + 26
-                  : c >= '0' && c <= '9' ? c - '0' + 52 : c == '+' ? 62 : c == '/' ? 63 : -1;
-        if (digit < 0) return false;
-        bits = bits << 6 | (uint32_t)digit;
+        const char *digit = strchr(digits, *text);
+        if (!digit) return false;
+        bits = bits << 6 | (uint32_t)(digit - digits);
         count += 6;
         if (count >= 8) out->data[out->size++] = (unsigned char)(bits >> (count -= 8));
     }
@@ -7994,14 +7981,15 @@ static bool sc__read_scheduler(sc_pipeline *p, const sc_json *json, const char *
     static const char *const refused[] = {"shift_terminal", "use_karras_sigmas", "use_beta_sigmas",
                                           "use_exponential_sigmas", "invert_sigmas",
                                           "stochastic_sampling"};
-    static const char known[] = "FlowMatchEulerDiscreteScheduler", exponential[] = "exponential";
-    const char *kind = sc_json_string(sc_json_get(json, "_class_name"), known);
-    const char *type = sc_json_string(sc_json_get(json, "time_shift_type"), exponential);
+    static const char *const expected[][2] = {{"_class_name", "FlowMatchEulerDiscreteScheduler"},
+                                              {"time_shift_type", "exponential"}};
     double value, dynamic, shift, base, max;
-    if (strcmp(kind, known)) return sc__fail("%s: a %s; expected a %s", path, kind, known);
-    if (strcmp(type, exponential))
-        return sc__fail("%s: time_shift_type '%s' is not supported; expected '%s'", path, type,
-                        exponential);
+    for (int i = 0; i < 2; i++) {
+        const char *known = expected[i][1];
+        const char *found = sc_json_string(sc_json_get(json, expected[i][0]), known);
+        if (strcmp(found, known))
+            return sc__fail("%s: %s is '%s'; expected '%s'", path, expected[i][0], found, known);
+    }
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
         if (!sc__config_number(json, path, refused[i], 0, &value)) return false;
         if (value) return sc__fail("%s: '%s' is not supported", path, refused[i]);
