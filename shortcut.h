@@ -6911,7 +6911,7 @@ sc_tokenizer *sc_tokenizer_open(const char *folder) {
  */
 
 enum { SC__EXTEND = 4, SC__SPACING = 8, SC__CONTROL = 16, SC__PREPEND = 32, SC__PICTURE = 64,
-       SC__CONSONANT = 128, SC__LINKER = 256, SC__JOINS = 1 << 17 }; /* as the second of a pair */
+       SC__CONSONANT = 128, SC__LINKER = 256 };
 
 /* Packed by test/make_unicode_tables.py, as tokenizers 0.22.2 has them. */
 static const char sc__word_table[] =
@@ -7078,18 +7078,21 @@ static const char sc__replaced_table[] =
     "|>%~j-%rrp#%p)%sxp,%3%ko~3%rr~`%sx|<%syk=%rslN%#%`%rst#%rsnT%kpk0%kpm3%mM%Y%kU%kpna%sz~I%rtq"
     "X%rO%o?%kp}D%b%kqjO%rut[%s|u*%s|vS%qK%mW%ruwg%kqq:%kqs+%-%1%7%1%k'%rvxA";
 
-enum {
-    SC__CODES = 0x110000,
-    SC__PAIRS = (sizeof sc__composed_table + sizeof sc__split_table + sizeof sc__replaced_table) / 2
-};
-typedef struct sc__pair { uint32_t whole, first, second; } sc__pair; /* second 0: one for another */
+/* Of Hangul: the first syllable, and how many: initial jamo, vowels, final ones, of which one none */
+enum { SC__HANGUL = 0xac00, SC__SYLLABLES = 19 * 21 * 28, SC__CODES = 0x110000 };
+
+typedef struct sc__pair {
+    uint32_t whole, first, second; /* second 0: one for another */
+    int next;                   /* pair with the same first, if NFC composes this one again; or 0 */
+} sc__pair;
 
 struct sc__unicode {
     int32_t kind[SC__CODES];    /* flags, and the combining class from bit 9 on */
     int32_t lower[SC__CODES];   /* how far away the lower case is */
-    uint16_t pair[SC__CODES];   /* the number of its decomposition, from 1 up; 0: none */
-    sc__pair pairs[SC__PAIRS];  /* first those that NFC composes again */
-    int composed, count;        /* how many of them; of all */
+    uint16_t split[SC__CODES];  /* the number of its decomposition among pairs; 0: none */
+    uint16_t joined[SC__CODES]; /* the first of the pairs that begin with it and compose; 0: none */
+    sc__pair pairs[SC__SYLLABLES + 4096]; /* from 1 on */
+    int count;
 };
 
 /* ---- Tables ---- */
@@ -7121,14 +7124,20 @@ static void sc__unpack_runs(int32_t *values, const char *table, int32_t factor) 
     }
 }
 
+static void sc__add_pair(sc__unicode *u, sc__pair p, bool composed) {
+    p.next = composed ? u->joined[p.first] : 0;
+    u->pairs[++u->count] = p;
+    u->split[p.whole] = (uint16_t)u->count;
+    if (composed) u->joined[p.first] = (uint16_t)u->count;
+}
+
 /* Adds a table of decompositions into one or two code points, each number less the one above it. */
-static void sc__unpack_pairs(sc__unicode *u, const char *table, bool two) {
-    for (sc__pair p = {0, 0, 0}; *table;) {
+static void sc__unpack_pairs(sc__unicode *u, const char *table, bool two, bool composed) {
+    for (sc__pair p = {0, 0, 0, 0}; *table;) {
         p.whole += (uint32_t)sc__unpack_signed(&table);
         p.first += (uint32_t)sc__unpack_signed(&table);
         if (two) p.second += (uint32_t)sc__unpack_signed(&table);
-        u->pairs[u->count++] = p;
-        u->pair[p.whole] = (uint16_t)u->count;
+        sc__add_pair(u, p, composed);
     }
 }
 
@@ -7139,11 +7148,15 @@ static sc__unicode *sc__unicode_open(void) {
     sc__unpack_runs(u->kind, sc__grapheme_table, 1);
     sc__unpack_runs(u->kind, sc__class_table, 1 << 9);
     sc__unpack_runs(u->lower, sc__lower_table, 1);
-    sc__unpack_pairs(u, sc__composed_table, true);
-    u->composed = u->count;
-    for (int i = 0; i < u->composed; i++) u->kind[u->pairs[i].second] |= SC__JOINS;
-    sc__unpack_pairs(u, sc__split_table, true);
-    sc__unpack_pairs(u, sc__replaced_table, false);
+    sc__unpack_pairs(u, sc__composed_table, true, true);
+    sc__unpack_pairs(u, sc__split_table, true, false);
+    sc__unpack_pairs(u, sc__replaced_table, false, false);
+    for (uint32_t i = 0; i < SC__SYLLABLES; i++) {
+        uint32_t c = SC__HANGUL + i, final = i % 28;
+        const sc__pair two = {c, 0x1100 + i / 588, 0x1161 + i % 588 / 28, 0};
+        const sc__pair three = {c, c - final, 0x11a7 + final, 0};
+        sc__add_pair(u, final ? three : two, true);
+    }
     return u;
 }
 
@@ -7153,32 +7166,18 @@ static int sc__word_kind(const sc__unicode *u, uint32_t c) {
 
 /* ---- Normalisation (UAX 15) ---- */
 
-enum { SC__HANGUL = 0xac00, SC__JAMO_L = 0x1100, SC__JAMO_V = 0x1161, SC__JAMO_T = 0x11a7 };
-
-/* Appends the canonical decomposition of c. Syllables of Hangul are numbered by their jamo: 28
- * final ones (the first is none) inside 21 vowels inside 19 initial ones. */
+/* Appends the canonical decomposition of c. */
 static void sc__decompose(const sc__unicode *u, uint32_t c, sc__codes *out) {
-    const sc__pair *pair = u->pair[c] ? &u->pairs[u->pair[c] - 1] : NULL;
-    uint32_t syllable = c - SC__HANGUL;
-    if (syllable < 19 * 21 * 28) {
-        sc__codes_add(out, SC__JAMO_L + syllable / 588);
-        sc__codes_add(out, SC__JAMO_V + syllable % 588 / 28);
-        if (syllable % 28) sc__codes_add(out, SC__JAMO_T + syllable % 28);
-    } else if (!pair) sc__codes_add(out, c);
-    else {
-        sc__decompose(u, pair->first, out);
-        if (pair->second) sc__decompose(u, pair->second, out);
-    }
+    const sc__pair *p = &u->pairs[u->split[c]];
+    if (!u->split[c]) sc__codes_add(out, c);
+    else sc__decompose(u, p->first, out);
+    if (p->second) sc__decompose(u, p->second, out);
 }
 
 /* The code point that a and b compose to, or 0. */
 static uint32_t sc__compose(const sc__unicode *u, uint32_t a, uint32_t b) {
-    if (a - SC__JAMO_L < 19 && b - SC__JAMO_V < 21)
-        return SC__HANGUL + ((a - SC__JAMO_L) * 21 + (b - SC__JAMO_V)) * 28;
-    if (a - SC__HANGUL < 19 * 21 * 28 && (a - SC__HANGUL) % 28 == 0 && b - SC__JAMO_T - 1 < 27)
-        return a + (b - SC__JAMO_T);
-    for (int i = 0; u->kind[b] & SC__JOINS && i < u->composed; i++)
-        if (u->pairs[i].first == a && u->pairs[i].second == b) return u->pairs[i].whole;
+    for (int i = u->joined[a]; i; i = u->pairs[i].next)
+        if (u->pairs[i].second == b) return u->pairs[i].whole;
     return 0;
 }
 
@@ -7233,7 +7232,7 @@ static void sc__fold(const sc__unicode *u, const uint32_t *s, size_t n, sc__code
 enum { SC__L = 1, SC__V, SC__T, SC__LV, SC__LVT }; /* jamo and syllables */
 
 static int sc__hangul(uint32_t c) {
-    if (c - SC__HANGUL < 19 * 21 * 28) return (c - SC__HANGUL) % 28 ? SC__LVT : SC__LV;
+    if (c - SC__HANGUL < SC__SYLLABLES) return (c - SC__HANGUL) % 28 ? SC__LVT : SC__LV;
     if ((c >= 0x1100 && c < 0x1160) || (c >= 0xa960 && c < 0xa97d)) return SC__L;
     if ((c >= 0x1160 && c < 0x11a8) || (c >= 0xd7b0 && c < 0xd7c7)) return SC__V;
     return (c >= 0x11a8 && c < 0x1200) || (c >= 0xd7cb && c < 0xd7fc) ? SC__T : 0;
