@@ -457,7 +457,7 @@ static bool run_experiment(experiment *x) {
     x->sheet = (float *)sc__alloc((size_t)(3 * area), sizeof *x->sheet);
     if (!x->sheet) return false;
     for (int64_t i = 0; i < 3 * area; i++) x->sheet[i] = 1;
-    float shift = x->p->shift > 0 ? x->p->shift : sc_dynamic_shift((int64_t)tokens * tokens);
+    float shift = sc_pipeline_shift(x->p, (int64_t)tokens * tokens);
     setting s = {.steps = 32, .shift = shift, .guidance = x->o.guidance, .label = "base"};
     measures full, base, m;
     print_head();

@@ -50,8 +50,9 @@ static bool save_latents(const char *path, float *latents, int64_t tokens, int64
 }
 
 static float time_shift(const sc_pipeline *p, const options *o, int64_t tokens) {
-    float shift = o->shift ? strtof(o->shift, NULL) : p->shift; /* 0: auto */
-    return shift > 0 ? shift : sc_dynamic_shift(tokens);
+    if (!o->shift) return sc_pipeline_shift(p, tokens);
+    float shift = strtof(o->shift, NULL); /* 0: auto */
+    return shift > 0 ? shift : sc_dynamic_shift(&p->mu, tokens);
 }
 
 /* The settings as the usual picture tools read them: the prompt, then "Key: value, ..."; malloced.

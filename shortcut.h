@@ -22,7 +22,8 @@
  *         float *rgb = malloc(sizeof(float) * 3 * p->resolution * p->resolution);
  *         sc_rng rng = {1};                                             // the seed
  *         sc_normal(&rng, latents, h * h * c->in_channels);
- *         sc_sampling s = {.steps = 3, .shift = p->shift, .guidance = 1.2f, .h = h, .w = h};
+ *         sc_sampling s = {.steps = 3, .guidance = 1.2f, .h = h, .w = h,
+ *                          .shift = sc_pipeline_shift(p, h * h)};
  *         if (!sc_lora_load(p->flux, "lora.safetensors", 1, &(sc_lora_report){0}) ||
  *             !sc_pipeline_text(p, "a red apple", context, pooled) ||
  *             !sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, context, pooled, latents) ||
@@ -36,7 +37,7 @@
  *     sc_params *lora = sc_params_lora(p->flux, 64, 64, 1);             // rank, alpha, seed
  *     sc_recipe recipe = {.teacher_ratio = 0.4f, .teacher_steps = 32,
  *                         .self_steps = {2, 4, 8, 16}, .shift = {2.5f, 4.5f},
- *                         .dynamic_shift_ratio = 0.1f, .guidance = {0, 7.5f}};
+ *                         .dynamic_shift_ratio = 0.1f, .mu = p->mu, .guidance = {0, 7.5f}};
  *     sc_adamw adamw = {.lr = 2e-5f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f,
  *                       .weight_decay = 1e-4f, .clip = 10};
  *     for (int step = 0; step < 10000; step++) {                        // next_batch: yours
@@ -559,7 +560,11 @@ bool sc_lora_start(sc_params *params, const char *path);
 /* ==== Flow matching ====
  * t = 1 is noise, t = 0 is data: x_t = (1 - t) x0 + t eps; the velocity is eps - x0. */
 float sc_shift_time(float u, float shift);                      /* s u / (1 + (s - 1) u) */
-float sc_dynamic_shift(int64_t tokens);                         /* FLUX: exp(mu(tokens)) */
+typedef struct sc_mu {          /* of a scheduler: mu, linear in the number of image tokens */
+    float base, max;            /* mu at base_tokens and at max_tokens */
+    int base_tokens, max_tokens; /* the latter 0: FLUX.1's mu, 0.5 at 256 and 1.15 at 4096 */
+} sc_mu;
+float sc_dynamic_shift(const sc_mu *mu, int64_t tokens);        /* exp(mu(tokens)) */
 /* steps + 1 times, from 1 - 1e-5 down to 0 (the paper's sampler; diffusers' starts at 1). */
 void sc_schedule(float *times, int steps, float shift);
 
@@ -574,7 +579,7 @@ typedef struct sc_model {
 
 typedef struct sc_sampling {
     int steps;
-    float shift;                /* of the times; sc_sample: 0 is FLUX's dynamic shift */
+    float shift;                /* of the times, positive */
     float guidance;
     int h, w;                   /* sc_sample: grid of tokens */
     const uint8_t *sets;        /* [B] LoRA set of each sample; NULL: the loaded LoRAs, if any */
@@ -600,7 +605,8 @@ typedef struct sc_recipe {
     int teacher_steps;          /* N of the teacher case */
     int self_steps[8];          /* N of the self case: one of these, ended by 0 */
     float shift[2];             /* the random time shift: uniform between these */
-    float dynamic_shift_ratio;  /* how often FLUX's dynamic shift is used instead */
+    float dynamic_shift_ratio;  /* how often the dynamic shift of `mu` is used instead */
+    sc_mu mu;
     float guidance[2];          /* uniform between these */
     float fm_ratio;             /* SCFM: part of the batch with the plain flow-matching target;
                                  * 1: flow matching alone */
@@ -706,8 +712,9 @@ typedef struct sc_tokenizer sc_tokenizer;
 sc_tokenizer *sc_tokenizer_open(const char *folder);
 void sc_tokenizer_close(sc_tokenizer *t);
 int sc_tokenizer_length(const sc_tokenizer *t);  /* model_max_length; 0: not said */
-/* Exactly `length` ids, cut or padded, the end token kept. Bytes that are not UTF-8 become U+FFFD.
- * Returns how many ids are not padding; -1: error. */
+/* Exactly `length` ids, cut or padded; the tokens at begin and end are kept, so that CLIP's needs 2
+ * at least, T5's 1. Bytes that are not UTF-8 become U+FFFD. Returns how many ids are not padding;
+ * -1: error. */
 int sc_tokenize(const sc_tokenizer *t, const char *text, int length, int32_t *ids);
 
 /* ==== Text encoders: CLIP (pooled vector) and T5 (a vector for each token) ==== */
@@ -775,7 +782,8 @@ typedef struct sc_pipeline {
     int text_tokens;            /* T5 tokens of a prompt */
     int token_pixels;           /* sides of a picture are multiples of this: 16 for FLUX */
     int resolution;             /* usual side of a picture, in pixels */
-    float shift;                /* of the scheduler; 0: FLUX's dynamic shift */
+    float shift;                /* of the scheduler; 0: the dynamic one of `mu` */
+    sc_mu mu;
     bool cut;                   /* the last prompt was longer than text_tokens: its end is lost */
 } sc_pipeline;
 
@@ -791,6 +799,7 @@ typedef struct sc_pipeline_options {
 sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *model,
                               const sc_pipeline_options *options);
 void sc_pipeline_close(sc_pipeline *p);
+float sc_pipeline_shift(const sc_pipeline *p, int64_t tokens); /* of a picture's times */
 /* lets the text encoders and the VAE go until they are needed again */
 void sc_pipeline_release(sc_pipeline *p);
 
@@ -867,9 +876,10 @@ static const sc_tensor *sc__rope(sc_flux *f, int text, int h, int w);
 
 float sc_shift_time(float u, float shift) { return shift * u / (1.f + (shift - 1.f) * u); }
 
-/* FLUX's: mu grows linearly with the number of image tokens, 0.5 at 256, 1.15 at 4096. */
-float sc_dynamic_shift(int64_t tokens) {
-    return expf(0.5f + (1.15f - 0.5f) * (float)(tokens - 256) / (4096 - 256));
+float sc_dynamic_shift(const sc_mu *mu, int64_t tokens) {
+    const sc_mu m = mu->max_tokens ? *mu : (sc_mu){0.5f, 1.15f, 256, 4096};
+    float part = (float)(tokens - m.base_tokens) / (float)(m.max_tokens - m.base_tokens);
+    return expf(m.base + (m.max - m.base) * part);
 }
 
 void sc_schedule(float *times, int steps, float shift) {
@@ -890,6 +900,8 @@ bool sc_euler(const sc_model *model, sc_tape *t, const sc_sampling *s, int ndim,
     if (s->steps < 1 || batch < 1)
         return sc__fail("a sample of %d steps, %lld at once: both must be positive", s->steps,
                        (long long)batch);
+    if (!(s->shift > 0))
+        return sc__fail("a sample with a time shift of %g: it must be positive", (double)s->shift);
     float *times = sc__constant(t, s->steps + 1, 0), *time = sc__constant(t, batch, 0);
     float *guidance = sc__constant(t, batch, s->guidance);
     float *one = sc__constant(t, batch, 1), *delta = sc__constant(t, batch, 0);
@@ -952,7 +964,7 @@ void sc_draw_sample(const sc_recipe *r, sc_rng *rng, int64_t tokens, bool flow_m
     d->steps = d->teacher ? r->teacher_steps : r->self_steps[chosen];
     bool dynamic = sc_uniform(rng) < r->dynamic_shift_ratio;
     float shift = sc__between(rng, r->shift), unit = sc_uniform(rng);
-    d->shift = dynamic ? sc_dynamic_shift(tokens) : shift;
+    d->shift = dynamic ? sc_dynamic_shift(&r->mu, tokens) : shift;
     d->guidance = sc__between(rng, r->guidance);
     d->j = 2 * sc_uniform_int(rng, d->steps / 2);
     for (int i = 0; i < 3; i++)
@@ -1399,11 +1411,9 @@ bool sc_sample(sc_flux *f, sc_tape *t, const sc_sampling *s, int batch, int text
                const float *context, const float *pooled, float *latents) {
     const int64_t shape[] = {batch, (int64_t)s->h * s->w, sc_flux_config_of(f)->in_channels};
     sc__flux_model self = {.flux = f, .h = s->h, .w = s->w};
-    sc_sampling shifted = *s;
-    if (!(s->shift > 0)) shifted.shift = sc_dynamic_shift(shape[1]);
     sc_tape_reset(t);
     bool ok = batch < 1 || sc__flux_text(&self, t, batch, text_tokens, context, pooled);
-    ok = ok && sc_euler(&(sc_model){sc__flux_model_velocity, &self}, t, &shifted, 3, shape, latents);
+    ok = ok && sc_euler(&(sc_model){sc__flux_model_velocity, &self}, t, s, 3, shape, latents);
     sc_tape_use(t, NULL);
     return ok;
 }
@@ -4672,15 +4682,40 @@ static bool sc__read_config(const char *path, sc_json **json, char **name, char 
     return *json != NULL;
 }
 
-/* An integer >= 1 from a config; false with the error set. */
-static bool sc__config_int(const sc_json *config, const char *path, const char *key, int fallback,
-                           int *value) {
-    double number = sc_json_number(sc_json_get(config, key), fallback);
+/* folder/name, parsed, and its path; *json is NULL where there is no such file. False if it is
+ * broken. */
+static bool sc__load_settings(const char *folder, const char *name, char **path, sc_json **json) {
+    *path = sc__join(folder, name);
+    bool there = *path && sc__exists(*path);
+    *json = there ? sc_json_load(*path) : NULL;
+    return *path && (*json || !there);
+}
+
+/* A number from a config, or a truth value as 1 or 0; absent or null: the fallback. False with the
+ * error set. */
+static bool sc__config_number(const sc_json *config, const char *path, const char *key,
+                              double fallback, double *number) {
+    const sc_json *v = sc_json_get(config, key);
+    bool absent = !v || v->type == SC__NULL, flag = sc__json_is(v, SC__BOOL);
+    *number = absent ? fallback : flag ? sc_json_bool(v, false) : sc_json_number(v, NAN);
+    return !isnan(*number) || sc__fail("%s: '%s' must be a number", path, key);
+}
+
+/* An integer >= least from a config; false with the error set. */
+static bool sc__config_from(int least, const sc_json *config, const char *path, const char *key,
+                            int fallback, int *value) {
+    double number;
     *value = fallback;
-    if (!(number >= 1 && number <= 1 << 24 && number == floor(number)))
-        return sc__fail("%s: '%s' must be a whole number from 1 up", path, key);
+    if (!sc__config_number(config, path, key, fallback, &number)) return false;
+    if (!(number >= least && number <= 1 << 24 && number == floor(number)))
+        return sc__fail("%s: '%s' must be a whole number from %d up", path, key, least);
     *value = (int)number;
     return true;
+}
+
+static bool sc__config_int(const sc_json *config, const char *path, const char *key, int fallback,
+                           int *value) {
+    return sc__config_from(1, config, path, key, fallback, value);
 }
 
 /* ==== Opening and saving FLUX ================================================== >>open =======
@@ -4740,8 +4775,8 @@ static bool sc__flux_read_config(sc_flux_config *c, const sc_net *net, const sc_
     if (!sc__config_int(json, path, "in_channels", in, &c->in_channels) ||
         !sc__config_int(json, path, "out_channels", json ? c->in_channels : out,
                         &c->out_channels) ||
-        !sc__config_int(json, path, "num_layers", layers, &c->layers) ||
-        !sc__config_int(json, path, "num_single_layers", singles, &c->single_layers) ||
+        !sc__config_from(0, json, path, "num_layers", layers, &c->layers) ||
+        !sc__config_from(0, json, path, "num_single_layers", singles, &c->single_layers) ||
         !sc__config_int(json, path, "attention_head_dim", size, &c->head_size) ||
         !sc__config_int(json, path, "num_attention_heads", width / c->head_size, &c->heads) ||
         !sc__config_int(json, path, "joint_attention_dim", text, &c->text_channels) ||
@@ -6212,206 +6247,28 @@ void sc_unpack_latents(int64_t batch, int64_t channels, int64_t h, int64_t w, co
     sc__pack(batch, channels, h, w, (float *)tokens, latents, false);
 }
 
-/* ==== Unicode =================================================================================
+/* ==== Tokenizers ==============================================================================
  *
- * What the tokenizers ask of characters: which are letters or numbers, their lower case, canonical
- * composition (NFC) and graphemes (what a reader takes for one character). The tables were read off
- * the library whose token ids ours have to equal, and are packed: a number is a few digits of base
- * 21 and a last one of base 70, printed from '#' on without the backslash.
+ * CLIP's is a byte-level BPE (Sennrich et al. 2016): lower-case text is cut into words, each byte
+ * of a word is a token, and pairs of tokens merge in the order of merges.txt; "</w>" ends a word.
+ * T5's is a Unigram model (Kudo 2018): text is normalised with a table that the file carries,
+ * spaces become U+2581, and of all ways to cut a word the one with the highest sum of scores wins.
+ * The ids are those of Hugging Face's CLIPTokenizerFast and T5TokenizerFast.
+ *
+ * Text goes this way: special tokens are found in it, what lies between is normalised, special
+ * tokens are found again (each has one of the two ways), and what lies between is cut into words.
  */
 
-enum { SC__LETTER = 1, SC__DIGIT = 2 };
-enum { SC__EXTEND = 4, SC__SPACING = 8, SC__CONTROL = 16, SC__PREPEND = 32, SC__PICTURE = 64,
-       SC__CONSONANT = 128, SC__LINKER = 256 };
-
-/* Packed by test/make_unicode_tables.py, as tokenizers 0.22.2 has them. */
-static const char sc__word_table[] =
-    "S5'+U%*U%S#%+%'%#%'#'$#%%''%O%%`%%w'%(9%2+%+&%k`+%%%%&)%%#%*&%$%%%&%$G%%l;%%mf%,nU%%k'%&#%*k"
-    "-%k%W%()%Qk1%95'(%%%l[%%#%3%%+%%$5'$'%&#%4&%$[%AlG%/#%25'$d%-%%(#%)M%(#%-#%'#%;S%+7%)Q%%-%5k"
-    "/%_kG%'#%6#%+5%(5'%A%(1%&%%&M%%/%%#%')%'#%4#%1%%%'%(5'$%%&-'&#%,-%(%%&M%%/%%%%%%%%%%C)%%#%+5"
-    "'&'%43%%'%%M%%/%%%%%+%'#%6#%3%%(5'-#%/1%&%%&M%%/%%%%%+%'#%B%%%'%(5'%#%$-'/&%$+%''%%)%'%%%&%$"
-    "#%'%%''%'9%:#%9;'61%%'%%O%%A%'#%>'%&#%&%%(5',/'%#%(1%%'%%O%%5%%+%'#%C%%%%%(5'%%%53%%'%%k-%&#"
-    "%4#%)'%%/'$'%(G'%-%)E%'Q%%3%%#%&/%C5'5k;%%%%0/%-5'K%%%&%$)%%Q%%&%$3%%%%-#%&+%%#%-5'&)%D#%CI'"
-    "01%%k#%?+%kQk1%8#%$5'*-%()%'#%'%%+'%(;%0#%%5'*k'%%#%)#%&k1%%sE%%)%&/%%&%$'%&k-%%)%&d%%)%&/%%"
-    "&%$'%&?%%kM%%)%&kb%2I''A%4lA%&-%'{S%&C%%U%)l+%'''$1%+E%1G%2E%2;%%'%3kC%G#%(#%'5'*5':5'*lG%++"
-    "%&f%%#%)kh%.`%K5'$^%&+%/k3%(U%*7'IO%-kE%O5'*5'1#%k;k9%51%'5'M^%1%%$5'$k3%>k#%@5'''%$5'$k#%&7"
-    "%)k1%&'%M)%%-%%%%'#%)oC%eqd%&-%&k'%&-%&1%%*%$^%&kE%%/%%#%''%%/%')%&-%(;%)'%%/%kQ#'$#%&-')#%$"
-    "5'*;%kC#%(#%&5%%#%'+%**%$'%%7%&)%)+%(#%%kA'$%%$+'t>kS'k,M's$^'z0pG%*)%'%%-#'&k'%%#%)#%&kK%+#"
-    "%4O%-/%%/%%/%%/%%/%%/%%/%%/%k.#%pU%%$#'=3'++%&''$%%(lA%*'%%lI%%)%)k1%%lQ%')'.b%TA%D5'B1'%?'D"
-    "5'K?'nLr~9%eksm%%hk7%&qQ%'A%$5'$%%8k9%4`%&kh%$5'K3%&ld%&kb%&%%%&%$/%9A%%'%%)%%O%1-'.kC%2k?%@"
-    "5'<-%'&%$#%%5'$Y%.O%=[%+k9%@#%$5'*+%%5%$5'$+%%k-%;'%%1%(5'*O%'#%'k?%%#%'%%&+%&&%<'%&7%+'%0-%"
-    "&-%&-%-/%%/%%k1%%=%*m5%15'*yn/%0O%(k=%oyXtA%&m#%J/%0+%)&%$3%%;%%+%%&%$&%$&%$m%%Et;%6k[%&kG%L"
-    "9%kR+%%m^%75'+U%*U%/lG%'-%&-%&-%&'%G9%%U%%G%%%%%?%&=%FmE%0k5'0kM'5%'mF[%'k=%4W'(b%$)'-I%$#'$"
-    "1%$#')k'%.^%&k#%(1%%+'NnE%&5'*k#%(k#%(k+%,kC%07%%?%%/%%%%%7%%?%%/%%%%'kC%0r`%-M%.1%<-%%k/%%3"
-    "%k#-%&&%$k1%%%%'#%&O%&1'$O%&/'$`%,3'TG%%%%)+'$M%$-'(U%k$kK%(%'$%%$A'&k7'$#%3)%%'%%[%.3';[%$%"
-    "'%[%$''D1%%Y%*+'4kG%.M%&1'$G%)1'$E%;/'k.l'%[kA%1kA%+-'$k#%05'*5'$Y%-O%m,`'%k/%*%%4'%`[%$5'$#"
-    "%,M%/)'?E%RK%$/'8O%0kE%>^'%%%&#%1k5%DS%+5'-k#%35'(#%&#%,h%'#%0k;%2)%/5'$&%(I'/E%%S%7%%d/%%&%"
-    "$'%%?%%5%+k9%55'/1%&%%&M%%/%%%%%+%'#%6#%0+%B5%%#%&&%$k%%%#%=&%PkE%6)%)5')'%Bk;%8%%%#%,5'l>k9"
-    "%M)%Hk;%8#%/5'Jk1%1#%+5'*I'@W%99'(/%lQk3%kRk[%$G'01%&#%&1%%%%%Q%3&%25'k$1%&k)%4&%@#%.k+%+#%9"
-    "#%/k7%7#%6l'%l`d%35'*3%%k%%5#%3[')^%kN/%%%%%k'%9#%-5'*-%%%%%b%2#%+5'nBG%3&%$9%%f%@5'k4#%3K'O"
-    "ko9%kDm-'5oK%kzRlW%3ksM%5-%=os+%)zO%nwW^%65'kmZz3%+`%%5'*l3%%5'*^%6k;%4)%05'%/'%K%)G%p0k5%'5"
-    "'l_k[%$O'kGl+%)#%g;%e%%%#%@rq7%,kx;%M5%pkQ)%%/%%%%%r7%3#%A'%&#%2)%,u7%kuim%%);%'3%+5%l{X5'kj"
-    ",I'0I'kJS'kfl?%%l#%%%%&#%&%%&)%%9%%&%$-%%k^%%)%&1%%/%%Y%%)%%+%%#%'/%%sS%&S%%S%%`%%S%%`%%S%%`"
-    "%%S%%`%%S%%1%&k?'knN`%*-%mWkW%l*k5%./%&5'(#%nM^%6k3%(5'pVY%(5'm(^%&#%$5'pf/%%)%%%%%?%%oM%&3'"
-    "Tkd%+#%(5'u9kQ'%''%)'k*k5'%?'lZ)%%W%%%%%#%&&%$3%%)%%&%*#%(*%$%%%%%%#%&.%$&%&)%%/%%)%%)%%&%$3"
-    "%%C%)'%%+%%C%r8;'k|^5'xVlzlI%DowQ%*p9%&q{M%2tmE%3{W%kx4yC%kjHpy)%)oxW%";
-static const char sc__grapheme_table[] =
-    "$`Ck=dC-#k^'#C$#k^rEm/+mf/+mYk5+%&+$&+$&+]-r3.7+%#CRK+4#+kC/+$#r3%-+&%+%)+E#r3%#+BW+k97+_3+-"
-    "#+<)+%3+%'+%++O'+X%r3)3+NQ+$#r3$b+$#35k%mQ$#+$#3$#+%'3$1+$)3$#qA$%3%/+$1mQ&%+81mQ%#+$%35ImQ%"
-    "/mQ%#mQ')mQ&&+$%3$)+&%3&%3$#qA-#+(%mQ%#mQ&%+0%mQ0#+&%+$#3]#+%'3$%+(%+&'+'#+B%+'#+/%+$#35ImQ%"
-    "/mQ%%mQ%+mQ&#+%'3$++%%+$&3$#3$#qA8%+9#mQ$-+%#+$%35ImQ%/mQ%%mQ%+mQ&&+$#+$#3$)+&%3&%3$#qA+'+(%"
-    "mQ%#mQ&%+1#mQ4#+`#+$#3$#+$%3''3%'3$#+-#+L#+$'3$#+4ImQ%AmQ&&+$%+$)3%'+%'+$#qA+%+%'mQ+%+A#+$%3"
-    "]#+%#3$%+$#3$#+$%3%'+%)++%+/%+3#30%+$%35k'mQ$%+%#+$%3$)+%'3%'3$#qA$#r3,#+.%+A#+$%3k$#+(#+$%3"
-    "$'+%#+%/3$#+6%3b#+%#3$/+01+k@#+%#3$3+//+k'%+?(+(%3U=+$#3$++%%+)7+%k#+-#+kD)+$#3$-+%%+$%3$%+;"
-    "%3$%+('+4)+1#+%#3$%+*#+3#+t''+wH)+@'+A%+B%+e%+$#3$/+$13$#+$%3$7+-#+Q'+$#C$#+kS%+F#+kT'+$)3$%"
-    "+$'3(%3$#+$-3$'+m-%+$%3$#+^#3$#+$#3$/+%&+&1+$-3$5+&#+T`+U)+$#3S5+$)3$'+J3+0%+$#3B#3$)+$%3$-+"
-    "]#+$#3$%+$'3$#+$#3$++T13$1+$%3$%+l0'+%;+$#3$/+(#+*#+&#3$%+l_k[+qE#C$#+$#3$%C</C1#k^0#k^:ACk>"
-    "d+U#k^:#k^k8-k^3%k^o5%k^0#k^k=#k^k$#k^=7k^('k^l`#k^m9%k^.#k^-#k^_)k^%-k^%9k^%m3k^.m;k^&7k^%&"
-    "k^*#k^'#k^*#k^.%k^3#k^&#k^(&k^('k^%#k^/+k^Q'k^-#k^2#k^2#k^o:%k^pO'k^7%k^W#k^(#k^o`'+l%#+k>b+"
-    "qe-+$#k^0#k^k9%+q6&k^~mO)+%5+D%+k.%+mc#+'#+(#+;%3$%+$#3(#+k1%3VA3$%+>E+1#+J1+=7+$#3$#+P'+$#3"
-    "S#+$%3$)+$%3$%+$%3$#+H#+h-+$%3$%+$%3$%+0#+,#+$#3R#+W&+$%+&%+)%+%#+M#3$%+$%3)#3$#+m>%3$#+$%3$"
-    "#+$%3%#3$#+wzN#+tIA+4A+lh#Cl6%+k.9Cq;#+m4#+l-++kla'+%%+))+L'+(#+l=%+r1)+f++nI%+k-)+k$7+U)+kX"
-    "#3$#+$#3Y?+M#+&%+.'+$#3Q'3$)+$%3$%+&#r3(#+.#r3V'+H++$#3$1+4%3P#+0%+$#3T'3$3+$#3$#+%%r3))+%#3"
-    "$#+k:'3$'+$%3$)+*#+&#+l5#+$'3$1+9%+$%3[%+%#+$#3$#+$)3&%3&%3$#+-#+.%3&/+'++h#+$%3$-+%#+&&+$%+"
-    "$&3$#3$'+$#r3$#+2%+k0'3$1+$%3$'+$#3$#+;#+k/#+$%3$-+$#3$#+$%3$#+$#3$%+$#3$%+m=#+$%3$)+&)3$%+$"
-    "#3$%+?%+k0'3$1+$%3$#+$#3$%+kH#+$#3$#+$%3$1+kC#+$#3$#+&)+$#3$++mR'3$3+$#3$%+mG#+$+3%%3&)+$#r3"
-    "$#3$#r3$#3$#+l%'3$)+&%+$)3$#+'#3@5+L-+$#3$#r3$)+,#+--+$%3$'+L-r3$;+$#3$%+o[#3$/+%-+$#3$#+k0M"
-    "+%#3$/+$#3$%+$#3$%+kX-+'&+$&+$-+$#r3$#+g+3%%+%%3$#+$#3$#+nh%+$%3-%+$#r3$#3T%3$++'%3$'+;#+mwA"
-    "#+*?+qzZ9+$'3$'+kxR++`/+xi#+%kI3+)+k/#+/%+wq?%+mn3k7+&O+qX++'-+,1+&/+B)+l,'+kq7kI+(k?+,#+2#+"
-    ":++%?+}B/+%C+&/+%%+%++kB#+l8/+o=#+b)+q6)+mP%+tH/+kK/+kmIq7k^1'k^C#k^a-k^0%k^2#k^&5k^6kMk^?""?k"
-    "^.#k^8#k^&3k^%)k^-v=k^$++$s'k^,qKk^TmOk^kR9k^k3k1k^0)k^]1k^.-k^L1k^Bl9k^0k9k^%5k^%vKk^mRkr/k"
-    "^kntj4lU+k_p^+";
-static const char sc__lower_table[] =
-    "eUdkCOd%/dER%'(%&2%&P%%#mB$(%'#p#$&%%#ob$#%%%o`$#%&#l5$#oY$#o[$#%%#o`$#od%#p%$#oh$#%'#p%$#p)"
-    "%#p+$(%%#p3$#%%#p3&#%%#p3$#%%%p1$&%%#p5$#%'#%+#'$#%%#'$#%%#'$4%&4%&#'$&%%#lX$#kL$J%%#mT%4%+#"
-    "xxA$#%%#nP$#xx;&#%%#oJ$#kh$#l%$,%n-&%'#%,#m9*#k)%'k'%#k^%%k[%Cd%3dG#3,:%)#kT&#%%#0$#%&'mT$Al"
-    "7$bdTD%-X%%#A$0%&k<%&k'k=k~7k's|I%#s|I)#s|It:l5lt|?$-3kt=#%*k1nke&'nkenLl,%-#tqJ%k<%-12,-2.1"
-    "2,12,-2/*2,12<12,12,12,%2$%l*$#4/)lB$#4/%2$%l_0%2$%m0$#0/%mP$%mL$#4n5#tnX'#urF$#uo&*#[QAC7#%"
-    "uTUWko8k;k=T#%%#xve$#omg$#xvD&(%%#xwi$#xw*$#xx($#xx&%#%&#%,%xxi$k@%,&%(#%kjlOP%7>%kf0%'a%.&%"
-    "%#lpkD$,%(#%%#lyti&&%'6%%#lyuZ$#lyv*$#lyui$#lyuT$#lyuZ%#lyt<$#lyu&$#lytB$#koG$2%%#k<$#lyuX$#"
-    "lplg$&%%#lyvZ$2%%#ly}$<#%ym[Ud{Ck+k-kgk#k-l47k+%?k+%/k+%%k+kn8kAk^l5Mdk~(bdx|TbdeSYkjp1fh";
-static const char sc__class_table[] =
-    "thKpK$#pO$)p7$#pO$#p/$+p7$%oY$)p7$%oY$7p7$+%$)p7$1pK$#p`$#pK$'p7$'pK$%p7%'pK$)p7$#pK$#pO$%p7"
-    "$#pK$#pQ$%pS$#pQ$%pS$#pQ$;pKmf+pKm[#p7$)pK$#p7$'pK$#p;$#p7$-pK$-p7$%pK$#p7$%pK$#p;$#pG$#pK$#"
-    "7$#9$#;$#=$#?$#A$#C$#E$#G$%I$#K$#M$#O%#Q%#S$#U%#pK$#p7%#Gk&1pK$#`$#b$#dT#Y$#[$#^$#`$#b$#d$#f"
-    "$#h$%pK$%p7$+pK$#p7$%pK$#p74#k#kC/pK&)pK$#p7$#pK&%pK%#p7$%pK$#p7G#k%B#pK$#p7$%pK$#p7$%pK$'p7"
-    "$#pK$%p7$#pK$#p7$'pK$#p7$#pK$#p7$#pK$#p7$#pK$#p7$%pKl8/pK$#p7$#pKF)pK%3pK%'pK%+pKO'p7kV=pK%#"
-    "p7$%pK$#p7$%pK$#p7$'pK$'p7$#Y$#[$#^$'pK$#p7$%pK$%p7$+pKa#14#5'#pK$#p7$%pKkE#14#5kL#14#5kL#14"
-    "#5kL#14#5k^#5k^#5+#l?$#lMkC#14#5k^#5kZ#5kK%lf$#51)m'kJ%m=2)mEk*%p7?&p7%#p/[#mS$#mU%#mY))mU&#"
-    "mU%%pK$#5%%pKc#p7kN#1%%5k0#p7t7'pKwJ#5C#5l5#5.#pKld#pGl'#p;$#pK$#p7m-#pK$#p7k%#581pK&#p7T+pK"
-    "$-p7$%pK$#p7kT#13#5J#pK$#p7$/pKZ%5_#1/%5h#1l0'pK%#%$+p7$%pK$)p7$#pK%/%(#p7*#pK'%pKl_%pK$#p7$"
-    "/pK$#p7$%pK$#pS$#p+$#p7$#oY$k%pK)#pK$#pQ$#p7$#pK$#p7t8%pK$%%$)pK$'%$%pK(#pK'%%$#pK$#p7$#pK$%"
-    "%$)p7$#pKlka'pKl%#5k>bpKqe#p3$#pG$#pO$#p;$%p?kG%3~te#pK(5pKD%pKk.%pKmg#5lU#5?EpK^'p7I#5k=#10"
-    "#5mA&pK$#pK$#p7&%pK)%pK%#pKX#5mH#5wzN#Wu#/pK$/p7$%pKwd#p7m4#p7l-+pKkm&#p7%#pKL#pK$#%$#p7(#5l"
-    "=#pK$#p7}Q#5]#5^#5$#1k#'pKT%5c#1k*#5-#1kH#5$#1lJ#1$#5k/#14#5</pK'+pKlf#5'#1kY#5$#1mM#5$#1k]#"
-    "5kT#5$#1kQ#5|K#5wxZ+%`/pKxmU#%mvi%p/$'%'#pC$+p/,1p7&+pK$%p7B)pKl,'pKlr3/pK%CpK&/pK%%pK%+pKkt"
-    "O/p7kK-pK$#1";
-static const char sc__composed_table[] =
-    "oEk`kjf%#%%#%%#%%#-%#'''^%'k*%#%%#%%#/%+2%#%%#%%#/'-,%%(%#%%#%%#%%#-)/2%#%%#%%#/%+0)3$%#%%#%"
-    "%#%%#-%#'''^%'k*%#%%#%%#/%+2%#%%#%%#/'-,%%(%#%%#%%#%%#-)/2%#%%#%%#/%+0'#1%kL*%d#%c'%d#%ch%d#"
-    "%_k*%d#%c%%d#%c-%d#%c-%d#%a#%d#)a2%d#%c'%d#%c%%d#%cf%d#%cZ%d#%_6%d#%c+%d#%c%%d#%cd%d#%ak&%d#"
-    ")a%%d#%c%%d#%c'%d#%ch%d#%ce+%,%d#%ak'%d#'ak(%d#%ck)%d#%cX%d#-_8%d#%ck)%d#%cX%d#+a2%d#%c'%d#%"
-    "c-%d#)]6%d#%ck)%d#%cX%d#%a8%d#%c%%d#%ck'%d#%cX%d#%aY%d#%cX%d#)a4%d#%c%%d#%c'%d#%c+%d#%c%%d#%"
-    "c^%d#%_k(%d#%_#%d#%c/%%0%d#%c/%d#%c-%d#hk2A%d#?V#%d#^kD@%d#%R#%d#%V#%d#%V#%d#%lf2%d#%c(%d#%c"
-    "9%d#%c:%d#'kL+%d#%s1#%%#%t(#%d#)nH3%d#%Z#%d#%Z[%d#%t^k$%%#%kD3%p5#%yX#+i8%d#)T$%d#%lE%%d#%a#"
-    "%d#%>#%d#%o2?%d#%c'%d#%Z&%d#%c'%d#%Z&%d#%c'%d#%V&%d#%c'%d#%]&%d#%c'%d#%]&%d#%c'%d#%gM%d#%a#%"
-    "d#)k4V%d#1k*,%d#%Zd%d#%m3i%d#%e#%d#%nV)%d#%vY(%%#%w@#%d#sQk;(%kj7#'+#%'#%'#'/#'/#%+#%f#Wk>1%"
-    ";#%;0%+#%'#%'#%G#WF1%;#%.0%/#%+#-5#%#1k5kd2%#3'&0+<1-K0%&$%9/98#dd#Q(.%#3'&0+k#1-Z0%&$%9/Sk?"
-    "5%%#l+lT4%d#?k(#%d#%c'%d#)X&%d#)nQ'%%#%oJ#%d#%a#%d#)a*%d#%c+%d#%V#%d#)n`#%%#%o<#%d#%k0*%d#%c"
-    "+%d#%c)%d#%Z(%d#)Z#%d#rEwMkm)%#%%f#%e%%k#$n?mh#'J#EE#{){)kj533#))#n9n3mU%#Ut`thtf)#R%#Ul'l-m"
-    "QkIkET%%#%$UmImQmOmAmCmO11#%#%'#J%+ImOmIm#%%#%$Un'n1m7'#-%),%(MzSz[zbmzImzIm{Q''#''#''#''#++"
-    "#k/k/#''#)'#%%#')#~%srFrqi%d#%a_%d#%c[%d#%c?%d#%lbk<%d#%nP/%d#%c[%d#%c?%d#%c6%d#%c/%d#%nhk6%"
-    "%#%$%%%#%oak5%d#%c)%d#%vbk0%%#%wZ%%d#%a(%d#%a)%d#%c[%d#%cX%d#%cb%d#%c1%d#%a'%d#%ldk:%d#%nR#%"
-    "d#%ch%d#%c?%d#%a>%d#%tqba%%#%tr]k7%d#%c*%d#%ak4%d#%c/%d#%c[%d#%aZ%d#%c[%d#%c?%d#%c*%d#%lfk4%"
-    "d#%c1%d#%lE2%%#%$%%%#%q2#%d#%c/%d#%_#%d#%c[%d#%trWa%%#%tsRk7%d#%ak0%d#%c[%d#%pMZ%%#%-#%%#%tl"
-    "-#%%#%ts_#%d#%c[%d#%c?%d#%c*%d#%a4%d#%c;%d#%c(%d#%pfk4%%#%%1%%#%qc,%d#%cd%d#%ai%d#%c%%d#%c1%"
-    "d#%c$%d#%c[%d#%aZ%d#%c%%d#%a$%d#%a,%d#%cf%d#%c?%d#%F#%;k.%)'%'#'qE(-s([%d#%cV%d#%lY2%d#%c$%d"
-    "#%c5%d#%c.%d#%tqI$%%#%tpP$%%#%$$%%#%$5%%#%$.%%#%tpM)%%#%tv&^%d#%cV%d#%c.%d#%lb&%d#%c$%d#%c5%"
-    "d#%c.%d#%tr#$%%#%tvN1%d#%cW%d#%V#%d#%cV%d#%lb2%d#%c$%d#%c5%d#%c.%d#%tr7$%%#%tm>$%%#%$$%%#%$5"
-    "%%#%$.%%#%$d%%#%sD#%d#%cV%d#%rh2%%#%$$%%#%$5%%#%$.%%#%$d%%#%sZi%d#%ck#%d#%cV%d#%c.%d#1klIC%#"
-    "%%stWJ%%#%$%%%#%$k`%%#%suRk:%#%%subJ%%#%$%%%#%$k`%%#%stak:%#%%su)J%%#%$%%%#)sv$G%#%%sv3J%%#%"
-    "$%%%#)su6G%#%%suEJ%%#%$%%%#%$k`%%#%sv@k:%#%%svOJ%%#%$%%%#%$k`%%#%suRk:%#%%subJ%%#%$%%%#%$k`%"
-    "%#%sv]k:%#%%sw%J%%#%$%%%#%$k`%%#%sugk:%#%%sv/J%%#%$%%%#)sw*G%#%%sw9J%%#%$%%%#)sv4G%#%%svCJ%%"
-    "#%$%%%#%$k`%%#'sw>k8'swOJ'#%'#k`%svLk:%#%%sv[J%%#%$%%%#%$k`%%#%swVk:%#%%swfJ%%#%$%%%#%$k`%%#"
-    "%swVka'+#''#''#'/#'/#'+#+st'kh%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%E#%%#%%#%%#%%#%%"
-    "#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%k?#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%swckZ%#&%sw"
-    "fk`%swe#%,#'-(%syf)%sz_kZ%#&%#*'#kh-kj6(%ty5)%swa#%4#'5(%sz3)%s{0kg''#'#kh%szfkg%#%%#k`%sygk"
-    "T%#&%E*+Dkb%E#%k>kT%#&%#*)s|S#%#%%#k`%s{@kT%#&%/*'6I%#%%+k9%/#%k(kT%#&%#*'*K%kjVJ-tyEkh%swL#"
-    "%-#',(%s{))%s|6kg'7#'#khu^trU<%'#I'#bkU#%+#%&#kGk?#--#))#SS#''#YQ#)1#)'#')#Qu{i#'u|U#9J#%u|."
-    "#%'#%u|Y#%%#)=#%%#))#%%#1)#%%#)1#%%#))#%%#k#Y#%/#%%#%'#k?k:#%%#%K#%%#1d#%%#%%#%%#nw[ny=yzd''"
-    "#''#''#''#''#''#''#''#''#''#''#))#''#''#11#%#%')$%#%')$%#%')$%#%')$%#%QkF$7lE#?""?#''#''#''#''"
-    "#''#''#''#''#''#''#''#))#''#''#11#%#%')$%#%')$%#%')$%#%')$%#%QkF$)l)#%%#%%#%%#+9#mx|Imx|Imyk"
-    ";''#A7#mWn#m+%%#yAy3y7%#UtEtKt-%#6'#=q1q7pd%%#";
-static const char sc__split_table[] =
-    "klbkk/kjhllCll5lmK%%#%%#%-#%-#%%#%5#%+#mKm5mQ%%#'=#l?mWmQ)/#k#g#%%#%-#)A#q5q%q9%%#kqGks/kuY7"
-    "7#--#--#--#=X&7k?kc'#'%k`;'%#5ka#GfkK77#--#--#--#=X&ssEstSnq:msu3v|V|/'U)947%#%%nksW$%#%%nkt"
-    "B8%#%%#+%%#%%#%%#%%#%%#%%#''#%%#%%#%%#%%#''#''#%%#''#%%#''#%%#%%#%%#%%#%L(%*/%7#%5#muuUqwjIq"
-    "wl#%%#%15%#%%#%%#%%#%lElK<%%#%%5%%#%$%%%#";
-static const char sc__replaced_table[] =
-    "klYkjf%%'Gk?lJ7|25mIsy/kjO'%'%'%'^'%'%kYl&)kC9k>'%313.3k)3g)4%kki7kl1')'~a)t|h%%r=s|<+kmN%mE"
-    "xKzsS%%mut'kulU%wj$%w|=%xR%ts.%uqL%k~S%koq[%#%kmt,%}x5%~~g%kpC%mjE%qlK%mmO%lq1%t^%s)%lwG%wrg"
-    "%kkQ%kp=%kk)%oxW%nv=%l~=%kooV%ky1%rn9%ls`%p~[%rq+%kkui%pt)%qw'%ko5%ws<%t{/%lmd%xr8%l|U%ln5%k"
-    "}W%tr+%kkyD%z%%rA%pnd%ll9%ltf%kx?%mmK%ll%%lC%lw?%mnW%kt#%|M%wjX%pf%ks1%lm'%op?%m~h%p{Z%{rB%l"
-    "lf%tnW%ks+%n}0%ln`%p~'%muQ%kjw<%knb%nz-%kpO%r^%n}9%qI%rr+%kltF%y}A%zoB%B%xj`%koK%lm;%psA%m{,"
-    "%xmN%ltQ%ut5%kjmD%nz'%ksE%pz9%wh%u~2%wn-%xqL%ou?%plZ%txb%luL%ro)%xrL%kvS%tx)%nw-%lnQ%tz6%vu%"
-    "%vo,%mpX%ul;%t|T%pmh%wt.%}h%lW%q}/%ql1%k}C%l};%ls+%kj|T%sG%kzh%k}%%lr)%muY%mn)%s}I%kwQ%ksI%k"
-    "K%kou:%qjG%kw9%vtU%{ja%kkW%m1%}%%mx'%yU%klY%k{A%ksC%|-%olO%muV%m|h%kl'%kkxa%n#%y=%sz+%rq=%wf"
-    "%yoe%rK%knY%l{h%oz-%mk4%vyB%l{+%ky'%w;%{A%p{5%o3%m|`%nd%po-%kw[%l;%of%knoP%xx1%rqU%kyS%|yZ%p"
-    "r4%{%%m|%%l9%mo?%ku5%ly%%kuK%olU%nj+%oo1%}|&%zvG%kluX%qp1%mA%k{[%sd%k|S%sM%kkC%kvh%stU%kmxa%"
-    "o{I%|nC%kmt0%ntK%o|#%uv1%zv8%vM%lqd%m~Q%vmh%kl{$%wb%l|h%mq[%s#%sb%kt#%lt-%wM%mq-%mo7%G%ml3%k"
-    "z1%kluT%sv#%soP%tq3%~;%pk-%oz`%k~U%zS%}mF%lm=%qj+%lt$%lA%tK%mr]%yV%spO%kjl0%|oU%{k6%kB%nr9%k"
-    "sI%sk5%uvR%plU%lnc%xlA%lrT%n|A%ns8%x|B%ny6%kud)}%'n}-)qmJ%uvI%koG%{b%h%1%k1%tq[%soF%kjd'ln9'"
-    "kx^)k{?%oO+lz+%=%k5%kv5%nsa%ljY%kmyJ%rf%ld%t`%Y%m+%z[%m#%l[%wE%lh%kp9%7%ks;%p'%k)%l`%kmM%n1%"
-    "o#%x7%ky/%nQ%qI%z[%o?%x=%kuA%nf%9%$%3%/%1%k=%%%o)%k`%s+%z+%M%kM%rU%n1%wf%n#%#%wQ%kwI%m^%t=%k"
-    "M%uU%kG%}M%mU%lpY%r+%kU%}re%rjjf%qspc)|ke%ko%%l0%we%vf%kS%s;%kC%}7%l&%kf%l)%|'%lI%n-%C%qU%oQ"
-    "%ko[%1%n+%kf%rI%m=%ki%m^%k8%n/%kb%uA%lG%kI%qA%r/%nQ%+%kS%ks5%k`%u/%uU%B%lE%q1%sM%lmG%k|]%mE%"
-    "mG%s;%n5%kG%pC%'%nb%E%U%lC%6%u9%w`%qW%o;%p?%n=%sA%oS%km-%nE%knb%w%%kh%C%rE%kO%k6%kI%(%D%l/%l"
-    "9%td%z#%rh%rA%p9%krA%lf%m7%m[%k%%;%k=%~Y%kv1%ptz/%.%njM%rqvi%kuY%f%rzw%%mx#%u{Y%q~jP%l-rsq)k"
-    "qpX%,%5%qns^%qnkN%l3%=%l%%mA%b%l3%R%s{0%qymM%qomZ%1%C%I%qnyA%qxyP%s~Y%k)%qnz-%qny_%=%~Z%kj%%"
-    "5%sux3%suv>%?%tm,%tnW%9%k5%-%tnc%tq1%'%Y%O%9%%%E%kA%3%5%U%7%'%#%#%qozM%pzxc%s~H%M%qpkW%qpk>%"
-    "/%M%n;%lc%C%d%kQ%l?%W%kd%C%f%#%M%G%3%A%sU%qX%q[%oP%k#%ku<%lrE%r2%k)%U%mT%nY%$%mG%qqy-%qqw,%-"
-    "%A%K%3%k^%qrk`%kb%qq~Z%k;%;%l4%n'%vq@%?%vuQ%kI%#%qru+%qrq8%M%A%;%qryI%qry0%1%km-%kl:%vyc%v{S"
-    "%?%l;%kB%qstM%qso>%qsoC%qsn2%(%E%lb%%%wlV%wmG%k3%M%k5%wo,%rlqO%rlpa%wpA%)%)%K%swp#%swnF%qttG"
-    "%#%p}p@%vm&%#%wqH%rrnM%zrW%rumg%5%wr]%wt/%kC%7%h%mb%wx6%_%wyS%qunG%qum&%mS%+%'%&%k9%K%k%%>%9"
-    "%k;%K%+%W%9%kb%l?%k#%mI%quy=%quyc%k_%m)%Y%lY%qu{S%quyc%lP%Z%xs>%xxb%M%b%k(%xwF%x}S%^%qvyC%qv"
-    "v&%qd%ni%yja%ylf%ym@%k$%q|b%)%qsQ%l_%skQ%kjmc%voY%+%/%kW%8%qwqY%rqxa%yub%m:%o`%kC%qwmb%qwmN%"
-    "m.%q#%y{H%y|`%lY%l%%oA%qwnA%qwlg%zp$%zr%%qwyU%qwx4%zqe%zr[%k7%Y%%%qxn1%to]%trf%qxm*%qxyh%qxv"
-    "V%?%lc%o#%k-%kO%kH%k-%A%=%qxsb%qxv0%q/%k[%{m(%{oW%*%qxw+%qx|i%tQ%qxv=%k=%qxu2%m7%X%(%{vF%{w`"
-    "%kC%.%kI%px|?%pxx&%qyj#%qx|F%qypb%qyla%=%Y%qy}%%qy{P%M%qznQ%p=%qznD%E%|rT%|sC%|s*%#%|wW%M%M%"
-    "K%kh%|xP%|{3%q{kI%q{jZ%q{mA%q{ki%qll`%qk}6%q{}[%Q%n#%ry~i%;%}lU%q|kf%$%k+%W%q|lJ%%%#%k3%}mX%"
-    "}oO%}o4%l7%r{lW%q|y0%kY%k^%}se%r{yA%q}kH%q}n`%k3%q}nB%lO%}yg%}|?%7%-%q}|^%rI%#%q~k]%}{:%r}oM"
-    "%q~m(%)%~kH%r}tO%q~kF%~oP%~p7%,%^%rjk9%q~}D%~q$%~sb%kS%kd%~v$%sjl9%b%sjl,%sjp9%rjqF%rjt?%rjs"
-    "N%lb%9%rj|1%l)%rj{R%rkjE%rkj$%qnt3%rnvF%kjn/%l9%kjne%kjpO%wr_%rx{M%?%|m8%5%qnjF%)%nyE%kon$%k"
-    "jwK%.%G%zxB%zy%%'%7%k/%rlk^%rlk_%kM%l#%l+%me%n?%k1%m1%q@%m?%'%C%rlkf%r^%n6%smm$%kknC%'%k#%rn"
-    "p?%rnn.%rlv?%sm|T%+%snk?%r5%sns<%kkvQ%;%9%'%k^%e%m^%k4%n9%l8%kd%Y%kk|@%klj%%d%kk~g%kllS%)%rn"
-    "k=%rm}&%1%klnJ%klo=%krq0%sv~d%o5%sp~@%5%klw5%l1%nE%o[%rn|5%rnyZ%O%lK%lO%roqC%k~tN%poy@%@%kE%"
-    "po~M%pox(%l`%rqk/%Y%rpvi%lQ%d%rp|M%rp|8%r-%nI%%%lN%tb%[%rqtO%rp~e%kosL%kot`%rqsK%sv|*%koz1%}"
-    "|>%~j-%rrp#%p)%sxp,%3%ko~3%rr~`%sx|<%syk=%rslN%#%`%rst#%rsnT%kpk0%kpm3%mM%Y%kU%kpna%sz~I%rtq"
-    "X%rO%o?%kp}D%b%kqjO%rut[%s|u*%s|vS%qK%mW%ruwg%kqq:%kqs+%-%1%7%1%k'%rvxA";
-
-/* Of the code points first, first + stride, ..., last. */
-typedef struct sc__run { uint32_t first, last, stride; int32_t value; } sc__run;
-typedef struct sc__runs { sc__run *run; size_t count; } sc__runs;
-typedef struct sc__pair { uint32_t whole, first, second; } sc__pair; /* second 0: one for another */
-
-typedef struct sc__unicode {
-    sc__runs word, grapheme, lower, class_;
-    sc__pair *pairs;            /* decompositions, sorted by `whole` */
-    sc__pair *composed;         /* those that NFC makes again, sorted by `first`, `second` */
-    size_t pair_count, composed_count;
-} sc__unicode;
+/* ---- Text as code points ---- */
 
 /* Code points; running out of memory is noticed once, at the end. */
-typedef struct sc__codes { uint32_t *code; size_t count, room; bool failed; } sc__codes;
+typedef struct sc__codes { uint32_t *code; size_t count; bool failed; } sc__codes;
 
 static void sc__codes_add(sc__codes *s, uint32_t c) {
-    if (s->count == s->room) {
-        size_t room = 2 * s->room + 64;
-        uint32_t *code = (uint32_t *)SC_REALLOC(s->code, room * sizeof *code);
-        if (!code) { s->failed = true; return; }
-        s->code = code;
-        s->room = room;
-    }
+    uint32_t *code = (uint32_t *)sc__grow(s->code, (int64_t)s->count, sizeof *code);
+    s->failed = s->failed || !code;
+    if (!code) return;
+    s->code = code;
     s->code[s->count++] = c;
 }
 
@@ -6429,95 +6286,8 @@ static uint32_t sc__utf8_decode(const char **text) {
     return i < size || size == 0 ? 0xfffd : c;
 }
 
-/* ---- Tables ---- */
-
-static uint32_t sc__unpack(const char **s) {
-    uint32_t n = 0, digit;
-    do {
-        digit = (uint32_t)(**s - 35 - (**s > '\\'));
-        ++*s;
-        if (digit >= 70) n = n * 21 + digit - 70;
-    } while (digit >= 70);
-    return n * 70 + digit;
-}
-
-static int32_t sc__unpack_signed(const char **s) {
-    uint32_t n = sc__unpack(s);
-    return n & 1 ? -(int32_t)(n / 2) - 1 : (int32_t)(n / 2);
-}
-
-/* A table of runs: the gap before each, 2 * (count - 1) + (stride - 1), and the value. */
-static bool sc__unpack_runs(sc__runs *r, const char *table) {
-    uint32_t end = 0;
-    r->run = (sc__run *)sc__alloc(strlen(table) / 3, sizeof *r->run);
-    while (r->run && *table) {
-        sc__run *run = &r->run[r->count++];
-        run->first = end + sc__unpack(&table);
-        uint32_t span = sc__unpack(&table);
-        run->stride = 1 + span % 2;
-        run->last = end = run->first + span / 2 * run->stride;
-        run->value = sc__unpack_signed(&table);
-    }
-    return r->run != NULL;
-}
-
-/* A table of decompositions into one or two code points, each number less the one above it. */
-static void sc__unpack_pairs(sc__pair *pairs, size_t *count, const char *table, bool two) {
-    for (sc__pair p = {0, 0, 0}; *table; pairs[(*count)++] = p) {
-        p.whole += (uint32_t)sc__unpack_signed(&table);
-        p.first += (uint32_t)sc__unpack_signed(&table);
-        if (two) p.second += (uint32_t)sc__unpack_signed(&table);
-    }
-}
-
-static int sc__by_whole(const void *a, const void *b) {
-    const sc__pair *x = (const sc__pair *)a, *y = (const sc__pair *)b;
-    return (x->whole > y->whole) - (x->whole < y->whole);
-}
-
-static int sc__by_parts(const void *a, const void *b) {
-    const sc__pair *x = (const sc__pair *)a, *y = (const sc__pair *)b;
-    int order = (x->first > y->first) - (x->first < y->first);
-    return order ? order : (x->second > y->second) - (x->second < y->second);
-}
-
-static void sc__unicode_free(sc__unicode *u) {
-    SC_FREE(u->word.run);
-    SC_FREE(u->grapheme.run);
-    SC_FREE(u->lower.run);
-    SC_FREE(u->class_.run);
-    SC_FREE(u->pairs);
-    SC_FREE(u->composed);
-}
-
-static bool sc__unicode_open(sc__unicode *u) {
-    size_t most = sizeof sc__composed_table + sizeof sc__split_table + sizeof sc__replaced_table;
-    u->pairs = (sc__pair *)sc__alloc(most / 2, sizeof *u->pairs);
-    u->composed = (sc__pair *)sc__alloc(sizeof sc__composed_table / 3, sizeof *u->composed);
-    if (!u->pairs || !u->composed || !sc__unpack_runs(&u->word, sc__word_table) ||
-        !sc__unpack_runs(&u->grapheme, sc__grapheme_table) ||
-        !sc__unpack_runs(&u->lower, sc__lower_table) ||
-        !sc__unpack_runs(&u->class_, sc__class_table)) return false;
-    sc__unpack_pairs(u->composed, &u->composed_count, sc__composed_table, true);
-    sc__unpack_pairs(u->pairs, &u->pair_count, sc__composed_table, true);
-    sc__unpack_pairs(u->pairs, &u->pair_count, sc__split_table, true);
-    sc__unpack_pairs(u->pairs, &u->pair_count, sc__replaced_table, false);
-    qsort(u->composed, u->composed_count, sizeof *u->composed, sc__by_parts);
-    qsort(u->pairs, u->pair_count, sizeof *u->pairs, sc__by_whole);
-    return true;
-}
-
-/* The value of the run with c in it, or 0. */
-static int32_t sc__run_value(const sc__runs *r, uint32_t c) {
-    size_t low = 0, high = r->count; /* `low` ends at the first run that begins above c */
-    while (low < high) {
-        size_t middle = low + (high - low) / 2;
-        if (r->run[middle].first <= c) low = middle + 1;
-        else high = middle;
-    }
-    if (!low) return 0;
-    const sc__run *run = &r->run[low - 1];
-    return c <= run->last && (c - run->first) % run->stride == 0 ? run->value : 0;
+static void sc__codes_add_text(sc__codes *codes, const char *text) {
+    while (*text) sc__codes_add(codes, sc__utf8_decode(&text));
 }
 
 static bool sc__is_space(uint32_t c) {
@@ -6526,133 +6296,17 @@ static bool sc__is_space(uint32_t c) {
            c == 0x205f || c == 0x3000;
 }
 
-/* ---- Normalisation (UAX 15) ---- */
-
-enum { SC__HANGUL = 0xac00, SC__JAMO_L = 0x1100, SC__JAMO_V = 0x1161, SC__JAMO_T = 0x11a7 };
-
-/* Appends the canonical decomposition of c. Syllables of Hangul are numbered by their jamo: 28
- * final ones (the first is none) inside 21 vowels inside 19 initial ones. */
-static void sc__decompose(const sc__unicode *u, uint32_t c, sc__codes *out) {
-    sc__pair key = {c, 0, 0}, *pair;
-    uint32_t syllable = c - SC__HANGUL;
-    if (c < 0xc0) sc__codes_add(out, c);
-    else if (syllable < 19 * 21 * 28) {
-        sc__codes_add(out, SC__JAMO_L + syllable / 588);
-        sc__codes_add(out, SC__JAMO_V + syllable % 588 / 28);
-        if (syllable % 28) sc__codes_add(out, SC__JAMO_T + syllable % 28);
-    } else {
-        pair = (sc__pair *)bsearch(&key, u->pairs, u->pair_count, sizeof key, sc__by_whole);
-        if (!pair) sc__codes_add(out, c);
-        if (pair) sc__decompose(u, pair->first, out);
-        if (pair && pair->second) sc__decompose(u, pair->second, out);
-    }
-}
-
-/* The code point that a and b compose to, or 0. */
-static uint32_t sc__compose(const sc__unicode *u, uint32_t a, uint32_t b) {
-    sc__pair key = {0, a, b}, *pair;
-    if (a - SC__JAMO_L < 19 && b - SC__JAMO_V < 21)
-        return SC__HANGUL + ((a - SC__JAMO_L) * 21 + (b - SC__JAMO_V)) * 28;
-    if (a - SC__HANGUL < 19 * 21 * 28 && (a - SC__HANGUL) % 28 == 0 && b - SC__JAMO_T - 1 < 27)
-        return a + (b - SC__JAMO_T);
-    pair = (sc__pair *)bsearch(&key, u->composed, u->composed_count, sizeof key, sc__by_parts);
-    return pair ? pair->whole : 0;
-}
-
-static int sc__by_class(const void *a, const void *b) {
-    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-    return (x > y) - (x < y);
-}
-
-/* NFC of s[n]: all is decomposed, marks that follow each other are sorted by their classes, and a
- * mark joins the last starter (class 0) unless one in between has the same class or a higher. */
-static void sc__nfc(const sc__unicode *u, const uint32_t *s, size_t n, sc__codes *out) {
-    sc__codes parts = {0};
-    for (size_t i = 0; i < n; i++) sc__decompose(u, s[i], &parts);
-    uint64_t *order = (uint64_t *)sc__alloc(parts.count, sizeof *order);
-    n = parts.count;
-    for (size_t i = 0, start = 0; order && i <= n; i++) { /* in one number: class, place, code */
-        uint32_t c = i < n ? parts.code[i] : 0;
-        int class_ = c < 0x300 ? 0 : sc__run_value(&u->class_, c);
-        if (i < n) order[i] = (uint64_t)class_ << 56 | (uint64_t)(i & 0xffffffff) << 21 | c;
-        if (class_) continue;
-        if (i - start > 1) qsort(order + start, i - start, sizeof *order, sc__by_class);
-        start = i + 1;
-    }
-    size_t starter = SIZE_MAX;
-    uint32_t last = 0; /* class of the last mark behind the starter */
-    for (size_t i = 0; order && i < n; i++) {
-        uint32_t c = (uint32_t)order[i] & 0x1fffff, class_ = (uint32_t)(order[i] >> 56), whole = 0;
-        if (starter < out->count && (out->count == starter + 1 || last < class_))
-            whole = sc__compose(u, out->code[starter], c);
-        if (whole) {
-            out->code[starter] = whole;
-            continue;
-        }
-        if (class_ == 0) starter = out->count;
-        last = class_;
-        sc__codes_add(out, c);
-    }
-    out->failed = out->failed || parts.failed || !order;
-    SC_FREE(order);
-    SC_FREE(parts.code);
-}
-
-/* ---- Graphemes (UAX 29) ---- */
-
-enum { SC__L = 1, SC__V, SC__T, SC__LV, SC__LVT }; /* jamo and syllables */
-
-static int sc__hangul(uint32_t c) {
-    if (c - SC__HANGUL < 19 * 21 * 28) return (c - SC__HANGUL) % 28 ? SC__LVT : SC__LV;
-    if ((c >= 0x1100 && c < 0x1160) || (c >= 0xa960 && c < 0xa97d)) return SC__L;
-    if ((c >= 0x1160 && c < 0x11a8) || (c >= 0xd7b0 && c < 0xd7c7)) return SC__V;
-    return (c >= 0x11a8 && c < 0x1200) || (c >= 0xd7cb && c < 0xd7fc) ? SC__T : 0;
-}
-
-static bool sc__hangul_joins(int a, int b) {
-    if (a == SC__L) return b && b != SC__T;
-    return ((a == SC__V || a == SC__LV) && b == SC__V) || (a && b == SC__T);
-}
-
+/* What tables know of characters; the section Unicode has them. */
+typedef struct sc__unicode sc__unicode;
+enum { SC__LETTER = 1, SC__DIGIT = 2 };
+static sc__unicode *sc__unicode_open(void);
+static int sc__word_kind(const sc__unicode *u, uint32_t c);
+/* NFC, then lower case. */
+static void sc__fold(const sc__unicode *u, const uint32_t *s, size_t n, sc__codes *out);
 /* How many of the n code points at s are the first grapheme. */
-static size_t sc__grapheme(const sc__unicode *u, const uint32_t *s, size_t n) {
-    enum { JOINER = 0x200d, NON_JOINER = 0x200c, FLAGS = 0x1f1e6 };
-    int kind = sc__run_value(&u->grapheme, *s);
-    bool picture = kind & SC__PICTURE, consonant = kind & SC__CONSONANT;
-    bool glued = false, linked = false, flag = false;
-    size_t i = 1;
-    for (; i < n; i++) {
-        uint32_t a = s[i - 1], b = s[i];
-        int before = kind;
-        if (a == '\r' && b == '\n') continue;
-        if (a < 0x80 && b < 0x80) break;
-        kind = sc__run_value(&u->grapheme, b);
-        flag = !flag && a - FLAGS < 26 && b - FLAGS < 26; /* letters of flags go in pairs */
-        bool joins = (kind & (SC__EXTEND | SC__SPACING)) || (before & SC__PREPEND) || flag ||
-                     (glued && (kind & SC__PICTURE)) || (linked && (kind & SC__CONSONANT)) ||
-                     sc__hangul_joins(sc__hangul(a), sc__hangul(b));
-        if (((before | kind) & SC__CONTROL) || !joins) break;
-        bool extends = kind & SC__EXTEND;
-        bool extends_conjunct = extends ? b != NON_JOINER : b == JOINER;
-        glued = picture && b == JOINER;
-        picture = (kind & SC__PICTURE) || (picture && extends);
-        linked = extends_conjunct && (linked || (consonant && (kind & SC__LINKER)));
-        consonant = (kind & SC__CONSONANT) || (consonant && extends_conjunct);
-    }
-    return i;
-}
+static size_t sc__grapheme(const sc__unicode *u, const uint32_t *s, size_t n);
 
-/* ==== Tokenizers ==============================================================================
- *
- * CLIP's is a byte-level BPE (Sennrich et al. 2016): lower-case text is cut into words, each byte
- * of a word is a token, and pairs of tokens merge in the order of merges.txt; "</w>" ends a word.
- * T5's is a Unigram model (Kudo 2018): text is normalised with a table that the file carries,
- * spaces become U+2581, and of all ways to cut a word the one with the highest sum of scores wins.
- * The ids are those of Hugging Face's CLIPTokenizerFast and T5TokenizerFast.
- *
- * Text goes this way: special tokens are found in it, what lies between is normalised, special
- * tokens are found again (each has one of the two ways), and what lies between is cut into words.
- */
+/* ---- The tokenizer ---- */
 
 typedef struct sc__word { const char *text; int32_t id; double score; } sc__word;
 typedef struct sc__special { sc__codes text; int32_t id; bool normalized; } sc__special;
@@ -6673,7 +6327,7 @@ struct sc_tokenizer {
     int32_t begin, end, pad, unknown; /* begin, end: -1 if there is none */
     int32_t largest;            /* id */
     sc_json *json;              /* owns the words' text */
-    sc__unicode unicode;
+    sc__unicode *unicode;
     sc__word *words;            /* sorted by text */
     size_t count;
     sc__special *special;
@@ -6743,27 +6397,10 @@ static void sc__emit(sc__ids *out, int32_t id) {
     if (out->count < out->limit) out->ids[out->count++] = id;
 }
 
-static void sc__text_add_codes(sc__text *text, const uint32_t *s, size_t n) {
-    char bytes[4];
-    for (size_t i = 0; i < n; i++)
-        sc__text_add(text, bytes, (size_t)sc__utf8_encode(s[i], bytes));
-}
-
-static void sc__codes_add_text(sc__codes *codes, const char *text) {
-    while (*text) sc__codes_add(codes, sc__utf8_decode(&text));
-}
-
 /* ---- BPE ---- */
 
-/* Tokens of a word, linked; a merge removes the right one. */
-typedef struct sc__symbol { int32_t id, previous, next; } sc__symbol;
-/* A merge that is possible between the part at `at` and the next one. */
-typedef struct sc__candidate { const sc__merge *merge; int32_t at; } sc__candidate;
-typedef struct sc__symbols {
-    sc__symbol *symbol;
-    sc__candidate *heap;
-    size_t heap_count;
-} sc__symbols;
+/* A token of a word, and its merge with the next one; NULL: there is none. */
+typedef struct sc__symbol { int32_t id; const sc__merge *merge; } sc__symbol;
 
 static int sc__by_sides(const void *a, const void *b) {
     const sc__merge *x = (const sc__merge *)a, *y = (const sc__merge *)b;
@@ -6771,93 +6408,48 @@ static int sc__by_sides(const void *a, const void *b) {
     return order ? order : (x->right > y->right) - (x->right < y->right);
 }
 
-static bool sc__before(sc__candidate a, sc__candidate b) {
-    return a.merge->rank != b.merge->rank ? a.merge->rank < b.merge->rank : a.at < b.at;
+static void sc__find_merge(const sc_tokenizer *t, sc__symbol *left, const sc__symbol *right) {
+    const sc__merge key = {left->id, right->id, 0, 0};
+    left->merge = (const sc__merge *)bsearch(&key, t->merges, t->merge_count, sizeof key,
+                                             sc__by_sides);
 }
 
-/* Puts the merge of the part `at` and the next one, if there is one, on the heap. */
-static void sc__push_candidate(const sc_tokenizer *t, sc__symbols *p, int32_t at) {
-    if (at < 0 || p->symbol[at].next < 0) return;
-    sc__merge key = {p->symbol[at].id, p->symbol[p->symbol[at].next].id, 0, 0};
-    void *found = bsearch(&key, t->merges, t->merge_count, sizeof key, sc__by_sides);
-    if (!found) return;
-    sc__candidate new_one = {(const sc__merge *)found, at};
-    size_t i = p->heap_count++;
-    for (; i && sc__before(new_one, p->heap[(i - 1) / 2]); i = (i - 1) / 2)
-        p->heap[i] = p->heap[(i - 1) / 2];
-    p->heap[i] = new_one;
-}
-
-static sc__candidate sc__pop_candidate(sc__symbols *p) {
-    sc__candidate top = p->heap[0], last = p->heap[--p->heap_count];
-    size_t i = 0;
-    for (size_t child; (child = 2 * i + 1) < p->heap_count; i = child) {
-        if (child + 1 < p->heap_count && sc__before(p->heap[child + 1], p->heap[child])) child++;
-        if (!sc__before(p->heap[child], last)) break;
-        p->heap[i] = p->heap[child];
+/* Makes the merge m of a word's n tokens wherever it is possible, from the left on, until one of a
+ * lower rank becomes possible; returns how many tokens remain. */
+static size_t sc__bpe_merge(const sc_tokenizer *t, const sc__merge *m, sc__symbol *x, size_t n) {
+    const sc__merge *next = m; /* whose turn it is */
+    size_t to = 0;
+    for (size_t i = 0; i < n; i++, to++) {
+        x[to] = x[i];
+        if (x[i].merge != m || next != m) continue;
+        x[to] = (sc__symbol){m->id, NULL};
+        if (++i + 1 < n) sc__find_merge(t, &x[to], &x[i + 1]);
+        if (to) sc__find_merge(t, &x[to - 1], &x[to]);
+        for (size_t k = to - (to > 0); k <= to; k++)
+            if (x[k].merge && x[k].merge->rank < next->rank) next = x[k].merge;
     }
-    p->heap[i] = last;
-    return top;
+    return to;
 }
 
 /* The tokens of the word s[n]: of all possible merges always the one of the lowest rank, and of
  * these the first from the left. */
 static bool sc__bpe_word(const sc_tokenizer *t, const char *s, size_t n, sc__ids *out) {
-    sc__symbols p = {(sc__symbol *)sc__alloc(n, sizeof *p.symbol),
-                   (sc__candidate *)sc__alloc(3 * n, sizeof *p.heap), 0};
-    bool ok = p.symbol && p.heap;
-    for (size_t i = 0; ok && i < n; i++) {
+    sc__symbol *x = (sc__symbol *)sc__alloc(n, sizeof *x);
+    if (!x) return false;
+    for (size_t i = 0; i < n; i++) {
         int32_t id = t->letter[i + 1 == n][(unsigned char)s[i]];
-        p.symbol[i] = (sc__symbol){id < 0 ? t->unknown : id, (int32_t)i - 1,
-                               i + 1 < n ? (int32_t)i + 1 : -1};
+        x[i].id = id < 0 ? t->unknown : id;
+        if (i) sc__find_merge(t, &x[i - 1], &x[i]);
     }
-    for (size_t i = 0; ok && i < n; i++) sc__push_candidate(t, &p, (int32_t)i);
-    while (ok && p.heap_count) {
-        sc__candidate c = sc__pop_candidate(&p);
-        sc__symbol *left = &p.symbol[c.at], *right = left->next < 0 ? NULL : &p.symbol[left->next];
-        bool there = right && left->id == c.merge->left && right->id == c.merge->right;
-        if (!there) continue; /* another merge took one of them */
-        left->id = c.merge->id;
-        left->next = right->next;
-        right->id = -1;
-        if (left->next >= 0) p.symbol[left->next].previous = c.at;
-        sc__push_candidate(t, &p, left->previous);
-        sc__push_candidate(t, &p, c.at);
+    for (const sc__merge *m = NULL;; m = NULL) {
+        for (size_t i = 0; i < n; i++)
+            if (x[i].merge && (!m || x[i].merge->rank < m->rank)) m = x[i].merge;
+        if (!m) break;
+        n = sc__bpe_merge(t, m, x, n);
     }
-    for (int32_t i = 0; ok && i >= 0; i = p.symbol[i].next) sc__emit(out, p.symbol[i].id);
-    SC_FREE(p.symbol);
-    SC_FREE(p.heap);
-    return ok;
-}
-
-/* How many of the n code points at s are a word: 's 't 're 've 'm 'll 'd, letters, one number, or
- * other signs. A space is for itself. */
-static size_t sc__bpe_cut(const sc_tokenizer *t, const uint32_t *s, size_t n) {
-    static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d"};
-    for (size_t i = 0; *s == '\'' && i < sizeof endings / sizeof *endings; i++) {
-        size_t length = strlen(endings[i]), same = 0;
-        while (same < length && same + 1 < n && s[same + 1] == (uint32_t)endings[i][same]) same++;
-        if (same == length) return length + 1;
-    }
-    int32_t kind = sc__run_value(&t->unicode.word, *s);
-    size_t i = 1;
-    if (kind == SC__DIGIT || sc__is_space(*s)) return 1;
-    while (i < n && !sc__is_space(s[i]) && sc__run_value(&t->unicode.word, s[i]) == kind) i++;
-    return i;
-}
-
-/* NFC, then lower case: of U+0130 two code points, of all others one. */
-static void sc__fold(const sc_tokenizer *t, const uint32_t *s, size_t n, sc__codes *out) {
-    sc__codes composed = {0};
-    sc__nfc(&t->unicode, s, n, &composed);
-    for (size_t i = 0; i < composed.count; i++) {
-        uint32_t c = composed.code[i];
-        if (c == 0x130) sc__codes_add_text(out, "i\xcc\x87");
-        else if (c < 0x80) sc__codes_add(out, c >= 'A' && c <= 'Z' ? c + 32 : c);
-        else sc__codes_add(out, c + (uint32_t)sc__run_value(&t->unicode.lower, c));
-    }
-    out->failed = out->failed || composed.failed;
-    SC_FREE(composed.code);
+    for (size_t i = 0; i < n; i++) sc__emit(out, x[i].id);
+    SC_FREE(x);
+    return true;
 }
 
 /* ---- Unigram ---- */
@@ -6899,13 +6491,6 @@ static bool sc__unigram_word(const sc_tokenizer *t, const char *s, size_t n, sc_
     return ok;
 }
 
-/* How many of the n code points at s are a word: those before the next `space`. */
-static size_t sc__unigram_cut(const sc_tokenizer *t, const uint32_t *s, size_t n) {
-    size_t i = 1;
-    while (i < n && s[i] != t->space) i++;
-    return i;
-}
-
 /* The index-th 32-bit number of a charsmap; 0 behind its end. */
 static uint32_t sc__unit(const sc__charsmap *map, size_t index) {
     if (index >= map->size / 4) return 0;
@@ -6940,7 +6525,7 @@ static void sc__charsmap_apply(const sc_tokenizer *t, const sc__charsmap *map, c
     for (size_t i = 0, size; i < n; i += size) {
         char bytes[12];
         size_t length = 0;
-        size = sc__grapheme(&t->unicode, s + i, n - i);
+        size = sc__grapheme(t->unicode, s + i, n - i);
         for (size_t k = 0; k < size && length < 6; k++)
             length += (size_t)sc__utf8_encode(s[i + k], bytes + length);
         const char *found = length < 6 ? sc__charsmap_find(map, bytes, length) : NULL;
@@ -6956,7 +6541,7 @@ static void sc__charsmap_apply(const sc_tokenizer *t, const sc__charsmap *map, c
 
 static void sc__step_apply(const sc_tokenizer *t, const sc__step *step, const uint32_t *s,
                            size_t n, sc__codes *out) {
-    if (step->fold) sc__fold(t, s, n, out);
+    if (step->fold) sc__fold(t->unicode, s, n, out);
     if (step->charsmap.data) sc__charsmap_apply(t, &step->charsmap, s, n, out);
     if (step->fold || step->charsmap.data) return;
     while (step->right && n && sc__is_space(s[n - 1])) n--;
@@ -6998,6 +6583,24 @@ static const sc__special *sc__special_at(const sc_tokenizer *t, const uint32_t *
     return best;
 }
 
+/* How many of the n code points at s are a word. Unigram: those before the next `space`. BPE: 's 't
+ * 're 've 'm 'll 'd, letters, one number, or other signs; a space is for itself. */
+static size_t sc__word_length(const sc_tokenizer *t, const uint32_t *s, size_t n) {
+    static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d"};
+    size_t i = 1;
+    while (t->unigram && i < n && s[i] != t->space) i++;
+    if (t->unigram) return i;
+    for (size_t e = 0; *s == '\'' && e < sizeof endings / sizeof *endings; e++) {
+        size_t length = strlen(endings[e]), same = 0;
+        while (same < length && same + 1 < n && s[same + 1] == (uint32_t)endings[e][same]) same++;
+        if (same == length) return length + 1;
+    }
+    int kind = sc__word_kind(t->unicode, *s);
+    if (kind == SC__DIGIT || sc__is_space(*s)) return 1;
+    while (i < n && !sc__is_space(s[i]) && sc__word_kind(t->unicode, s[i]) == kind) i++;
+    return i;
+}
+
 /* Emits the words of s[n], which is normalised. Those of a Unigram model begin with `space`, which
  * stands for spaces; a whole text gets one more at its front. Those of BPE have none. */
 static bool sc__emit_words(const sc_tokenizer *t, const uint32_t *s, size_t n, bool first,
@@ -7009,10 +6612,12 @@ static bool sc__emit_words(const sc_tokenizer *t, const uint32_t *s, size_t n, b
     for (size_t i = 0; i < n; i++) sc__codes_add(&line, s[i] == ' ' ? t->space : s[i]);
     bool ok = !line.failed;
     for (size_t i = 0, size; ok && i < line.count && out->count < out->limit; i += size) {
-        size = (t->unigram ? sc__unigram_cut : sc__bpe_cut)(t, line.code + i, line.count - i);
+        char bytes[4];
+        size = sc__word_length(t, line.code + i, line.count - i);
         if (!t->unigram && sc__is_space(line.code[i])) continue;
         word.length = 0;
-        sc__text_add_codes(&word, line.code + i, size);
+        for (size_t k = i; k < i + size; k++)
+            sc__text_add(&word, bytes, (size_t)sc__utf8_encode(line.code[k], bytes));
         ok = !word.failed && (t->unigram ? sc__unigram_word : sc__bpe_word)(t, word.data,
                                                                             word.length, out);
     }
@@ -7021,42 +6626,36 @@ static bool sc__emit_words(const sc_tokenizer *t, const uint32_t *s, size_t n, b
     return ok;
 }
 
-static bool sc__emit_text(const sc_tokenizer *t, const uint32_t *s, size_t n, bool clean,
-                          bool first, sc__ids *out);
-
-/* Emits s[n], in which there are no special tokens (of the kind to be found at this time). */
-static bool sc__emit_piece(const sc_tokenizer *t, const uint32_t *s, size_t n, bool clean,
-                           bool first, sc__ids *out) {
-    if (clean) return sc__emit_words(t, s, n, first, out);
-    sc__codes normal = {0};
-    sc__normalise(t, s, n, &normal);
-    bool ok = !normal.failed && sc__emit_text(t, normal.code, normal.count, true, first, out);
-    SC_FREE(normal.code);
-    return ok;
-}
-
-/* Emits s[n]: the special tokens in it, and the pieces between them. `clean`: s is normalised.
- * `first`: the text begins here. */
+/* Emits s[n]: the special tokens in it, and what lies between them: as words or, where s is not
+ * `clean`, normalised, when others may be found in it. `first`: the text begins here. */
 static bool sc__emit_text(const sc_tokenizer *t, const uint32_t *s, size_t n, bool clean,
                           bool first, sc__ids *out) {
+    bool ok = true;
     size_t from = 0;
-    for (size_t i = 0; i <= n && out->count < out->limit; i++) {
+    for (size_t i = 0; ok && i <= n && out->count < out->limit; i++) {
         const sc__special *special = i < n ? sc__special_at(t, s + i, n - i, clean) : NULL;
+        sc__codes normal = {0};
         if (i < n && !special) continue;
-        if (i > from && !sc__emit_piece(t, s + from, i - from, clean, first && !from, out))
-            return false;
+        if (i > from && clean) ok = sc__emit_words(t, s + from, i - from, first && !from, out);
+        else if (i > from) {
+            sc__normalise(t, s + from, i - from, &normal);
+            ok = !normal.failed &&
+                 sc__emit_text(t, normal.code, normal.count, true, first && !from, out);
+            SC_FREE(normal.code);
+        }
         if (!special) break;
         sc__emit(out, special->id);
         from = i + special->text.count;
         i = from - 1;
     }
-    return true;
+    return ok;
 }
 
 int sc_tokenize(const sc_tokenizer *t, const char *text, int length, int32_t *ids) {
     sc__codes codes = {0};
     sc__ids out = {ids, length - (t->end >= 0), 0}; /* the last place is the end token's */
-    if (length < 2) return sc__fail("a text needs room for 2 tokens at least"), -1;
+    int least = t->begin >= 0 && t->end >= 0 ? 2 : 1;
+    if (length < least) return sc__fail("this tokenizer needs room for %d tokens", least), -1;
     if (strlen(text) > (size_t)1 << 28) return sc__fail("a text of more than 256 MiB"), -1;
     sc__codes_add_text(&codes, text);
     if (t->begin >= 0) sc__emit(&out, t->begin);
@@ -7074,7 +6673,7 @@ void sc_tokenizer_close(sc_tokenizer *t) {
     if (!t) return;
     for (size_t i = 0; i < t->special_count; i++) SC_FREE(t->special[i].text.code);
     for (size_t i = 0; i < t->step_count; i++) SC_FREE(t->steps[i].charsmap.data);
-    sc__unicode_free(&t->unicode);
+    SC_FREE(t->unicode);
     sc_json_free(t->json);
     SC_FREE(t->words);
     SC_FREE(t->special);
@@ -7119,6 +6718,23 @@ static bool sc__add_special(sc_tokenizer *t, const char *text, int32_t id, const
     }
     if (x->text.failed) return sc__fail("out of memory for special tokens");
     return x->text.count || sc__fail("%s: added token '%s' is empty when normalised", path, text);
+}
+
+/* Makes room for 2 special tokens and adds those of a list, or of an object whose keys are ids. */
+static bool sc__read_special(sc_tokenizer *t, const sc_json *list, const char *path) {
+    int64_t n = sc_json_length(list);
+    t->special = (sc__special *)sc__alloc((size_t)n + 2, sizeof *t->special);
+    for (int64_t i = 0; i < n; i++) {
+        char *rest = NULL;
+        const char *key = sc_json_key(list, i);
+        const sc_json *token = key ? sc_json_value(list, i) : sc_json_at(list, i);
+        long named = key ? strtol(key, &rest, 10) : 0;
+        int32_t id = !key ? sc__json_id(sc_json_get(token, "id"))
+                     : named >> 24 || *rest ? -1 : (int32_t)named;
+        const char *text = sc_json_string(sc_json_get(token, "content"), "");
+        if (!t->special || !sc__add_special(t, text, id, token, path)) return false;
+    }
+    return t->special != NULL;
 }
 
 /* ---- Opening: CLIP ---- */
@@ -7184,26 +6800,15 @@ static void sc__bpe_letters(sc_tokenizer *t) {
 static bool sc__bpe_read_special(sc_tokenizer *t, const sc_json *config, const char *path) {
     static const char start[] = "<|startoftext|>", end[] = "<|endoftext|>";
     const sc_json *added = sc_json_get(config, "added_tokens_decoder");
-    int64_t n = sc_json_length(added);
-    t->special = (sc__special *)sc__alloc((size_t)n + 2, sizeof *t->special);
-    if (!t->special || !sc__token_id(t, config, path, "bos_token", start, &t->begin) ||
-        !sc__token_id(t, config, path, "eos_token", end, &t->end) ||
-        !sc__token_id(t, config, path, "unk_token", end, &t->unknown) ||
-        !sc__token_id(t, config, path, "pad_token", end, &t->pad)) return false;
-    for (int64_t i = 0; i < n; i++) {
-        const sc_json *token = sc_json_value(added, i);
-        const char *key = sc_json_key(added, i);
-        char *rest = NULL;
-        long id = key ? strtol(key, &rest, 10) : -1;
-        if (id < 0 || id >= 1 << 24 || *rest)
-            return sc__fail("%s: added_tokens_decoder must map ids to tokens", path);
-        const char *text = sc__token_text(added, key, "");
-        if (!sc__add_special(t, text, (int32_t)id, token, path)) return false;
-    }
     const char *first = sc__token_text(config, "bos_token", start);
     const char *last = sc__token_text(config, "eos_token", end);
-    return n || (sc__add_special(t, first, t->begin, NULL, path) &&
-                 sc__add_special(t, last, t->end, NULL, path));
+    return sc__token_id(t, config, path, "bos_token", start, &t->begin) &&
+           sc__token_id(t, config, path, "eos_token", end, &t->end) &&
+           sc__token_id(t, config, path, "unk_token", end, &t->unknown) &&
+           sc__token_id(t, config, path, "pad_token", end, &t->pad) &&
+           sc__read_special(t, added, path) &&
+           (t->special_count || (sc__add_special(t, first, t->begin, NULL, path) &&
+                                 sc__add_special(t, last, t->end, NULL, path)));
 }
 
 static bool sc__bpe_open(sc_tokenizer *t, const char *folder, const sc_json *config) {
@@ -7224,15 +6829,14 @@ static bool sc__bpe_open(sc_tokenizer *t, const char *folder, const sc_json *con
 /* ---- Opening: T5 ---- */
 
 static bool sc__base64(const char *text, sc__charsmap *out) {
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     uint32_t bits = 0;
     int count = 0;
     out->data = (unsigned char *)sc__alloc(strlen(text) + 1, 1); /* ends in NUL */
     for (; out->data && *text && *text != '='; text++) {
-        char c = *text;
-        int digit = c >= 'A' && c <= 'Z' ? c - 'A' : c >= 'a' && c <= 'z' ? c - 'a' + 26
-                  : c >= '0' && c <= '9' ? c - '0' + 52 : c == '+' ? 62 : c == '/' ? 63 : -1;
-        if (digit < 0) return false;
-        bits = bits << 6 | (uint32_t)digit;
+        const char *digit = strchr(digits, *text);
+        if (!digit) return false;
+        bits = bits << 6 | (uint32_t)(digit - digits);
         count += 6;
         if (count >= 8) out->data[out->size++] = (unsigned char)(bits >> (count -= 8));
     }
@@ -7301,16 +6905,14 @@ static bool sc__unigram_read_frame(sc_tokenizer *t, const char *path) {
 static bool sc__unigram_open(sc_tokenizer *t, const char *path, const sc_json *config) {
     t->json = sc_json_load(path);
     const sc_json *model = sc_json_get(t->json, "model"), *words = sc_json_get(model, "vocab");
-    const sc_json *added = sc_json_get(t->json, "added_tokens");
-    int64_t n = sc_json_length(words), n_added = sc_json_length(added);
+    int64_t n = sc_json_length(words);
     if (!t->json) return false;
     t->unigram = true;
     if (strcmp(sc_json_string(sc_json_get(model, "type"), ""), "Unigram") ||
         sc_json_bool(sc_json_get(model, "byte_fallback"), false))
         return sc__fail("%s: the model must be a Unigram without byte_fallback", path);
     t->words = (sc__word *)sc__alloc((size_t)n, sizeof *t->words);
-    t->special = (sc__special *)sc__alloc((size_t)n_added, sizeof *t->special);
-    if (!t->words || !t->special) return false;
+    if (!t->words) return false;
     for (; t->count < (size_t)n; t->count++) {
         const sc_json *word = sc_json_at(words, (int64_t)t->count);
         const char *text = sc_json_string(sc_json_at(word, 0), NULL);
@@ -7322,32 +6924,26 @@ static bool sc__unigram_open(sc_tokenizer *t, const char *path, const sc_json *c
     sc__sort_words(t);
     t->unknown = sc__json_id(sc_json_get(model, "unk_id"));
     if (t->unknown < 0 || t->unknown >= n) return sc__fail("%s: unk_id is not in the vocab", path);
-    if (!sc__token_id(t, config, path, "pad_token", "<pad>", &t->pad) ||
-        !sc__unigram_read_steps(t, sc_json_get(t->json, "normalizer"), path) ||
-        !sc__unigram_read_frame(t, path)) return false;
-    for (int64_t i = 0; i < n_added; i++) {
-        const sc_json *token = sc_json_at(added, i);
-        const char *text = sc_json_string(sc_json_get(token, "content"), "");
-        int32_t id = sc__json_id(sc_json_get(token, "id"));
-        if (!sc__add_special(t, text, id, token, path)) return false;
-    }
-    return true;
+    return sc__token_id(t, config, path, "pad_token", "<pad>", &t->pad) &&
+           sc__unigram_read_steps(t, sc_json_get(t->json, "normalizer"), path) &&
+           sc__unigram_read_frame(t, path) &&
+           sc__read_special(t, sc_json_get(t->json, "added_tokens"), path);
 }
 
 sc_tokenizer *sc_tokenizer_open(const char *folder) {
     sc_tokenizer *t = (sc_tokenizer *)sc__alloc(1, sizeof *t);
     char *vocab = sc__join(folder, "vocab.json"), *unigram = sc__join(folder, "tokenizer.json");
-    char *path = sc__join(folder, "tokenizer_config.json");
-    bool ok = t && vocab && unigram && path && sc__unicode_open(&t->unicode);
-    sc_json *config = ok && sc__exists(path) ? sc_json_load(path) : NULL;
-    if (ok && !config && sc__exists(path)) ok = false;
-    else if (ok && sc__exists(vocab)) ok = sc__bpe_open(t, folder, config);
+    char *path = NULL;
+    sc_json *config = NULL;
+    bool ok = t && vocab && unigram && (t->unicode = sc__unicode_open()) &&
+              sc__load_settings(folder, "tokenizer_config.json", &path, &config);
+    if (ok && sc__exists(vocab)) ok = sc__bpe_open(t, folder, config);
     else if (ok && sc__exists(unigram)) ok = sc__unigram_open(t, unigram, config);
     else if (ok)
         ok = sc__fail("%s: no tokenizer here; copy CLIP's vocab.json and merges.txt, or T5's "
                       "tokenizer.json, into this folder", folder);
     double length = sc_json_number(sc_json_get(config, "model_max_length"), 0);
-    if (ok) t->length = length >= 2 && length <= 1 << 20 ? (int)length : 0;
+    if (ok) t->length = length >= 1 && length <= 1 << 20 ? (int)length : 0;
     sc_json_free(config);
     SC_FREE(vocab);
     SC_FREE(unigram);
@@ -7371,19 +6967,52 @@ sc_tokenizer *sc_tokenizer_open(const char *folder) {
 
 enum { SC__MAX_TOKENS = 4096 };
 
+/* What each of them calls the same: keys of config.json, and weights. */
+typedef struct sc__encoder_names {
+    const char *width, *heads, *layers, *hidden, *rows, *eps;
+    const char *tokens, *position, *last; /* last: the norm behind the layers */
+    const char *layer, *inside;           /* what stands before and behind a layer's number */
+    const char *norm[2], *attention[4], *plain, *gate, *up, *down; /* plain: a gate without up */
+    int usual_layers, usual_rows, usual_words, columns; /* columns of `position` for a head */
+    float usual_eps;
+} sc__encoder_names;
+
+static const sc__encoder_names sc__clip_names = {
+    "hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size",
+    "max_position_embeddings", "layer_norm_eps",
+    "text_model.embeddings.token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight", "text_model.final_layer_norm",
+    "text_model.encoder.layers.", ".", {"layer_norm1", "layer_norm2"},
+    {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"},
+    "mlp.fc1", NULL, NULL, "mlp.fc2", 12, 77, 49408, 64, 1e-5f};
+
+static const sc__encoder_names sc__t5_names = {
+    "d_model", "num_heads", "num_layers", "d_ff", "relative_attention_num_buckets",
+    "layer_norm_epsilon", "shared.weight",
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "encoder.final_layer_norm", "encoder.block.", ".layer.", {"0.layer_norm", "1.layer_norm"},
+    {"0.SelfAttention.q", "0.SelfAttention.k", "0.SelfAttention.v", "0.SelfAttention.o"},
+    "1.DenseReluDense.wi", "1.DenseReluDense.wi_0", "1.DenseReluDense.wi_1",
+    "1.DenseReluDense.wo", 6, 32, 32128, 1, 1e-6f};
+
+typedef struct sc__text_norm { sc_tensor *weight, *bias; } sc__text_norm; /* T5's has no bias */
+
 typedef struct sc__text_layer { /* y = down(f(gate x) * up x), or without up */
-    sc_tensor *norm[4];         /* weights of attention's and of the MLP's; CLIP: then the biases */
+    sc__text_norm norm[2];      /* before attention, before the MLP */
     sc_linear_layer q, k, v, out, gate, up, down;
 } sc__text_layer;
 
 typedef struct sc__encoder {
+    const sc__encoder_names *names;
     sc_tokenizer *tokenizer;
     sc_net *net;
-    int width, heads, size, layers, vocabulary;
-    bool gated;                 /* the MLPs have their `up` */
+    int width, heads, size, layers, hidden, vocabulary, rows;
+    bool gated, biased;         /* the MLPs have their `up`; layers and norms have biases */
     float eps;
     sc_activation activation;
-    sc_tensor *tokens, *norm[2]; /* [vocabulary, width]; the last norm's weight; CLIP: and bias */
+    sc_tensor *tokens;          /* [vocabulary, width] */
+    sc_tensor *position;        /* CLIP: [rows, width] for each place; T5: [rows, heads] */
+    sc__text_norm last;
     sc__text_layer *layer;
 } sc__encoder;
 
@@ -7391,10 +7020,9 @@ struct sc_text_encoders {
     const sc_backend *backend;
     sc_tape *tape;
     sc__encoder clip, t5;
-    int clip_length, clip_end;
-    sc_tensor *clip_positions;  /* [clip_length, width] */
-    int t5_buckets, t5_distance;
-    sc_tensor *t5_bias;         /* [buckets, heads] */
+    int clip_length;            /* of a text: the tokenizer's, and no more than there are places */
+    int clip_end;               /* eos_token_id */
+    int t5_distance;            /* the largest that has a bucket of its own */
 };
 
 static void sc__encoder_close(sc__encoder *e) {
@@ -7411,6 +7039,8 @@ void sc_text_encoders_close(sc_text_encoders *t) {
     SC_FREE(t);
 }
 
+/* ---- Opening ---- */
+
 static bool sc__activation_named(const char *name, const char *path, sc_activation *kind) {
     static const struct { const char *name; sc_activation kind; } known[] = {
         {"quick_gelu", SC_QUICK_GELU}, {"gelu", SC_GELU}, {"gelu_new", SC_GELU_TANH},
@@ -7420,258 +7050,122 @@ static bool sc__activation_named(const char *name, const char *path, sc_activati
     return sc__fail("%s: activation '%s' is not supported", path, name);
 }
 
-typedef struct sc__named_linear {
-    sc_linear_layer *layer;
-    const char *name;
-    int64_t out, in;
-} sc__named_linear;
+/* A side of a matrix of the first layer. */
+static int sc__layer_side(const sc__encoder *e, const char *name, int dim, int fallback) {
+    char full[SC_MAX_NAME];
+    snprintf(full, sizeof full, "%s0%s%s.weight", e->names->layer, e->names->inside, name);
+    return sc__side(e->net, full, dim, fallback);
+}
 
-/* Opens `count` vectors and `linears` linear layers, whose names follow `prefix`. */
-static bool sc__open_layer(sc_net *net, const char *prefix, sc_tensor **vectors,
-                           const char *const *vector_names, int count, int64_t width,
-                           const sc__named_linear *linears, int linear_count, bool bias) {
-    char name[160];
-    for (int i = 0; i < count; i++) {
-        snprintf(name, sizeof name, "%s%s", prefix, vector_names[i]);
-        if (!(vectors[i] = sc_net_weight(net, name, 1, &width))) return false;
-    }
-    for (int i = 0; i < linear_count; i++) {
-        const sc__named_linear *l = &linears[i];
-        snprintf(name, sizeof name, "%s%s", prefix, l->name);
-        if (!sc_net_linear(net, l->layer, name, l->out, l->in, bias)) return false;
-    }
+static bool sc__encoder_config(sc__encoder *e, const sc_json *json, const char *path) {
+    const sc__encoder_names *n = e->names;
+    char layers[SC_MAX_NAME];
+    snprintf(layers, sizeof layers, "%s%%d%s%s.weight", n->layer, n->inside, n->attention[0]);
+    int gate = n->gate ? sc__layer_side(e, n->gate, 0, 0) : 0;
+    const struct { const char *key; int fallback, *value; } sides[] = {
+        {n->width, sc__side(e->net, n->tokens, 1, 512), &e->width},
+        {n->heads, json ? 8 : sc__side(e->net, n->position, 1, 512) / n->columns, &e->heads},
+        {n->layers, sc__count_layers(e->net, layers, n->usual_layers), &e->layers},
+        {n->hidden, gate ? gate : sc__layer_side(e, n->plain, 0, 2048), &e->hidden},
+        {"vocab_size", sc__side(e->net, n->tokens, 0, n->usual_words), &e->vocabulary},
+        {n->rows, sc__side(e->net, n->position, 0, n->usual_rows), &e->rows}};
+    for (size_t i = 0; i < sizeof sides / sizeof *sides; i++)
+        if (!sc__config_int(json, path, sides[i].key, sides[i].fallback, sides[i].value))
+            return false;
+    e->eps = (float)sc_json_number(sc_json_get(json, n->eps), n->usual_eps);
     return true;
 }
 
-/* A layer norm, or without a bias T5's, which only scales. */
-static sc_tensor *sc__text_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *weight,
-                                const sc_tensor *bias, float eps) {
-    return bias ? sc_layer_norm(t, x, weight, bias, eps) : sc_rms_norm(t, x, weight, eps);
-}
-
-/* x [1, T, C] through the layers, in place; CLIP's attention is causal, T5's has a bias [H, T, T].
- * What a layer made is given back before the next. */
-static bool sc__encoder_layers(sc_tape *t, const sc__encoder *e, sc_tensor *x, float scale,
-                               const sc_tensor *bias) {
-    sc_mark mark = sc_tape_mark(t);
-    for (int i = 0; i < e->layers; i++) {
-        const sc__text_layer *l = &e->layer[i];
-        sc_tensor *n = sc__text_norm(t, x, l->norm[0], l->norm[2], e->eps);
-        sc_tensor *o = sc_attention(t, sc_linear(t, n, &l->q), sc_linear(t, n, &l->k),
-                                    sc_linear(t, n, &l->v), e->heads, scale, bias, !bias);
-        sc_tensor *y = sc_add(t, x, sc_linear(t, o, &l->out));
-        n = sc__text_norm(t, y, l->norm[1], l->norm[3], e->eps);
-        sc_tensor *h = sc_activate(t, e->activation, sc_linear(t, n, &l->gate));
-        if (e->gated) h = sc_multiply(t, h, sc_linear(t, n, &l->up));
-        y = sc_add(t, y, sc_linear(t, h, &l->down));
-        if (!x || !y) return false;
-        int64_t size = sc_count(x);
-        t->be->copy_block(x->data, size, y->data, size, 1, size, x->dtype, false);
-        sc_tape_rewind(t, mark);
-    }
-    return true;
-}
-
-/* ---- CLIP ---- */
-
-static bool sc__clip_positions(sc_text_encoders *t) {
-    const char *name = "text_model.embeddings.position_embedding.weight";
-    const int64_t shape[] = {t->clip_length, t->clip.width};
-    return (t->clip_positions = sc_net_weight(t->clip.net, name, 2, shape)) != NULL;
-}
-
-static bool sc__clip_layer(sc_text_encoders *t, int index, int64_t hidden) {
-    sc__text_layer *l = &t->clip.layer[index];
-    static const char *const norms[] = {"layer_norm1.weight", "layer_norm2.weight",
-                                        "layer_norm1.bias", "layer_norm2.bias"};
-    char prefix[64];
-    int64_t c = t->clip.width;
-    const sc__named_linear linears[] = {
-        {&l->q, "self_attn.q_proj", c, c}, {&l->k, "self_attn.k_proj", c, c},
-        {&l->v, "self_attn.v_proj", c, c}, {&l->out, "self_attn.out_proj", c, c},
-        {&l->gate, "mlp.fc1", hidden, c}, {&l->down, "mlp.fc2", c, hidden}};
-    snprintf(prefix, sizeof prefix, "text_model.encoder.layers.%d.", index);
-    return sc__open_layer(t->clip.net, prefix, l->norm, norms, 4, c, linears, 6, true);
-}
-
-static bool sc__clip_read_config(sc_text_encoders *t, const sc_json *json, const char *path,
-                                 int *hidden) {
-    const char *activation = sc_json_string(sc_json_get(json, "hidden_act"), "quick_gelu");
-    t->clip.eps = (float)sc_json_number(sc_json_get(json, "layer_norm_eps"), 1e-5);
+static bool sc__clip_config(sc_text_encoders *t, const sc_json *json, const char *path) {
+    sc__encoder *e = &t->clip;
     const sc_json *end = sc_json_get(json, "eos_token_id");
+    const char *activation = sc_json_string(sc_json_get(json, "hidden_act"), "quick_gelu");
+    int length = e->tokenizer ? sc_tokenizer_length(e->tokenizer) : 0;
     t->clip_end = end ? sc__json_id(end) : json ? 49407 : 2;
-    const char *layers = "text_model.encoder.layers.%d.mlp.fc1.weight";
-    int hidden_side = sc__side(t->clip.net, "text_model.encoder.layers.0.mlp.fc1.weight", 0, 2048);
-    int width = sc__side(t->clip.net, "text_model.embeddings.token_embedding.weight", 1, 512);
-    int words = sc__side(t->clip.net, "text_model.embeddings.token_embedding.weight", 0, 49408);
-    int length = sc__side(t->clip.net, "text_model.embeddings.position_embedding.weight", 0, 77);
-    if (!sc__config_int(json, path, "hidden_size", width, &t->clip.width) ||
-        !sc__config_int(json, path, "num_attention_heads", json ? 8 : width / 64, &t->clip.heads) ||
-        !sc__config_int(json, path, "num_hidden_layers", sc__count_layers(t->clip.net, layers, 12),
-                         &t->clip.layers) ||
-        !sc__config_int(json, path, "max_position_embeddings", length, &t->clip_length) ||
-        !sc__config_int(json, path, "vocab_size", words, &t->clip.vocabulary) ||
-        !sc__config_int(json, path, "intermediate_size", hidden_side, hidden) ||
-        !sc__activation_named(activation, path, &t->clip.activation)) return false;
-    if (t->clip.width % t->clip.heads)
+    t->clip_length = length && length < e->rows ? length : e->rows;
+    e->size = e->width / e->heads;
+    if (e->width % e->heads)
         return sc__fail("%s: hidden_size must be a multiple of num_attention_heads", path);
-    return (t->clip_length >= 2 && t->clip_length <= SC__MAX_TOKENS) ||
-           sc__fail("%s: max_position_embeddings must be from 2 to %d", path, SC__MAX_TOKENS);
-}
-
-/* Where the pooled vector is: at the first end token, which for the config's 2 is the highest id.
- */
-static int sc__clip_end(const sc_text_encoders *s, const int32_t *ids) {
-    int32_t wanted = s->clip_end;
-    int end = 0;
-    for (int i = 0; s->clip_end == 2 && i < s->clip_length; i++)
-        wanted = i == 0 || ids[i] > wanted ? ids[i] : wanted;
-    while (end < s->clip_length && ids[end] != wanted) end++;
-    return end < s->clip_length ? end : 0;
-}
-
-/* ids [clip_length] -> the pooled vector [clip_width]. */
-static bool sc__clip_encode(sc_text_encoders *s, const int32_t *ids, float *pooled) {
-    sc_tape *t = s->tape;
-    int32_t positions[SC__MAX_TOKENS];
-    int length = s->clip_length;
-    float scale = 1.f / sqrtf((float)s->clip.width / (float)s->clip.heads);
-    for (int i = 0; i < length; i++) positions[i] = i;
-    sc_tape_reset(t);
-    sc_tensor *x = sc_add(t, sc_embed_tokens(t, s->clip.tokens, ids, 1, length),
-                          sc_embed_tokens(t, s->clip_positions, positions, 1, length));
-    if (!sc__encoder_layers(t, &s->clip, x, scale, NULL)) return false;
-    x = sc_slice_tokens(t, x, sc__clip_end(s, ids), 1);
-    return sc_read(t, sc__text_norm(t, x, s->clip.norm[0], s->clip.norm[1], s->clip.eps), pooled);
-}
-
-/* ---- T5 ---- */
-
-static bool sc__t5_bias(sc_text_encoders *t) {
-    const char *name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
-    const int64_t shape[] = {t->t5_buckets, t->t5.heads};
-    return (t->t5_bias = sc_net_weight(t->t5.net, name, 2, shape)) != NULL;
-}
-
-static bool sc__t5_layer(sc_text_encoders *t, int index, int64_t hidden) {
-    sc__text_layer *l = &t->t5.layer[index];
-    static const char *const norms[] = {"0.layer_norm.weight", "1.layer_norm.weight"};
-    char prefix[64];
-    int64_t c = t->t5.width, inner = (int64_t)t->t5.heads * t->t5.size;
-    const char *gate = t->t5.gated ? "1.DenseReluDense.wi_0" : "1.DenseReluDense.wi";
-    const sc__named_linear linears[] = {
-        {&l->q, "0.SelfAttention.q", inner, c}, {&l->k, "0.SelfAttention.k", inner, c},
-        {&l->v, "0.SelfAttention.v", inner, c}, {&l->out, "0.SelfAttention.o", c, inner},
-        {&l->gate, gate, hidden, c}, {&l->down, "1.DenseReluDense.wo", c, hidden},
-        {&l->up, "1.DenseReluDense.wi_1", hidden, c}};
-    snprintf(prefix, sizeof prefix, "encoder.block.%d.layer.", index);
-    int count = t->t5.gated ? 7 : 6;
-    return sc__open_layer(t->t5.net, prefix, l->norm, norms, 2, c, linears, count, false);
+    if (e->rows < 2 || e->rows > SC__MAX_TOKENS)
+        return sc__fail("%s: max_position_embeddings must be from 2 to %d", path, SC__MAX_TOKENS);
+    return sc__activation_named(activation, path, &e->activation);
 }
 
 /* Configs have `dense_act_fn` and `is_gated_act`, or `feed_forward_proj`, which means both. */
-static bool sc__t5_read_config(sc_text_encoders *t, const sc_json *json, const char *path,
-                               int *hidden) {
-    const char *bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
-    const char *layers = "encoder.block.%d.layer.0.SelfAttention.q.weight";
-    int gate = sc__side(t->t5.net, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", 0, 0);
-    int up = sc__side(t->t5.net, "encoder.block.0.layer.1.DenseReluDense.wi.weight", 0, 2048);
-    int inner = sc__side(t->t5.net, "encoder.block.0.layer.0.SelfAttention.q.weight", 0, 512);
-    int words = sc__side(t->t5.net, "shared.weight", 0, 32128);
-    int heads = sc__side(t->t5.net, bias, 1, 8), buckets = sc__side(t->t5.net, bias, 0, 32);
+static bool sc__t5_config(sc_text_encoders *t, const sc_json *json, const char *path) {
+    sc__encoder *e = &t->t5;
+    bool gate = !json && sc__layer_side(e, e->names->gate, 0, 0);
+    int inner = sc__layer_side(e, e->names->attention[0], 0, 512);
     const char *both = sc_json_string(sc_json_get(json, "feed_forward_proj"),
-                                      !json && gate ? "gated-gelu" : "relu");
+                                      gate ? "gated-gelu" : "relu");
     bool gated = strstr(both, "gated-") == both;
     const char *activation = !strcmp(both, "gated-gelu") ? "gelu_new" : gated ? both + 6 : both;
     activation = sc_json_string(sc_json_get(json, "dense_act_fn"), activation);
-    t->t5.gated = sc_json_bool(sc_json_get(json, "is_gated_act"), gated);
-    t->t5.eps = (float)sc_json_number(sc_json_get(json, "layer_norm_epsilon"), 1e-6);
-    if (!sc__config_int(json, path, "d_model", sc__side(t->t5.net, "shared.weight", 1, 512),
-                        &t->t5.width) ||
-        !sc__config_int(json, path, "num_heads", heads, &t->t5.heads) ||
-        !sc__config_int(json, path, "d_kv", json ? 64 : inner / heads, &t->t5.size) ||
-        !sc__config_int(json, path, "num_layers", sc__count_layers(t->t5.net, layers, 6),
-                        &t->t5.layers) ||
-        !sc__config_int(json, path, "d_ff", gate ? gate : up, hidden) ||
-        !sc__config_int(json, path, "vocab_size", words, &t->t5.vocabulary) ||
-        !sc__config_int(json, path, "relative_attention_num_buckets", buckets, &t->t5_buckets) ||
-        !sc__config_int(json, path, "relative_attention_max_distance", 128, &t->t5_distance) ||
-        !sc__activation_named(activation, path, &t->t5.activation))
+    e->gated = sc_json_bool(sc_json_get(json, "is_gated_act"), gated);
+    if (!sc__config_int(json, path, "d_kv", json ? 64 : inner / e->heads, &e->size) ||
+        !sc__config_int(json, path, "relative_attention_max_distance", 128, &t->t5_distance))
         return false;
-    return (t->t5_buckets >= 4 && t->t5_distance > t->t5_buckets / 4) ||
-           sc__fail("%s: relative_attention_num_buckets must be 4 or more, and less than four "
-                    "times relative_attention_max_distance", path);
+    if (e->rows < 4 || t->t5_distance <= e->rows / 4)
+        return sc__fail("%s: relative_attention_num_buckets must be 4 or more, and less than four "
+                        "times relative_attention_max_distance", path);
+    return sc__activation_named(activation, path, &e->activation);
 }
 
-/* Half of the buckets for keys behind the query; of each half, half for exact distances, the rest
- * for distances that grow logarithmically up to the largest. */
-static int sc__t5_bucket(int distance, int buckets, int largest) {
-    int half = buckets / 2, exact = half / 2, d = abs(distance), bucket = distance > 0 ? half : 0;
-    if (d < exact) return bucket + d;
-    float ratio = logf((float)d / (float)exact) / (float)log((double)largest / exact);
-    int far = exact + (int)(ratio * (float)(half - exact));
-    return bucket + (far < half - 1 ? far : half - 1);
+static bool sc__open_norm(const sc__encoder *e, sc__text_norm *norm, const char *prefix,
+                          const char *name) {
+    char full[SC_MAX_NAME];
+    const int64_t width = e->width;
+    snprintf(full, sizeof full, "%s%s.weight", prefix, name);
+    norm->weight = sc_net_weight(e->net, full, 1, &width);
+    if (!norm->weight || !e->biased) return norm->weight != NULL;
+    snprintf(full, sizeof full, "%s%s.bias", prefix, name);
+    return (norm->bias = sc_net_weight(e->net, full, 1, &width)) != NULL;
 }
 
-/* The bias for each head and pair of tokens, [H, T, T]: a learned number for the bucket of their
- * distance. */
-static sc_tensor *sc__t5_position_bias(sc_text_encoders *s, int tokens) {
-    int64_t heads = s->t5.heads, n = s->t5_buckets * heads, size = heads * tokens * tokens;
-    size_t bytes = (size_t)n * (size_t)sc_dtype_size(s->t5_bias->dtype);
-    float *bias = (float *)sc__alloc((size_t)(size + n), sizeof *bias);
-    void *raw = sc__alloc(bytes, 1);
-    sc_tensor *x = NULL;
-    if (bias && raw && s->backend->download(raw, s->t5_bias->data, bytes)) {
-        float *table = bias + size; /* [buckets, H] */
-        sc_to_f32(table, raw, s->t5_bias->dtype, n);
-        for (int distance = 1 - tokens; distance < tokens; distance++) {
-            int bucket = sc__t5_bucket(distance, s->t5_buckets, s->t5_distance);
-            for (int q = distance < 0 ? -distance : 0; q < tokens && q + distance < tokens; q++)
-                for (int64_t h = 0; h < heads; h++)
-                    bias[(h * tokens + q) * tokens + q + distance] = table[bucket * heads + h];
-        }
-        x = sc_from(s->tape, 3, (const int64_t[]){heads, tokens, tokens}, bias);
+static bool sc__open_layer(sc__encoder *e, int index) {
+    const sc__encoder_names *n = e->names;
+    sc__text_layer *l = &e->layer[index];
+    char prefix[64], name[SC_MAX_NAME];
+    int64_t c = e->width, inner = (int64_t)e->heads * e->size, hidden = e->hidden;
+    const struct { sc_linear_layer *layer; const char *name; int64_t out, in; } linears[] = {
+        {&l->q, n->attention[0], inner, c}, {&l->k, n->attention[1], inner, c},
+        {&l->v, n->attention[2], inner, c}, {&l->out, n->attention[3], c, inner},
+        {&l->gate, e->gated ? n->gate : n->plain, hidden, c}, {&l->down, n->down, c, hidden},
+        {&l->up, n->up, hidden, c}};
+    snprintf(prefix, sizeof prefix, "%s%d%s", n->layer, index, n->inside);
+    for (int i = 0; i < 2; i++)
+        if (!sc__open_norm(e, &l->norm[i], prefix, n->norm[i])) return false;
+    for (int i = 0; i < (e->gated ? 7 : 6); i++) {
+        snprintf(name, sizeof name, "%s%s", prefix, linears[i].name);
+        if (!sc_net_linear(e->net, linears[i].layer, name, linears[i].out, linears[i].in,
+                           e->biased)) return false;
     }
-    SC_FREE(raw);
-    SC_FREE(bias);
-    return x;
+    return true;
 }
 
-/* ids [tokens] -> context [tokens, t5_width]. */
-static bool sc__t5_encode(sc_text_encoders *s, const int32_t *ids, int tokens, float *context) {
-    sc_tape *t = s->tape;
-    sc_tape_reset(t);
-    sc_tensor *x = sc_embed_tokens(t, s->t5.tokens, ids, 1, tokens);
-    sc_tensor *bias = sc__t5_position_bias(s, tokens);
-    if (!bias || !sc__encoder_layers(t, &s->t5, x, 1, bias)) return false;
-    return sc_read(t, sc_rms_norm(t, x, s->t5.norm[0], s->t5.eps), context);
+static bool sc__encoder_weights(sc__encoder *e) {
+    const int64_t tokens[] = {e->vocabulary, e->width};
+    const int64_t position[] = {e->rows, e->names->columns == 1 ? e->heads : e->width};
+    bool ok = (e->layer = (sc__text_layer *)sc__alloc((size_t)e->layers, sizeof *e->layer)) &&
+              (e->tokens = sc_net_weight(e->net, e->names->tokens, 2, tokens)) &&
+              (e->position = sc_net_weight(e->net, e->names->position, 2, position)) &&
+              sc__open_norm(e, &e->last, "", e->names->last);
+    for (int i = 0; ok && i < e->layers; i++) ok = sc__open_layer(e, i);
+    return ok && sc_net_load(e->net);
 }
-
-/* ---- Both ---- */
 
 /* Opens the weights at `path` and checks the tokenizer, which a plan has not, against them: tokens
  * outside of the embedding table would read past its end. */
 static bool sc__encoder_open(sc_text_encoders *t, sc__encoder *e, const char *path) {
-    static const char *const norms[] = {"weight", "bias"};
     bool clip = e == &t->clip;
-    const char *tokens = clip ? "text_model.embeddings.token_embedding.weight" : "shared.weight";
-    const char *last = clip ? "text_model.final_layer_norm." : "encoder.final_layer_norm.";
     char *name = NULL, *text = NULL;
     sc_json *json = NULL;
-    int hidden = 0;
+    e->names = clip ? &sc__clip_names : &sc__t5_names;
+    e->biased = clip;
     bool ok = sc__read_config(path, &json, &name, &text) &&
               (e->net = sc_net_open(t->backend, path, sc__small_file(t->backend, path))) &&
-              (clip ? sc__clip_read_config : sc__t5_read_config)(t, json, name, &hidden);
-    if (ok) {
-        const int64_t shape[] = {e->vocabulary, e->width};
-        ok = (e->layer = (sc__text_layer *)sc__alloc((size_t)e->layers, sizeof *e->layer)) &&
-             (e->tokens = sc_net_weight(e->net, tokens, 2, shape)) &&
-             (clip ? sc__clip_positions : sc__t5_bias)(t) &&
-             sc__open_layer(e->net, last, e->norm, norms, clip ? 2 : 1, e->width, NULL, 0, false);
-    }
-    for (int i = 0; ok && i < e->layers; i++)
-        ok = (clip ? sc__clip_layer : sc__t5_layer)(t, i, hidden);
-    ok = ok && sc_net_load(e->net);
+              sc__encoder_config(e, json, name) &&
+              (clip ? sc__clip_config : sc__t5_config)(t, json, name) && sc__encoder_weights(e);
     if (ok && e->tokenizer && e->tokenizer->largest >= e->vocabulary)
         ok = sc__fail("%s: vocab_size is %d, but the tokenizer has the id %d", path, e->vocabulary,
                       (int)e->tokenizer->largest);
@@ -7711,11 +7205,113 @@ sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *m
     return NULL;
 }
 
+/* ---- Forward ---- */
+
+/* A layer norm, or without a bias T5's, which only scales. */
+static sc_tensor *sc__normed(sc_tape *t, const sc__encoder *e, const sc_tensor *x,
+                             const sc__text_norm *norm) {
+    return norm->bias ? sc_layer_norm(t, x, norm->weight, norm->bias, e->eps)
+                      : sc_rms_norm(t, x, norm->weight, e->eps);
+}
+
+/* x [1, T, C] through the layers, in place; CLIP's attention is causal, T5's has a bias [H, T, T].
+ * What a layer made is given back before the next. */
+static bool sc__encoder_layers(sc_tape *t, const sc__encoder *e, sc_tensor *x,
+                               const sc_tensor *bias) {
+    float scale = bias ? 1 : 1.f / sqrtf((float)e->size);
+    sc_mark mark = sc_tape_mark(t);
+    for (int i = 0; i < e->layers; i++) {
+        const sc__text_layer *l = &e->layer[i];
+        sc_tensor *n = sc__normed(t, e, x, &l->norm[0]);
+        sc_tensor *o = sc_attention(t, sc_linear(t, n, &l->q), sc_linear(t, n, &l->k),
+                                    sc_linear(t, n, &l->v), e->heads, scale, bias, !bias);
+        sc_tensor *y = sc_add(t, x, sc_linear(t, o, &l->out));
+        n = sc__normed(t, e, y, &l->norm[1]);
+        sc_tensor *h = sc_activate(t, e->activation, sc_linear(t, n, &l->gate));
+        if (e->gated) h = sc_multiply(t, h, sc_linear(t, n, &l->up));
+        y = sc_add(t, y, sc_linear(t, h, &l->down));
+        if (!x || !y) return false;
+        int64_t size = sc_count(x);
+        t->be->copy_block(x->data, size, y->data, size, 1, size, x->dtype, false);
+        sc_tape_rewind(t, mark);
+    }
+    return true;
+}
+
+/* Where the pooled vector is: at the first end token, which for the config's 2 is the highest id.
+ */
+static int sc__clip_end(const sc_text_encoders *s, const int32_t *ids) {
+    int32_t wanted = s->clip_end;
+    int end = 0;
+    for (int i = 0; s->clip_end == 2 && i < s->clip_length; i++)
+        wanted = i == 0 || ids[i] > wanted ? ids[i] : wanted;
+    while (end < s->clip_length && ids[end] != wanted) end++;
+    return end < s->clip_length ? end : 0;
+}
+
+/* ids [clip_length] -> the pooled vector [clip_width]. */
+static bool sc__clip_encode(sc_text_encoders *s, const int32_t *ids, float *pooled) {
+    sc_tape *t = s->tape;
+    int32_t places[SC__MAX_TOKENS];
+    int length = s->clip_length;
+    for (int i = 0; i < length; i++) places[i] = i;
+    sc_tape_reset(t);
+    sc_tensor *x = sc_add(t, sc_embed_tokens(t, s->clip.tokens, ids, 1, length),
+                          sc_embed_tokens(t, s->clip.position, places, 1, length));
+    if (!sc__encoder_layers(t, &s->clip, x, NULL)) return false;
+    x = sc_slice_tokens(t, x, sc__clip_end(s, ids), 1);
+    return sc_read(t, sc__normed(t, &s->clip, x, &s->clip.last), pooled);
+}
+
+/* Half of the buckets for keys behind the query; of each half, half for exact distances, the rest
+ * for distances that grow logarithmically up to the largest. */
+static int sc__t5_bucket(int distance, int buckets, int largest) {
+    int half = buckets / 2, exact = half / 2, d = abs(distance), bucket = distance > 0 ? half : 0;
+    if (d < exact) return bucket + d;
+    float ratio = logf((float)d / (float)exact) / (float)log((double)largest / exact);
+    int far = exact + (int)(ratio * (float)(half - exact));
+    return bucket + (far < half - 1 ? far : half - 1);
+}
+
+/* The bias for each head and pair of tokens, [H, T, T]: a learned number for the bucket of their
+ * distance. */
+static sc_tensor *sc__t5_position_bias(sc_text_encoders *s, int tokens) {
+    int64_t heads = s->t5.heads, n = s->t5.rows * heads, size = heads * tokens * tokens;
+    size_t bytes = (size_t)n * (size_t)sc_dtype_size(s->t5.position->dtype);
+    float *bias = (float *)sc__alloc((size_t)(size + n), sizeof *bias);
+    void *raw = sc__alloc(bytes, 1);
+    sc_tensor *x = NULL;
+    if (bias && raw && s->backend->download(raw, s->t5.position->data, bytes)) {
+        float *table = bias + size; /* [buckets, H] */
+        sc_to_f32(table, raw, s->t5.position->dtype, n);
+        for (int distance = 1 - tokens; distance < tokens; distance++) {
+            int bucket = sc__t5_bucket(distance, s->t5.rows, s->t5_distance);
+            for (int q = distance < 0 ? -distance : 0; q < tokens && q + distance < tokens; q++)
+                for (int64_t h = 0; h < heads; h++)
+                    bias[(h * tokens + q) * tokens + q + distance] = table[bucket * heads + h];
+        }
+        x = sc_from(s->tape, 3, (const int64_t[]){heads, tokens, tokens}, bias);
+    }
+    SC_FREE(raw);
+    SC_FREE(bias);
+    return x;
+}
+
+/* ids [tokens] -> context [tokens, t5_width]. */
+static bool sc__t5_encode(sc_text_encoders *s, const int32_t *ids, int tokens, float *context) {
+    sc_tape *t = s->tape;
+    sc_tape_reset(t);
+    sc_tensor *x = sc_embed_tokens(t, s->t5.tokens, ids, 1, tokens);
+    sc_tensor *bias = sc__t5_position_bias(s, tokens);
+    if (!bias || !sc__encoder_layers(t, &s->t5, x, bias)) return false;
+    return sc_read(t, sc__normed(t, &s->t5, x, &s->t5.last), context);
+}
+
 bool sc_text_encode(sc_text_encoders *t, const char *prompt, int tokens, float *context,
                     float *pooled) {
     int32_t ids[SC__MAX_TOKENS];
-    if (tokens < 2 || tokens > SC__MAX_TOKENS)
-        return sc__fail("a prompt takes from 2 to %d text tokens, not %d", SC__MAX_TOKENS, tokens);
+    if (tokens < 1 || tokens > SC__MAX_TOKENS)
+        return sc__fail("a prompt takes from 1 to %d text tokens, not %d", SC__MAX_TOKENS, tokens);
     return sc_tokenize(t->clip.tokenizer, prompt, t->clip_length, ids) >= 0 &&
            sc__clip_encode(t, ids, pooled) &&
            sc_tokenize(t->t5.tokenizer, prompt, tokens, ids) >= 0 &&
@@ -8171,57 +7767,79 @@ void sc_dataset_close(sc_dataset *d) {
  * data is cached never loads them, and can be let go again.
  */
 
-/* A number or a truth value in folder/name under `key`; `fallback` where there is no such file or
- * key. False if the file is broken. */
-static bool sc__setting(const char *folder, const char *name, const char *key, double fallback,
-                        double *number) {
-    char *path = sc__join(folder, name);
-    bool there = path && sc__exists(path);
-    sc_json *json = there ? sc_json_load(path) : NULL;
-    const sc_json *value = sc_json_get(json, key);
-    bool absent = !value || value->type == SC__NULL, ok = path && (json || !there);
-    *number = absent                     ? fallback
-              : sc__json_is(value, SC__BOOL) ? sc_json_bool(value, false)
-                                             : sc_json_number(value, NAN);
-    if (ok && isnan(*number)) ok = sc__fail("%s: '%s' must be a number", path, key);
-    sc_json_free(json);
-    SC_FREE(path);
-    return ok;
+/* The scheduler's time shift. Single files come without a scheduler: then it is FLUX.1-dev's or
+ * schnell's. What would give other times, or other steps than Euler's, is refused. */
+static bool sc__read_scheduler(sc_pipeline *p, const sc_json *json, const char *path) {
+    static const char *const refused[] = {"shift_terminal", "use_karras_sigmas", "use_beta_sigmas",
+                                          "use_exponential_sigmas", "invert_sigmas",
+                                          "stochastic_sampling"};
+    static const char *const expected[][2] = {{"_class_name", "FlowMatchEulerDiscreteScheduler"},
+                                              {"time_shift_type", "exponential"}};
+    double value, dynamic, shift, base, max;
+    for (int i = 0; i < 2; i++) {
+        const char *known = expected[i][1];
+        const char *found = sc_json_string(sc_json_get(json, expected[i][0]), known);
+        if (strcmp(found, known))
+            return sc__fail("%s: %s is '%s'; expected '%s'", path, expected[i][0], found, known);
+    }
+    for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
+        if (!sc__config_number(json, path, refused[i], 0, &value)) return false;
+        if (value) return sc__fail("%s: '%s' is not supported", path, refused[i]);
+    }
+    bool guided = !json && p->flux->config.guidance;
+    if (!sc__config_number(json, path, "use_dynamic_shifting", guided, &dynamic) ||
+        !sc__config_number(json, path, "shift", 1, &shift) ||
+        !sc__config_number(json, path, "base_shift", 0.5, &base) ||
+        !sc__config_number(json, path, "max_shift", 1.15, &max) ||
+        !sc__config_int(json, path, "base_image_seq_len", 256, &p->mu.base_tokens) ||
+        !sc__config_int(json, path, "max_image_seq_len", 4096, &p->mu.max_tokens)) return false;
+    p->mu.base = (float)base;
+    p->mu.max = (float)max;
+    p->shift = dynamic ? 0 : (float)shift;
+    if (p->mu.base_tokens == p->mu.max_tokens)
+        return sc__fail("%s: base_image_seq_len and max_image_seq_len must differ", path);
+    return dynamic || shift > 0 || sc__fail("%s: 'shift' must be positive", path);
 }
 
-/* Numbers of the scheduler, the tokenizer and the VAE that decide how the model is used. Single
- * files come without a scheduler: then it is FLUX.1-dev's or schnell's. */
-static bool sc__pipeline_settings(sc_pipeline *p) {
-    static const char scheduler[] = "scheduler/scheduler_config.json";
-    char *folder = sc__model_folder(p->folder),
-         *vae = folder ? sc__part_path(p->folder, SC__VAE) : NULL;
-    sc_vae *plan = vae ? sc_vae_open(NULL, vae, false) : NULL;
+/* What the VAE's config decides: the sides of pictures, and whether the transformer is its own. */
+static bool sc__read_sizes(sc_pipeline *p, const sc_vae *plan, const char *path) {
     const sc_flux_config *c = &p->flux->config;
-    bool ok = plan != NULL, guided = c->guidance;
-    double dynamic, shift, length;
-    ok = ok && sc__setting(folder, scheduler, "use_dynamic_shifting", guided, &dynamic) &&
-         sc__setting(folder, scheduler, "shift", 1, &shift) &&
-         sc__setting(folder, "tokenizer_2/tokenizer_config.json", "model_max_length",
-                     guided ? 512 : 256, &length);
-    if (ok) {
-        p->shift = dynamic != 0 ? 0 : (float)shift;
-        p->text_tokens = length >= 1 && length <= 512 ? (int)length : 512;
-        p->resolution = plan->config.resolution;
-        p->token_pixels = 2 * sc_vae_factor(plan); /* 2x2 latents of f x f pixels */
-        if (p->resolution < p->token_pixels || p->resolution > 1 << 14)
-            ok = sc__fail("%s: a wrong sample_size", vae);
-        if (!dynamic && !(shift > 0))
-            ok = sc__fail("%s/%s: 'shift' must be positive", folder, scheduler);
-        int channels = 4 * plan->config.latent_channels; /* of a token */
-        if (c->in_channels != channels || c->out_channels != channels)
-            ok = sc__fail("%s: the transformer takes tokens of %d channels and makes some of %d, "
-                          "the VAE's have %d: this is no plain text-to-image model",
-                          p->folder, c->in_channels, c->out_channels, channels);
-    }
+    int channels = 4 * plan->config.latent_channels; /* of a token */
+    p->resolution = plan->config.resolution;
+    p->token_pixels = 2 * sc_vae_factor(plan); /* 2x2 latents of f x f pixels */
+    if (c->in_channels != channels || c->out_channels != channels)
+        return sc__fail("%s: the transformer takes tokens of %d channels and makes some of %d, "
+                        "the VAE's have %d: this is no plain text-to-image model",
+                        p->folder, c->in_channels, c->out_channels, channels);
+    return (p->resolution >= p->token_pixels && p->resolution <= 1 << 14) ||
+           sc__fail("%s: a wrong sample_size", path);
+}
+
+/* What decides how the model is used. */
+static bool sc__pipeline_settings(sc_pipeline *p) {
+    char *folder = sc__model_folder(p->folder), *path = NULL, *words = NULL;
+    char *vae = folder ? sc__part_path(p->folder, SC__VAE) : NULL;
+    sc_vae *plan = vae ? sc_vae_open(NULL, vae, false) : NULL;
+    sc_json *scheduler = NULL, *tokenizer = NULL;
+    double length = 0, usual = p->flux->config.guidance ? 512 : 256;
+    bool ok = plan && sc__read_sizes(p, plan, vae) &&
+              sc__load_settings(folder, "scheduler/scheduler_config.json", &path, &scheduler) &&
+              sc__read_scheduler(p, scheduler, path) &&
+              sc__load_settings(folder, "tokenizer_2/tokenizer_config.json", &words, &tokenizer) &&
+              sc__config_number(tokenizer, words, "model_max_length", usual, &length);
+    p->text_tokens = length >= 1 && length <= 512 ? (int)length : 512;
+    sc_json_free(tokenizer);
+    sc_json_free(scheduler);
     sc_vae_close(plan);
+    SC_FREE(words);
+    SC_FREE(path);
     SC_FREE(vae);
     SC_FREE(folder);
     return ok;
+}
+
+float sc_pipeline_shift(const sc_pipeline *p, int64_t tokens) {
+    return p->shift > 0 ? p->shift : sc_dynamic_shift(&p->mu, tokens);
 }
 
 sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *model,
@@ -8333,6 +7951,375 @@ bool sc_pipeline_decode(sc_pipeline *p, const float *tokens, int batch, int h, i
     bool ok = sc_vae_decode(p->vae, batch, 2 * h, 2 * w, latents, rgb, sc__vae_memory(p));
     SC_FREE(latents);
     return ok;
+}
+
+/* ==== Unicode =================================================================================
+ *
+ * What the tokenizers ask of characters: which are letters or numbers, their lower case, canonical
+ * composition (NFC) and graphemes (what a reader takes for one character). The tables were read off
+ * the library whose token ids ours have to equal, and are packed: a number is a few digits of base
+ * 21 and a last one of base 70, printed from '#' on without the backslash.
+ */
+
+enum { SC__EXTEND = 4, SC__SPACING = 8, SC__CONTROL = 16, SC__PREPEND = 32, SC__PICTURE = 64,
+       SC__CONSONANT = 128, SC__LINKER = 256 };
+
+/* Packed by test/make_unicode_tables.py, as tokenizers 0.22.2 has them. */
+static const char sc__word_table[] =
+    "S5'+U%*U%S#%+%'%#%'#'$#%%''%O%%`%%w'%(9%2+%+&%k`+%%%%&)%%#%*&%$%%%&%$G%%l;%%mf%,nU%%k'%&#%*k"
+    "-%k%W%()%Qk1%95'(%%%l[%%#%3%%+%%$5'$'%&#%4&%$[%AlG%/#%25'$d%-%%(#%)M%(#%-#%'#%;S%+7%)Q%%-%5k"
+    "/%_kG%'#%6#%+5%(5'%A%(1%&%%&M%%/%%#%')%'#%4#%1%%%'%(5'$%%&-'&#%,-%(%%&M%%/%%%%%%%%%%C)%%#%+5"
+    "'&'%43%%'%%M%%/%%%%%+%'#%6#%3%%(5'-#%/1%&%%&M%%/%%%%%+%'#%B%%%'%(5'%#%$-'/&%$+%''%%)%'%%%&%$"
+    "#%'%%''%'9%:#%9;'61%%'%%O%%A%'#%>'%&#%&%%(5',/'%#%(1%%'%%O%%5%%+%'#%C%%%%%(5'%%%53%%'%%k-%&#"
+    "%4#%)'%%/'$'%(G'%-%)E%'Q%%3%%#%&/%C5'5k;%%%%0/%-5'K%%%&%$)%%Q%%&%$3%%%%-#%&+%%#%-5'&)%D#%CI'"
+    "01%%k#%?+%kQk1%8#%$5'*-%()%'#%'%%+'%(;%0#%%5'*k'%%#%)#%&k1%%sE%%)%&/%%&%$'%&k-%%)%&d%%)%&/%%"
+    "&%$'%&?%%kM%%)%&kb%2I''A%4lA%&-%'{S%&C%%U%)l+%'''$1%+E%1G%2E%2;%%'%3kC%G#%(#%'5'*5':5'*lG%++"
+    "%&f%%#%)kh%.`%K5'$^%&+%/k3%(U%*7'IO%-kE%O5'*5'1#%k;k9%51%'5'M^%1%%$5'$k3%>k#%@5'''%$5'$k#%&7"
+    "%)k1%&'%M)%%-%%%%'#%)oC%eqd%&-%&k'%&-%&1%%*%$^%&kE%%/%%#%''%%/%')%&-%(;%)'%%/%kQ#'$#%&-')#%$"
+    "5'*;%kC#%(#%&5%%#%'+%**%$'%%7%&)%)+%(#%%kA'$%%$+'t>kS'k,M's$^'z0pG%*)%'%%-#'&k'%%#%)#%&kK%+#"
+    "%4O%-/%%/%%/%%/%%/%%/%%/%%/%k.#%pU%%$#'=3'++%&''$%%(lA%*'%%lI%%)%)k1%%lQ%')'.b%TA%D5'B1'%?'D"
+    "5'K?'nLr~9%eksm%%hk7%&qQ%'A%$5'$%%8k9%4`%&kh%$5'K3%&ld%&kb%&%%%&%$/%9A%%'%%)%%O%1-'.kC%2k?%@"
+    "5'<-%'&%$#%%5'$Y%.O%=[%+k9%@#%$5'*+%%5%$5'$+%%k-%;'%%1%(5'*O%'#%'k?%%#%'%%&+%&&%<'%&7%+'%0-%"
+    "&-%&-%-/%%/%%k1%%=%*m5%15'*yn/%0O%(k=%oyXtA%&m#%J/%0+%)&%$3%%;%%+%%&%$&%$&%$m%%Et;%6k[%&kG%L"
+    "9%kR+%%m^%75'+U%*U%/lG%'-%&-%&-%&'%G9%%U%%G%%%%%?%&=%FmE%0k5'0kM'5%'mF[%'k=%4W'(b%$)'-I%$#'$"
+    "1%$#')k'%.^%&k#%(1%%+'NnE%&5'*k#%(k#%(k+%,kC%07%%?%%/%%%%%7%%?%%/%%%%'kC%0r`%-M%.1%<-%%k/%%3"
+    "%k#-%&&%$k1%%%%'#%&O%&1'$O%&/'$`%,3'TG%%%%)+'$M%$-'(U%k$kK%(%'$%%$A'&k7'$#%3)%%'%%[%.3';[%$%"
+    "'%[%$''D1%%Y%*+'4kG%.M%&1'$G%)1'$E%;/'k.l'%[kA%1kA%+-'$k#%05'*5'$Y%-O%m,`'%k/%*%%4'%`[%$5'$#"
+    "%,M%/)'?E%RK%$/'8O%0kE%>^'%%%&#%1k5%DS%+5'-k#%35'(#%&#%,h%'#%0k;%2)%/5'$&%(I'/E%%S%7%%d/%%&%"
+    "$'%%?%%5%+k9%55'/1%&%%&M%%/%%%%%+%'#%6#%0+%B5%%#%&&%$k%%%#%=&%PkE%6)%)5')'%Bk;%8%%%#%,5'l>k9"
+    "%M)%Hk;%8#%/5'Jk1%1#%+5'*I'@W%99'(/%lQk3%kRk[%$G'01%&#%&1%%%%%Q%3&%25'k$1%&k)%4&%@#%.k+%+#%9"
+    "#%/k7%7#%6l'%l`d%35'*3%%k%%5#%3[')^%kN/%%%%%k'%9#%-5'*-%%%%%b%2#%+5'nBG%3&%$9%%f%@5'k4#%3K'O"
+    "ko9%kDm-'5oK%kzRlW%3ksM%5-%=os+%)zO%nwW^%65'kmZz3%+`%%5'*l3%%5'*^%6k;%4)%05'%/'%K%)G%p0k5%'5"
+    "'l_k[%$O'kGl+%)#%g;%e%%%#%@rq7%,kx;%M5%pkQ)%%/%%%%%r7%3#%A'%&#%2)%,u7%kuim%%);%'3%+5%l{X5'kj"
+    ",I'0I'kJS'kfl?%%l#%%%%&#%&%%&)%%9%%&%$-%%k^%%)%&1%%/%%Y%%)%%+%%#%'/%%sS%&S%%S%%`%%S%%`%%S%%`"
+    "%%S%%`%%S%%1%&k?'knN`%*-%mWkW%l*k5%./%&5'(#%nM^%6k3%(5'pVY%(5'm(^%&#%$5'pf/%%)%%%%%?%%oM%&3'"
+    "Tkd%+#%(5'u9kQ'%''%)'k*k5'%?'lZ)%%W%%%%%#%&&%$3%%)%%&%*#%(*%$%%%%%%#%&.%$&%&)%%/%%)%%)%%&%$3"
+    "%%C%)'%%+%%C%r8;'k|^5'xVlzlI%DowQ%*p9%&q{M%2tmE%3{W%kx4yC%kjHpy)%)oxW%";
+static const char sc__grapheme_table[] =
+    "$`Ck=dC-#k^'#C$#k^rEm/+mf/+mYk5+%&+$&+$&+]-r3.7+%#CRK+4#+kC/+$#r3%-+&%+%)+E#r3%#+BW+k97+_3+-"
+    "#+<)+%3+%'+%++O'+X%r3)3+NQ+$#r3$b+$#35k%mQ$#+$#3$#+%'3$1+$)3$#qA$%3%/+$1mQ&%+81mQ%#+$%35ImQ%"
+    "/mQ%#mQ')mQ&&+$%3$)+&%3&%3$#qA-#+(%mQ%#mQ&%+0%mQ0#+&%+$#3]#+%'3$%+(%+&'+'#+B%+'#+/%+$#35ImQ%"
+    "/mQ%%mQ%+mQ&#+%'3$++%%+$&3$#3$#qA8%+9#mQ$-+%#+$%35ImQ%/mQ%%mQ%+mQ&&+$#+$#3$)+&%3&%3$#qA+'+(%"
+    "mQ%#mQ&%+1#mQ4#+`#+$#3$#+$%3''3%'3$#+-#+L#+$'3$#+4ImQ%AmQ&&+$%+$)3%'+%'+$#qA+%+%'mQ+%+A#+$%3"
+    "]#+%#3$%+$#3$#+$%3%'+%)++%+/%+3#30%+$%35k'mQ$%+%#+$%3$)+%'3%'3$#qA$#r3,#+.%+A#+$%3k$#+(#+$%3"
+    "$'+%#+%/3$#+6%3b#+%#3$/+01+k@#+%#3$3+//+k'%+?(+(%3U=+$#3$++%%+)7+%k#+-#+kD)+$#3$-+%%+$%3$%+;"
+    "%3$%+('+4)+1#+%#3$%+*#+3#+t''+wH)+@'+A%+B%+e%+$#3$/+$13$#+$%3$7+-#+Q'+$#C$#+kS%+F#+kT'+$)3$%"
+    "+$'3(%3$#+$-3$'+m-%+$%3$#+^#3$#+$#3$/+%&+&1+$-3$5+&#+T`+U)+$#3S5+$)3$'+J3+0%+$#3B#3$)+$%3$-+"
+    "]#+$#3$%+$'3$#+$#3$++T13$1+$%3$%+l0'+%;+$#3$/+(#+*#+&#3$%+l_k[+qE#C$#+$#3$%C</C1#k^0#k^:ACk>"
+    "d+U#k^:#k^k8-k^3%k^o5%k^0#k^k=#k^k$#k^=7k^('k^l`#k^m9%k^.#k^-#k^_)k^%-k^%9k^%m3k^.m;k^&7k^%&"
+    "k^*#k^'#k^*#k^.%k^3#k^&#k^(&k^('k^%#k^/+k^Q'k^-#k^2#k^2#k^o:%k^pO'k^7%k^W#k^(#k^o`'+l%#+k>b+"
+    "qe-+$#k^0#k^k9%+q6&k^~mO)+%5+D%+k.%+mc#+'#+(#+;%3$%+$#3(#+k1%3VA3$%+>E+1#+J1+=7+$#3$#+P'+$#3"
+    "S#+$%3$)+$%3$%+$%3$#+H#+h-+$%3$%+$%3$%+0#+,#+$#3R#+W&+$%+&%+)%+%#+M#3$%+$%3)#3$#+m>%3$#+$%3$"
+    "#+$%3%#3$#+wzN#+tIA+4A+lh#Cl6%+k.9Cq;#+m4#+l-++kla'+%%+))+L'+(#+l=%+r1)+f++nI%+k-)+k$7+U)+kX"
+    "#3$#+$#3Y?+M#+&%+.'+$#3Q'3$)+$%3$%+&#r3(#+.#r3V'+H++$#3$1+4%3P#+0%+$#3T'3$3+$#3$#+%%r3))+%#3"
+    "$#+k:'3$'+$%3$)+*#+&#+l5#+$'3$1+9%+$%3[%+%#+$#3$#+$)3&%3&%3$#+-#+.%3&/+'++h#+$%3$-+%#+&&+$%+"
+    "$&3$#3$'+$#r3$#+2%+k0'3$1+$%3$'+$#3$#+;#+k/#+$%3$-+$#3$#+$%3$#+$#3$%+$#3$%+m=#+$%3$)+&)3$%+$"
+    "#3$%+?%+k0'3$1+$%3$#+$#3$%+kH#+$#3$#+$%3$1+kC#+$#3$#+&)+$#3$++mR'3$3+$#3$%+mG#+$+3%%3&)+$#r3"
+    "$#3$#r3$#3$#+l%'3$)+&%+$)3$#+'#3@5+L-+$#3$#r3$)+,#+--+$%3$'+L-r3$;+$#3$%+o[#3$/+%-+$#3$#+k0M"
+    "+%#3$/+$#3$%+$#3$%+kX-+'&+$&+$-+$#r3$#+g+3%%+%%3$#+$#3$#+nh%+$%3-%+$#r3$#3T%3$++'%3$'+;#+mwA"
+    "#+*?+qzZ9+$'3$'+kxR++`/+xi#+%kI3+)+k/#+/%+wq?%+mn3k7+&O+qX++'-+,1+&/+B)+l,'+kq7kI+(k?+,#+2#+"
+    ":++%?+}B/+%C+&/+%%+%++kB#+l8/+o=#+b)+q6)+mP%+tH/+kK/+kmIq7k^1'k^C#k^a-k^0%k^2#k^&5k^6kMk^?""?k"
+    "^.#k^8#k^&3k^%)k^-v=k^$++$s'k^,qKk^TmOk^kR9k^k3k1k^0)k^]1k^.-k^L1k^Bl9k^0k9k^%5k^%vKk^mRkr/k"
+    "^kntj4lU+k_p^+";
+static const char sc__lower_table[] =
+    "eUdkCOd%/dER%'(%&2%&P%%#mB$(%'#p#$&%%#ob$#%%%o`$#%&#l5$#oY$#o[$#%%#o`$#od%#p%$#oh$#%'#p%$#p)"
+    "%#p+$(%%#p3$#%%#p3&#%%#p3$#%%%p1$&%%#p5$#%'#%+#'$#%%#'$#%%#'$4%&4%&#'$&%%#lX$#kL$J%%#mT%4%+#"
+    "xxA$#%%#nP$#xx;&#%%#oJ$#kh$#l%$,%n-&%'#%,#m9*#k)%'k'%#k^%%k[%Cd%3dG#3,:%)#kT&#%%#0$#%&'mT$Al"
+    "7$bdTD%-X%%#A$0%&k<%&k'k=k~7k's|I%#s|I)#s|It:l5lt|?$-3kt=#%*k1nke&'nkenLl,%-#tqJ%k<%-12,-2.1"
+    "2,12,-2/*2,12<12,12,12,%2$%l*$#4/)lB$#4/%2$%l_0%2$%m0$#0/%mP$%mL$#4n5#tnX'#urF$#uo&*#[QAC7#%"
+    "uTUWko8k;k=T#%%#xve$#omg$#xvD&(%%#xwi$#xw*$#xx($#xx&%#%&#%,%xxi$k@%,&%(#%kjlOP%7>%kf0%'a%.&%"
+    "%#lpkD$,%(#%%#lyti&&%'6%%#lyuZ$#lyv*$#lyui$#lyuT$#lyuZ%#lyt<$#lyu&$#lytB$#koG$2%%#k<$#lyuX$#"
+    "lplg$&%%#lyvZ$2%%#ly}$<#%ym[Ud{Ck+k-kgk#k-l47k+%?k+%/k+%%k+kn8kAk^l5Mdk~(bdx|TbdeSYkjp1fh";
+static const char sc__class_table[] =
+    "thKpK$#pO$)p7$#pO$#p/$+p7$%oY$)p7$%oY$7p7$+%$)p7$1pK$#p`$#pK$'p7$'pK$%p7%'pK$)p7$#pK$#pO$%p7"
+    "$#pK$#pQ$%pS$#pQ$%pS$#pQ$;pKmf+pKm[#p7$)pK$#p7$'pK$#p;$#p7$-pK$-p7$%pK$#p7$%pK$#p;$#pG$#pK$#"
+    "7$#9$#;$#=$#?$#A$#C$#E$#G$%I$#K$#M$#O%#Q%#S$#U%#pK$#p7%#Gk&1pK$#`$#b$#dT#Y$#[$#^$#`$#b$#d$#f"
+    "$#h$%pK$%p7$+pK$#p7$%pK$#p74#k#kC/pK&)pK$#p7$#pK&%pK%#p7$%pK$#p7G#k%B#pK$#p7$%pK$#p7$%pK$'p7"
+    "$#pK$%p7$#pK$#p7$'pK$#p7$#pK$#p7$#pK$#p7$#pK$#p7$%pKl8/pK$#p7$#pKF)pK%3pK%'pK%+pKO'p7kV=pK%#"
+    "p7$%pK$#p7$%pK$#p7$'pK$'p7$#Y$#[$#^$'pK$#p7$%pK$%p7$+pKa#14#5'#pK$#p7$%pKkE#14#5kL#14#5kL#14"
+    "#5kL#14#5k^#5k^#5+#l?$#lMkC#14#5k^#5kZ#5kK%lf$#51)m'kJ%m=2)mEk*%p7?&p7%#p/[#mS$#mU%#mY))mU&#"
+    "mU%%pK$#5%%pKc#p7kN#1%%5k0#p7t7'pKwJ#5C#5l5#5.#pKld#pGl'#p;$#pK$#p7m-#pK$#p7k%#581pK&#p7T+pK"
+    "$-p7$%pK$#p7kT#13#5J#pK$#p7$/pKZ%5_#1/%5h#1l0'pK%#%$+p7$%pK$)p7$#pK%/%(#p7*#pK'%pKl_%pK$#p7$"
+    "/pK$#p7$%pK$#pS$#p+$#p7$#oY$k%pK)#pK$#pQ$#p7$#pK$#p7t8%pK$%%$)pK$'%$%pK(#pK'%%$#pK$#p7$#pK$%"
+    "%$)p7$#pKlka'pKl%#5k>bpKqe#p3$#pG$#pO$#p;$%p?kG%3~te#pK(5pKD%pKk.%pKmg#5lU#5?EpK^'p7I#5k=#10"
+    "#5mA&pK$#pK$#p7&%pK)%pK%#pKX#5mH#5wzN#Wu#/pK$/p7$%pKwd#p7m4#p7l-+pKkm&#p7%#pKL#pK$#%$#p7(#5l"
+    "=#pK$#p7}Q#5]#5^#5$#1k#'pKT%5c#1k*#5-#1kH#5$#1lJ#1$#5k/#14#5</pK'+pKlf#5'#1kY#5$#1mM#5$#1k]#"
+    "5kT#5$#1kQ#5|K#5wxZ+%`/pKxmU#%mvi%p/$'%'#pC$+p/,1p7&+pK$%p7B)pKl,'pKlr3/pK%CpK&/pK%%pK%+pKkt"
+    "O/p7kK-pK$#1";
+static const char sc__composed_table[] =
+    "oEk`kjf%#%%#%%#%%#-%#'''^%'k*%#%%#%%#/%+2%#%%#%%#/'-,%%(%#%%#%%#%%#-)/2%#%%#%%#/%+0)3$%#%%#%"
+    "%#%%#-%#'''^%'k*%#%%#%%#/%+2%#%%#%%#/'-,%%(%#%%#%%#%%#-)/2%#%%#%%#/%+0'#1%kL*%d#%c'%d#%ch%d#"
+    "%_k*%d#%c%%d#%c-%d#%c-%d#%a#%d#)a2%d#%c'%d#%c%%d#%cf%d#%cZ%d#%_6%d#%c+%d#%c%%d#%cd%d#%ak&%d#"
+    ")a%%d#%c%%d#%c'%d#%ch%d#%ce+%,%d#%ak'%d#'ak(%d#%ck)%d#%cX%d#-_8%d#%ck)%d#%cX%d#+a2%d#%c'%d#%"
+    "c-%d#)]6%d#%ck)%d#%cX%d#%a8%d#%c%%d#%ck'%d#%cX%d#%aY%d#%cX%d#)a4%d#%c%%d#%c'%d#%c+%d#%c%%d#%"
+    "c^%d#%_k(%d#%_#%d#%c/%%0%d#%c/%d#%c-%d#hk2A%d#?V#%d#^kD@%d#%R#%d#%V#%d#%V#%d#%lf2%d#%c(%d#%c"
+    "9%d#%c:%d#'kL+%d#%s1#%%#%t(#%d#)nH3%d#%Z#%d#%Z[%d#%t^k$%%#%kD3%p5#%yX#+i8%d#)T$%d#%lE%%d#%a#"
+    "%d#%>#%d#%o2?%d#%c'%d#%Z&%d#%c'%d#%Z&%d#%c'%d#%V&%d#%c'%d#%]&%d#%c'%d#%]&%d#%c'%d#%gM%d#%a#%"
+    "d#)k4V%d#1k*,%d#%Zd%d#%m3i%d#%e#%d#%nV)%d#%vY(%%#%w@#%d#sQk;(%kj7#'+#%'#%'#'/#'/#%+#%f#Wk>1%"
+    ";#%;0%+#%'#%'#%G#WF1%;#%.0%/#%+#-5#%#1k5kd2%#3'&0+<1-K0%&$%9/98#dd#Q(.%#3'&0+k#1-Z0%&$%9/Sk?"
+    "5%%#l+lT4%d#?k(#%d#%c'%d#)X&%d#)nQ'%%#%oJ#%d#%a#%d#)a*%d#%c+%d#%V#%d#)n`#%%#%o<#%d#%k0*%d#%c"
+    "+%d#%c)%d#%Z(%d#)Z#%d#rEwMkm)%#%%f#%e%%k#$n?mh#'J#EE#{){)kj533#))#n9n3mU%#Ut`thtf)#R%#Ul'l-m"
+    "QkIkET%%#%$UmImQmOmAmCmO11#%#%'#J%+ImOmIm#%%#%$Un'n1m7'#-%),%(MzSz[zbmzImzIm{Q''#''#''#''#++"
+    "#k/k/#''#)'#%%#')#~%srFrqi%d#%a_%d#%c[%d#%c?%d#%lbk<%d#%nP/%d#%c[%d#%c?%d#%c6%d#%c/%d#%nhk6%"
+    "%#%$%%%#%oak5%d#%c)%d#%vbk0%%#%wZ%%d#%a(%d#%a)%d#%c[%d#%cX%d#%cb%d#%c1%d#%a'%d#%ldk:%d#%nR#%"
+    "d#%ch%d#%c?%d#%a>%d#%tqba%%#%tr]k7%d#%c*%d#%ak4%d#%c/%d#%c[%d#%aZ%d#%c[%d#%c?%d#%c*%d#%lfk4%"
+    "d#%c1%d#%lE2%%#%$%%%#%q2#%d#%c/%d#%_#%d#%c[%d#%trWa%%#%tsRk7%d#%ak0%d#%c[%d#%pMZ%%#%-#%%#%tl"
+    "-#%%#%ts_#%d#%c[%d#%c?%d#%c*%d#%a4%d#%c;%d#%c(%d#%pfk4%%#%%1%%#%qc,%d#%cd%d#%ai%d#%c%%d#%c1%"
+    "d#%c$%d#%c[%d#%aZ%d#%c%%d#%a$%d#%a,%d#%cf%d#%c?%d#%F#%;k.%)'%'#'qE(-s([%d#%cV%d#%lY2%d#%c$%d"
+    "#%c5%d#%c.%d#%tqI$%%#%tpP$%%#%$$%%#%$5%%#%$.%%#%tpM)%%#%tv&^%d#%cV%d#%c.%d#%lb&%d#%c$%d#%c5%"
+    "d#%c.%d#%tr#$%%#%tvN1%d#%cW%d#%V#%d#%cV%d#%lb2%d#%c$%d#%c5%d#%c.%d#%tr7$%%#%tm>$%%#%$$%%#%$5"
+    "%%#%$.%%#%$d%%#%sD#%d#%cV%d#%rh2%%#%$$%%#%$5%%#%$.%%#%$d%%#%sZi%d#%ck#%d#%cV%d#%c.%d#1klIC%#"
+    "%%stWJ%%#%$%%%#%$k`%%#%suRk:%#%%subJ%%#%$%%%#%$k`%%#%stak:%#%%su)J%%#%$%%%#)sv$G%#%%sv3J%%#%"
+    "$%%%#)su6G%#%%suEJ%%#%$%%%#%$k`%%#%sv@k:%#%%svOJ%%#%$%%%#%$k`%%#%suRk:%#%%subJ%%#%$%%%#%$k`%"
+    "%#%sv]k:%#%%sw%J%%#%$%%%#%$k`%%#%sugk:%#%%sv/J%%#%$%%%#)sw*G%#%%sw9J%%#%$%%%#)sv4G%#%%svCJ%%"
+    "#%$%%%#%$k`%%#'sw>k8'swOJ'#%'#k`%svLk:%#%%sv[J%%#%$%%%#%$k`%%#%swVk:%#%%swfJ%%#%$%%%#%$k`%%#"
+    "%swVka'+#''#''#'/#'/#'+#+st'kh%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%E#%%#%%#%%#%%#%%"
+    "#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%k?#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%%#%swckZ%#&%sw"
+    "fk`%swe#%,#'-(%syf)%sz_kZ%#&%#*'#kh-kj6(%ty5)%swa#%4#'5(%sz3)%s{0kg''#'#kh%szfkg%#%%#k`%sygk"
+    "T%#&%E*+Dkb%E#%k>kT%#&%#*)s|S#%#%%#k`%s{@kT%#&%/*'6I%#%%+k9%/#%k(kT%#&%#*'*K%kjVJ-tyEkh%swL#"
+    "%-#',(%s{))%s|6kg'7#'#khu^trU<%'#I'#bkU#%+#%&#kGk?#--#))#SS#''#YQ#)1#)'#')#Qu{i#'u|U#9J#%u|."
+    "#%'#%u|Y#%%#)=#%%#))#%%#1)#%%#)1#%%#))#%%#k#Y#%/#%%#%'#k?k:#%%#%K#%%#1d#%%#%%#%%#nw[ny=yzd''"
+    "#''#''#''#''#''#''#''#''#''#''#))#''#''#11#%#%')$%#%')$%#%')$%#%')$%#%QkF$7lE#?""?#''#''#''#''"
+    "#''#''#''#''#''#''#''#))#''#''#11#%#%')$%#%')$%#%')$%#%')$%#%QkF$)l)#%%#%%#%%#+9#mx|Imx|Imyk"
+    ";''#A7#mWn#m+%%#yAy3y7%#UtEtKt-%#6'#=q1q7pd%%#";
+static const char sc__split_table[] =
+    "klbkk/kjhllCll5lmK%%#%%#%-#%-#%%#%5#%+#mKm5mQ%%#'=#l?mWmQ)/#k#g#%%#%-#)A#q5q%q9%%#kqGks/kuY7"
+    "7#--#--#--#=X&7k?kc'#'%k`;'%#5ka#GfkK77#--#--#--#=X&ssEstSnq:msu3v|V|/'U)947%#%%nksW$%#%%nkt"
+    "B8%#%%#+%%#%%#%%#%%#%%#%%#''#%%#%%#%%#%%#''#''#%%#''#%%#''#%%#%%#%%#%%#%L(%*/%7#%5#muuUqwjIq"
+    "wl#%%#%15%#%%#%%#%%#%lElK<%%#%%5%%#%$%%%#";
+static const char sc__replaced_table[] =
+    "klYkjf%%'Gk?lJ7|25mIsy/kjO'%'%'%'^'%'%kYl&)kC9k>'%313.3k)3g)4%kki7kl1')'~a)t|h%%r=s|<+kmN%mE"
+    "xKzsS%%mut'kulU%wj$%w|=%xR%ts.%uqL%k~S%koq[%#%kmt,%}x5%~~g%kpC%mjE%qlK%mmO%lq1%t^%s)%lwG%wrg"
+    "%kkQ%kp=%kk)%oxW%nv=%l~=%kooV%ky1%rn9%ls`%p~[%rq+%kkui%pt)%qw'%ko5%ws<%t{/%lmd%xr8%l|U%ln5%k"
+    "}W%tr+%kkyD%z%%rA%pnd%ll9%ltf%kx?%mmK%ll%%lC%lw?%mnW%kt#%|M%wjX%pf%ks1%lm'%op?%m~h%p{Z%{rB%l"
+    "lf%tnW%ks+%n}0%ln`%p~'%muQ%kjw<%knb%nz-%kpO%r^%n}9%qI%rr+%kltF%y}A%zoB%B%xj`%koK%lm;%psA%m{,"
+    "%xmN%ltQ%ut5%kjmD%nz'%ksE%pz9%wh%u~2%wn-%xqL%ou?%plZ%txb%luL%ro)%xrL%kvS%tx)%nw-%lnQ%tz6%vu%"
+    "%vo,%mpX%ul;%t|T%pmh%wt.%}h%lW%q}/%ql1%k}C%l};%ls+%kj|T%sG%kzh%k}%%lr)%muY%mn)%s}I%kwQ%ksI%k"
+    "K%kou:%qjG%kw9%vtU%{ja%kkW%m1%}%%mx'%yU%klY%k{A%ksC%|-%olO%muV%m|h%kl'%kkxa%n#%y=%sz+%rq=%wf"
+    "%yoe%rK%knY%l{h%oz-%mk4%vyB%l{+%ky'%w;%{A%p{5%o3%m|`%nd%po-%kw[%l;%of%knoP%xx1%rqU%kyS%|yZ%p"
+    "r4%{%%m|%%l9%mo?%ku5%ly%%kuK%olU%nj+%oo1%}|&%zvG%kluX%qp1%mA%k{[%sd%k|S%sM%kkC%kvh%stU%kmxa%"
+    "o{I%|nC%kmt0%ntK%o|#%uv1%zv8%vM%lqd%m~Q%vmh%kl{$%wb%l|h%mq[%s#%sb%kt#%lt-%wM%mq-%mo7%G%ml3%k"
+    "z1%kluT%sv#%soP%tq3%~;%pk-%oz`%k~U%zS%}mF%lm=%qj+%lt$%lA%tK%mr]%yV%spO%kjl0%|oU%{k6%kB%nr9%k"
+    "sI%sk5%uvR%plU%lnc%xlA%lrT%n|A%ns8%x|B%ny6%kud)}%'n}-)qmJ%uvI%koG%{b%h%1%k1%tq[%soF%kjd'ln9'"
+    "kx^)k{?%oO+lz+%=%k5%kv5%nsa%ljY%kmyJ%rf%ld%t`%Y%m+%z[%m#%l[%wE%lh%kp9%7%ks;%p'%k)%l`%kmM%n1%"
+    "o#%x7%ky/%nQ%qI%z[%o?%x=%kuA%nf%9%$%3%/%1%k=%%%o)%k`%s+%z+%M%kM%rU%n1%wf%n#%#%wQ%kwI%m^%t=%k"
+    "M%uU%kG%}M%mU%lpY%r+%kU%}re%rjjf%qspc)|ke%ko%%l0%we%vf%kS%s;%kC%}7%l&%kf%l)%|'%lI%n-%C%qU%oQ"
+    "%ko[%1%n+%kf%rI%m=%ki%m^%k8%n/%kb%uA%lG%kI%qA%r/%nQ%+%kS%ks5%k`%u/%uU%B%lE%q1%sM%lmG%k|]%mE%"
+    "mG%s;%n5%kG%pC%'%nb%E%U%lC%6%u9%w`%qW%o;%p?%n=%sA%oS%km-%nE%knb%w%%kh%C%rE%kO%k6%kI%(%D%l/%l"
+    "9%td%z#%rh%rA%p9%krA%lf%m7%m[%k%%;%k=%~Y%kv1%ptz/%.%njM%rqvi%kuY%f%rzw%%mx#%u{Y%q~jP%l-rsq)k"
+    "qpX%,%5%qns^%qnkN%l3%=%l%%mA%b%l3%R%s{0%qymM%qomZ%1%C%I%qnyA%qxyP%s~Y%k)%qnz-%qny_%=%~Z%kj%%"
+    "5%sux3%suv>%?%tm,%tnW%9%k5%-%tnc%tq1%'%Y%O%9%%%E%kA%3%5%U%7%'%#%#%qozM%pzxc%s~H%M%qpkW%qpk>%"
+    "/%M%n;%lc%C%d%kQ%l?%W%kd%C%f%#%M%G%3%A%sU%qX%q[%oP%k#%ku<%lrE%r2%k)%U%mT%nY%$%mG%qqy-%qqw,%-"
+    "%A%K%3%k^%qrk`%kb%qq~Z%k;%;%l4%n'%vq@%?%vuQ%kI%#%qru+%qrq8%M%A%;%qryI%qry0%1%km-%kl:%vyc%v{S"
+    "%?%l;%kB%qstM%qso>%qsoC%qsn2%(%E%lb%%%wlV%wmG%k3%M%k5%wo,%rlqO%rlpa%wpA%)%)%K%swp#%swnF%qttG"
+    "%#%p}p@%vm&%#%wqH%rrnM%zrW%rumg%5%wr]%wt/%kC%7%h%mb%wx6%_%wyS%qunG%qum&%mS%+%'%&%k9%K%k%%>%9"
+    "%k;%K%+%W%9%kb%l?%k#%mI%quy=%quyc%k_%m)%Y%lY%qu{S%quyc%lP%Z%xs>%xxb%M%b%k(%xwF%x}S%^%qvyC%qv"
+    "v&%qd%ni%yja%ylf%ym@%k$%q|b%)%qsQ%l_%skQ%kjmc%voY%+%/%kW%8%qwqY%rqxa%yub%m:%o`%kC%qwmb%qwmN%"
+    "m.%q#%y{H%y|`%lY%l%%oA%qwnA%qwlg%zp$%zr%%qwyU%qwx4%zqe%zr[%k7%Y%%%qxn1%to]%trf%qxm*%qxyh%qxv"
+    "V%?%lc%o#%k-%kO%kH%k-%A%=%qxsb%qxv0%q/%k[%{m(%{oW%*%qxw+%qx|i%tQ%qxv=%k=%qxu2%m7%X%(%{vF%{w`"
+    "%kC%.%kI%px|?%pxx&%qyj#%qx|F%qypb%qyla%=%Y%qy}%%qy{P%M%qznQ%p=%qznD%E%|rT%|sC%|s*%#%|wW%M%M%"
+    "K%kh%|xP%|{3%q{kI%q{jZ%q{mA%q{ki%qll`%qk}6%q{}[%Q%n#%ry~i%;%}lU%q|kf%$%k+%W%q|lJ%%%#%k3%}mX%"
+    "}oO%}o4%l7%r{lW%q|y0%kY%k^%}se%r{yA%q}kH%q}n`%k3%q}nB%lO%}yg%}|?%7%-%q}|^%rI%#%q~k]%}{:%r}oM"
+    "%q~m(%)%~kH%r}tO%q~kF%~oP%~p7%,%^%rjk9%q~}D%~q$%~sb%kS%kd%~v$%sjl9%b%sjl,%sjp9%rjqF%rjt?%rjs"
+    "N%lb%9%rj|1%l)%rj{R%rkjE%rkj$%qnt3%rnvF%kjn/%l9%kjne%kjpO%wr_%rx{M%?%|m8%5%qnjF%)%nyE%kon$%k"
+    "jwK%.%G%zxB%zy%%'%7%k/%rlk^%rlk_%kM%l#%l+%me%n?%k1%m1%q@%m?%'%C%rlkf%r^%n6%smm$%kknC%'%k#%rn"
+    "p?%rnn.%rlv?%sm|T%+%snk?%r5%sns<%kkvQ%;%9%'%k^%e%m^%k4%n9%l8%kd%Y%kk|@%klj%%d%kk~g%kllS%)%rn"
+    "k=%rm}&%1%klnJ%klo=%krq0%sv~d%o5%sp~@%5%klw5%l1%nE%o[%rn|5%rnyZ%O%lK%lO%roqC%k~tN%poy@%@%kE%"
+    "po~M%pox(%l`%rqk/%Y%rpvi%lQ%d%rp|M%rp|8%r-%nI%%%lN%tb%[%rqtO%rp~e%kosL%kot`%rqsK%sv|*%koz1%}"
+    "|>%~j-%rrp#%p)%sxp,%3%ko~3%rr~`%sx|<%syk=%rslN%#%`%rst#%rsnT%kpk0%kpm3%mM%Y%kU%kpna%sz~I%rtq"
+    "X%rO%o?%kp}D%b%kqjO%rut[%s|u*%s|vS%qK%mW%ruwg%kqq:%kqs+%-%1%7%1%k'%rvxA";
+
+/* Of Hangul: the first syllable, and how many: initial jamo, vowels, final ones, of which one none */
+enum { SC__HANGUL = 0xac00, SC__SYLLABLES = 19 * 21 * 28, SC__CODES = 0x110000 };
+
+typedef struct sc__pair {
+    uint32_t whole, first, second; /* second 0: one for another */
+    int next;                   /* pair with the same first, if NFC composes this one again; or 0 */
+} sc__pair;
+
+struct sc__unicode {
+    int32_t kind[SC__CODES];    /* flags, and the combining class from bit 9 on */
+    int32_t lower[SC__CODES];   /* how far away the lower case is */
+    uint16_t split[SC__CODES];  /* the number of its decomposition among pairs; 0: none */
+    uint16_t joined[SC__CODES]; /* the first of the pairs that begin with it and compose; 0: none */
+    sc__pair pairs[SC__SYLLABLES + 4096]; /* from 1 on */
+    int count;
+};
+
+/* ---- Tables ---- */
+
+static uint32_t sc__unpack(const char **s) {
+    uint32_t n = 0, digit;
+    do {
+        digit = (uint32_t)(**s - 35 - (**s > '\\'));
+        ++*s;
+        if (digit >= 70) n = n * 21 + digit - 70;
+    } while (digit >= 70);
+    return n * 70 + digit;
+}
+
+static int32_t sc__unpack_signed(const char **s) {
+    uint32_t n = sc__unpack(s);
+    return n & 1 ? -(int32_t)(n / 2) - 1 : (int32_t)(n / 2);
+}
+
+/* Adds a table of runs, code points first, first + stride, ..., last with one value, to values: the
+ * gap before each run, 2 * (count - 1) + (stride - 1), and the value. */
+static void sc__unpack_runs(int32_t *values, const char *table, int32_t factor) {
+    for (uint32_t code = 0; *table;) {
+        code += sc__unpack(&table);
+        uint32_t span = sc__unpack(&table), stride = 1 + span % 2;
+        int32_t value = sc__unpack_signed(&table) * factor;
+        for (uint32_t i = 0; i <= span / 2; i++) values[code + i * stride] += value;
+        code += span / 2 * stride;
+    }
+}
+
+static void sc__add_pair(sc__unicode *u, sc__pair p, bool composed) {
+    p.next = composed ? u->joined[p.first] : 0;
+    u->pairs[++u->count] = p;
+    u->split[p.whole] = (uint16_t)u->count;
+    if (composed) u->joined[p.first] = (uint16_t)u->count;
+}
+
+/* Adds a table of decompositions into one or two code points, each number less the one above it. */
+static void sc__unpack_pairs(sc__unicode *u, const char *table, bool two, bool composed) {
+    for (sc__pair p = {0, 0, 0, 0}; *table;) {
+        p.whole += (uint32_t)sc__unpack_signed(&table);
+        p.first += (uint32_t)sc__unpack_signed(&table);
+        if (two) p.second += (uint32_t)sc__unpack_signed(&table);
+        sc__add_pair(u, p, composed);
+    }
+}
+
+static sc__unicode *sc__unicode_open(void) {
+    sc__unicode *u = (sc__unicode *)sc__alloc(1, sizeof *u);
+    if (!u) return NULL;
+    sc__unpack_runs(u->kind, sc__word_table, 1);
+    sc__unpack_runs(u->kind, sc__grapheme_table, 1);
+    sc__unpack_runs(u->kind, sc__class_table, 1 << 9);
+    sc__unpack_runs(u->lower, sc__lower_table, 1);
+    sc__unpack_pairs(u, sc__composed_table, true, true);
+    sc__unpack_pairs(u, sc__split_table, true, false);
+    sc__unpack_pairs(u, sc__replaced_table, false, false);
+    for (uint32_t i = 0; i < SC__SYLLABLES; i++) {
+        uint32_t c = SC__HANGUL + i, final = i % 28;
+        const sc__pair two = {c, 0x1100 + i / 588, 0x1161 + i % 588 / 28, 0};
+        const sc__pair three = {c, c - final, 0x11a7 + final, 0};
+        sc__add_pair(u, final ? three : two, true);
+    }
+    return u;
+}
+
+static int sc__word_kind(const sc__unicode *u, uint32_t c) {
+    return u->kind[c] & (SC__LETTER | SC__DIGIT);
+}
+
+/* ---- Normalisation (UAX 15) ---- */
+
+/* Appends the canonical decomposition of c. */
+static void sc__decompose(const sc__unicode *u, uint32_t c, sc__codes *out) {
+    const sc__pair *p = &u->pairs[u->split[c]];
+    if (!u->split[c]) sc__codes_add(out, c);
+    else sc__decompose(u, p->first, out);
+    if (p->second) sc__decompose(u, p->second, out);
+}
+
+/* The code point that a and b compose to, or 0. */
+static uint32_t sc__compose(const sc__unicode *u, uint32_t a, uint32_t b) {
+    for (int i = u->joined[a]; i; i = u->pairs[i].next)
+        if (u->pairs[i].second == b) return u->pairs[i].whole;
+    return 0;
+}
+
+static int sc__class(const sc__unicode *u, uint32_t c) { return u->kind[c] >> 9 & 255; }
+
+/* NFC of s[n]: all is decomposed, marks that follow each other are sorted by their classes, and a
+ * mark joins the last starter (class 0) unless one in between has the same class or a higher. */
+static void sc__nfc(const sc__unicode *u, const uint32_t *s, size_t n, sc__codes *out) {
+    sc__codes parts = {0};
+    for (size_t i = 0; i < n; i++) sc__decompose(u, s[i], &parts);
+    for (size_t i = 0; i < parts.count; i++) {
+        uint32_t c = parts.code[i];
+        size_t at = i;
+        for (; sc__class(u, c) && at && sc__class(u, parts.code[at - 1]) > sc__class(u, c); at--)
+            parts.code[at] = parts.code[at - 1];
+        parts.code[at] = c;
+    }
+    size_t starter = SIZE_MAX;
+    int last = 0; /* class of the last mark behind the starter */
+    for (size_t i = 0; i < parts.count; i++) {
+        uint32_t c = parts.code[i], whole = 0;
+        int class_ = sc__class(u, c);
+        if (starter < out->count && (out->count == starter + 1 || last < class_))
+            whole = sc__compose(u, out->code[starter], c);
+        if (whole) {
+            out->code[starter] = whole;
+            continue;
+        }
+        if (class_ == 0) starter = out->count;
+        last = class_;
+        sc__codes_add(out, c);
+    }
+    out->failed = out->failed || parts.failed;
+    SC_FREE(parts.code);
+}
+
+/* NFC, then lower case: of U+0130 two code points, of all others one. */
+static void sc__fold(const sc__unicode *u, const uint32_t *s, size_t n, sc__codes *out) {
+    sc__codes composed = {0};
+    sc__nfc(u, s, n, &composed);
+    for (size_t i = 0; i < composed.count; i++) {
+        uint32_t c = composed.code[i];
+        if (c == 0x130) sc__codes_add_text(out, "i\xcc\x87");
+        else sc__codes_add(out, c + (uint32_t)u->lower[c]);
+    }
+    out->failed = out->failed || composed.failed;
+    SC_FREE(composed.code);
+}
+
+/* ---- Graphemes (UAX 29) ---- */
+
+enum { SC__L = 1, SC__V, SC__T, SC__LV, SC__LVT }; /* jamo and syllables */
+
+static int sc__hangul(uint32_t c) {
+    if (c - SC__HANGUL < SC__SYLLABLES) return (c - SC__HANGUL) % 28 ? SC__LVT : SC__LV;
+    if ((c >= 0x1100 && c < 0x1160) || (c >= 0xa960 && c < 0xa97d)) return SC__L;
+    if ((c >= 0x1160 && c < 0x11a8) || (c >= 0xd7b0 && c < 0xd7c7)) return SC__V;
+    return (c >= 0x11a8 && c < 0x1200) || (c >= 0xd7cb && c < 0xd7fc) ? SC__T : 0;
+}
+
+static bool sc__hangul_joins(int a, int b) {
+    if (a == SC__L) return b && b != SC__T;
+    return ((a == SC__V || a == SC__LV) && b == SC__V) || (a && b == SC__T);
+}
+
+/* How many of the n code points at s are the first grapheme. */
+static size_t sc__grapheme(const sc__unicode *u, const uint32_t *s, size_t n) {
+    enum { JOINER = 0x200d, NON_JOINER = 0x200c, FLAGS = 0x1f1e6 };
+    int kind = u->kind[*s];
+    bool picture = kind & SC__PICTURE, consonant = kind & SC__CONSONANT;
+    bool glued = false, linked = false, flag = false;
+    size_t i = 1;
+    for (; i < n; i++) {
+        uint32_t a = s[i - 1], b = s[i];
+        int before = kind;
+        if (a == '\r' && b == '\n') continue;
+        if (a < 0x80 && b < 0x80) break;
+        kind = u->kind[b];
+        flag = !flag && a - FLAGS < 26 && b - FLAGS < 26; /* letters of flags go in pairs */
+        bool joins = (kind & (SC__EXTEND | SC__SPACING)) || (before & SC__PREPEND) || flag ||
+                     (glued && (kind & SC__PICTURE)) || (linked && (kind & SC__CONSONANT)) ||
+                     sc__hangul_joins(sc__hangul(a), sc__hangul(b));
+        if (((before | kind) & SC__CONTROL) || !joins) break;
+        bool extends = kind & SC__EXTEND;
+        bool extends_conjunct = extends ? b != NON_JOINER : b == JOINER;
+        glued = picture && b == JOINER;
+        picture = (kind & SC__PICTURE) || (picture && extends);
+        linked = extends_conjunct && (linked || (consonant && (kind & SC__LINKER)));
+        consonant = (kind & SC__CONSONANT) || (consonant && extends_conjunct);
+    }
+    return i;
 }
 
 #endif /* SHORTCUT_IMPLEMENTATION */

@@ -364,7 +364,7 @@ static bool preview_panel(training *t, int steps, sc_set set, const float *noise
     int64_t tokens = (int64_t)first->h * first->w;
     const uint8_t sets[1] = {(uint8_t)set};
     sc_sampling s = {.steps = steps,
-                     .shift = p->shift,
+                     .shift = sc_pipeline_shift(p, tokens),
                      .guidance = 0.5f * (t->o.guidance[0] + t->o.guidance[1]),
                      .h = first->h,
                      .w = first->w,
@@ -776,6 +776,7 @@ static void set_recipe(training *t) {
                             .teacher_steps = o->teacher_steps,
                             .shift = {o->shift[0], o->shift[1]},
                             .dynamic_shift_ratio = o->dynamic_shift,
+                            .mu = t->pipeline->mu,
                             .guidance = {o->guidance[0], o->guidance[1]},
                             .fm_ratio = o->fm_ratio,
                             .caption_dropout = o->distill_guidance ? 0 : o->caption_dropout};

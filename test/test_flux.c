@@ -121,6 +121,51 @@ static void test_full(const char *name) {
     close_fixture(&f);
 }
 
+/* flux_a's weights without its double block, and without its single ones; the numbers are those of
+ * diffusers 0.35.2's FluxTransformer2DModel in f64: velocities, loss and norm of the gradient. */
+static void test_no_blocks(void) {
+    static const char config[] = "{\"in_channels\": 16, \"attention_head_dim\": 16, "
+                                 "\"num_attention_heads\": 2, \"joint_attention_dim\": 24, "
+                                 "\"pooled_projection_dim\": 20, \"guidance_embeds\": true, "
+                                 "\"axes_dims_rope\": [4, 6, 6], \"num_layers\": %d, "
+                                 "\"num_single_layers\": %d}";
+    static const struct {
+        int doubles, singles;
+        float velocity[4];
+        double loss, norm;
+    } cases[] = {
+        {0, 2, {0.82823380f, -0.37091499f, -0.63009407f, 0.60236659f}, 1.32832900, 0.99760497},
+        {1, 0, {0.72641421f, -0.08941377f, -0.33292859f, 0.65862532f}, 1.33439386, 1.00940999}};
+    const char *name = "diffusion_pytorch_model.safetensors", *none = "build/test-none";
+    char text[400], path[128];
+    fixture f = open_fixture("flux_a");
+    CHECK(mkdir(none, 0777) == 0 || errno == EEXIST);
+    snprintf(path, sizeof path, "%s/%s", none, name);
+    CHECK(symlink("../../test/reference/flux_a/diffusion_pytorch_model.safetensors", path) == 0);
+    snprintf(path, sizeof path, "%s/config.json", none);
+    for (int i = 0; i < 2; i++) {
+        snprintf(text, sizeof text, config, cases[i].doubles, cases[i].singles);
+        CHECK(sc__write_file(path, text, strlen(text)));
+        sc_flux_close(f.flux);
+        f.flux = sc_flux_open(sc_cpu(), none, true, false, 0);
+        if (!f.flux) printf("%s\n", sc_error()), exit(1);
+        sc_params *p = sc_params_full(f.flux, false);
+        for (int checkpointing = 0; checkpointing < 2; checkpointing++) {
+            double loss = 0;
+            memset(p->grad, 0, (size_t)p->count * 4);
+            sc_flux_checkpointing(f.flux, checkpointing);
+            CHECK(rel_error(run(&f, students, true, &loss), cases[i].velocity, 4) < 1e-5);
+            CHECK_CLOSE(loss, cases[i].loss, 1e-5);
+            CHECK_CLOSE(sqrt(sc__sum_of_squares(p->grad, NULL, p->count)), cases[i].norm, 1e-5);
+        }
+        sc_params_free(p);
+    }
+    remove(path);
+    snprintf(path, sizeof path, "%s/%s", none, name);
+    remove(path), remove(none);
+    close_fixture(&f);
+}
+
 /* Weights that were not opened to be trained are refused. */
 static void test_not_wide(void) {
     sc_flux *f = sc_flux_open(sc_cpu(), "test/reference/flux_a", false, false, 0);
@@ -328,28 +373,34 @@ static void test_adamw(void) {
     sc_file_close(f);
 }
 
-/* Shift 0 is FLUX's dynamic one; no steps or no samples are refused. */
+/* FLUX.1's dynamic shift and another one; no steps, no samples or no shift are refused. */
 static void test_sampling(void) {
     fixture f = open_fixture("flux_a");
     int64_t n = f.n / f.batch;
-    float *dynamic = malloc((size_t)n * 8), *given = dynamic + n;
-    sc_sampling s = {.steps = 2, .guidance = 2, .h = f.h, .w = f.w};
-    memcpy(dynamic, f.x, (size_t)n * 4), memcpy(given, f.x, (size_t)n * 4);
-    CHECK(sc_sample(f.flux, f.tape, &s, 1, f.text, f.context, f.pooled, dynamic));
-    s.shift = sc_dynamic_shift((int64_t)f.h * f.w);
-    CHECK(sc_sample(f.flux, f.tape, &s, 1, f.text, f.context, f.pooled, given));
-    CHECK(!memcmp(dynamic, given, (size_t)n * 4) && memcmp(given, f.x, (size_t)n * 4));
-    CHECK(!sc_sample(f.flux, f.tape, &s, 0, f.text, f.context, f.pooled, given));
+    float *latents = malloc((size_t)n * 4);
+    sc_mu flux = {0}, other = {1, 2, 100, 300};
+    CHECK_CLOSE(sc_dynamic_shift(&flux, 256), exp(0.5), 1e-6);
+    CHECK_CLOSE(sc_dynamic_shift(&flux, 4096), exp(1.15), 1e-6);
+    CHECK_CLOSE(sc_dynamic_shift(&other, 200), exp(1.5), 1e-6);
+    sc_sampling s = {.steps = 2, .guidance = 2, .h = f.h, .w = f.w, .shift = 3};
+    memcpy(latents, f.x, (size_t)n * 4);
+    CHECK(sc_sample(f.flux, f.tape, &s, 1, f.text, f.context, f.pooled, latents));
+    CHECK(memcmp(latents, f.x, (size_t)n * 4));
+    CHECK(!sc_sample(f.flux, f.tape, &s, 0, f.text, f.context, f.pooled, latents));
     s.steps = 0;
-    CHECK(!sc_sample(f.flux, f.tape, &s, 1, f.text, f.context, f.pooled, given) &&
+    CHECK(!sc_sample(f.flux, f.tape, &s, 1, f.text, f.context, f.pooled, latents) &&
           strstr(sc_error(), "0 steps"));
-    free(dynamic);
+    s.steps = 2, s.shift = 0;
+    CHECK(!sc_sample(f.flux, f.tape, &s, 1, f.text, f.context, f.pooled, latents) &&
+          strstr(sc_error(), "shift of 0"));
+    free(latents);
     close_fixture(&f);
 }
 
 int main(void) {
     if (mkdir("build", 0777) && errno != EEXIST) return 1;
     test_full("flux_a"), test_full("flux_b");
+    test_no_blocks();
     test_not_wide();
     test_lora("flux_a"), test_lora("flux_b");
     test_sampling();

@@ -1,7 +1,7 @@
 /* Tokenizers, text encoders and whole pipelines against Hugging Face's and diffusers'
  * (test/reference/make_tokens.py, make_pipeline.py), bad tokenizers, and the fuzzer's corpus.
  * SHORTCUT_FLUX_DIR: a FLUX.1 folder, for its tokenizers (no weights needed). */
-#define _POSIX_C_SOURCE 200809L
+#define _XOPEN_SOURCE 700 /* POSIX and realpath */
 #define SHORTCUT_IMPLEMENTATION
 #include "../shortcut.h"
 #include "test.h"
@@ -128,7 +128,7 @@ static void test_drawing(sc_pipeline *p, const sc_file *f, const char *folder, c
                      .guidance = settings[1],
                      .h = h,
                      .w = w,
-                     .shift = settings[5] > 0 ? settings[5] : sc_dynamic_shift((int64_t)h * w)};
+                     .shift = sc_pipeline_shift(p, (int64_t)h * w)};
     memcpy(latents, noise->data, (size_t)n * 4);
     CHECK(p->shift == settings[5]);
     CHECK(sc_pipeline_text(p, find(f, "prompts")->data, context, pooled));
@@ -174,11 +174,151 @@ static void test_pipeline(const char *name) {
     sc_file_close(f);
 }
 
+/* ---- Configs that say something else than FLUX.1's ---- */
+
+static char copy[64]; /* a folder of links to a pipeline's parts, less one that is a folder */
+
+static const char *in_copy(const char *name) {
+    static char path[2][200];
+    static int turn;
+    turn = !turn;
+    snprintf(path[turn], sizeof path[turn], "%s/%s", copy, name);
+    return path[turn];
+}
+
+/* `copy` becomes a pipeline whose `part`/`file` has this text, and all that is in the part's folder
+ * but this file. */
+static void copy_with(const char *pipeline, const char *part, const char *file, const char *text) {
+    static const char *const parts[] = {
+        "scheduler",   "text_encoder", "tokenizer", "text_encoder_2",
+        "tokenizer_2", "transformer",  "vae"};
+    char from[512], here[200], name[400];
+    CHECK(realpath(pipeline, from) && mkdir(copy, 0777) == 0);
+    for (int i = 0; i < 7; i++) {
+        snprintf(name, sizeof name, "%.300s/%s", from, parts[i]);
+        if (strcmp(parts[i], part)) CHECK(symlink(name, in_copy(parts[i])) == 0);
+    }
+    snprintf(here, sizeof here, "%s/%s", copy, part);
+    snprintf(from + strlen(from), sizeof from - strlen(from), "/%s", part);
+    CHECK(mkdir(here, 0777) == 0);
+    DIR *list = opendir(from);
+    for (struct dirent *entry; list && (entry = readdir(list));) {
+        if (*entry->d_name == '.' || !strcmp(entry->d_name, file)) continue;
+        char there[900];
+        snprintf(there, sizeof there, "%s/%s", from, entry->d_name);
+        snprintf(name, sizeof name, "%s/%.150s", here, entry->d_name);
+        CHECK(symlink(there, name) == 0);
+    }
+    if (list) closedir(list);
+    snprintf(name, sizeof name, "%s/%s", here, file);
+    CHECK(sc__write_file(name, text, strlen(text)));
+}
+
+/* Links are removed, not what they point to. */
+static void remove_copy(const char *path) {
+    DIR *list = opendir(path);
+    for (struct dirent *entry; list && (entry = readdir(list));) {
+        char name[600];
+        snprintf(name, sizeof name, "%s/%.250s", path, entry->d_name);
+        if (strcmp(entry->d_name, ".") && strcmp(entry->d_name, "..") && remove(name))
+            remove_copy(name);
+    }
+    if (list) closedir(list);
+    remove(path);
+}
+
+/* The first latents of pipeline_b's first prompt with this scheduler, in f64: diffusers 0.35.2's
+ * FluxPipeline, asked as make_pipeline.py does; exp(mu) as its calculate_shift has it. */
+static void test_scheduler(void) {
+    static const char config[] = "{\"use_dynamic_shifting\": true, \"base_shift\": 0.2, "
+                                 "\"max_shift\": 2.5, \"base_image_seq_len\": 4, "
+                                 "\"max_image_seq_len\": 36, \"shift_terminal\": null}";
+    static const float expected[] = {20.30923342f, 9.80226171f,   6.58427430f,
+                                     11.65657646f, -11.24088919f, -12.22389480f};
+    const char *pipeline = "test/reference/pipeline_b";
+    copy_with(pipeline, "scheduler", "scheduler_config.json", config);
+    sc_file *f = open_reference("pipeline_b/reference");
+    sc_pipeline *p = sc_pipeline_open(sc_cpu(), copy, &(sc_pipeline_options){0});
+    if (!p) printf("%s\n", sc_error()), exit(1);
+    const float *settings = find(f, "settings")->data, *context = find(f, "context")->data,
+                *pooled = find(f, "pooled")->data;
+    sc_sampling s = {.steps = (int)settings[0],
+                     .guidance = settings[1],
+                     .h = (int)settings[2],
+                     .w = (int)settings[3],
+                     .shift = sc_pipeline_shift(p, 10)};
+    float latents[80];
+    CHECK(sc_count(find(f, "noise")) == 80);
+    memcpy(latents, find(f, "noise")->data, sizeof latents);
+    CHECK_CLOSE(s.shift, 1.8799590599830809, 1e-6);
+    CHECK(sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, context, pooled, latents));
+    CHECK(rel_error(latents, expected, 6) < 1e-4);
+    sc_recipe r = {.teacher_steps = 2, .shift = {9, 9}, .dynamic_shift_ratio = 1, .mu = p->mu};
+    sc_rng rng = {1};
+    sc_draw d;
+    sc_draw_sample(&r, &rng, 10, false, &d);
+    CHECK(d.shift == s.shift);
+    sc_pipeline_close(p);
+    sc_file_close(f);
+    remove_copy(copy);
+}
+
+/* What would give other times, or is no number, is refused and named. */
+static void test_bad_schedulers(void) {
+    static const char *const bad[][2] = {
+        {"\"shift_terminal\": 0.02", "shift_terminal"},
+        {"\"use_karras_sigmas\": true", "use_karras_sigmas"},
+        {"\"use_exponential_sigmas\": true", "use_exponential_sigmas"},
+        {"\"use_beta_sigmas\": true", "use_beta_sigmas"},
+        {"\"invert_sigmas\": true", "invert_sigmas"},
+        {"\"stochastic_sampling\": true", "stochastic_sampling"},
+        {"\"time_shift_type\": \"linear\"", "time_shift_type"},
+        {"\"_class_name\": \"FlowMatchHeunDiscreteScheduler\"", "Heun"},
+        {"\"base_shift\": \"0.5\"", "base_shift"},
+        {"\"max_image_seq_len\": 256", "max_image_seq_len"},
+        {"\"use_dynamic_shifting\": false, \"shift\": 0", "'shift'"}};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        char text[200];
+        snprintf(text, sizeof text, "{%s}", bad[i][0]);
+        copy_with("test/reference/pipeline_b", "scheduler", "scheduler_config.json", text);
+        sc_pipeline *p = sc_pipeline_open(sc_cpu(), copy, &(sc_pipeline_options){0});
+        if (!CHECKED(!p && strstr(sc_error(), bad[i][1]))) printf("%s: %s\n", text, sc_error());
+        CHECK(strstr(sc_error(), "scheduler_config.json") != NULL);
+        sc_pipeline_close(p);
+        remove_copy(copy);
+    }
+}
+
+/* pipeline_a's encoders, whose CLIP has 16 positions, with a tokenizer that cuts at 9, and T5 asked
+ * for one token. From transformers 4.57.1, the prompts padded and cut to these lengths. */
+static void test_lengths(void) {
+    static const float pooled_9[] = {0.83356899f, -1.56699490f, -0.61655849f, 1.06459606f},
+                       context_1[] = {0.05930667f, -0.31571981f, 0.45006207f, 0.09219716f};
+    static const char prompt[] = "the apple on the red apple on red, ?";
+    copy_with("test/reference/pipeline_a", "tokenizer", "tokenizer_config.json",
+              "{\"model_max_length\": 9}");
+    sc_text_encoders *t = sc_text_encoders_open(sc_cpu(), copy);
+    if (!t) printf("%s\n", sc_error()), exit(1);
+    float context[20], pooled[24];
+    int32_t ids[2];
+    CHECK(sc_text_encode(t, prompt, 1, context, pooled));
+    CHECK(rel_error(pooled, pooled_9, 4) < 1e-5);
+    CHECK(rel_error(context, context_1, 4) < 1e-5);
+    CHECK(sc_tokenize(t->t5.tokenizer, prompt, 1, ids) == 1 && ids[0] == 1);
+    CHECK(sc_tokenize(t->t5.tokenizer, prompt, 0, ids) == -1);
+    CHECK(sc_tokenize(t->clip.tokenizer, prompt, 2, ids) == 2 && ids[0] == 521 && ids[1] == 522);
+    CHECK(sc_tokenize(t->clip.tokenizer, prompt, 1, ids) == -1 && strstr(sc_error(), "2 tokens"));
+    sc_text_encoders_close(t);
+    remove_copy(copy);
+}
+
 int main(void) {
+    snprintf(copy, sizeof copy, "build/test-copy-%ld", (long)getpid());
     test_tokenizers();
     test_encoders("data/tiny-flux", "text_tiny");
     test_mismatch();
     test_pipeline("pipeline_a"), test_pipeline("pipeline_b");
+    test_lengths(), test_scheduler(), test_bad_schedulers();
     replay(TEST_DIR "/corpus/tokenizer", LLVMFuzzerTestOneInput);
     return test_report();
 }
