@@ -18,7 +18,7 @@
 #include "../shortcut.h"
 #include "test.h"
 
-bool sc_cuda_group_products(void); /* of shortcut_cuda.cu: how attention is computed */
+bool sc_cuda_wgmma(void); /* of shortcut_cuda.cu: whether attention uses it */
 
 #define ONE (1.0 / 512)
 #define F32 1e-5
@@ -743,8 +743,8 @@ int main(int argc, char **argv) {
         return test_report();
     }
 #if defined(SHORTCUT_CUDA) || defined(EMULATED)
-    bool group = sc_cuda_group_products();
-    printf("%s; attention by products of %s\n", gpu->name, group ? "warpgroups" : "warps");
+    bool wgmma = sc_cuda_wgmma();
+    printf("%s; attention by %s\n", gpu->name, wgmma ? "wgmma" : "mma");
 #endif
     test_products();
     new_grads = true;
@@ -757,7 +757,7 @@ int main(int argc, char **argv) {
     for (int i = 0; i < 2; i++) {
         char again[256];
         snprintf(again, sizeof again, "%s %s", others[i], argv[0]);
-        CHECK(group && system(again) == 0);
+        CHECK(wgmma && system(again) == 0);
     }
 #endif
     for (int i = 0; i < 2; i++) {
