@@ -141,9 +141,13 @@ __device__ __forceinline__ void mma_m16n8k16(float sum[4], const uint32_t a[4], 
 #define ACC_4(x, i) ACC_1(x[i]), ACC_1(x[i + 1]), ACC_1(x[i + 2]), ACC_1(x[i + 3])
 #define ACC_8(x, i) ACC_4(x, i), ACC_4(x, i + 4)
 
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define HAS_WGMMA true
+#else /* kernels that use it are empty in other GPUs' code, see sc_cuda_wgmma */
+#define HAS_WGMMA false
+#endif
 template <int N, bool A_M, bool B_N>
 __device__ __forceinline__ void wgmma_ss(float (*sum)[4], uint64_t a, uint64_t b) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
     if constexpr (N == 8)
         asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" WGMMA_D_64
                      "}, %32, %33, 1, 1, 1, %34, %35;"
@@ -154,21 +158,16 @@ __device__ __forceinline__ void wgmma_ss(float (*sum)[4], uint64_t a, uint64_t b
                      "}, %64, %65, 1, 1, 1, %66, %67;"
                      : ACC_8(sum, 0), ACC_8(sum, 8)
                      : "l"(a), "l"(b), "n"((int)A_M), "n"((int)B_N));
-#endif
 }
 /* N = 16, B stored [k][n]. */
 __device__ __forceinline__ void wgmma_rs(float (*sum)[4], const uint32_t a[4], uint64_t b) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" WGMMA_D_128
                  "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
                  : ACC_8(sum, 0), ACC_8(sum, 8)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#endif
 }
 template <bool WGMMA> __device__ __forceinline__ void fence_proxy_async() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
     if (WGMMA) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
 }
 /* Keeps the compiler from moving uses of x across this: it does not know that wgmma reads and
  * writes registers until it is waited for (CUTLASS: warpgroup_fence_operand). */
@@ -180,26 +179,20 @@ template <class T, int N> __device__ __forceinline__ void fence_operand(T (&x)[N
 }
 /* x...: accumulators, and A's registers. */
 template <bool WGMMA, class... T> __device__ __forceinline__ void wgmma_fence(T &...x) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
     if constexpr (WGMMA) {
         (fence_operand(x), ...);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
     }
-#endif
 }
 template <bool WGMMA> __device__ __forceinline__ void wgmma_commit_group() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
     if constexpr (WGMMA) asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-#endif
 }
 template <bool WGMMA, int PENDING = 0, class... T>
 __device__ __forceinline__ void wgmma_wait_group(T &...x) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
     if constexpr (WGMMA) {
         asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
         (fence_operand(x), ...);
     }
-#endif
 }
 
 /* A semaphore orders blocks that add to the same memory (CUTLASS's Semaphore): a block waits until
@@ -1806,25 +1799,28 @@ __device__ __forceinline__ void mma_tiles(float (*sum)[S::N][4], A a, B b) {
 
 /* The matrix descriptor of 16 values of k from `k` on for 64 or more rows from `m` on: start
  * address, leading offset (to the next panel), stride offset (to the next 8 rows), 128-byte
- * swizzle. K_FIRST: the tile's columns are k (K-major), else its rows are (MN-major). */
+ * swizzle. K_FIRST: the tile's columns are k (K-major), else its rows are (MN-major). A sum, so
+ * that the descriptors of a tile are one base and constants. */
 template <bool K_FIRST, int ROWS, int W>
 __device__ __forceinline__ uint64_t wgmma_descriptor(Tile<ROWS, W, 64> t, int m, int k) {
     int row = K_FIRST ? m : k, column = K_FIRST ? k : m;
-    uint32_t start = shared_address(t.data + column / 64 * ROWS * 64 + row * 64 + column % 64);
-    return (uint64_t)1 << 62 | (uint64_t)(1024 / 16) << 32 | (uint64_t)(ROWS * 128 / 16) << 16 |
-           (start & 0x3ffff) >> 4;
+    uint32_t offset = (uint32_t)(column / 64 * ROWS * 64 + row * 64 + column % 64) * 2;
+    uint32_t low = (shared_address(t.data) >> 4) + (offset >> 4) + (ROWS * 128 / 16 << 16);
+    return (uint64_t)(1u << 30 | 1024 / 16) << 32 | low;
 }
 
-/* The same by wgmma, a warp having 16 of 64 rows: one commit group for each M, to be waited for. */
+/* The same by wgmma, a warp having 16 of 64 rows: one commit group for each M, to be waited for.
+ * The warpgroup's first warp is broadcast, so that descriptors are in uniform registers. */
 template <class S, int K, bool A_T, bool B_T, class A, class B>
 __device__ __forceinline__ void wgmma_tiles(float (*sum)[S::N][4], A a, B b) {
-    int m0 = S::row() - threadIdx.x / 32 % 4 * 16;
+    int warp = S::WARPS == 4 ? 0 : __shfl_sync(~0u, (int)threadIdx.x / 128, 0) * 4;
+    int m0 = S::row(warp), n0 = S::column(warp);
 #pragma unroll
     for (int m = 0; m < S::M; m++) {
 #pragma unroll
         for (int k = 0; k < K; k += 16)
             wgmma_ss<S::N, A_T, !B_T>(sum[m], wgmma_descriptor<!A_T>(a, m0 + m * 64, k),
-                                      wgmma_descriptor<B_T>(b, S::column(), k));
+                                      wgmma_descriptor<B_T>(b, n0, k));
         wgmma_commit_group<true>();
     }
 }
@@ -1848,12 +1844,12 @@ __device__ __forceinline__ float quad_max(float x) {
 /* The forward pass's tile: 4 warps, each with 16 rows of both halves of the queries. */
 enum { QUERIES = 128, KEYS = 64 };
 struct ForwardTiling {
-    enum { M = 2, STEP = 64, N = KEYS / 8 };
-    static __device__ int row() { return threadIdx.x / 32 * 16; }
-    static __device__ int column() { return 0; }
+    enum { WARPS = 4, M = 2, STEP = 64, N = KEYS / 8 };
+    static __device__ int row(int warp = threadIdx.x / 32) { return warp * 16; }
+    static __device__ int column(int = 0) { return 0; }
 };
 
-/* Scores s of one tile become exp2(factor (s - row_max)); the output and the row's row_sum so far
+/* Scores s of one tile become exp2(factor (s - row_max)); the output and the row's sum so far
  * are rescaled to the new maximum. `left`: how many of the tile's keys exist. Of rows g and g + 8
  * of 16, for one M. */
 template <int D>
@@ -1961,6 +1957,7 @@ __device__ __forceinline__ void store_outputs(const Attention &a, bf16 *to, floa
  * P V. By wgmma there are two stages of both, and the tensor cores work on one half of the queries
  * under the softmax of the other. */
 template <int D, bool WGMMA> __global__ void __launch_bounds__(128) attention_kernel(Attention a) {
+    if (WGMMA && !HAS_WGMMA) return;
     constexpr int PANEL = WGMMA ? 64 : D;
     Tile<QUERIES, D, PANEL> q = {(bf16 *)shared_memory()};
     auto stage = [&](int i) {
@@ -2031,9 +2028,10 @@ template <int D> __global__ void attention_delta_kernel(Attention a, int64_t ite
 /* How 8 warps tile a result [ROWS, COLUMNS]: ACROSS of them next to each other. A warp has M x N
  * fragments of 16 x 8 from (row(), column()) on. */
 template <int ROWS, int COLUMNS, int ACROSS> struct WarpTiling {
-    enum { DOWN = 8 / ACROSS, M = ROWS / DOWN / 16, STEP = 16, N = COLUMNS / ACROSS / 8 };
-    static __device__ int row() { return threadIdx.x / 32 % DOWN * M * 16; }
-    static __device__ int column() { return threadIdx.x / 32 / DOWN * N * 8; }
+    enum { WARPS = 8, STEP = 16 };
+    enum { DOWN = WARPS / ACROSS, M = ROWS / DOWN / 16, N = COLUMNS / ACROSS / 8 };
+    static __device__ int row(int warp = threadIdx.x / 32) { return warp % DOWN * M * 16; }
+    static __device__ int column(int warp = threadIdx.x / 32) { return warp / DOWN * N * 8; }
 };
 /* The backward pass: a tile has BM queries and BN keys. */
 enum { BM = 64 };
@@ -2203,6 +2201,7 @@ __global__ void __launch_bounds__(256, 1) attention_backward_kernel(Attention a)
     using S = typename B::Scores;
     using K = typename B::Keys;
     using Q = typename B::Queries;
+    if (WGMMA && !HAS_WGMMA) return;
     WorkTile work = take_work_tile<D, BN>(a);
     int64_t width = (int64_t)a.heads * D, first = work.tile * BN;
     Tile<BN, D, B::PANEL> k = {(bf16 *)shared_memory()}, v = {k.data + k.SIZE};

@@ -240,6 +240,12 @@ static inline float __shfl_xor_sync(unsigned, float x, int mask) {
     return x;
 }
 
+static inline int __shfl_sync(unsigned, int x, int lane) {
+    uint32_t bits = (uint32_t)x;
+    int turn = emulation_show(&bits, 1);
+    return (int)emulation.exchange[turn][(int)threadIdx.x / 32 * 32 + lane][0];
+}
+
 static inline bool __any_sync(unsigned, bool x) {
     uint32_t all = x;
     int turn = emulation_show(&all, 1), warp = (int)threadIdx.x / 32 * 32;
@@ -353,6 +359,7 @@ static inline void mma_m16n8k16(float sum[4], const uint32_t a[4], uint32_t b0, 
  * rows of 128 bytes follow each other, in which the number of a chunk of 16 bytes is XORed with the
  * row's, as bits of the address say. The contiguous direction goes on in the next panel. */
 
+#define HAS_WGMMA true
 static inline uint32_t shared_address(const void *p) {
     return (uint32_t)((const char *)p - emulation.shared);
 }
