@@ -758,10 +758,8 @@ static void cuda_column_sum(float *sum, const void *x, int64_t rows, int64_t col
     X(Create)                                                                                      \
     X(Matmul)                                                                                      \
     X(MatmulDescCreate)                                                                            \
-    X(MatmulDescDestroy)                                                                           \
     X(MatmulDescSetAttribute)                                                                      \
     X(MatrixLayoutCreate)                                                                          \
-    X(MatrixLayoutDestroy)                                                                         \
     X(MatrixLayoutSetAttribute)                                                                    \
     X(MatmulPreferenceCreate)                                                                      \
     X(MatmulPreferenceSetAttribute) X(MatmulPreferenceDestroy) X(MatmulAlgoGetHeuristic)
@@ -811,7 +809,7 @@ static bool check(cublasStatus_t status, const char *what) {
     return status == CUBLAS_STATUS_SUCCESS || fail(what, cublas_text(status));
 }
 
-enum { WORKSPACE = 64 << 20, PLANS = 8192 };
+enum { WORKSPACE = 64 << 20, PLANS = 1024 };
 
 /* The matrices of a batch lie `stride` elements apart. scale: of e4m3, for each row. */
 struct Operand {
@@ -838,13 +836,14 @@ struct Shape { /* all that the choice of an algorithm depends on; compared byte 
 };
 static_assert(sizeof(Shape) == 9 * 8 + 12 * 4, "no bytes but its members'");
 struct Plan {
-    bool made, impossible;
+    Plan *next;
+    bool impossible;
     Shape shape;
     cublasLtMatmulDesc_t matmul;
     cublasLtMatrixLayout_t a, b, c;
     cublasLtMatmulAlgo_t algo;
 };
-static Plan plans[PLANS];
+static Plan *plans[PLANS]; /* lists, by hash */
 
 static int32_t alignment(const void *p) { /* the largest power of two up to 256 that divides it */
     int32_t a = 256;
@@ -930,9 +929,8 @@ static bool set_pointers(Plan *p, const Epilogue &e, const float *scale_a, const
     return ok;
 }
 
-static bool make_plan(Plan *p, const Shape *s, const Epilogue &e, const float *scale_a,
-                      const float *scale_b) {
-    p->shape = *s;
+static bool make_plan(Plan *p, const Epilogue &e, const float *scale_a, const float *scale_b) {
+    const Shape *s = &p->shape;
     cublasOperation_t ta = s->ta ? CUBLAS_OP_T : CUBLAS_OP_N,
                       tb = s->tb ? CUBLAS_OP_T : CUBLAS_OP_N;
     bool ok = check(lt.MatmulDescCreate(&p->matmul, CUBLAS_COMPUTE_32F, CUDA_R_32F), "matmul");
@@ -952,35 +950,17 @@ static bool make_plan(Plan *p, const Shape *s, const Epilogue &e, const float *s
     if (e.before) ok = ok && set_attribute(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, s->n);
     if (s->in == CUDA_R_8F_E4M3) /* sums with fewer bits, but more than their terms have */
         ok = ok && set_attribute(p, CUBLASLT_MATMUL_DESC_FAST_ACCUM, (int8_t)1);
-    p->made = ok && set_attribute(p, CUBLASLT_MATMUL_DESC_TRANSA, tb) &&
-              set_attribute(p, CUBLASLT_MATMUL_DESC_TRANSB, ta) &&
-              set_attribute(p, CUBLASLT_MATMUL_DESC_EPILOGUE, (cublasLtEpilogue_t)s->epilogue) &&
-              set_pointers(p, e, scale_a, scale_b) &&
-              make_layout(&p->a, s->in, s->tb ? s->k : s->n, s->tb ? s->n : s->k, s->ldb, s,
-                          s->stride_b) &&
-              make_layout(&p->b, s->in, s->ta ? s->m : s->k, s->ta ? s->k : s->m, s->lda, s,
-                          s->stride_a) &&
-              make_layout(&p->c, s->f32_out ? CUDA_R_32F : CUDA_R_16BF, s->n, s->m, s->ldc, s,
-                          s->stride_c) &&
-              find_algorithm(p);
-    return p->made;
-}
-
-/* The place of a shape's plan: it may hold that plan, or still be empty. */
-static Plan *find_plan(const Shape *s) {
-    uint64_t hash = 1469598103934665603u;
-    for (size_t i = 0; i < sizeof *s; i++) hash = (hash ^ ((const uint8_t *)s)[i]) * 1099511628211u;
-    for (int i = 0; i < 8; i++) {
-        Plan *p = &plans[(hash + (uint64_t)i) % PLANS];
-        if ((!p->made && !p->impossible) || !memcmp(&p->shape, s, sizeof *s)) return p;
-    }
-    Plan *p = &plans[hash % PLANS]; /* another's; it is made again when it is next asked for */
-    if (p->a) lt.MatrixLayoutDestroy(p->a);
-    if (p->b) lt.MatrixLayoutDestroy(p->b);
-    if (p->c) lt.MatrixLayoutDestroy(p->c);
-    if (p->matmul) lt.MatmulDescDestroy(p->matmul);
-    *p = Plan();
-    return p;
+    return ok && set_attribute(p, CUBLASLT_MATMUL_DESC_TRANSA, tb) &&
+           set_attribute(p, CUBLASLT_MATMUL_DESC_TRANSB, ta) &&
+           set_attribute(p, CUBLASLT_MATMUL_DESC_EPILOGUE, (cublasLtEpilogue_t)s->epilogue) &&
+           set_pointers(p, e, scale_a, scale_b) &&
+           make_layout(&p->a, s->in, s->tb ? s->k : s->n, s->tb ? s->n : s->k, s->ldb, s,
+                       s->stride_b) &&
+           make_layout(&p->b, s->in, s->ta ? s->m : s->k, s->ta ? s->k : s->m, s->lda, s,
+                       s->stride_a) &&
+           make_layout(&p->c, s->f32_out ? CUDA_R_32F : CUDA_R_16BF, s->n, s->m, s->ldc, s,
+                       s->stride_c) &&
+           find_algorithm(p);
 }
 
 /* The plan of a batched product; NULL: there is none, as may be of e4m3 or with a GELU, or a
@@ -999,8 +979,15 @@ static Plan *plan_for(int64_t m, int64_t n, int64_t k, Operand a, Operand b, cud
     if (!s.epilogue) s.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
     s.align_a = alignment(a.data), s.align_b = alignment(b.data), s.align_c = alignment(c.data);
     s.align_bias = alignment(e.bias), s.align_before = alignment(e.before);
-    Plan *p = find_plan(&s);
-    if (!p->made && !p->impossible) make_plan(p, &s, e, a.scale, b.scale);
+    uint64_t hash = 1469598103934665603u;
+    for (size_t i = 0; i < sizeof s; i++) hash = (hash ^ ((uint8_t *)&s)[i]) * 1099511628211u;
+    Plan **list = &plans[hash % PLANS], *p = *list;
+    while (p && memcmp(&p->shape, &s, sizeof s)) p = p->next;
+    if (!p) {
+        if (!(p = (Plan *)calloc(1, sizeof *p))) return fail("matmul", "out of memory"), nullptr;
+        p->next = *list, p->shape = s, *list = p;
+        make_plan(p, e, a.scale, b.scale);
+    }
     return p->impossible || gpu.failed ? NULL : p;
 }
 
