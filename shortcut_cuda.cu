@@ -565,10 +565,15 @@ __device__ __forceinline__ void set(float *p, float x) { *p = x; }
 __device__ __forceinline__ float low_bf16(uint32_t x) { return __uint_as_float(x << 16); }
 __device__ __forceinline__ float high_bf16(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
 
-/* V values from p on: 8, aligned to 16 bytes (e4m3 to 8), or one. */
+/* V values from p on: 8, aligned to 16 bytes (e4m3 to 8), a pair of bf16, or one. */
 template <int V> __device__ __forceinline__ void load(float x[V], const bf16 *p) {
     if (V == 1) {
         x[0] = value(*p);
+        return;
+    }
+    if (V == 2) {
+        uint32_t pair = *(const uint32_t *)p;
+        x[0] = low_bf16(pair), x[1 % V] = high_bf16(pair);
         return;
     }
     uint4 raw = *(const uint4 *)p;
@@ -578,7 +583,8 @@ template <int V> __device__ __forceinline__ void load(float x[V], const bf16 *p)
         x[2 * i] = low_bf16(words[i]), x[2 * i + 1] = high_bf16(words[i]);
 }
 template <int V> __device__ __forceinline__ void load(float x[V], const float *p) {
-    if constexpr (V == 1) x[0] = *p;
+    if constexpr (V < 4)
+        for (int i = 0; i < V; i++) x[i] = p[i];
     else
 #pragma unroll
         for (int i = 0; i < V; i += 4) {
@@ -598,6 +604,10 @@ template <int V> __device__ __forceinline__ void load(float x[V], const uint8_t 
 template <int V> __device__ __forceinline__ void store(bf16 *p, const float x[V]) {
     if (V == 1) {
         set(p, x[0]);
+        return;
+    }
+    if (V == 2) {
+        *(uint32_t *)p = pack(x[0], x[1 % V]);
         return;
     }
     uint4 raw = {pack(x[0], x[1 % V]), pack(x[2 % V], x[3 % V]), pack(x[4 % V], x[5 % V]),
@@ -638,8 +648,8 @@ static bool wide(int64_t n, const void *a, const void *b = NULL, const void *c =
     LAUNCH(w, kernel, ceil_div(n, (w) ? 2048 : 256), 256, __VA_ARGS__)
 #define FLAT_INDEX(V) (((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * (V))
 
-__device__ __forceinline__ float warp_sum(float x) {
-    for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
+template <int LANES = 32> __device__ __forceinline__ float warp_sum(float x) {
+    for (int i = LANES / 2; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
     return x;
 }
 __device__ __forceinline__ float warp_max(float x) {
@@ -756,6 +766,7 @@ static void cuda_column_sum(float *sum, const void *x, int64_t rows, int64_t col
 
 #define CUBLASLT_CALLS(X)                                                                          \
     X(Create)                                                                                      \
+    X(GetStatusString)                                                                             \
     X(Matmul)                                                                                      \
     X(MatmulDescCreate)                                                                            \
     X(MatmulDescSetAttribute)                                                                      \
@@ -793,20 +804,8 @@ static bool open_cublas() {
 #endif
 }
 
-static const char *cublas_text(cublasStatus_t s) {
-    switch (s) {
-    case CUBLAS_STATUS_NOT_SUPPORTED: return "not supported";
-    case CUBLAS_STATUS_INVALID_VALUE: return "invalid value";
-    case CUBLAS_STATUS_ALLOC_FAILED: return "out of memory";
-    case CUBLAS_STATUS_ARCH_MISMATCH: return "not for this GPU";
-    case CUBLAS_STATUS_EXECUTION_FAILED: return "execution failed";
-    case CUBLAS_STATUS_NOT_INITIALIZED: return "not initialised";
-    default: return "internal error";
-    }
-}
-
 static bool check(cublasStatus_t status, const char *what) {
-    return status == CUBLAS_STATUS_SUCCESS || fail(what, cublas_text(status));
+    return status == CUBLAS_STATUS_SUCCESS || fail(what, lt.GetStatusString(status));
 }
 
 enum { WORKSPACE = 64 << 20, PLANS = 1024 };
@@ -878,7 +877,7 @@ static bool refused(Plan *p, cublasStatus_t status) {
              "%d, %d)",
              (long long)s->m, (long long)s->k, (long long)s->k, (long long)s->n, s->in, s->epilogue,
              s->align_a, s->align_b, s->align_c);
-    return fail(text, cublas_text(status));
+    return fail(text, lt.GetStatusString(status));
 }
 
 static bool find_algorithm(Plan *p) {
@@ -1594,125 +1593,141 @@ static void cuda_gated_residual_backward(const sc_tensor *y, sc_tensor *x, sc_te
 }
 
 /* ==== QK-norm + RoPE =========================================================================
- * A warp to a head of a token: lane l rotates the pairs at channels 2l, 2l + 64, ... */
+ * V 8: 16 lanes to a head of 128 channels. V 2: a warp to any head, whose lane l rotates the pairs
+ * at channels 2l, 2l + 64, ... */
 
-struct Heads { /* item i is head i % heads of token (i / heads) % tokens of sample i / heads /
-                  tokens */
-    int64_t items, tokens, joined, offset; /* tokens of x and of y; where x's lie in y */
-    int heads, size;
-    __device__ int64_t in_x(int64_t i) const { return i * size; }
-    __device__ int64_t in_y(int64_t i) const {
-        int64_t row = i / heads;
-        return ((row / tokens * joined + offset + row % tokens) * heads + i % heads) * size;
+struct Heads { /* item i: head i % heads of token (i / heads) % tokens of sample i / heads / tokens
+                */
+    uint32_t items, tokens, joined, offset; /* tokens of x and of y; where x's lie in y */
+    uint32_t heads;
+    int size;
+    bool first; /* dx is stored, not added to */
+    __device__ int64_t in_x(uint32_t i) const { return (int64_t)i * size; }
+    __device__ int64_t in_y(uint32_t i) const {
+        uint32_t row = i / heads, y_row = row / tokens * joined + offset + row % tokens;
+        return ((int64_t)y_row * heads + i % heads) * size;
     }
-    __device__ int64_t in_rope(int64_t i) const { return (offset + i / heads % tokens) * size; }
+    __device__ int64_t in_rope(uint32_t i) const {
+        return (int64_t)(offset + i / heads % tokens) * size;
+    }
 };
 
-__device__ __forceinline__ float2 load_pair(const bf16 *p) {
-    uint32_t x = *(const uint32_t *)p;
-    return make_float2(low_bf16(x), high_bf16(x));
-}
-__device__ __forceinline__ void add_pair(bf16 *p, float a, float b, bool first) {
-    uint32_t x = first ? 0 : *(const uint32_t *)p;
-    *(uint32_t *)p = pack(low_bf16(x) + a, high_bf16(x) + b);
-}
+template <int V> struct Lanes {
+    enum { COUNT = V == 8 ? 16 : 32, STEP = V * COUNT };
+    static __device__ int first() { return threadIdx.x % COUNT * V; } /* channel */
+    static __device__ uint32_t item() { return (blockIdx.x * blockDim.x + threadIdx.x) / COUNT; }
+};
 
-__device__ __forceinline__ float head_inverse_rms(const bf16 *x, int size) {
-    float sum = 0;
-    for (int d = threadIdx.x % 32 * 2; d < size; d += 64) {
-        float2 v = load_pair(x + d);
-        sum += v.x * v.x + v.y * v.y;
+/* By (cos, sin) of each pair; sign -1: back. */
+template <int V> __device__ __forceinline__ void rotate(float x[V], const float *rope, float sign) {
+    float r[V];
+    load<V>(r, rope);
+    for (int j = 0; j < V; j += 2) {
+        float a = x[j], b = x[j + 1], sine = sign * r[j + 1];
+        x[j] = a * r[j] - b * sine, x[j + 1] = b * r[j] + a * sine;
     }
-    return 1 / sqrtf(warp_sum(sum) / (float)size + 1e-6f);
 }
 
+template <int V> __device__ __forceinline__ float head_inverse_rms(const bf16 *x, int size) {
+    float v[V], sum = 0;
+    for (int d = Lanes<V>::first(); d < size; d += Lanes<V>::STEP) {
+        load<V>(v, x + d);
+        for (int j = 0; j < V; j++) sum += v[j] * v[j];
+    }
+    return 1 / sqrtf(warp_sum<Lanes<V>::COUNT>(sum) / (float)size + 1e-6f);
+}
+
+template <int V>
 __global__ void norm_rope_kernel(bf16 *y, const bf16 *x, const float *weight, const float *rope,
                                  Heads m) {
-    int64_t i = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    if (i >= m.items) return;
+    uint32_t item = Lanes<V>::item(), i = item < m.items ? item : 0; /* sums need all lanes */
+    int size = V == 8 ? 128 : m.size;
     x += m.in_x(i), y += m.in_y(i), rope += m.in_rope(i);
-    float inverse = head_inverse_rms(x, m.size);
-    for (int d = threadIdx.x % 32 * 2; d < m.size; d += 64) {
-        float2 v = load_pair(x + d);
-        float n0 = v.x * inverse * weight[d], n1 = v.y * inverse * weight[d + 1];
-        *(uint32_t *)(y + d) =
-            pack(n0 * rope[d] - n1 * rope[d + 1], n1 * rope[d] + n0 * rope[d + 1]);
+    float inverse = head_inverse_rms<V>(x, size), v[V], w[V];
+    for (int d = Lanes<V>::first(); item == i && d < size; d += Lanes<V>::STEP) {
+        load<V>(v, x + d);
+        load<V>(w, weight + d);
+        for (int j = 0; j < V; j++) v[j] *= inverse * w[j];
+        rotate<V>(v, rope + d, 1);
+        store<V>(y + d, v);
     }
 }
 
-/* The gradient before the rotation, for the pair at channel d. */
-__device__ __forceinline__ float2 unrotate(const bf16 *dy, const float *rope, int d) {
-    float2 g = load_pair(dy + d);
-    return make_float2(g.x * rope[d] + g.y * rope[d + 1], g.y * rope[d] - g.x * rope[d + 1]);
-}
-
-__global__ void norm_rope_backward_kernel(bf16 *dx, const bf16 *dy, const bf16 *x,
-                                          const float *weight, const float *rope, Heads m,
-                                          bool first) {
-    int64_t i = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    if (i >= m.items) return;
-    x += m.in_x(i), dx += m.in_x(i), dy += m.in_y(i), rope += m.in_rope(i);
-    float inverse = head_inverse_rms(x, m.size), dot = 0;
-    for (int d = threadIdx.x % 32 * 2; d < m.size; d += 64) {
-        float2 v = load_pair(x + d), g = unrotate(dy, rope, d);
-        dot += (weight[d] * g.x * v.x + weight[d + 1] * g.y * v.y) * inverse;
-    }
-    dot = warp_sum(dot) / (float)m.size;
-    for (int d = threadIdx.x % 32 * 2; d < m.size; d += 64) {
-        float2 v = load_pair(x + d), g = unrotate(dy, rope, d);
-        add_pair(dx + d, (weight[d] * g.x - v.x * inverse * dot) * inverse,
-                 (weight[d + 1] * g.y - v.y * inverse * dot) * inverse, first);
-    }
-}
-
-/* Each warp's sum over its items of dweight, partial [warps, size]. */
-__global__ void norm_rope_weight_kernel(float *partial, const bf16 *dy, const bf16 *x,
-                                        const float *rope, Heads m) {
-    int64_t warps = (int64_t)gridDim.x * (blockDim.x / 32),
-            first = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    float2 sum[4] = {{0, 0}, {0, 0}, {0, 0}, {0, 0}}; /* heads of up to 256 */
-    for (int64_t i = first; i < m.items; i += warps) {
-        const bf16 *px = x + m.in_x(i);
-        float inverse = head_inverse_rms(px, m.size);
-        for (int j = 0, d = threadIdx.x % 32 * 2; j < 4 && d < m.size; j++, d += 64) {
-            float2 v = load_pair(px + d), g = unrotate(dy + m.in_y(i), rope + m.in_rope(i), d);
-            sum[j].x += g.x * v.x * inverse;
-            sum[j].y += g.y * v.y * inverse;
+/* dx (or NULL), and each head's 1 / rms. */
+template <int V>
+__global__ void norm_rope_backward_kernel(bf16 *dx, float *rms, const bf16 *dy, const bf16 *x,
+                                          const float *weight, const float *rope, Heads m) {
+    uint32_t item = Lanes<V>::item(), i = item < m.items ? item : 0;
+    int size = V == 8 ? 128 : m.size;
+    x += m.in_x(i), dy += m.in_y(i), rope += m.in_rope(i);
+    float inverse = head_inverse_rms<V>(x, size), dot = 0, v[V], g[V], w[V];
+    if (item == i && Lanes<V>::first() == 0) rms[i] = inverse;
+    for (int pass = 0; dx && pass < 2; pass++) { /* the gradient's part along x; dx */
+        for (int d = Lanes<V>::first(); d < size; d += Lanes<V>::STEP) {
+            load<V>(v, x + d);
+            load<V>(g, dy + d);
+            load<V>(w, weight + d);
+            rotate<V>(g, rope + d, -1);
+            for (int j = 0; j < V; j++) {
+                if (!pass) dot += w[j] * g[j] * v[j] * inverse;
+                g[j] = (w[j] * g[j] - v[j] * inverse * dot) * inverse;
+            }
+            if (pass && item == i) add<V>(dx + m.in_x(i) + d, g, m.first);
         }
-    }
-    for (int j = 0, d = threadIdx.x % 32 * 2; j < 4 && d < m.size; j++, d += 64) {
-        partial[first * m.size + d] = sum[j].x;
-        partial[first * m.size + d + 1] = sum[j].y;
+        dot = warp_sum<Lanes<V>::COUNT>(dot) / (float)size;
     }
 }
+
+struct NormRopeColumns { /* dweight */
+    const bf16 *x, *dy;
+    const float *inverse, *rope;
+    Heads m;
+    bool wide() const { return ::wide(m.size, x, dy, rope); }
+    template <int V> __device__ void columns(float (*sum)[V], int64_t i, int c) const {
+        constexpr int PAIRS = V == 1 ? 2 : V;
+        float v[V], g[PAIRS];
+        load<V>(v, x + m.in_x((uint32_t)i) + c);
+        load<PAIRS>(g, dy + m.in_y((uint32_t)i) + c / PAIRS * PAIRS);
+        rotate<PAIRS>(g, rope + m.in_rope((uint32_t)i) + c / PAIRS * PAIRS, -1);
+        for (int j = 0; j < V; j++) sum[0][j] = g[V == 1 ? c % 2 : j] * v[j] * inverse[i];
+    }
+};
 
 static Heads head_map(const sc_tensor *y, int64_t offset, const sc_tensor *x, int64_t size) {
-    int64_t heads = x->shape[2] / size;
-    return Heads{row_count(x) * heads, x->shape[1], y->shape[1], offset, (int)heads, (int)size};
+    int heads = (int)(x->shape[2] / size);
+    return Heads{(uint32_t)(row_count(x) * heads),
+                 (uint32_t)x->shape[1],
+                 (uint32_t)y->shape[1],
+                 (uint32_t)offset,
+                 (uint32_t)heads,
+                 (int)size,
+                 false};
 }
+#define LAUNCH_HEADS(w, kernel, m, ...)                                                            \
+    launch(#kernel, (w) ? kernel<8> : kernel<2>, dim3((unsigned)ceil_div(m.items, (w) ? 16 : 8)),  \
+           256, 0, __VA_ARGS__, m)
 
 static void cuda_norm_rope(sc_tensor *y, int64_t offset, const sc_tensor *x,
                            const sc_tensor *weight, const sc_tensor *rope) {
     Heads m = head_map(y, offset, x, weight->shape[0]);
-    launch("norm_rope", norm_rope_kernel, dim3((unsigned)ceil_div(m.items, 8)), 256, 0,
-           (bf16 *)y->data, bf16_data(x), f32_data(weight), f32_data(rope), m);
+    bool w = m.size == 128 && wide(0, y->data, x->data, weight->data, rope->data);
+    LAUNCH_HEADS(w, norm_rope_kernel, m, (bf16 *)y->data, bf16_data(x), f32_data(weight),
+                 f32_data(rope));
 }
 
 static void cuda_norm_rope_backward(const sc_tensor *y, int64_t offset, sc_tensor *x,
                                     sc_tensor *weight, const sc_tensor *rope) {
     Heads m = head_map(y, offset, x, weight->shape[0]);
-    if (x->grad)
-        launch("norm_rope_backward", norm_rope_backward_kernel,
-               dim3((unsigned)ceil_div(m.items, 8)), 256, 0, bf16_grad(x), bf16_grad(y),
-               bf16_data(x), f32_data(weight), f32_data(rope), m, first_part(x));
+    Scratch<float> rms(m.items);
+    bool w =
+        m.size == 128 && wide(0, y->grad, x->data, weight->data, rope->data) && wide(0, x->grad);
+    m.first = first_part(x);
+    LAUNCH_HEADS(w, norm_rope_backward_kernel, m, bf16_grad(x), rms.p, bf16_grad(y), bf16_data(x),
+                 f32_data(weight), f32_data(rope));
     if (!weight->grad) return;
-    int64_t count = ceil_div(m.items, 64) < 64 ? ceil_div(m.items, 64) : 64; /* of 8 warps each */
-    Scratch<float> partial(count * 8 * m.size);
-    launch("norm_rope_weight", norm_rope_weight_kernel, dim3((unsigned)count), 256, 0, partial.p,
-           bf16_grad(y), bf16_data(x), f32_data(rope), m);
-    launch("column_totals", column_totals<float>, dim3((unsigned)ceil_div(m.size, 128), 1), 128, 0,
-           (float *)weight->grad, (int64_t)0, (const float *)partial.p, (int)(count * 8), 1, 0,
-           m.size);
+    float *to[1] = {(float *)weight->grad};
+    NormRopeColumns f = {bf16_data(x), bf16_grad(y), rms.p, f32_data(rope), m};
+    column_sums<1, float>(f, 1, m.items, m.size, to, 0);
 }
 
 /* ==== Attention ==============================================================================
@@ -2158,7 +2173,10 @@ __device__ __forceinline__ void store_dq(const Attention &a, float (*dq)[Q::N][4
         for (int n = 0; n < Q::N; n++) {
             float x = dq[i / 2][n][i % 2 * 2], y = dq[i / 2][n][i % 2 * 2 + 1];
             if (accum) *(float2 *)(accum + at + n * 8) = make_float2(x, y);
-            else add_pair(to + at + n * 8, x * a.scale, y * a.scale, a.first_dq);
+            else {
+                float pair[2] = {x * a.scale, y * a.scale};
+                add<2>(to + at + n * 8, pair, a.first_dq);
+            }
         }
     }
 }
@@ -2174,9 +2192,10 @@ __device__ __forceinline__ void add_dkv(bf16 *to, float (*sum)[K::N][4], float s
         if (row >= left) continue;
         bf16 *p = to + row * width + K::column() + lane % 4 * 2;
 #pragma unroll
-        for (int n = 0; n < K::N; n++)
-            add_pair(p + n * 8, sum[m][n][2 * half] * scale, sum[m][n][2 * half + 1] * scale,
-                     first);
+        for (int n = 0; n < K::N; n++) {
+            float pair[2] = {sum[m][n][2 * half] * scale, sum[m][n][2 * half + 1] * scale};
+            add<2>(p + n * 8, pair, first);
+        }
     }
 }
 
