@@ -6,13 +6,11 @@
  *
  * - Work is queued on one stream, in order. Within a training step the host waits in `download` and
  * `collect` only, so that no step waits for another (`upload` waits where it is steps ahead).
- * Memory that an operation gives back may be handed out again at once: what uses it next is queued
- * behind.
+ * Memory given back may be handed out again at once: its next use is queued behind.
  * - The first failure is kept, later calls do nothing, and those two report it.
  * - Every sum has a fixed order (no atomic additions): the same inputs give the same bits.
  * - A matrix is row-major, B batch, T tokens, C channels, H heads, D channels of a head.
- *
- * Compiled as C++ against test/emulation/ the same file runs on the CPU (test/test_cuda.c).
+ * - Compiled as C++ against test/emulation/ the same file runs on the CPU (test/test_cuda.c).
  */
 #include "shortcut.h"
 
@@ -137,9 +135,9 @@ __device__ __forceinline__ void mma_m16n8k16(float sum[4], const uint32_t a[4], 
 #define WGMMA_D_128                                                                                \
     WGMMA_D_64 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,"         \
                "%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define ACC_1(x) "+f"((x)[0]), "+f"((x)[1]), "+f"((x)[2]), "+f"((x)[3])
-#define ACC_4(x, i) ACC_1(x[i]), ACC_1(x[i + 1]), ACC_1(x[i + 2]), ACC_1(x[i + 3])
-#define ACC_8(x, i) ACC_4(x, i), ACC_4(x, i + 4)
+#define ACC1(x) "+f"((x)[0]), "+f"((x)[1]), "+f"((x)[2]), "+f"((x)[3])
+#define ACC4(x, i) ACC1(x[i]), ACC1(x[i + 1]), ACC1(x[i + 2]), ACC1(x[i + 3])
+#define ACC8(x, i) ACC4(x, i), ACC4(x, i + 4)
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define HAS_WGMMA true
@@ -151,19 +149,19 @@ __device__ __forceinline__ void wgmma_ss(float (*sum)[4], uint64_t a, uint64_t b
     if constexpr (N == 8)
         asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" WGMMA_D_64
                      "}, %32, %33, 1, 1, 1, %34, %35;"
-                     : ACC_8(sum, 0)
+                     : ACC8(sum, 0)
                      : "l"(a), "l"(b), "n"((int)A_M), "n"((int)B_N));
     else
         asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" WGMMA_D_128
                      "}, %64, %65, 1, 1, 1, %66, %67;"
-                     : ACC_8(sum, 0), ACC_8(sum, 8)
+                     : ACC8(sum, 0), ACC8(sum, 8)
                      : "l"(a), "l"(b), "n"((int)A_M), "n"((int)B_N));
 }
 /* N = 16, B stored [k][n]. */
 __device__ __forceinline__ void wgmma_rs(float (*sum)[4], const uint32_t a[4], uint64_t b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" WGMMA_D_128
                  "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-                 : ACC_8(sum, 0), ACC_8(sum, 8)
+                 : ACC8(sum, 0), ACC8(sum, 8)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 template <bool WGMMA> __device__ __forceinline__ void fence_proxy_async() {
@@ -271,8 +269,7 @@ static void *no_memory(size_t bytes) {
     return NULL;
 }
 
-/* The smallest unused block of `size` bytes to a quarter more. From the end: what operations use
- * for a moment is there. */
+/* The smallest unused block of `size` bytes to a quarter more; operations' are at the end. */
 static Block *unused_block(size_t size) {
     Block *best = NULL;
     for (int i = blocks.count - 1; i >= 0 && (!best || best->size > size); i--) {
@@ -284,6 +281,15 @@ static Block *unused_block(size_t size) {
     return best;
 }
 
+/* Makes the list longer if it is full. */
+template <class T> static bool make_place(T **list, int count, int *capacity) {
+    if (count < *capacity) return true;
+    T *longer = (T *)realloc(*list, (size_t)(2 * count + 1024) * sizeof *longer);
+    if (!longer) return sc_set_error("out of memory: list of GPU memory");
+    *list = longer, *capacity = 2 * count + 1024;
+    return true;
+}
+
 static void *cuda_alloc(size_t bytes) {
     size_t size = block_size(bytes ? bytes : 1);
     Block *unused = unused_block(size);
@@ -291,13 +297,7 @@ static void *cuda_alloc(size_t bytes) {
         unused->used = true, unused->scratch = false;
         return unused->p;
     }
-    if (blocks.count == blocks.capacity) {
-        int capacity = blocks.capacity ? 2 * blocks.capacity : 1024;
-        Block *list = (Block *)realloc(blocks.list, (size_t)capacity * sizeof *list);
-        if (!list) return sc_set_error("out of memory: list of GPU blocks"), nullptr;
-        blocks.list = list;
-        blocks.capacity = capacity;
-    }
+    if (!make_place(&blocks.list, blocks.count, &blocks.capacity)) return NULL;
     void *p = NULL;
     cudaError_t status = cudaMalloc(&p, size);
     if (status == cudaErrorMemoryAllocation) {
@@ -312,8 +312,6 @@ static void *cuda_alloc(size_t bytes) {
     return p;
 }
 
-static bool release_streamed(void *p);
-
 /* scratch: it will be wanted again, by the next operation. False: this is no block. */
 static bool give_back(void *p, bool scratch) {
     for (int i = blocks.count - 1; i >= 0; i--) {
@@ -322,10 +320,6 @@ static bool give_back(void *p, bool scratch) {
         return true;
     }
     return false;
-}
-
-static void cuda_release(void *p) {
-    if (!give_back(p, false)) release_streamed(p);
 }
 
 static size_t cuda_memory_left() {
@@ -443,15 +437,8 @@ static void *cuda_alloc_streamed(size_t bytes) {
         return NULL;
     int place = 0;
     while (place < streamed.count && streamed.list[place].host) place++;
-    if (place == streamed.capacity) {
-        int capacity = streamed.capacity ? 2 * streamed.capacity : 1024;
-        Streamed *list = (Streamed *)realloc(streamed.list, (size_t)capacity * sizeof *list);
-        if (!list) return sc_set_error("out of memory: list of streamed matrices"), nullptr;
-        streamed.list = list;
-        streamed.capacity = capacity;
-    }
-    Streamed s;
-    memset(&s, 0, sizeof s);
+    if (!make_place(&streamed.list, place, &streamed.capacity)) return NULL;
+    Streamed s = {};
     s.size = bytes;
     if (cudaMallocHost((void **)&s.host, bytes) != cudaSuccess) {
         cudaGetLastError();
@@ -488,6 +475,10 @@ static bool release_streamed(void *p) {
         return true;
     }
     return false;
+}
+
+static void cuda_release(void *p) {
+    if (!give_back(p, false)) release_streamed(p);
 }
 
 /* Makes room and starts the copy of matrix i; what was used since `keep` stays. False: no room. */
@@ -571,12 +562,7 @@ template <int V> __device__ __forceinline__ void load(float x[V], const bf16 *p)
         x[0] = value(*p);
         return;
     }
-    if (V == 2) {
-        uint32_t pair = *(const uint32_t *)p;
-        x[0] = low_bf16(pair), x[1 % V] = high_bf16(pair);
-        return;
-    }
-    uint4 raw = *(const uint4 *)p;
+    uint4 raw = V == 2 ? uint4{*(const uint32_t *)p, 0, 0, 0} : *(const uint4 *)p;
     uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
     for (int i = 0; i < V / 2; i++)
@@ -761,8 +747,7 @@ static void cuda_column_sum(float *sum, const void *x, int64_t rows, int64_t col
  * (others are converted first) or, if all three are f32, f32. How to compute a shape is asked once.
  *
  * Epilogues: the bias; LoRA's part, which is in C before (beta 1); a GELU. cuBLASLt has none for
- * FLUX's residuals: x + gate h has a gate for each channel of each sample, so gated_residual_kernel
- * does that in a pass of its own. */
+ * FLUX's residuals, whose gates differ by sample and channel: they are a pass of their own. */
 
 #define CUBLASLT_CALLS(X)                                                                          \
     X(Create)                                                                                      \
@@ -819,8 +804,7 @@ struct Operand {
     const float *scale;
 };
 
-/* bias [n] of C's type, or NULL; GELU; where the GELU's input is kept (cuBLASLt's aux),
- * [m,n] of C's type, or NULL. */
+/* Each of C's type, or NULL: bias [n]; where the GELU's input is kept [m,n] (cuBLASLt's aux). */
 struct Epilogue {
     const void *bias;
     bool gelu;
@@ -962,13 +946,10 @@ static bool make_plan(Plan *p, const Epilogue &e, const float *scale_a, const fl
            find_algorithm(p);
 }
 
-/* The plan of a batched product; NULL: there is none, as may be of e4m3 or with a GELU, or a
- * failure.
- */
+/* The plan of a batched product; NULL: none (of e4m3, or with a GELU), or a failure. */
 static Plan *plan_for(int64_t m, int64_t n, int64_t k, Operand a, Operand b, cudaDataType_t in,
                       Operand c, bool f32_out, Epilogue e, int64_t batch) {
-    Shape s;
-    memset(&s, 0, sizeof s);
+    Shape s = {};
     s.m = m, s.n = n, s.k = k, s.lda = a.ld, s.ldb = b.ld, s.ldc = c.ld, s.batch = (int32_t)batch;
     s.stride_a = a.stride, s.stride_b = b.stride, s.stride_c = c.stride;
     s.ta = a.transposed, s.tb = b.transposed, s.in = in, s.f32_out = f32_out;
@@ -1042,14 +1023,23 @@ static Operand as_bf16(sc_matrix a, int64_t rows, int64_t columns, bf16 *buffer)
     return Operand{buffer, columns, a.transposed, 0, NULL};
 }
 
-/* Round to nearest even, as sc__f32_to_f8 of shortcut.h. */
-__device__ __forceinline__ uint8_t to_e4m3(float x) {
-    uint32_t bits = __float_as_uint(x), sign = bits >> 24 & 0x80, magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) return (uint8_t)(sign | 0x7f);
-    if (magnitude >= 0x43e00000u) return (uint8_t)(sign | 0x7e);
-    if (magnitude < 0x3c800000u)
-        return (uint8_t)(sign | (uint32_t)rintf(__uint_as_float(magnitude) * 512.f));
-    return (uint8_t)(sign | (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1)) >> 20);
+/* Two values to nearest even, as sc__f32_to_f8 of shortcut.h. */
+__device__ __forceinline__ uint32_t pack_e4m3(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+    uint16_t pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    uint32_t pair = 0;
+    for (float x : {high, low}) {
+        uint32_t bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
+        uint32_t byte = (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1)) >> 20;
+        if (magnitude < 0x3c800000u) byte = (uint32_t)rintf(__uint_as_float(magnitude) * 512.f);
+        if (magnitude >= 0x43e00000u) byte = magnitude > 0x7f800000u ? 0x7f : 0x7e;
+        pair = pair << 8 | (bits >> 24 & 0x80) | byte;
+    }
+    return pair;
+#endif
 }
 
 /* The values from[c] factor[c] (factor NULL: 1) of a row, which a block of 128 threads shares. */
@@ -1073,12 +1063,16 @@ __global__ void quantize_kernel(uint8_t *to, float *scale, const bf16 *from, con
         for (int j = 0; j < V; j++) largest = fmaxf(largest, fabsf(v[j]));
     }
     largest = block_reduce<true>(largest);
-    float s = largest > 0 ? largest / 448.f : 1.f;
+    float s = largest > 1e-35f ? largest / 448.f : 1.f, inverse = 1 / s;
+    auto divide = [&](float x) { /* x / s, rounded as on the CPU */
+                                 return fmaf(fmaf(-x * inverse, s, x), inverse, x * inverse);
+    };
     if (threadIdx.x == 0) scale[blockIdx.x] = s;
     for (int64_t c = threadIdx.x * V; c < columns; c += blockDim.x * V) {
         scaled<V>(v, from, factor, c);
         uint32_t bytes[2] = {0, 0};
-        for (int j = 0; j < V; j++) bytes[j / 4] |= (uint32_t)to_e4m3(v[j] / s) << 8 * (j % 4);
+        for (int j = 0; j < V; j += 2)
+            bytes[j / 4] |= pack_e4m3(divide(v[j]), divide(v[(j + 1) % V])) << 8 * (j % 4);
         if (V == 8) *(uint2 *)(to + c) = make_uint2(bytes[0], bytes[1]);
         else to[c] = (uint8_t)bytes[0];
     }
@@ -1117,8 +1111,8 @@ __global__ void transpose_bytes_kernel(uint8_t *to, float *ones, const uint8_t *
 }
 
 /* Whether y = x w^T, or x w in the backward pass, may go to fp8 tensor cores, x then becoming e4m3
- * with a scale for each row, too. cuBLASLt wants rows aligned to 16 bytes. Of a few rows, such as
- * the modulation's, little is to be gained, and these are worth more bits. */
+ * with a scale for each row, too. cuBLASLt wants rows aligned to 16 bytes. Few rows, such as the
+ * modulation's, would gain little, and are worth more bits: few_rows_kernel, or bf16. */
 static bool fits_fp8(int64_t m, int64_t n, int64_t k, sc_matrix x, sc_matrix w, Operand y,
                      bool f32_out) {
     return gpu.capability >= 89 && x.dtype == SC_BF16 && w.dtype == SC_F8_E4M3 && w.scale &&
@@ -1126,23 +1120,53 @@ static bool fits_fp8(int64_t m, int64_t n, int64_t k, sc_matrix x, sc_matrix w, 
            (uintptr_t)w.data % 16 == 0 && y.ld % 8 == 0 && (uintptr_t)y.data % 16 == 0 && !f32_out;
 }
 
-/* y = f(alpha rows[r] columns[c] sum + beta y + bias); `sum` and e.before have rows of n. */
+/* to = f(v + beta to + bias), of row r, columns c ...; e.before has rows of n. */
+template <int V>
+__device__ __forceinline__ void finish(bf16 *to, float v[V], float beta, const Epilogue &e,
+                                       int64_t r, int64_t c, int64_t n) {
+    float old[V] = {0}, bias[V] = {0}, slope;
+    if (beta != 0) load<V>(old, to);
+    if (e.bias) load<V>(bias, (const bf16 *)e.bias + c);
+    for (int j = 0; j < V; j++) v[j] += beta * old[j] + bias[j];
+    if (e.before) store<V>((bf16 *)e.before + r * n + c, v);
+    for (int j = 0; e.gelu && j < V; j++) v[j] *= gate(SC_GELU_TANH, v[j], &slope);
+    store<V>(to, v);
+}
+
+/* y = f(alpha rows[r] columns[c] sum + beta y + bias); `sum` has rows of n. */
 template <int V>
 __global__ void scale_kernel(bf16 *y, int64_t ld, const bf16 *sum, const float *rows,
                              const float *columns, float alpha, float beta, Epilogue e, int64_t n,
                              int64_t total) {
-    int64_t i = FLAT_INDEX(V), c = i % n;
+    int64_t i = FLAT_INDEX(V), r = i / n, c = i % n;
     if (i >= total) return;
-    float v[V], s[V], old[V] = {0}, bias[V] = {0}, slope;
-    bf16 *to = y + i / n * ld + c;
+    float v[V], s[V];
     load<V>(v, sum + i);
     load<V>(s, columns + c);
-    if (beta != 0) load<V>(old, to);
-    if (e.bias) load<V>(bias, (const bf16 *)e.bias + c);
-    for (int j = 0; j < V; j++) v[j] = alpha * rows[i / n] * s[j] * v[j] + beta * old[j] + bias[j];
-    if (e.before) store<V>((bf16 *)e.before + i, v);
-    for (int j = 0; e.gelu && j < V; j++) v[j] *= gate(SC_GELU_TANH, v[j], &slope);
-    store<V>(to, v);
+    for (int j = 0; j < V; j++) v[j] *= alpha * rows[r] * s[j];
+    finish<V>(y + r * ld + c, v, beta, e, r, c, n);
+}
+
+/* The same of alpha x w^T for 8 rows of x and e4m3 w [n,k]: a warp to a row of w. */
+__global__ void few_rows_kernel(bf16 *y, int64_t ld, const bf16 *x, int64_t x_ld, sc_matrix w,
+                                float alpha, float beta, Epilogue e, int m, int n, int k) {
+    int lane = threadIdx.x % 32, c = blockIdx.x * 8 + threadIdx.x / 32;
+    if (c >= n) return;
+    float sum[8] = {}, a[8], b[8];
+    y += blockIdx.y * 8 * ld, x += blockIdx.y * 8 * x_ld, m -= blockIdx.y * 8;
+    for (int j = lane * 8; j < k; j += 256) {
+        load<8>(b, (const uint8_t *)w.data + c * w.ld + j);
+#pragma unroll
+        for (int r = 0; r < 8; r++) {
+            if (r >= m) break;
+            load<8>(a, x + r * x_ld + j);
+            for (int i = 0; i < 8; i++) sum[r] += a[i] * b[i];
+        }
+    }
+    for (int r = 0; r < 8; r++) {
+        float v = alpha * warp_sum(sum[r]) * (w.scale ? w.scale[c] : 1);
+        if (lane == r && r < m) finish<1>(y + r * ld + c, &v, beta, e, blockIdx.y * 8 + r, c, n);
+    }
 }
 
 /* The left matrix of the last e4m3 product: the next layer may have the same. */
@@ -1218,6 +1242,13 @@ static bool multiply(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, 
     Scratch<bf16> bf16_bias(bias && !f32 ? n : 0);
     if (bf16_bias.p) convert(bf16_bias.p, f32_data(bias), NULL, 1, n, n);
     Epilogue e = {f32 ? (const void *)f32_data(bias) : bf16_bias.p, gelu, before};
+    if (m < 16 && !f32 && a.dtype == SC_BF16 && b.dtype == SC_F8_E4M3 && !a.transposed &&
+        b.transposed && wide(k | a.ld | b.ld, a.data, b.data)) {
+        launch("few_rows", few_rows_kernel,
+               dim3((unsigned)ceil_div(n, 8), (unsigned)ceil_div(m, 8)), 256, 0, (bf16 *)c.data,
+               c.ld, (const bf16 *)a.data, a.ld, b, alpha, beta, e, m, n, k);
+        return true;
+    }
     if (fits_fp8(m, n, k, a, b, to, f32) && fp8_matmul(m, n, k, alpha, a, b, beta, to, e))
         return true;
     Scratch<bf16> wa(a.dtype == SC_BF16 ? 0 : m * k), wb(b.dtype == SC_BF16 ? 0 : k * n);
@@ -1232,35 +1263,19 @@ static void cuda_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a,
     multiply(m, n, k, alpha, a, b, beta, c, bias, false, NULL);
 }
 
-static void cuda_copy_block(void *dst, int64_t dst_ld, const void *src, int64_t src_ld,
-                            int64_t rows, int64_t columns, sc_dtype dtype, bool accumulate);
-static void activate_rows(sc_activation kind, bf16 *y, int64_t y_ld, const bf16 *x, int64_t x_ld,
-                          int64_t rows, int64_t n);
-
-/* cuBLASLt's GELU is the tanh form, and part of the product on chips of compute capability 9.0 (on
- * others it is slower than a pass of its own). What it keeps for the backward pass has rows of 16
- * bytes; other sizes and chips, and what it refuses, take one pass more. */
-static void cuda_gemm_gelu(int64_t m, int64_t n, int64_t k, sc_matrix a, sc_matrix b, float beta,
-                           sc_matrix c, const sc_tensor *bias, sc_tensor *before) {
-    b.data = on_device(b.data);
-    bf16 *y = (bf16 *)c.data;
-    if (gpu.capability == 90 && n % 8 == 0 &&
-        multiply(m, n, k, 1, a, b, beta, c, bias, true, before ? before->data : NULL))
-        return;
-    multiply(m, n, k, 1, a, b, beta, c, bias, false, NULL);
-    if (before) cuda_copy_block(before->data, n, y, c.ld, m, n, SC_BF16, false);
-    activate_rows(SC_GELU_TANH, y, c.ld, y, c.ld, m, n);
-}
-
 /* ==== Copies and elementwise operations ====================================================== */
 
-/* Rows of `columns` pieces of type T. */
-template <class T>
-__global__ void copy_kernel(T *dst, int64_t dst_ld, const T *src, int64_t src_ld, int64_t rows,
-                            int64_t columns) {
+/* Rows of `columns` chunks of `size` bytes (1, 2, 4, 16). */
+__global__ void copy_kernel(char *dst, int64_t dst_ld, const char *src, int64_t src_ld,
+                            int64_t total, int64_t columns, int size) {
     int64_t i = FLAT_INDEX(1);
-    if (i < rows * columns)
-        dst[i / columns * dst_ld + i % columns] = src[i / columns * src_ld + i % columns];
+    if (i >= total) return;
+    dst += (i / columns * dst_ld + i % columns) * size;
+    src += (i / columns * src_ld + i % columns) * size;
+    if (size == 16) *(uint4 *)dst = *(const uint4 *)src;
+    else if (size == 4) *(uint32_t *)dst = *(const uint32_t *)src;
+    else if (size == 2) *(uint16_t *)dst = *(const uint16_t *)src;
+    else *dst = *src;
 }
 
 template <int V>
@@ -1273,37 +1288,27 @@ __global__ void add_block_kernel(bf16 *dst, int64_t dst_ld, const bf16 *src, int
     add<V>(dst + i / columns * dst_ld + i % columns, x, false);
 }
 
-template <class T>
-static void copy_pieces(void *dst, int64_t dst_ld, const void *src, int64_t src_ld, int64_t rows,
-                        int64_t columns, int64_t size) {
-    int64_t k =
-        (int64_t)sizeof(T); /* lengths in elements of `size` bytes become lengths in pieces */
-    launch("copy", copy_kernel<T>, dim3((unsigned)ceil_div(rows * columns * size / k, 256)), 256, 0,
-           (T *)dst, dst_ld * size / k, (const T *)src, src_ld * size / k, rows,
-           columns * size / k);
-}
-
 static void cuda_copy_block(void *dst, int64_t dst_ld, const void *src, int64_t src_ld,
                             int64_t rows, int64_t columns, sc_dtype dtype, bool accumulate) {
     int64_t size = sc_dtype_size(dtype);
     uintptr_t all = (uintptr_t)dst | (uintptr_t)src | (uintptr_t)(dst_ld * size) |
                     (uintptr_t)(src_ld * size) | (uintptr_t)(columns * size);
-    if (accumulate) {
-        if (dtype != SC_BF16) {
-            fail("copy_block", "only bf16 accumulates");
-            return;
-        }
+    if (accumulate && dtype != SC_BF16) fail("copy_block", "only bf16 accumulates");
+    else if (accumulate)
         LAUNCH_FLAT(all % 16 == 0, add_block_kernel, rows * columns, (bf16 *)dst, dst_ld,
                     (const bf16 *)src, src_ld, rows, columns);
-    } else if (all % 16 == 0) copy_pieces<uint4>(dst, dst_ld, src, src_ld, rows, columns, size);
-    else if (all % 4 == 0) copy_pieces<uint32_t>(dst, dst_ld, src, src_ld, rows, columns, size);
-    else if (all % 2 == 0) copy_pieces<uint16_t>(dst, dst_ld, src, src_ld, rows, columns, size);
-    else copy_pieces<uint8_t>(dst, dst_ld, src, src_ld, rows, columns, size);
+    else {
+        int64_t chunk = all % 16 == 0 ? 16 : all % 4 == 0 ? 4 : all % 2 == 0 ? 2 : 1;
+        int64_t n = columns * size / chunk;
+        launch("copy", copy_kernel, dim3((unsigned)ceil_div(rows * n, 256)), 256, 0, (char *)dst,
+               dst_ld * size / chunk, (const char *)src, src_ld * size / chunk, rows * n, n, chunk);
+    }
 }
 
+/* Host numbers travel as a kernel's argument: up to 32 samples. */
 struct Factors {
     float x[64];
-}; /* host numbers travel as a kernel's argument: up to 32 samples */
+};
 
 template <int V>
 __global__ void blend_kernel(bf16 *y, Factors f, const bf16 *u, const bf16 *v, int64_t n,
@@ -1345,25 +1350,18 @@ static void cuda_multiply(sc_tensor *y, const sc_tensor *a, const sc_tensor *b) 
     LAUNCH_FLAT(w, multiply_kernel, n, (bf16 *)y->data, bf16_data(a), bf16_data(b), n);
 }
 
-/* Each step is rounded to f32 where the CPU rounds it. */
-__global__ void embed_timestep_kernel(bf16 *y, Factors t, int half) {
-    int i = threadIdx.x + blockIdx.x * blockDim.x;
-    if (i >= half) return;
-    float angle =
-        1000.f * t.x[blockIdx.y] * (float)exp((double)(-9.2103404f * (float)i / (float)half));
-    set(y + blockIdx.y * 2 * half + i, (float)cos((double)angle));
-    set(y + blockIdx.y * 2 * half + half + i, (float)sin((double)angle));
-}
+/* A few numbers, which are the CPU's. */
 static void cuda_embed_timestep(sc_tensor *y, const float *t) {
-    int64_t half = y->shape[1] / 2, batch = y->shape[0];
-    for (int64_t b = 0; b < batch; b += 64) {
-        Factors f = {{0}};
-        int64_t count = batch - b < 64 ? batch - b : 64;
-        for (int64_t i = 0; i < count; i++) f.x[i] = t[b + i];
-        launch("embed_timestep", embed_timestep_kernel,
-               dim3((unsigned)ceil_div(half, 128), (unsigned)count), 128, 0,
-               (bf16 *)y->data + b * 2 * half, f, (int)half);
-    }
+    sc_tensor host = *y;
+    int64_t n = sc_count(y);
+    Scratch<float> device(n);
+    if (!(host.data = malloc((size_t)n * sizeof(float)))) fail("embed_timestep", "out of memory");
+    if (gpu.failed) return free(host.data);
+    host.dtype = SC_F32;
+    sc_cpu()->embed_timestep(&host, t);
+    cuda_upload(device.p, host.data, (size_t)n * sizeof(float));
+    convert((bf16 *)y->data, device.p, NULL, 1, n, n);
+    free(host.data);
 }
 
 /* Rows of n values, x_ld and y_ld apart; y may be x. */
@@ -1420,14 +1418,30 @@ static void cuda_activate_backward(sc_activation kind, const sc_tensor *y, int64
                 total, first_part(x));
 }
 
+/* cuBLASLt's GELU is the tanh form, and part of the product on chips of compute capability 9.0 (on
+ * others it is slower than a pass of its own). What it keeps for the backward pass has rows of 16
+ * bytes; other sizes and chips, and what it refuses, take one pass more. */
+static void cuda_gemm_gelu(int64_t m, int64_t n, int64_t k, sc_matrix a, sc_matrix b, float beta,
+                           sc_matrix c, const sc_tensor *bias, sc_tensor *before) {
+    b.data = on_device(b.data);
+    bf16 *y = (bf16 *)c.data;
+    if (gpu.capability == 90 && n % 8 == 0 &&
+        multiply(m, n, k, 1, a, b, beta, c, bias, true, before ? before->data : NULL))
+        return;
+    multiply(m, n, k, 1, a, b, beta, c, bias, false, NULL);
+    if (before) cuda_copy_block(before->data, n, y, c.ld, m, n, SC_BF16, false);
+    activate_rows(SC_GELU_TANH, y, c.ld, y, c.ld, m, n);
+}
+
 /* ==== Modulated layer norm and gated residual ================================================
  * A block of 128 threads to a row. */
 
-/* Mean and 1 / sqrt(variance + eps) of a row. */
+/* Mean (0 if not `centred`) and 1 / sqrt(variance + eps) of a row. */
 template <int V>
-__device__ void moments(const bf16 *x, int n, float eps, float *mean, float *inverse) {
+__device__ void moments(const bf16 *x, int n, float eps, bool centred, float *mean,
+                        float *inverse) {
     float v[V], sum = 0, square = 0;
-    for (int c = threadIdx.x * V; c < n; c += blockDim.x * V) {
+    for (int c = threadIdx.x * V; centred && c < n; c += blockDim.x * V) {
         load<V>(v, x + c);
         for (int j = 0; j < V; j++) sum += v[j];
     }
@@ -1456,7 +1470,7 @@ __global__ void ln_modulate_kernel(bf16 *y, const bf16 *x, Modulation mod, int n
     const bf16 *a = mod.row(r, scale), *b = mod.row(r, shift);
     float v[V], s[V], t[V], mean, inverse;
     x += r * n;
-    moments<V>(x, n, 1e-6f, &mean, &inverse);
+    moments<V>(x, n, 1e-6f, true, &mean, &inverse);
     for (int c = threadIdx.x * V; c < n; c += blockDim.x * V) {
         load<V>(v, x + c);
         load<V>(s, a + c);
@@ -1474,7 +1488,7 @@ __global__ void ln_modulate_backward_kernel(bf16 *dx, float2 *stats, const bf16 
     const bf16 *a = mod.row(r, scale);
     float v[V], d[V], s[V], mean, inverse, g_sum = 0, gn_sum = 0;
     x += r * n, dy += r * n;
-    moments<V>(x, n, 1e-6f, &mean, &inverse);
+    moments<V>(x, n, 1e-6f, true, &mean, &inverse);
     if (threadIdx.x == 0) stats[r] = make_float2(mean, inverse);
     if (!dx) return;
     for (int pass = 0; pass < 2; pass++) {
@@ -1593,11 +1607,10 @@ static void cuda_gated_residual_backward(const sc_tensor *y, sc_tensor *x, sc_te
 }
 
 /* ==== QK-norm + RoPE =========================================================================
- * V 8: 16 lanes to a head of 128 channels. V 2: a warp to any head, whose lane l rotates the pairs
- * at channels 2l, 2l + 64, ... */
+ * V 8: 16 lanes to a head of 128 channels. V 2: a warp to any head, lane l at channels 2l + 64i. */
 
-struct Heads { /* item i: head i % heads of token (i / heads) % tokens of sample i / heads / tokens
-                */
+/* Item i: head i % heads of token (i / heads) % tokens of sample i / heads / tokens. */
+struct Heads {
     uint32_t items, tokens, joined, offset; /* tokens of x and of y; where x's lie in y */
     uint32_t heads;
     int size;
@@ -1719,8 +1732,7 @@ static void cuda_norm_rope_backward(const sc_tensor *y, int64_t offset, sc_tenso
                                     sc_tensor *weight, const sc_tensor *rope) {
     Heads m = head_map(y, offset, x, weight->shape[0]);
     Scratch<float> rms(m.items);
-    bool w =
-        m.size == 128 && wide(0, y->grad, x->data, weight->data, rope->data) && wide(0, x->grad);
+    bool w = m.size == 128 && wide(0, y->grad, x->data, weight->data, x->grad);
     m.first = first_part(x);
     LAUNCH_HEADS(w, norm_rope_backward_kernel, m, bf16_grad(x), rms.p, bf16_grad(y), bf16_data(x),
                  f32_data(weight), f32_data(rope));
@@ -1739,8 +1751,7 @@ static void cuda_norm_rope_backward(const sc_tensor *y, int64_t offset, sc_tenso
 
 /* ROWS x W values in shared memory: panels of PANEL columns one after the other, each row-major in
  * chunks of 16 bytes, swizzled: a chunk's number is XORed with its row's, so that 8 rows' chunks of
- * one column lie in different banks. With panels of 64 columns, as wgmma wants them, that is PTX's
- * 128-byte swizzle. */
+ * one column lie in different banks. Panels of 64 columns: PTX's 128-byte swizzle, for wgmma. */
 template <int ROWS, int W, int PANEL = W> struct Tile {
     enum { CHUNKS = PANEL / 8, SIZE = ROWS * W };
     bf16 *data;
@@ -2017,9 +2028,10 @@ template <int D> __global__ void attention_delta_kernel(Attention a, int64_t ite
     if (i >= items) return;
     float sum = 0;
     for (int d = threadIdx.x % 32 * 2; d < D; d += 64) {
-        uint32_t o = *(const uint32_t *)(a.o + i * D + d),
-                 g = *(const uint32_t *)(a.dout + i * D + d);
-        sum += low_bf16(o) * low_bf16(g) + high_bf16(o) * high_bf16(g);
+        float o[2], g[2];
+        load<2>(o, a.o + i * D + d);
+        load<2>(g, a.dout + i * D + d);
+        sum += o[0] * g[0] + o[1] * g[1];
     }
     sum = warp_sum(sum);
     int64_t row = i / a.heads; /* of B * Tq */
@@ -2065,13 +2077,11 @@ template <int D, int BN> __device__ __forceinline__ WorkTile take_work_tile(cons
     int within = ticket % (a.group * tiles), tile = within / heads, head = first + within % heads;
     int64_t width = (int64_t)a.heads * D, sample = head / a.heads, column = head % a.heads * D;
     int64_t queries = sample * a.nq * width + column;
-    return {tile,
-            head,
-            queries,
-            (sample * a.nk + tile * BN) * width + column,
-            tile > 0 ? a.dq_accum + queries : NULL,
-            tile < tiles - 1 ? a.dq_accum + queries : NULL,
-            a.dq_semaphore + 1 + (int64_t)head * ((a.nq + BM - 1) / BM)};
+    int64_t keys = (sample * a.nk + tile * BN) * width + column;
+    float *accum = a.dq_accum + queries;
+    int *semaphore = a.dq_semaphore + 1 + (int64_t)head * ((a.nq + BM - 1) / BM);
+    return {tile,     head, queries, keys, tile > 0 ? accum : NULL, tile < tiles - 1 ? accum : NULL,
+            semaphore};
 }
 
 /* Log-sum-exp and delta of the queries of a lane's fragments. */
@@ -2264,8 +2274,7 @@ __global__ void __launch_bounds__(256, 1) attention_backward_kernel(Attention a)
 }
 
 /* The general form, for other head sizes, a bias or a mask: scores of some queries in memory, in
- * rows of ld >= nk. One block of 256 threads to a row: p = softmax(s + bias) of `count` scores, and
- * of fewer if causal. */
+ * rows of ld >= nk. 256 threads to a row: p = softmax(s + bias) of `count`, of fewer if causal. */
 __global__ void softmax_kernel(bf16 *p, const float *s, const bf16 *bias, float *lse, int64_t rows,
                                int64_t ld, int64_t nq, int nk, int64_t first, bool causal) {
     int64_t h = blockIdx.y, r = blockIdx.x, at = (h * rows + r) * ld;
@@ -2312,8 +2321,7 @@ static void attention_by_matmul(const Attention &a, int64_t batch, int64_t size,
 static Attention attention_arguments(const sc_tensor *o, const float *lse, const sc_tensor *q,
                                      const sc_tensor *k, const sc_tensor *v, int heads,
                                      float scale) {
-    Attention a;
-    memset(&a, 0, sizeof a);
+    Attention a = {};
     a.q = bf16_data(q), a.k = bf16_data(k), a.v = bf16_data(v), a.o = (bf16 *)o->data;
     a.lse = (float *)lse;
     a.nq = (int)q->shape[1], a.nk = (int)k->shape[1], a.heads = heads;
@@ -2365,8 +2373,7 @@ extern "C" bool sc_cuda_wgmma(void) {
     Scratch<float> lse(T * HEADS);
     cuda_upload(in.p, inputs, sizeof inputs);
     for (int wgmma = 0; wgmma < 2 && !gpu.failed; wgmma++) {
-        Attention a;
-        memset(&a, 0, sizeof a);
+        Attention a = {};
         a.q = in.p, a.k = in.p + N, a.v = in.p + 2 * N, a.dout = in.p + 3 * N, a.lse = lse.p;
         a.o = out.p, a.dq = out.p + N, a.dk = out.p + 2 * N, a.dv = out.p + 3 * N;
         a.nq = a.nk = T, a.heads = HEADS, a.scale = 0.088f, a.factor = a.scale * 1.442695f;
@@ -2419,32 +2426,16 @@ static void cuda_attention_backward(const sc_tensor *o, const float *lse, sc_ten
 
 /* ==== Norms and embeddings of the text encoders ============================================== */
 
-/* y = (x - mean) inverse w + b; rms: mean 0, no b. */
+/* y = (x - mean) inverse w + b; b NULL: RMS norm, mean 0. */
 template <int V>
 __global__ void layer_norm_kernel(bf16 *y, const bf16 *x, const float *w, const float *b, int n,
                                   float eps) {
     float v[V], mean, inverse;
     x += (int64_t)blockIdx.x * n, y += (int64_t)blockIdx.x * n;
-    moments<V>(x, n, eps, &mean, &inverse);
+    moments<V>(x, n, eps, b != NULL, &mean, &inverse);
     for (int c = threadIdx.x * V; c < n; c += blockDim.x * V) {
         load<V>(v, x + c);
-        for (int j = 0; j < V; j++) v[j] = (v[j] - mean) * inverse * w[c + j] + b[c + j];
-        store<V>(y + c, v);
-    }
-}
-
-template <int V>
-__global__ void rms_norm_kernel(bf16 *y, const bf16 *x, const float *w, int n, float eps) {
-    float v[V], square = 0;
-    x += (int64_t)blockIdx.x * n, y += (int64_t)blockIdx.x * n;
-    for (int c = threadIdx.x * V; c < n; c += blockDim.x * V) {
-        load<V>(v, x + c);
-        for (int j = 0; j < V; j++) square += v[j] * v[j];
-    }
-    float inverse = 1 / sqrtf(block_sum(square) / (float)n + eps);
-    for (int c = threadIdx.x * V; c < n; c += blockDim.x * V) {
-        load<V>(v, x + c);
-        for (int j = 0; j < V; j++) v[j] *= inverse * w[c + j];
+        for (int j = 0; j < V; j++) v[j] = (v[j] - mean) * inverse * w[c + j] + (b ? b[c + j] : 0);
         store<V>(y + c, v);
     }
 }
@@ -2456,9 +2447,7 @@ static void cuda_layer_norm(sc_tensor *y, const sc_tensor *x, const sc_tensor *w
            bf16_data(x), f32_data(w), f32_data(b), (int)n, eps);
 }
 static void cuda_rms_norm(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, float eps) {
-    int64_t n = last_size(x);
-    LAUNCH(wide(n, y->data, x->data), rms_norm_kernel, row_count(x), 128, (bf16 *)y->data,
-           bf16_data(x), f32_data(w), (int)n, eps);
+    cuda_layer_norm(y, x, w, NULL, eps);
 }
 
 template <class T>
@@ -2491,24 +2480,32 @@ struct Picture {
     int channels, height, width, kernel, stride, pad, out_width;
 };
 
-/* im2col [channels * kernel^2, count]: what each output pixel from `first` on sees of x. */
+/* im2col [channels * kernel^2, count] from output pixel `first` on; V pixels are in one row. */
+template <int V>
 __global__ void im2col_kernel(bf16 *columns, const bf16 *x, Picture g, int64_t first,
                               int64_t count) {
-    int64_t i = FLAT_INDEX(1);
+    int64_t i = FLAT_INDEX(V);
     int tap = blockIdx.y % (g.kernel * g.kernel), channel = blockIdx.y / (g.kernel * g.kernel);
     if (i >= count) return;
-    int row = (int)((first + i) / g.out_width) * g.stride + tap / g.kernel - g.pad;
-    int column = (int)((first + i) % g.out_width) * g.stride + tap % g.kernel - g.pad;
-    bool inside = row >= 0 && row < g.height && column >= 0 && column < g.width;
-    bf16 zero = __float2bfloat16_rn(0.f);
-    columns[blockIdx.y * count + i] =
-        inside ? x[((int64_t)channel * g.height + row) * g.width + column] : zero;
+    int pixel = (int)(first + i), row = pixel / g.out_width * g.stride + tap / g.kernel - g.pad;
+    int column = pixel % g.out_width * g.stride + tap % g.kernel - g.pad;
+    const bf16 *from = x + ((int64_t)channel * g.height + row) * g.width;
+    float v[V];
+    for (int j = 0; j < V; j++, column += g.stride)
+        v[j] = (unsigned)row < (unsigned)g.height && (unsigned)column < (unsigned)g.width
+                   ? value(from[column])
+                   : 0;
+    store<V>(columns + blockIdx.y * count + i, v);
 }
 
+template <int V>
 __global__ void fill_bias_kernel(bf16 *y, const float *bias, int64_t channels, int64_t pixels,
                                  int64_t total) {
-    int64_t i = FLAT_INDEX(1);
-    if (i < total) set(y + i, bias[i / pixels % channels]);
+    int64_t i = FLAT_INDEX(V);
+    if (i >= total) return;
+    float v[V];
+    for (int j = 0; j < V; j++) v[j] = bias[i / pixels % channels];
+    store<V>(y + i, v);
 }
 
 /* y [out, pixels] = bias + w [out, in * kernel^2] im2col(x), slab by slab. */
@@ -2521,22 +2518,23 @@ static void cuda_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, co
     bool direct = kernel == 1 && stride == 1; /* the picture is its own im2col */
     int64_t slab = ((int64_t)128 << 20) / 2 / inner / 8 * 8;
     slab = direct || slab > pixels ? pixels : slab < 8 ? 8 : slab;
+    bool w8 = g.out_width % 8 == 0;
     Scratch<bf16> columns(direct ? 0 : inner * slab),
         weights(w->dtype == SC_BF16 ? 0 : out * inner);
     sc_matrix matrix = {w->data, w->dtype, inner, false, NULL, 0};
     Operand pw = as_bf16(matrix, out, inner, weights.p);
     int64_t total = sc_count(y);
     if (b)
-        launch("fill_bias", fill_bias_kernel, dim3((unsigned)ceil_div(total, 256)), 256, 0,
-               (bf16 *)y->data, f32_data(b), out, pixels, total);
+        LAUNCH_FLAT(wide(pixels, y->data), fill_bias_kernel, total, (bf16 *)y->data, f32_data(b),
+                    out, pixels, total);
     for (int64_t sample = 0; sample < y->shape[0]; sample++)
         for (int64_t first = 0; first < pixels; first += slab) {
             int64_t count = pixels - first < slab ? pixels - first : slab;
             const bf16 *from = bf16_data(x) + sample * (sc_count(x) / x->shape[0]);
             if (!direct)
-                launch("im2col", im2col_kernel,
-                       dim3((unsigned)ceil_div(count, 256), (unsigned)inner), 256, 0, columns.p,
-                       from, g, first, count);
+                launch("im2col", w8 ? im2col_kernel<8> : im2col_kernel<1>,
+                       dim3((unsigned)ceil_div(count, w8 ? 2048 : 256), (unsigned)inner), 256, 0,
+                       columns.p, from, g, first, count);
             Operand px = {direct ? from : columns.p, count, false, 0, NULL};
             Operand py = {(bf16 *)y->data + sample * out * pixels + first, pixels, false, 0, NULL};
             matmul(out, count, inner, 1, pw, px, CUDA_R_16BF, b ? 1.f : 0.f, py, false, Epilogue(),
@@ -2546,8 +2544,7 @@ static void cuda_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, co
 
 static const int64_t NORM_SLICE = 8192;
 
-/* (mean, sum of squares about it) of each slice of a plane's `size` values from `begin` on: partial
- * [planes, slices]. */
+/* partial [planes, slices] = (mean, sum of squares about it), of `size` values from `begin` on. */
 __global__ void group_moments_kernel(float2 *partial, const bf16 *x, int64_t pixels, int64_t begin,
                                      int64_t size) {
     int64_t first = (int64_t)blockIdx.y * NORM_SLICE,
@@ -2597,15 +2594,20 @@ __global__ void group_merge_kernel(float2 *moments, const double *sums, int64_t 
     moments[g] = make_float2((float)mean, (float)(1 / sqrt(variance + (double)eps)));
 }
 
+template <int V>
 __global__ void group_norm_kernel(bf16 *y, const bf16 *x, const float2 *moments, const float *w,
                                   const float *b, int64_t channels, int64_t pixels,
                                   int64_t per_group, bool silu, int64_t total) {
-    int64_t i = FLAT_INDEX(1);
+    int64_t i = FLAT_INDEX(V), plane = i / pixels, channel = plane % channels;
     if (i >= total) return;
-    int64_t plane = i / pixels, channel = plane % channels;
     float2 m = moments[plane / per_group];
-    float v = (value(x[i]) - m.x) * m.y * w[channel] + b[channel];
-    set(y + i, silu ? v / (1 + __expf(-v)) : v);
+    float v[V], slope;
+    load<V>(v, x + i);
+    for (int j = 0; j < V; j++) {
+        v[j] = (v[j] - m.x) * m.y * w[channel] + b[channel];
+        if (silu) v[j] *= gate(SC_SILU, v[j], &slope);
+    }
+    store<V>(y + i, v);
 }
 
 static void cuda_group_norm(sc_tensor *y, const sc_tensor *x, const double *sums, int64_t size,
@@ -2616,9 +2618,9 @@ static void cuda_group_norm(sc_tensor *y, const sc_tensor *x, const double *sums
     Scratch<float2> moments(count);
     launch("group_merge", group_merge_kernel, dim3((unsigned)ceil_div(count, 32)), 32, 0, moments.p,
            sums, count, (double)size, eps);
-    launch("group_norm", group_norm_kernel, dim3((unsigned)ceil_div(total, 256)), 256, 0,
-           (bf16 *)y->data, bf16_data(x), (const float2 *)moments.p, f32_data(w), f32_data(b),
-           channels, pixels, channels / groups, silu, total);
+    LAUNCH_FLAT(wide(pixels, y->data, x->data), group_norm_kernel, total, (bf16 *)y->data,
+                bf16_data(x), (const float2 *)moments.p, f32_data(w), f32_data(b), channels, pixels,
+                channels / groups, silu, total);
 }
 
 __global__ void upsample_kernel(bf16 *y, const bf16 *x, int64_t width, int64_t total) {
@@ -2722,7 +2724,7 @@ static void cuda_mse_backward(sc_tensor *prediction, const sc_tensor *target, fl
 }
 
 struct Step {
-    float lr, beta1, beta2, eps, decay, rate, root, clip, move[2];
+    float beta1, beta2, eps, decay, rate, root, clip, move[2];
 };
 
 /* Everything that happens to a trained number in one pass: clipping, Adam, both averages, and its
@@ -2731,7 +2733,7 @@ __global__ void update_kernel(sc_trained x, const double *whole_norm, Step s) {
     int64_t i = FLAT_INDEX(1);
     if (i >= x.count) return;
     double norm = *whole_norm;
-    float g = x.grad[i] * (s.clip > 0 && norm > s.clip ? (float)(s.clip / norm) : 1.f);
+    float g = x.grad[i] * (s.clip > 0 && norm > s.clip ? s.clip / (float)norm : 1.f);
     x.grad[i] = 0;
     if (!isfinite(norm)) return;
     float m = x.m[i] = s.beta1 * x.m[i] + (1 - s.beta1) * g;
@@ -2744,15 +2746,10 @@ __global__ void update_kernel(sc_trained x, const double *whole_norm, Step s) {
 static void cuda_update(const sc_trained *x, const sc_adamw *o, const float decay[2],
                         double *norm) {
     double step = (double)(o->step + 1);
-    Step s = {o->lr,
-              o->beta1,
-              o->beta2,
-              o->eps,
-              1 - o->lr * o->weight_decay,
-              (float)(o->lr / (1 - pow(o->beta1, step))),
-              (float)(1 / sqrt(1 - pow(o->beta2, step))),
-              o->clip,
-              {1 - decay[0], 1 - decay[1]}};
+    float rate = (float)(o->lr / (1 - pow(o->beta1, step))),
+          root = (float)(1 / sqrt(1 - pow(o->beta2, step)));
+    Step s = {o->beta1, o->beta2,     o->eps,      1 - o->lr * o->weight_decay, rate, root,
+              o->clip,  1 - decay[0], 1 - decay[1]};
     sum_squares(norm, Plain{x->grad}, x->count, 1, true);
     launch("update", update_kernel, dim3((unsigned)ceil_div(x->count, 256)), 256, 0, *x,
            (const double *)norm, s);
@@ -2761,8 +2758,7 @@ static void cuda_update(const sc_trained *x, const sc_adamw *o, const float deca
 /* ==== The table ============================================================================== */
 
 static sc_backend make_table() {
-    sc_backend t;
-    memset(&t, 0, sizeof t);
+    sc_backend t = {};
     t.name = gpu.name, t.activation = SC_BF16;
     t.alloc = cuda_alloc, t.release = cuda_release, t.memory_left = cuda_memory_left;
     t.alloc_streamed = cuda_alloc_streamed;
@@ -2800,25 +2796,23 @@ static bool no_gpu(cudaError_t why) {
 }
 
 static bool open_device() {
-    int count = 0, major = 0, minor = 0, shared = 0;
+    int count = 0;
     cudaError_t status = cudaGetDeviceCount(&count);
     if (status != cudaSuccess || count == 0)
         return no_gpu(status == cudaSuccess ? cudaErrorNoDevice : status);
     cudaDeviceProp properties;
     if ((status = cudaGetDeviceProperties(&properties, 0)) != cudaSuccess) return no_gpu(status);
-    major = properties.major, minor = properties.minor,
-    shared = (int)properties.sharedMemPerBlockOptin;
     snprintf(gpu.name, sizeof gpu.name, "%.60s", properties.name);
-    if (major < 8) {
+    if (properties.major < 8) {
         char text[256];
         snprintf(text, sizeof text,
-                 "no GPU: %s has compute capability %d.%d; 8.0 or more is needed", gpu.name, major,
-                 minor);
+                 "no GPU: %s has compute capability %d.%d; 8.0 or more is needed", gpu.name,
+                 properties.major, properties.minor);
         return sc_set_error(text);
     }
-    gpu.capability = 10 * major + minor;
+    gpu.capability = 10 * properties.major + properties.minor;
     gpu.sm_count = properties.multiProcessorCount;
-    gpu.shared_memory = (size_t)shared;
+    gpu.shared_memory = properties.sharedMemPerBlockOptin;
     if (!open_cublas()) return false;
     bool ok =
         check(cudaSetDevice(0), "cudaSetDevice") &&

@@ -300,8 +300,8 @@ static void fp8_linear(const sc_backend *be, sc_tensor **x) {
     be->release(scale);
 }
 
-/* As fp8_linear in a layer with LoRA, whose part is in y before: beta 1 with a bias, with a GELU and
- * its input kept, and the last columns of wider matrices. x[0] [m, k+8], x[1] [n,k], x[2] [n],
+/* As fp8_linear in a layer with LoRA, whose part is in y before: beta 1 with a bias, with a GELU
+ * and its input kept, and the last columns of wider matrices. x[0] [m, k+8], x[1] [n,k], x[2] [n],
  * x[3], x[4] [m, n+16], x[5] [m,n], x[6] [m, k+8] */
 static void fp8_lora(const sc_backend *be, sc_tensor **x) {
     int64_t m = x[0]->shape[0], n = x[1]->shape[0], k = x[1]->shape[1];
@@ -323,20 +323,15 @@ static void fp8_lora(const sc_backend *be, sc_tensor **x) {
     be->release(scale);
 }
 
-/* e4m3 and scales are the CPU's but for ties, of which a product with the reciprocal may miss some:
- * one value in a thousand may be its neighbour. */
+/* The bytes are the CPU's, ties included. */
 static void quantize(const sc_backend *be, sc_tensor **x) {
     int64_t rows = x[0]->shape[0], n = x[0]->shape[1];
     static uint8_t want[1 << 14];
     uint8_t *narrow = be->alloc((size_t)(rows * n)), got[1 << 14];
     be->quantize(narrow, x[1]->data, x[0]->data, rows, n);
     CHECK(rows * n <= 1 << 14 && be->download(got, narrow, (size_t)(rows * n)));
-    int64_t off = 0, far = 0;
-    for (int64_t i = 0; i < rows * n; i++) {
-        if (be == sc_cpu()) want[i] = got[i];
-        off += got[i] != want[i], far += abs(got[i] - want[i]) > 1;
-    }
-    CHECK(off <= rows * n / 1000 && far == 0);
+    if (be == sc_cpu()) memcpy(want, got, sizeof want);
+    CHECK(!memcmp(got, want, (size_t)(rows * n)));
     be->release(narrow);
 }
 
