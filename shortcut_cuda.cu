@@ -1,18 +1,16 @@
 /* shortcut_cuda.cu - the operations of shortcut.h on an NVIDIA GPU (compute capability 8.0 or up).
  *
  * Activations and their gradients are bf16, sums f32; losses, LoRA factors, optimiser state and
- * averages are f32. Products go to cuBLASLt, everything else is a kernel below, in the order of the
- * backend table; shortcut.h's CPU operations are the specification, with the formulas.
+ * averages are f32. Matrix products go to cuBLASLt, everything else is a kernel below, in the order
+ * of the backend table; shortcut.h's CPU operations are the specification, with the formulas.
  *
  * - Work is queued on one stream, in order. Within a training step the host waits in `download` and
  * `collect` only, so that no step waits for another (`upload` waits where it is steps ahead).
- * Memory that an operation gives back may be handed out again at once: what uses it next is queued
- * behind.
+ * Memory given back may be handed out again at once: its next use is queued behind.
  * - The first failure is kept, later calls do nothing, and those two report it.
  * - Every sum has a fixed order (no atomic additions): the same inputs give the same bits.
  * - A matrix is row-major, B batch, T tokens, C channels, H heads, D channels of a head.
- *
- * Compiled as C++ against test/emulation/ the same file runs on the CPU (test/test_cuda.c).
+ * - Compiled as C++ against test/emulation/ the same file runs on the CPU (test/test_cuda.c).
  */
 #include "shortcut.h"
 
@@ -38,7 +36,7 @@ static struct {
     void *workspace;      /* cuBLASLt's */
     size_t shared_memory; /* a block's limit, bytes */
     int capability;       /* 90: 9.0 */
-    int processors;
+    int sm_count;
 } gpu;
 
 static bool fail(const char *what, const char *why) {
@@ -82,39 +80,39 @@ __device__ __forceinline__ unsigned shared_address(const void *p) {
     return (unsigned)__cvta_generic_to_shared(p);
 }
 
-/* Starts copying 16 bytes to shared memory; zeros where not `valid`. */
-__device__ __forceinline__ void copy16(void *shared, const void *global, bool valid) {
+/* 16 bytes to shared memory, asynchronously; zeros where not `valid`. */
+__device__ __forceinline__ void cp_async16(void *shared, const void *global, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                  "l"(global), "r"(valid ? 16 : 0)
                  : "memory");
 }
-/* Closes a group of copies; waits until at most `N` groups of this thread are under way. */
-__device__ __forceinline__ void commit_copies() {
+__device__ __forceinline__ void cp_async_commit_group() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
-template <int N> __device__ __forceinline__ void wait_copies() {
+/* Until at most N of this thread's groups are pending. */
+template <int N> __device__ __forceinline__ void cp_async_wait_group() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 /* Four 8 x 8 matrices of bf16: lanes 8i .. 8i+7 point to the rows of matrix i; afterwards a lane
- * holds, of each, the pair (lane % 4) of row lane / 4. `_transposed`: of the transposed matrix. */
-__device__ __forceinline__ void load_matrices(uint32_t x[4], const bf16 *row) {
+ * holds, of each, the pair (lane % 4) of row lane / 4. `_trans`: of the transposed matrix. */
+__device__ __forceinline__ void ldmatrix_x4(uint32_t x[4], const bf16 *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                  : "r"(shared_address(row))
                  : "memory");
 }
-__device__ __forceinline__ void load_matrices_transposed(uint32_t x[4], const bf16 *row) {
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t x[4], const bf16 *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                  : "r"(shared_address(row))
                  : "memory");
 }
 
-/* sum[16,8] += A[16,16] B[16,8] on the tensor cores. With g = lane / 4, t = lane % 4 a lane holds
- * sum (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1); pairs of A (g, 2t), (g+8, 2t), (g, 2t+8),
- * (g+8, 2t+8); pairs of B down its rows (2t, g), (2t+8, g). */
-__device__ __forceinline__ void multiply_add(float sum[4], const uint32_t a[4], uint32_t b0,
+/* D[16,8] += A[16,16] B[16,8] on the tensor cores. With g = lane / 4, t = lane % 4 a lane's
+ * fragments are D (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1); pairs of A (g, 2t), (g+8, 2t),
+ * (g, 2t+8), (g+8, 2t+8); pairs of B down its rows (2t, g), (2t+8, g). */
+__device__ __forceinline__ void mma_m16n8k16(float sum[4], const uint32_t a[4], uint32_t b0,
                                              uint32_t b1) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
@@ -123,97 +121,91 @@ __device__ __forceinline__ void multiply_add(float sum[4], const uint32_t a[4], 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/* Products of a warpgroup, four warps in step: sum[64, 8 N] += A B over 16, on the tensor cores of
- * compute capability 9.0. Of its 16 rows a lane holds what it holds in multiply_add, for each N. A
- * and B lie in shared memory as describe_tile says (A_M: [k][m], B_N: [k][n]), or A is held as in
- * multiply_add. They run on their own: what was written to shared memory becomes visible to them by
- * show_products, before a barrier; registers by start_products. send_products ends a group of them,
- * finish_products waits until at most LEFT groups are under way. */
-#define PRODUCT_SUMS_64                                                                            \
+/* wgmma (compute capability 9.0): a warpgroup of four warps adds A B over k = 16 to accumulators
+ * D [64, 8 N]. Warp w % 4 has 16 of the rows, its lanes' fragments, for each N, are those of
+ * mma_m16n8k16. A and B are read from shared memory through descriptors (see wgmma_descriptor;
+ * A_M: stored [k][m], B_N: [k][n]), or, _rs, A from registers. It is asynchronous:
+ * - generic writes and cp.async to shared memory become visible to it by fence.proxy.async of the
+ *   writers, then a barrier; registers by wgmma.fence;
+ * - D and A's registers may not be touched before wgmma.wait_group, which leaves at most PENDING
+ *   groups, each closed by wgmma.commit_group, under way. */
+#define WGMMA_D_64                                                                                 \
     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,"   \
     "%25,%26,%27,%28,%29,%30,%31"
-#define PRODUCT_SUMS_128                                                                           \
-    PRODUCT_SUMS_64 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,"    \
-                    "%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define SUM_1(x) "+f"((x)[0]), "+f"((x)[1]), "+f"((x)[2]), "+f"((x)[3])
-#define SUM_4(x, i) SUM_1(x[i]), SUM_1(x[i + 1]), SUM_1(x[i + 2]), SUM_1(x[i + 3])
-#define SUM_8(x, i) SUM_4(x, i), SUM_4(x, i + 4)
+#define WGMMA_D_128                                                                                \
+    WGMMA_D_64 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,"         \
+               "%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define ACC1(x) "+f"((x)[0]), "+f"((x)[1]), "+f"((x)[2]), "+f"((x)[3])
+#define ACC4(x, i) ACC1(x[i]), ACC1(x[i + 1]), ACC1(x[i + 2]), ACC1(x[i + 3])
+#define ACC8(x, i) ACC4(x, i), ACC4(x, i + 4)
 
-template <int N, bool A_M, bool B_N>
-__device__ __forceinline__ void group_product(float (*sum)[4], uint64_t a, uint64_t b) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define HAS_WGMMA true
+#else /* kernels that use it are empty in other GPUs' code, see sc_cuda_wgmma */
+#define HAS_WGMMA false
+#endif
+template <int N, bool A_M, bool B_N>
+__device__ __forceinline__ void wgmma_ss(float (*sum)[4], uint64_t a, uint64_t b) {
     if constexpr (N == 8)
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" PRODUCT_SUMS_64
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" WGMMA_D_64
                      "}, %32, %33, 1, 1, 1, %34, %35;"
-                     : SUM_8(sum, 0)
+                     : ACC8(sum, 0)
                      : "l"(a), "l"(b), "n"((int)A_M), "n"((int)B_N));
     else
-        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" PRODUCT_SUMS_128
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" WGMMA_D_128
                      "}, %64, %65, 1, 1, 1, %66, %67;"
-                     : SUM_8(sum, 0), SUM_8(sum, 8)
+                     : ACC8(sum, 0), ACC8(sum, 8)
                      : "l"(a), "l"(b), "n"((int)A_M), "n"((int)B_N));
-#endif
 }
 /* N = 16, B stored [k][n]. */
-__device__ __forceinline__ void group_product_packed(float (*sum)[4], const uint32_t a[4],
-                                                     uint64_t b) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" PRODUCT_SUMS_128
+__device__ __forceinline__ void wgmma_rs(float (*sum)[4], const uint32_t a[4], uint64_t b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" WGMMA_D_128
                  "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-                 : SUM_8(sum, 0), SUM_8(sum, 8)
+                 : ACC8(sum, 0), ACC8(sum, 8)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#endif
 }
-template <bool GROUP> __device__ __forceinline__ void show_products() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    if (GROUP) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
+template <bool WGMMA> __device__ __forceinline__ void fence_proxy_async() {
+    if (WGMMA) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-/* No use of x moves from behind this to before it, or the other way round: the compiler does not
- * know that products write and read registers until they are finished. */
-__device__ __forceinline__ void hold(float &x) { asm volatile("" : "+f"(x)::"memory"); }
-__device__ __forceinline__ void hold(uint32_t &x) { asm volatile("" : "+r"(x)::"memory"); }
-template <class T, int N> __device__ __forceinline__ void hold(T (&x)[N]) {
+/* Keeps the compiler from moving uses of x across this: it does not know that wgmma reads and
+ * writes registers until it is waited for (CUTLASS: warpgroup_fence_operand). */
+__device__ __forceinline__ void fence_operand(float &x) { asm volatile("" : "+f"(x)::"memory"); }
+__device__ __forceinline__ void fence_operand(uint32_t &x) { asm volatile("" : "+r"(x)::"memory"); }
+template <class T, int N> __device__ __forceinline__ void fence_operand(T (&x)[N]) {
 #pragma unroll
-    for (int i = 0; i < N; i++) hold(x[i]);
+    for (int i = 0; i < N; i++) fence_operand(x[i]);
 }
-/* x...: the registers that products write or read. */
-template <bool GROUP, class... T> __device__ __forceinline__ void start_products(T &...x) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    if constexpr (GROUP) {
-        (hold(x), ...);
+/* x...: accumulators, and A's registers. */
+template <bool WGMMA, class... T> __device__ __forceinline__ void wgmma_fence(T &...x) {
+    if constexpr (WGMMA) {
+        (fence_operand(x), ...);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
     }
-#endif
 }
-template <bool GROUP> __device__ __forceinline__ void send_products() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    if constexpr (GROUP) asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-#endif
+template <bool WGMMA> __device__ __forceinline__ void wgmma_commit_group() {
+    if constexpr (WGMMA) asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-template <bool GROUP, int LEFT = 0, class... T>
-__device__ __forceinline__ void finish_products(T &...x) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    if constexpr (GROUP) {
-        asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
-        (hold(x), ...);
+template <bool WGMMA, int PENDING = 0, class... T>
+__device__ __forceinline__ void wgmma_wait_group(T &...x) {
+    if constexpr (WGMMA) {
+        asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+        (fence_operand(x), ...);
     }
-#endif
 }
 
-/* Blocks that add to the same memory one after the other: *turn says whose turn it is. Of what a
- * block wrote before pass_turn (and, for other threads, a barrier), the L2 cache shows all to those
- * that have seen it. `now`: this thread is the one to pass it; a predicate, as a branch between
- * warpgroups' products would make the compiler wait for each. */
-__device__ __forceinline__ int see_turn(const int *turn) {
+/* A semaphore orders blocks that add to the same memory (CUTLASS's Semaphore): a block waits until
+ * it reads its own number, and releases it with the next one's. What the block wrote before the
+ * release (and, for other threads, before a barrier) is visible in the L2 cache to whoever has
+ * acquired it. The release is predicated: a branch between wgmmas would serialise them (C7520). */
+__device__ __forceinline__ int semaphore_load(const int *semaphore) {
     int number;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(number) : "l"(turn) : "memory");
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(number) : "l"(semaphore) : "memory");
     return number;
 }
-__device__ __forceinline__ void pass_turn(bool now, int *turn, int next) {
+__device__ __forceinline__ void semaphore_release(bool predicate, int *semaphore, int next) {
     asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; @p fence.acq_rel.gpu; "
-                 "@p st.relaxed.gpu.global.s32 [%0], %1; }" ::"l"(turn),
-                 "r"(next), "r"((int)now)
+                 "@p st.relaxed.gpu.global.s32 [%0], %1; }" ::"l"(semaphore),
+                 "r"(next), "r"((int)predicate)
                  : "memory");
 }
 
@@ -222,8 +214,8 @@ __device__ __forceinline__ uint32_t pack(float low, float high) { /* two bf16, t
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
 }
-/* 2^x within 2 units of the last place; what is too small for a normal number is 0. */
-__device__ __forceinline__ float power_of_2(float x) {
+/* 2^x within 2 ulp; subnormal results are 0. */
+__device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
@@ -277,8 +269,7 @@ static void *no_memory(size_t bytes) {
     return NULL;
 }
 
-/* The smallest unused block of `size` bytes to a quarter more. From the end: what operations use
- * for a moment is there. */
+/* The smallest unused block of `size` bytes to a quarter more; operations' are at the end. */
 static Block *unused_block(size_t size) {
     Block *best = NULL;
     for (int i = blocks.count - 1; i >= 0 && (!best || best->size > size); i--) {
@@ -290,6 +281,15 @@ static Block *unused_block(size_t size) {
     return best;
 }
 
+/* Makes the list longer if it is full. */
+template <class T> static bool make_place(T **list, int count, int *capacity) {
+    if (count < *capacity) return true;
+    T *longer = (T *)realloc(*list, (size_t)(2 * count + 1024) * sizeof *longer);
+    if (!longer) return sc_fail("out of memory: list of GPU memory");
+    *list = longer, *capacity = 2 * count + 1024;
+    return true;
+}
+
 static void *cuda_alloc(size_t bytes) {
     size_t size = block_size(bytes ? bytes : 1);
     Block *unused = unused_block(size);
@@ -297,13 +297,7 @@ static void *cuda_alloc(size_t bytes) {
         unused->used = true, unused->scratch = false;
         return unused->p;
     }
-    if (blocks.count == blocks.capacity) {
-        int capacity = blocks.capacity ? 2 * blocks.capacity : 1024;
-        Block *list = (Block *)realloc(blocks.list, (size_t)capacity * sizeof *list);
-        if (!list) return sc_fail("out of memory: list of GPU blocks"), nullptr;
-        blocks.list = list;
-        blocks.capacity = capacity;
-    }
+    if (!make_place(&blocks.list, blocks.count, &blocks.capacity)) return NULL;
     void *p = NULL;
     cudaError_t status = cudaMalloc(&p, size);
     if (status == cudaErrorMemoryAllocation) {
@@ -318,8 +312,6 @@ static void *cuda_alloc(size_t bytes) {
     return p;
 }
 
-static bool release_streamed(void *p);
-
 /* scratch: it will be wanted again, by the next operation. False: this is no block. */
 static bool give_back(void *p, bool scratch) {
     for (int i = blocks.count - 1; i >= 0; i--) {
@@ -328,10 +320,6 @@ static bool give_back(void *p, bool scratch) {
         return true;
     }
     return false;
-}
-
-static void cuda_release(void *p) {
-    if (!give_back(p, false)) release_streamed(p);
 }
 
 static size_t cuda_memory_left() {
@@ -393,7 +381,7 @@ static bool cuda_download(void *host, const void *device, size_t bytes) {
     return !gpu.failed || sc_fail("%s", gpu.message);
 }
 
-/* The numbers on their way to the host: pinned places, used in turn. */
+/* Numbers on their way to the host: a ring of pinned memory. */
 static struct {
     double *value; /* [SC_POSTS][SC_POST_SIZE] */
     cudaEvent_t done[SC_POSTS];
@@ -422,7 +410,7 @@ static void cuda_zero(void *p, size_t bytes) {
 }
 
 /* ==== Streamed matrices ======================================================================
- * A model's matrices may stay in pinned host memory. A product asks `on_device` for its copy; what
+ * A model's matrices may stay in pinned host memory. A matmul asks `on_device` for its copy; what
  * follows in the order of the last time is copied meanwhile on a second stream, into a window of
  * device memory from which the copy that was used longest ago goes first. */
 
@@ -449,15 +437,8 @@ static void *cuda_alloc_streamed(size_t bytes) {
         return NULL;
     int place = 0;
     while (place < streamed.count && streamed.list[place].host) place++;
-    if (place == streamed.capacity) {
-        int capacity = streamed.capacity ? 2 * streamed.capacity : 1024;
-        Streamed *list = (Streamed *)realloc(streamed.list, (size_t)capacity * sizeof *list);
-        if (!list) return sc_fail("out of memory: list of streamed matrices"), nullptr;
-        streamed.list = list;
-        streamed.capacity = capacity;
-    }
-    Streamed s;
-    memset(&s, 0, sizeof s);
+    if (!make_place(&streamed.list, place, &streamed.capacity)) return NULL;
+    Streamed s = {};
     s.size = bytes;
     if (cudaMallocHost((void **)&s.host, bytes) != cudaSuccess) {
         cudaGetLastError();
@@ -494,6 +475,10 @@ static bool release_streamed(void *p) {
         return true;
     }
     return false;
+}
+
+static void cuda_release(void *p) {
+    if (!give_back(p, false)) release_streamed(p);
 }
 
 /* Makes room and starts the copy of matrix i; what was used since `keep` stays. False: no room. */
@@ -568,23 +553,24 @@ __device__ __forceinline__ float value(uint8_t x) {
 __device__ __forceinline__ void set(bf16 *p, float x) { *p = __float2bfloat16_rn(x); }
 __device__ __forceinline__ void set(float *p, float x) { *p = x; }
 
-__device__ __forceinline__ float low_half(uint32_t x) { return __uint_as_float(x << 16); }
-__device__ __forceinline__ float high_half(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
+__device__ __forceinline__ float low_bf16(uint32_t x) { return __uint_as_float(x << 16); }
+__device__ __forceinline__ float high_bf16(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
 
-/* V values from p on: 8, aligned to 16 bytes (e4m3 to 8), or one. */
+/* V values from p on: 8, aligned to 16 bytes (e4m3 to 8), a pair of bf16, or one. */
 template <int V> __device__ __forceinline__ void load(float x[V], const bf16 *p) {
     if (V == 1) {
         x[0] = value(*p);
         return;
     }
-    uint4 raw = *(const uint4 *)p;
+    uint4 raw = V == 2 ? uint4{*(const uint32_t *)p, 0, 0, 0} : *(const uint4 *)p;
     uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
     for (int i = 0; i < V / 2; i++)
-        x[2 * i] = low_half(words[i]), x[2 * i + 1] = high_half(words[i]);
+        x[2 * i] = low_bf16(words[i]), x[2 * i + 1] = high_bf16(words[i]);
 }
 template <int V> __device__ __forceinline__ void load(float x[V], const float *p) {
-    if constexpr (V == 1) x[0] = *p;
+    if constexpr (V < 4)
+        for (int i = 0; i < V; i++) x[i] = p[i];
     else
 #pragma unroll
         for (int i = 0; i < V; i += 4) {
@@ -604,6 +590,10 @@ template <int V> __device__ __forceinline__ void load(float x[V], const uint8_t 
 template <int V> __device__ __forceinline__ void store(bf16 *p, const float x[V]) {
     if (V == 1) {
         set(p, x[0]);
+        return;
+    }
+    if (V == 2) {
+        *(uint32_t *)p = pack(x[0], x[1 % V]);
         return;
     }
     uint4 raw = {pack(x[0], x[1 % V]), pack(x[2 % V], x[3 % V]), pack(x[4 % V], x[5 % V]),
@@ -644,8 +634,8 @@ static bool wide(int64_t n, const void *a, const void *b = NULL, const void *c =
     LAUNCH(w, kernel, ceil_div(n, (w) ? 2048 : 256), 256, __VA_ARGS__)
 #define FLAT_INDEX(V) (((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * (V))
 
-__device__ __forceinline__ float warp_sum(float x) {
-    for (int i = 16; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
+template <int LANES = 32> __device__ __forceinline__ float warp_sum(float x) {
+    for (int i = LANES / 2; i > 0; i /= 2) x += __shfl_xor_sync(~0u, x, i);
     return x;
 }
 __device__ __forceinline__ float warp_max(float x) {
@@ -666,15 +656,15 @@ template <bool MAX> __device__ float block_reduce(float x) {
 }
 __device__ __forceinline__ float block_sum(float x) { return block_reduce<false>(x); }
 
-static const bf16 *half_data(const sc_tensor *x) { return x ? (const bf16 *)x->data : NULL; }
-static bf16 *half_grad(const sc_tensor *x) { return (bf16 *)x->grad; }
+static const bf16 *bf16_data(const sc_tensor *x) { return x ? (const bf16 *)x->data : NULL; }
+static bf16 *bf16_grad(const sc_tensor *x) { return (bf16 *)x->grad; }
 /* Whether the operation, which writes all of x's gradient, stores it. */
 static bool first_part(sc_tensor *x) {
     bool first = x->new_grad;
     x->new_grad = false;
     return first;
 }
-static const float *full_data(const sc_tensor *x) { return x ? (const float *)x->data : NULL; }
+static const float *f32_data(const sc_tensor *x) { return x ? (const float *)x->data : NULL; }
 static int64_t last_size(const sc_tensor *x) { return x->shape[x->ndim - 1]; }
 static int64_t row_count(const sc_tensor *x) { return sc_count(x) / last_size(x); }
 
@@ -751,23 +741,21 @@ static void cuda_column_sum(float *sum, const void *x, int64_t rows, int64_t col
     column_sums<1, float>(PlainColumns{(const bf16 *)x, columns}, 1, rows, columns, to, 0);
 }
 
-/* ==== Products ===============================================================================
+/* ==== Matrix products ========================================================================
  * C = f(alpha op(A) op(B) + beta C + bias) through cuBLASLt, which is column-major: its view of a
  * row-major matrix is the transposed one, so it is asked for C^T = op(B)^T op(A)^T. Inputs are bf16
  * (others are converted first) or, if all three are f32, f32. How to compute a shape is asked once.
  *
- * What a product can do on its way out: the bias; LoRA's part, which is in C before (beta 1); and a
- * GELU. cuBLASLt has no epilogue for FLUX's residuals: x + gate h has a gate for each channel of
- * each sample, so gated_residual_kernel does that in a pass of its own. */
+ * Epilogues: the bias; LoRA's part, which is in C before (beta 1); a GELU. cuBLASLt has none for
+ * FLUX's residuals, whose gates differ by sample and channel: they are a pass of their own. */
 
 #define CUBLASLT_CALLS(X)                                                                          \
     X(Create)                                                                                      \
+    X(GetStatusString)                                                                             \
     X(Matmul)                                                                                      \
     X(MatmulDescCreate)                                                                            \
-    X(MatmulDescDestroy)                                                                           \
     X(MatmulDescSetAttribute)                                                                      \
     X(MatrixLayoutCreate)                                                                          \
-    X(MatrixLayoutDestroy)                                                                         \
     X(MatrixLayoutSetAttribute)                                                                    \
     X(MatmulPreferenceCreate)                                                                      \
     X(MatmulPreferenceSetAttribute) X(MatmulPreferenceDestroy) X(MatmulAlgoGetHeuristic)
@@ -801,23 +789,11 @@ static bool open_cublas() {
 #endif
 }
 
-static const char *cublas_text(cublasStatus_t s) {
-    switch (s) {
-    case CUBLAS_STATUS_NOT_SUPPORTED: return "not supported";
-    case CUBLAS_STATUS_INVALID_VALUE: return "invalid value";
-    case CUBLAS_STATUS_ALLOC_FAILED: return "out of memory";
-    case CUBLAS_STATUS_ARCH_MISMATCH: return "not for this GPU";
-    case CUBLAS_STATUS_EXECUTION_FAILED: return "execution failed";
-    case CUBLAS_STATUS_NOT_INITIALIZED: return "not initialised";
-    default: return "internal error";
-    }
-}
-
 static bool check(cublasStatus_t status, const char *what) {
-    return status == CUBLAS_STATUS_SUCCESS || fail(what, cublas_text(status));
+    return status == CUBLAS_STATUS_SUCCESS || fail(what, lt.GetStatusString(status));
 }
 
-enum { WORKSPACE = 64 << 20, PLANS = 8192 };
+enum { WORKSPACE = 64 << 20, PLANS = 1024 };
 
 /* The matrices of a batch lie `stride` elements apart. scale: of e4m3, for each row. */
 struct Operand {
@@ -828,15 +804,14 @@ struct Operand {
     const float *scale;
 };
 
-/* What follows the product: bias [n] of C's type, or NULL; GELU; where the GELU's input is kept,
- * [m,n] of C's type, or NULL. */
+/* Each of C's type, or NULL: bias [n]; where the GELU's input is kept [m,n] (cuBLASLt's aux). */
 struct Epilogue {
     const void *bias;
     bool gelu;
     void *before;
 };
 
-struct Shape { /* all that decides how a product is computed; compared byte by byte */
+struct Shape { /* all that the choice of an algorithm depends on; compared byte by byte */
     int64_t m, n, k, lda, ldb, ldc, stride_a, stride_b, stride_c;
     int32_t batch, ta, tb, in, f32_out, scaled;
     int32_t epilogue; /* cublasLtEpilogue_t; in: cudaDataType_t */
@@ -844,13 +819,14 @@ struct Shape { /* all that decides how a product is computed; compared byte by b
 };
 static_assert(sizeof(Shape) == 9 * 8 + 12 * 4, "no bytes but its members'");
 struct Plan {
-    bool made, impossible;
+    Plan *next;
+    bool impossible;
     Shape shape;
-    cublasLtMatmulDesc_t product;
+    cublasLtMatmulDesc_t matmul;
     cublasLtMatrixLayout_t a, b, c;
     cublasLtMatmulAlgo_t algo;
 };
-static Plan plans[PLANS];
+static Plan *plans[PLANS]; /* lists, by hash */
 
 static int32_t alignment(const void *p) { /* the largest power of two up to 256 that divides it */
     int32_t a = 256;
@@ -873,7 +849,7 @@ static bool make_layout(cublasLtMatrixLayout_t *layout, int32_t type, int64_t ro
 
 static bool has_gelu(int32_t epilogue) { return (epilogue & CUBLASLT_EPILOGUE_GELU) != 0; }
 
-/* A product that cuBLASLt does not offer: the caller has another way to multiply e4m3 or to apply a
+/* cuBLASLt has no algorithm: the caller has another way to multiply e4m3 or to apply a
  * GELU, for anything else it is a failure. */
 static bool refused(Plan *p, cublasStatus_t status) {
     const Shape *s = &p->shape;
@@ -885,33 +861,35 @@ static bool refused(Plan *p, cublasStatus_t status) {
              "%d, %d)",
              (long long)s->m, (long long)s->k, (long long)s->k, (long long)s->n, s->in, s->epilogue,
              s->align_a, s->align_b, s->align_c);
-    return fail(text, cublas_text(status));
+    return fail(text, lt.GetStatusString(status));
 }
 
-static bool choose_algorithm(Plan *p) {
+static bool find_algorithm(Plan *p) {
     const Shape *s = &p->shape;
-    cublasLtMatmulPreference_t wish;
+    cublasLtMatmulPreference_t preference;
     uint64_t workspace = WORKSPACE;
     /* Slices of k are added in f32, or not cut: in C's own type each would be rounded to bf16. */
     uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     cublasLtMatmulHeuristicResult_t found;
     int count = 0;
-    if (!check(lt.MatmulPreferenceCreate(&wish), "product preference")) return false;
+    if (!check(lt.MatmulPreferenceCreate(&preference), "matmul preference")) return false;
     const struct {
         cublasLtMatmulPreferenceAttributes_t name;
         const void *value;
         size_t size;
-    } wishes[] = {{CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace},
-                  {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction, sizeof reduction},
-                  {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &s->align_b, 4}, /* its A is our B */
-                  {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &s->align_a, 4},
-                  {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &s->align_c, 4},
-                  {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &s->align_c, 4}};
-    for (const auto &w : wishes)
-        check(lt.MatmulPreferenceSetAttribute(wish, w.name, w.value, w.size), "product preference");
-    cublasStatus_t status = lt.MatmulAlgoGetHeuristic(gpu.lt, p->product, p->a, p->b, p->c, p->c,
-                                                      wish, 1, &found, &count);
-    lt.MatmulPreferenceDestroy(wish);
+    } attributes[] = {
+        {CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace},
+        {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction, sizeof reduction},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &s->align_b, 4}, /* its A is our B */
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &s->align_a, 4},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &s->align_c, 4},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &s->align_c, 4}};
+    for (const auto &w : attributes)
+        check(lt.MatmulPreferenceSetAttribute(preference, w.name, w.value, w.size),
+              "matmul preference");
+    cublasStatus_t status = lt.MatmulAlgoGetHeuristic(gpu.lt, p->matmul, p->a, p->b, p->c, p->c,
+                                                      preference, 1, &found, &count);
+    lt.MatmulPreferenceDestroy(preference);
     if (status == CUBLAS_STATUS_SUCCESS && count > 0 && found.state == CUBLAS_STATUS_SUCCESS) {
         p->algo = found.algo;
         return true;
@@ -919,83 +897,59 @@ static bool choose_algorithm(Plan *p) {
     return refused(p, status);
 }
 
-/* One attribute of a product. */
 template <class T>
-static bool describe(Plan *p, cublasLtMatmulDescAttributes_t name, const T &value) {
-    return check(lt.MatmulDescSetAttribute(p->product, name, &value, sizeof value), "product");
+static bool set_attribute(Plan *p, cublasLtMatmulDescAttributes_t name, const T &value) {
+    return check(lt.MatmulDescSetAttribute(p->matmul, name, &value, sizeof value), "matmul");
 }
 
 /* The pointers count, too: how they are aligned decides which algorithms are found. */
-static bool describe_pointers(Plan *p, const Epilogue &e, const float *scale_a,
-                              const float *scale_b) {
-    bool ok = !e.bias || describe(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, e.bias);
-    if (e.before) ok = ok && describe(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, e.before);
+static bool set_pointers(Plan *p, const Epilogue &e, const float *scale_a, const float *scale_b) {
+    bool ok = !e.bias || set_attribute(p, CUBLASLT_MATMUL_DESC_BIAS_POINTER, e.bias);
+    if (e.before) ok = ok && set_attribute(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, e.before);
     if (p->shape.scaled)
-        ok = ok && describe(p, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, scale_b) &&
-             describe(p, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, scale_a);
+        ok = ok && set_attribute(p, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, scale_b) &&
+             set_attribute(p, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, scale_a);
     return ok;
 }
 
-static bool make_plan(Plan *p, const Shape *s, const Epilogue &e, const float *scale_a,
-                      const float *scale_b) {
-    p->shape = *s;
+static bool make_plan(Plan *p, const Epilogue &e, const float *scale_a, const float *scale_b) {
+    const Shape *s = &p->shape;
     cublasOperation_t ta = s->ta ? CUBLAS_OP_T : CUBLAS_OP_N,
                       tb = s->tb ? CUBLAS_OP_T : CUBLAS_OP_N;
-    bool ok = check(lt.MatmulDescCreate(&p->product, CUBLAS_COMPUTE_32F, CUDA_R_32F), "product");
+    bool ok = check(lt.MatmulDescCreate(&p->matmul, CUBLAS_COMPUTE_32F, CUDA_R_32F), "matmul");
 #if CUBLAS_VERSION >= 120900
     if (s->scaled) { /* each result is multiplied by the scales of its two rows */
         cublasLtMatmulMatrixScale_t mode = CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F;
         const cublasLtMatmulDescAttributes_t modes[] = {CUBLASLT_MATMUL_DESC_A_SCALE_MODE,
                                                         CUBLASLT_MATMUL_DESC_B_SCALE_MODE};
         for (auto name : modes)
-            if (ok && lt.MatmulDescSetAttribute(p->product, name, &mode, sizeof mode) !=
+            if (ok && lt.MatmulDescSetAttribute(p->matmul, name, &mode, sizeof mode) !=
                           CUBLAS_STATUS_SUCCESS) /* a library older than this program's headers */
                 return p->impossible = true, false;
     }
 #else
     if (s->scaled) return p->impossible = true, false;
 #endif
-    if (e.before) ok = ok && describe(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, s->n);
+    if (e.before) ok = ok && set_attribute(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, s->n);
     if (s->in == CUDA_R_8F_E4M3) /* sums with fewer bits, but more than their terms have */
-        ok = ok && describe(p, CUBLASLT_MATMUL_DESC_FAST_ACCUM, (int8_t)1);
-    p->made = ok && describe(p, CUBLASLT_MATMUL_DESC_TRANSA, tb) &&
-              describe(p, CUBLASLT_MATMUL_DESC_TRANSB, ta) &&
-              describe(p, CUBLASLT_MATMUL_DESC_EPILOGUE, (cublasLtEpilogue_t)s->epilogue) &&
-              describe_pointers(p, e, scale_a, scale_b) &&
-              make_layout(&p->a, s->in, s->tb ? s->k : s->n, s->tb ? s->n : s->k, s->ldb, s,
-                          s->stride_b) &&
-              make_layout(&p->b, s->in, s->ta ? s->m : s->k, s->ta ? s->k : s->m, s->lda, s,
-                          s->stride_a) &&
-              make_layout(&p->c, s->f32_out ? CUDA_R_32F : CUDA_R_16BF, s->n, s->m, s->ldc, s,
-                          s->stride_c) &&
-              choose_algorithm(p);
-    return p->made;
+        ok = ok && set_attribute(p, CUBLASLT_MATMUL_DESC_FAST_ACCUM, (int8_t)1);
+    return ok && set_attribute(p, CUBLASLT_MATMUL_DESC_TRANSA, tb) &&
+           set_attribute(p, CUBLASLT_MATMUL_DESC_TRANSB, ta) &&
+           set_attribute(p, CUBLASLT_MATMUL_DESC_EPILOGUE, (cublasLtEpilogue_t)s->epilogue) &&
+           set_pointers(p, e, scale_a, scale_b) &&
+           make_layout(&p->a, s->in, s->tb ? s->k : s->n, s->tb ? s->n : s->k, s->ldb, s,
+                       s->stride_b) &&
+           make_layout(&p->b, s->in, s->ta ? s->m : s->k, s->ta ? s->k : s->m, s->lda, s,
+                       s->stride_a) &&
+           make_layout(&p->c, s->f32_out ? CUDA_R_32F : CUDA_R_16BF, s->n, s->m, s->ldc, s,
+                       s->stride_c) &&
+           find_algorithm(p);
 }
 
-/* The place of a shape's plan: it may hold that plan, or still be empty. */
-static Plan *find_plan(const Shape *s) {
-    uint64_t hash = 1469598103934665603u;
-    for (size_t i = 0; i < sizeof *s; i++) hash = (hash ^ ((const uint8_t *)s)[i]) * 1099511628211u;
-    for (int i = 0; i < 8; i++) {
-        Plan *p = &plans[(hash + (uint64_t)i) % PLANS];
-        if ((!p->made && !p->impossible) || !memcmp(&p->shape, s, sizeof *s)) return p;
-    }
-    Plan *p = &plans[hash % PLANS]; /* another's; it is made again when it is next asked for */
-    if (p->a) lt.MatrixLayoutDestroy(p->a);
-    if (p->b) lt.MatrixLayoutDestroy(p->b);
-    if (p->c) lt.MatrixLayoutDestroy(p->c);
-    if (p->product) lt.MatmulDescDestroy(p->product);
-    *p = Plan();
-    return p;
-}
-
-/* The plan of `batch` products; NULL: there is none, as may be of e4m3 or with a GELU, or a
- * failure.
- */
+/* The plan of a batched product; NULL: none (of e4m3, or with a GELU), or a failure. */
 static Plan *plan_for(int64_t m, int64_t n, int64_t k, Operand a, Operand b, cudaDataType_t in,
                       Operand c, bool f32_out, Epilogue e, int64_t batch) {
-    Shape s;
-    memset(&s, 0, sizeof s);
+    Shape s = {};
     s.m = m, s.n = n, s.k = k, s.lda = a.ld, s.ldb = b.ld, s.ldc = c.ld, s.batch = (int32_t)batch;
     s.stride_a = a.stride, s.stride_b = b.stride, s.stride_c = c.stride;
     s.ta = a.transposed, s.tb = b.transposed, s.in = in, s.f32_out = f32_out;
@@ -1005,25 +959,32 @@ static Plan *plan_for(int64_t m, int64_t n, int64_t k, Operand a, Operand b, cud
     if (!s.epilogue) s.epilogue = CUBLASLT_EPILOGUE_DEFAULT;
     s.align_a = alignment(a.data), s.align_b = alignment(b.data), s.align_c = alignment(c.data);
     s.align_bias = alignment(e.bias), s.align_before = alignment(e.before);
-    Plan *p = find_plan(&s);
-    if (!p->made && !p->impossible) make_plan(p, &s, e, a.scale, b.scale);
+    uint64_t hash = 1469598103934665603u;
+    for (size_t i = 0; i < sizeof s; i++) hash = (hash ^ ((uint8_t *)&s)[i]) * 1099511628211u;
+    Plan **list = &plans[hash % PLANS], *p = *list;
+    while (p && memcmp(&p->shape, &s, sizeof s)) p = p->next;
+    if (!p) {
+        if (!(p = (Plan *)calloc(1, sizeof *p))) return fail("matmul", "out of memory"), nullptr;
+        p->next = *list, p->shape = s, *list = p;
+        make_plan(p, e, a.scale, b.scale);
+    }
     return p->impossible || gpu.failed ? NULL : p;
 }
 
-/* `batch` products. False if there is no way to compute it: e4m3 or a GELU only. */
-static bool product(int64_t m, int64_t n, int64_t k, float alpha, Operand a, Operand b,
-                    cudaDataType_t in, float beta, Operand c, bool f32_out, Epilogue e,
-                    int64_t batch) {
+/* A batched product. False: there is no algorithm, as may be of e4m3 or with a GELU only. */
+static bool matmul(int64_t m, int64_t n, int64_t k, float alpha, Operand a, Operand b,
+                   cudaDataType_t in, float beta, Operand c, bool f32_out, Epilogue e,
+                   int64_t batch) {
     if (gpu.failed || m == 0 || n == 0 || batch == 0) return true;
     Plan *p = plan_for(m, n, k, a, b, in, c, f32_out, e, batch);
     if (!p) return gpu.failed;
-    describe_pointers(p, e, a.scale, b.scale);
+    set_pointers(p, e, a.scale, b.scale);
     cublasStatus_t status =
-        lt.Matmul(gpu.lt, p->product, &alpha, b.data, p->a, a.data, p->b, &beta, c.data, p->c,
+        lt.Matmul(gpu.lt, p->matmul, &alpha, b.data, p->a, a.data, p->b, &beta, c.data, p->c,
                   (void *)c.data, p->c, &p->algo, gpu.workspace, WORKSPACE, gpu.stream);
     if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE)
         return refused(p, status) || gpu.failed; /* the heuristic does not know beta */
-    check(status, "product");
+    check(status, "matmul");
     return true;
 }
 
@@ -1053,23 +1014,32 @@ static void convert(bf16 *to, const T *from, const float *scale, int64_t rows, i
 }
 
 /* The stored [rows, columns] matrix `a` in bf16: itself, or converted into `buffer`. */
-static Operand as_half(sc_matrix a, int64_t rows, int64_t columns, bf16 *buffer) {
+static Operand as_bf16(sc_matrix a, int64_t rows, int64_t columns, bf16 *buffer) {
     if (a.dtype == SC_BF16) return Operand{a.data, a.ld, a.transposed, 0, NULL};
     if (a.dtype == SC_F32) convert(buffer, (const float *)a.data, NULL, rows, columns, a.ld);
     else if (a.dtype == SC_F8_E4M3)
         convert(buffer, (const uint8_t *)a.data, a.scale, rows, columns, a.ld);
-    else fail("product", "matrices must be f32, bf16 or e4m3");
+    else fail("matmul", "matrices must be f32, bf16 or e4m3");
     return Operand{buffer, columns, a.transposed, 0, NULL};
 }
 
-/* Round to nearest even, as sc__f32_to_f8 of shortcut.h. */
-__device__ __forceinline__ uint8_t to_e4m3(float x) {
-    uint32_t bits = __float_as_uint(x), sign = bits >> 24 & 0x80, magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) return (uint8_t)(sign | 0x7f);
-    if (magnitude >= 0x43e00000u) return (uint8_t)(sign | 0x7e);
-    if (magnitude < 0x3c800000u)
-        return (uint8_t)(sign | (uint32_t)rintf(__uint_as_float(magnitude) * 512.f));
-    return (uint8_t)(sign | (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1)) >> 20);
+/* Two values to nearest even, as sc__f32_to_f8 of shortcut.h. */
+__device__ __forceinline__ uint32_t pack_e4m3(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+    uint16_t pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    uint32_t pair = 0;
+    for (float x : {high, low}) {
+        uint32_t bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
+        uint32_t byte = (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1)) >> 20;
+        if (magnitude < 0x3c800000u) byte = (uint32_t)rintf(__uint_as_float(magnitude) * 512.f);
+        if (magnitude >= 0x43e00000u) byte = magnitude > 0x7f800000u ? 0x7f : 0x7e;
+        pair = pair << 8 | (bits >> 24 & 0x80) | byte;
+    }
+    return pair;
+#endif
 }
 
 /* The values from[c] factor[c] (factor NULL: 1) of a row, which a block of 128 threads shares. */
@@ -1093,12 +1063,16 @@ __global__ void quantize_kernel(uint8_t *to, float *scale, const bf16 *from, con
         for (int j = 0; j < V; j++) largest = fmaxf(largest, fabsf(v[j]));
     }
     largest = block_reduce<true>(largest);
-    float s = largest > 0 ? largest / 448.f : 1.f;
+    float s = largest > 1e-35f ? largest / 448.f : 1.f, inverse = 1 / s;
+    auto divide = [&](float x) { /* x / s, rounded as on the CPU */
+                                 return fmaf(fmaf(-x * inverse, s, x), inverse, x * inverse);
+    };
     if (threadIdx.x == 0) scale[blockIdx.x] = s;
     for (int64_t c = threadIdx.x * V; c < columns; c += blockDim.x * V) {
         scaled<V>(v, from, factor, c);
         uint32_t bytes[2] = {0, 0};
-        for (int j = 0; j < V; j++) bytes[j / 4] |= (uint32_t)to_e4m3(v[j] / s) << 8 * (j % 4);
+        for (int j = 0; j < V; j += 2)
+            bytes[j / 4] |= pack_e4m3(divide(v[j]), divide(v[(j + 1) % V])) << 8 * (j % 4);
         if (V == 8) *(uint2 *)(to + c) = make_uint2(bytes[0], bytes[1]);
         else to[c] = (uint8_t)bytes[0];
     }
@@ -1114,9 +1088,9 @@ static void cuda_quantize(uint8_t *to, float *scale, const void *from, int64_t r
     quantize(to, scale, (const bf16 *)from, NULL, rows, columns, columns);
 }
 
-/* to [n,k] = the bytes of from [k,n], in tiles of 64 x 64: a thread turns 4 x 4. ones [n] = 1. */
-__global__ void turn_bytes_kernel(uint8_t *to, float *ones, const uint8_t *from, int64_t k,
-                                  int64_t n, int64_t ld) {
+/* to [n,k] = the bytes of from [k,n], in tiles of 64 x 64: 4 x 4 a thread. ones [n] = 1. */
+__global__ void transpose_bytes_kernel(uint8_t *to, float *ones, const uint8_t *from, int64_t k,
+                                       int64_t n, int64_t ld) {
     __shared__ uint32_t tile[64][17];
     int x = threadIdx.x % 16, y = threadIdx.x / 16;
     int64_t row = blockIdx.y * 64 + y * 4, column = blockIdx.x * 64 + x * 4;
@@ -1137,8 +1111,8 @@ __global__ void turn_bytes_kernel(uint8_t *to, float *ones, const uint8_t *from,
 }
 
 /* Whether y = x w^T, or x w in the backward pass, may go to fp8 tensor cores, x then becoming e4m3
- * with a scale for each row, too. cuBLASLt wants pieces of 16 bytes. Of a few rows, such as the
- * modulation's, little is to be gained, and these are worth more bits. */
+ * with a scale for each row, too. cuBLASLt wants rows aligned to 16 bytes. Few rows, such as the
+ * modulation's, would gain little, and are worth more bits: few_rows_kernel, or bf16. */
 static bool fits_fp8(int64_t m, int64_t n, int64_t k, sc_matrix x, sc_matrix w, Operand y,
                      bool f32_out) {
     return gpu.capability >= 89 && x.dtype == SC_BF16 && w.dtype == SC_F8_E4M3 && w.scale &&
@@ -1146,23 +1120,53 @@ static bool fits_fp8(int64_t m, int64_t n, int64_t k, sc_matrix x, sc_matrix w, 
            (uintptr_t)w.data % 16 == 0 && y.ld % 8 == 0 && (uintptr_t)y.data % 16 == 0 && !f32_out;
 }
 
-/* y = f(alpha rows[r] columns[c] sum + beta y + bias); `sum` and e.before have rows of n. */
+/* to = f(v + beta to + bias), of row r, columns c ...; e.before has rows of n. */
+template <int V>
+__device__ __forceinline__ void finish(bf16 *to, float v[V], float beta, const Epilogue &e,
+                                       int64_t r, int64_t c, int64_t n) {
+    float old[V] = {0}, bias[V] = {0}, slope;
+    if (beta != 0) load<V>(old, to);
+    if (e.bias) load<V>(bias, (const bf16 *)e.bias + c);
+    for (int j = 0; j < V; j++) v[j] += beta * old[j] + bias[j];
+    if (e.before) store<V>((bf16 *)e.before + r * n + c, v);
+    for (int j = 0; e.gelu && j < V; j++) v[j] *= gate(SC_GELU_TANH, v[j], &slope);
+    store<V>(to, v);
+}
+
+/* y = f(alpha rows[r] columns[c] sum + beta y + bias); `sum` has rows of n. */
 template <int V>
 __global__ void scale_kernel(bf16 *y, int64_t ld, const bf16 *sum, const float *rows,
                              const float *columns, float alpha, float beta, Epilogue e, int64_t n,
                              int64_t total) {
-    int64_t i = FLAT_INDEX(V), c = i % n;
+    int64_t i = FLAT_INDEX(V), r = i / n, c = i % n;
     if (i >= total) return;
-    float v[V], s[V], old[V] = {0}, bias[V] = {0}, slope;
-    bf16 *to = y + i / n * ld + c;
+    float v[V], s[V];
     load<V>(v, sum + i);
     load<V>(s, columns + c);
-    if (beta != 0) load<V>(old, to);
-    if (e.bias) load<V>(bias, (const bf16 *)e.bias + c);
-    for (int j = 0; j < V; j++) v[j] = alpha * rows[i / n] * s[j] * v[j] + beta * old[j] + bias[j];
-    if (e.before) store<V>((bf16 *)e.before + i, v);
-    for (int j = 0; e.gelu && j < V; j++) v[j] *= gate(SC_GELU_TANH, v[j], &slope);
-    store<V>(to, v);
+    for (int j = 0; j < V; j++) v[j] *= alpha * rows[r] * s[j];
+    finish<V>(y + r * ld + c, v, beta, e, r, c, n);
+}
+
+/* The same of alpha x w^T for 8 rows of x and e4m3 w [n,k]: a warp to a row of w. */
+__global__ void few_rows_kernel(bf16 *y, int64_t ld, const bf16 *x, int64_t x_ld, sc_matrix w,
+                                float alpha, float beta, Epilogue e, int m, int n, int k) {
+    int lane = threadIdx.x % 32, c = blockIdx.x * 8 + threadIdx.x / 32;
+    if (c >= n) return;
+    float sum[8] = {}, a[8], b[8];
+    y += blockIdx.y * 8 * ld, x += blockIdx.y * 8 * x_ld, m -= blockIdx.y * 8;
+    for (int j = lane * 8; j < k; j += 256) {
+        load<8>(b, (const uint8_t *)w.data + c * w.ld + j);
+#pragma unroll
+        for (int r = 0; r < 8; r++) {
+            if (r >= m) break;
+            load<8>(a, x + r * x_ld + j);
+            for (int i = 0; i < 8; i++) sum[r] += a[i] * b[i];
+        }
+    }
+    for (int r = 0; r < 8; r++) {
+        float v = alpha * warp_sum(sum[r]) * (w.scale ? w.scale[c] : 1);
+        if (lane == r && r < m) finish<1>(y + r * ld + c, &v, beta, e, blockIdx.y * 8 + r, c, n);
+    }
 }
 
 /* The left matrix of the last e4m3 product: the next layer may have the same. */
@@ -1171,55 +1175,56 @@ static struct {
     float *scale;
     int64_t size, rows; /* allocated */
     uint64_t content;
-} rounded;
+} quantized;
 
-static bool make_room_for_rounded(int64_t m, int64_t k) {
-    if (rounded.size >= m * k && rounded.rows >= m) return true;
-    if (rounded.data) cuda_release(rounded.data);
-    if (rounded.scale) cuda_release(rounded.scale);
-    memset(&rounded, 0, sizeof rounded);
-    rounded.data = (uint8_t *)cuda_alloc((size_t)(m * k));
-    rounded.scale = (float *)cuda_alloc((size_t)m * 4);
-    if (!rounded.data || !rounded.scale) return fail("e4m3 matrix", sc_error());
-    rounded.size = m * k, rounded.rows = m;
+static bool reserve_quantized(int64_t m, int64_t k) {
+    if (quantized.size >= m * k && quantized.rows >= m) return true;
+    if (quantized.data) cuda_release(quantized.data);
+    if (quantized.scale) cuda_release(quantized.scale);
+    memset(&quantized, 0, sizeof quantized);
+    quantized.data = (uint8_t *)cuda_alloc((size_t)(m * k));
+    quantized.scale = (float *)cuda_alloc((size_t)m * 4);
+    if (!quantized.data || !quantized.scale) return fail("e4m3 matrix", sc_error());
+    quantized.size = m * k, quantized.rows = m;
     return true;
 }
 
-static void round_left(int64_t m, int64_t k, sc_matrix x, const float *factor) {
-    if (x.content && x.content == rounded.content) return; /* never with a factor */
-    quantize(rounded.data, rounded.scale, (const bf16 *)x.data, factor, m, k, x.ld);
-    rounded.content = x.content;
+static void quantize_left(int64_t m, int64_t k, sc_matrix x, const float *factor) {
+    if (x.content && x.content == quantized.content) return; /* never with a factor */
+    quantize(quantized.data, quantized.scale, (const bf16 *)x.data, factor, m, k, x.ld);
+    quantized.content = x.content;
 }
 
-/* cuBLASLt wants rows of x and w side by side. In the backward pass, w is turned for that, and its
- * rows' scales, which then belong to columns, go into x before that is rounded. Scales of rows are
- * cuBLASLt's work where it can (compute capability 9.0), else scale_kernel's. */
-static bool fp8_product(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix x, sc_matrix w,
-                        float beta, Operand y, Epilogue e) {
-    bool turn = !w.transposed;
-    Scratch<uint8_t> turned(turn ? n * k : 0);
-    Scratch<float> ones(turn ? n : 0);
-    if (gpu.failed || !make_room_for_rounded(m, k)) return true;
-    const float *columns = turn ? ones.p : w.scale;
-    Operand px = {rounded.data, k, false, 0, rounded.scale}, pw = {w.data, w.ld, true, 0, columns};
-    if (turn) pw.data = turned.p, pw.ld = k;
+/* cuBLASLt wants rows of x and w side by side. In the backward pass, w is transposed for that, and
+ * its rows' scales, which then belong to columns, go into x before that is quantised. Scales of
+ * rows are cuBLASLt's work where it can (compute capability 9.0), else scale_kernel's. */
+static bool fp8_matmul(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix x, sc_matrix w,
+                       float beta, Operand y, Epilogue e) {
+    bool transpose = !w.transposed;
+    Scratch<uint8_t> transposed(transpose ? n * k : 0);
+    Scratch<float> ones(transpose ? n : 0);
+    if (gpu.failed || !reserve_quantized(m, k)) return true;
+    const float *columns = transpose ? ones.p : w.scale;
+    Operand px = {quantized.data, k, false, 0, quantized.scale},
+            pw = {w.data, w.ld, true, 0, columns};
+    if (transpose) pw.data = transposed.p, pw.ld = k;
     Operand qx = px, qw = pw, to = {NULL, n, false, 0, NULL}; /* the second way, without scales */
     qx.scale = qw.scale = NULL;
     if (!plan_for(m, n, k, px, pw, CUDA_R_8F_E4M3, y, false, e, 1) &&
         !plan_for(m, n, k, qx, qw, CUDA_R_8F_E4M3, to, false, Epilogue(), 1))
         return gpu.failed;
-    if (turn)
-        launch("turn_bytes", turn_bytes_kernel,
-               dim3((unsigned)ceil_div(n, 64), (unsigned)ceil_div(k, 64)), 256, 0, turned.p, ones.p,
-               (const uint8_t *)w.data, k, n, w.ld);
-    round_left(m, k, x, turn ? w.scale : NULL);
-    if (product(m, n, k, alpha, px, pw, CUDA_R_8F_E4M3, beta, y, false, e, 1)) return true;
+    if (transpose)
+        launch("transpose_bytes", transpose_bytes_kernel,
+               dim3((unsigned)ceil_div(n, 64), (unsigned)ceil_div(k, 64)), 256, 0, transposed.p,
+               ones.p, (const uint8_t *)w.data, k, n, w.ld);
+    quantize_left(m, k, x, transpose ? w.scale : NULL);
+    if (matmul(m, n, k, alpha, px, pw, CUDA_R_8F_E4M3, beta, y, false, e, 1)) return true;
     Scratch<bf16> sum(m * n);
     to.data = sum.p;
-    if (!product(m, n, k, 1, qx, qw, CUDA_R_8F_E4M3, 0, to, false, Epilogue(), 1)) return false;
+    if (!matmul(m, n, k, 1, qx, qw, CUDA_R_8F_E4M3, 0, to, false, Epilogue(), 1)) return false;
     bool wide_rows = wide(n | y.ld, y.data, columns, e.bias, e.before);
     LAUNCH_FLAT(wide_rows, scale_kernel, m * n, (bf16 *)y.data, y.ld, (const bf16 *)sum.p,
-                (const float *)rounded.scale, columns, alpha, beta, e, n, m * n);
+                (const float *)quantized.scale, columns, alpha, beta, e, n, m * n);
     return true;
 }
 
@@ -1231,18 +1236,25 @@ static bool multiply(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, 
     if (f32 && a.dtype == SC_F32 && b.dtype == SC_F32) {
         Operand pa = {a.data, a.ld, a.transposed, 0, NULL},
                 pb = {b.data, b.ld, b.transposed, 0, NULL};
-        return product(m, n, k, alpha, pa, pb, CUDA_R_32F, beta, to, true,
-                       Epilogue{full_data(bias), false, NULL}, 1);
+        return matmul(m, n, k, alpha, pa, pb, CUDA_R_32F, beta, to, true,
+                      Epilogue{f32_data(bias), false, NULL}, 1);
     }
-    Scratch<bf16> half_bias(bias && !f32 ? n : 0);
-    if (half_bias.p) convert(half_bias.p, full_data(bias), NULL, 1, n, n);
-    Epilogue e = {f32 ? (const void *)full_data(bias) : half_bias.p, gelu, before};
-    if (fits_fp8(m, n, k, a, b, to, f32) && fp8_product(m, n, k, alpha, a, b, beta, to, e))
+    Scratch<bf16> bf16_bias(bias && !f32 ? n : 0);
+    if (bf16_bias.p) convert(bf16_bias.p, f32_data(bias), NULL, 1, n, n);
+    Epilogue e = {f32 ? (const void *)f32_data(bias) : bf16_bias.p, gelu, before};
+    if (m < 16 && !f32 && a.dtype == SC_BF16 && b.dtype == SC_F8_E4M3 && !a.transposed &&
+        b.transposed && wide(k | a.ld | b.ld, a.data, b.data)) {
+        launch("few_rows", few_rows_kernel,
+               dim3((unsigned)ceil_div(n, 8), (unsigned)ceil_div(m, 8)), 256, 0, (bf16 *)c.data,
+               c.ld, (const bf16 *)a.data, a.ld, b, alpha, beta, e, m, n, k);
+        return true;
+    }
+    if (fits_fp8(m, n, k, a, b, to, f32) && fp8_matmul(m, n, k, alpha, a, b, beta, to, e))
         return true;
     Scratch<bf16> wa(a.dtype == SC_BF16 ? 0 : m * k), wb(b.dtype == SC_BF16 ? 0 : k * n);
-    Operand pa = as_half(a, a.transposed ? k : m, a.transposed ? m : k, wa.p);
-    Operand pb = as_half(b, b.transposed ? n : k, b.transposed ? k : n, wb.p);
-    return product(m, n, k, alpha, pa, pb, CUDA_R_16BF, beta, to, f32, e, 1);
+    Operand pa = as_bf16(a, a.transposed ? k : m, a.transposed ? m : k, wa.p);
+    Operand pb = as_bf16(b, b.transposed ? n : k, b.transposed ? k : n, wb.p);
+    return matmul(m, n, k, alpha, pa, pb, CUDA_R_16BF, beta, to, f32, e, 1);
 }
 
 static void cuda_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, sc_matrix b,
@@ -1251,35 +1263,19 @@ static void cuda_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a,
     multiply(m, n, k, alpha, a, b, beta, c, bias, false, NULL);
 }
 
-static void cuda_copy_block(void *dst, int64_t dst_ld, const void *src, int64_t src_ld,
-                            int64_t rows, int64_t columns, sc_dtype dtype, bool accumulate);
-static void activate_rows(sc_activation kind, bf16 *y, int64_t y_ld, const bf16 *x, int64_t x_ld,
-                          int64_t rows, int64_t n);
-
-/* cuBLASLt's GELU is the tanh form, and part of the product on chips of compute capability 9.0 (on
- * others it is slower than a pass of its own). What it keeps for the backward pass has rows of 16
- * bytes; other sizes and chips, and what it refuses, take one pass more. */
-static void cuda_gemm_gelu(int64_t m, int64_t n, int64_t k, sc_matrix a, sc_matrix b, float beta,
-                           sc_matrix c, const sc_tensor *bias, sc_tensor *before) {
-    b.data = on_device(b.data);
-    bf16 *y = (bf16 *)c.data;
-    if (gpu.capability == 90 && n % 8 == 0 &&
-        multiply(m, n, k, 1, a, b, beta, c, bias, true, before ? before->data : NULL))
-        return;
-    multiply(m, n, k, 1, a, b, beta, c, bias, false, NULL);
-    if (before) cuda_copy_block(before->data, n, y, c.ld, m, n, SC_BF16, false);
-    activate_rows(SC_GELU_TANH, y, c.ld, y, c.ld, m, n);
-}
-
 /* ==== Copies and elementwise operations ====================================================== */
 
-/* Rows of `columns` pieces of type T. */
-template <class T>
-__global__ void copy_kernel(T *dst, int64_t dst_ld, const T *src, int64_t src_ld, int64_t rows,
-                            int64_t columns) {
+/* Rows of `columns` chunks of `size` bytes (1, 2, 4, 16). */
+__global__ void copy_kernel(char *dst, int64_t dst_ld, const char *src, int64_t src_ld,
+                            int64_t total, int64_t columns, int size) {
     int64_t i = FLAT_INDEX(1);
-    if (i < rows * columns)
-        dst[i / columns * dst_ld + i % columns] = src[i / columns * src_ld + i % columns];
+    if (i >= total) return;
+    dst += (i / columns * dst_ld + i % columns) * size;
+    src += (i / columns * src_ld + i % columns) * size;
+    if (size == 16) *(uint4 *)dst = *(const uint4 *)src;
+    else if (size == 4) *(uint32_t *)dst = *(const uint32_t *)src;
+    else if (size == 2) *(uint16_t *)dst = *(const uint16_t *)src;
+    else *dst = *src;
 }
 
 template <int V>
@@ -1292,37 +1288,27 @@ __global__ void add_block_kernel(bf16 *dst, int64_t dst_ld, const bf16 *src, int
     add<V>(dst + i / columns * dst_ld + i % columns, x, false);
 }
 
-template <class T>
-static void copy_pieces(void *dst, int64_t dst_ld, const void *src, int64_t src_ld, int64_t rows,
-                        int64_t columns, int64_t size) {
-    int64_t k =
-        (int64_t)sizeof(T); /* lengths in elements of `size` bytes become lengths in pieces */
-    launch("copy", copy_kernel<T>, dim3((unsigned)ceil_div(rows * columns * size / k, 256)), 256, 0,
-           (T *)dst, dst_ld * size / k, (const T *)src, src_ld * size / k, rows,
-           columns * size / k);
-}
-
 static void cuda_copy_block(void *dst, int64_t dst_ld, const void *src, int64_t src_ld,
                             int64_t rows, int64_t columns, sc_dtype dtype, bool accumulate) {
     int64_t size = sc_dtype_size(dtype);
     uintptr_t all = (uintptr_t)dst | (uintptr_t)src | (uintptr_t)(dst_ld * size) |
                     (uintptr_t)(src_ld * size) | (uintptr_t)(columns * size);
-    if (accumulate) {
-        if (dtype != SC_BF16) {
-            fail("copy_block", "only bf16 accumulates");
-            return;
-        }
+    if (accumulate && dtype != SC_BF16) fail("copy_block", "only bf16 accumulates");
+    else if (accumulate)
         LAUNCH_FLAT(all % 16 == 0, add_block_kernel, rows * columns, (bf16 *)dst, dst_ld,
                     (const bf16 *)src, src_ld, rows, columns);
-    } else if (all % 16 == 0) copy_pieces<uint4>(dst, dst_ld, src, src_ld, rows, columns, size);
-    else if (all % 4 == 0) copy_pieces<uint32_t>(dst, dst_ld, src, src_ld, rows, columns, size);
-    else if (all % 2 == 0) copy_pieces<uint16_t>(dst, dst_ld, src, src_ld, rows, columns, size);
-    else copy_pieces<uint8_t>(dst, dst_ld, src, src_ld, rows, columns, size);
+    else {
+        int64_t chunk = all % 16 == 0 ? 16 : all % 4 == 0 ? 4 : all % 2 == 0 ? 2 : 1;
+        int64_t n = columns * size / chunk;
+        launch("copy", copy_kernel, dim3((unsigned)ceil_div(rows * n, 256)), 256, 0, (char *)dst,
+               dst_ld * size / chunk, (const char *)src, src_ld * size / chunk, rows * n, n, chunk);
+    }
 }
 
+/* Host numbers travel as a kernel's argument: up to 32 samples. */
 struct Factors {
     float x[64];
-}; /* host numbers travel as a kernel's argument: up to 32 samples */
+};
 
 template <int V>
 __global__ void blend_kernel(bf16 *y, Factors f, const bf16 *u, const bf16 *v, int64_t n,
@@ -1344,7 +1330,7 @@ static void cuda_blend(sc_tensor *y, const float *p, const sc_tensor *u, const f
         int64_t count = batch - b < 32 ? batch - b : 32;
         for (int64_t i = 0; i < count; i++) f.x[2 * i] = p[b + i], f.x[2 * i + 1] = q[b + i];
         bf16 *out = (bf16 *)y->data + b * n;
-        const bf16 *pu = half_data(u) + b * n, *pv = half_data(v) + b * n;
+        const bf16 *pu = bf16_data(u) + b * n, *pv = bf16_data(v) + b * n;
         LAUNCH_FLAT(wide(n, out, pu, pv), blend_kernel, count * n, out, f, pu, pv, n, count * n);
     }
 }
@@ -1361,28 +1347,21 @@ template <int V> __global__ void multiply_kernel(bf16 *y, const bf16 *a, const b
 static void cuda_multiply(sc_tensor *y, const sc_tensor *a, const sc_tensor *b) {
     int64_t n = sc_count(y);
     bool w = wide(n, y->data, a->data, b->data);
-    LAUNCH_FLAT(w, multiply_kernel, n, (bf16 *)y->data, half_data(a), half_data(b), n);
+    LAUNCH_FLAT(w, multiply_kernel, n, (bf16 *)y->data, bf16_data(a), bf16_data(b), n);
 }
 
-/* Each step is rounded to f32 where the CPU rounds it. */
-__global__ void embed_timestep_kernel(bf16 *y, Factors t, int half) {
-    int i = threadIdx.x + blockIdx.x * blockDim.x;
-    if (i >= half) return;
-    float angle =
-        1000.f * t.x[blockIdx.y] * (float)exp((double)(-9.2103404f * (float)i / (float)half));
-    set(y + blockIdx.y * 2 * half + i, (float)cos((double)angle));
-    set(y + blockIdx.y * 2 * half + half + i, (float)sin((double)angle));
-}
+/* A few numbers, which are the CPU's. */
 static void cuda_embed_timestep(sc_tensor *y, const float *t) {
-    int64_t half = y->shape[1] / 2, batch = y->shape[0];
-    for (int64_t b = 0; b < batch; b += 64) {
-        Factors f = {{0}};
-        int64_t count = batch - b < 64 ? batch - b : 64;
-        for (int64_t i = 0; i < count; i++) f.x[i] = t[b + i];
-        launch("embed_timestep", embed_timestep_kernel,
-               dim3((unsigned)ceil_div(half, 128), (unsigned)count), 128, 0,
-               (bf16 *)y->data + b * 2 * half, f, (int)half);
-    }
+    sc_tensor host = *y;
+    int64_t n = sc_count(y);
+    Scratch<float> device(n);
+    if (!(host.data = malloc((size_t)n * sizeof(float)))) fail("embed_timestep", "out of memory");
+    if (gpu.failed) return free(host.data);
+    host.dtype = SC_F32;
+    sc_cpu()->embed_timestep(&host, t);
+    cuda_upload(device.p, host.data, (size_t)n * sizeof(float));
+    convert((bf16 *)y->data, device.p, NULL, 1, n, n);
+    free(host.data);
 }
 
 /* Rows of n values, x_ld and y_ld apart; y may be x. */
@@ -1405,7 +1384,7 @@ static void activate_rows(sc_activation kind, bf16 *y, int64_t y_ld, const bf16 
     LAUNCH_FLAT(w, activate_kernel, rows * n, kind, y, y_ld, x, x_ld, n, rows * n);
 }
 static void cuda_activate(sc_activation kind, sc_tensor *y, int64_t at, const sc_tensor *x) {
-    activate_rows(kind, (bf16 *)y->data + at, last_size(y), half_data(x), last_size(x),
+    activate_rows(kind, (bf16 *)y->data + at, last_size(y), bf16_data(x), last_size(x),
                   row_count(x), last_size(x));
 }
 
@@ -1433,20 +1412,36 @@ __global__ void activate_backward_kernel(sc_activation kind, bf16 *dx, const bf1
 static void cuda_activate_backward(sc_activation kind, const sc_tensor *y, int64_t at,
                                    sc_tensor *x) {
     int64_t n = last_size(x), width = last_size(y), total = sc_count(x);
-    const bf16 *dy = half_grad(y) + at;
+    const bf16 *dy = bf16_grad(y) + at;
     bool w = wide(n | width, dy, x->grad, x->data);
-    LAUNCH_FLAT(w, activate_backward_kernel, total, kind, half_grad(x), dy, width, half_data(x), n,
+    LAUNCH_FLAT(w, activate_backward_kernel, total, kind, bf16_grad(x), dy, width, bf16_data(x), n,
                 total, first_part(x));
+}
+
+/* cuBLASLt's GELU is the tanh form, and part of the product on chips of compute capability 9.0 (on
+ * others it is slower than a pass of its own). What it keeps for the backward pass has rows of 16
+ * bytes; other sizes and chips, and what it refuses, take one pass more. */
+static void cuda_gemm_gelu(int64_t m, int64_t n, int64_t k, sc_matrix a, sc_matrix b, float beta,
+                           sc_matrix c, const sc_tensor *bias, sc_tensor *before) {
+    b.data = on_device(b.data);
+    bf16 *y = (bf16 *)c.data;
+    if (gpu.capability == 90 && n % 8 == 0 &&
+        multiply(m, n, k, 1, a, b, beta, c, bias, true, before ? before->data : NULL))
+        return;
+    multiply(m, n, k, 1, a, b, beta, c, bias, false, NULL);
+    if (before) cuda_copy_block(before->data, n, y, c.ld, m, n, SC_BF16, false);
+    activate_rows(SC_GELU_TANH, y, c.ld, y, c.ld, m, n);
 }
 
 /* ==== Modulated layer norm and gated residual ================================================
  * A block of 128 threads to a row. */
 
-/* Mean and 1 / sqrt(variance + eps) of a row. */
+/* Mean (0 if not `centred`) and 1 / sqrt(variance + eps) of a row. */
 template <int V>
-__device__ void moments(const bf16 *x, int n, float eps, float *mean, float *inverse) {
+__device__ void moments(const bf16 *x, int n, float eps, bool centred, float *mean,
+                        float *inverse) {
     float v[V], sum = 0, square = 0;
-    for (int c = threadIdx.x * V; c < n; c += blockDim.x * V) {
+    for (int c = threadIdx.x * V; centred && c < n; c += blockDim.x * V) {
         load<V>(v, x + c);
         for (int j = 0; j < V; j++) sum += v[j];
     }
@@ -1475,7 +1470,7 @@ __global__ void ln_modulate_kernel(bf16 *y, const bf16 *x, Modulation mod, int n
     const bf16 *a = mod.row(r, scale), *b = mod.row(r, shift);
     float v[V], s[V], t[V], mean, inverse;
     x += r * n;
-    moments<V>(x, n, 1e-6f, &mean, &inverse);
+    moments<V>(x, n, 1e-6f, true, &mean, &inverse);
     for (int c = threadIdx.x * V; c < n; c += blockDim.x * V) {
         load<V>(v, x + c);
         load<V>(s, a + c);
@@ -1493,7 +1488,7 @@ __global__ void ln_modulate_backward_kernel(bf16 *dx, float2 *stats, const bf16 
     const bf16 *a = mod.row(r, scale);
     float v[V], d[V], s[V], mean, inverse, g_sum = 0, gn_sum = 0;
     x += r * n, dy += r * n;
-    moments<V>(x, n, 1e-6f, &mean, &inverse);
+    moments<V>(x, n, 1e-6f, true, &mean, &inverse);
     if (threadIdx.x == 0) stats[r] = make_float2(mean, inverse);
     if (!dx) return;
     for (int pass = 0; pass < 2; pass++) {
@@ -1527,14 +1522,14 @@ struct ModulateColumns { /* dscale, dshift */
 };
 
 static Modulation modulation(const sc_tensor *mod, const sc_tensor *x) {
-    return Modulation{half_data(mod), x->shape[1], mod->shape[1]};
+    return Modulation{bf16_data(mod), x->shape[1], mod->shape[1]};
 }
 
 static void cuda_ln_modulate(sc_tensor *y, const sc_tensor *x, const sc_tensor *mod, int shift,
                              int scale) {
     int64_t n = x->shape[2];
     bool w = wide(n, y->data, x->data, mod->data);
-    LAUNCH(w, ln_modulate_kernel, row_count(x), 128, (bf16 *)y->data, half_data(x),
+    LAUNCH(w, ln_modulate_kernel, row_count(x), 128, (bf16 *)y->data, bf16_data(x),
            modulation(mod, x), (int)n, shift * n, scale * n);
 }
 
@@ -1543,11 +1538,11 @@ static void cuda_ln_modulate_backward(const sc_tensor *y, sc_tensor *x, sc_tenso
     int64_t n = x->shape[2], rows = row_count(x);
     Scratch<float2> stats(rows);
     bool w = wide(n, y->grad, x->data, mod->data, x->grad);
-    LAUNCH(w, ln_modulate_backward_kernel, rows, 128, half_grad(x), stats.p, half_grad(y),
-           half_data(x), modulation(mod, x), (int)n, scale * n, first_part(x));
+    LAUNCH(w, ln_modulate_backward_kernel, rows, 128, bf16_grad(x), stats.p, bf16_grad(y),
+           bf16_data(x), modulation(mod, x), (int)n, scale * n, first_part(x));
     if (!mod->grad) return;
-    bf16 *to[2] = {half_grad(mod) + scale * n, half_grad(mod) + shift * n};
-    ModulateColumns f = {half_data(x), half_grad(y), stats.p, n};
+    bf16 *to[2] = {bf16_grad(mod) + scale * n, bf16_grad(mod) + shift * n};
+    ModulateColumns f = {bf16_data(x), bf16_grad(y), stats.p, n};
     column_sums<2, bf16>(f, x->shape[0], x->shape[1], n, to, mod->shape[1]);
 }
 
@@ -1595,7 +1590,7 @@ static void cuda_gated_residual(sc_tensor *y, const sc_tensor *x, const sc_tenso
                                 const sc_tensor *mod, int gate) {
     int64_t n = x->shape[2], total = sc_count(x);
     bool w = wide(n, y->data, x->data, h->data, mod->data);
-    LAUNCH_FLAT(w, gated_residual_kernel, total, (bf16 *)y->data, half_data(x), half_data(h),
+    LAUNCH_FLAT(w, gated_residual_kernel, total, (bf16 *)y->data, bf16_data(x), bf16_data(h),
                 modulation(mod, x), gate * n, n, total);
 }
 
@@ -1603,134 +1598,148 @@ static void cuda_gated_residual_backward(const sc_tensor *y, sc_tensor *x, sc_te
                                          sc_tensor *mod, int gate) {
     int64_t n = x->shape[2], total = sc_count(x);
     bool w = wide(n, y->grad, x->grad, h->grad, mod->data);
-    LAUNCH_FLAT(w, gated_residual_backward_kernel, total, half_grad(x), first_part(x), half_grad(h),
-                first_part(h), half_grad(y), modulation(mod, x), gate * n, n, total);
+    LAUNCH_FLAT(w, gated_residual_backward_kernel, total, bf16_grad(x), first_part(x), bf16_grad(h),
+                first_part(h), bf16_grad(y), modulation(mod, x), gate * n, n, total);
     if (!mod->grad) return;
-    bf16 *to[1] = {half_grad(mod) + gate * n};
-    column_sums<1, bf16>(GateColumns{half_data(h), half_grad(y), n}, x->shape[0], x->shape[1], n,
+    bf16 *to[1] = {bf16_grad(mod) + gate * n};
+    column_sums<1, bf16>(GateColumns{bf16_data(h), bf16_grad(y), n}, x->shape[0], x->shape[1], n,
                          to, mod->shape[1]);
 }
 
 /* ==== QK-norm + RoPE =========================================================================
- * A warp to a head of a token: lane l turns the pairs at channels 2l, 2l + 64, ... */
+ * V 8: 16 lanes to a head of 128 channels. V 2: a warp to any head, lane l at channels 2l + 64i. */
 
-struct Heads { /* item i is head i % heads of token (i / heads) % tokens of sample i / heads /
-                  tokens */
-    int64_t items, tokens, joined, offset; /* tokens of x and of y; where x's lie in y */
-    int heads, size;
-    __device__ int64_t in_x(int64_t i) const { return i * size; }
-    __device__ int64_t in_y(int64_t i) const {
-        int64_t row = i / heads;
-        return ((row / tokens * joined + offset + row % tokens) * heads + i % heads) * size;
+/* Item i: head i % heads of token (i / heads) % tokens of sample i / heads / tokens. */
+struct Heads {
+    uint32_t items, tokens, joined, offset; /* tokens of x and of y; where x's lie in y */
+    uint32_t heads;
+    int size;
+    bool first; /* dx is stored, not added to */
+    __device__ int64_t in_x(uint32_t i) const { return (int64_t)i * size; }
+    __device__ int64_t in_y(uint32_t i) const {
+        uint32_t row = i / heads, y_row = row / tokens * joined + offset + row % tokens;
+        return ((int64_t)y_row * heads + i % heads) * size;
     }
-    __device__ int64_t in_rope(int64_t i) const { return (offset + i / heads % tokens) * size; }
+    __device__ int64_t in_rope(uint32_t i) const {
+        return (int64_t)(offset + i / heads % tokens) * size;
+    }
 };
 
-__device__ __forceinline__ float2 load_pair(const bf16 *p) {
-    uint32_t x = *(const uint32_t *)p;
-    return make_float2(low_half(x), high_half(x));
-}
-__device__ __forceinline__ void add_pair(bf16 *p, float a, float b, bool first) {
-    uint32_t x = first ? 0 : *(const uint32_t *)p;
-    *(uint32_t *)p = pack(low_half(x) + a, high_half(x) + b);
-}
+template <int V> struct Lanes {
+    enum { COUNT = V == 8 ? 16 : 32, STEP = V * COUNT };
+    static __device__ int first() { return threadIdx.x % COUNT * V; } /* channel */
+    static __device__ uint32_t item() { return (blockIdx.x * blockDim.x + threadIdx.x) / COUNT; }
+};
 
-__device__ __forceinline__ float head_inverse_rms(const bf16 *x, int size) {
-    float sum = 0;
-    for (int d = threadIdx.x % 32 * 2; d < size; d += 64) {
-        float2 v = load_pair(x + d);
-        sum += v.x * v.x + v.y * v.y;
+/* By (cos, sin) of each pair; sign -1: back. */
+template <int V> __device__ __forceinline__ void rotate(float x[V], const float *rope, float sign) {
+    float r[V];
+    load<V>(r, rope);
+    for (int j = 0; j < V; j += 2) {
+        float a = x[j], b = x[j + 1], sine = sign * r[j + 1];
+        x[j] = a * r[j] - b * sine, x[j + 1] = b * r[j] + a * sine;
     }
-    return 1 / sqrtf(warp_sum(sum) / (float)size + 1e-6f);
 }
 
+template <int V> __device__ __forceinline__ float head_inverse_rms(const bf16 *x, int size) {
+    float v[V], sum = 0;
+    for (int d = Lanes<V>::first(); d < size; d += Lanes<V>::STEP) {
+        load<V>(v, x + d);
+        for (int j = 0; j < V; j++) sum += v[j] * v[j];
+    }
+    return 1 / sqrtf(warp_sum<Lanes<V>::COUNT>(sum) / (float)size + 1e-6f);
+}
+
+template <int V>
 __global__ void norm_rope_kernel(bf16 *y, const bf16 *x, const float *weight, const float *rope,
                                  Heads m) {
-    int64_t i = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    if (i >= m.items) return;
+    uint32_t item = Lanes<V>::item(), i = item < m.items ? item : 0; /* sums need all lanes */
+    int size = V == 8 ? 128 : m.size;
     x += m.in_x(i), y += m.in_y(i), rope += m.in_rope(i);
-    float inverse = head_inverse_rms(x, m.size);
-    for (int d = threadIdx.x % 32 * 2; d < m.size; d += 64) {
-        float2 v = load_pair(x + d);
-        float n0 = v.x * inverse * weight[d], n1 = v.y * inverse * weight[d + 1];
-        *(uint32_t *)(y + d) =
-            pack(n0 * rope[d] - n1 * rope[d + 1], n1 * rope[d] + n0 * rope[d + 1]);
+    float inverse = head_inverse_rms<V>(x, size), v[V], w[V];
+    for (int d = Lanes<V>::first(); item == i && d < size; d += Lanes<V>::STEP) {
+        load<V>(v, x + d);
+        load<V>(w, weight + d);
+        for (int j = 0; j < V; j++) v[j] *= inverse * w[j];
+        rotate<V>(v, rope + d, 1);
+        store<V>(y + d, v);
     }
 }
 
-/* The gradient in front of the turn, for the pair at channel d. */
-__device__ __forceinline__ float2 turn_back(const bf16 *dy, const float *rope, int d) {
-    float2 g = load_pair(dy + d);
-    return make_float2(g.x * rope[d] + g.y * rope[d + 1], g.y * rope[d] - g.x * rope[d + 1]);
-}
-
-__global__ void norm_rope_backward_kernel(bf16 *dx, const bf16 *dy, const bf16 *x,
-                                          const float *weight, const float *rope, Heads m,
-                                          bool first) {
-    int64_t i = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    if (i >= m.items) return;
-    x += m.in_x(i), dx += m.in_x(i), dy += m.in_y(i), rope += m.in_rope(i);
-    float inverse = head_inverse_rms(x, m.size), dot = 0;
-    for (int d = threadIdx.x % 32 * 2; d < m.size; d += 64) {
-        float2 v = load_pair(x + d), g = turn_back(dy, rope, d);
-        dot += (weight[d] * g.x * v.x + weight[d + 1] * g.y * v.y) * inverse;
-    }
-    dot = warp_sum(dot) / (float)m.size;
-    for (int d = threadIdx.x % 32 * 2; d < m.size; d += 64) {
-        float2 v = load_pair(x + d), g = turn_back(dy, rope, d);
-        add_pair(dx + d, (weight[d] * g.x - v.x * inverse * dot) * inverse,
-                 (weight[d + 1] * g.y - v.y * inverse * dot) * inverse, first);
-    }
-}
-
-/* Each warp's sum over its items of dweight, partial [warps, size]. */
-__global__ void norm_rope_weight_kernel(float *partial, const bf16 *dy, const bf16 *x,
-                                        const float *rope, Heads m) {
-    int64_t warps = (int64_t)gridDim.x * (blockDim.x / 32),
-            first = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
-    float2 sum[4] = {{0, 0}, {0, 0}, {0, 0}, {0, 0}}; /* heads of up to 256 */
-    for (int64_t i = first; i < m.items; i += warps) {
-        const bf16 *px = x + m.in_x(i);
-        float inverse = head_inverse_rms(px, m.size);
-        for (int j = 0, d = threadIdx.x % 32 * 2; j < 4 && d < m.size; j++, d += 64) {
-            float2 v = load_pair(px + d), g = turn_back(dy + m.in_y(i), rope + m.in_rope(i), d);
-            sum[j].x += g.x * v.x * inverse;
-            sum[j].y += g.y * v.y * inverse;
+/* dx (or NULL), and each head's 1 / rms. */
+template <int V>
+__global__ void norm_rope_backward_kernel(bf16 *dx, float *rms, const bf16 *dy, const bf16 *x,
+                                          const float *weight, const float *rope, Heads m) {
+    uint32_t item = Lanes<V>::item(), i = item < m.items ? item : 0;
+    int size = V == 8 ? 128 : m.size;
+    x += m.in_x(i), dy += m.in_y(i), rope += m.in_rope(i);
+    float inverse = head_inverse_rms<V>(x, size), dot = 0, v[V], g[V], w[V];
+    if (item == i && Lanes<V>::first() == 0) rms[i] = inverse;
+    for (int pass = 0; dx && pass < 2; pass++) { /* the gradient's part along x; dx */
+        for (int d = Lanes<V>::first(); d < size; d += Lanes<V>::STEP) {
+            load<V>(v, x + d);
+            load<V>(g, dy + d);
+            load<V>(w, weight + d);
+            rotate<V>(g, rope + d, -1);
+            for (int j = 0; j < V; j++) {
+                if (!pass) dot += w[j] * g[j] * v[j] * inverse;
+                g[j] = (w[j] * g[j] - v[j] * inverse * dot) * inverse;
+            }
+            if (pass && item == i) add<V>(dx + m.in_x(i) + d, g, m.first);
         }
-    }
-    for (int j = 0, d = threadIdx.x % 32 * 2; j < 4 && d < m.size; j++, d += 64) {
-        partial[first * m.size + d] = sum[j].x;
-        partial[first * m.size + d + 1] = sum[j].y;
+        dot = warp_sum<Lanes<V>::COUNT>(dot) / (float)size;
     }
 }
+
+struct NormRopeColumns { /* dweight */
+    const bf16 *x, *dy;
+    const float *inverse, *rope;
+    Heads m;
+    bool wide() const { return ::wide(m.size, x, dy, rope); }
+    template <int V> __device__ void columns(float (*sum)[V], int64_t i, int c) const {
+        constexpr int PAIRS = V == 1 ? 2 : V;
+        float v[V], g[PAIRS];
+        load<V>(v, x + m.in_x((uint32_t)i) + c);
+        load<PAIRS>(g, dy + m.in_y((uint32_t)i) + c / PAIRS * PAIRS);
+        rotate<PAIRS>(g, rope + m.in_rope((uint32_t)i) + c / PAIRS * PAIRS, -1);
+        for (int j = 0; j < V; j++) sum[0][j] = g[V == 1 ? c % 2 : j] * v[j] * inverse[i];
+    }
+};
 
 static Heads head_map(const sc_tensor *y, int64_t offset, const sc_tensor *x, int64_t size) {
-    int64_t heads = x->shape[2] / size;
-    return Heads{row_count(x) * heads, x->shape[1], y->shape[1], offset, (int)heads, (int)size};
+    int heads = (int)(x->shape[2] / size);
+    return Heads{(uint32_t)(row_count(x) * heads),
+                 (uint32_t)x->shape[1],
+                 (uint32_t)y->shape[1],
+                 (uint32_t)offset,
+                 (uint32_t)heads,
+                 (int)size,
+                 false};
 }
+#define LAUNCH_HEADS(w, kernel, m, ...)                                                            \
+    launch(#kernel, (w) ? kernel<8> : kernel<2>, dim3((unsigned)ceil_div(m.items, (w) ? 16 : 8)),  \
+           256, 0, __VA_ARGS__, m)
 
 static void cuda_norm_rope(sc_tensor *y, int64_t offset, const sc_tensor *x,
                            const sc_tensor *weight, const sc_tensor *rope) {
     Heads m = head_map(y, offset, x, weight->shape[0]);
-    launch("norm_rope", norm_rope_kernel, dim3((unsigned)ceil_div(m.items, 8)), 256, 0,
-           (bf16 *)y->data, half_data(x), full_data(weight), full_data(rope), m);
+    bool w = m.size == 128 && wide(0, y->data, x->data, weight->data, rope->data);
+    LAUNCH_HEADS(w, norm_rope_kernel, m, (bf16 *)y->data, bf16_data(x), f32_data(weight),
+                 f32_data(rope));
 }
 
 static void cuda_norm_rope_backward(const sc_tensor *y, int64_t offset, sc_tensor *x,
                                     sc_tensor *weight, const sc_tensor *rope) {
     Heads m = head_map(y, offset, x, weight->shape[0]);
-    if (x->grad)
-        launch("norm_rope_backward", norm_rope_backward_kernel,
-               dim3((unsigned)ceil_div(m.items, 8)), 256, 0, half_grad(x), half_grad(y),
-               half_data(x), full_data(weight), full_data(rope), m, first_part(x));
+    Scratch<float> rms(m.items);
+    bool w = m.size == 128 && wide(0, y->grad, x->data, weight->data, x->grad);
+    m.first = first_part(x);
+    LAUNCH_HEADS(w, norm_rope_backward_kernel, m, bf16_grad(x), rms.p, bf16_grad(y), bf16_data(x),
+                 f32_data(weight), f32_data(rope));
     if (!weight->grad) return;
-    int64_t count = ceil_div(m.items, 64) < 64 ? ceil_div(m.items, 64) : 64; /* of 8 warps each */
-    Scratch<float> partial(count * 8 * m.size);
-    launch("norm_rope_weight", norm_rope_weight_kernel, dim3((unsigned)count), 256, 0, partial.p,
-           half_grad(y), half_data(x), full_data(rope), m);
-    launch("column_totals", column_totals<float>, dim3((unsigned)ceil_div(m.size, 128), 1), 128, 0,
-           (float *)weight->grad, (int64_t)0, (const float *)partial.p, (int)(count * 8), 1, 0,
-           m.size);
+    float *to[1] = {(float *)weight->grad};
+    NormRopeColumns f = {bf16_data(x), bf16_grad(y), rms.p, f32_data(rope), m};
+    column_sums<1, float>(f, 1, m.items, m.size, to, 0);
 }
 
 /* ==== Attention ==============================================================================
@@ -1740,39 +1749,38 @@ static void cuda_norm_rope_backward(const sc_tensor *y, int64_t offset, sc_tenso
  * dV = P^T dO;  dS = P (dO V^T - delta), delta = rowsum(dO O);  dQ = scale dS K;
  * dK = scale dS^T Q. */
 
-/* ROWS x W values in shared memory: panels of PANEL columns one after the other, each row by row in
- * pieces of 16 bytes. The pieces of a row are permuted by the row's number, so that 8 rows' pieces
- * of one column lie in different banks. With panels of 64 columns, as warpgroups want them, that is
- * what PTX calls the 128-byte swizzle. */
+/* ROWS x W values in shared memory: panels of PANEL columns one after the other, each row-major in
+ * chunks of 16 bytes, swizzled: a chunk's number is XORed with its row's, so that 8 rows' chunks of
+ * one column lie in different banks. Panels of 64 columns: PTX's 128-byte swizzle, for wgmma. */
 template <int ROWS, int W, int PANEL = W> struct Tile {
-    enum { PIECES = PANEL / 8, SIZE = ROWS * W };
+    enum { CHUNKS = PANEL / 8, SIZE = ROWS * W };
     bf16 *data;
-    __device__ __forceinline__ bf16 *piece(int row, int p) const {
-        int turn = PIECES >= 8 ? row % 8 : row / (8 / PIECES) % PIECES;
-        return data + p / PIECES * ROWS * PANEL + row * PANEL + (p % PIECES ^ turn) * 8;
+    __device__ __forceinline__ bf16 *chunk(int row, int p) const {
+        int swizzle = CHUNKS >= 8 ? row % 8 : row / (8 / CHUNKS) % CHUNKS;
+        return data + p / CHUNKS * ROWS * PANEL + row * PANEL + (p % CHUNKS ^ swizzle) * 8;
     }
 };
 
-/* Starts copying the tile's rows, of which `rows` exist; the others become zero. A thread copies
- * the same piece of every STEP-th row: as these are 8 apart or more, it is permuted alike. */
+/* cp.async of the tile's rows, of which `rows` exist; the others become zero. A thread copies the
+ * same chunk of every STEP-th row: as these are a multiple of 8 apart, the swizzle is the same. */
 template <int THREADS, int ROWS, int W, int PANEL>
 __device__ __forceinline__ void load_tile(Tile<ROWS, W, PANEL> tile, const bf16 *from, int64_t ld,
                                           int64_t rows) {
     constexpr int STEP = THREADS / (W / 8);
     static_assert(STEP % 8 == 0 && ROWS % STEP == 0, "every thread copies as much");
     int r = threadIdx.x / (W / 8), p = threadIdx.x % (W / 8);
-    bf16 *to = tile.piece(r, p);
+    bf16 *to = tile.chunk(r, p);
     const bf16 *at = from + r * ld + p * 8;
 #pragma unroll
     for (int i = 0; i < ROWS; i += STEP, at += STEP * ld)
-        copy16(to + i * PANEL, r + i < rows ? at : from, r + i < rows);
+        cp_async16(to + i * PANEL, r + i < rows ? at : from, r + i < rows);
 }
 
 /* sum[M 16-row tiles][N 8-column tiles] += the warp's rows of A, from S::row() on and S::STEP
  * apart, times its columns of B, from S::column() on, over K. A_T: A is stored [k][m]; B_T: B is
- * stored [n][k]. Each warp for itself. */
+ * stored [n][k]. */
 template <class S, int K, bool A_T, bool B_T, class A, class B>
-__device__ __forceinline__ void warp_multiply(float (*sum)[S::N][4], A a, B b) {
+__device__ __forceinline__ void mma_tiles(float (*sum)[S::N][4], A a, B b) {
     constexpr int M = S::M, N = S::N;
     int m0 = S::row(), n0 = S::column();
     int lane = threadIdx.x % 32;
@@ -1783,60 +1791,61 @@ __device__ __forceinline__ void warp_multiply(float (*sum)[S::N][4], A a, B b) {
         for (int m = 0; m < M; m++) {
             int row = m0 + m * S::STEP;
             if (A_T)
-                load_matrices_transposed(
-                    fa[m], a.piece(k + lane % 8 + lane / 16 * 8, row / 8 + lane / 8 % 2));
-            else load_matrices(fa[m], a.piece(row + lane % 16, k / 8 + lane / 16));
+                ldmatrix_x4_trans(fa[m],
+                                  a.chunk(k + lane % 8 + lane / 16 * 8, row / 8 + lane / 8 % 2));
+            else ldmatrix_x4(fa[m], a.chunk(row + lane % 16, k / 8 + lane / 16));
         }
 #pragma unroll
         for (int n = 0; n < N; n += 2) {
             if (B_T)
-                load_matrices(fb,
-                              b.piece(n0 + n * 8 + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
-            else load_matrices_transposed(fb, b.piece(k + lane % 16, n0 / 8 + n + lane / 16));
+                ldmatrix_x4(fb,
+                            b.chunk(n0 + n * 8 + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
+            else ldmatrix_x4_trans(fb, b.chunk(k + lane % 16, n0 / 8 + n + lane / 16));
 #pragma unroll
             for (int m = 0; m < M; m++) {
-                multiply_add(sum[m][n], fa[m], fb[0], fb[1]);
-                multiply_add(sum[m][n + 1], fa[m], fb[2], fb[3]);
+                mma_m16n8k16(sum[m][n], fa[m], fb[0], fb[1]);
+                mma_m16n8k16(sum[m][n + 1], fa[m], fb[2], fb[3]);
             }
         }
     }
 }
 
-/* Where a warpgroup's product finds 16 values of k from `k` on for 64 or more rows from `m` on: the
- * first, how far panels and groups of 8 rows are apart, the swizzle. K_FIRST: the tile's columns
- * are k, else its rows are. */
+/* The matrix descriptor of 16 values of k from `k` on for 64 or more rows from `m` on: start
+ * address, leading offset (to the next panel), stride offset (to the next 8 rows), 128-byte
+ * swizzle. K_FIRST: the tile's columns are k (K-major), else its rows are (MN-major). A sum, so
+ * that the descriptors of a tile are one base and constants. */
 template <bool K_FIRST, int ROWS, int W>
-__device__ __forceinline__ uint64_t describe_tile(Tile<ROWS, W, 64> t, int m, int k) {
+__device__ __forceinline__ uint64_t wgmma_descriptor(Tile<ROWS, W, 64> t, int m, int k) {
     int row = K_FIRST ? m : k, column = K_FIRST ? k : m;
-    uint32_t start = shared_address(t.data + column / 64 * ROWS * 64 + row * 64 + column % 64);
-    return (uint64_t)1 << 62 | (uint64_t)(1024 / 16) << 32 | (uint64_t)(ROWS * 128 / 16) << 16 |
-           (start & 0x3ffff) >> 4;
+    uint32_t offset = (uint32_t)(column / 64 * ROWS * 64 + row * 64 + column % 64) * 2;
+    uint32_t low = (shared_address(t.data) >> 4) + (offset >> 4) + (ROWS * 128 / 16 << 16);
+    return (uint64_t)(1u << 30 | 1024 / 16) << 32 | low;
 }
 
-/* The same by warpgroups of 4 warps, of which each has 16 of 64 rows: a group of products for each
- * M, sent only, to be finished by finish_products. */
+/* The same by wgmma, a warp having 16 of 64 rows: one commit group for each M, to be waited for.
+ * The warpgroup's first warp is broadcast, so that descriptors are in uniform registers. */
 template <class S, int K, bool A_T, bool B_T, class A, class B>
-__device__ __forceinline__ void group_multiply(float (*sum)[S::N][4], A a, B b) {
-    int m0 = S::row() - threadIdx.x / 32 % 4 * 16;
+__device__ __forceinline__ void wgmma_tiles(float (*sum)[S::N][4], A a, B b) {
+    int warp = S::WARPS == 4 ? 0 : __shfl_sync(~0u, (int)threadIdx.x / 128, 0) * 4;
+    int m0 = S::row(warp), n0 = S::column(warp);
 #pragma unroll
     for (int m = 0; m < S::M; m++) {
 #pragma unroll
         for (int k = 0; k < K; k += 16)
-            group_product<S::N, A_T, !B_T>(sum[m], describe_tile<!A_T>(a, m0 + m * 64, k),
-                                           describe_tile<B_T>(b, S::column(), k));
-        send_products<true>();
+            wgmma_ss<S::N, A_T, !B_T>(sum[m], wgmma_descriptor<!A_T>(a, m0 + m * 64, k),
+                                      wgmma_descriptor<B_T>(b, n0, k));
+        wgmma_commit_group<true>();
     }
 }
 
-/* GROUP: by warpgroups, where the chip has products for them. */
-template <bool GROUP, class S, int K, bool A_T, bool B_T, class A, class B>
+template <bool WGMMA, class S, int K, bool A_T, bool B_T, class A, class B>
 __device__ __forceinline__ void multiply_tiles(float (*sum)[S::N][4], A a, B b) {
-    if constexpr (GROUP) group_multiply<S, K, A_T, B_T>(sum, a, b);
-    else warp_multiply<S, K, A_T, B_T>(sum, a, b);
+    if constexpr (WGMMA) wgmma_tiles<S, K, A_T, B_T>(sum, a, b);
+    else mma_tiles<S, K, A_T, B_T>(sum, a, b);
 }
 
 __device__ __forceinline__ float
-quad_sum(float x) { /* of the four lanes that share rows of a tile */
+quad_sum(float x) { /* of the four lanes that share rows of a fragment */
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);
 }
@@ -1845,19 +1854,20 @@ __device__ __forceinline__ float quad_max(float x) {
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-/* Tile of the forward pass: 4 warps, each with 16 rows of both halves of the queries. */
+/* The forward pass's tile: 4 warps, each with 16 rows of both halves of the queries. */
 enum { QUERIES = 128, KEYS = 64 };
-struct Halves {
-    enum { M = 2, STEP = 64, N = KEYS / 8 };
-    static __device__ int row() { return threadIdx.x / 32 * 16; }
-    static __device__ int column() { return 0; }
+struct ForwardTiling {
+    enum { WARPS = 4, M = 2, STEP = 64, N = KEYS / 8 };
+    static __device__ int row(int warp = threadIdx.x / 32) { return warp * 16; }
+    static __device__ int column(int = 0) { return 0; }
 };
 
-/* One tile of scores s becomes exp2(factor (s - top)); what was summed before is brought to the new
- * maximum. `left`: how many of the tile's keys exist. Of rows g and g + 8 of 16, for one M. */
+/* Scores s of one tile become exp2(factor (s - row_max)); the output and the row's sum so far
+ * are rescaled to the new maximum. `left`: how many of the tile's keys exist. Of rows g and g + 8
+ * of 16, for one M. */
 template <int D>
-__device__ __forceinline__ void softmax_tile(float (*s)[4], float (*out)[4], float top[2],
-                                             float sum[2], int left, float factor) {
+__device__ __forceinline__ void online_softmax(float (*s)[4], float (*out)[4], float row_max[2],
+                                               float row_sum[2], int left, float factor) {
     int lane = threadIdx.x % 32;
     if (left < KEYS)
 #pragma unroll
@@ -1865,25 +1875,26 @@ __device__ __forceinline__ void softmax_tile(float (*s)[4], float (*out)[4], flo
             if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= left) s[i / 4][i % 4] = -INFINITY;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float old = top[half], best = old, total = 0;
+        float old = row_max[half], best = old, total = 0;
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++)
             best = fmaxf(best, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
         best = quad_max(best);
-        float shrink = power_of_2((old - best) * factor), base = best * factor;
+        float rescale = exp2_approx((old - best) * factor), base = best * factor;
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
             for (int c = 2 * half; c < 2 * half + 2; c++)
-                total += s[n][c] = power_of_2(s[n][c] * factor - base);
-        top[half] = best;
-        sum[half] = sum[half] * shrink + total;
+                total += s[n][c] = exp2_approx(s[n][c] * factor - base);
+        row_max[half] = best;
+        row_sum[half] = row_sum[half] * rescale + total;
 #pragma unroll
-        for (int n = 0; n < D / 8; n++) out[n][2 * half] *= shrink, out[n][2 * half + 1] *= shrink;
+        for (int n = 0; n < D / 8; n++)
+            out[n][2 * half] *= rescale, out[n][2 * half + 1] *= rescale;
     }
 }
 
-/* A lane's scores of a tile are, pair by pair, what it must hold of a left matrix. */
+/* The D fragments of P are, pair by pair, the A fragments of the next product. */
 __device__ __forceinline__ void pack_scores(uint32_t (*fa)[4], float (*p)[4]) {
 #pragma unroll
     for (int i = 0; i < KEYS / 4; i++) {
@@ -1892,58 +1903,57 @@ __device__ __forceinline__ void pack_scores(uint32_t (*fa)[4], float (*p)[4]) {
     }
 }
 
-/* out += P V for both halves of the queries, by each warp for itself. */
+/* out += P V for both halves of the queries, by mma. */
 template <int D, class V>
-__device__ __forceinline__ void warp_values(float (*out)[D / 8][4], uint32_t (*p)[KEYS / 16][4],
-                                            V v) {
+__device__ __forceinline__ void mma_pv(float (*out)[D / 8][4], uint32_t (*p)[KEYS / 16][4], V v) {
     int lane = threadIdx.x % 32;
     uint32_t fb[4];
 #pragma unroll
     for (int k = 0; k < KEYS / 16; k++)
 #pragma unroll
         for (int n = 0; n < D / 8; n += 2) {
-            load_matrices_transposed(fb, v.piece(k * 16 + lane % 16, n + lane / 16));
+            ldmatrix_x4_trans(fb, v.chunk(k * 16 + lane % 16, n + lane / 16));
 #pragma unroll
             for (int m = 0; m < 2; m++) {
-                multiply_add(out[m][n], p[m][k], fb[0], fb[1]);
-                multiply_add(out[m][n + 1], p[m][k], fb[2], fb[3]);
+                mma_m16n8k16(out[m][n], p[m][k], fb[0], fb[1]);
+                mma_m16n8k16(out[m][n + 1], p[m][k], fb[2], fb[3]);
             }
         }
 }
 
-/* The same for one half by warpgroups: sent only. */
+/* The same for one half by wgmma: a commit group, to be waited for. */
 template <int N, class V>
-__device__ __forceinline__ void group_values(float (&out)[N][4], uint32_t (&p)[KEYS / 16][4], V v) {
-    start_products<true>(out, p);
+__device__ __forceinline__ void wgmma_pv(float (&out)[N][4], uint32_t (&p)[KEYS / 16][4], V v) {
+    wgmma_fence<true>(out, p);
 #pragma unroll
-    for (int k = 0; k < KEYS / 16; k++)
-        group_product_packed(out, p[k], describe_tile<false>(v, 0, k * 16));
-    send_products<true>();
+    for (int k = 0; k < KEYS / 16; k++) wgmma_rs(out, p[k], wgmma_descriptor<false>(v, 0, k * 16));
+    wgmma_commit_group<true>();
 }
 
-/* What a pass over one head reads and writes. factor = scale log2(e): exponentials are powers of 2.
- */
+/* The kernels' arguments. factor = scale log2(e): exponentials are powers of 2. */
 struct Attention {
     const bf16 *q, *k, *v, *dout;
     bf16 *o, *dq, *dk, *dv;
     float *lse, *delta; /* [B,H,Tq] */
-    float *sums;        /* of dq: [B,Tq,C] */
-    int *turns;         /* the next ticket; [B,H,tiles of queries]: whose turn it is to add */
-    int nq, nk, heads, all_heads, group; /* heads of a sample, of all; that are worked on at once */
+    float *dq_accum;    /* [B,Tq,C] */
+    int *dq_semaphore;  /* the next ticket; [B,H,tiles of queries]: the tile of keys that may add */
+    int nq, nk, heads;
+    int all_heads, group; /* of all samples; those that are worked on at once */
     float scale, factor;
     bool first_dq, first_dk, first_dv;
 };
 
-/* O = out / sum, and log-sum-exp, of the queries from `first` on. */
+/* Epilogue: O = out / row_sum, and log-row_sum-exp, of the queries from `first` on. */
 template <int D>
 __device__ __forceinline__ void store_outputs(const Attention &a, bf16 *to, float (*out)[D / 8][4],
-                                              float (*top)[2], float (*sum)[2], int first) {
+                                              float (*row_max)[2], float (*row_sum)[2], int first) {
     int lane = threadIdx.x % 32;
     int64_t width = (int64_t)a.heads * D;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        int m = i / 2, half = i % 2, row = Halves::row() + m * Halves::STEP + half * 8 + lane / 4;
-        float total = quad_sum(sum[m][half]), inverse = 1 / total;
+        int m = i / 2, half = i % 2,
+            row = ForwardTiling::row() + m * ForwardTiling::STEP + half * 8 + lane / 4;
+        float total = quad_sum(row_sum[m][half]), inverse = 1 / total;
         if (first + row >= a.nq) continue;
         bf16 *o = to + row * width + lane % 4 * 2;
 #pragma unroll
@@ -1952,63 +1962,64 @@ __device__ __forceinline__ void store_outputs(const Attention &a, bf16 *to, floa
                 pack(out[m][n][2 * half] * inverse, out[m][n][2 * half + 1] * inverse);
         if (a.lse && lane % 4 == 0)
             a.lse[((int64_t)blockIdx.z * a.heads + blockIdx.y) * a.nq + first + row] =
-                top[m][half] * a.scale + logf(total);
+                row_max[m][half] * a.scale + logf(total);
     }
 }
 
-/* grid (tiles of queries, H, B). By warps, a tile of V is on its way while scores are computed, the
- * next of K while they are used. By warpgroups both are on their way meanwhile, and products of one
- * half of the queries run under the softmax of the other. */
-template <int D, bool GROUP> __global__ void __launch_bounds__(128) attention_kernel(Attention a) {
-    constexpr int PANEL = GROUP ? 64 : D;
+/* grid (tiles of queries, H, B). By mma, V's tile is loaded under S = Q K^T, the next of K under
+ * P V. By wgmma there are two stages of both, and the tensor cores work on one half of the queries
+ * under the softmax of the other. */
+template <int D, bool WGMMA> __global__ void __launch_bounds__(128) attention_kernel(Attention a) {
+    if (WGMMA && !HAS_WGMMA) return;
+    constexpr int PANEL = WGMMA ? 64 : D;
     Tile<QUERIES, D, PANEL> q = {(bf16 *)shared_memory()};
     auto stage = [&](int i) {
-        return Tile<KEYS, D, PANEL>{q.data + q.SIZE + i % (GROUP ? 4 : 2) * KEYS * D};
+        return Tile<KEYS, D, PANEL>{q.data + q.SIZE + i % (WGMMA ? 4 : 2) * KEYS * D};
     };
     int first = blockIdx.x * QUERIES;
     int64_t width = (int64_t)a.heads * D,
             queries = ((int64_t)blockIdx.z * a.nq + first) * width + blockIdx.y * D;
     int64_t keys = (int64_t)blockIdx.z * a.nk * width + blockIdx.y * D;
-    /* Tiles of K have even numbers, of V odd ones. */
+    /* Stages of K have even numbers, of V odd ones. */
     auto load = [&](const bf16 *from, int i, int at) {
         if (at < a.nk) load_tile<128>(stage(i), from + keys + at * width, width, a.nk - at);
     };
-    float out[2][D / 8][4] = {}, top[2][2], sum[2][2] = {};
-    for (int i = 0; i < 4; i++) top[i / 2][i % 2] = -INFINITY;
+    float out[2][D / 8][4] = {}, row_max[2][2], row_sum[2][2] = {};
+    for (int i = 0; i < 4; i++) row_max[i / 2][i % 2] = -INFINITY;
     load_tile<128>(q, a.q + queries, width, a.nq - first);
     load(a.k, 0, 0);
-    if (GROUP) load(a.v, 1, 0);
-    commit_copies();
+    if (WGMMA) load(a.v, 1, 0);
+    cp_async_commit_group();
     for (int i = 0, j = 0; j < a.nk; i += 2, j += KEYS) {
-        wait_copies<0>();
-        show_products<GROUP>();
+        cp_async_wait_group<0>();
+        fence_proxy_async<WGMMA>();
         __syncthreads(); /* K (and V) are there, the last ones no longer needed */
-        if (GROUP) load(a.k, i + 2, j + KEYS), load(a.v, i + 3, j + KEYS);
+        if (WGMMA) load(a.k, i + 2, j + KEYS), load(a.v, i + 3, j + KEYS);
         else load(a.v, i + 1, j);
-        commit_copies();
+        cp_async_commit_group();
         float s[2][KEYS / 8][4] = {};
         uint32_t p[2][KEYS / 16][4];
-        start_products<GROUP>(s);
-        multiply_tiles<GROUP, Halves, D, false, true>(s, q, stage(i));
-        finish_products<GROUP, 1>(s[0]);
-        softmax_tile<D>(s[0], out[0], top[0], sum[0], a.nk - j, a.factor);
+        wgmma_fence<WGMMA>(s);
+        multiply_tiles<WGMMA, ForwardTiling, D, false, true>(s, q, stage(i));
+        wgmma_wait_group<WGMMA, 1>(s[0]);
+        online_softmax<D>(s[0], out[0], row_max[0], row_sum[0], a.nk - j, a.factor);
         pack_scores(p[0], s[0]);
-        if constexpr (GROUP) group_values(out[0], p[0], stage(i + 1));
-        finish_products<GROUP, 1>(s[1]);
-        softmax_tile<D>(s[1], out[1], top[1], sum[1], a.nk - j, a.factor);
+        if constexpr (WGMMA) wgmma_pv(out[0], p[0], stage(i + 1));
+        wgmma_wait_group<WGMMA, 1>(s[1]);
+        online_softmax<D>(s[1], out[1], row_max[1], row_sum[1], a.nk - j, a.factor);
         pack_scores(p[1], s[1]);
-        if constexpr (GROUP) {
-            group_values(out[1], p[1], stage(i + 1));
-            finish_products<GROUP>(out, p);
+        if constexpr (WGMMA) {
+            wgmma_pv(out[1], p[1], stage(i + 1));
+            wgmma_wait_group<WGMMA>(out, p);
         } else {
-            wait_copies<0>();
+            cp_async_wait_group<0>();
             __syncthreads(); /* V is there, K no longer needed */
             load(a.k, i + 2, j + KEYS);
-            commit_copies();
-            warp_values<D>(out, p, stage(i + 1));
+            cp_async_commit_group();
+            mma_pv<D>(out, p, stage(i + 1));
         }
     }
-    store_outputs<D>(a, a.o + queries, out, top, sum, first);
+    store_outputs<D>(a, a.o + queries, out, row_max, row_sum, first);
 }
 
 /* delta = rowsum(dO O): a warp to a head of a token. */
@@ -2017,9 +2028,10 @@ template <int D> __global__ void attention_delta_kernel(Attention a, int64_t ite
     if (i >= items) return;
     float sum = 0;
     for (int d = threadIdx.x % 32 * 2; d < D; d += 64) {
-        uint32_t o = *(const uint32_t *)(a.o + i * D + d),
-                 g = *(const uint32_t *)(a.dout + i * D + d);
-        sum += low_half(o) * low_half(g) + high_half(o) * high_half(g);
+        float o[2], g[2];
+        load<2>(o, a.o + i * D + d);
+        load<2>(g, a.dout + i * D + d);
+        sum += o[0] * g[0] + o[1] * g[1];
     }
     sum = warp_sum(sum);
     int64_t row = i / a.heads; /* of B * Tq */
@@ -2027,162 +2039,162 @@ template <int D> __global__ void attention_delta_kernel(Attention a, int64_t ite
         a.delta[(row / a.nq * a.heads + i % a.heads) * a.nq + row % a.nq] = sum;
 }
 
-/* How 8 warps share a result [ROWS, COLUMNS]: ACROSS of them next to each other. A warp has M x N
- * tiles of 16 x 8 from (row(), column()) on. */
-template <int ROWS, int COLUMNS, int ACROSS> struct Share {
-    enum { DOWN = 8 / ACROSS, M = ROWS / DOWN / 16, STEP = 16, N = COLUMNS / ACROSS / 8 };
-    static __device__ int row() { return threadIdx.x / 32 % DOWN * M * 16; }
-    static __device__ int column() { return threadIdx.x / 32 / DOWN * N * 8; }
+/* How 8 warps tile a result [ROWS, COLUMNS]: ACROSS of them next to each other. A warp has M x N
+ * fragments of 16 x 8 from (row(), column()) on. */
+template <int ROWS, int COLUMNS, int ACROSS> struct WarpTiling {
+    enum { WARPS = 8, STEP = 16 };
+    enum { DOWN = WARPS / ACROSS, M = ROWS / DOWN / 16, N = COLUMNS / ACROSS / 8 };
+    static __device__ int row(int warp = threadIdx.x / 32) { return warp % DOWN * M * 16; }
+    static __device__ int column(int warp = threadIdx.x / 32) { return warp / DOWN * N * 8; }
 };
 /* The backward pass: a tile has BM queries and BN keys. */
 enum { BM = 64 };
-template <int D, int BN, bool GROUP> struct Backward {
-    using Scores = Share<BM, BN, GROUP ? 2 : 4>;
-    using Keys = Share<BN, D, GROUP ? 1 : 2>;               /* dK and dV */
-    using Queries = Share<BM, D, GROUP || D == 32 ? 2 : 4>; /* dQ */
-    enum { PANEL = GROUP ? 64 : D, S_PANEL = GROUP ? 64 : BN };
+template <int D, int BN, bool WGMMA> struct Backward {
+    using Scores = WarpTiling<BM, BN, WGMMA ? 2 : 4>;
+    using Keys = WarpTiling<BN, D, WGMMA ? 1 : 2>;               /* dK and dV */
+    using Queries = WarpTiling<BM, D, WGMMA || D == 32 ? 2 : 4>; /* dQ */
+    enum { PANEL = WGMMA ? 64 : D, S_PANEL = WGMMA ? 64 : BN };
 };
 
-/* A block's work: a tile of keys of one head. */
-struct Job {
+/* A block's work tile: BN keys of one head. */
+struct WorkTile {
     int tile, head;        /* the head: of all samples' */
     int64_t queries, keys; /* where the head's queries begin, and the tile's keys */
-    float *before, *after; /* dQ's sums over earlier keys, and for later ones; NULL: no such keys */
-    int *turn;             /* for each tile of queries */
+    float *dq_in, *dq_out; /* dQ over earlier keys, and for later ones; NULL: no such keys */
+    int *semaphore;        /* for each tile of queries */
 };
 
-/* Jobs are numbered by tickets, so that whatever a block waits for has begun before it. Tiles of
- * one head add to its dQ in their order, each close behind the one before, whose queries, gradients
- * and sums it finds in the L2 cache. Some five of a head are under way at once: at first they wait
- * for each other, later each begins when the one before is far ahead. */
-template <int D, int BN> __device__ __forceinline__ Job take_job(const Attention &a) {
+/* The tile scheduler. Blocks take tickets, so that whatever a block waits for has begun before it.
+ * Tiles of one head add to its dQ in their order, each close behind the one before, whose queries,
+ * gradients and dQ it finds in the L2 cache. Some five of a head are under way at once: at first
+ * they wait for each other, later each begins when the one before is far ahead. */
+template <int D, int BN> __device__ __forceinline__ WorkTile take_work_tile(const Attention &a) {
     __shared__ int ticket;
-    if (threadIdx.x == 0) ticket = atomicAdd(a.turns, 1);
+    if (threadIdx.x == 0) ticket = atomicAdd(a.dq_semaphore, 1);
     __syncthreads();
     int tiles = (a.nk + BN - 1) / BN, first = ticket / (a.group * tiles) * a.group;
     int heads = a.all_heads - first < a.group ? a.all_heads - first : a.group;
     int within = ticket % (a.group * tiles), tile = within / heads, head = first + within % heads;
     int64_t width = (int64_t)a.heads * D, sample = head / a.heads, column = head % a.heads * D;
     int64_t queries = sample * a.nq * width + column;
-    return {tile,
-            head,
-            queries,
-            (sample * a.nk + tile * BN) * width + column,
-            tile > 0 ? a.sums + queries : NULL,
-            tile < tiles - 1 ? a.sums + queries : NULL,
-            a.turns + 1 + (int64_t)head * ((a.nq + BM - 1) / BM)};
+    int64_t keys = (sample * a.nk + tile * BN) * width + column;
+    float *accum = a.dq_accum + queries;
+    int *semaphore = a.dq_semaphore + 1 + (int64_t)head * ((a.nq + BM - 1) / BM);
+    return {tile,     head, queries, keys, tile > 0 ? accum : NULL, tile < tiles - 1 ? accum : NULL,
+            semaphore};
 }
 
-/* Log-sum-exp and delta of a lane's queries. */
+/* Log-sum-exp and delta of the queries of a lane's fragments. */
 template <class S>
-__device__ __forceinline__ void load_query_sums(const Attention &a, float2 *sums, int64_t head,
-                                                int first_query) {
+__device__ __forceinline__ void load_softmax_stats(const Attention &a, float2 *stats, int64_t head,
+                                                   int first_query) {
 #pragma unroll
     for (int i = 0; i < 2 * S::M; i++) {
         int query = first_query + S::row() + i * 8 + threadIdx.x % 32 / 4;
-        sums[i] = query < a.nq
-                      ? make_float2(a.lse[head * a.nq + query], a.delta[head * a.nq + query])
-                      : make_float2(INFINITY, 0); /* makes P zero */
+        stats[i] = query < a.nq
+                       ? make_float2(a.lse[head * a.nq + query], a.delta[head * a.nq + query])
+                       : make_float2(INFINITY, 0); /* makes P zero */
     }
 }
 
 /* The scores s of one tile become P. */
 template <class S>
 __device__ __forceinline__ void backward_softmax(const Attention &a, float (*s)[S::N][4],
-                                                 const float2 *sums, int first_key) {
+                                                 const float2 *stats, int first_key) {
 #pragma unroll
     for (int i = 0; i < 2 * S::M * S::N * 2; i++) {
         int row = i / (2 * S::N), m = row / 2, n = i / 2 % S::N, c = row % 2 * 2 + i % 2;
         int key = first_key + S::column() + n * 8 + threadIdx.x % 4 * 2 + i % 2;
-        float l = sums[row].x * 1.4426950408889634f;
-        s[m][n][c] = key < a.nk ? power_of_2(s[m][n][c] * a.factor - l) : 0;
+        float l = stats[row].x * 1.4426950408889634f;
+        s[m][n][c] = key < a.nk ? exp2_approx(s[m][n][c] * a.factor - l) : 0;
     }
 }
 
 /* P and dS = P (dP - delta) of one tile, to shared memory. */
 template <class S, class T>
-__device__ __forceinline__ void store_scores(float (*p)[S::N][4], float (*dp)[S::N][4],
-                                             const float2 *sums, T to, T ds) {
+__device__ __forceinline__ void store_p_ds(float (*p)[S::N][4], float (*dp)[S::N][4],
+                                           const float2 *stats, T to, T ds) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 2 * S::M; i++) {
         int m = i / 2, half = i % 2 * 2, row = S::row() + i * 8 + lane / 4;
-        float d = sums[i].y;
+        float d = stats[i].y;
 #pragma unroll
         for (int n = 0; n < S::N; n++) {
             int column = S::column() + n * 8 + lane % 4 * 2;
             float x = p[m][n][half], y = p[m][n][half + 1];
-            *(uint32_t *)(to.piece(row, column / 8) + column % 8) = pack(x, y);
-            *(uint32_t *)(ds.piece(row, column / 8) + column % 8) =
+            *(uint32_t *)(to.chunk(row, column / 8) + column % 8) = pack(x, y);
+            *(uint32_t *)(ds.chunk(row, column / 8) + column % 8) =
                 pack(x * (dp[m][n][half] - d), y * (dp[m][n][half + 1] - d));
         }
     }
 }
 
 /* The same from the tiles of queries, their gradients, keys and values. */
-template <class S, int D, bool GROUP, class Queries, class Keys, class T>
+template <class S, int D, bool WGMMA, class Queries, class Keys, class T>
 __device__ __forceinline__ void backward_scores(const Attention &a, int head, int first_query,
                                                 int first_key, Queries q, Queries dout, Keys k,
                                                 Keys v, T p, T ds) {
     float s[S::M][S::N][4] = {}, dp[S::M][S::N][4] = {};
-    float2 sums[2 * S::M]; /* asked for before products, so that they are there behind */
-    load_query_sums<S>(a, sums, head, first_query);
-    start_products<GROUP>(s, dp);
-    multiply_tiles<GROUP, S, D, false, true>(s, q, k);
-    multiply_tiles<GROUP, S, D, false, true>(dp, dout, v);
-    finish_products<GROUP, 1>(s);
-    backward_softmax<S>(a, s, sums, first_key);
-    finish_products<GROUP>(dp);
-    store_scores<S>(s, dp, sums, p, ds);
+    float2 stats[2 * S::M]; /* loaded under S = Q K^T */
+    load_softmax_stats<S>(a, stats, head, first_query);
+    wgmma_fence<WGMMA>(s, dp);
+    multiply_tiles<WGMMA, S, D, false, true>(s, q, k);
+    multiply_tiles<WGMMA, S, D, false, true>(dp, dout, v);
+    wgmma_wait_group<WGMMA, 1>(s);
+    backward_softmax<S>(a, s, stats, first_key);
+    wgmma_wait_group<WGMMA>(dp);
+    store_p_ds<S>(s, dp, stats, p, ds);
 }
 
-/* Where a lane's part of row `half` of dQ's tile m is, from the head's first; -1: there is no such
- * query. */
+/* Of a lane's fragment m of dQ, row g + 8 half, from the head's first; -1: no such query. */
 template <int D, class Q>
-__device__ __forceinline__ int64_t query_place(const Attention &a, int first_query, int m,
-                                               int half) {
+__device__ __forceinline__ int64_t dq_offset(const Attention &a, int first_query, int m, int half) {
     int lane = threadIdx.x % 32, query = first_query + Q::row() + m * 16 + half * 8 + lane / 4;
     return query < a.nq ? (int64_t)query * a.heads * D + Q::column() + lane % 4 * 2 : -1;
 }
 
-/* dQ of these queries begins with what the head's earlier keys gave; asked for before other
- * products, so that it is there when these are done. Past the L1 cache: other blocks wrote it. */
+/* dQ's accumulators begin with what the head's earlier keys gave; loaded under other products. Past
+ * the L1 cache: other blocks wrote it. */
 template <int D, class Q>
-__device__ __forceinline__ void load_queries_sum(const Attention &a, float (*dq)[Q::N][4],
-                                                 const float *sums, int first_query) {
+__device__ __forceinline__ void load_dq_accum(const Attention &a, float (*dq)[Q::N][4],
+                                              const float *accum, int first_query) {
 #pragma unroll
     for (int i = 0; i < 2 * Q::M; i++) {
-        int64_t at = query_place<D, Q>(a, first_query, i / 2, i % 2);
+        int64_t at = dq_offset<D, Q>(a, first_query, i / 2, i % 2);
 #pragma unroll
         for (int n = 0; n < Q::N; n++) {
             float2 sum =
-                sums && at >= 0 ? __ldcg((const float2 *)(sums + at + n * 8)) : make_float2(0, 0);
+                accum && at >= 0 ? __ldcg((const float2 *)(accum + at + n * 8)) : make_float2(0, 0);
             dq[i / 2][n][i % 2 * 2] = sum.x, dq[i / 2][n][i % 2 * 2 + 1] = sum.y;
         }
     }
 }
 
-/* To where the head's next keys go on, or, after the last (sums NULL), to the gradient. */
+/* For the head's next keys, or, after the last (accum NULL), to the gradient. */
 template <int D, class Q>
-__device__ __forceinline__ void store_queries_sum(const Attention &a, float (*dq)[Q::N][4],
-                                                  float *sums, bf16 *to, int first_query) {
+__device__ __forceinline__ void store_dq(const Attention &a, float (*dq)[Q::N][4], float *accum,
+                                         bf16 *to, int first_query) {
 #pragma unroll
     for (int i = 0; i < 2 * Q::M; i++) {
-        int64_t at = query_place<D, Q>(a, first_query, i / 2, i % 2);
+        int64_t at = dq_offset<D, Q>(a, first_query, i / 2, i % 2);
         if (at < 0) continue;
 #pragma unroll
         for (int n = 0; n < Q::N; n++) {
             float x = dq[i / 2][n][i % 2 * 2], y = dq[i / 2][n][i % 2 * 2 + 1];
-            if (sums) *(float2 *)(sums + at + n * 8) = make_float2(x, y);
-            else add_pair(to + at + n * 8, x * a.scale, y * a.scale, a.first_dq);
+            if (accum) *(float2 *)(accum + at + n * 8) = make_float2(x, y);
+            else {
+                float pair[2] = {x * a.scale, y * a.scale};
+                add<2>(to + at + n * 8, pair, a.first_dq);
+            }
         }
     }
 }
 
-/* Adds the rows of dK or dV that exist to their place in memory. */
+/* Epilogue: adds the rows of dK or dV that exist to their gradient. */
 template <class K>
-__device__ __forceinline__ void backward_keys(bf16 *to, float (*sum)[K::N][4], float scale,
-                                              int64_t width, int left, bool first) {
+__device__ __forceinline__ void add_dkv(bf16 *to, float (*sum)[K::N][4], float scale, int64_t width,
+                                        int left, bool first) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 2 * K::M; i++) {
@@ -2190,77 +2202,79 @@ __device__ __forceinline__ void backward_keys(bf16 *to, float (*sum)[K::N][4], f
         if (row >= left) continue;
         bf16 *p = to + row * width + K::column() + lane % 4 * 2;
 #pragma unroll
-        for (int n = 0; n < K::N; n++)
-            add_pair(p + n * 8, sum[m][n][2 * half] * scale, sum[m][n][2 * half + 1] * scale,
-                     first);
+        for (int n = 0; n < K::N; n++) {
+            float pair[2] = {sum[m][n][2 * half] * scale, sum[m][n][2 * half + 1] * scale};
+            add<2>(p + n * 8, pair, first);
+        }
     }
 }
 
-/* A block keeps a tile of keys and walks over all queries. STAGES 2: the next queries are on their
- * way meanwhile, where shared memory allows. */
-template <int D, int BN, int STAGES, bool GROUP>
+/* A block keeps a tile of keys and walks over all queries. STAGES 2: the next queries are loaded
+ * meanwhile, where shared memory allows. */
+template <int D, int BN, int STAGES, bool WGMMA>
 __global__ void __launch_bounds__(256, 1) attention_backward_kernel(Attention a) {
-    using B = Backward<D, BN, GROUP>;
+    using B = Backward<D, BN, WGMMA>;
     using S = typename B::Scores;
     using K = typename B::Keys;
     using Q = typename B::Queries;
-    Job job = take_job<D, BN>(a);
-    int64_t width = (int64_t)a.heads * D, first = job.tile * BN;
+    if (WGMMA && !HAS_WGMMA) return;
+    WorkTile work = take_work_tile<D, BN>(a);
+    int64_t width = (int64_t)a.heads * D, first = work.tile * BN;
     Tile<BN, D, B::PANEL> k = {(bf16 *)shared_memory()}, v = {k.data + k.SIZE};
     Tile<BM, BN, B::S_PANEL> p = {v.data + v.SIZE}, ds = {p.data + p.SIZE};
-    bf16 *stages = ds.data + ds.SIZE; /* of queries, and of the gradients of what they found */
+    bf16 *stages = ds.data + ds.SIZE; /* of Q, and of dO */
     auto stage = [&](int i) { return Tile<BM, D, B::PANEL>{stages + i % (2 * STAGES) * BM * D}; };
-    auto load_queries = [&](int i) {
-        int64_t at = job.queries + (int64_t)i * BM * width;
+    auto load_q_do = [&](int i) {
+        int64_t at = work.queries + (int64_t)i * BM * width;
         if (i * BM < a.nq) {
             load_tile<256>(stage(2 * i), a.q + at, width, a.nq - i * BM);
             load_tile<256>(stage(2 * i + 1), a.dout + at, width, a.nq - i * BM);
         }
-        commit_copies();
+        cp_async_commit_group();
     };
-    load_tile<256>(k, a.k + job.keys, width, a.nk - first);
-    load_tile<256>(v, a.v + job.keys, width, a.nk - first);
-    load_queries(0);
+    load_tile<256>(k, a.k + work.keys, width, a.nk - first);
+    load_tile<256>(v, a.v + work.keys, width, a.nk - first);
+    load_q_do(0);
     float dk[K::M][K::N][4] = {}, dv[K::M][K::N][4] = {};
-    /* Warpgroups take turns under their products, else the first warp does under others'. */
-    bool looks = GROUP || threadIdx.x < 32;
-    int seen = see_turn(&job.turn[0]);
-    auto next_turn = [&](int i) {
-        pass_turn(threadIdx.x == 0 && i > 0, &job.turn[i - 1], job.tile + 1);
-        seen = see_turn(&job.turn[i + 1]);
+    /* By wgmma all warps poll the semaphore under their products, else warp 0 under the others'. */
+    bool polls = WGMMA || threadIdx.x < 32;
+    int seen = semaphore_load(&work.semaphore[0]);
+    auto pass_semaphore = [&](int i) {
+        semaphore_release(threadIdx.x == 0 && i > 0, &work.semaphore[i - 1], work.tile + 1);
+        seen = semaphore_load(&work.semaphore[i + 1]);
     };
     for (int i = 0; i * BM < a.nq; i++) {
-        if (STAGES == 2) load_queries(i + 1);
-        wait_copies<STAGES - 1>();
-        show_products<GROUP>();
+        if (STAGES == 2) load_q_do(i + 1);
+        cp_async_wait_group<STAGES - 1>();
+        fence_proxy_async<WGMMA>();
         __syncthreads();
         auto q = stage(2 * i), g = stage(2 * i + 1);
-        backward_scores<S, D, GROUP>(a, job.head, i * BM, (int)first, q, g, k, v, p, ds);
-        while (looks && __any_sync(~0u, seen != job.tile)) seen = see_turn(&job.turn[i]);
-        show_products<GROUP>();
+        backward_scores<S, D, WGMMA>(a, work.head, i * BM, (int)first, q, g, k, v, p, ds);
+        while (polls && __any_sync(~0u, seen != work.tile))
+            seen = semaphore_load(&work.semaphore[i]);
+        fence_proxy_async<WGMMA>();
         __syncthreads();
         float dq[Q::M][Q::N][4];
-        load_queries_sum<D, Q>(a, dq, job.before, i * BM);
-        if (!GROUP && looks) next_turn(i);
-        start_products<GROUP>(dv, dk);
-        multiply_tiles<GROUP, K, BM, true, false>(dv, p, g);
-        multiply_tiles<GROUP, K, BM, true, false>(dk, ds, q);
-        start_products<GROUP>(dq); /* the others need not wait for what was there before */
-        multiply_tiles<GROUP, Q, BN, false, false>(dq, ds, k);
-        if (GROUP) next_turn(i);
-        finish_products<GROUP>(dv, dk, dq);
-        store_queries_sum<D, Q>(a, dq, job.after, a.dq + job.queries, i * BM);
+        load_dq_accum<D, Q>(a, dq, work.dq_in, i * BM);
+        if (!WGMMA && polls) pass_semaphore(i);
+        wgmma_fence<WGMMA>(dv, dk);
+        multiply_tiles<WGMMA, K, BM, true, false>(dv, p, g);
+        multiply_tiles<WGMMA, K, BM, true, false>(dk, ds, q);
+        wgmma_fence<WGMMA>(dq); /* by itself: dV and dK need not wait for dq_in */
+        multiply_tiles<WGMMA, Q, BN, false, false>(dq, ds, k);
+        if (WGMMA) pass_semaphore(i);
+        wgmma_wait_group<WGMMA>(dv, dk, dq);
+        store_dq<D, Q>(a, dq, work.dq_out, a.dq + work.queries, i * BM);
         __syncthreads(); /* P, dS and these queries are no longer needed, dQ is written */
-        if (STAGES == 1) load_queries(i + 1);
+        if (STAGES == 1) load_q_do(i + 1);
     }
-    pass_turn(threadIdx.x == 0, &job.turn[(a.nq - 1) / BM], job.tile + 1);
-    backward_keys<K>(a.dk + job.keys, dk, a.scale, width, (int)(a.nk - first), a.first_dk);
-    backward_keys<K>(a.dv + job.keys, dv, 1, width, (int)(a.nk - first), a.first_dv);
+    semaphore_release(threadIdx.x == 0, &work.semaphore[(a.nq - 1) / BM], work.tile + 1);
+    add_dkv<K>(a.dk + work.keys, dk, a.scale, width, (int)(a.nk - first), a.first_dk);
+    add_dkv<K>(a.dv + work.keys, dv, 1, width, (int)(a.nk - first), a.first_dv);
 }
 
 /* The general form, for other head sizes, a bias or a mask: scores of some queries in memory, in
- * rows of ld >= nk. One block of 256 threads to a row: p = softmax(s + bias) of `count` scores, and
- * of fewer if causal. */
+ * rows of ld >= nk. 256 threads to a row: p = softmax(s + bias) of `count`, of fewer if causal. */
 __global__ void softmax_kernel(bf16 *p, const float *s, const bf16 *bias, float *lse, int64_t rows,
                                int64_t ld, int64_t nq, int nk, int64_t first, bool causal) {
     int64_t h = blockIdx.y, r = blockIdx.x, at = (h * rows + r) * ld;
@@ -2278,9 +2292,10 @@ __global__ void softmax_kernel(bf16 *p, const float *s, const bf16 *bias, float 
     if (lse && threadIdx.x == 0) lse[h * nq + first + r] = top + logf(sum);
 }
 
-static void attention_by_products(const Attention &a, int64_t batch, int64_t size, const bf16 *bias,
-                                  bool causal) {
-    int64_t ld = ceil_div(a.nk, 8) * 8; /* CLIP has 77 keys; products want rows of whole 16 bytes */
+static void attention_by_matmul(const Attention &a, int64_t batch, int64_t size, const bf16 *bias,
+                                bool causal) {
+    int64_t ld =
+        ceil_div(a.nk, 8) * 8; /* CLIP has 77 keys; cuBLASLt wants rows of whole 16 bytes */
     int64_t width = a.heads * size, block = ((int64_t)64 << 20) / 4 / (a.heads * ld);
     block = block < 16 ? 16 : block > a.nq ? a.nq : block;
     Scratch<float> scores(a.heads * block * ld);
@@ -2295,57 +2310,56 @@ static void attention_by_products(const Attention &a, int64_t batch, int64_t siz
                     o = {a.o + query, width, false, size, NULL};
             Operand s = {scores.p, ld, false, rows * ld, NULL},
                     weights = {p.p, ld, false, rows * ld, NULL};
-            product(rows, a.nk, size, a.scale, q, k, CUDA_R_16BF, 0, s, true, Epilogue(), a.heads);
+            matmul(rows, a.nk, size, a.scale, q, k, CUDA_R_16BF, 0, s, true, Epilogue(), a.heads);
             launch("softmax", softmax_kernel, dim3((unsigned)rows, (unsigned)a.heads), 256, 0, p.p,
                    (const float *)scores.p, bias, a.lse ? a.lse + b * a.heads * a.nq : NULL, rows,
                    ld, (int64_t)a.nq, a.nk, first, causal);
-            product(rows, size, a.nk, 1, weights, v, CUDA_R_16BF, 0, o, false, Epilogue(), a.heads);
+            matmul(rows, size, a.nk, 1, weights, v, CUDA_R_16BF, 0, o, false, Epilogue(), a.heads);
         }
 }
 
 static Attention attention_arguments(const sc_tensor *o, const float *lse, const sc_tensor *q,
                                      const sc_tensor *k, const sc_tensor *v, int heads,
                                      float scale) {
-    Attention a;
-    memset(&a, 0, sizeof a);
-    a.q = half_data(q), a.k = half_data(k), a.v = half_data(v), a.o = (bf16 *)o->data;
+    Attention a = {};
+    a.q = bf16_data(q), a.k = bf16_data(k), a.v = bf16_data(v), a.o = (bf16 *)o->data;
     a.lse = (float *)lse;
     a.nq = (int)q->shape[1], a.nk = (int)k->shape[1], a.heads = heads;
     a.scale = scale, a.factor = scale * 1.4426950408889634f;
     return a;
 }
 
-template <int D, bool GROUP> static void flash_attention(const Attention &a, int64_t batch) {
-    size_t shared = (size_t)(QUERIES + (GROUP ? 4 : 2) * KEYS) * D * sizeof(bf16);
-    launch("attention", attention_kernel<D, GROUP>,
+template <int D, bool WGMMA> static void flash_attention(const Attention &a, int64_t batch) {
+    size_t shared = (size_t)(QUERIES + (WGMMA ? 4 : 2) * KEYS) * D * sizeof(bf16);
+    launch("attention", attention_kernel<D, WGMMA>,
            dim3((unsigned)ceil_div(a.nq, QUERIES), (unsigned)a.heads, (unsigned)batch), 128, shared,
            a);
 }
 
-template <int D, int BN, int STAGES, bool GROUP>
+template <int D, int BN, int STAGES, bool WGMMA>
 static void flash_backward(Attention a, int64_t batch) {
     constexpr size_t shared =
         (size_t)(2 * BN * D + STAGES * 2 * BM * D + 2 * BM * BN) * sizeof(bf16);
     int64_t tiles = ceil_div(a.nk, BN), items = batch * a.nq * a.heads,
             count = batch * a.heads * ceil_div(a.nq, BM) + 2; /* a ticket; a look ahead */
-    Scratch<float> sums(tiles > 1 ? items * D : 0), delta(items);
-    Scratch<int> turns(count);
-    a.sums = sums.p, a.delta = delta.p, a.turns = turns.p;
+    Scratch<float> accum(tiles > 1 ? items * D : 0), delta(items);
+    Scratch<int> semaphore(count);
+    a.dq_accum = accum.p, a.delta = delta.p, a.dq_semaphore = semaphore.p;
     a.all_heads = (int)batch * a.heads;
     /* Groups of even size, of a fifth as many heads as there are processors: some five blocks
      * follow each other over a head's queries. */
-    int64_t groups = (5 * a.all_heads + gpu.processors / 2) / gpu.processors;
+    int64_t groups = (5 * a.all_heads + gpu.sm_count / 2) / gpu.sm_count;
     a.group = (int)ceil_div(a.all_heads, groups < 1 ? 1 : groups);
-    cuda_zero(turns.p, (size_t)count * sizeof(int));
+    cuda_zero(semaphore.p, (size_t)count * sizeof(int));
     launch("attention_delta", attention_delta_kernel<D>, dim3((unsigned)ceil_div(items, 8)), 256, 0,
            a, items);
-    launch("attention_backward", attention_backward_kernel<D, BN, STAGES, GROUP>,
+    launch("attention_backward", attention_backward_kernel<D, BN, STAGES, WGMMA>,
            dim3((unsigned)(tiles * a.all_heads)), 256, shared, a);
 }
 
-/* Whether there are warpgroup products in this program's code for the chip, and attention made of
- * them agrees with attention made of warps' products: tried once. */
-extern "C" bool sc_cuda_group_products(void) {
+/* Whether this program has wgmma code for the GPU, and attention by wgmma agrees with attention by
+ * mma: tried once. */
+extern "C" bool sc_cuda_wgmma(void) {
     enum { T = 150, HEADS = 2, N = T * HEADS * 128 };
     static int known = -1;
     if (known >= 0 || gpu.failed || gpu.capability != 90) return known > 0;
@@ -2358,17 +2372,16 @@ extern "C" bool sc_cuda_group_products(void) {
     Scratch<bf16> in(4 * N), out(4 * N);
     Scratch<float> lse(T * HEADS);
     cuda_upload(in.p, inputs, sizeof inputs);
-    for (int group = 0; group < 2 && !gpu.failed; group++) {
-        Attention a;
-        memset(&a, 0, sizeof a);
+    for (int wgmma = 0; wgmma < 2 && !gpu.failed; wgmma++) {
+        Attention a = {};
         a.q = in.p, a.k = in.p + N, a.v = in.p + 2 * N, a.dout = in.p + 3 * N, a.lse = lse.p;
         a.o = out.p, a.dq = out.p + N, a.dk = out.p + 2 * N, a.dv = out.p + 3 * N;
         a.nq = a.nk = T, a.heads = HEADS, a.scale = 0.088f, a.factor = a.scale * 1.442695f;
         a.first_dq = a.first_dk = a.first_dv = true;
         cuda_zero(out.p, sizeof inputs);
-        if (group) flash_attention<128, true>(a, 1), flash_backward<128, 128, 2, true>(a, 1);
+        if (wgmma) flash_attention<128, true>(a, 1), flash_backward<128, 128, 2, true>(a, 1);
         else flash_attention<128, false>(a, 1), flash_backward<128, 128, 2, false>(a, 1);
-        if (!cuda_download(results[group], out.p, sizeof inputs)) return false;
+        if (!cuda_download(results[wgmma], out.p, sizeof inputs)) return false;
     }
     for (int part = 0; part < 4; part++) {
         double difference = 0, whole = 0;
@@ -2387,22 +2400,22 @@ static void cuda_attention(sc_tensor *o, float *lse, const sc_tensor *q, const s
                            bool causal) {
     Attention a = attention_arguments(o, lse, q, k, v, heads, scale);
     int64_t batch = q->shape[0], size = q->shape[2] / heads;
-    if (bias || causal) attention_by_products(a, batch, size, half_data(bias), causal);
-    else if (size == 128 && sc_cuda_group_products()) flash_attention<128, true>(a, batch);
+    if (bias || causal) attention_by_matmul(a, batch, size, bf16_data(bias), causal);
+    else if (size == 128 && sc_cuda_wgmma()) flash_attention<128, true>(a, batch);
     else if (size == 128) flash_attention<128, false>(a, batch);
     else if (size == 64) flash_attention<64, false>(a, batch);
     else if (size == 32) flash_attention<32, false>(a, batch);
-    else attention_by_products(a, batch, size, NULL, false);
+    else attention_by_matmul(a, batch, size, NULL, false);
 }
 
 static void cuda_attention_backward(const sc_tensor *o, const float *lse, sc_tensor *q,
                                     sc_tensor *k, sc_tensor *v, int heads, float scale) {
     Attention a = attention_arguments(o, lse, q, k, v, heads, scale);
     int64_t batch = q->shape[0], size = q->shape[2] / heads;
-    a.dout = half_grad(o), a.dq = half_grad(q), a.dk = half_grad(k), a.dv = half_grad(v);
+    a.dout = bf16_grad(o), a.dq = bf16_grad(q), a.dk = bf16_grad(k), a.dv = bf16_grad(v);
     a.first_dq = first_part(q), a.first_dk = first_part(k), a.first_dv = first_part(v);
     bool roomy = gpu.shared_memory >= 161 << 10;
-    if (size == 128 && sc_cuda_group_products()) flash_backward<128, 128, 2, true>(a, batch);
+    if (size == 128 && sc_cuda_wgmma()) flash_backward<128, 128, 2, true>(a, batch);
     else if (size == 128 && roomy) flash_backward<128, 128, 2, false>(a, batch);
     else if (size == 128) flash_backward<128, 64, 1, false>(a, batch);
     else if (size == 64) flash_backward<64, 128, 2, false>(a, batch);
@@ -2413,32 +2426,16 @@ static void cuda_attention_backward(const sc_tensor *o, const float *lse, sc_ten
 
 /* ==== Norms and embeddings of the text encoders ============================================== */
 
-/* y = (x - mean) inverse w + b; rms: mean 0, no b. */
+/* y = (x - mean) inverse w + b; b NULL: RMS norm, mean 0. */
 template <int V>
 __global__ void layer_norm_kernel(bf16 *y, const bf16 *x, const float *w, const float *b, int n,
                                   float eps) {
     float v[V], mean, inverse;
     x += (int64_t)blockIdx.x * n, y += (int64_t)blockIdx.x * n;
-    moments<V>(x, n, eps, &mean, &inverse);
+    moments<V>(x, n, eps, b != NULL, &mean, &inverse);
     for (int c = threadIdx.x * V; c < n; c += blockDim.x * V) {
         load<V>(v, x + c);
-        for (int j = 0; j < V; j++) v[j] = (v[j] - mean) * inverse * w[c + j] + b[c + j];
-        store<V>(y + c, v);
-    }
-}
-
-template <int V>
-__global__ void rms_norm_kernel(bf16 *y, const bf16 *x, const float *w, int n, float eps) {
-    float v[V], square = 0;
-    x += (int64_t)blockIdx.x * n, y += (int64_t)blockIdx.x * n;
-    for (int c = threadIdx.x * V; c < n; c += blockDim.x * V) {
-        load<V>(v, x + c);
-        for (int j = 0; j < V; j++) square += v[j] * v[j];
-    }
-    float inverse = 1 / sqrtf(block_sum(square) / (float)n + eps);
-    for (int c = threadIdx.x * V; c < n; c += blockDim.x * V) {
-        load<V>(v, x + c);
-        for (int j = 0; j < V; j++) v[j] *= inverse * w[c + j];
+        for (int j = 0; j < V; j++) v[j] = (v[j] - mean) * inverse * w[c + j] + (b ? b[c + j] : 0);
         store<V>(y + c, v);
     }
 }
@@ -2447,12 +2444,10 @@ static void cuda_layer_norm(sc_tensor *y, const sc_tensor *x, const sc_tensor *w
                             const sc_tensor *b, float eps) {
     int64_t n = last_size(x);
     LAUNCH(wide(n, y->data, x->data), layer_norm_kernel, row_count(x), 128, (bf16 *)y->data,
-           half_data(x), full_data(w), full_data(b), (int)n, eps);
+           bf16_data(x), f32_data(w), f32_data(b), (int)n, eps);
 }
 static void cuda_rms_norm(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, float eps) {
-    int64_t n = last_size(x);
-    LAUNCH(wide(n, y->data, x->data), rms_norm_kernel, row_count(x), 128, (bf16 *)y->data,
-           half_data(x), full_data(w), (int)n, eps);
+    cuda_layer_norm(y, x, w, NULL, eps);
 }
 
 template <class T>
@@ -2470,9 +2465,9 @@ static void cuda_embed_tokens(sc_tensor *y, const sc_tensor *table, const int32_
     const int32_t *at = device.p;
     bf16 *to = (bf16 *)y->data;
     if (table->dtype == SC_F32)
-        launch("embed", embed_kernel<float>, grid, 128, 0, to, full_data(table), at, n);
+        launch("embed", embed_kernel<float>, grid, 128, 0, to, f32_data(table), at, n);
     else if (table->dtype == SC_BF16)
-        launch("embed", embed_kernel<bf16>, grid, 128, 0, to, half_data(table), at, n);
+        launch("embed", embed_kernel<bf16>, grid, 128, 0, to, bf16_data(table), at, n);
     else if (table->dtype == SC_F8_E4M3)
         launch("embed", embed_kernel<uint8_t>, grid, 128, 0, to, (const uint8_t *)table->data, at,
                n);
@@ -2485,63 +2480,71 @@ struct Picture {
     int channels, height, width, kernel, stride, pad, out_width;
 };
 
-/* columns [channels * kernel^2, count]: what each output pixel from `first` on sees of x. */
-__global__ void gather_kernel(bf16 *columns, const bf16 *x, Picture g, int64_t first,
+/* im2col [channels * kernel^2, count] from output pixel `first` on; V pixels are in one row. */
+template <int V>
+__global__ void im2col_kernel(bf16 *columns, const bf16 *x, Picture g, int64_t first,
                               int64_t count) {
-    int64_t i = FLAT_INDEX(1);
+    int64_t i = FLAT_INDEX(V);
     int tap = blockIdx.y % (g.kernel * g.kernel), channel = blockIdx.y / (g.kernel * g.kernel);
     if (i >= count) return;
-    int row = (int)((first + i) / g.out_width) * g.stride + tap / g.kernel - g.pad;
-    int column = (int)((first + i) % g.out_width) * g.stride + tap % g.kernel - g.pad;
-    bool inside = row >= 0 && row < g.height && column >= 0 && column < g.width;
-    bf16 zero = __float2bfloat16_rn(0.f);
-    columns[blockIdx.y * count + i] =
-        inside ? x[((int64_t)channel * g.height + row) * g.width + column] : zero;
+    int pixel = (int)(first + i), row = pixel / g.out_width * g.stride + tap / g.kernel - g.pad;
+    int column = pixel % g.out_width * g.stride + tap % g.kernel - g.pad;
+    const bf16 *from = x + ((int64_t)channel * g.height + row) * g.width;
+    float v[V];
+    for (int j = 0; j < V; j++, column += g.stride)
+        v[j] = (unsigned)row < (unsigned)g.height && (unsigned)column < (unsigned)g.width
+                   ? value(from[column])
+                   : 0;
+    store<V>(columns + blockIdx.y * count + i, v);
 }
 
+template <int V>
 __global__ void fill_bias_kernel(bf16 *y, const float *bias, int64_t channels, int64_t pixels,
                                  int64_t total) {
-    int64_t i = FLAT_INDEX(1);
-    if (i < total) set(y + i, bias[i / pixels % channels]);
+    int64_t i = FLAT_INDEX(V);
+    if (i >= total) return;
+    float v[V];
+    for (int j = 0; j < V; j++) v[j] = bias[i / pixels % channels];
+    store<V>(y + i, v);
 }
 
-/* y [out, pixels] = bias + w [out, in * kernel^2] times the gathered columns, slab by slab. */
+/* y [out, pixels] = bias + w [out, in * kernel^2] im2col(x), slab by slab. */
 static void cuda_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
                         int stride, int pad_before) {
     int64_t out = w->shape[0], kernel = w->shape[2], inner = w->shape[1] * kernel * kernel,
             pixels = y->shape[2] * y->shape[3];
     Picture g = {(int)x->shape[1], (int)x->shape[2], (int)x->shape[3], (int)kernel,
                  stride,           pad_before,       (int)y->shape[3]};
-    bool direct = kernel == 1 && stride == 1; /* the picture is its own gathered form */
+    bool direct = kernel == 1 && stride == 1; /* the picture is its own im2col */
     int64_t slab = ((int64_t)128 << 20) / 2 / inner / 8 * 8;
     slab = direct || slab > pixels ? pixels : slab < 8 ? 8 : slab;
+    bool w8 = g.out_width % 8 == 0;
     Scratch<bf16> columns(direct ? 0 : inner * slab),
         weights(w->dtype == SC_BF16 ? 0 : out * inner);
     sc_matrix matrix = {w->data, w->dtype, inner, false, NULL, 0};
-    Operand pw = as_half(matrix, out, inner, weights.p);
+    Operand pw = as_bf16(matrix, out, inner, weights.p);
     int64_t total = sc_count(y);
     if (b)
-        launch("fill_bias", fill_bias_kernel, dim3((unsigned)ceil_div(total, 256)), 256, 0,
-               (bf16 *)y->data, full_data(b), out, pixels, total);
+        LAUNCH_FLAT(wide(pixels, y->data), fill_bias_kernel, total, (bf16 *)y->data, f32_data(b),
+                    out, pixels, total);
     for (int64_t sample = 0; sample < y->shape[0]; sample++)
         for (int64_t first = 0; first < pixels; first += slab) {
             int64_t count = pixels - first < slab ? pixels - first : slab;
-            const bf16 *from = half_data(x) + sample * (sc_count(x) / x->shape[0]);
+            const bf16 *from = bf16_data(x) + sample * (sc_count(x) / x->shape[0]);
             if (!direct)
-                launch("gather", gather_kernel,
-                       dim3((unsigned)ceil_div(count, 256), (unsigned)inner), 256, 0, columns.p,
-                       from, g, first, count);
+                launch("im2col", w8 ? im2col_kernel<8> : im2col_kernel<1>,
+                       dim3((unsigned)ceil_div(count, w8 ? 2048 : 256), (unsigned)inner), 256, 0,
+                       columns.p, from, g, first, count);
             Operand px = {direct ? from : columns.p, count, false, 0, NULL};
             Operand py = {(bf16 *)y->data + sample * out * pixels + first, pixels, false, 0, NULL};
-            product(out, count, inner, 1, pw, px, CUDA_R_16BF, b ? 1.f : 0.f, py, false, Epilogue(),
-                    1);
+            matmul(out, count, inner, 1, pw, px, CUDA_R_16BF, b ? 1.f : 0.f, py, false, Epilogue(),
+                   1);
         }
 }
 
 static const int64_t NORM_SLICE = 8192;
 
-/* (mean, sum of squares about it) of each slice of a plane's `size` values from `begin` on: partial
- * [planes, slices]. */
+/* partial [planes, slices] = (mean, sum of squares about it), of `size` values from `begin` on. */
 __global__ void group_moments_kernel(float2 *partial, const bf16 *x, int64_t pixels, int64_t begin,
                                      int64_t size) {
     int64_t first = (int64_t)blockIdx.y * NORM_SLICE,
@@ -2577,7 +2580,7 @@ static void cuda_group_sums(double *sums, const sc_tensor *x, int64_t first, int
     int64_t count = x->shape[0] * groups, slices = ceil_div(size, NORM_SLICE);
     Scratch<float2> partial(planes * slices);
     launch("group_moments", group_moments_kernel, dim3((unsigned)planes, (unsigned)slices), 256, 0,
-           partial.p, half_data(x), x->shape[2] * width, first * width, size);
+           partial.p, bf16_data(x), x->shape[2] * width, first * width, size);
     launch("group_sums", group_sums_kernel, dim3((unsigned)ceil_div(count, 32)), 32, 0, sums,
            (const float2 *)partial.p, count, planes / count, slices, size);
 }
@@ -2591,15 +2594,20 @@ __global__ void group_merge_kernel(float2 *moments, const double *sums, int64_t 
     moments[g] = make_float2((float)mean, (float)(1 / sqrt(variance + (double)eps)));
 }
 
+template <int V>
 __global__ void group_norm_kernel(bf16 *y, const bf16 *x, const float2 *moments, const float *w,
                                   const float *b, int64_t channels, int64_t pixels,
                                   int64_t per_group, bool silu, int64_t total) {
-    int64_t i = FLAT_INDEX(1);
+    int64_t i = FLAT_INDEX(V), plane = i / pixels, channel = plane % channels;
     if (i >= total) return;
-    int64_t plane = i / pixels, channel = plane % channels;
     float2 m = moments[plane / per_group];
-    float v = (value(x[i]) - m.x) * m.y * w[channel] + b[channel];
-    set(y + i, silu ? v / (1 + __expf(-v)) : v);
+    float v[V], slope;
+    load<V>(v, x + i);
+    for (int j = 0; j < V; j++) {
+        v[j] = (v[j] - m.x) * m.y * w[channel] + b[channel];
+        if (silu) v[j] *= gate(SC_SILU, v[j], &slope);
+    }
+    store<V>(y + i, v);
 }
 
 static void cuda_group_norm(sc_tensor *y, const sc_tensor *x, const double *sums, int64_t size,
@@ -2610,9 +2618,9 @@ static void cuda_group_norm(sc_tensor *y, const sc_tensor *x, const double *sums
     Scratch<float2> moments(count);
     launch("group_merge", group_merge_kernel, dim3((unsigned)ceil_div(count, 32)), 32, 0, moments.p,
            sums, count, (double)size, eps);
-    launch("group_norm", group_norm_kernel, dim3((unsigned)ceil_div(total, 256)), 256, 0,
-           (bf16 *)y->data, half_data(x), (const float2 *)moments.p, full_data(w), full_data(b),
-           channels, pixels, channels / groups, silu, total);
+    LAUNCH_FLAT(wide(pixels, y->data, x->data), group_norm_kernel, total, (bf16 *)y->data,
+                bf16_data(x), (const float2 *)moments.p, f32_data(w), f32_data(b), channels, pixels,
+                channels / groups, silu, total);
 }
 
 __global__ void upsample_kernel(bf16 *y, const bf16 *x, int64_t width, int64_t total) {
@@ -2622,10 +2630,10 @@ __global__ void upsample_kernel(bf16 *y, const bf16 *x, int64_t width, int64_t t
 static void cuda_upsample(sc_tensor *y, const sc_tensor *x) {
     int64_t total = sc_count(y);
     launch("upsample", upsample_kernel, dim3((unsigned)ceil_div(total, 256)), 256, 0,
-           (bf16 *)y->data, half_data(x), x->shape[3], total);
+           (bf16 *)y->data, bf16_data(x), x->shape[3], total);
 }
 
-/* y[b][j][i] = x[b][i][j], tiles of 32 x 32 turned in shared memory. */
+/* y[b][j][i] = x[b][i][j], tiles of 32 x 32 transposed in shared memory. */
 __global__ void swap_axes_kernel(bf16 *y, const bf16 *x, int64_t m, int64_t n) {
     __shared__ bf16 tile[32][33];
     int64_t i0 = (int64_t)blockIdx.y * 32, j0 = (int64_t)blockIdx.x * 32, at = blockIdx.z * m * n;
@@ -2640,7 +2648,7 @@ static void cuda_swap_axes(sc_tensor *y, const sc_tensor *x) {
     int64_t m = x->shape[1], n = x->shape[2];
     launch("swap_axes", swap_axes_kernel,
            dim3((unsigned)ceil_div(n, 32), (unsigned)ceil_div(m, 32), (unsigned)x->shape[0]), 256,
-           0, (bf16 *)y->data, half_data(x), m, n);
+           0, (bf16 *)y->data, bf16_data(x), m, n);
 }
 
 /* ==== Loss and optimiser ===================================================================== */
@@ -2694,7 +2702,7 @@ static void sum_squares(double *total, F f, int64_t n, double factor, bool root)
 
 static void cuda_mse(double *loss, const sc_tensor *prediction, const sc_tensor *target) {
     int64_t n = sc_count(prediction);
-    sum_squares(loss, Difference{half_data(prediction), half_data(target)}, n, 1.0 / (double)n,
+    sum_squares(loss, Difference{bf16_data(prediction), bf16_data(target)}, n, 1.0 / (double)n,
                 false);
 }
 
@@ -2711,12 +2719,12 @@ __global__ void mse_backward_kernel(bf16 *dp, const bf16 *p, const bf16 *t, floa
 static void cuda_mse_backward(sc_tensor *prediction, const sc_tensor *target, float factor) {
     int64_t n = sc_count(prediction);
     bool w = wide(n, prediction->data, prediction->grad, target->data);
-    LAUNCH_FLAT(w, mse_backward_kernel, n, half_grad(prediction), half_data(prediction),
-                half_data(target), 2 * factor / (float)n, n);
+    LAUNCH_FLAT(w, mse_backward_kernel, n, bf16_grad(prediction), bf16_data(prediction),
+                bf16_data(target), 2 * factor / (float)n, n);
 }
 
 struct Step {
-    float lr, beta1, beta2, eps, decay, rate, root, clip, move[2];
+    float beta1, beta2, eps, decay, rate, root, clip, move[2];
 };
 
 /* Everything that happens to a trained number in one pass: clipping, Adam, both averages, and its
@@ -2725,7 +2733,7 @@ __global__ void update_kernel(sc_trained x, const double *whole_norm, Step s) {
     int64_t i = FLAT_INDEX(1);
     if (i >= x.count) return;
     double norm = *whole_norm;
-    float g = x.grad[i] * (s.clip > 0 && norm > s.clip ? (float)(s.clip / norm) : 1.f);
+    float g = x.grad[i] * (s.clip > 0 && norm > s.clip ? s.clip / (float)norm : 1.f);
     x.grad[i] = 0;
     if (!isfinite(norm)) return;
     float m = x.m[i] = s.beta1 * x.m[i] + (1 - s.beta1) * g;
@@ -2738,15 +2746,10 @@ __global__ void update_kernel(sc_trained x, const double *whole_norm, Step s) {
 static void cuda_update(const sc_trained *x, const sc_adamw *o, const float decay[2],
                         double *norm) {
     double step = (double)(o->step + 1);
-    Step s = {o->lr,
-              o->beta1,
-              o->beta2,
-              o->eps,
-              1 - o->lr * o->weight_decay,
-              (float)(o->lr / (1 - pow(o->beta1, step))),
-              (float)(1 / sqrt(1 - pow(o->beta2, step))),
-              o->clip,
-              {1 - decay[0], 1 - decay[1]}};
+    float rate = (float)(o->lr / (1 - pow(o->beta1, step))),
+          root = (float)(1 / sqrt(1 - pow(o->beta2, step)));
+    Step s = {o->beta1, o->beta2,     o->eps,      1 - o->lr * o->weight_decay, rate, root,
+              o->clip,  1 - decay[0], 1 - decay[1]};
     sum_squares(norm, Plain{x->grad}, x->count, 1, true);
     launch("update", update_kernel, dim3((unsigned)ceil_div(x->count, 256)), 256, 0, *x,
            (const double *)norm, s);
@@ -2755,8 +2758,7 @@ static void cuda_update(const sc_trained *x, const sc_adamw *o, const float deca
 /* ==== The table ============================================================================== */
 
 static sc_backend make_table() {
-    sc_backend t;
-    memset(&t, 0, sizeof t);
+    sc_backend t = {};
     t.name = gpu.name, t.activation = SC_BF16;
     t.alloc = cuda_alloc, t.release = cuda_release, t.memory_left = cuda_memory_left;
     t.alloc_streamed = cuda_alloc_streamed;
@@ -2794,25 +2796,23 @@ static bool no_gpu(cudaError_t why) {
 }
 
 static bool open_device() {
-    int count = 0, major = 0, minor = 0, shared = 0;
+    int count = 0;
     cudaError_t status = cudaGetDeviceCount(&count);
     if (status != cudaSuccess || count == 0)
         return no_gpu(status == cudaSuccess ? cudaErrorNoDevice : status);
     cudaDeviceProp properties;
     if ((status = cudaGetDeviceProperties(&properties, 0)) != cudaSuccess) return no_gpu(status);
-    major = properties.major, minor = properties.minor,
-    shared = (int)properties.sharedMemPerBlockOptin;
     snprintf(gpu.name, sizeof gpu.name, "%.60s", properties.name);
-    if (major < 8) {
+    if (properties.major < 8) {
         char text[256];
         snprintf(text, sizeof text,
-                 "no GPU: %s has compute capability %d.%d; 8.0 or more is needed", gpu.name, major,
-                 minor);
+                 "no GPU: %s has compute capability %d.%d; 8.0 or more is needed", gpu.name,
+                 properties.major, properties.minor);
         return sc_fail("%s", text);
     }
-    gpu.capability = 10 * major + minor;
-    gpu.processors = properties.multiProcessorCount;
-    gpu.shared_memory = (size_t)shared;
+    gpu.capability = 10 * properties.major + properties.minor;
+    gpu.sm_count = properties.multiProcessorCount;
+    gpu.shared_memory = properties.sharedMemPerBlockOptin;
     if (!open_cublas()) return false;
     bool ok =
         check(cudaSetDevice(0), "cudaSetDevice") &&

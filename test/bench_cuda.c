@@ -15,7 +15,7 @@
 #include "../shortcut.h"
 #include <time.h>
 
-bool sc_cuda_group_products(void); /* of shortcut_cuda.cu: how attention is computed */
+bool sc_cuda_wgmma(void); /* of shortcut_cuda.cu: whether attention uses it */
 
 static const sc_backend *gpu;
 static double ceiling, ceiling8, bandwidth; /* FLOP/s, bytes/s */
@@ -150,10 +150,9 @@ static void measure_ceilings(void) {
                        tensor(SC_BF16, 1, 1, (int64_t)1 << 29, false)};
     bandwidth = bytes / fmin(time_of(copy, y), time_of(copy_by_library, y));
     drop(y, 2);
-    printf("%s: product ceiling C = %.0f TFLOP/s (fp8: %.0f), copy B = %.0f GB/s; attention by "
-           "products of %s\n",
+    printf("%s: product ceiling C = %.0f TFLOP/s (fp8: %.0f), copy B = %.0f GB/s; attention by %s\n",
            gpu->name, ceiling / 1e12, ceiling8 / 1e12, bandwidth / 1e9,
-           sc_cuda_group_products() ? "warpgroups" : "warps");
+           sc_cuda_wgmma() ? "wgmma" : "mma");
 }
 
 /* ---- Operations at FLUX's sizes: batch 8 of 1024 + 256 tokens, or one of 4096 + 512 ---- */

@@ -1,7 +1,7 @@
 #!/bin/sh
 # What a GPU has to show, in calls of less than ten minutes each (an 80 GB card, 16 cores):
 #
-#   sh test/cuda_session.sh parity      3 min   operations against the CPU's; memcheck, synccheck
+#   sh test/cuda_session.sh parity      4 min   operations against the CPU's; memcheck, synccheck
 #   sh test/cuda_session.sh races       8 min   racecheck, initcheck
 #   sh test/cuda_session.sh bench       5 min   ceilings, operations, FLUX.1-dev's step and sampling
 #   sh test/cuda_session.sh tiny        4 min   ./train data/10pairs: time, bits, losses, pictures
@@ -55,7 +55,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=c
 for part in "$@"; do
     case $part in
     parity)
-        lines=40 run parity 120 build/test_cuda
+        lines=40 run parity 180 build/test_cuda
         sanitize memcheck 200
         sanitize synccheck 200
         ;;

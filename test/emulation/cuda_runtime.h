@@ -6,7 +6,7 @@
  * warp only when all lanes wait at the block's barrier: as on a GPU one warp may be far ahead of
  * the others, so a missing barrier shows, if not at once then as a difference between two orders
  * (emulation_order: warps rising or falling, lanes by odd steps below 32). A copy to shared memory
- * (cp.async) takes place when it is waited for, not before, and so do a warpgroup's products.
+ * (cp.async) takes place when it is waited for, not before, and so does wgmma.
  * Memory is filled with NaN when it is handed out, and writes beyond a block's ends are found when
  * it is given back. */
 #ifndef EMULATED_CUDA_RUNTIME_H
@@ -28,17 +28,17 @@
 struct uint3 {
     unsigned x, y, z;
 };
-struct uint2 {
+struct alignas(8) uint2 {
     unsigned x, y;
 };
 static inline uint2 make_uint2(unsigned x, unsigned y) { return uint2{x, y}; }
-struct uint4 {
+struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
-struct float4 {
+struct alignas(16) float4 {
     float x, y, z, w;
 };
-struct float2 {
+struct alignas(8) float2 {
     float x, y;
 };
 static inline float2 make_float2(float x, float y) { return float2{x, y}; }
@@ -67,7 +67,7 @@ enum {
     EMULATION_STACK = 256 << 10,
     EMULATION_SHARED = 256 << 10,
     EMULATION_COPIES = 64,
-    EMULATION_PRODUCTS = 64
+    EMULATION_WGMMAS = 64
 };
 
 struct emulation_copy {
@@ -77,7 +77,7 @@ struct emulation_copy {
     int group;
 };
 
-struct emulation_product {
+struct emulation_wgmma {
     float (*sum)[4];
     int n;
     bool packed, a_m, b_n;
@@ -98,10 +98,9 @@ static struct {
     int turn[EMULATION_THREADS];
     emulation_copy copies[EMULATION_THREADS][EMULATION_COPIES];
     int copy_count[EMULATION_THREADS], group[EMULATION_THREADS];
-    emulation_product products[EMULATION_THREADS][EMULATION_PRODUCTS];
-    int product_count[EMULATION_THREADS], sent[EMULATION_THREADS]; /* products; groups of them */
-    bool hidden[EMULATION_THREADS]; /* its copies came after its last show_products */
-    int64_t group_products;
+    emulation_wgmma wgmmas[EMULATION_THREADS][EMULATION_WGMMAS];
+    int wgmma_count[EMULATION_THREADS], committed[EMULATION_THREADS]; /* wgmmas; commit groups */
+    bool unfenced[EMULATION_THREADS]; /* its copies came after its last fence_proxy_async */
     void (*run)(void *);
     void *kernel;
     alignas(1024) char shared[EMULATION_SHARED];
@@ -192,7 +191,7 @@ static inline void emulation_warp_barrier() {
 static void emulation_prepare(int i) {
     emulation.finished[i] = emulation.blocked[i] = false;
     emulation.turn[i] = emulation.copy_count[i] = emulation.group[i] = 0;
-    emulation.product_count[i] = emulation.sent[i] = 0, emulation.hidden[i] = false;
+    emulation.wgmma_count[i] = emulation.committed[i] = 0, emulation.unfenced[i] = false;
     emulation.warp_arrived[i / 32] = 0;
 }
 
@@ -241,6 +240,12 @@ static inline float __shfl_xor_sync(unsigned, float x, int mask) {
     return x;
 }
 
+static inline int __shfl_sync(unsigned, int x, int lane) {
+    uint32_t bits = (uint32_t)x;
+    int turn = emulation_show(&bits, 1);
+    return (int)emulation.exchange[turn][(int)threadIdx.x / 32 * 32 + lane][0];
+}
+
 static inline bool __any_sync(unsigned, bool x) {
     uint32_t all = x;
     int turn = emulation_show(&all, 1), warp = (int)threadIdx.x / 32 * 32;
@@ -259,23 +264,23 @@ static inline uint32_t __float_as_uint(float x) {
     return bits;
 }
 #define __expf expf
-static inline float power_of_2(float x) { return exp2f(x); }
+static inline float exp2_approx(float x) { return exp2f(x); }
 
 /* Blocks run one after the other, in the order of their numbers. */
 template <class T> static inline T __ldcg(const T *p) { return *p; }
 static inline int atomicAdd(int *p, int x) { return *p += x, *p - x; }
-static inline int see_turn(const int *turn) {
+static inline int semaphore_load(const int *semaphore) {
     static const int *last;
     static int64_t times;
-    times = turn == last ? times + 1 : 0, last = turn;
+    times = semaphore == last ? times + 1 : 0, last = semaphore;
     if (times > 1 << 20) emulation_die("a block waits for one that has not begun");
-    return *turn;
+    return *semaphore;
 }
-static inline void pass_turn(bool now, int *turn, int next) {
-    if (now) *turn = next;
+static inline void semaphore_release(bool predicate, int *semaphore, int next) {
+    if (predicate) *semaphore = next;
 }
 
-static inline void copy16(void *shared, const void *global, bool valid) {
+static inline void cp_async16(void *shared, const void *global, bool valid) {
     int self = (int)threadIdx.x, n = emulation.copy_count[self]++;
     if (n >= EMULATION_COPIES) emulation_die("too many copies under way");
     if ((uintptr_t)shared % 16 || (uintptr_t)global % 16)
@@ -286,8 +291,8 @@ static inline void copy16(void *shared, const void *global, bool valid) {
     emulation.copies[self][n] = emulation_copy{shared, global, valid, emulation.group[self]};
     memset(shared, 0xff, 16); /* whoever reads it before it has come gets NaN */
 }
-static inline void commit_copies() { emulation.group[threadIdx.x]++; }
-template <int N> static inline void wait_copies() {
+static inline void cp_async_commit_group() { emulation.group[threadIdx.x]++; }
+template <int N> static inline void cp_async_wait_group() {
     int self = (int)threadIdx.x, kept = 0;
     for (int i = 0; i < emulation.copy_count[self]; i++) {
         emulation_copy c = emulation.copies[self][i];
@@ -295,7 +300,7 @@ template <int N> static inline void wait_copies() {
             emulation.copies[self][kept++] = c;
             continue;
         }
-        emulation.hidden[self] = true;
+        emulation.unfenced[self] = true;
         if (c.valid) memcpy(c.to, c.from, 16);
         else memset(c.to, 0, 16);
     }
@@ -320,10 +325,10 @@ static inline void emulation_matrices(uint32_t x[4], const void *row, bool trans
         memcpy(&x[i], pair, 4);
     }
 }
-template <class T> static inline void load_matrices(uint32_t x[4], const T *row) {
+template <class T> static inline void ldmatrix_x4(uint32_t x[4], const T *row) {
     emulation_matrices(x, row, false);
 }
-template <class T> static inline void load_matrices_transposed(uint32_t x[4], const T *row) {
+template <class T> static inline void ldmatrix_x4_trans(uint32_t x[4], const T *row) {
     emulation_matrices(x, row, true);
 }
 
@@ -332,7 +337,7 @@ static inline float emulation_element(uint32_t pair, int odd) {
     return __uint_as_float(odd ? pair & 0xffff0000u : pair << 16);
 }
 
-static inline void multiply_add(float sum[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
+static inline void mma_m16n8k16(float sum[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
     int self = (int)threadIdx.x, warp = self / 32 * 32, g = self % 32 / 4, t = self % 4;
     int turn = emulation_show(a, 4);
     uint32_t show[2] = {b0, b1}, fa[2][8][2], fb[2][8];
@@ -349,11 +354,12 @@ static inline void multiply_add(float sum[4], const uint32_t a[4], uint32_t b0, 
                       emulation_element(fb[c % 2][k / 2], k % 2);
 }
 
-/* ---- A warpgroup's products ----
+/* ---- wgmma ----
  * A and B are found as PTX describes matrices in shared memory with a swizzle of 128 bytes: eight
- * rows of 128 bytes follow each other, in which the number of a piece of 16 bytes is changed by the
+ * rows of 128 bytes follow each other, in which the number of a chunk of 16 bytes is XORed with the
  * row's, as bits of the address say. The contiguous direction goes on in the next panel. */
 
+#define HAS_WGMMA true
 static inline uint32_t shared_address(const void *p) {
     return (uint32_t)((const char *)p - emulation.shared);
 }
@@ -367,46 +373,47 @@ static inline float emulation_described(uint64_t d, int outer, int inner) {
                   (uint32_t)(outer / 8) * rows + (uint32_t)(outer % 8) * 128;
     at ^= (at >> 7 & 7) << 4;
     uint16_t bits;
-    if (at + 2 > EMULATION_SHARED) emulation_die("a product beyond shared memory");
+    if (at + 2 > EMULATION_SHARED) emulation_die("wgmma beyond shared memory");
     memcpy(&bits, emulation.shared + at, 2);
     return __uint_as_float((uint32_t)bits << 16);
 }
 
-static inline void emulation_queue(emulation_product p) {
-    int self = (int)threadIdx.x, n = emulation.product_count[self]++;
-    if (n >= EMULATION_PRODUCTS) emulation_die("too many products under way");
+static inline void emulation_queue_wgmma(emulation_wgmma p) {
+    int self = (int)threadIdx.x, n = emulation.wgmma_count[self]++;
+    if (n >= EMULATION_WGMMAS) emulation_die("too many wgmmas under way");
     for (int i = 0; i < emulation.count; i++)
-        if (emulation.hidden[i]) emulation_die("a product of what was not shown to it");
-    emulation.products[self][n] = p;
-    emulation.products[self][n].group = emulation.sent[self];
-    emulation.group_products++;
+        if (emulation.unfenced[i]) emulation_die("wgmma reads copies without fence.proxy.async");
+    emulation.wgmmas[self][n] = p;
+    emulation.wgmmas[self][n].group = emulation.committed[self];
 }
 template <int N, bool A_M, bool B_N>
-static inline void group_product(float (*sum)[4], uint64_t a, uint64_t b) {
-    emulation_queue(emulation_product{sum, N, false, A_M, B_N, a, b, {}, 0});
+static inline void wgmma_ss(float (*sum)[4], uint64_t a, uint64_t b) {
+    emulation_queue_wgmma(emulation_wgmma{sum, N, false, A_M, B_N, a, b, {}, 0});
 }
-static inline void group_product_packed(float (*sum)[4], const uint32_t a[4], uint64_t b) {
-    emulation_product p = {sum, 16, true, false, true, 0, b, {}, 0};
+static inline void wgmma_rs(float (*sum)[4], const uint32_t a[4], uint64_t b) {
+    emulation_wgmma p = {sum, 16, true, false, true, 0, b, {}, 0};
     int warp = (int)threadIdx.x / 32 * 32, g = (int)threadIdx.x % 32 / 4;
     int turn = emulation_show(a, 4);
     for (int half = 0; half < 2; half++)
         for (int k = 0; k < 16; k++)
             p.rows[half][k] = emulation_element(
                 emulation.exchange[turn][warp + g * 4 + k / 2 % 4][half + k / 8 * 2], k % 2);
-    emulation_queue(p);
+    emulation_queue_wgmma(p);
 }
-template <bool GROUP> static inline void show_products() {
-    if (GROUP) emulation.hidden[threadIdx.x] = false;
+template <bool WGMMA> static inline void fence_proxy_async() {
+    if (WGMMA) emulation.unfenced[threadIdx.x] = false;
 }
-template <bool GROUP, class... T> static inline void start_products(T &...) {}
-template <bool GROUP> static inline void send_products() { emulation.sent[threadIdx.x]++; }
-/* What may be left under way is. */
-template <bool GROUP, int LEFT = 0, class... T> static inline void finish_products(T &...) {
+template <bool WGMMA, class... T> static inline void wgmma_fence(T &...) {}
+template <bool WGMMA> static inline void wgmma_commit_group() {
+    emulation.committed[threadIdx.x]++;
+}
+/* What may be left pending is. */
+template <bool WGMMA, int PENDING = 0, class... T> static inline void wgmma_wait_group(T &...) {
     int self = (int)threadIdx.x, row = self / 32 % 4 * 16 + self % 32 / 4, kept = 0;
-    for (int i = 0; GROUP && i < emulation.product_count[self]; i++) {
-        const emulation_product *p = &emulation.products[self][i];
-        if (p->group >= emulation.sent[self] - LEFT) {
-            emulation.products[self][kept++] = *p;
+    for (int i = 0; WGMMA && i < emulation.wgmma_count[self]; i++) {
+        const emulation_wgmma *p = &emulation.wgmmas[self][i];
+        if (p->group >= emulation.committed[self] - PENDING) {
+            emulation.wgmmas[self][kept++] = *p;
             continue;
         }
         for (int c = 0; c < 4 * p->n; c++) {
@@ -419,7 +426,7 @@ template <bool GROUP, int LEFT = 0, class... T> static inline void finish_produc
             }
         }
     }
-    emulation.product_count[self] = kept;
+    emulation.wgmma_count[self] = kept;
 }
 
 /* ---- The runtime ---- */
@@ -453,8 +460,8 @@ static inline cudaError_t cudaDriverGetVersion(int *version) {
     return *version = CUDART_VERSION, cudaSuccess;
 }
 static inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-/* An H100, or, with EMULATED_CHIP=89 in the environment, a chip with less: no products of
- * warpgroups, no scales of rows in cuBLASLt, 99 KiB of shared memory. */
+/* An H100, or, with EMULATED_CHIP=89 in the environment, a chip with less: no wgmma,
+ * no scales of rows in cuBLASLt, 99 KiB of shared memory. */
 static inline bool emulation_smaller() { return getenv("EMULATED_CHIP") != NULL; }
 static inline size_t emulation_shared_limit() {
     return (size_t)(emulation_smaller() ? 99 : 227) << 10;
