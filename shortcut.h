@@ -149,13 +149,14 @@ double sc_json_number(const sc_json *value, double fallback);
 bool sc_json_bool(const sc_json *value, bool fallback);
 
 typedef struct sc_file sc_file;                     /* one or several mapped safetensors files */
-/* A .safetensors, an .index.json, or a folder with either. While it is open it may be replaced, as
- * sc_file_save does, but not be cut short: reading what is gone ends the program (SIGBUS). */
+/* A .safetensors, an index of shards (.json), or a folder with either. While it is open it may be
+ * replaced, as sc_file_save does, but not cut short: reading what is gone ends the program. */
 sc_file *sc_file_open(const char *path);
 void sc_file_close(sc_file *file);
 const char *sc_file_path(const sc_file *file);
 int64_t sc_file_count(const sc_file *file);
 const char *sc_file_name(const sc_file *file, int64_t index);
+/* The format aligns no data: read it with sc_to_f32, or memcpy. */
 const sc_tensor *sc_file_tensor(const sc_file *file, int64_t index);
 const sc_tensor *sc_file_find(const sc_file *file, const char *name);    /* NULL: absent */
 const char *sc_file_metadata(const sc_file *file, const char *key);      /* NULL: absent */
@@ -776,6 +777,7 @@ bool sc_pipeline_decode(sc_pipeline *p, const float *latents, int batch, int h, 
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <fnmatch.h>
 #include <limits.h>
 #include <math.h>
 #include <stdarg.h>
@@ -951,8 +953,18 @@ static inline uint8_t sc__f32_to_f8(float f) {
     return (uint8_t)(sign | (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1)) >> 20);
 }
 
-/* dst[n] (f32) <- src[n] of any floating type. */
+/* dst[n] (f32) <- src[n] of any type. Files may have it at an odd address: then in slices. */
 void sc_to_f32(float *dst, const void *src, sc_dtype dtype, int64_t n) {
+    double aligned[512];
+    int64_t size = sc_dtype_size(dtype), slice = (int64_t)sizeof aligned / size;
+    if ((uintptr_t)src % (uintptr_t)size) {
+        for (int64_t i = 0; i < n; i += slice) {
+            int64_t count = n - i < slice ? n - i : slice;
+            memcpy(aligned, (const char *)src + i * size, (size_t)(count * size));
+            sc_to_f32(dst + i, aligned, dtype, count);
+        }
+        return;
+    }
     const uint16_t *half = (const uint16_t *)src;
     switch (dtype) {
     case SC_F32: memcpy(dst, src, (size_t)n * 4); break;
@@ -3173,6 +3185,26 @@ static int64_t sc__file_size(const char *path) {
     return -1;
 }
 
+/* What people have where a file of another kind should be, told by its first bytes; NULL: none of
+ * these. The first stands for any file, the others may be the beginning of one. */
+static const char *sc__foreign(const char *bytes, size_t size) {
+    static const struct { const char *start; size_t size; const char *what; } kinds[] = {
+        {"version https://git-lfs", 23, "a Git LFS pointer, not the file: run git lfs pull there"},
+        {"<", 1, "an HTML page, as of a download that failed: download the file again"},
+        {"GGUF", 4, "a GGUF file: get the weights as safetensors"},
+        {"PK\3\4", 4, "a zip archive, as PyTorch's .bin, .ckpt and .pt: convert it to safetensors"},
+        {"\x80", 1, "a Python pickle (.bin, .ckpt, .pt): convert it to safetensors"},
+        {"\x1f\x8b", 2, "a gzip archive: unpack it"},
+        {"\x89HDF", 4, "an HDF5 file: get the weights as safetensors"},
+        {"\0\0\0\0\0\0\0\0", 8, "a file of zeros: the download is not complete"}};
+    if (!size) return "an empty file";
+    while (size > 1 && isspace((unsigned char)*bytes)) bytes++, size--;
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        if (size >= kinds[i].size && !memcmp(bytes, kinds[i].start, kinds[i].size))
+            return kinds[i].what;
+    return NULL;
+}
+
 /* The bytes of a regular file of at most 1 GiB, with a NUL behind them. */
 static char *sc__read_file(const char *path, size_t *length) {
     int64_t size = sc__file_size(path);
@@ -3181,13 +3213,14 @@ static char *sc__read_file(const char *path, size_t *length) {
     char *data = (char *)sc__alloc((size_t)size + 1, 1);
     FILE *f = data ? fopen(path, "rb") : NULL;
     if (f) *length = fread(data, 1, (size_t)size, f);
-    if (data && (!f || ferror(f))) {
-        sc__fail("%s: %s", path, strerror(errno));
-        SC_FREE(data);
-        data = NULL;
-    }
+    bool failed = !f || ferror(f);
+    bool pointer = !failed && !strncmp(data, "version https://git-lfs", 23);
+    if (data && failed) sc__fail("%s: %s", path, strerror(errno));
+    if (pointer) sc__fail("%s: %s", path, sc__foreign(data, *length));
     if (f) fclose(f);
-    return data;
+    if (!failed && !pointer) return data;
+    SC_FREE(data);
+    return NULL;
 }
 
 /* Writing: into `path`.tmp-NUMBER, which takes the place of `path` only when all of it is on disk.
@@ -3481,10 +3514,23 @@ sc_json *sc_json_parse(const char *text, size_t length, const char *name) {
     return NULL;
 }
 
-sc_json *sc_json_load(const char *path) {
+/* *text: the file, the caller's. A server's answer may have been saved in its place. */
+static sc_json *sc__json_load(const char *path, char **text) {
     size_t length = 0;
-    char *text = sc__read_file(path, &length);
-    sc_json *root = text ? sc_json_parse(text, length, path) : NULL;
+    *text = sc__read_file(path, &length);
+    sc_json *root = *text ? sc_json_parse(*text, length, path) : NULL;
+    const char *what = *text && !root ? sc__foreign(*text, length) : NULL;
+    const char *answer = sc_json_string(sc_json_get(root, "error"), NULL);
+    if (what) sc__fail("%s: %s", path, what);
+    if (!answer) return root;
+    sc__fail("%s: a server's answer, '%s': download the file again", path, answer);
+    sc_json_free(root);
+    return NULL;
+}
+
+sc_json *sc_json_load(const char *path) {
+    char *text;
+    sc_json *root = sc__json_load(path, &text);
     SC_FREE(text);
     return root;
 }
@@ -3630,9 +3676,6 @@ static bool sc__read_entry(sc__entry *e, const char *path, const sc_json *v, cha
         return sc__fail("%s: tensor '%s' has %llu bytes; its type and shape need %llu", path,
                         v->key, (unsigned long long)(e->end - e->begin), (unsigned long long)bytes);
     e->tensor.data = data + e->begin;
-    if (bytes && (uintptr_t)e->tensor.data % (uintptr_t)sc_dtype_size(e->tensor.dtype))
-        return sc__fail("%s: tensor '%s' is misaligned for its type %s; load and save the file "
-                        "again with the safetensors library", path, v->key, dtype);
     return true;
 }
 
@@ -3648,22 +3691,31 @@ static bool sc__check_places(const char *path, sc__entry *e, int64_t count, uint
                                   (unsigned long long)(size - at));
 }
 
-/* Parses the header of a part; its length goes to `length`. */
+/* No safetensors: says what it is, of text how it begins. No number in it means anything. */
+static bool sc__no_safetensors(const char *path, const char *bytes, size_t size) {
+    const char *what = sc__foreign(bytes, size);
+    int n = 0;
+    while (!what && n < 60 && (size_t)n < size && (isprint((unsigned char)bytes[n]) ||
+                                                   isspace((unsigned char)bytes[n]))) n++;
+    if (!what && n > 7 && (n == 60 || (size_t)n == size))
+        return sc__fail("%s: not a safetensors file but text, '%.*s'", path, n, bytes);
+    return sc__fail("%s: not a safetensors file%s%s", path, what ? " but " : "", what ? what : "");
+}
+
+/* Parses the header of a part, which is a JSON object; its length goes to `length`. */
 static bool sc__read_header(sc__mapping *part, const char *path, uint64_t *length) {
-    const unsigned char *bytes = (const unsigned char *)part->data;
-    if (part->size < 8) return sc__fail("%s: too short for a safetensors file", path);
+    const char *bytes = (const char *)part->data;
+    size_t at = 8;
     *length = 0;
-    for (int i = 7; i >= 0; i--) *length = *length << 8 | bytes[i];
-    if (*length > 100000000)
-        return sc__fail("%s: not a safetensors file (its header would have %llu bytes)", path,
-                        (unsigned long long)*length);
+    for (int i = 7; part->size > 8 && i >= 0; i--)
+        *length = *length << 8 | (unsigned char)bytes[i];
+    while (at < part->size && isspace((unsigned char)bytes[at])) at++;
+    if (at >= part->size || bytes[at] != '{' || *length > 100000000)
+        return sc__no_safetensors(path, bytes, part->size);
     if (*length > part->size - 8)
-        return sc__fail("%s: the header has %llu bytes, the file %zu: is it truncated?", path,
-                        (unsigned long long)*length, part->size);
-    part->header = sc_json_parse((const char *)bytes + 8, (size_t)*length, path);
-    if (!part->header) return false;
-    if (part->header->type == SC__OBJECT) return true;
-    return sc__fail("%s: the header is not a JSON object", path);
+        return sc__fail("%s: ends within its header: is it truncated?", path);
+    part->header = sc_json_parse(bytes + 8, (size_t)*length, path);
+    return part->header != NULL;
 }
 
 /* Appends the tensors of one part: all, or those that the index (its weight_map) places there. */
@@ -3692,7 +3744,7 @@ static bool sc__read_part(sc_file *f, sc__mapping *part, const char *path, const
 static bool sc__map_part(sc_file *f, const char *path, const sc_json *map, const char *shard) {
     int64_t size = sc__file_size(path);
     if (size < 0) return false;
-    if (size == 0) return sc__fail("%s: the file is empty", path); /* and could not be mapped */
+    if (size == 0) return sc__no_safetensors(path, "", 0); /* and could not be mapped */
     size_t room = (size_t)f->part_count + 1;
     sc__mapping *parts = (sc__mapping *)SC_REALLOC(f->parts, room * sizeof *parts);
     if (!parts) return sc__fail("%s: out of memory", path);
@@ -3706,7 +3758,8 @@ static bool sc__map_part(sc_file *f, const char *path, const sc_json *map, const
     return sc__read_part(f, &parts[f->part_count++], path, map);
 }
 
-/* NAME.safetensors.index.json: {"weight_map": {tensor: shard}}; the shards lie beside it. */
+/* NAME.safetensors.index.json, or of a variant .index.fp16.json: {"weight_map": {tensor: shard}};
+ * the shards lie beside it. */
 static bool sc__map_shards(sc_file *f, const char *path) {
     f->index = sc_json_load(path);
     const sc_json *map = sc_json_get(f->index, "weight_map");
@@ -3748,18 +3801,15 @@ static bool sc__sort_entries(sc_file *f) {
     return true;
 }
 
-/* `pattern`: a name, or "*" and the end of one. */
-static bool sc__matches(const char *name, const char *pattern) {
-    size_t n = strlen(name), m = strlen(pattern + 1);
-    if (*pattern != '*') return !strcmp(name, pattern);
-    return n >= m && !strcmp(name + n - m, pattern + 1);
-}
-
-/* The path of a folder's weights: an index of shards, else a usual name, else the only file. */
+/* The path of a folder's weights: an index of shards, else a usual name, else a variant's (fp16),
+ * else the only file; where there is only one of another kind, that, so that opening it says so. */
 static char *sc__weights_in(const char *folder) {
-    enum { PATTERNS = 5 };
-    static const char *const patterns[PATTERNS] = {"*.safetensors.index.json",
-        "diffusion_pytorch_model.safetensors", "model.safetensors", "*.safetensors", "*.sft"};
+    enum { READ = 8, PATTERNS = READ + 4 };
+    static const char *const patterns[PATTERNS] = {
+        "diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json",
+        "diffusion_pytorch_model.safetensors", "model.safetensors", "*.safetensors.index.json",
+        "*.safetensors.index.*.json", "*.safetensors", "*.sft", "*.gguf", "*.bin", "*.ckpt",
+        "*.pt*"};
     DIR *list = opendir(folder);
     char *found = NULL;
     int best = PATTERNS;
@@ -3768,9 +3818,9 @@ static char *sc__weights_in(const char *folder) {
     for (struct dirent *entry; (entry = readdir(list));) {
         const char *name = entry->d_name;
         int rank = 0;
-        while (rank < PATTERNS && !sc__matches(name, patterns[rank])) rank++;
+        while (rank < PATTERNS && fnmatch(patterns[rank], name, 0)) rank++;
         if (rank == PATTERNS || rank > best || *name == '.') continue;
-        several = rank == best;
+        several = rank == best && rank < READ;
         best = rank;
         SC_FREE(found);
         found = sc__join(folder, name);
@@ -3789,7 +3839,7 @@ sc_file *sc_file_open(const char *path) {
     sc_file *f = (sc_file *)sc__alloc(1, sizeof *f);
     if (!f) return NULL;
     f->path = sc__is_folder(path) ? sc__weights_in(path) : sc__strdup(path);
-    bool ok = f->path && (sc__matches(f->path, "*.json") ? sc__map_shards(f, f->path)
+    bool ok = f->path && (!fnmatch("*.json", f->path, 0) ? sc__map_shards(f, f->path)
                                                          : sc__map_part(f, f->path, NULL, NULL));
     if (ok && sc__sort_entries(f)) return f;
     sc_file_close(f);
@@ -3952,19 +4002,25 @@ bool sc_file_save(const char *path, const sc_named *tensors, int64_t count,
  * swap halves; of a LoRA these are B's rows, never A's. The VAE's decoder counts levels backwards.
  */
 
-/* `name` is `parts` of the `whole` equal parts that the rows of `other` fall into, from part
- * `first` on (whole 0: they are the same). In both, * stands for one word between dots, and ~ for a
- * level of the VAE, counted from the other end in `other`; what follows the name is kept. */
-typedef struct sc__alias {
-    const char *name, *other;
+/* A weight is `parts` of the `whole` equal parts that the rows of another fall into, from part
+ * `first` on; whole 0: it is the other. */
+typedef struct sc__slice {
     int first, parts, whole;
     bool swapped;               /* the two halves of the rows are exchanged */
-} sc__alias;
+} sc__slice;
 
-#define SC__SAME(name, other) {name, other, 0, 0, 0, false}
-static const sc__alias sc__same_name = SC__SAME("", "");
+/* `name` is in `other`. In both, * stands for one word between dots, or the rest of it; ? for q, k
+ * or v, which in `other` is 0, 1 or 2, or the part of the rows; ~ for a level of the VAE, counted
+ * from the other end in `other`. What follows the name is kept. */
+typedef struct sc__alias { const char *name, *other; sc__slice rows; } sc__alias;
+
+#define SC__SAME(name, other) {name, other, {0, 0, 0, false}}
+#define SC__DOUBLE(name, other) SC__SAME("transformer_blocks.*." name, "double_blocks.*." other)
+#define SC__SINGLE(name, other) \
+    SC__SAME("single_transformer_blocks.*." name, "single_blocks.*." other)
 
 static const sc__alias sc__aliases[] = {
+    SC__SAME("", ""),
     /* The transformer: flux1-dev.safetensors. */
     SC__SAME("x_embedder", "img_in"),
     SC__SAME("context_embedder", "txt_in"),
@@ -3974,53 +4030,43 @@ static const sc__alias sc__aliases[] = {
     SC__SAME("time_text_embed.guidance_embedder.linear_2", "guidance_in.out_layer"),
     SC__SAME("time_text_embed.text_embedder.linear_1", "vector_in.in_layer"),
     SC__SAME("time_text_embed.text_embedder.linear_2", "vector_in.out_layer"),
-    SC__SAME("transformer_blocks.*.norm1.linear", "double_blocks.*.img_mod.lin"),
-    {"transformer_blocks.*.attn.to_q", "double_blocks.*.img_attn.qkv", 0, 1, 3, false},
-    {"transformer_blocks.*.attn.to_k", "double_blocks.*.img_attn.qkv", 1, 1, 3, false},
-    {"transformer_blocks.*.attn.to_v", "double_blocks.*.img_attn.qkv", 2, 1, 3, false},
-    SC__SAME("transformer_blocks.*.attn.norm_q.weight",
-             "double_blocks.*.img_attn.norm.query_norm.scale"),
-    SC__SAME("transformer_blocks.*.attn.norm_k.weight",
-             "double_blocks.*.img_attn.norm.key_norm.scale"),
-    SC__SAME("transformer_blocks.*.attn.to_out.0", "double_blocks.*.img_attn.proj"),
-    SC__SAME("transformer_blocks.*.ff.net.0.proj", "double_blocks.*.img_mlp.0"),
-    SC__SAME("transformer_blocks.*.ff.net.2", "double_blocks.*.img_mlp.2"),
-    SC__SAME("transformer_blocks.*.norm1_context.linear", "double_blocks.*.txt_mod.lin"),
-    {"transformer_blocks.*.attn.add_q_proj", "double_blocks.*.txt_attn.qkv", 0, 1, 3, false},
-    {"transformer_blocks.*.attn.add_k_proj", "double_blocks.*.txt_attn.qkv", 1, 1, 3, false},
-    {"transformer_blocks.*.attn.add_v_proj", "double_blocks.*.txt_attn.qkv", 2, 1, 3, false},
-    SC__SAME("transformer_blocks.*.attn.norm_added_q.weight",
-             "double_blocks.*.txt_attn.norm.query_norm.scale"),
-    SC__SAME("transformer_blocks.*.attn.norm_added_k.weight",
-             "double_blocks.*.txt_attn.norm.key_norm.scale"),
-    SC__SAME("transformer_blocks.*.attn.to_add_out", "double_blocks.*.txt_attn.proj"),
-    SC__SAME("transformer_blocks.*.ff_context.net.0.proj", "double_blocks.*.txt_mlp.0"),
-    SC__SAME("transformer_blocks.*.ff_context.net.2", "double_blocks.*.txt_mlp.2"),
-    SC__SAME("single_transformer_blocks.*.norm.linear", "single_blocks.*.modulation.lin"),
-    {"single_transformer_blocks.*.attn.to_q", "single_blocks.*.linear1", 0, 1, 7, false},
-    {"single_transformer_blocks.*.attn.to_k", "single_blocks.*.linear1", 1, 1, 7, false},
-    {"single_transformer_blocks.*.attn.to_v", "single_blocks.*.linear1", 2, 1, 7, false},
-    {"single_transformer_blocks.*.proj_mlp", "single_blocks.*.linear1", 3, 4, 7, false},
-    SC__SAME("single_transformer_blocks.*.proj_out", "single_blocks.*.linear2"),
-    SC__SAME("single_transformer_blocks.*.attn.norm_q.weight",
-             "single_blocks.*.norm.query_norm.scale"),
-    SC__SAME("single_transformer_blocks.*.attn.norm_k.weight",
-             "single_blocks.*.norm.key_norm.scale"),
-    {"norm_out.linear", "final_layer.adaLN_modulation.1", 0, 0, 0, true},
+    SC__DOUBLE("norm1.linear", "img_mod.lin"),
+    {"transformer_blocks.*.attn.to_?", "double_blocks.*.img_attn.qkv", {0, 1, 3, false}},
+    SC__DOUBLE("attn.norm_q.weight", "img_attn.norm.query_norm.scale"),
+    SC__DOUBLE("attn.norm_k.weight", "img_attn.norm.key_norm.scale"),
+    SC__DOUBLE("attn.to_out.0", "img_attn.proj"),
+    SC__DOUBLE("ff.net.0.proj", "img_mlp.0"),
+    SC__DOUBLE("ff.net.2", "img_mlp.2"),
+    SC__DOUBLE("norm1_context.linear", "txt_mod.lin"),
+    {"transformer_blocks.*.attn.add_?_proj", "double_blocks.*.txt_attn.qkv", {0, 1, 3, false}},
+    SC__DOUBLE("attn.norm_added_q.weight", "txt_attn.norm.query_norm.scale"),
+    SC__DOUBLE("attn.norm_added_k.weight", "txt_attn.norm.key_norm.scale"),
+    SC__DOUBLE("attn.to_add_out", "txt_attn.proj"),
+    SC__DOUBLE("ff_context.net.0.proj", "txt_mlp.0"),
+    SC__DOUBLE("ff_context.net.2", "txt_mlp.2"),
+    SC__SINGLE("norm.linear", "modulation.lin"),
+    {"single_transformer_blocks.*.attn.to_?", "single_blocks.*.linear1", {0, 1, 7, false}},
+    {"single_transformer_blocks.*.proj_mlp", "single_blocks.*.linear1", {3, 4, 7, false}},
+    SC__SINGLE("proj_out", "linear2"),
+    SC__SINGLE("attn.norm_q.weight", "norm.query_norm.scale"),
+    SC__SINGLE("attn.norm_k.weight", "norm.key_norm.scale"),
+    {"norm_out.linear", "final_layer.adaLN_modulation.1", {0, 0, 0, true}},
     SC__SAME("proj_out", "final_layer.linear"),
+    /* LoRA files in the OMI format, OneTrainer's. */
+    SC__SAME("x_embedder", "img_in.proj"),
+    SC__DOUBLE("attn.to_?", "img_attn.qkv.?"),
+    SC__DOUBLE("attn.add_?_proj", "txt_attn.qkv.?"),
+    SC__SINGLE("attn.to_?", "linear1.?"),
+    SC__SINGLE("proj_mlp", "linear1.3"),
     /* LoRA files of XLabs: 1 is the picture's stream, 2 the text's. */
-    {"transformer_blocks.*.attn.to_q", "double_blocks.*.processor.qkv_lora1", 0, 1, 3, false},
-    {"transformer_blocks.*.attn.to_k", "double_blocks.*.processor.qkv_lora1", 1, 1, 3, false},
-    {"transformer_blocks.*.attn.to_v", "double_blocks.*.processor.qkv_lora1", 2, 1, 3, false},
-    SC__SAME("transformer_blocks.*.attn.to_out.0", "double_blocks.*.processor.proj_lora1"),
-    {"transformer_blocks.*.attn.add_q_proj", "double_blocks.*.processor.qkv_lora2", 0, 1, 3, false},
-    {"transformer_blocks.*.attn.add_k_proj", "double_blocks.*.processor.qkv_lora2", 1, 1, 3, false},
-    {"transformer_blocks.*.attn.add_v_proj", "double_blocks.*.processor.qkv_lora2", 2, 1, 3, false},
-    SC__SAME("transformer_blocks.*.attn.to_add_out", "double_blocks.*.processor.proj_lora2"),
-    {"single_transformer_blocks.*.attn.to_q", "single_blocks.*.processor.qkv_lora", 0, 1, 3, false},
-    {"single_transformer_blocks.*.attn.to_k", "single_blocks.*.processor.qkv_lora", 1, 1, 3, false},
-    {"single_transformer_blocks.*.attn.to_v", "single_blocks.*.processor.qkv_lora", 2, 1, 3, false},
-    SC__SAME("single_transformer_blocks.*.proj_out", "single_blocks.*.processor.proj_lora"),
+    {"transformer_blocks.*.attn.to_?", "double_blocks.*.processor.qkv_lora1", {0, 1, 3, false}},
+    SC__DOUBLE("attn.to_out.0", "processor.proj_lora1"),
+    {"transformer_blocks.*.attn.add_?_proj", "double_blocks.*.processor.qkv_lora2",
+     {0, 1, 3, false}},
+    SC__DOUBLE("attn.to_add_out", "processor.proj_lora2"),
+    {"single_transformer_blocks.*.attn.to_?", "single_blocks.*.processor.qkv_lora",
+     {0, 1, 3, false}},
+    SC__SINGLE("proj_out", "processor.proj_lora"),
     /* The VAE: ae.safetensors. */
     SC__SAME("encoder.down_blocks.*.resnets.*.conv_shortcut",
              "encoder.down.*.block.*.nin_shortcut"),
@@ -4032,10 +4078,8 @@ static const sc__alias sc__aliases[] = {
     SC__SAME("*.mid_block.resnets.0", "*.mid.block_1"),
     SC__SAME("*.mid_block.resnets.1", "*.mid.block_2"),
     SC__SAME("*.mid_block.attentions.0.group_norm", "*.mid.attn_1.norm"),
-    SC__SAME("*.mid_block.attentions.0.to_q", "*.mid.attn_1.q"),
-    SC__SAME("*.mid_block.attentions.0.to_k", "*.mid.attn_1.k"),
-    SC__SAME("*.mid_block.attentions.0.to_v", "*.mid.attn_1.v"),
     SC__SAME("*.mid_block.attentions.0.to_out.0", "*.mid.attn_1.proj_out"),
+    SC__SAME("*.mid_block.attentions.0.to_*", "*.mid.attn_1.*"),
     SC__SAME("*.conv_norm_out", "*.norm_out"),
     /* T5: some files name its table by its place in the encoder. */
     SC__SAME("shared", "encoder.embed_tokens"),
@@ -4047,24 +4091,28 @@ static const char *const sc__weight_prefixes[] = {"", "model.diffusion_model.", 
     "vae.", "first_stage_model.", "text_encoders.clip_l.transformer.",
     "text_encoders.t5xxl.transformer.", "transformer.", NULL};
 
-/* `name` translated by `alias`; false if it is not about this name. levels: of the VAE. */
-static bool sc__translate(const sc__alias *alias, const char *name, int levels, char other[256]) {
+/* `name` translated by `alias`, and which rows of that it is; false if it is not about this name.
+ * levels: of the VAE. */
+static bool sc__translate(const sc__alias *alias, const char *name, int levels, char other[256],
+                          sc__slice *rows) {
     const char *word[4], *p;
-    int length[4], words = 0, next = 0, n = 0;
+    int length[4], words = 0, next = 0, n = 0, part = 0;
+    *rows = alias->rows;
     for (p = alias->name; *p; p++) {
-        if (*p != '*' && *p != '~') {
-            if (*p != *name++) return false;
-            continue;
-        }
-        word[words] = name;
-        name += length[words++] = (int)strcspn(name, ".");
+        bool letter = *p == '?', wild = letter || *p == '*' || *p == '~';
+        if (letter && (!*name || !strchr("qkv", *name))) return false;
+        if (letter) part = *name == 'q' ? 0 : *name == 'k' ? 1 : 2;
+        if (!wild && *p != *name) return false;
+        if (wild && !letter) word[words] = name, length[words] = (int)strcspn(name, ".");
+        name += wild && !letter ? length[words++] : 1;
     }
     if (alias->name[0] && *name && *name != '.') return false;
+    rows->first += rows->whole ? part : 0;
     for (p = alias->other; *p && n < 200; p++) {
         if (*p == '*')
             n += snprintf(other + n, (size_t)(256 - n), "%.*s", length[next], word[next]);
         else if (*p == '~') n += snprintf(other + n, 32, "%d", levels - 1 - atoi(word[next]));
-        else other[n++] = *p;
+        else other[n++] = *p == '?' ? (char)('0' + part) : *p;
         next += *p == '*' || *p == '~';
         if (n > 200) return false;
     }
@@ -4074,11 +4122,10 @@ static bool sc__translate(const sc__alias *alias, const char *name, int levels, 
 /* The tensor of `f` that holds `name` followed by `end`: under its own name or another, behind any
  * of `prefixes` (one that ends in _ makes every dot of the name a _, as kohya's do). NULL: none. */
 static sc__entry *sc__find_as(const sc_file *f, const char *const *prefixes, const char *name,
-                              const char *end, int levels, const sc__alias **alias) {
+                              const char *end, int levels, sc__slice *rows) {
     char other[256], full[512];
-    for (int i = -1; i < SC__ALIASES; i++) {
-        *alias = i < 0 ? &sc__same_name : &sc__aliases[i];
-        if (!sc__translate(*alias, name, levels, other)) continue;
+    for (int i = 0; i < SC__ALIASES; i++) {
+        if (!sc__translate(&sc__aliases[i], name, levels, other, rows)) continue;
         for (int p = 0; prefixes[p]; p++) {
             size_t n = strlen(prefixes[p]);
             snprintf(full, sizeof full, "%s%s%s", prefixes[p], other, end);
@@ -4091,13 +4138,13 @@ static sc__entry *sc__find_as(const sc_file *f, const char *const *prefixes, con
     return NULL;
 }
 
-/* Rows of x [rows, ...] that `alias` means; x's shape becomes theirs. False: it does not divide. */
-static bool sc__take_rows(sc_tensor *x, const sc__alias *alias) {
-    if (!alias->whole) return true;
-    if (x->ndim < 1 || x->shape[0] % alias->whole) return false;
-    int64_t row = x->shape[0] ? sc_count(x) / x->shape[0] : 0, part = x->shape[0] / alias->whole;
-    x->data = (char *)x->data + alias->first * part * row * sc_dtype_size(x->dtype);
-    x->shape[0] = alias->parts * part;
+/* x [rows, ...] becomes those `rows` of it. False: it does not divide. */
+static bool sc__take_rows(sc_tensor *x, const sc__slice *rows) {
+    if (!rows->whole) return true;
+    if (x->ndim < 1 || x->shape[0] % rows->whole) return false;
+    int64_t row = x->shape[0] ? sc_count(x) / x->shape[0] : 0, part = x->shape[0] / rows->whole;
+    x->data = (char *)x->data + rows->first * part * row * sc_dtype_size(x->dtype);
+    x->shape[0] = rows->parts * part;
     return true;
 }
 
@@ -4238,7 +4285,7 @@ typedef struct sc__source {
 
 /* The scale that an 8-bit weight is stored with. Files without any are plain casts; one that
  * announces scales (ComfyUI's mark `scaled_fp8`) must have them. */
-static bool sc__read_scale(const sc_file *f, const sc__entry *weight, const sc__alias *alias,
+static bool sc__read_scale(const sc_file *f, const sc__entry *weight, const sc__slice *rows,
                            sc__source *s) {
     static const char *const forms[] = {"weight_scale", "scale_weight"};
     char name[512];
@@ -4264,7 +4311,7 @@ static bool sc__read_scale(const sc_file *f, const sc__entry *weight, const sc__
     s->scales = found->tensor;
     s->scales.ndim = 1; /* [rows, 1] and [1, rows] are seen */
     s->scales.shape[0] = n;
-    return n == 1 || sc__take_rows(&s->scales, alias);
+    return n == 1 || sc__take_rows(&s->scales, rows);
 }
 
 /* The scales of a source's rows, [rows]. */
@@ -4286,20 +4333,20 @@ static bool sc__find_weight(const sc_net *net, const char *name, const sc_tensor
                             sc__source *s) {
     char expected[96], actual[96];
     const char *path = sc_file_path(net->file);
-    const sc__alias *alias;
-    sc__entry *e = sc__find_as(net->file, sc__weight_prefixes, name, "", net->levels, &alias);
+    sc__slice rows;
+    sc__entry *e = sc__find_as(net->file, sc__weight_prefixes, name, "", net->levels, &rows);
     if (!e) return sc__fail("%s: tensor '%s' is missing", path, name);
     e->used = true;
-    *s = (sc__source){.x = e->tensor, .swapped = alias->swapped};
+    *s = (sc__source){.x = e->tensor, .swapped = rows.swapped};
     if (e->tensor.dtype > SC_F64)
         return sc__fail("%s: tensor '%s' has type %s; weights must be floating point", path,
                         e->name, sc_dtype_name(e->tensor.dtype));
-    if (!sc__take_rows(&s->x, alias) || !sc__same_shape(&s->x, want))
+    if (!sc__take_rows(&s->x, &rows) || !sc__same_shape(&s->x, want))
         return sc__fail("%s: tensor '%s' has shape %s; '%s' must be %s here", path, e->name,
                         sc__shape_text(&e->tensor, actual), name, sc__shape_text(want, expected));
     s->x.ndim = want->ndim; /* without further sides of 1 */
     memcpy(s->x.shape, want->shape, sizeof want->shape);
-    return e->tensor.dtype != SC_F8_E4M3 || sc__read_scale(net->file, e, alias, s);
+    return e->tensor.dtype != SC_F8_E4M3 || sc__read_scale(net->file, e, &rows, s);
 }
 
 /* The f32 values of a source, scaled, in their order. */
@@ -4395,7 +4442,8 @@ static sc_tensor *sc__net_weight(sc_net *net, const char *name, int ndim, const 
                       (product || !s.scales.data);
     if (as_on_disk) {
         bool narrowed = net->fp8 && ndim == 2 && sc_dtype_size(s.x.dtype) > 1;
-        w.waiting = !net->backend->on_host || narrowed;
+        bool aligned = (uintptr_t)s.x.data % (uintptr_t)sc_dtype_size(s.x.dtype) == 0;
+        w.waiting = !net->backend->on_host || narrowed || !aligned;
         x->dtype = s.x.dtype;
         x->data = w.waiting ? NULL : s.x.data;
         if (s.scales.data && !sc__keep_scales(net, &s, name, x)) return NULL;
@@ -4428,11 +4476,11 @@ bool sc_net_linear(sc_net *net, sc_linear_layer *layer, const char *name, int64_
 
 /* Side `dim` of a weight in the net's file; `fallback` where there is none. */
 static int sc__side(const sc_net *net, const char *name, int dim, int fallback) {
-    const sc__alias *alias;
+    sc__slice rows;
     sc__entry *e = net->file ? sc__find_as(net->file, sc__weight_prefixes, name, "", net->levels,
-                                           &alias) : NULL;
+                                           &rows) : NULL;
     sc_tensor x = e ? e->tensor : (sc_tensor){0};
-    if (!e || dim >= x.ndim || !sc__take_rows(&x, alias) || x.shape[dim] > 1 << 24) return fallback;
+    if (!e || dim >= x.ndim || !sc__take_rows(&x, &rows) || x.shape[dim] > 1 << 24) return fallback;
     return (int)x.shape[dim];
 }
 
@@ -4449,15 +4497,13 @@ static int sc__count_layers(const sc_net *net, const char *format, int fallback)
 /* The config.json beside a part's weights, parsed, its text and its name; json is NULL where there
  * is none. False if it cannot be read. */
 static bool sc__read_config(const char *path, sc_json **json, char **name, char **text) {
-    size_t length;
     bool folder = sc__is_folder(path);
     *name = folder ? sc__join(path, "config.json") : sc__strdup(path);
     *json = NULL;
     *text = NULL;
     if (!*name || !folder || !sc__exists(*name)) return *name != NULL;
-    *text = sc__read_file(*name, &length);
-    *json = *text ? sc_json_parse(*text, length, *name) : NULL;
-    return *json != NULL;
+    *json = sc__json_load(*name, text);
+    return *json && ((*json)->type == SC__OBJECT || sc__fail("%s: not a JSON object", *name));
 }
 
 /* An integer >= 1 from a config; false with the error set. */
@@ -4795,7 +4841,7 @@ bool sc_flux_save(const sc_flux *f, const char *folder, sc_dtype dtype,
     bool ok = config && weights && named && sc_net_load(net), made = false;
     if (ok) ok = sc__make_folder(folder, &made);
     char *there = ok && !made ? sc__weights_in(folder) : NULL;
-    if (there && sc__matches(there, "*.index.json"))
+    if (there && !fnmatch("*.json", there, 0))
         ok = sc__fail("%s: these shards would be read instead: write to another folder", there);
     SC_FREE(there);
     for (int64_t i = 0; ok && i < net->count; i++)
@@ -5237,13 +5283,13 @@ static bool sc__lora_own_scale(const sc__lora *l, const char *module, const char
 static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor *w,
                           sc__factors *x) {
     const sc_file *file = l->file;
-    const sc__alias *alias = NULL;
+    sc__slice part;
     sc__entry *a = NULL, *b = NULL;
     char name[512];
     int end = -1, stem;
     *x = (sc__factors){0};
     while (!a && ++end < SC__LORA_ENDS)
-        a = sc__find_as(file, sc__lora_prefixes, module, sc__lora_ends[end][0], 0, &alias);
+        a = sc__find_as(file, sc__lora_prefixes, module, sc__lora_ends[end][0], 0, &part);
     if (!a) return true;
     stem = (int)sc__stem(a->name, sc__lora_ends[end][0]);
     snprintf(name, sizeof name, "%.*s%s", stem, a->name, sc__lora_ends[end][1]);
@@ -5253,7 +5299,7 @@ static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor
     x->rank = a->tensor.shape[0];
     sc_tensor rows = b->tensor, want_a = {.ndim = 2, .shape = {x->rank, w->shape[1]}};
     sc_tensor want_b = {.ndim = 2, .shape = {w->shape[0], x->rank}};
-    if (!sc__same_shape(&a->tensor, &want_a) || !sc__take_rows(&rows, alias) ||
+    if (!sc__same_shape(&a->tensor, &want_a) || !sc__take_rows(&rows, &part) ||
         !sc__same_shape(&rows, &want_b) || x->rank < 1 || a->tensor.dtype > SC_F64 ||
         rows.dtype > SC_F64)
         return sc__fail("%s: '%.*s' does not fit '%s', a layer of %lld x %lld: is this LoRA for "
@@ -5267,7 +5313,7 @@ static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor
     x->b = x->a + na;
     sc_to_f32(x->a, a->tensor.data, a->tensor.dtype, na);
     sc_to_f32(x->b, rows.data, rows.dtype, nb);
-    if (alias->swapped) sc__swap_halves(x->b, (size_t)nb * sizeof *x->b);
+    if (part.swapped) sc__swap_halves(x->b, (size_t)nb * sizeof *x->b);
     bool finite = true;
     for (int64_t i = 0; i < na + nb; i++) finite = finite && isfinite(x->a[i]);
     for (int64_t i = 0; i < nb; i++) x->b[i] *= scale;
@@ -5372,11 +5418,11 @@ bool sc_lora_load(sc_flux *f, const char *path, float scale, sc_lora_report *rep
 
 /* ---- Writing kohya's names ---- */
 
-/* The alias of a module in BFL's layout. */
-static const sc__alias *sc__bfl_alias(const char *module, char other[256]) {
-    for (int i = 0; i < SC__ALIASES; i++)
-        if (sc__translate(&sc__aliases[i], module, 0, other)) return &sc__aliases[i];
-    return NULL;
+/* A module's name in BFL's layout. */
+static bool sc__bfl_name(const char *module, char other[256], sc__slice *rows) {
+    int i = 1;
+    while (i < SC__ALIASES && !sc__translate(&sc__aliases[i], module, 0, other, rows)) i++;
+    return i < SC__ALIASES;
 }
 
 /* Modules [first, first + count) are the parts of one layer of BFL's. As kohya's file has it: the
@@ -5424,11 +5470,13 @@ bool sc_lora_save_kohya(const sc_flux *f, const char *path, const char *const *m
     bool ok = factors != NULL;
     for (int i = 0; ok && i < n; i += count) {
         char other[256], next[256];
-        const sc__alias *alias = sc__bfl_alias(f->modules[i].name, other);
+        sc__slice rows, next_rows;
+        ok = sc__bfl_name(f->modules[i].name, other, &rows);
         sc__written *down = &factors[written], *up = down + 1;
         for (count = 1; i + count < n; count++)
-            if (!sc__bfl_alias(f->modules[i + count].name, next) || strcmp(other, next)) break;
-        ok = alias && sc__fuse(f, i, count, alias->swapped, &down->tensor, &up->tensor);
+            if (!sc__bfl_name(f->modules[i + count].name, next, &next_rows) || strcmp(other, next))
+                break;
+        ok = ok && sc__fuse(f, i, count, rows.swapped, &down->tensor, &up->tensor);
         if (!ok || !down->tensor.data) continue;
         for (char *c = other; *c; c++) *c = *c == '.' ? '_' : *c;
         snprintf(down->name, sizeof down->name, "lora_unet_%s.lora_down.weight", other);
@@ -5564,11 +5612,11 @@ static char *sc__model_folder(const char *model) {
 /* Whether the file at `path` is one of safetensors that has this part; -1 with the error set: it
  * cannot be read. */
 static int sc__file_has(const char *path, sc__part_kind part) {
-    const sc__alias *alias;
+    sc__slice rows;
     if (!sc__is_file(path)) return 0;
     sc_file *file = sc_file_open(path);
     if (!file) return -1;
-    int has = sc__find_as(file, sc__weight_prefixes, sc__parts[part].probe, "", 1, &alias) != NULL;
+    int has = sc__find_as(file, sc__weight_prefixes, sc__parts[part].probe, "", 1, &rows) != NULL;
     sc_file_close(file);
     return has;
 }
@@ -5582,8 +5630,8 @@ static char *sc__part_file(const char *folder, sc__part_kind part) {
     DIR *list = opendir(folder);
     if (!list) return sc__fail("%s: %s", folder, strerror(errno)), NULL;
     for (struct dirent *entry; !several && (entry = readdir(list));) {
-        bool named = *entry->d_name != '.' && (sc__matches(entry->d_name, "*.safetensors") ||
-                                               sc__matches(entry->d_name, "*.sft"));
+        bool named = *entry->d_name != '.' && (!fnmatch("*.safetensors", entry->d_name, 0) ||
+                                               !fnmatch("*.sft", entry->d_name, 0));
         char *path = named ? sc__join(folder, entry->d_name) : NULL;
         int has = path ? sc__file_has(path, part) : 0;
         if (has < 0) snprintf(broken, sizeof broken, "%s", sc_error());
@@ -5630,7 +5678,7 @@ static bool sc__small_file(const sc_backend *backend, const char *folder) {
     if (!backend || !backend->on_host) return false;
     char *path = sc__is_file(folder) ? sc__strdup(folder) : sc__weights_in(folder);
     bool small = path && stat(path, &s) == 0 && s.st_size <= (off_t)512 << 20 &&
-                 !strstr(path, ".index.json");
+                 fnmatch("*.json", path, 0);
     SC_FREE(path);
     return small;
 }
