@@ -399,6 +399,7 @@ typedef struct sc_weight {
     bool owned;                 /* its memory is the backend's, not the mapped file's */
     bool waiting;               /* in the file: sc_net_load will copy it to the backend */
     bool missing;               /* of a plan: the file has no such weight, or of another shape */
+    float *before;              /* of a vector that loaded LoRAs changed: as it was, on the host */
 } sc_weight;
 typedef struct sc_net {
     const sc_backend *backend;  /* NULL: a plan; weights have names and shapes, but no data */
@@ -422,6 +423,9 @@ size_t sc_net_waiting(const sc_net *net);   /* bytes that sc_net_load will take 
  * their type on disk unless widened, vectors become f32). NULL with the error set, which names the
  * file, what was expected and what found. */
 sc_tensor *sc_net_weight(sc_net *net, const char *name, int ndim, const int64_t *shape);
+/* How many tensors in the files of these nets (or NULL) none of them asked for, but for some that
+ * are known to change nothing; the first names, up to `size` bytes, separated by spaces. */
+int64_t sc_net_unread(sc_net *const *nets, int count, char *names, size_t size);
 /* "name.weight" [out, in] and, with `bias`, "name.bias" [out]. */
 bool sc_net_linear(sc_net *net, sc_linear_layer *layer, const char *name, int64_t out, int64_t in,
                    bool bias);
@@ -510,20 +514,21 @@ bool sc_params_report(sc_params *params, double *loss, double *norm);
  * Written: safetensors, PEFT names, transformer.<module>.lora_A.weight [rank, in] and
  * .lora_B.weight [out, rank], bf16, the scale alpha / rank multiplied into B. Read: those, with any
  * rank and alpha (tensors, diffusers' metadata, or PEFT's adapter_config.json beside its
- * adapter_model.safetensors), and the names of diffusers, kohya, OneTrainer, BFL, ComfyUI and
- * XLabs. */
+ * adapter_model.safetensors), the names of diffusers, kohya, OneTrainer, BFL, ComfyUI, LyCORIS and
+ * XLabs, and changes of biases and norms; what else changes weights (LoKr, DoRA, ...) is refused. */
 bool sc_lora_save(const sc_params *params, sc_set set, const char *path,
                   const char *const *metadata);
 /* The loaded LoRAs, with their scales, as one file in kohya's names (lora_unet_..., bf16): the
- * parts of a fused layer become one of their ranks' sum, exactly. */
+ * parts of a fused layer become one of their ranks' sum, exactly. False where biases changed. */
 bool sc_lora_save_kohya(const sc_flux *flux, const char *path, const char *const *metadata);
 typedef struct sc_lora_report {
-    int applied, total;         /* adapters: a pair of A and B each; total: strays too */
+    int applied, total;         /* pairs of A and B, and changed vectors; total: strays too */
     char missed[2048];          /* names that fit no layer, separated by spaces, cut with ... */
 } sc_lora_report;
 /* Adds a LoRA file to a model, under the teacher set (what sampling uses), on top of those that are
- * loaded. False if no adapter applies, or one that names a layer has the wrong shape or holds NaN;
- * those before it may be loaded then. Stays until sc_lora_unload. */
+ * loaded; biases and norms change for all sets. False if nothing applies, an adapter has the wrong
+ * shape or holds NaN, or the file has more than LoRA; parts of it may be loaded then. Stays until
+ * sc_lora_unload. */
 bool sc_lora_load(sc_flux *flux, const char *path, float scale, sc_lora_report *report);
 /* What a LoRA file's metadata recommends for a number of steps ("3:1@1.5 8:0.6": that of the
  * nearest): the scale, else 1; *guidance (or NULL) becomes the number behind the @, if there is
@@ -4052,6 +4057,13 @@ static const sc__alias sc__aliases[] = {
     SC__SINGLE("attn.norm_k.weight", "norm.key_norm.scale"),
     {"norm_out.linear", "final_layer.adaLN_modulation.1", {0, 0, 0, true}},
     SC__SAME("proj_out", "final_layer.linear"),
+    /* ComfyUI's own name for the weight of these norms. */
+    SC__DOUBLE("attn.norm_q", "img_attn.norm.query_norm"),
+    SC__DOUBLE("attn.norm_k", "img_attn.norm.key_norm"),
+    SC__DOUBLE("attn.norm_added_q", "txt_attn.norm.query_norm"),
+    SC__DOUBLE("attn.norm_added_k", "txt_attn.norm.key_norm"),
+    SC__SINGLE("attn.norm_q", "norm.query_norm"),
+    SC__SINGLE("attn.norm_k", "norm.key_norm"),
     /* LoRA files in the OMI format, OneTrainer's. */
     SC__SAME("x_embedder", "img_in.proj"),
     SC__DOUBLE("attn.to_?", "img_attn.qkv.?"),
@@ -4155,6 +4167,12 @@ static void sc__swap_halves(void *data, size_t bytes) {
         char c = x[i];
         x[i] = y[i], y[i] = c;
     }
+}
+
+/* The length of `name` without `end`; 0 if it does not end so. */
+static size_t sc__stem(const char *name, const char *end) {
+    size_t n = strlen(name), m = strlen(end);
+    return n > m && !strcmp(name + n - m, end) ? n - m : 0;
 }
 
 /* The same sides, but for sides of 1 at the end: a matrix may be stored as a 1x1 convolution. */
@@ -4306,10 +4324,13 @@ static bool sc__read_scale(const sc_file *f, const sc__entry *weight, const sc__
                                          "the file says that it has them", f->path, weight->name);
     found->used = true;
     int64_t n = sc_count(&found->tensor);
-    if ((n != 1 && n != weight->tensor.shape[0]) || found->tensor.dtype > SC_F64)
+    bool vector = true; /* [rows, 1] and [1, rows] are seen */
+    for (int i = 0; i < found->tensor.ndim; i++)
+        vector = vector && (found->tensor.shape[i] == 1 || found->tensor.shape[i] == n);
+    if (!vector || (n != 1 && n != weight->tensor.shape[0]) || found->tensor.dtype > SC_F64)
         return sc__fail("%s: '%s' must be one number, or one a row", f->path, found->name);
     s->scales = found->tensor;
-    s->scales.ndim = 1; /* [rows, 1] and [1, rows] are seen */
+    s->scales.ndim = 1;
     s->scales.shape[0] = n;
     return n == 1 || sc__take_rows(&s->scales, rows);
 }
@@ -4470,6 +4491,81 @@ bool sc_net_linear(sc_net *net, sc_linear_layer *layer, const char *name, int64_
     snprintf(full, sizeof full, "%s.bias", name);
     layer->bias = bias ? sc_net_weight(net, full, 1, &out) : NULL;
     return !bias || layer->bias;
+}
+
+/* ---- What nobody asked for ---- */
+
+/* Appends a name to a list for messages, which ends in ... where it is full. */
+static void sc__list_name(char *list, size_t size, const char *name) {
+    size_t used = strlen(list), room = size - used;
+    bool full = used > 3 && !strcmp(list + used - 3, "...");
+    if (!full && strlen(name) + 8 < room)
+        snprintf(list + used, room, "%s%s", used ? " " : "", name);
+    else if (!full) snprintf(list + used, room, " ...");
+}
+
+/* Whether a tensor was asked for whose name begins with these n characters. */
+static bool sc__used_below(const sc_file *f, const char *name, size_t n) {
+    int64_t i = 0;
+    while (i < f->count && (!f->entries[i].used || strncmp(f->entries[i].name, name, n))) i++;
+    return i < f->count;
+}
+
+/* Called when a net has asked for all of its weights: of what else the file has, it must not be
+ * blocks beside those that are used, nor, beside an 8-bit weight, what may be its scale. */
+static bool sc__net_complete(const sc_net *net) {
+    const sc_file *f = net->backend ? net->file : NULL;
+    for (int64_t i = 0; f && i < f->count; i++) {
+        const char *name = f->entries[i].name, *dot = strrchr(name, '.');
+        if (f->entries[i].used) continue;
+        for (const char *at = name; (at = strchr(at, '.')); at++) {
+            size_t n = (size_t)(at + 1 - name), digits = strspn(at + 1, "0123456789");
+            if (digits && at[1 + digits] == '.' && sc__used_below(f, name, n) &&
+                !sc__used_below(f, name, n + digits + 1))
+                return sc__fail("%s: '%s' is of a block that the model does not have: is "
+                                "config.json that of another one?", f->path, name);
+        }
+        for (int64_t j = 0; dot && j < f->count; j++) {
+            const sc__entry *e = &f->entries[j];
+            size_t n = sc__stem(e->name, ".weight");
+            if (e->used && e->tensor.dtype == SC_F8_E4M3 && n && !strncmp(name, e->name, n + 1) &&
+                !strstr(name + n, "input") && strcmp(dot, ".comfy_quant") && strcmp(dot, ".bias"))
+                return sc__fail("%s: '%s' is not understood beside the 8-bit '%s': scales are read "
+                                "as .weight_scale or .scale_weight, one number or one a row",
+                                f->path, name, e->name);
+        }
+    }
+    return true;
+}
+
+/* Extras that change nothing: marks, scales of activations, second copies, other halves of CLIP. */
+static bool sc__harmless(const char *name) {
+    static const char *const known[] = {"*scaled_fp8", "*.comfy_quant", "*input_scale",
+        "*scale_input", "*position_ids", "*embed_tokens.weight", "*logit_scale",
+        "*text_projection*", "*visual_projection*", "*vision_model.*", "*spiece_model"};
+    size_t i = 0, n = sizeof known / sizeof *known;
+    while (i < n && fnmatch(known[i], name, 0)) i++;
+    return i < n;
+}
+
+int64_t sc_net_unread(sc_net *const *nets, int count, char *names, size_t size) {
+    int64_t unread = 0;
+    *names = 0;
+    for (int i = 0; i < count; i++) {
+        const sc_file *f = nets[i] ? nets[i]->file : NULL;
+        for (int j = 0; f && j < i; j++) /* counted already */
+            if (nets[j] && nets[j]->file && !strcmp(nets[j]->file->path, f->path)) f = NULL;
+        for (int64_t k = 0; f && k < f->count; k++) {
+            bool used = sc__harmless(f->entries[k].name);
+            for (int j = i; j < count; j++) {
+                const sc_file *other = nets[j] ? nets[j]->file : NULL;
+                if (other && !strcmp(other->path, f->path)) used = used || other->entries[k].used;
+            }
+            unread += !used;
+            if (!used) sc__list_name(names, size, f->entries[k].name);
+        }
+    }
+    return unread;
 }
 
 /* ---- What a file without config.json says by its shapes ---- */
@@ -4773,7 +4869,8 @@ sc_flux *sc_flux_open(const sc_backend *backend, const char *path, bool widen, b
         f->single_blocks = (sc__single_block *)sc__alloc(singles, sizeof *f->single_blocks);
         f->modules = (sc__module *)sc__alloc(10 + 14 * doubles + 6 * singles, sizeof *f->modules);
         f->net->rng.state = seed;
-        ok = f->double_blocks && f->single_blocks && f->modules && sc__flux_weights(f);
+        ok = f->double_blocks && f->single_blocks && f->modules && sc__flux_weights(f) &&
+             sc__net_complete(f->net);
     }
     if (ok && random && widen && backend) sc__flux_zero(f);
     if (ok) return f;
@@ -5184,25 +5281,21 @@ bool sc_lora_save(const sc_params *p, sc_set set, const char *path, const char *
 }
 
 /* What stands before a module's name in LoRA files, and behind it for A and B: PEFT and diffusers,
- * BFL and ComfyUI, kohya, OneTrainer; diffusers of before PEFT, XLabs. */
+ * BFL and ComfyUI, kohya, OneTrainer, LyCORIS; diffusers of before PEFT, XLabs. B's bias ends in
+ * "bias" in place of "weight". */
 static const char *const sc__lora_prefixes[] = {"transformer.", "", "base_model.model.",
     "base_model.model.transformer.", "diffusion_model.", "model.diffusion_model.", "lora_unet_",
-    "lora_transformer_", NULL};
+    "lora_transformer_", "lycoris_", NULL};
 static const char *const sc__lora_ends[][2] = {
     {".lora_A.weight", ".lora_B.weight"}, {".lora_down.weight", ".lora_up.weight"},
     {".lora.down.weight", ".lora.up.weight"}, {".down.weight", ".up.weight"},
     {".lora_A.default.weight", ".lora_B.default.weight"}};
 enum { SC__LORA_ENDS = (int)(sizeof sc__lora_ends / sizeof *sc__lora_ends) };
 
-/* `name` without `end`; 0 if it does not end so. */
-static size_t sc__stem(const char *name, const char *end) {
-    size_t n = strlen(name), m = strlen(end);
-    return n > m && !strcmp(name + n - m, end) ? n - m : 0;
-}
-
 typedef struct sc__factors {    /* of one LoRA on one layer; a NULL: it has none */
     int64_t rank;
     float *a, *b;               /* [rank, in], [out, rank]; b has the file's own scale in it */
+    float *bias;                /* [out], likewise; NULL: none. All three are a's memory. */
 } sc__factors;
 
 /* A LoRA file, and the config of PEFT that goes with it, or NULL: diffusers writes it into the
@@ -5217,6 +5310,30 @@ static void sc__lora_close(sc__lora *l) {
     sc_file_close(l->file);
 }
 
+/* diffusers puts the name of the model before each key. */
+static const sc_json *sc__lora_setting(const sc__lora *l, const char *key) {
+    char full[64];
+    snprintf(full, sizeof full, "transformer.%s", key);
+    const sc_json *value = sc_json_get(l->config, full);
+    return value ? value : sc_json_get(l->config, key);
+}
+
+/* Whether a LoRA's config is one of W + B A, with W as the model has it. */
+static bool sc__lora_plain(const sc__lora *l) {
+    static const char *const changed[] = {"pissa", "olora", "corda", "loftq"};
+    const char *type = sc_json_string(sc__lora_setting(l, "peft_type"), "LORA");
+    const char *start = sc_json_string(sc__lora_setting(l, "init_lora_weights"), "");
+    if (strcmp(type, "LORA"))
+        return sc__fail("%s: its config says %s, not LORA: only LoRA is read here", l->file->path,
+                        type);
+    for (int i = 0; i < 4; i++)
+        if (!strncmp(start, changed[i], strlen(changed[i])))
+            return sc__fail("%s: goes with weights that '%s' changed: save it again as a LoRA of "
+                            "the model's own (path_initial_model_for_weight_conversion in PEFT)",
+                            l->file->path, start);
+    return true;
+}
+
 static bool sc__lora_open(sc__lora *l, const char *path) {
     static const char weights[] = "adapter_model.safetensors", config[] = "adapter_config.json";
     *l = (sc__lora){.file = sc_file_open(path)};
@@ -5224,21 +5341,13 @@ static bool sc__lora_open(sc__lora *l, const char *path) {
     const char *own = l->file->path, *text = sc_file_metadata(l->file, "lora_adapter_metadata");
     size_t n = strlen(own), m = sizeof weights - 1;
     if (text) l->config = sc_json_parse(text, strlen(text), own);
-    if (text || n < m || strcmp(own + n - m, weights)) return !text || l->config;
-    char *beside = (char *)sc__alloc(n, 1);
+    bool named = !text && n >= m && !strcmp(own + n - m, weights);
+    char *beside = named ? (char *)sc__alloc(n, 1) : NULL;
     if (beside) snprintf(beside, n, "%.*s%s", (int)(n - m), own, config);
-    bool there = beside && sc__exists(beside);
-    if (there) l->config = sc_json_load(beside);
+    bool there = text || (beside && sc__exists(beside));
+    if (there && !text) l->config = sc_json_load(beside);
     SC_FREE(beside);
-    return beside && (!there || l->config);
-}
-
-/* diffusers puts the name of the model before each key. */
-static const sc_json *sc__lora_setting(const sc__lora *l, const char *key) {
-    char full[64];
-    snprintf(full, sizeof full, "transformer.%s", key);
-    const sc_json *value = sc_json_get(l->config, full);
-    return value ? value : sc_json_get(l->config, key);
+    return (!there || l->config) && (!named || beside) && sc__lora_plain(l);
 }
 
 /* The config's alpha for a module; left alone where there is none. The first of PEFT's patterns
@@ -5279,57 +5388,70 @@ static bool sc__lora_own_scale(const sc__lora *l, const char *module, const char
     return isfinite(alpha) || sc__fail("%s: '%s' is %g", l->file->path, name, alpha);
 }
 
+/* n values as f32, times `scale`; false with the error set: one is not finite. */
+static bool sc__lora_values(const sc__lora *l, const char *name, const sc_tensor *x, float scale,
+                            float *to) {
+    int64_t n = sc_count(x), i = 0;
+    sc_to_f32(to, x->data, x->dtype, n);
+    while (i < n && isfinite(to[i])) to[i++] *= scale;
+    return i == n || sc__fail("%s: '%s' holds NaN or infinity", l->file->path, name);
+}
+
+/* The tensor `name` [rows, columns], of which this is the part; false with the error set. */
+static bool sc__lora_take(const sc__lora *l, sc__entry *e, const sc__slice *part,
+                          const char *module, int64_t rows, int64_t columns, sc_tensor *x) {
+    sc_tensor want = {.ndim = 2, .shape = {rows, columns}};
+    *x = e->tensor;
+    e->used = true;
+    if (sc__take_rows(x, part) && sc__same_shape(x, &want) && rows > 0 && x->dtype <= SC_F64)
+        return true;
+    char shape[96];
+    return sc__fail("%s: '%s' of shape %s does not fit '%s', where it must be %lld x %lld: is this "
+                    "LoRA for another model?", l->file->path, e->name,
+                    sc__shape_text(&e->tensor, shape), module,
+                    (long long)(rows * (part->whole ? part->whole / part->parts : 1)),
+                    (long long)columns);
+}
+
 /* The factors of `module`, whose weight is w [out, in], if the file has any. */
 static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor *w,
                           sc__factors *x) {
     const sc_file *file = l->file;
-    sc__slice part;
-    sc__entry *a = NULL, *b = NULL;
+    sc__slice part, whole = {0, 0, 0, false};
+    sc__entry *a = NULL, *b, *c;
+    sc_tensor down, up, bias = {0};
     char name[512];
-    int end = -1, stem;
+    float scale;
+    int end = -1;
     *x = (sc__factors){0};
     while (!a && ++end < SC__LORA_ENDS)
         a = sc__find_as(file, sc__lora_prefixes, module, sc__lora_ends[end][0], 0, &part);
     if (!a) return true;
-    stem = (int)sc__stem(a->name, sc__lora_ends[end][0]);
-    snprintf(name, sizeof name, "%.*s%s", stem, a->name, sc__lora_ends[end][1]);
+    int stem = (int)sc__stem(a->name, sc__lora_ends[end][0]);
+    int n = snprintf(name, sizeof name, "%.*s%s", stem, a->name, sc__lora_ends[end][1]);
     b = sc__find_entry(file, name);
     if (!b) return sc__fail("%s: '%s' has no partner '%s'", file->path, a->name, name);
-    a->used = b->used = true;
+    snprintf(name + n - 6, 8, "bias"); /* in place of "weight" */
+    c = sc__find_entry(file, name);
     x->rank = a->tensor.shape[0];
-    sc_tensor rows = b->tensor, want_a = {.ndim = 2, .shape = {x->rank, w->shape[1]}};
-    sc_tensor want_b = {.ndim = 2, .shape = {w->shape[0], x->rank}};
-    if (!sc__same_shape(&a->tensor, &want_a) || !sc__take_rows(&rows, &part) ||
-        !sc__same_shape(&rows, &want_b) || x->rank < 1 || a->tensor.dtype > SC_F64 ||
-        rows.dtype > SC_F64)
-        return sc__fail("%s: '%.*s' does not fit '%s', a layer of %lld x %lld: is this LoRA for "
-                        "another model?", file->path, stem, a->name, module,
-                        (long long)w->shape[0], (long long)w->shape[1]);
-    int64_t na = sc_count(&a->tensor), nb = sc_count(&rows);
-    float scale;
-    if (!sc__lora_own_scale(l, module, a->name, stem, x->rank, &scale)) return false;
-    x->a = (float *)sc__alloc((size_t)(na + nb), sizeof *x->a);
-    if (!x->a) return false;
+    int64_t out = w->shape[0], in = w->shape[1], na = x->rank * in, nb = x->rank * out;
+    if (!sc__lora_take(l, a, &whole, module, x->rank, in, &down) ||
+        !sc__lora_take(l, b, &part, module, out, x->rank, &up) ||
+        (c && !sc__lora_take(l, c, &part, module, out, 1, &bias)) ||
+        !sc__lora_own_scale(l, module, a->name, stem, x->rank, &scale) ||
+        !(x->a = (float *)sc__alloc((size_t)(na + nb + (c ? out : 0)), sizeof *x->a)))
+        return false;
     x->b = x->a + na;
-    sc_to_f32(x->a, a->tensor.data, a->tensor.dtype, na);
-    sc_to_f32(x->b, rows.data, rows.dtype, nb);
+    x->bias = c ? x->b + nb : NULL;
+    bool ok = sc__lora_values(l, a->name, &down, 1, x->a) &&
+              sc__lora_values(l, b->name, &up, scale, x->b) &&
+              (!c || sc__lora_values(l, c->name, &bias, scale, x->bias));
     if (part.swapped) sc__swap_halves(x->b, (size_t)nb * sizeof *x->b);
-    bool finite = true;
-    for (int64_t i = 0; i < na + nb; i++) finite = finite && isfinite(x->a[i]);
-    for (int64_t i = 0; i < nb; i++) x->b[i] *= scale;
-    if (finite) return true;
+    if (part.swapped && c) sc__swap_halves(x->bias, (size_t)out * sizeof *x->b);
+    if (ok) return true;
     SC_FREE(x->a);
     *x = (sc__factors){0};
-    return sc__fail("%s: '%.*s' holds NaN or infinity", file->path, stem, a->name);
-}
-
-/* Appends a name to the list of those that fit no layer. */
-static void sc__lora_missed(sc_lora_report *report, const char *name) {
-    size_t used = strlen(report->missed), room = sizeof report->missed - used;
-    bool full = used > 3 && !strcmp(report->missed + used - 3, "...");
-    if (!full && strlen(name) + 8 < room)
-        snprintf(report->missed + used, room, "%s%s", used ? " " : "", name);
-    else if (!full) snprintf(report->missed + used, room, " ...");
+    return false;
 }
 
 /* Whether `name` is an A (side 0) or a B (side 1) of any dialect. */
@@ -5339,22 +5461,97 @@ static bool sc__lora_side(const char *name, int side) {
     return end < SC__LORA_ENDS;
 }
 
-/* Counts the adapters in the file, and those that no layer took. In a file that fits, anything else
- * that was left over counts too: it would have changed the picture. */
-static void sc__lora_count(const sc_file *file, sc_lora_report *report) {
-    for (int64_t i = 0; i < file->count; i++) {
-        bool adapter = sc__lora_side(file->entries[i].name, 0);
-        report->total += adapter;
-        report->applied += adapter && file->entries[i].used;
-    }
+/* Whether a tensor changes one of the text encoders, which take no LoRA here. */
+static bool sc__lora_of_text(const char *name) {
+    static const char *const starts[] = {"lora_te", "text_encoder", "clip_l.", "t5", "bundle_emb",
+        "base_model.model.text_model", "lycoris_text"};
+    size_t i = 0, n = sizeof starts / sizeof *starts;
+    while (i < n && strncmp(name, starts[i], strlen(starts[i]))) i++;
+    return i < n;
+}
+
+/* Names what is not LoRA in a file. */
+static bool sc__lora_refuse(const sc_file *file, const char *first, const char *names) {
+    static const char *const kinds[][2] = {{"lokr_", "LoKr"}, {"hada_", "LoHa"}, {"dora_", "DoRA"},
+        {"magnitude", "DoRA"}, {"boft", "BOFT"}, {"oft_", "OFT"}, {".a1.", "GLoRA"},
+        {".b1.", "GLoRA"}, {"vera_", "VeRA"}, {"ia3_", "IA3"}, {"hra_", "HRA"},
+        {"lora_mid", "LoCon with a middle factor"}, {".diff", "differences of whole weights"},
+        {"w_norm", "differences of whole weights"}, {".lora", "LoRA for something else"},
+        {".weight", "whole weights"}};
+    size_t i = 0, n = sizeof kinds / sizeof *kinds;
+    while (i < n && !strstr(first, kinds[i][0])) i++;
+    return sc__fail("%s: holds %s, which is not read here, only LoRA's pairs of A and B and changes "
+                    "of biases and norms; not understood: %s", file->path,
+                    i < n ? kinds[i][1] : "a kind of tensors", names);
+}
+
+/* Counts the adapters in the file, and those that no layer took. Anything else that is left over,
+ * but for the text encoders', would have changed the picture. */
+static bool sc__lora_count(const sc_file *file, sc_lora_report *report) {
+    char strange[256] = "";
+    const char *first = NULL;
     for (int64_t i = 0; i < file->count; i++) {
         const char *name = file->entries[i].name;
-        bool adapter = sc__lora_side(name, 0);
-        bool part = sc__lora_side(name, 1) || sc__stem(name, ".alpha"); /* goes with an A */
-        if (file->entries[i].used || (!adapter && (part || !report->applied))) continue;
-        report->total += !adapter;
-        sc__lora_missed(report, name);
+        bool adapter = sc__lora_side(name, 0), used = file->entries[i].used;
+        bool text = sc__lora_of_text(name);
+        report->total += adapter;
+        report->applied += adapter && used;
+        if (used || (!adapter && (sc__lora_side(name, 1) || sc__stem(name, ".alpha")))) continue;
+        if (adapter || text) {
+            report->total += !adapter;
+            sc__list_name(report->missed, sizeof report->missed, name);
+            continue;
+        }
+        if (!first) first = name;
+        sc__list_name(strange, sizeof strange, name);
     }
+    return !first || sc__lora_refuse(file, first, strange);
+}
+
+/* x + scale (values - x), or x + scale values; what x was is kept for sc_lora_unload. */
+static bool sc__lora_shift(sc_flux *f, const sc_tensor *x, const float *values, float scale,
+                           bool instead) {
+    const sc_backend *be = f->net->backend;
+    int64_t i = 0, n = sc_count(x);
+    while (&f->net->weights[i]->tensor != x) i++;
+    sc_weight *w = f->net->weights[i];
+    float *now = (float *)sc__alloc((size_t)n, sizeof *now);
+    bool ok = now && be->download(now, x->data, (size_t)n * 4);
+    if (ok && !w->before) {
+        ok = (w->before = (float *)sc__alloc((size_t)n, sizeof *now)) != NULL;
+        if (ok) memcpy(w->before, now, (size_t)n * 4);
+    }
+    for (int64_t j = 0; ok && j < n; j++)
+        now[j] = (instead ? (1 - scale) * now[j] : now[j]) + scale * values[j];
+    if (ok) be->upload(x->data, now, (size_t)n * 4);
+    SC_FREE(now);
+    return ok;
+}
+
+/* Biases and norms: a new value under the vector's own name (BFL's control LoRAs, PEFT's biases),
+ * or a difference, .diff or a bias' .diff_b (ComfyUI). */
+static bool sc__lora_vector(sc_flux *f, const sc__lora *l, const sc_weight *w, float scale,
+                            sc_lora_report *report) {
+    char stem[SC_MAX_NAME + 8];
+    bool bias = sc__stem(w->name, ".bias") > 0, ok = true;
+    snprintf(stem, sizeof stem, "%.*s", (int)sc__stem(w->name, bias ? ".bias" : ".weight"), w->name);
+    const char *const forms[][2] = {
+        {w->name, ""}, {w->name, ".diff"}, {stem, bias ? ".diff_b" : ".diff"}};
+    for (int i = 0; ok && i < 3; i++) {
+        sc__slice part;
+        sc_tensor x;
+        sc__entry *e = sc__find_as(l->file, sc__lora_prefixes, forms[i][0], forms[i][1], 0, &part);
+        if (!e) continue;
+        int64_t n = sc_count(&w->tensor);
+        float *values = (float *)sc__alloc((size_t)n, sizeof *values);
+        ok = values && sc__lora_take(l, e, &part, w->name, n, 1, &x) &&
+             sc__lora_values(l, e->name, &x, 1, values);
+        if (ok && part.swapped) sc__swap_halves(values, (size_t)n * 4);
+        ok = ok && sc__lora_shift(f, &w->tensor, values, scale, i == 0);
+        SC_FREE(values);
+        report->applied++, report->total++;
+    }
+    return ok;
 }
 
 /* Both factors lie in one piece of memory, as in sc__factors. */
@@ -5367,6 +5564,13 @@ static void sc__lora_free(const sc_backend *be, sc_adapter *lora) {
 }
 
 void sc_lora_unload(sc_flux *f) {
+    for (int64_t i = 0; i < f->net->count; i++) {
+        sc_weight *w = f->net->weights[i];
+        size_t bytes = (size_t)sc_count(&w->tensor) * 4;
+        if (w->before) f->net->backend->upload(w->tensor.data, w->before, bytes);
+        SC_FREE(w->before);
+        w->before = NULL;
+    }
     for (int i = 0; i < f->module_count; i++)
         for (sc_adapter **link = &f->modules[i].layer->adapters; *link;) {
             sc_adapter *lora = *link;
@@ -5405,10 +5609,14 @@ bool sc_lora_load(sc_flux *f, const char *path, float scale, sc_lora_report *rep
         sc_linear_layer *layer = f->modules[i].layer;
         ok = sc__lora_read(&file, f->modules[i].name, layer->weight, &x);
         if (!ok || !x.a) continue;
-        ok = sc__lora_add(f->net->backend, layer, &x, scale);
+        ok = sc__lora_add(f->net->backend, layer, &x, scale) &&
+             (!x.bias || sc__lora_shift(f, layer->bias, x.bias, scale, false));
         SC_FREE(x.a);
     }
-    if (ok) sc__lora_count(file.file, report);
+    for (int64_t i = 0; ok && i < f->net->count; i++)
+        if (f->net->weights[i]->tensor.ndim == 1)
+            ok = sc__lora_vector(f, &file, f->net->weights[i], scale, report);
+    ok = ok && sc__lora_count(file.file, report);
     if (ok && !report->applied)
         ok = sc__fail("%s: 0 of %d LoRA layers fit this model: is it a LoRA for another one?", path,
                       report->total);
@@ -5468,6 +5676,10 @@ bool sc_lora_save_kohya(const sc_flux *f, const char *path, const char *const *m
     int n = f->module_count, written = 0, count;
     sc__written *factors = (sc__written *)sc__alloc((size_t)n * 2, sizeof *factors);
     bool ok = factors != NULL;
+    for (int64_t i = 0; ok && i < f->net->count; i++)
+        if (f->net->weights[i]->before)
+            ok = sc__fail("'%s' is changed, which kohya's names cannot say: merge into a model",
+                          f->net->weights[i]->name);
     for (int i = 0; ok && i < n; i += count) {
         char other[256], next[256];
         sc__slice rows, next_rows;
@@ -5528,6 +5740,8 @@ bool sc_lora_start(sc_params *p, const char *path) {
         sc__factors x;
         ok = sc__lora_read(&file, module, w, &x);
         if (ok && !x.a) ok = sc__fail("%s: no factors for '%s'", path, module);
+        if (ok && x.bias) ok = sc__fail("%s: changes the bias of '%s'; only A and B are trained here",
+                                        path, module);
         if (ok && x.rank != p->rank)
             ok = sc__fail("%s: rank %lld; this run has rank %d", path, (long long)x.rank, p->rank);
         size_t na = (size_t)(p->rank * w->shape[1]), nb = (size_t)(p->rank * w->shape[0]);
@@ -5538,6 +5752,7 @@ bool sc_lora_start(sc_params *p, const char *path) {
         }
         SC_FREE(x.a);
     }
+    ok = ok && sc__lora_count(file.file, &(sc_lora_report){0});
     sc__lora_close(&file);
     return ok;
 }
@@ -5885,7 +6100,7 @@ sc_vae *sc_vae_open(const sc_backend *backend, const char *path, bool widen) {
     if (ok) v->net->levels = v->config.levels;
     for (int i = 0; ok && backend && i < 5; i++) ok = (v->tapes[i] = sc_tape_new(backend)) != NULL;
     ok = ok && sc__vae_steps(v, &v->encoder, true) && sc__vae_steps(v, &v->decoder, false) &&
-         sc_net_load(v->net);
+         sc__net_complete(v->net) && sc_net_load(v->net);
     if (ok) return v;
     sc_vae_close(v);
     return NULL;
@@ -7667,7 +7882,7 @@ static bool sc__encoder_open(sc_text_encoders *t, sc__encoder *e, const char *pa
     }
     for (int i = 0; ok && i < e->layers; i++)
         ok = (clip ? sc__clip_layer : sc__t5_layer)(t, i, hidden);
-    ok = ok && sc_net_load(e->net);
+    ok = ok && sc__net_complete(e->net) && sc_net_load(e->net);
     if (ok && e->tokenizer && e->tokenizer->largest >= e->vocabulary)
         ok = sc__fail("%s: vocab_size is %d, but the tokenizer has the id %d", path, e->vocabulary,
                       (int)e->tokenizer->largest);
