@@ -515,7 +515,7 @@ bool sc_params_report(sc_params *params, double *loss, double *norm);
  * .lora_B.weight [out, rank], bf16, the scale alpha / rank multiplied into B. Read: those, with any
  * rank and alpha (tensors, diffusers' metadata, or PEFT's adapter_config.json beside its
  * adapter_model.safetensors), the names of diffusers, kohya, OneTrainer, BFL, ComfyUI, LyCORIS and
- * XLabs, and changes of biases and norms; what else changes weights (LoKr, DoRA, ...) is refused. */
+ * XLabs, changes of biases and norms; what else changes weights (LoKr, DoRA, ...) is refused. */
 bool sc_lora_save(const sc_params *params, sc_set set, const char *path,
                   const char *const *metadata);
 /* The loaded LoRAs, with their scales, as one file in kohya's names (lora_unet_..., bf16): the
@@ -5480,8 +5480,8 @@ static bool sc__lora_refuse(const sc_file *file, const char *first, const char *
         {".weight", "whole weights"}};
     size_t i = 0, n = sizeof kinds / sizeof *kinds;
     while (i < n && !strstr(first, kinds[i][0])) i++;
-    return sc__fail("%s: holds %s, which is not read here, only LoRA's pairs of A and B and changes "
-                    "of biases and norms; not understood: %s", file->path,
+    return sc__fail("%s: holds %s, which is not read here, only LoRA's pairs of A and B and "
+                    "changes of biases and norms; not understood: %s", file->path,
                     i < n ? kinds[i][1] : "a kind of tensors", names);
 }
 
@@ -5534,7 +5534,8 @@ static bool sc__lora_vector(sc_flux *f, const sc__lora *l, const sc_weight *w, f
                             sc_lora_report *report) {
     char stem[SC_MAX_NAME + 8];
     bool bias = sc__stem(w->name, ".bias") > 0, ok = true;
-    snprintf(stem, sizeof stem, "%.*s", (int)sc__stem(w->name, bias ? ".bias" : ".weight"), w->name);
+    int length = (int)sc__stem(w->name, bias ? ".bias" : ".weight");
+    snprintf(stem, sizeof stem, "%.*s", length, w->name);
     const char *const forms[][2] = {
         {w->name, ""}, {w->name, ".diff"}, {stem, bias ? ".diff_b" : ".diff"}};
     for (int i = 0; ok && i < 3; i++) {
@@ -5740,8 +5741,8 @@ bool sc_lora_start(sc_params *p, const char *path) {
         sc__factors x;
         ok = sc__lora_read(&file, module, w, &x);
         if (ok && !x.a) ok = sc__fail("%s: no factors for '%s'", path, module);
-        if (ok && x.bias) ok = sc__fail("%s: changes the bias of '%s'; only A and B are trained here",
-                                        path, module);
+        if (ok && x.bias)
+            ok = sc__fail("%s: changes the bias of '%s'; only A and B are trained", path, module);
         if (ok && x.rank != p->rank)
             ok = sc__fail("%s: rank %lld; this run has rank %d", path, (long long)x.rank, p->rank);
         size_t na = (size_t)(p->rank * w->shape[1]), nb = (size_t)(p->rank * w->shape[0]);
