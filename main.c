@@ -632,25 +632,6 @@ static bool info_net(const char *what, const sc_net *net) {
     return missing == 0;
 }
 
-/* Tensors that none of the `count` nets asked for, of those that share the file of net `first`. */
-static void info_unexpected(sc_net *const *nets, int count, int first) {
-    int unexpected = 0;
-    const sc_file *file = nets[first] ? nets[first]->file : NULL;
-    for (int i = 0; file && i < first; i++) /* listed already */
-        if (nets[i] && nets[i]->file && !strcmp(sc_file_path(nets[i]->file), sc_file_path(file)))
-            return;
-    for (int64_t k = 0; file && k < file->count; k++) {
-        bool used = false;
-        for (int i = first; i < count; i++) {
-            const sc_file *other = nets[i] ? nets[i]->file : NULL;
-            if (other && !strcmp(sc_file_path(other), sc_file_path(file)))
-                used = used || other->entries[k].used;
-        }
-        if (!used) info_name("unexpected:", file->entries[k].name, unexpected++);
-    }
-    if (unexpected > 8) printf("    %d unexpected in all\n", unexpected);
-}
-
 /* Whether this is a model: diffusers' folder, or something that holds a part. A file beside one is
  * none. */
 static bool is_model(const char *path) {
@@ -701,8 +682,10 @@ static int info_model(const char *model) {
         if (!nets[i]) continue;
         ok = info_net(names[i], nets[i]) && ok &&
              (nets[i]->file || info_absent(model, SC__TRANSFORMER));
-        info_unexpected(nets, 4, i);
     }
+    char list[512];
+    long long unread = sc_net_unread(nets, 4, list, sizeof list);
+    if (unread) printf("  %lld tensors of no use here", unread), sc_print_text(stdout, ": ", list);
     if (flux) {
         const sc_flux_config *c = &flux->config;
         printf("  FLUX: %d double and %d single blocks, %d heads of %d, guidance %s\n", c->layers,

@@ -158,13 +158,14 @@ double sc_json_number(const sc_json *value, double fallback);
 bool sc_json_bool(const sc_json *value, bool fallback);
 
 typedef struct sc_file sc_file;                     /* one or several mapped safetensors files */
-/* A .safetensors, an .index.json, or a folder with either. While it is open it may be replaced, as
- * sc_file_save does, but not be cut short: reading what is gone ends the program (SIGBUS). */
+/* A .safetensors, an index of shards (.json), or a folder with either. While it is open it may be
+ * replaced, as sc_file_save does, but not cut short: reading what is gone ends the program. */
 sc_file *sc_file_open(const char *path);
 void sc_file_close(sc_file *file);
 const char *sc_file_path(const sc_file *file);
 int64_t sc_file_count(const sc_file *file);
 const char *sc_file_name(const sc_file *file, int64_t index);
+/* The format aligns no data: read it with sc_to_f32, or memcpy. */
 const sc_tensor *sc_file_tensor(const sc_file *file, int64_t index);
 const sc_tensor *sc_file_find(const sc_file *file, const char *name);    /* NULL: absent */
 const char *sc_file_metadata(const sc_file *file, const char *key);      /* NULL: absent */
@@ -418,6 +419,7 @@ typedef struct sc_weight {
     bool owned;                 /* its memory is the backend's, not the mapped file's */
     bool waiting;               /* in the file: sc_net_load will copy it to the backend */
     bool missing;               /* of a plan: the file has no such weight, or of another shape */
+    float *before;              /* of a vector that loaded LoRAs changed: as it was, on the host */
 } sc_weight;
 typedef struct sc_net {
     const sc_backend *backend;  /* NULL: a plan; weights have names and shapes, but no data */
@@ -441,6 +443,9 @@ size_t sc_net_waiting(const sc_net *net);   /* bytes that sc_net_load will take 
  * their type on disk unless widened, vectors become f32). NULL with the error set, which names the
  * file, what was expected and what found. */
 sc_tensor *sc_net_weight(sc_net *net, const char *name, int ndim, const int64_t *shape);
+/* How many tensors in the files of these nets (or NULL) none of them asked for, but for some that
+ * are known to change nothing; the first names, up to `size` bytes, separated by spaces. */
+int64_t sc_net_unread(sc_net *const *nets, int count, char *names, size_t size);
 /* "name.weight" [out, in] and, with `bias`, "name.bias" [out]. */
 bool sc_net_linear(sc_net *net, sc_linear_layer *layer, const char *name, int64_t out, int64_t in,
                    bool bias);
@@ -534,20 +539,21 @@ bool sc_params_load(sc_params *params, const sc_file *file);
  * Written: safetensors, PEFT names, transformer.<module>.lora_A.weight [rank, in] and
  * .lora_B.weight [out, rank], bf16, the scale alpha / rank multiplied into B. Read: those, with any
  * rank and alpha (tensors, diffusers' metadata, or PEFT's adapter_config.json beside its
- * adapter_model.safetensors), and the names of diffusers, kohya, OneTrainer, BFL, ComfyUI and
- * XLabs. */
+ * adapter_model.safetensors), the names of diffusers, kohya, OneTrainer, BFL, ComfyUI, LyCORIS and
+ * XLabs, changes of biases and norms; what else changes weights (LoKr, DoRA, ...) is refused. */
 bool sc_lora_save(const sc_params *params, sc_set set, const char *path,
                   const char *const *metadata);
 /* The loaded LoRAs, with their scales, as one file in kohya's names (lora_unet_..., bf16): the
- * parts of a fused layer become one of their ranks' sum, exactly. */
+ * parts of a fused layer become one of their ranks' sum, exactly. False where biases changed. */
 bool sc_lora_save_kohya(const sc_flux *flux, const char *path, const char *const *metadata);
 typedef struct sc_lora_report {
-    int applied, total;         /* adapters: a pair of A and B each; total: strays too */
+    int applied, total;         /* pairs of A and B, and changed vectors; total: strays too */
     char missed[2048];          /* names that fit no layer, separated by spaces, cut with ... */
 } sc_lora_report;
 /* Adds a LoRA file to a model, under the teacher set (what sampling uses), on top of those that are
- * loaded. False if no adapter applies, or one that names a layer has the wrong shape or holds NaN;
- * those before it may be loaded then. Stays until sc_lora_unload. */
+ * loaded; biases and norms change for all sets. False if nothing applies, an adapter has the wrong
+ * shape or holds NaN, or the file has more than LoRA; parts of it may be loaded then. Stays until
+ * sc_lora_unload. */
 bool sc_lora_load(sc_flux *flux, const char *path, float scale, sc_lora_report *report);
 /* What a LoRA file's metadata recommends for a number of steps ("3:1@1.5 8:0.6": that of the
  * nearest): the scale, else 1; *guidance (or NULL) becomes the number behind the @, if there is
@@ -822,6 +828,7 @@ bool sc_pipeline_decode(sc_pipeline *p, const float *latents, int batch, int h, 
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <fnmatch.h>
 #include <limits.h>
 #include <math.h>
 #include <stdarg.h>
@@ -1561,8 +1568,18 @@ static inline uint8_t sc__f32_to_f8(float f) {
     return (uint8_t)(sign | (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1)) >> 20);
 }
 
-/* dst[n] (f32) <- src[n] of any floating type. */
+/* dst[n] (f32) <- src[n] of any type. Files may have it at an odd address: then in slices. */
 void sc_to_f32(float *dst, const void *src, sc_dtype dtype, int64_t n) {
+    double aligned[512];
+    int64_t size = sc_dtype_size(dtype), slice = (int64_t)sizeof aligned / size;
+    if ((uintptr_t)src % (uintptr_t)size) {
+        for (int64_t i = 0; i < n; i += slice) {
+            int64_t count = n - i < slice ? n - i : slice;
+            memcpy(aligned, (const char *)src + i * size, (size_t)(count * size));
+            sc_to_f32(dst + i, aligned, dtype, count);
+        }
+        return;
+    }
     const uint16_t *half = (const uint16_t *)src;
     switch (dtype) {
     case SC_F32: memcpy(dst, src, (size_t)n * 4); break;
@@ -3395,6 +3412,26 @@ static int64_t sc__file_size(const char *path) {
     return -1;
 }
 
+/* What people have where a file of another kind should be, told by its first bytes; NULL: none of
+ * these. The first stands for any file, the others may be the beginning of one. */
+static const char *sc__foreign(const char *bytes, size_t size) {
+    static const struct { const char *start; size_t size; const char *what; } kinds[] = {
+        {"version https://git-lfs", 23, "a Git LFS pointer, not the file: run git lfs pull there"},
+        {"<", 1, "an HTML page, as of a download that failed: download the file again"},
+        {"GGUF", 4, "a GGUF file: get the weights as safetensors"},
+        {"PK\3\4", 4, "a zip archive, as PyTorch's .bin, .ckpt and .pt: convert it to safetensors"},
+        {"\x80", 1, "a Python pickle (.bin, .ckpt, .pt): convert it to safetensors"},
+        {"\x1f\x8b", 2, "a gzip archive: unpack it"},
+        {"\x89HDF", 4, "an HDF5 file: get the weights as safetensors"},
+        {"\0\0\0\0\0\0\0\0", 8, "a file of zeros: the download is not complete"}};
+    if (!size) return "an empty file";
+    while (size > 1 && isspace((unsigned char)*bytes)) bytes++, size--;
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        if (size >= kinds[i].size && !memcmp(bytes, kinds[i].start, kinds[i].size))
+            return kinds[i].what;
+    return NULL;
+}
+
 /* The bytes of a regular file of at most 1 GiB, with a NUL behind them. */
 static char *sc__read_file(const char *path, size_t *length) {
     int64_t size = sc__file_size(path);
@@ -3403,13 +3440,14 @@ static char *sc__read_file(const char *path, size_t *length) {
     char *data = (char *)sc__alloc((size_t)size + 1, 1);
     FILE *f = data ? fopen(path, "rb") : NULL;
     if (f) *length = fread(data, 1, (size_t)size, f);
-    if (data && (!f || ferror(f))) {
-        sc__fail("%s: %s", path, strerror(errno));
-        SC_FREE(data);
-        data = NULL;
-    }
+    bool failed = !f || ferror(f);
+    bool pointer = !failed && !strncmp(data, "version https://git-lfs", 23);
+    if (data && failed) sc__fail("%s: %s", path, strerror(errno));
+    if (pointer) sc__fail("%s: %s", path, sc__foreign(data, *length));
     if (f) fclose(f);
-    return data;
+    if (!failed && !pointer) return data;
+    SC_FREE(data);
+    return NULL;
 }
 
 /* Writing: into `path`.tmp-NUMBER, which takes the place of `path` only when all of it is on disk.
@@ -3703,10 +3741,23 @@ sc_json *sc_json_parse(const char *text, size_t length, const char *name) {
     return NULL;
 }
 
-sc_json *sc_json_load(const char *path) {
+/* *text: the file, the caller's. A server's answer may have been saved in its place. */
+static sc_json *sc__json_load(const char *path, char **text) {
     size_t length = 0;
-    char *text = sc__read_file(path, &length);
-    sc_json *root = text ? sc_json_parse(text, length, path) : NULL;
+    *text = sc__read_file(path, &length);
+    sc_json *root = *text ? sc_json_parse(*text, length, path) : NULL;
+    const char *what = *text && !root ? sc__foreign(*text, length) : NULL;
+    const char *answer = sc_json_string(sc_json_get(root, "error"), NULL);
+    if (what) sc__fail("%s: %s", path, what);
+    if (!answer) return root;
+    sc__fail("%s: a server's answer, '%s': download the file again", path, answer);
+    sc_json_free(root);
+    return NULL;
+}
+
+sc_json *sc_json_load(const char *path) {
+    char *text;
+    sc_json *root = sc__json_load(path, &text);
     SC_FREE(text);
     return root;
 }
@@ -3852,9 +3903,6 @@ static bool sc__read_entry(sc__entry *e, const char *path, const sc_json *v, cha
         return sc__fail("%s: tensor '%s' has %llu bytes; its type and shape need %llu", path,
                         v->key, (unsigned long long)(e->end - e->begin), (unsigned long long)bytes);
     e->tensor.data = data + e->begin;
-    if (bytes && (uintptr_t)e->tensor.data % (uintptr_t)sc_dtype_size(e->tensor.dtype))
-        return sc__fail("%s: tensor '%s' is misaligned for its type %s; load and save the file "
-                        "again with the safetensors library", path, v->key, dtype);
     return true;
 }
 
@@ -3870,22 +3918,31 @@ static bool sc__check_places(const char *path, sc__entry *e, int64_t count, uint
                                   (unsigned long long)(size - at));
 }
 
-/* Parses the header of a part; its length goes to `length`. */
+/* No safetensors: says what it is, of text how it begins. No number in it means anything. */
+static bool sc__no_safetensors(const char *path, const char *bytes, size_t size) {
+    const char *what = sc__foreign(bytes, size);
+    int n = 0;
+    while (!what && n < 60 && (size_t)n < size && (isprint((unsigned char)bytes[n]) ||
+                                                   isspace((unsigned char)bytes[n]))) n++;
+    if (!what && n > 7 && (n == 60 || (size_t)n == size))
+        return sc__fail("%s: not a safetensors file but text, '%.*s'", path, n, bytes);
+    return sc__fail("%s: not a safetensors file%s%s", path, what ? " but " : "", what ? what : "");
+}
+
+/* Parses the header of a part, which is a JSON object; its length goes to `length`. */
 static bool sc__read_header(sc__mapping *part, const char *path, uint64_t *length) {
-    const unsigned char *bytes = (const unsigned char *)part->data;
-    if (part->size < 8) return sc__fail("%s: too short for a safetensors file", path);
+    const char *bytes = (const char *)part->data;
+    size_t at = 8;
     *length = 0;
-    for (int i = 7; i >= 0; i--) *length = *length << 8 | bytes[i];
-    if (*length > 100000000)
-        return sc__fail("%s: not a safetensors file (its header would have %llu bytes)", path,
-                        (unsigned long long)*length);
+    for (int i = 7; part->size > 8 && i >= 0; i--)
+        *length = *length << 8 | (unsigned char)bytes[i];
+    while (at < part->size && isspace((unsigned char)bytes[at])) at++;
+    if (at >= part->size || bytes[at] != '{' || *length > 100000000)
+        return sc__no_safetensors(path, bytes, part->size);
     if (*length > part->size - 8)
-        return sc__fail("%s: the header has %llu bytes, the file %zu: is it truncated?", path,
-                        (unsigned long long)*length, part->size);
-    part->header = sc_json_parse((const char *)bytes + 8, (size_t)*length, path);
-    if (!part->header) return false;
-    if (part->header->type == SC__OBJECT) return true;
-    return sc__fail("%s: the header is not a JSON object", path);
+        return sc__fail("%s: ends within its header: is it truncated?", path);
+    part->header = sc_json_parse(bytes + 8, (size_t)*length, path);
+    return part->header != NULL;
 }
 
 /* Appends the tensors of one part: all, or those that the index (its weight_map) places there. */
@@ -3914,7 +3971,7 @@ static bool sc__read_part(sc_file *f, sc__mapping *part, const char *path, const
 static bool sc__map_part(sc_file *f, const char *path, const sc_json *map, const char *shard) {
     int64_t size = sc__file_size(path);
     if (size < 0) return false;
-    if (size == 0) return sc__fail("%s: the file is empty", path); /* and could not be mapped */
+    if (size == 0) return sc__no_safetensors(path, "", 0); /* and could not be mapped */
     size_t room = (size_t)f->part_count + 1;
     sc__mapping *parts = (sc__mapping *)SC_REALLOC(f->parts, room * sizeof *parts);
     if (!parts) return sc__fail("%s: out of memory", path);
@@ -3928,7 +3985,8 @@ static bool sc__map_part(sc_file *f, const char *path, const sc_json *map, const
     return sc__read_part(f, &parts[f->part_count++], path, map);
 }
 
-/* NAME.safetensors.index.json: {"weight_map": {tensor: shard}}; the shards lie beside it. */
+/* NAME.safetensors.index.json, or of a variant .index.fp16.json: {"weight_map": {tensor: shard}};
+ * the shards lie beside it. */
 static bool sc__map_shards(sc_file *f, const char *path) {
     f->index = sc_json_load(path);
     const sc_json *map = sc_json_get(f->index, "weight_map");
@@ -3970,18 +4028,15 @@ static bool sc__sort_entries(sc_file *f) {
     return true;
 }
 
-/* `pattern`: a name, or "*" and the end of one. */
-static bool sc__matches(const char *name, const char *pattern) {
-    size_t n = strlen(name), m = strlen(pattern + 1);
-    if (*pattern != '*') return !strcmp(name, pattern);
-    return n >= m && !strcmp(name + n - m, pattern + 1);
-}
-
-/* The path of a folder's weights: an index of shards, else a usual name, else the only file. */
+/* The path of a folder's weights: an index of shards, else a usual name, else a variant's (fp16),
+ * else the only file; where there is only one of another kind, that, so that opening it says so. */
 static char *sc__weights_in(const char *folder) {
-    enum { PATTERNS = 5 };
-    static const char *const patterns[PATTERNS] = {"*.safetensors.index.json",
-        "diffusion_pytorch_model.safetensors", "model.safetensors", "*.safetensors", "*.sft"};
+    enum { READ = 8, PATTERNS = READ + 4 };
+    static const char *const patterns[PATTERNS] = {
+        "diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json",
+        "diffusion_pytorch_model.safetensors", "model.safetensors", "*.safetensors.index.json",
+        "*.safetensors.index.*.json", "*.safetensors", "*.sft", "*.gguf", "*.bin", "*.ckpt",
+        "*.pt*"};
     DIR *list = opendir(folder);
     char *found = NULL;
     int best = PATTERNS;
@@ -3990,9 +4045,9 @@ static char *sc__weights_in(const char *folder) {
     for (struct dirent *entry; (entry = readdir(list));) {
         const char *name = entry->d_name;
         int rank = 0;
-        while (rank < PATTERNS && !sc__matches(name, patterns[rank])) rank++;
+        while (rank < PATTERNS && fnmatch(patterns[rank], name, 0)) rank++;
         if (rank == PATTERNS || rank > best || *name == '.') continue;
-        several = rank == best;
+        several = rank == best && rank < READ;
         best = rank;
         SC_FREE(found);
         found = sc__join(folder, name);
@@ -4011,7 +4066,7 @@ sc_file *sc_file_open(const char *path) {
     sc_file *f = (sc_file *)sc__alloc(1, sizeof *f);
     if (!f) return NULL;
     f->path = sc__is_folder(path) ? sc__weights_in(path) : sc__strdup(path);
-    bool ok = f->path && (sc__matches(f->path, "*.json") ? sc__map_shards(f, f->path)
+    bool ok = f->path && (!fnmatch("*.json", f->path, 0) ? sc__map_shards(f, f->path)
                                                          : sc__map_part(f, f->path, NULL, NULL));
     if (ok && sc__sort_entries(f)) return f;
     sc_file_close(f);
@@ -4174,19 +4229,25 @@ bool sc_file_save(const char *path, const sc_named *tensors, int64_t count,
  * swap halves; of a LoRA these are B's rows, never A's. The VAE's decoder counts levels backwards.
  */
 
-/* `name` is `parts` of the `whole` equal parts that the rows of `other` fall into, from part
- * `first` on (whole 0: they are the same). In both, * stands for one word between dots, and ~ for a
- * level of the VAE, counted from the other end in `other`; what follows the name is kept. */
-typedef struct sc__alias {
-    const char *name, *other;
+/* A weight is `parts` of the `whole` equal parts that the rows of another fall into, from part
+ * `first` on; whole 0: it is the other. */
+typedef struct sc__slice {
     int first, parts, whole;
     bool swapped;               /* the two halves of the rows are exchanged */
-} sc__alias;
+} sc__slice;
 
-#define SC__SAME(name, other) {name, other, 0, 0, 0, false}
-static const sc__alias sc__same_name = SC__SAME("", "");
+/* `name` is in `other`. In both, * stands for one word between dots, or the rest of it; ? for q, k
+ * or v, which in `other` is 0, 1 or 2, or the part of the rows; ~ for a level of the VAE, counted
+ * from the other end in `other`. What follows the name is kept. */
+typedef struct sc__alias { const char *name, *other; sc__slice rows; } sc__alias;
+
+#define SC__SAME(name, other) {name, other, {0, 0, 0, false}}
+#define SC__DOUBLE(name, other) SC__SAME("transformer_blocks.*." name, "double_blocks.*." other)
+#define SC__SINGLE(name, other) \
+    SC__SAME("single_transformer_blocks.*." name, "single_blocks.*." other)
 
 static const sc__alias sc__aliases[] = {
+    SC__SAME("", ""),
     /* The transformer: flux1-dev.safetensors. */
     SC__SAME("x_embedder", "img_in"),
     SC__SAME("context_embedder", "txt_in"),
@@ -4196,53 +4257,50 @@ static const sc__alias sc__aliases[] = {
     SC__SAME("time_text_embed.guidance_embedder.linear_2", "guidance_in.out_layer"),
     SC__SAME("time_text_embed.text_embedder.linear_1", "vector_in.in_layer"),
     SC__SAME("time_text_embed.text_embedder.linear_2", "vector_in.out_layer"),
-    SC__SAME("transformer_blocks.*.norm1.linear", "double_blocks.*.img_mod.lin"),
-    {"transformer_blocks.*.attn.to_q", "double_blocks.*.img_attn.qkv", 0, 1, 3, false},
-    {"transformer_blocks.*.attn.to_k", "double_blocks.*.img_attn.qkv", 1, 1, 3, false},
-    {"transformer_blocks.*.attn.to_v", "double_blocks.*.img_attn.qkv", 2, 1, 3, false},
-    SC__SAME("transformer_blocks.*.attn.norm_q.weight",
-             "double_blocks.*.img_attn.norm.query_norm.scale"),
-    SC__SAME("transformer_blocks.*.attn.norm_k.weight",
-             "double_blocks.*.img_attn.norm.key_norm.scale"),
-    SC__SAME("transformer_blocks.*.attn.to_out.0", "double_blocks.*.img_attn.proj"),
-    SC__SAME("transformer_blocks.*.ff.net.0.proj", "double_blocks.*.img_mlp.0"),
-    SC__SAME("transformer_blocks.*.ff.net.2", "double_blocks.*.img_mlp.2"),
-    SC__SAME("transformer_blocks.*.norm1_context.linear", "double_blocks.*.txt_mod.lin"),
-    {"transformer_blocks.*.attn.add_q_proj", "double_blocks.*.txt_attn.qkv", 0, 1, 3, false},
-    {"transformer_blocks.*.attn.add_k_proj", "double_blocks.*.txt_attn.qkv", 1, 1, 3, false},
-    {"transformer_blocks.*.attn.add_v_proj", "double_blocks.*.txt_attn.qkv", 2, 1, 3, false},
-    SC__SAME("transformer_blocks.*.attn.norm_added_q.weight",
-             "double_blocks.*.txt_attn.norm.query_norm.scale"),
-    SC__SAME("transformer_blocks.*.attn.norm_added_k.weight",
-             "double_blocks.*.txt_attn.norm.key_norm.scale"),
-    SC__SAME("transformer_blocks.*.attn.to_add_out", "double_blocks.*.txt_attn.proj"),
-    SC__SAME("transformer_blocks.*.ff_context.net.0.proj", "double_blocks.*.txt_mlp.0"),
-    SC__SAME("transformer_blocks.*.ff_context.net.2", "double_blocks.*.txt_mlp.2"),
-    SC__SAME("single_transformer_blocks.*.norm.linear", "single_blocks.*.modulation.lin"),
-    {"single_transformer_blocks.*.attn.to_q", "single_blocks.*.linear1", 0, 1, 7, false},
-    {"single_transformer_blocks.*.attn.to_k", "single_blocks.*.linear1", 1, 1, 7, false},
-    {"single_transformer_blocks.*.attn.to_v", "single_blocks.*.linear1", 2, 1, 7, false},
-    {"single_transformer_blocks.*.proj_mlp", "single_blocks.*.linear1", 3, 4, 7, false},
-    SC__SAME("single_transformer_blocks.*.proj_out", "single_blocks.*.linear2"),
-    SC__SAME("single_transformer_blocks.*.attn.norm_q.weight",
-             "single_blocks.*.norm.query_norm.scale"),
-    SC__SAME("single_transformer_blocks.*.attn.norm_k.weight",
-             "single_blocks.*.norm.key_norm.scale"),
-    {"norm_out.linear", "final_layer.adaLN_modulation.1", 0, 0, 0, true},
+    SC__DOUBLE("norm1.linear", "img_mod.lin"),
+    {"transformer_blocks.*.attn.to_?", "double_blocks.*.img_attn.qkv", {0, 1, 3, false}},
+    SC__DOUBLE("attn.norm_q.weight", "img_attn.norm.query_norm.scale"),
+    SC__DOUBLE("attn.norm_k.weight", "img_attn.norm.key_norm.scale"),
+    SC__DOUBLE("attn.to_out.0", "img_attn.proj"),
+    SC__DOUBLE("ff.net.0.proj", "img_mlp.0"),
+    SC__DOUBLE("ff.net.2", "img_mlp.2"),
+    SC__DOUBLE("norm1_context.linear", "txt_mod.lin"),
+    {"transformer_blocks.*.attn.add_?_proj", "double_blocks.*.txt_attn.qkv", {0, 1, 3, false}},
+    SC__DOUBLE("attn.norm_added_q.weight", "txt_attn.norm.query_norm.scale"),
+    SC__DOUBLE("attn.norm_added_k.weight", "txt_attn.norm.key_norm.scale"),
+    SC__DOUBLE("attn.to_add_out", "txt_attn.proj"),
+    SC__DOUBLE("ff_context.net.0.proj", "txt_mlp.0"),
+    SC__DOUBLE("ff_context.net.2", "txt_mlp.2"),
+    SC__SINGLE("norm.linear", "modulation.lin"),
+    {"single_transformer_blocks.*.attn.to_?", "single_blocks.*.linear1", {0, 1, 7, false}},
+    {"single_transformer_blocks.*.proj_mlp", "single_blocks.*.linear1", {3, 4, 7, false}},
+    SC__SINGLE("proj_out", "linear2"),
+    SC__SINGLE("attn.norm_q.weight", "norm.query_norm.scale"),
+    SC__SINGLE("attn.norm_k.weight", "norm.key_norm.scale"),
+    {"norm_out.linear", "final_layer.adaLN_modulation.1", {0, 0, 0, true}},
     SC__SAME("proj_out", "final_layer.linear"),
+    /* ComfyUI's own name for the weight of these norms. */
+    SC__DOUBLE("attn.norm_q", "img_attn.norm.query_norm"),
+    SC__DOUBLE("attn.norm_k", "img_attn.norm.key_norm"),
+    SC__DOUBLE("attn.norm_added_q", "txt_attn.norm.query_norm"),
+    SC__DOUBLE("attn.norm_added_k", "txt_attn.norm.key_norm"),
+    SC__SINGLE("attn.norm_q", "norm.query_norm"),
+    SC__SINGLE("attn.norm_k", "norm.key_norm"),
+    /* LoRA files in the OMI format, OneTrainer's. */
+    SC__SAME("x_embedder", "img_in.proj"),
+    SC__DOUBLE("attn.to_?", "img_attn.qkv.?"),
+    SC__DOUBLE("attn.add_?_proj", "txt_attn.qkv.?"),
+    SC__SINGLE("attn.to_?", "linear1.?"),
+    SC__SINGLE("proj_mlp", "linear1.3"),
     /* LoRA files of XLabs: 1 is the picture's stream, 2 the text's. */
-    {"transformer_blocks.*.attn.to_q", "double_blocks.*.processor.qkv_lora1", 0, 1, 3, false},
-    {"transformer_blocks.*.attn.to_k", "double_blocks.*.processor.qkv_lora1", 1, 1, 3, false},
-    {"transformer_blocks.*.attn.to_v", "double_blocks.*.processor.qkv_lora1", 2, 1, 3, false},
-    SC__SAME("transformer_blocks.*.attn.to_out.0", "double_blocks.*.processor.proj_lora1"),
-    {"transformer_blocks.*.attn.add_q_proj", "double_blocks.*.processor.qkv_lora2", 0, 1, 3, false},
-    {"transformer_blocks.*.attn.add_k_proj", "double_blocks.*.processor.qkv_lora2", 1, 1, 3, false},
-    {"transformer_blocks.*.attn.add_v_proj", "double_blocks.*.processor.qkv_lora2", 2, 1, 3, false},
-    SC__SAME("transformer_blocks.*.attn.to_add_out", "double_blocks.*.processor.proj_lora2"),
-    {"single_transformer_blocks.*.attn.to_q", "single_blocks.*.processor.qkv_lora", 0, 1, 3, false},
-    {"single_transformer_blocks.*.attn.to_k", "single_blocks.*.processor.qkv_lora", 1, 1, 3, false},
-    {"single_transformer_blocks.*.attn.to_v", "single_blocks.*.processor.qkv_lora", 2, 1, 3, false},
-    SC__SAME("single_transformer_blocks.*.proj_out", "single_blocks.*.processor.proj_lora"),
+    {"transformer_blocks.*.attn.to_?", "double_blocks.*.processor.qkv_lora1", {0, 1, 3, false}},
+    SC__DOUBLE("attn.to_out.0", "processor.proj_lora1"),
+    {"transformer_blocks.*.attn.add_?_proj", "double_blocks.*.processor.qkv_lora2",
+     {0, 1, 3, false}},
+    SC__DOUBLE("attn.to_add_out", "processor.proj_lora2"),
+    {"single_transformer_blocks.*.attn.to_?", "single_blocks.*.processor.qkv_lora",
+     {0, 1, 3, false}},
+    SC__SINGLE("proj_out", "processor.proj_lora"),
     /* The VAE: ae.safetensors. */
     SC__SAME("encoder.down_blocks.*.resnets.*.conv_shortcut",
              "encoder.down.*.block.*.nin_shortcut"),
@@ -4254,10 +4312,8 @@ static const sc__alias sc__aliases[] = {
     SC__SAME("*.mid_block.resnets.0", "*.mid.block_1"),
     SC__SAME("*.mid_block.resnets.1", "*.mid.block_2"),
     SC__SAME("*.mid_block.attentions.0.group_norm", "*.mid.attn_1.norm"),
-    SC__SAME("*.mid_block.attentions.0.to_q", "*.mid.attn_1.q"),
-    SC__SAME("*.mid_block.attentions.0.to_k", "*.mid.attn_1.k"),
-    SC__SAME("*.mid_block.attentions.0.to_v", "*.mid.attn_1.v"),
     SC__SAME("*.mid_block.attentions.0.to_out.0", "*.mid.attn_1.proj_out"),
+    SC__SAME("*.mid_block.attentions.0.to_*", "*.mid.attn_1.*"),
     SC__SAME("*.conv_norm_out", "*.norm_out"),
     /* T5: some files name its table by its place in the encoder. */
     SC__SAME("shared", "encoder.embed_tokens"),
@@ -4269,24 +4325,28 @@ static const char *const sc__weight_prefixes[] = {"", "model.diffusion_model.", 
     "vae.", "first_stage_model.", "text_encoders.clip_l.transformer.",
     "text_encoders.t5xxl.transformer.", "transformer.", NULL};
 
-/* `name` translated by `alias`; false if it is not about this name. levels: of the VAE. */
-static bool sc__translate(const sc__alias *alias, const char *name, int levels, char other[256]) {
+/* `name` translated by `alias`, and which rows of that it is; false if it is not about this name.
+ * levels: of the VAE. */
+static bool sc__translate(const sc__alias *alias, const char *name, int levels, char other[256],
+                          sc__slice *rows) {
     const char *word[4], *p;
-    int length[4], words = 0, next = 0, n = 0;
+    int length[4], words = 0, next = 0, n = 0, part = 0;
+    *rows = alias->rows;
     for (p = alias->name; *p; p++) {
-        if (*p != '*' && *p != '~') {
-            if (*p != *name++) return false;
-            continue;
-        }
-        word[words] = name;
-        name += length[words++] = (int)strcspn(name, ".");
+        bool letter = *p == '?', wild = letter || *p == '*' || *p == '~';
+        if (letter && (!*name || !strchr("qkv", *name))) return false;
+        if (letter) part = *name == 'q' ? 0 : *name == 'k' ? 1 : 2;
+        if (!wild && *p != *name) return false;
+        if (wild && !letter) word[words] = name, length[words] = (int)strcspn(name, ".");
+        name += wild && !letter ? length[words++] : 1;
     }
     if (alias->name[0] && *name && *name != '.') return false;
+    rows->first += rows->whole ? part : 0;
     for (p = alias->other; *p && n < 200; p++) {
         if (*p == '*')
             n += snprintf(other + n, (size_t)(256 - n), "%.*s", length[next], word[next]);
         else if (*p == '~') n += snprintf(other + n, 32, "%d", levels - 1 - atoi(word[next]));
-        else other[n++] = *p;
+        else other[n++] = *p == '?' ? (char)('0' + part) : *p;
         next += *p == '*' || *p == '~';
         if (n > 200) return false;
     }
@@ -4296,11 +4356,10 @@ static bool sc__translate(const sc__alias *alias, const char *name, int levels, 
 /* The tensor of `f` that holds `name` followed by `end`: under its own name or another, behind any
  * of `prefixes` (one that ends in _ makes every dot of the name a _, as kohya's do). NULL: none. */
 static sc__entry *sc__find_as(const sc_file *f, const char *const *prefixes, const char *name,
-                              const char *end, int levels, const sc__alias **alias) {
+                              const char *end, int levels, sc__slice *rows) {
     char other[256], full[512];
-    for (int i = -1; i < SC__ALIASES; i++) {
-        *alias = i < 0 ? &sc__same_name : &sc__aliases[i];
-        if (!sc__translate(*alias, name, levels, other)) continue;
+    for (int i = 0; i < SC__ALIASES; i++) {
+        if (!sc__translate(&sc__aliases[i], name, levels, other, rows)) continue;
         for (int p = 0; prefixes[p]; p++) {
             size_t n = strlen(prefixes[p]);
             snprintf(full, sizeof full, "%s%s%s", prefixes[p], other, end);
@@ -4313,13 +4372,13 @@ static sc__entry *sc__find_as(const sc_file *f, const char *const *prefixes, con
     return NULL;
 }
 
-/* Rows of x [rows, ...] that `alias` means; x's shape becomes theirs. False: it does not divide. */
-static bool sc__take_rows(sc_tensor *x, const sc__alias *alias) {
-    if (!alias->whole) return true;
-    if (x->ndim < 1 || x->shape[0] % alias->whole) return false;
-    int64_t row = x->shape[0] ? sc_count(x) / x->shape[0] : 0, part = x->shape[0] / alias->whole;
-    x->data = (char *)x->data + alias->first * part * row * sc_dtype_size(x->dtype);
-    x->shape[0] = alias->parts * part;
+/* x [rows, ...] becomes those `rows` of it. False: it does not divide. */
+static bool sc__take_rows(sc_tensor *x, const sc__slice *rows) {
+    if (!rows->whole) return true;
+    if (x->ndim < 1 || x->shape[0] % rows->whole) return false;
+    int64_t row = x->shape[0] ? sc_count(x) / x->shape[0] : 0, part = x->shape[0] / rows->whole;
+    x->data = (char *)x->data + rows->first * part * row * sc_dtype_size(x->dtype);
+    x->shape[0] = rows->parts * part;
     return true;
 }
 
@@ -4330,6 +4389,12 @@ static void sc__swap_halves(void *data, size_t bytes) {
         char c = x[i];
         x[i] = y[i], y[i] = c;
     }
+}
+
+/* The length of `name` without `end`; 0 if it does not end so. */
+static size_t sc__stem(const char *name, const char *end) {
+    size_t n = strlen(name), m = strlen(end);
+    return n > m && !strcmp(name + n - m, end) ? n - m : 0;
 }
 
 /* The same sides, but for sides of 1 at the end: a matrix may be stored as a 1x1 convolution. */
@@ -4460,7 +4525,7 @@ typedef struct sc__source {
 
 /* The scale that an 8-bit weight is stored with. Files without any are plain casts; one that
  * announces scales (ComfyUI's mark `scaled_fp8`) must have them. */
-static bool sc__read_scale(const sc_file *f, const sc__entry *weight, const sc__alias *alias,
+static bool sc__read_scale(const sc_file *f, const sc__entry *weight, const sc__slice *rows,
                            sc__source *s) {
     static const char *const forms[] = {"weight_scale", "scale_weight"};
     char name[512];
@@ -4481,12 +4546,15 @@ static bool sc__read_scale(const sc_file *f, const sc__entry *weight, const sc__
                                          "the file says that it has them", f->path, weight->name);
     found->used = true;
     int64_t n = sc_count(&found->tensor);
-    if ((n != 1 && n != weight->tensor.shape[0]) || found->tensor.dtype > SC_F64)
+    bool vector = true; /* [rows, 1] and [1, rows] are seen */
+    for (int i = 0; i < found->tensor.ndim; i++)
+        vector = vector && (found->tensor.shape[i] == 1 || found->tensor.shape[i] == n);
+    if (!vector || (n != 1 && n != weight->tensor.shape[0]) || found->tensor.dtype > SC_F64)
         return sc__fail("%s: '%s' must be one number, or one a row", f->path, found->name);
     s->scales = found->tensor;
-    s->scales.ndim = 1; /* [rows, 1] and [1, rows] are seen */
+    s->scales.ndim = 1;
     s->scales.shape[0] = n;
-    return n == 1 || sc__take_rows(&s->scales, alias);
+    return n == 1 || sc__take_rows(&s->scales, rows);
 }
 
 /* The scales of a source's rows, [rows]. */
@@ -4508,20 +4576,20 @@ static bool sc__find_weight(const sc_net *net, const char *name, const sc_tensor
                             sc__source *s) {
     char expected[96], actual[96];
     const char *path = sc_file_path(net->file);
-    const sc__alias *alias;
-    sc__entry *e = sc__find_as(net->file, sc__weight_prefixes, name, "", net->levels, &alias);
+    sc__slice rows;
+    sc__entry *e = sc__find_as(net->file, sc__weight_prefixes, name, "", net->levels, &rows);
     if (!e) return sc__fail("%s: tensor '%s' is missing", path, name);
     e->used = true;
-    *s = (sc__source){.x = e->tensor, .swapped = alias->swapped};
+    *s = (sc__source){.x = e->tensor, .swapped = rows.swapped};
     if (e->tensor.dtype > SC_F64)
         return sc__fail("%s: tensor '%s' has type %s; weights must be floating point", path,
                         e->name, sc_dtype_name(e->tensor.dtype));
-    if (!sc__take_rows(&s->x, alias) || !sc__same_shape(&s->x, want))
+    if (!sc__take_rows(&s->x, &rows) || !sc__same_shape(&s->x, want))
         return sc__fail("%s: tensor '%s' has shape %s; '%s' must be %s here", path, e->name,
                         sc__shape_text(&e->tensor, actual), name, sc__shape_text(want, expected));
     s->x.ndim = want->ndim; /* without further sides of 1 */
     memcpy(s->x.shape, want->shape, sizeof want->shape);
-    return e->tensor.dtype != SC_F8_E4M3 || sc__read_scale(net->file, e, alias, s);
+    return e->tensor.dtype != SC_F8_E4M3 || sc__read_scale(net->file, e, &rows, s);
 }
 
 /* The f32 values of a source, scaled, in their order. */
@@ -4617,7 +4685,8 @@ static sc_tensor *sc__net_weight(sc_net *net, const char *name, int ndim, const 
                       (product || !s.scales.data);
     if (as_on_disk) {
         bool narrowed = net->fp8 && ndim == 2 && sc_dtype_size(s.x.dtype) > 1;
-        w.waiting = !net->backend->on_host || narrowed;
+        bool aligned = (uintptr_t)s.x.data % (uintptr_t)sc_dtype_size(s.x.dtype) == 0;
+        w.waiting = !net->backend->on_host || narrowed || !aligned;
         x->dtype = s.x.dtype;
         x->data = w.waiting ? NULL : s.x.data;
         if (s.scales.data && !sc__keep_scales(net, &s, name, x)) return NULL;
@@ -4646,15 +4715,90 @@ bool sc_net_linear(sc_net *net, sc_linear_layer *layer, const char *name, int64_
     return !bias || layer->bias;
 }
 
+/* ---- What nobody asked for ---- */
+
+/* Appends a name to a list for messages, which ends in ... where it is full. */
+static void sc__list_name(char *list, size_t size, const char *name) {
+    size_t used = strlen(list), room = size - used;
+    bool full = used > 3 && !strcmp(list + used - 3, "...");
+    if (!full && strlen(name) + 8 < room)
+        snprintf(list + used, room, "%s%s", used ? " " : "", name);
+    else if (!full) snprintf(list + used, room, " ...");
+}
+
+/* Whether a tensor was asked for whose name begins with these n characters. */
+static bool sc__used_below(const sc_file *f, const char *name, size_t n) {
+    int64_t i = 0;
+    while (i < f->count && (!f->entries[i].used || strncmp(f->entries[i].name, name, n))) i++;
+    return i < f->count;
+}
+
+/* Called when a net has asked for all of its weights: of what else the file has, it must not be
+ * blocks beside those that are used, nor, beside an 8-bit weight, what may be its scale. */
+static bool sc__net_complete(const sc_net *net) {
+    const sc_file *f = net->backend ? net->file : NULL;
+    for (int64_t i = 0; f && i < f->count; i++) {
+        const char *name = f->entries[i].name, *dot = strrchr(name, '.');
+        if (f->entries[i].used) continue;
+        for (const char *at = name; (at = strchr(at, '.')); at++) {
+            size_t n = (size_t)(at + 1 - name), digits = strspn(at + 1, "0123456789");
+            if (digits && at[1 + digits] == '.' && sc__used_below(f, name, n) &&
+                !sc__used_below(f, name, n + digits + 1))
+                return sc__fail("%s: '%s' is of a block that the model does not have: is "
+                                "config.json that of another one?", f->path, name);
+        }
+        for (int64_t j = 0; dot && j < f->count; j++) {
+            const sc__entry *e = &f->entries[j];
+            size_t n = sc__stem(e->name, ".weight");
+            if (e->used && e->tensor.dtype == SC_F8_E4M3 && n && !strncmp(name, e->name, n + 1) &&
+                !strstr(name + n, "input") && strcmp(dot, ".comfy_quant") && strcmp(dot, ".bias"))
+                return sc__fail("%s: '%s' is not understood beside the 8-bit '%s': scales are read "
+                                "as .weight_scale or .scale_weight, one number or one a row",
+                                f->path, name, e->name);
+        }
+    }
+    return true;
+}
+
+/* Extras that change nothing: marks, scales of activations, second copies, other halves of CLIP. */
+static bool sc__harmless(const char *name) {
+    static const char *const known[] = {"*scaled_fp8", "*.comfy_quant", "*input_scale",
+        "*scale_input", "*position_ids", "*embed_tokens.weight", "*logit_scale",
+        "*text_projection*", "*visual_projection*", "*vision_model.*", "*spiece_model"};
+    size_t i = 0, n = sizeof known / sizeof *known;
+    while (i < n && fnmatch(known[i], name, 0)) i++;
+    return i < n;
+}
+
+int64_t sc_net_unread(sc_net *const *nets, int count, char *names, size_t size) {
+    int64_t unread = 0;
+    *names = 0;
+    for (int i = 0; i < count; i++) {
+        const sc_file *f = nets[i] ? nets[i]->file : NULL;
+        for (int j = 0; f && j < i; j++) /* counted already */
+            if (nets[j] && nets[j]->file && !strcmp(nets[j]->file->path, f->path)) f = NULL;
+        for (int64_t k = 0; f && k < f->count; k++) {
+            bool used = sc__harmless(f->entries[k].name);
+            for (int j = i; j < count; j++) {
+                const sc_file *other = nets[j] ? nets[j]->file : NULL;
+                if (other && !strcmp(other->path, f->path)) used = used || other->entries[k].used;
+            }
+            unread += !used;
+            if (!used) sc__list_name(names, size, f->entries[k].name);
+        }
+    }
+    return unread;
+}
+
 /* ---- What a file without config.json says by its shapes ---- */
 
 /* Side `dim` of a weight in the net's file; `fallback` where there is none. */
 static int sc__side(const sc_net *net, const char *name, int dim, int fallback) {
-    const sc__alias *alias;
+    sc__slice rows;
     sc__entry *e = net->file ? sc__find_as(net->file, sc__weight_prefixes, name, "", net->levels,
-                                           &alias) : NULL;
+                                           &rows) : NULL;
     sc_tensor x = e ? e->tensor : (sc_tensor){0};
-    if (!e || dim >= x.ndim || !sc__take_rows(&x, alias) || x.shape[dim] > 1 << 24) return fallback;
+    if (!e || dim >= x.ndim || !sc__take_rows(&x, &rows) || x.shape[dim] > 1 << 24) return fallback;
     return (int)x.shape[dim];
 }
 
@@ -4671,15 +4815,13 @@ static int sc__count_layers(const sc_net *net, const char *format, int fallback)
 /* The config.json beside a part's weights, parsed, its text and its name; json is NULL where there
  * is none. False if it cannot be read. */
 static bool sc__read_config(const char *path, sc_json **json, char **name, char **text) {
-    size_t length;
     bool folder = sc__is_folder(path);
     *name = folder ? sc__join(path, "config.json") : sc__strdup(path);
     *json = NULL;
     *text = NULL;
     if (!*name || !folder || !sc__exists(*name)) return *name != NULL;
-    *text = sc__read_file(*name, &length);
-    *json = *text ? sc_json_parse(*text, length, *name) : NULL;
-    return *json != NULL;
+    *json = sc__json_load(*name, text);
+    return *json && ((*json)->type == SC__OBJECT || sc__fail("%s: not a JSON object", *name));
 }
 
 /* folder/name, parsed, and its path; *json is NULL where there is no such file. False if it is
@@ -4926,7 +5068,8 @@ sc_flux *sc_flux_open(const sc_backend *backend, const char *path, bool widen, b
         f->single_blocks = (sc__single_block *)sc__alloc(singles, sizeof *f->single_blocks);
         f->modules = (sc__module *)sc__alloc(10 + 14 * doubles + 6 * singles, sizeof *f->modules);
         f->net->rng.state = seed;
-        ok = f->double_blocks && f->single_blocks && f->modules && sc__flux_weights(f);
+        ok = f->double_blocks && f->single_blocks && f->modules && sc__flux_weights(f) &&
+             sc__net_complete(f->net);
     }
     if (ok && random && widen && backend) sc__flux_zero(f);
     if (ok) return f;
@@ -4994,7 +5137,7 @@ bool sc_flux_save(const sc_flux *f, const char *folder, sc_dtype dtype,
     bool ok = config && weights && named && sc_net_load(net), made = false;
     if (ok) ok = sc__make_folder(folder, &made);
     char *there = ok && !made ? sc__weights_in(folder) : NULL;
-    if (there && sc__matches(there, "*.index.json"))
+    if (there && !fnmatch("*.json", there, 0))
         ok = sc__fail("%s: these shards would be read instead: write to another folder", there);
     SC_FREE(there);
     for (int64_t i = 0; ok && i < net->count; i++)
@@ -5177,25 +5320,21 @@ bool sc_lora_save(const sc_params *p, sc_set set, const char *path, const char *
 }
 
 /* What stands before a module's name in LoRA files, and behind it for A and B: PEFT and diffusers,
- * BFL and ComfyUI, kohya, OneTrainer; diffusers of before PEFT, XLabs. */
+ * BFL and ComfyUI, kohya, OneTrainer, LyCORIS; diffusers of before PEFT, XLabs. B's bias ends in
+ * "bias" in place of "weight". */
 static const char *const sc__lora_prefixes[] = {"transformer.", "", "base_model.model.",
     "base_model.model.transformer.", "diffusion_model.", "model.diffusion_model.", "lora_unet_",
-    "lora_transformer_", NULL};
+    "lora_transformer_", "lycoris_", NULL};
 static const char *const sc__lora_ends[][2] = {
     {".lora_A.weight", ".lora_B.weight"}, {".lora_down.weight", ".lora_up.weight"},
     {".lora.down.weight", ".lora.up.weight"}, {".down.weight", ".up.weight"},
     {".lora_A.default.weight", ".lora_B.default.weight"}};
 enum { SC__LORA_ENDS = (int)(sizeof sc__lora_ends / sizeof *sc__lora_ends) };
 
-/* `name` without `end`; 0 if it does not end so. */
-static size_t sc__stem(const char *name, const char *end) {
-    size_t n = strlen(name), m = strlen(end);
-    return n > m && !strcmp(name + n - m, end) ? n - m : 0;
-}
-
 typedef struct sc__factors {    /* of one LoRA on one layer; a NULL: it has none */
     int64_t rank;
     float *a, *b;               /* [rank, in], [out, rank]; b has the file's own scale in it */
+    float *bias;                /* [out], likewise; NULL: none. All three are a's memory. */
 } sc__factors;
 
 /* A LoRA file, and the config of PEFT that goes with it, or NULL: diffusers writes it into the
@@ -5210,6 +5349,30 @@ static void sc__lora_close(sc__lora *l) {
     sc_file_close(l->file);
 }
 
+/* diffusers puts the name of the model before each key. */
+static const sc_json *sc__lora_setting(const sc__lora *l, const char *key) {
+    char full[64];
+    snprintf(full, sizeof full, "transformer.%s", key);
+    const sc_json *value = sc_json_get(l->config, full);
+    return value ? value : sc_json_get(l->config, key);
+}
+
+/* Whether a LoRA's config is one of W + B A, with W as the model has it. */
+static bool sc__lora_plain(const sc__lora *l) {
+    static const char *const changed[] = {"pissa", "olora", "corda", "loftq"};
+    const char *type = sc_json_string(sc__lora_setting(l, "peft_type"), "LORA");
+    const char *start = sc_json_string(sc__lora_setting(l, "init_lora_weights"), "");
+    if (strcmp(type, "LORA"))
+        return sc__fail("%s: its config says %s, not LORA: only LoRA is read here", l->file->path,
+                        type);
+    for (int i = 0; i < 4; i++)
+        if (!strncmp(start, changed[i], strlen(changed[i])))
+            return sc__fail("%s: goes with weights that '%s' changed: save it again as a LoRA of "
+                            "the model's own (path_initial_model_for_weight_conversion in PEFT)",
+                            l->file->path, start);
+    return true;
+}
+
 static bool sc__lora_open(sc__lora *l, const char *path) {
     static const char weights[] = "adapter_model.safetensors", config[] = "adapter_config.json";
     *l = (sc__lora){.file = sc_file_open(path)};
@@ -5217,21 +5380,13 @@ static bool sc__lora_open(sc__lora *l, const char *path) {
     const char *own = l->file->path, *text = sc_file_metadata(l->file, "lora_adapter_metadata");
     size_t n = strlen(own), m = sizeof weights - 1;
     if (text) l->config = sc_json_parse(text, strlen(text), own);
-    if (text || n < m || strcmp(own + n - m, weights)) return !text || l->config;
-    char *beside = (char *)sc__alloc(n, 1);
+    bool named = !text && n >= m && !strcmp(own + n - m, weights);
+    char *beside = named ? (char *)sc__alloc(n, 1) : NULL;
     if (beside) snprintf(beside, n, "%.*s%s", (int)(n - m), own, config);
-    bool there = beside && sc__exists(beside);
-    if (there) l->config = sc_json_load(beside);
+    bool there = text || (beside && sc__exists(beside));
+    if (there && !text) l->config = sc_json_load(beside);
     SC_FREE(beside);
-    return beside && (!there || l->config);
-}
-
-/* diffusers puts the name of the model before each key. */
-static const sc_json *sc__lora_setting(const sc__lora *l, const char *key) {
-    char full[64];
-    snprintf(full, sizeof full, "transformer.%s", key);
-    const sc_json *value = sc_json_get(l->config, full);
-    return value ? value : sc_json_get(l->config, key);
+    return (!there || l->config) && (!named || beside) && sc__lora_plain(l);
 }
 
 /* The config's alpha for a module; left alone where there is none. The first of PEFT's patterns
@@ -5272,57 +5427,70 @@ static bool sc__lora_own_scale(const sc__lora *l, const char *module, const char
     return isfinite(alpha) || sc__fail("%s: '%s' is %g", l->file->path, name, alpha);
 }
 
+/* n values as f32, times `scale`; false with the error set: one is not finite. */
+static bool sc__lora_values(const sc__lora *l, const char *name, const sc_tensor *x, float scale,
+                            float *to) {
+    int64_t n = sc_count(x), i = 0;
+    sc_to_f32(to, x->data, x->dtype, n);
+    while (i < n && isfinite(to[i])) to[i++] *= scale;
+    return i == n || sc__fail("%s: '%s' holds NaN or infinity", l->file->path, name);
+}
+
+/* The tensor `name` [rows, columns], of which this is the part; false with the error set. */
+static bool sc__lora_take(const sc__lora *l, sc__entry *e, const sc__slice *part,
+                          const char *module, int64_t rows, int64_t columns, sc_tensor *x) {
+    sc_tensor want = {.ndim = 2, .shape = {rows, columns}};
+    *x = e->tensor;
+    e->used = true;
+    if (sc__take_rows(x, part) && sc__same_shape(x, &want) && rows > 0 && x->dtype <= SC_F64)
+        return true;
+    char shape[96];
+    return sc__fail("%s: '%s' of shape %s does not fit '%s', where it must be %lld x %lld: is this "
+                    "LoRA for another model?", l->file->path, e->name,
+                    sc__shape_text(&e->tensor, shape), module,
+                    (long long)(rows * (part->whole ? part->whole / part->parts : 1)),
+                    (long long)columns);
+}
+
 /* The factors of `module`, whose weight is w [out, in], if the file has any. */
 static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor *w,
                           sc__factors *x) {
     const sc_file *file = l->file;
-    const sc__alias *alias = NULL;
-    sc__entry *a = NULL, *b = NULL;
+    sc__slice part, whole = {0, 0, 0, false};
+    sc__entry *a = NULL, *b, *c;
+    sc_tensor down, up, bias = {0};
     char name[512];
-    int end = -1, stem;
+    float scale;
+    int end = -1;
     *x = (sc__factors){0};
     while (!a && ++end < SC__LORA_ENDS)
-        a = sc__find_as(file, sc__lora_prefixes, module, sc__lora_ends[end][0], 0, &alias);
+        a = sc__find_as(file, sc__lora_prefixes, module, sc__lora_ends[end][0], 0, &part);
     if (!a) return true;
-    stem = (int)sc__stem(a->name, sc__lora_ends[end][0]);
-    snprintf(name, sizeof name, "%.*s%s", stem, a->name, sc__lora_ends[end][1]);
+    int stem = (int)sc__stem(a->name, sc__lora_ends[end][0]);
+    int n = snprintf(name, sizeof name, "%.*s%s", stem, a->name, sc__lora_ends[end][1]);
     b = sc__find_entry(file, name);
     if (!b) return sc__fail("%s: '%s' has no partner '%s'", file->path, a->name, name);
-    a->used = b->used = true;
+    snprintf(name + n - 6, 8, "bias"); /* in place of "weight" */
+    c = sc__find_entry(file, name);
     x->rank = a->tensor.shape[0];
-    sc_tensor rows = b->tensor, want_a = {.ndim = 2, .shape = {x->rank, w->shape[1]}};
-    sc_tensor want_b = {.ndim = 2, .shape = {w->shape[0], x->rank}};
-    if (!sc__same_shape(&a->tensor, &want_a) || !sc__take_rows(&rows, alias) ||
-        !sc__same_shape(&rows, &want_b) || x->rank < 1 || a->tensor.dtype > SC_F64 ||
-        rows.dtype > SC_F64)
-        return sc__fail("%s: '%.*s' does not fit '%s', a layer of %lld x %lld: is this LoRA for "
-                        "another model?", file->path, stem, a->name, module,
-                        (long long)w->shape[0], (long long)w->shape[1]);
-    int64_t na = sc_count(&a->tensor), nb = sc_count(&rows);
-    float scale;
-    if (!sc__lora_own_scale(l, module, a->name, stem, x->rank, &scale)) return false;
-    x->a = (float *)sc__alloc((size_t)(na + nb), sizeof *x->a);
-    if (!x->a) return false;
+    int64_t out = w->shape[0], in = w->shape[1], na = x->rank * in, nb = x->rank * out;
+    if (!sc__lora_take(l, a, &whole, module, x->rank, in, &down) ||
+        !sc__lora_take(l, b, &part, module, out, x->rank, &up) ||
+        (c && !sc__lora_take(l, c, &part, module, out, 1, &bias)) ||
+        !sc__lora_own_scale(l, module, a->name, stem, x->rank, &scale) ||
+        !(x->a = (float *)sc__alloc((size_t)(na + nb + (c ? out : 0)), sizeof *x->a)))
+        return false;
     x->b = x->a + na;
-    sc_to_f32(x->a, a->tensor.data, a->tensor.dtype, na);
-    sc_to_f32(x->b, rows.data, rows.dtype, nb);
-    if (alias->swapped) sc__swap_halves(x->b, (size_t)nb * sizeof *x->b);
-    bool finite = true;
-    for (int64_t i = 0; i < na + nb; i++) finite = finite && isfinite(x->a[i]);
-    for (int64_t i = 0; i < nb; i++) x->b[i] *= scale;
-    if (finite) return true;
+    x->bias = c ? x->b + nb : NULL;
+    bool ok = sc__lora_values(l, a->name, &down, 1, x->a) &&
+              sc__lora_values(l, b->name, &up, scale, x->b) &&
+              (!c || sc__lora_values(l, c->name, &bias, scale, x->bias));
+    if (part.swapped) sc__swap_halves(x->b, (size_t)nb * sizeof *x->b);
+    if (part.swapped && c) sc__swap_halves(x->bias, (size_t)out * sizeof *x->b);
+    if (ok) return true;
     SC_FREE(x->a);
     *x = (sc__factors){0};
-    return sc__fail("%s: '%.*s' holds NaN or infinity", file->path, stem, a->name);
-}
-
-/* Appends a name to the list of those that fit no layer. */
-static void sc__lora_missed(sc_lora_report *report, const char *name) {
-    size_t used = strlen(report->missed), room = sizeof report->missed - used;
-    bool full = used > 3 && !strcmp(report->missed + used - 3, "...");
-    if (!full && strlen(name) + 8 < room)
-        snprintf(report->missed + used, room, "%s%s", used ? " " : "", name);
-    else if (!full) snprintf(report->missed + used, room, " ...");
+    return false;
 }
 
 /* Whether `name` is an A (side 0) or a B (side 1) of any dialect. */
@@ -5332,22 +5500,98 @@ static bool sc__lora_side(const char *name, int side) {
     return end < SC__LORA_ENDS;
 }
 
-/* Counts the adapters in the file, and those that no layer took. In a file that fits, anything else
- * that was left over counts too: it would have changed the picture. */
-static void sc__lora_count(const sc_file *file, sc_lora_report *report) {
-    for (int64_t i = 0; i < file->count; i++) {
-        bool adapter = sc__lora_side(file->entries[i].name, 0);
-        report->total += adapter;
-        report->applied += adapter && file->entries[i].used;
-    }
+/* Whether a tensor changes one of the text encoders, which take no LoRA here. */
+static bool sc__lora_of_text(const char *name) {
+    static const char *const starts[] = {"lora_te", "text_encoder", "clip_l.", "t5", "bundle_emb",
+        "base_model.model.text_model", "lycoris_text"};
+    size_t i = 0, n = sizeof starts / sizeof *starts;
+    while (i < n && strncmp(name, starts[i], strlen(starts[i]))) i++;
+    return i < n;
+}
+
+/* Names what is not LoRA in a file. */
+static bool sc__lora_refuse(const sc_file *file, const char *first, const char *names) {
+    static const char *const kinds[][2] = {{"lokr_", "LoKr"}, {"hada_", "LoHa"}, {"dora_", "DoRA"},
+        {"magnitude", "DoRA"}, {"boft", "BOFT"}, {"oft_", "OFT"}, {".a1.", "GLoRA"},
+        {".b1.", "GLoRA"}, {"vera_", "VeRA"}, {"ia3_", "IA3"}, {"hra_", "HRA"},
+        {"lora_mid", "LoCon with a middle factor"}, {".diff", "differences of whole weights"},
+        {"w_norm", "differences of whole weights"}, {".lora", "LoRA for something else"},
+        {".weight", "whole weights"}};
+    size_t i = 0, n = sizeof kinds / sizeof *kinds;
+    while (i < n && !strstr(first, kinds[i][0])) i++;
+    return sc__fail("%s: holds %s, which is not read here, only LoRA's pairs of A and B and "
+                    "changes of biases and norms; not understood: %s", file->path,
+                    i < n ? kinds[i][1] : "a kind of tensors", names);
+}
+
+/* Counts the adapters in the file, and those that no layer took. Anything else that is left over,
+ * but for the text encoders', would have changed the picture. */
+static bool sc__lora_count(const sc_file *file, sc_lora_report *report) {
+    char strange[256] = "";
+    const char *first = NULL;
     for (int64_t i = 0; i < file->count; i++) {
         const char *name = file->entries[i].name;
-        bool adapter = sc__lora_side(name, 0);
-        bool part = sc__lora_side(name, 1) || sc__stem(name, ".alpha"); /* goes with an A */
-        if (file->entries[i].used || (!adapter && (part || !report->applied))) continue;
-        report->total += !adapter;
-        sc__lora_missed(report, name);
+        bool adapter = sc__lora_side(name, 0), used = file->entries[i].used;
+        bool text = sc__lora_of_text(name);
+        report->total += adapter;
+        report->applied += adapter && used;
+        if (used || (!adapter && (sc__lora_side(name, 1) || sc__stem(name, ".alpha")))) continue;
+        if (adapter || text) {
+            report->total += !adapter;
+            sc__list_name(report->missed, sizeof report->missed, name);
+            continue;
+        }
+        if (!first) first = name;
+        sc__list_name(strange, sizeof strange, name);
     }
+    return !first || sc__lora_refuse(file, first, strange);
+}
+
+/* x + scale (values - x), or x + scale values; what x was is kept for sc_lora_unload. */
+static bool sc__lora_shift(sc_flux *f, const sc_tensor *x, const float *values, float scale,
+                           bool instead) {
+    const sc_backend *be = f->net->backend;
+    int64_t i = 0, n = sc_count(x);
+    while (&f->net->weights[i]->tensor != x) i++;
+    sc_weight *w = f->net->weights[i];
+    float *now = (float *)sc__alloc((size_t)n, sizeof *now);
+    bool ok = now && be->download(now, x->data, (size_t)n * 4);
+    if (ok && !w->before) {
+        ok = (w->before = (float *)sc__alloc((size_t)n, sizeof *now)) != NULL;
+        if (ok) memcpy(w->before, now, (size_t)n * 4);
+    }
+    for (int64_t j = 0; ok && j < n; j++)
+        now[j] = (instead ? (1 - scale) * now[j] : now[j]) + scale * values[j];
+    if (ok) be->upload(x->data, now, (size_t)n * 4);
+    SC_FREE(now);
+    return ok;
+}
+
+/* Biases and norms: a new value under the vector's own name (BFL's control LoRAs, PEFT's biases),
+ * or a difference, .diff or a bias' .diff_b (ComfyUI). */
+static bool sc__lora_vector(sc_flux *f, const sc__lora *l, const sc_weight *w, float scale,
+                            sc_lora_report *report) {
+    char stem[SC_MAX_NAME + 8];
+    bool bias = sc__stem(w->name, ".bias") > 0, ok = true;
+    int length = (int)sc__stem(w->name, bias ? ".bias" : ".weight");
+    snprintf(stem, sizeof stem, "%.*s", length, w->name);
+    const char *const forms[][2] = {
+        {w->name, ""}, {w->name, ".diff"}, {stem, bias ? ".diff_b" : ".diff"}};
+    for (int i = 0; ok && i < 3; i++) {
+        sc__slice part;
+        sc_tensor x;
+        sc__entry *e = sc__find_as(l->file, sc__lora_prefixes, forms[i][0], forms[i][1], 0, &part);
+        if (!e) continue;
+        int64_t n = sc_count(&w->tensor);
+        float *values = (float *)sc__alloc((size_t)n, sizeof *values);
+        ok = values && sc__lora_take(l, e, &part, w->name, n, 1, &x) &&
+             sc__lora_values(l, e->name, &x, 1, values);
+        if (ok && part.swapped) sc__swap_halves(values, (size_t)n * 4);
+        ok = ok && sc__lora_shift(f, &w->tensor, values, scale, i == 0);
+        SC_FREE(values);
+        report->applied++, report->total++;
+    }
+    return ok;
 }
 
 /* Both factors lie in one piece of memory, as in sc__factors. */
@@ -5360,6 +5604,13 @@ static void sc__lora_free(const sc_backend *be, sc_adapter *lora) {
 }
 
 void sc_lora_unload(sc_flux *f) {
+    for (int64_t i = 0; i < f->net->count; i++) {
+        sc_weight *w = f->net->weights[i];
+        size_t bytes = (size_t)sc_count(&w->tensor) * 4;
+        if (w->before) f->net->backend->upload(w->tensor.data, w->before, bytes);
+        SC_FREE(w->before);
+        w->before = NULL;
+    }
     for (int i = 0; i < f->module_count; i++)
         for (sc_adapter **link = &f->modules[i].layer->adapters; *link;) {
             sc_adapter *lora = *link;
@@ -5398,10 +5649,14 @@ bool sc_lora_load(sc_flux *f, const char *path, float scale, sc_lora_report *rep
         sc_linear_layer *layer = f->modules[i].layer;
         ok = sc__lora_read(&file, f->modules[i].name, layer->weight, &x);
         if (!ok || !x.a) continue;
-        ok = sc__lora_add(f->net->backend, layer, &x, scale);
+        ok = sc__lora_add(f->net->backend, layer, &x, scale) &&
+             (!x.bias || sc__lora_shift(f, layer->bias, x.bias, scale, false));
         SC_FREE(x.a);
     }
-    if (ok) sc__lora_count(file.file, report);
+    for (int64_t i = 0; ok && i < f->net->count; i++)
+        if (f->net->weights[i]->tensor.ndim == 1)
+            ok = sc__lora_vector(f, &file, f->net->weights[i], scale, report);
+    ok = ok && sc__lora_count(file.file, report);
     if (ok && !report->applied)
         ok = sc__fail("%s: 0 of %d LoRA layers fit this model: is it a LoRA for another one?", path,
                       report->total);
@@ -5411,11 +5666,11 @@ bool sc_lora_load(sc_flux *f, const char *path, float scale, sc_lora_report *rep
 
 /* ---- Writing kohya's names ---- */
 
-/* The alias of a module in BFL's layout. */
-static const sc__alias *sc__bfl_alias(const char *module, char other[256]) {
-    for (int i = 0; i < SC__ALIASES; i++)
-        if (sc__translate(&sc__aliases[i], module, 0, other)) return &sc__aliases[i];
-    return NULL;
+/* A module's name in BFL's layout. */
+static bool sc__bfl_name(const char *module, char other[256], sc__slice *rows) {
+    int i = 1;
+    while (i < SC__ALIASES && !sc__translate(&sc__aliases[i], module, 0, other, rows)) i++;
+    return i < SC__ALIASES;
 }
 
 /* Modules [first, first + count) are the parts of one layer of BFL's. As kohya's file has it: the
@@ -5461,13 +5716,19 @@ bool sc_lora_save_kohya(const sc_flux *f, const char *path, const char *const *m
     int n = f->module_count, written = 0, count;
     sc__written *factors = (sc__written *)sc__alloc((size_t)n * 2, sizeof *factors);
     bool ok = factors != NULL;
+    for (int64_t i = 0; ok && i < f->net->count; i++)
+        if (f->net->weights[i]->before)
+            ok = sc__fail("'%s' is changed, which kohya's names cannot say: merge into a model",
+                          f->net->weights[i]->name);
     for (int i = 0; ok && i < n; i += count) {
         char other[256], next[256];
-        const sc__alias *alias = sc__bfl_alias(f->modules[i].name, other);
+        sc__slice rows, next_rows;
+        ok = sc__bfl_name(f->modules[i].name, other, &rows);
         sc__written *down = &factors[written], *up = down + 1;
         for (count = 1; i + count < n; count++)
-            if (!sc__bfl_alias(f->modules[i + count].name, next) || strcmp(other, next)) break;
-        ok = alias && sc__fuse(f, i, count, alias->swapped, &down->tensor, &up->tensor);
+            if (!sc__bfl_name(f->modules[i + count].name, next, &next_rows) || strcmp(other, next))
+                break;
+        ok = ok && sc__fuse(f, i, count, rows.swapped, &down->tensor, &up->tensor);
         if (!ok || !down->tensor.data) continue;
         for (char *c = other; *c; c++) *c = *c == '.' ? '_' : *c;
         snprintf(down->name, sizeof down->name, "lora_unet_%s.lora_down.weight", other);
@@ -5519,6 +5780,8 @@ bool sc_lora_start(sc_params *p, const char *path) {
         sc__factors x;
         ok = sc__lora_read(&file, module, w, &x);
         if (ok && !x.a) ok = sc__fail("%s: no factors for '%s'", path, module);
+        if (ok && x.bias)
+            ok = sc__fail("%s: changes the bias of '%s'; only A and B are trained", path, module);
         if (ok && x.rank != p->rank)
             ok = sc__fail("%s: rank %lld; this run has rank %d", path, (long long)x.rank, p->rank);
         size_t na = (size_t)(p->rank * w->shape[1]), nb = (size_t)(p->rank * w->shape[0]);
@@ -5529,6 +5792,7 @@ bool sc_lora_start(sc_params *p, const char *path) {
         }
         SC_FREE(x.a);
     }
+    ok = ok && sc__lora_count(file.file, &(sc_lora_report){0});
     sc__lora_close(&file);
     return ok;
 }
@@ -5651,11 +5915,11 @@ static char *sc__model_folder(const char *model) {
 /* Whether the file at `path` is one of safetensors that has this part; -1 with the error set: it
  * cannot be read. */
 static int sc__file_has(const char *path, sc__part_kind part) {
-    const sc__alias *alias;
+    sc__slice rows;
     if (!sc__is_file(path)) return 0;
     sc_file *file = sc_file_open(path);
     if (!file) return -1;
-    int has = sc__find_as(file, sc__weight_prefixes, sc__parts[part].probe, "", 1, &alias) != NULL;
+    int has = sc__find_as(file, sc__weight_prefixes, sc__parts[part].probe, "", 1, &rows) != NULL;
     sc_file_close(file);
     return has;
 }
@@ -5669,8 +5933,8 @@ static char *sc__part_file(const char *folder, sc__part_kind part) {
     DIR *list = opendir(folder);
     if (!list) return sc__fail("%s: %s", folder, strerror(errno)), NULL;
     for (struct dirent *entry; !several && (entry = readdir(list));) {
-        bool named = *entry->d_name != '.' && (sc__matches(entry->d_name, "*.safetensors") ||
-                                               sc__matches(entry->d_name, "*.sft"));
+        bool named = *entry->d_name != '.' && (!fnmatch("*.safetensors", entry->d_name, 0) ||
+                                               !fnmatch("*.sft", entry->d_name, 0));
         char *path = named ? sc__join(folder, entry->d_name) : NULL;
         int has = path ? sc__file_has(path, part) : 0;
         if (has < 0) snprintf(broken, sizeof broken, "%s", sc_error());
@@ -5717,7 +5981,7 @@ static bool sc__small_file(const sc_backend *backend, const char *folder) {
     if (!backend || !backend->on_host) return false;
     char *path = sc__is_file(folder) ? sc__strdup(folder) : sc__weights_in(folder);
     bool small = path && stat(path, &s) == 0 && s.st_size <= (off_t)512 << 20 &&
-                 !strstr(path, ".index.json");
+                 fnmatch("*.json", path, 0);
     SC_FREE(path);
     return small;
 }
@@ -5924,7 +6188,7 @@ sc_vae *sc_vae_open(const sc_backend *backend, const char *path, bool widen) {
     if (ok) v->net->levels = v->config.levels;
     for (int i = 0; ok && backend && i < 5; i++) ok = (v->tapes[i] = sc_tape_new(backend)) != NULL;
     ok = ok && sc__vae_steps(v, &v->encoder, true) && sc__vae_steps(v, &v->decoder, false) &&
-         sc_net_load(v->net);
+         sc__net_complete(v->net) && sc_net_load(v->net);
     if (ok) return v;
     sc_vae_close(v);
     return NULL;
@@ -7151,7 +7415,7 @@ static bool sc__encoder_weights(sc__encoder *e) {
               (e->position = sc_net_weight(e->net, e->names->position, 2, position)) &&
               sc__open_norm(e, &e->last, "", e->names->last);
     for (int i = 0; ok && i < e->layers; i++) ok = sc__open_layer(e, i);
-    return ok && sc_net_load(e->net);
+    return ok && sc__net_complete(e->net) && sc_net_load(e->net);
 }
 
 /* Opens the weights at `path` and checks the tokenizer, which a plan has not, against them: tokens

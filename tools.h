@@ -651,15 +651,32 @@ bool sc_can_write(const char *path) {
     return !access(folder, W_OK) || sc__fail("%s: cannot write there: %s", path, strerror(errno));
 }
 
+/* Tells what no part of a model reads of its files. A part that cannot be opened says why later. */
+static void sc__warn_unread(const sc_pipeline *p) {
+    char names[512], *path = sc__part_path(p->folder, SC__VAE);
+    sc_vae *vae = path ? sc_vae_open(NULL, path, false) : NULL;
+    sc_text_encoders *text = sc_text_encoders_open(NULL, p->folder);
+    sc_net *const nets[] = {p->flux->net, vae ? vae->net : NULL, text ? text->clip.net : NULL,
+                            text ? text->t5.net : NULL};
+    long long unread = sc_net_unread(nets, 4, names, sizeof names);
+    if (unread) {
+        fprintf(stderr, "warning: %lld tensors of %s are not used", unread, p->folder);
+        sc_print_text(stderr, ": ", names);
+    }
+    sc_text_encoders_close(text);
+    sc_vae_close(vae);
+    SC_FREE(path);
+}
+
 /* sc_pipeline_open, with what to do where the folder is not there. */
 sc_pipeline *sc_open_model(const sc_backend *be, const char *model,
                            const sc_pipeline_options *how) {
-    if (sc__exists(model)) return sc_pipeline_open(be, model, how);
-    sc__fail(
-        "%s: No such file or directory: --model takes a model's folder or file (data/tiny-flux "
-        "is in the programs' folder)",
-        model);
-    return NULL;
+    sc_pipeline *p = sc__exists(model) ? sc_pipeline_open(be, model, how) : NULL;
+    if (p) sc__warn_unread(p);
+    else if (!sc__exists(model))
+        sc__fail("%s: No such file or directory: --model takes a model's folder or file "
+                 "(data/tiny-flux is in the programs' folder)", model);
+    return p;
 }
 
 #endif /* TOOLS_H */

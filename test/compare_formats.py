@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from formats import (bfl_factors, contiguous, dense, lora_factors, lora_file, own_state, pipeline, scaled, split, to_bfl, to_fp8, together,
+from formats import (bfl_factors, contiguous, dense, lora_factors, lora_file, omi_file, own_state, pipeline, scaled, split, to_bfl, to_fp8, together,
                      write_all_in_one, write_diffusers, write_single_files, xlabs_factors)
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
@@ -179,6 +179,8 @@ def check_merge(what, model, sd, folder, factors, *loras):
         for k, v in sd.items():
             if k[:-7] in factors and k.endswith(".weight"):
                 error = max(error, relative(after.get_tensor(k) - v, dense(factors[k[:-7]])))
+            elif k in factors:  # what is added to a bias
+                error = max(error, relative(after.get_tensor(k) - v, factors[k]))
             else:
                 changed += not torch.equal(after.get_tensor(k), v)
     shutil.rmtree(out)
@@ -225,27 +227,29 @@ def against_diffusers(what, pipe, model, noise, folder, ours, theirs):
 
 def dialects(name, pipe, sd, model, noise, folder):
     path, other = os.path.join(folder, "lora.safetensors"), os.path.join(folder, "other.safetensors")
-    for dialect in ("peft", "xlabs", *FUSED) if name == "wide" else ("peft", "bare", "model", "old", "onetrainer", "xlabs", *FUSED):
+    for dialect in ("peft", "xlabs", *FUSED) if name == "wide" else ("peft", "bare", "model", "old", "onetrainer", "omi", "lycoris", "xlabs",
+                                                                                  *FUSED):
         fused = dialect == "xlabs" or dialect in FUSED
         rank, what = 5 if fused else 4, f"{name}, LoRA {dialect}"
         factors = (xlabs_factors if dialect == "xlabs" else bfl_factors if fused else lora_factors)(sd, rank, 7)
-        alpha = {"kohya": 3, "comfy-down": 8, "peft": 2, "onetrainer": 6}.get(dialect)
+        alpha = {"kohya": 3, "comfy-down": 8, "peft": 2, "onetrainer": 6, "omi": 6}.get(dialect)
         expected = scaled(factors, 0.5 * (1 if alpha is None else alpha / rank))
-        save_file(lora_file(factors, dialect, alpha), path)
+        save_file(omi_file(sd, factors, alpha) if dialect == "omi" else lora_file(factors, dialect, alpha), path)
         text = check_merge(what, model, sd, folder, split(expected) if fused else expected, path + ":0.5")
         report(f"{what}: applied {len(factors)}/{len(factors)} is said", int(f"applied {len(factors)}/{len(factors)}" not in text), 0)
         usable = understood(dialect, factors, name == "wide")
-        save_file(lora_file(usable, dialect, alpha), path)
+        save_file(omi_file(sd, usable, alpha) if dialect == "omi" else lora_file(usable, dialect, alpha), path)
         # These names diffusers does not know at all: it gets the same factors under others.
-        save_file(lora_file(usable, {"comfy": "kohya", "bare": "peft", "model": "peft"}.get(dialect, dialect), alpha), other)
+        names = {"comfy": "kohya", "bare": "peft", "model": "peft", "omi": "peft", "lycoris": "peft"}
+        save_file(lora_file(usable, names.get(dialect, dialect), alpha), other)
         against_diffusers(what, pipe, model, noise, folder, path, other)
 
 
 def configs(name, pipe, sd, model, noise, folder):
     """PEFT's folder with adapter_config.json, and both of diffusers' files, which hold that in their metadata."""
-    for rslora in False, True:
+    for rslora, bias in (False, False), (True, False), (False, True):
         names = [k[:-7] for k, v in sd.items() if v.ndim == 2]
-        config = LoraConfig(r=4, lora_alpha=6, target_modules=names, use_rslora=rslora, init_lora_weights=False,
+        config = LoraConfig(r=4, lora_alpha=6, target_modules=names, use_rslora=rslora, lora_bias=bias, init_lora_weights=False,
                             rank_pattern={"attn.to_q": 2, "^proj_out": 3}, alpha_pattern={"^proj_out": 5, "attn.to_k": 9, "net.2": 1})
         torch.manual_seed(5)
         peft = get_peft_model(copy.deepcopy(pipe.transformer), config)
@@ -260,8 +264,11 @@ def configs(name, pipe, sd, model, noise, folder):
         pipe.save_lora_weights(folders[2], get_peft_model_state_dict(transformer, adapter_name="default"),
                                transformer_lora_adapter_metadata=peft.peft_config["default"].to_dict())
         expected = {k: (torch.eye(d.shape[1]), d) for k, d in differences(transformer, "default").items()}
+        for n, m in transformer.named_modules():
+            if bias and "default" in getattr(m, "lora_B", {}):
+                expected[n + ".bias"] = m.scaling["default"] * m.lora_B["default"].bias.data
         for f in folders:
-            what = f"{name}, LoRA in {os.path.basename(f)}{', rsLoRA' if rslora else ''}"
+            what = f"{name}, LoRA in {os.path.basename(f)}{', rsLoRA' if rslora else ', with biases' if bias else ''}"
             check_merge(what, model, sd, folder, expected, f + ":1")
         against_diffusers(what, pipe, model, noise, folder, folders[2], folders[2])
 

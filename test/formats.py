@@ -180,6 +180,29 @@ def xlabs_factors(sd, rank, seed, spread=0.02):
     return lora_factors({name + ".weight": x[:3 * x.shape[1]] if name.endswith("linear1") else x for name, x in layers.items()}, rank, seed, spread)
 
 
+OMI_PARTS = {"attn.to_q": "img_attn.qkv.0", "attn.to_k": "img_attn.qkv.1", "attn.to_v": "img_attn.qkv.2", "attn.add_q_proj": "txt_attn.qkv.0",
+             "attn.add_k_proj": "txt_attn.qkv.1", "attn.add_v_proj": "txt_attn.qkv.2"}
+OMI_SINGLE = {"attn.to_q": "linear1.0", "attn.to_k": "linear1.1", "attn.to_v": "linear1.2", "proj_mlp": "linear1.3"}
+
+
+def omi_file(sd, factors, alpha):
+    """OneTrainer's OMI format, of factors on diffusers' modules: BFL's names with a number for each part, and the last modulation's B swapped."""
+    marks = {k: torch.full((v.shape[0], 1), float(i)) for i, (k, v) in enumerate(sd.items())}
+    places = {round(v.mean().item()): k[:-7] for k, v in to_bfl(marks).items() if k.endswith(".weight") and v.min() == v.max()}
+    out = {}
+    for name, (a, b) in factors.items():
+        kind, index, last = name.split(".", 2) if "blocks." in name else ("", "", name)
+        part = (OMI_SINGLE if kind.startswith("single") else OMI_PARTS).get(last)
+        blocks = "single_blocks" if kind.startswith("single") else "double_blocks"
+        theirs = f"{blocks}.{index}.{part}" if part else places[list(sd).index(name + ".weight")]
+        if name == "norm_out.linear":
+            b = torch.cat(b.chunk(2)[::-1])
+        key = "transformer." + ("img_in.proj" if theirs == "img_in" else theirs)
+        out[key + ".lora_down.weight"], out[key + ".lora_up.weight"] = a.contiguous(), b.contiguous()
+        out[key + ".alpha"] = torch.tensor(float(alpha))
+    return out
+
+
 def lora_file(factors, dialect, alpha=None):
     """The tensors of a LoRA file; alpha: in a tensor of its own (the factors' product is then scaled by alpha / rank)."""
     prefix, a, b, flat = {
@@ -191,6 +214,7 @@ def lora_file(factors, dialect, alpha=None):
         "comfy-down": ("diffusion_model.", ".lora_down.weight", ".lora_up.weight", False),
         "xlabs": ("", ".down.weight", ".up.weight", False),
         "kohya": ("lora_unet_", ".lora_down.weight", ".lora_up.weight", True),
+        "lycoris": ("lycoris_", ".lora_down.weight", ".lora_up.weight", True),
         "onetrainer": ("lora_transformer_", ".lora_down.weight", ".lora_up.weight", True)}[dialect]
     out = {}
     for name, (down, up) in factors.items():

@@ -14,10 +14,7 @@ static double tensor_sum(const sc_tensor *x) {
     for (int64_t i = 0; i < n; i++) {
         float value = 0;
         const char *at = (const char *)x->data + i * sc_dtype_size(x->dtype);
-        if (x->dtype == SC_I64) sum += (double)*(const int64_t *)(const void *)at;
-        else if (x->dtype == SC_I32) sum += *(const int32_t *)(const void *)at;
-        else if (x->dtype == SC_U8) sum += *(const uint8_t *)at;
-        else sc_to_f32(&value, at, x->dtype, 1);
+        sc_to_f32(&value, at, x->dtype, 1);
         sum += (double)value;
     }
     return sum;

@@ -121,6 +121,31 @@ static const fused xlabs[] = {
      false},
     {"single_blocks.1.processor.proj_lora", 1, {SINGLE(1) "proj_out"}, false}};
 enum { XLABS = sizeof xlabs / sizeof *xlabs };
+/* OneTrainer's: BFL's names, but with a number for each part of a fused layer. */
+static const fused omi[] = {
+    {"img_in.proj", 1, {"x_embedder"}, false},
+    {"txt_in", 1, {"context_embedder"}, false},
+    {"time_in.in_layer", 1, {"time_text_embed.timestep_embedder.linear_1"}, false},
+    {"vector_in.out_layer", 1, {"time_text_embed.text_embedder.linear_2"}, false},
+    {"guidance_in.in_layer", 1, {"time_text_embed.guidance_embedder.linear_1"}, false},
+    {"final_layer.adaLN_modulation.1", 1, {"norm_out.linear"}, true},
+    {"final_layer.linear", 1, {"proj_out"}, false},
+    {"double_blocks.0.img_attn.qkv.0", 1, {DOUBLE "attn.to_q"}, false},
+    {"double_blocks.0.img_attn.qkv.1", 1, {DOUBLE "attn.to_k"}, false},
+    {"double_blocks.0.img_attn.qkv.2", 1, {DOUBLE "attn.to_v"}, false},
+    {"double_blocks.0.txt_attn.qkv.0", 1, {DOUBLE "attn.add_q_proj"}, false},
+    {"double_blocks.0.txt_attn.qkv.1", 1, {DOUBLE "attn.add_k_proj"}, false},
+    {"double_blocks.0.txt_attn.qkv.2", 1, {DOUBLE "attn.add_v_proj"}, false},
+    {"double_blocks.0.img_attn.proj", 1, {DOUBLE "attn.to_out.0"}, false},
+    {"double_blocks.0.txt_mlp.2", 1, {DOUBLE "ff_context.net.2"}, false},
+    {"double_blocks.0.img_mod.lin", 1, {DOUBLE "norm1.linear"}, false},
+    {"single_blocks.1.linear1.0", 1, {SINGLE(1) "attn.to_q"}, false},
+    {"single_blocks.1.linear1.1", 1, {SINGLE(1) "attn.to_k"}, false},
+    {"single_blocks.1.linear1.2", 1, {SINGLE(1) "attn.to_v"}, false},
+    {"single_blocks.1.linear1.3", 1, {SINGLE(1) "proj_mlp"}, false},
+    {"single_blocks.1.linear2", 1, {SINGLE(1) "proj_out"}, false},
+    {"single_blocks.1.modulation.lin", 1, {SINGLE(1) "norm.linear"}, false}};
+enum { OMI = sizeof omi / sizeof *omi };
 static const char *const bfl_norms[][2] = {
     {"double_blocks.0.img_attn.norm.query_norm.scale", DOUBLE "attn.norm_q.weight"},
     {"double_blocks.0.img_attn.norm.key_norm.scale", DOUBLE "attn.norm_k.weight"},
@@ -445,6 +470,8 @@ static const struct {
                 {"lora_unet_", ".lora_down.weight", ".lora_up.weight", bfl, BFL, true},
                 {"diffusion_model.", ".lora_A.weight", ".lora_B.weight", bfl, BFL, false},
                 {"diffusion_model.", ".lora_down.weight", ".lora_up.weight", bfl, BFL, true},
+                {"transformer.", ".lora_down.weight", ".lora_up.weight", omi, OMI, true},
+                {"lycoris_", ".lora_down.weight", ".lora_up.weight", NULL, 0, true},
                 {"", ".down.weight", ".up.weight", xlabs, XLABS, false}};
 
 /* Random factors on every layer that a dialect names, in its names; w: what they add to each module.
@@ -550,9 +577,10 @@ static void test_dialects(void) {
     /* A layer whose alpha is missing: it is the rank. */
     float **one = zero_differences(f);
     tensors *lone = random_lora(f, 5, 4, 4, 5, one);
-    snprintf(lone->name[2], sizeof lone->name[2], "%s", "lora_unet_img_in.alph");
-    CHECK(sc_lora_load(f, save(lone, "lora.safetensors"), 1, &report) &&
-          strstr(report.missed, "img_in.alph"));
+    lone->name[2][0] = 0; /* left out */
+    lone->named[2] = lone->named[--lone->count];
+    CHECK(sc_lora_load(f, save(lone, "lora.safetensors"), 1, &report) && !*report.missed);
+    lone->count++;
     CHECK(merged_error(f, base, one) < 1e-5);
     sc_lora_unload(f);
     free_tensors(lone);
@@ -620,6 +648,171 @@ static void test_lora_configs(void) {
     sc_flux_close(f), sc_flux_close(base);
 }
 
+/* Of each vector that a file changes, in every form: at scale 0.5, twice, and taken off again. */
+static void test_lora_vectors(void) {
+    static const char *const forms[][3] = {
+        {"transformer.x_embedder.lora_B.bias", "x_embedder.bias", "scaled"},
+        {"diffusion_model.img_in.diff_b", "x_embedder.bias", ""},
+        {"lora_unet_double_blocks_0_txt_attn_qkv.diff_b", DOUBLE "attn.add_k_proj.bias", "1/3"},
+        {"final_layer.adaLN_modulation.1.bias", "norm_out.linear.bias", "swapped, instead"},
+        {"double_blocks.0.img_attn.norm.key_norm.scale", DOUBLE "attn.norm_k.weight", "instead"},
+        {"diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale.diff",
+         DOUBLE "attn.norm_k.weight", ""},
+        {"diffusion_model.single_blocks.1.norm.query_norm.diff", SINGLE(1) "attn.norm_q.weight",
+         ""},
+        {"base_model.model.proj_out.bias", "proj_out.bias", "instead"}};
+    sc_flux *base = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
+    sc_flux *f = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
+    for (size_t i = 0; i < sizeof forms / sizeof *forms; i++) {
+        tensors *t = random_lora(f, 0, 2, 2, 4, NULL); /* plain pairs beside it */
+        const char *how = forms[i][2];
+        int k = 0, part = *how == '1' ? 1 : 0;
+        sc_rng rng = {9};
+        sc_lora_report report;
+        while (strcmp(f->net->weights[k]->name, forms[i][1])) k++;
+        int64_t n = sc_count(&f->net->weights[k]->tensor), rows = *how == '1' ? 3 * n : n;
+        float *v = malloc((size_t)rows * 4), *own = malloc(4);
+        sc_normal(&rng, v, rows);
+        *own = 3; /* alpha over rank 2 */
+        add(t, forms[i][0], SC_F32, rows, 0, v);
+        if (*how == 's' && how[1] == 'c') add(t, "transformer.x_embedder.alpha", SC_F32, 0, 0, own);
+        else free(own);
+        const char *path = save(t, "vectors.safetensors");
+        CHECK(sc_lora_load(f, path, 0.5f, &report) && report.applied == report.total);
+        CHECK(sc_lora_load(f, path, 0.5f, &report));
+        float *got = merged_weight(f, k), *old = merged_weight(base, k);
+        double worst = 0;
+        for (int64_t j = 0; j < n; j++) {
+            float add_to = v[part * n + (strstr(how, "swapped") ? (j + n / 2) % n : j)];
+            float want = strstr(how, "instead") ? 0.25f * old[j] + 0.75f * add_to
+                                                : old[j] + (*how == 's' ? 1.5f : 1) * add_to;
+            worst = fmax(worst, fabs((double)got[j] - want));
+        }
+        CHECK(worst < 1e-5);
+        if (worst >= 1e-5) printf("  %s: off by %g\n", forms[i][0], worst);
+        CHECK(!sc_lora_save_kohya(f, in_folder("none.safetensors"), NULL) &&
+              strstr(sc_error(), "is changed, which kohya's names"));
+        sc_params *p = sc_params_lora(f, 2, 2, 1); /* training has no such numbers */
+        CHECK(!sc_lora_start(p, path) && strstr(sc_error(), i ? "not understood" : "the bias"));
+        sc_params_free(p);
+        free(got), free(old);
+        sc_lora_unload(f);
+        CHECK(difference(f, base) == 0);
+        free_tensors(t);
+    }
+    sc_flux_close(f), sc_flux_close(base);
+}
+
+/* What is no LoRA is refused by its name, whatever else is in the file; nothing of a text encoder
+ * counts so. */
+static void test_other_adapters(void) {
+    static const char *const kinds[][2] = {
+        {"lycoris_transformer_blocks_0_attn_to_q.lokr_w1", "LoKr"},
+        {"lora_unet_double_blocks_0_img_attn_qkv.hada_w1_a", "LoHa"},
+        {"transformer.x_embedder.dora_scale", "DoRA"},
+        {"transformer.x_embedder.lora_magnitude_vector", "DoRA"},
+        {"lora_unet_img_in.oft_blocks", "OFT"},
+        {"base_model.model.x_embedder.boft_R", "BOFT"},
+        {"lora_unet_img_in.a1.weight", "GLoRA"},
+        {"lora_unet_img_in.lora_mid.weight", "middle factor"},
+        {"diffusion_model.img_in.diff", "differences of whole weights"},
+        {"transformer.x_embedder.weight", "whole weights"},
+        {"transformer.x_embedder.lora_A.other.weight", "something else"},
+        {"lora_unet_img_in.alph", "a kind of tensors"},
+        {"diffusion_model.img_in.reshape_weight", "a kind of tensors"}};
+    sc_flux *f = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
+    sc_lora_report report;
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        for (int pairs = 0; pairs < 2; pairs++) {
+            tensors *t = pairs ? random_lora(f, 0, 2, 2, 4, NULL) : new_tensors();
+            add(t, kinds[i][0], SC_F32, 4, 2, calloc(8, 4));
+            CHECK(!sc_lora_load(f, save(t, "other.safetensors"), 1, &report) &&
+                  strstr(sc_error(), kinds[i][1]) && strstr(sc_error(), kinds[i][0]));
+            if (!strstr(sc_error(), kinds[i][1])) printf("  %s: %s\n", kinds[i][0], sc_error());
+            sc_lora_unload(f);
+            free_tensors(t);
+        }
+    tensors *t = random_lora(f, 0, 2, 2, 4, NULL);
+    add(t, "lora_te1_text_model_encoder_layers_0_mlp_fc1.hada_w1_a", SC_F32, 4, 2, calloc(8, 4));
+    CHECK(sc_lora_load(f, save(t, "other.safetensors"), 1, &report) &&
+          strstr(report.missed, "lora_te1") && report.total == report.applied + 1);
+    static const char *const configs[][2] = {{"{\"peft_type\": \"LOHA\"}", "LOHA"},
+                                             {"{\"init_lora_weights\": \"pissa_niter_4\"}", "pissa"}};
+    for (int i = 0; i < 2; i++) {
+        const char *const metadata[] = {"lora_adapter_metadata", configs[i][0], NULL};
+        CHECK(sc_file_save(in_folder("other.safetensors"), t->named, t->count, metadata));
+        CHECK(!sc_lora_load(f, in_folder("other.safetensors"), 1, &report) &&
+              strstr(sc_error(), configs[i][1]));
+    }
+    free_tensors(t);
+    sc_flux_close(f);
+}
+
+/* Of a model's file: scales and blocks that nobody reads are errors, the rest is listed. */
+static void test_unread(void) {
+    static const struct { const char *name, *scaled, *message; } cases[] = {
+        {"img_in.weight_scale_inv", "scale_weight", "'img_in.weight_scale_inv' is not understood"},
+        {"img_in.weight_zero_point", "scale_weight", "not understood beside the 8-bit"},
+        {"double_blocks.0.img_attn.qkv.qscale", "weight_scale", "not understood beside the 8-bit"},
+        {"double_blocks.0.img_attn.qkv.input_scale", "scale_weight", NULL},
+        {"img_in.comfy_quant", "weight_scale", NULL},
+        {"double_blocks.1.img_mod.lin.weight", NULL, "of a block that the model does not have"},
+        {"single_blocks.2.linear1.weight", "scale_weight", "of a block that"},
+        {"single_blocks.17.what.ever", NULL, "of a block that"},
+        {"text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.bias", NULL, ""},
+        {"img_in.weight_scale_inv", NULL, ""},
+        {"guidance_out.weight", NULL, ""},
+        {"text_model.embeddings.position_ids", NULL, NULL}};
+    char names[64];
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        tensors *t = to_bfl("", cases[i].scaled);
+        add(t, cases[i].name, SC_F32, 1, 1, calloc(1, 4));
+        sc_flux *f = open_as(t, "unread");
+        if (cases[i].message && *cases[i].message) refused(f, cases[i].message);
+        else {
+            CHECK(f != NULL);
+            sc_net *nets[3] = {NULL, f ? f->net : NULL, f ? f->net : NULL};
+            CHECK(sc_net_unread(nets, 3, names, sizeof names) == (cases[i].message != NULL));
+            CHECK(cases[i].message ? strlen(cases[i].name) > 50 || strstr(names, cases[i].name)
+                                   : !*names);
+            sc_flux_close(f);
+        }
+        free_tensors(t);
+    }
+    tensors *t = to_bfl("", "weight_scale"); /* as many scales as rows, but of blocks */
+    for (int i = 0; i < t->count; i++)
+        if (strstr(t->name[i], "img_in.weight_scale"))
+            t->tensor[i].ndim = 2, t->tensor[i].shape[0] /= 2, t->tensor[i].shape[1] = 2;
+    refused(open_as(t, "unread"), "one number, or one a row");
+    free_tensors(t);
+}
+
+/* A file whose data starts at an odd address is the same model. */
+static void test_misaligned_model(void) {
+    sc_flux *original = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
+    size_t n, config;
+    char *file = sc__read_file(MODEL "/diffusion_pytorch_model.safetensors", &n);
+    char *text = sc__read_file(MODEL "/config.json", &config);
+    uint64_t length = 0;
+    memcpy(&length, file, 8); /* the tests' machines are little-endian */
+    char *odd = malloc(n + 3);
+    memcpy(odd, file, 8 + length);
+    memcpy(odd + 8 + length, "   ", 3);
+    memcpy(odd + 8 + length + 3, file + 8 + length, n - 8 - length);
+    length += 3;
+    memcpy(odd, &length, 8);
+    mkdir(in_folder("odd"), 0777);
+    CHECK(sc__write_file(in_folder("odd/model.safetensors"), odd, n + 3));
+    CHECK(sc__write_file(in_folder("odd/config.json"), text, config));
+    for (int widen = 0; widen < 2; widen++) {
+        sc_flux *f = sc_flux_open(sc_cpu(), in_folder("odd"), widen, false, 0);
+        CHECK(f && sc_net_load(f->net) && difference(f, original) == 0);
+        sc_flux_close(f);
+    }
+    free(odd), free(file), free(text);
+    sc_flux_close(original);
+}
+
 static void test_bad_loras(void) {
     sc_flux *f = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
     sc_lora_report report;
@@ -629,10 +822,8 @@ static void test_bad_loras(void) {
     CHECK(sc_lora_load(f, save(t, "lora.safetensors"), 1, &report));
     CHECK(report.applied == f->module_count - 1 && report.total == f->module_count);
     CHECK(strstr(report.missed, "y_embedder") != NULL);
-    add(t, "transformer.x_embedder.dora_scale", SC_F32, 4, 0, calloc(4, 4));
-    CHECK(sc_lora_load(f, save(t, "lora.safetensors"), 1, &report) &&
-          strstr(report.missed, "dora_scale"));
     sc_lora_unload(f);
+    add(t, "transformer.x_embedder.dora_scale", SC_F32, 4, 0, calloc(4, 4));
     for (int i = 0; i < t->count; i++)
         snprintf(t->name[i], sizeof t->name[i],
                  "lora_unet_down_blocks_%d_attentions_0_proj_in.lora_%s.weight", i / 2,
@@ -723,11 +914,15 @@ int main(void) {
     test_scale_shapes();
     test_shapes();
     test_bad_weights();
+    test_unread();
+    test_misaligned_model();
     test_model_shards();
     test_parts();
     test_dialects();
     test_lora_configs();
     test_bad_loras();
+    test_lora_vectors();
+    test_other_adapters();
     test_real();
     remove_tree(folder);
     return test_report();
