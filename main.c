@@ -20,8 +20,10 @@ static const char usage[] =
 typedef struct options {
     const char *model, *lora[8], *prompts, *evaluator, *real, *out, *device, *weights, *weights_on;
     float guidance, shift;
-    bool full, kohya, guided; /* guided: by --guidance */
-    int count, seed, threads, batch, resolution;
+    bool full, kohya, guided, named; /* guided: by --guidance; named: by --out */
+    int count, threads, batch, resolution;
+    uint64_t seed;
+    char *command;
 } options;
 
 /* ---- The evaluator: a small convolutional classifier (data/train_evaluator.py) ---- */
@@ -214,7 +216,7 @@ typedef struct prompt {
 } prompt;
 
 typedef struct setting {
-    char lora[1024]; /* its path; "": none */
+    char *lora; /* its path; NULL: none */
     int steps;
     float shift, guidance, scale;
     char label[64];
@@ -255,12 +257,7 @@ static double gradient_energy(const float *rgb, int side) {
 static bool use_lora(experiment *x, const setting *s) {
     sc_lora_report report;
     sc_lora_unload(x->p->flux);
-    return !s->lora[0] || s->scale == 0 || sc_lora_load(x->p->flux, s->lora, s->scale, &report);
-}
-
-static bool not_interrupted(void *user, int step, int steps) {
-    (void)user, (void)step, (void)steps;
-    return !sc_interrupted;
+    return !s->lora || s->scale == 0 || sc_lora_load(x->p->flux, s->lora, s->scale, &report);
 }
 
 /* Draws pictures [first, first + n) of the experiment: prompt i of the list, noise of seed + i. */
@@ -276,7 +273,7 @@ static bool draw_batch(experiment *x, const setting *s, int first, int n, float 
     float *latents = memory, *context = latents + n * size, *pooled = context + n * text;
     for (int i = 0; i < n; i++) {
         const prompt *q = &x->prompts[(first + i) % x->prompt_count];
-        sc_rng rng = {(uint64_t)(x->o.seed + first + i)};
+        sc_rng rng = {x->o.seed + (uint64_t)(first + i)};
         sc_normal(&rng, latents + i * size, size);
         memcpy(context + i * text, q->context, (size_t)text * 4);
         memcpy(pooled + (int64_t)i * c->pooled_channels, q->pooled, (size_t)c->pooled_channels * 4);
@@ -286,7 +283,7 @@ static bool draw_batch(experiment *x, const setting *s, int first, int n, float 
                             .guidance = s->guidance,
                             .h = h,
                             .w = h,
-                            .progress = not_interrupted};
+                            .progress = sc_not_interrupted};
     bool ok = sc_sample(p->flux, p->tape, &sampling, n, p->text_tokens, context, pooled, latents) &&
               sc_pipeline_decode(p, latents, n, h, h, rgb);
     free(memory);
@@ -375,7 +372,7 @@ static void print_head(void) {
 /* `base`: the base's measures at as many steps, of which the gap is a share; NULL: none. */
 static void print_row(const setting *s, const measures *m, const measures *base, double base_real) {
     printf("%-30.30s %5d %5.2f %5.2f ", s->label, s->steps, s->shift, s->guidance);
-    if (s->lora[0]) printf("%6.2f ", s->scale);
+    if (s->lora) printf("%6.2f ", s->scale);
     else printf("%6s ", "-");
     printf("%8.4f %9.4f ", m->rmse, m->frechet);
     if (base) printf("%5.0f%% ", 100 * (1 - m->frechet / base->frechet));
@@ -477,18 +474,21 @@ static bool run_experiment(experiment *x) {
             setting l = {.steps = few[i],
                          .shift = x->o.shift > 0 ? x->o.shift : shift,
                          .guidance = x->o.guidance};
-            sc_lora_argument(x->o.lora[j], few[i], l.lora, &l.scale,
-                             x->o.guided ? NULL : &l.guidance);
+            l.lora =
+                sc_lora_argument(x->o.lora[j], few[i], &l.scale, x->o.guided ? NULL : &l.guidance);
+            if (!l.lora) return false;
             snprintf(l.label, sizeof l.label, "%.60s", l.lora);
             x->column++;
             snprintf(title, sizeof title, "%s %d", loras == 1 ? "SCFM" : "LORA", few[i]);
             draw_text(x, x->column, title);
-            if (!run_setting(x, &l, x->count, false, true, &m)) return false;
-            print_row(&l, &m, &base, full.real);
+            bool ok = run_setting(x, &l, x->count, false, true, &m);
+            if (ok) print_row(&l, &m, &base, full.real);
+            free(l.lora);
+            if (!ok) return false;
         }
     }
-    bool ok =
-        sc_picture_save(&(sc_picture){side * x->columns, x->height, x->sheet}, x->o.out, NULL);
+    bool ok = sc_picture_save(&(sc_picture){side * x->columns, x->height, x->sheet}, x->o.out,
+                              x->o.command);
     if (ok)
         printf("%d pictures a row of the table, from the same noise; contact sheet: %s\n", x->count,
                x->o.out);
@@ -531,7 +531,8 @@ static bool load_real(experiment *x) {
     for (int64_t i = 0; ok && i < data->count; i++, x->real_count++) {
         sc_picture picture = {0}, fitted = {0};
         int class_of;
-        ok = sc_picture_load(&picture, data->pairs[i].path) &&
+        ok = sc_apart(x->o.out, data->pairs[i].path) &&
+             sc_picture_load(&picture, data->pairs[i].path) &&
              sc_picture_fit(&fitted, &picture, x->judge.side, x->judge.side) &&
              evaluate(&x->judge, fitted.rgb, x->real + i * x->judge.features, &class_of) &&
              (!sc_interrupted || sc__fail("stopped"));
@@ -546,10 +547,13 @@ static bool load_real(experiment *x) {
 static int experiment_main(const options *o) {
     experiment x = {.o = *o};
     const sc_backend *be = sc_device(o->device);
+    x.o.command = sc_command(2, (char *[]){SC_MADE_BY, o->command});
     if (!x.o.lora[0]) x.o.lora[0] = sc_own_lora(o->model);
     const sc_pipeline_options how = {.fp8 = !strcmp(o->weights, "fp8"),
                                      .streamed = !strcmp(o->weights_on, "host")};
-    bool ok = be && sc_can_write(o->out) && (x.p = sc_open_model(be, o->model, &how)) &&
+    bool ok = be && x.o.command && sc_apart(o->out, o->prompts) &&
+              sc_check_out(o->out, ".png", o->named, o->model, x.o.lora) &&
+              (x.p = sc_open_model(be, o->model, &how)) &&
               evaluator_open(&x.judge, be, o->evaluator);
     if (ok && o->resolution) x.p->resolution = o->resolution;
     if (ok && (x.p->resolution % x.p->token_pixels || x.p->resolution > 1 << 14))
@@ -572,7 +576,7 @@ static int experiment_main(const options *o) {
     for (int i = 0; x.prompts && i < x.prompt_count; i++)
         free(x.prompts[i].text), free(x.prompts[i].context), free(x.prompts[i].pooled);
     free(x.prompts), free(x.base), free(x.base_features), free(x.features), free(x.real),
-        free(x.sheet);
+        free(x.sheet), free(x.o.command);
     evaluator_close(&x.judge);
     sc_pipeline_close(x.p);
     return ok ? 0 : sc_die();
@@ -718,10 +722,12 @@ static int merge_main(const options *o) {
     char *path = sc__part_path(o->model, SC__TRANSFORMER);
     sc_flux *flux = path ? sc_flux_open(sc_cpu(), path, false, false, 0) : NULL;
     float guidance = NAN; /* that of 3 steps, as the scale: weights cannot keep it */
-    bool ok = flux && (o->lora[0] || sc__fail("merge needs --lora FILE[:SCALE]"));
+    bool ok = flux && (o->lora[0] || sc__fail("merge needs --lora FILE[:SCALE]")) &&
+              (o->kohya ? sc_check_out(o->out, SC_WEIGHTS, o->named, o->model, o->lora)
+                        : sc_can_write_model(flux, o->out));
     for (int i = 0; ok && i < 8 && o->lora[i]; i++)
         ok = sc_load_lora_argument(flux, o->lora[i], 3, &guidance);
-    const char *metadata[] = {"format", "pt", NULL};
+    const char *metadata[] = {"format", "pt", "command", o->command, NULL};
     sc_dtype type = ok ? flux->net->weights[0]->source.dtype : SC_BF16;
     if (type != SC_F32 && type != SC_F16) type = SC_BF16;
     ok = ok && (o->kohya ? sc_lora_save_kohya(flux, o->out, metadata)
@@ -781,7 +787,7 @@ int main(int argc, char **argv) {
          "matrices: in host memory they are streamed, for GPUs that are too small"},
         {"--device", SC_CHOICE, &o.device, SC_DEVICES, "what computes"},
         {"--threads", SC_INT, &o.threads, "N", "CPU threads (0: OMP_NUM_THREADS, or all cores)"},
-        {"--seed", SC_INT, &o.seed, "N", "noise of the first picture"},
+        {"--seed", SC_SEED, &o.seed, "N", "noise of the first picture"},
     };
     const char *words[2] = {NULL, NULL};
     const int options_count = sizeof table / sizeof *table;
@@ -792,12 +798,17 @@ int main(int argc, char **argv) {
     sc_set_threads(o.threads);
     sc_catch_interrupt();
     bool merge = count && !strcmp(words[0], "merge");
+    o.named = o.out != NULL;
+    o.command = sc_command(argc, argv);
+    if (!o.command) return sc_die();
     if (!o.out) o.out = !merge ? "sheet.png" : o.kohya ? "lora-kohya.safetensors" : "merged";
     if (o.batch < 1 || o.count < 0 || o.count == 1 || o.resolution < 0 || o.shift < 0)
         return fprintf(stderr, "error: --batch from 1, --count from 2 up, no negative numbers\n"),
-               2;
-    if (count == 0) return experiment_main(&o);
-    if (count == 2 && !strcmp(words[0], "info")) return info_main(words[1]);
-    if (merge && count == 1) return merge_main(&o);
-    return wrong_words(words[0], count, argv[0]);
+               free(o.command), 2;
+    int status = count == 0                                ? experiment_main(&o)
+                 : count == 2 && !strcmp(words[0], "info") ? info_main(words[1])
+                 : merge && count == 1                     ? merge_main(&o)
+                                                           : wrong_words(words[0], count, argv[0]);
+    free(o.command);
+    return status;
 }

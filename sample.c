@@ -22,8 +22,11 @@ typedef struct options {
     bool no_lora;
     float guidance;
     bool guided; /* by --guidance: then a LoRA has no say in it */
-    int seed, count, threads;
+    bool named;  /* by --out */
+    uint64_t seed;
+    int count, threads;
     int steps, width, height;
+    char *command;
 } options;
 
 /* ---- One picture ---- */
@@ -68,12 +71,14 @@ static char *parameters_of(const options *o, const char *prompt, uint64_t seed, 
     sc__text_add(&t, line, (size_t)n);
     sc__text_add(&t, o->model, strlen(o->model));
     for (int i = 0; !o->no_lora && i < 8 && o->lora[i]; i++) {
-        char path[1024], scale_text[32];
+        char scale_text[32];
         float scale;
-        sc_lora_argument(o->lora[i], o->steps, path, &scale, NULL);
+        char *path = sc_lora_argument(o->lora[i], o->steps, &scale, NULL);
         sc__text_add(&t, i ? " " : ", Lora: ", i ? 1 : 8);
-        sc__text_add(&t, path, strlen(path));
+        sc__text_add(&t, path ? path : "", path ? strlen(path) : 0);
         sc__text_add(&t, scale_text, (size_t)snprintf(scale_text, sizeof scale_text, ":%g", scale));
+        t.failed = t.failed || !path;
+        free(path);
     }
     if (!strcmp(o->weights, "fp8")) sc__text_add(&t, ", Weights: fp8", 14);
     if (o->noise) {
@@ -89,27 +94,22 @@ static char *parameters_of(const options *o, const char *prompt, uint64_t seed, 
 /* Whether a LoRA was written after the file at `path`. */
 static bool lora_is_newer(const options *o, const char *path) {
     struct stat picture, lora;
-    char file[1024];
     float scale;
     bool newer = false;
     for (int i = 0; !o->no_lora && i < 8 && o->lora[i]; i++) {
-        sc_lora_argument(o->lora[i], o->steps, file, &scale, NULL);
-        newer =
-            newer || stat(path, &picture) || stat(file, &lora) || lora.st_mtime > picture.st_mtime;
+        char *file = sc_lora_argument(o->lora[i], o->steps, &scale, NULL);
+        newer = newer || !file || stat(path, &picture) || stat(file, &lora) ||
+                lora.st_mtime > picture.st_mtime;
+        free(file);
     }
     return newer;
 }
 
-/* Whether the PNG at `path` was drawn with just these parameters: the text in its chunk. */
+/* Whether the PNG at `path` was drawn with just these parameters. */
 static bool drawn(const char *path, const char *parameters) {
-    size_t size = 0, at = 0, length = 0, n = strlen(parameters);
-    char *file = sc__exists(path) ? sc__read_file(path, &size) : NULL;
-    const uint8_t *text = NULL;
-    for (int utf8 = 0; file && !text && utf8 < 2; utf8++, at = 0)
-        text = sc__chunk((uint8_t *)file, size, &at, utf8 ? "iTXt" : "tEXt", &length);
-    bool same = text && length >= 11 + n && !memcmp(text, "parameters", 11) &&
-                !memcmp(text + length - n, parameters, n) && !text[length - n - 1];
-    free(file);
+    char *text = sc_picture_parameters(path);
+    bool same = text && !strcmp(text, parameters);
+    free(text);
     return same;
 }
 
@@ -164,44 +164,153 @@ static bool draw(sc_pipeline *p, const options *o, const char *prompt, uint64_t 
     return ok;
 }
 
-/* "name.png" for the first of several, then "name-2.png" ... */
-static void numbered(const char *out, int index, char path[1024]) {
-    const char *slash = strrchr(out, '/'), *dot = strrchr(slash ? slash : out, '.');
-    int stem = dot ? (int)(dot - out) : (int)strlen(out);
-    if (index == 0) snprintf(path, 1024, "%s", out);
-    else snprintf(path, 1024, "%.*s-%d%s", stem, out, index + 1, dot ? dot : "");
+/* "name.png" for the first of several, then "name-2.png" ...; malloced. */
+static char *numbered(const char *out, int index) {
+    const char *ending = sc__ending(out);
+    size_t n = strlen(out) + 16;
+    char *path = (char *)sc__alloc(n, 1);
+    if (path && index == 0) snprintf(path, n, "%s", out);
+    else if (path) snprintf(path, n, "%.*s-%d%s", (int)(ending - out), out, index + 1, ending);
+    return path;
+}
+
+/* What --out and --latents name, and the names that follow from --out's. */
+static bool check_files(const options *o) {
+    bool ok = sc_check_out(o->out, ".png", o->named, o->model, o->lora) &&
+              sc_apart(o->out, o->noise) && sc_apart(o->out, o->latents);
+    if (ok && o->latents)
+        ok = sc_check_out(o->latents, SC_WEIGHTS, true, o->model, o->lora) &&
+             sc_apart(o->latents, o->noise);
+    for (int i = 1; ok && i < o->count; i++) {
+        char *path = numbered(o->out, i);
+        ok = path && sc_may_replace(path);
+        free(path);
+    }
+    return ok;
+}
+
+static bool draw_all(sc_pipeline *p, const options *o, const char *prompt) {
+    bool ok = check_files(o);
+    for (int i = 0; ok && i < o->count; i++) {
+        char *path = numbered(o->out, i);
+        ok = path && draw(p, o, prompt, o->seed + (uint64_t)i, path);
+        free(path);
+    }
+    return ok;
 }
 
 /* ---- A training set from the model itself ---- */
 
+typedef struct list {
+    const options *o;
+    char *text, **prompts, *metadata; /* the file, its lines, the path of metadata.jsonl */
+    int64_t count;                    /* pictures: o->count of each prompt */
+} list;
+
+static bool open_list(list *l, const options *o) {
+    size_t lines = 1;
+    *l = (list){.o = o, .text = sc_text_load(o->prompts)};
+    for (const char *c = l->text; c && *c; c++) lines += *c == '\n' || *c == '\r';
+    l->prompts = l->text ? (char **)sc__alloc(lines, sizeof *l->prompts) : NULL;
+    l->metadata = l->prompts ? sc__join(o->out_dir, "metadata.jsonl") : NULL;
+    for (char *rest = l->text, *line; l->metadata && (line = sc_next_line(&rest));)
+        l->prompts[l->count++] = line;
+    l->count *= o->count;
+    return l->metadata && (l->count || sc__fail("%s: no prompts", o->prompts));
+}
+
+static void close_list(list *l) { free(l->text), free(l->prompts), free(l->metadata); }
+
+static const char *prompt_of(const list *l, int64_t index) {
+    return l->prompts[index / l->o->count];
+}
+
+static char *path_of(const list *l, int64_t index) {
+    char name[32];
+    snprintf(name, sizeof name, "%06lld.png", (long long)index);
+    return sc__join(l->o->out_dir, name);
+}
+
+/* The picture's line of metadata.jsonl; malloced. */
+static char *line_of(const char *name, const char *prompt) {
+    sc__text t = {0};
+    sc__text_add(&t, "{\"file_name\": ", 14);
+    sc__text_quote(&t, name);
+    sc__text_add(&t, ", \"prompt\": ", 12);
+    sc__text_quote(&t, prompt);
+    sc__text_add(&t, "}", 2);
+    if (!t.failed) return t.data;
+    free(t.data);
+    return sc__fail("out of memory"), NULL;
+}
+/* Whether nothing is lost with a line of an old metadata.jsonl: its picture says the same, or it
+ * will stand there again. */
+static bool known_line(const list *l, const char *line) {
+    long long index = -1;
+    bool known = false;
+    sscanf(line, "{\"file_name\": \"%lld.png\"", &index);
+    char *path = index >= 0 ? path_of(l, index) : NULL;
+    char *text = path ? sc_picture_parameters(path) : NULL;
+    if (text) text[strcspn(text, "\n")] = 0;
+    const char *prompts[] = {text, path && index < l->count ? prompt_of(l, index) : NULL};
+    for (int i = 0; i < 2; i++) {
+        char *same = prompts[i] ? line_of(strrchr(path, '/') + 1, prompts[i]) : NULL;
+        known = known || (same && !strcmp(same, line));
+        free(same);
+    }
+    free(text), free(path);
+    return known;
+}
+
+/* A folder may hold pictures of the user's, under such names too. */
+static bool check_folder(const list *l) {
+    size_t length;
+    bool ok = sc_apart(l->metadata, l->o->prompts), old = sc__exists(l->metadata);
+    for (int64_t i = 0; ok && i < l->count; i++) {
+        char *path = path_of(l, i);
+        ok = path && sc_may_replace(path);
+        free(path);
+    }
+    char *text = ok && old ? sc__read_file(l->metadata, &length) : NULL, *rest = text, *line;
+    ok = ok && (text || !old);
+    while (ok && text && (line = sc_next_line(&rest)))
+        ok = known_line(l, line) ||
+             sc__fail("%s has lines that are not this program's: choose another folder: %s",
+                      l->metadata, line);
+    free(text);
+    return ok && sc_can_write(l->metadata);
+}
+
+/* Draws a picture of the list and writes its line; the first starts metadata.jsonl anew. */
+static bool draw_next(sc_pipeline *p, const list *l, int64_t index, FILE **metadata) {
+    const char *prompt = prompt_of(l, index);
+    char *path = path_of(l, index), *line = path ? line_of(strrchr(path, '/') + 1, prompt) : NULL;
+    bool ok = line && draw(p, l->o, prompt, l->o->seed + (uint64_t)index, path);
+    if (ok && !*metadata) *metadata = fopen(l->metadata, "w");
+    if (ok && (!*metadata || fprintf(*metadata, "%s\n", line) < 0 || fflush(*metadata)))
+        ok = sc__write_fail(l->metadata);
+    free(line), free(path);
+    return ok;
+}
+
 /* Pictures that are there with the same settings are not drawn again, so a run that was stopped
  * goes on where it was. */
 static bool draw_list(sc_pipeline *p, const options *o) {
-    char *text = sc_text_load(o->prompts), *rest = text, *line, path[1024];
-    bool made = false, ok = text && sc__make_folder(o->out_dir, &made);
-    sc__text metadata = {0};
-    int index = 0;
-    while (ok && !sc_interrupted && (line = sc_next_line(&rest)))
-        for (int i = 0; ok && i < o->count && !sc_interrupted; i++, index++) {
-            char name[64];
-            snprintf(name, sizeof name, "%06d.png", index);
-            snprintf(path, sizeof path, "%s/%s", o->out_dir, name);
-            if (!(ok = draw(p, o, line, (uint64_t)o->seed + (uint64_t)index, path))) break;
-            sc__text_add(&metadata, "{\"file_name\": ", 14);
-            sc__text_quote(&metadata, name);
-            sc__text_add(&metadata, ", \"prompt\": ", 12);
-            sc__text_quote(&metadata, line);
-            sc__text_add(&metadata, "}\n", 2);
-        }
-    snprintf(path, sizeof path, "%s/metadata.jsonl", o->out_dir);
-    if (index) ok = sc__write_file(path, metadata.data, metadata.length) && ok; /* also of a part */
-    if (text && sc_interrupted)
-        ok = sc__fail("stopped after %d pictures; the same command goes on from there", index);
-    else if (ok && !index) ok = sc__fail("%s: no prompts", o->prompts);
-    if (made && !index) rmdir(o->out_dir);
-    if (ok) printf("%s: %d pictures and metadata.jsonl\n", o->out_dir, index);
-    free(metadata.data);
-    free(text);
+    list l;
+    FILE *metadata = NULL;
+    int64_t done = 0;
+    bool made = false, ok = open_list(&l, o) && sc__make_folder(o->out_dir, &made) &&
+                            sc_lock(o->out_dir, o->command) && check_folder(&l);
+    while (ok && done < l.count && !sc_interrupted)
+        if ((ok = draw_next(p, &l, done, &metadata))) done++;
+    if (metadata) fclose(metadata);
+    sc_unlock();
+    if (sc_interrupted)
+        ok = sc__fail("stopped after %lld pictures; the same command goes on from there",
+                      (long long)done);
+    if (made && !done) rmdir(o->out_dir);
+    if (ok) printf("%s: %lld pictures and metadata.jsonl\n", o->out_dir, (long long)done);
+    close_list(&l);
     return ok;
 }
 
@@ -219,7 +328,7 @@ static int read_options(options *o, int argc, char **argv, const char **words) {
          "guidance scale (default: what the LoRA recommends for STEPS, else the model's)"},
         {"--shift", SC_STRING, &o->shift, "S", "time shift, or auto (default: the model's)"},
         {"--size", SC_STRING, &o->size, "WxH", "pixels (default: the model's)"},
-        {"--seed", SC_INT, &o->seed, "N", "of the noise; the next pictures count on from it"},
+        {"--seed", SC_SEED, &o->seed, "N", "of the noise; the next pictures count on from it"},
         {"--count", SC_INT, &o->count, "N", "pictures of a prompt"},
         {"--out", SC_STRING, &o->out, "FILE", "PNG to write"},
         {"--prompts", SC_STRING, &o->prompts, "FILE", "one prompt a line"},
@@ -239,6 +348,7 @@ static int read_options(options *o, int argc, char **argv, const char **words) {
     const char *model = sc_given(argc, argv, "--model");
     if (!sc_parse_recipe(table, count, model ? model : o->model, "sample")) return -1;
     o->guided = sc_given(argc, argv, "--guidance") != NULL;
+    o->named = sc_given(argc, argv, "--out") != NULL;
     return sc_parse(usage, table, count, argc, argv, words, 2);
 }
 
@@ -249,9 +359,8 @@ static bool check_options(options *o, const char *steps) {
     if (o->steps < 1 || o->steps > 1000 || (end && *end))
         return sc__fail("STEPS is a number from 1 to 1000, not '%s'", steps);
     if (o->count < 1) return sc__fail("--count is a number from 1 up, not %d", o->count);
-    const char *dot = strrchr(o->out, '.');
-    if (dot && (!strcmp(dot, ".jpg") || !strcmp(dot, ".jpeg")))
-        return sc__fail("--out is a PNG, not '%s'", o->out);
+    if (o->latents && (o->prompts || o->count > 1))
+        return sc__fail("--latents takes those of one picture");
     float shift = o->shift && strcmp(o->shift, "auto") ? strtof(o->shift, &end) : 1;
     if (!(shift > 0 && isfinite(shift)) || (end && *end))
         return sc__fail("--shift is a positive number or auto, not '%s'", o->shift);
@@ -316,13 +425,9 @@ int main(int argc, char **argv) {
     sc_catch_interrupt();
     sc_pipeline *p = open_model(&o);
     bool usage_ok = !p || take_size(p, &o);
-    bool ok = p && usage_ok && (o.prompts || sc_can_write(o.out)) && load_loras(p, &o);
-    if (ok && o.prompts) ok = draw_list(p, &o);
-    for (int i = 0; ok && prompt && i < o.count; i++) {
-        char path[1024];
-        numbered(o.out, i, path);
-        ok = draw(p, &o, prompt, (uint64_t)o.seed + (uint64_t)i, path);
-    }
+    bool ok = p && usage_ok && load_loras(p, &o) && (o.command = sc_command(argc, argv));
+    ok = ok && (o.prompts ? draw_list(p, &o) : draw_all(p, &o, prompt));
+    free(o.command);
     sc_pipeline_close(p);
     if (!ok) sc_die();
     return ok ? 0 : usage_ok ? 1 : 2;

@@ -836,6 +836,7 @@ bool sc_pipeline_decode(sc_pipeline *p, const float *latents, int batch, int h, 
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -3370,7 +3371,6 @@ bool sc_run_block(sc_tape *t, sc_block block, const void *context, sc_tensor **i
  * little-endian length, a JSON header of that length that gives each tensor's type, shape and
  * place, then the data without gaps. It is mapped, not read: opening 24 GB touches the header only.
  * Nothing that comes from a file is trusted: every length, offset and shape is checked first.
- * Files are written under a temporary name, so that a half-written one is never seen.
  */
 
 static char *sc__join(const char *folder, const char *name) {
@@ -3450,34 +3450,37 @@ static char *sc__read_file(const char *path, size_t *length) {
     return NULL;
 }
 
-/* Writing: into `path`.tmp-NUMBER, which takes the place of `path` only when all of it is on disk.
- * A device or a pipe is written as it is: a renamed file would replace it. */
-typedef struct sc__writer {
-    FILE *file;
-    const char *path;
-    char *temporary;
-    bool direct;
-} sc__writer;
+/* Writing: beside `path`, or beside what that links to, into a file that takes its place and its
+ * mode when all of it is on disk, and is locked until then: one that is not locked was left by a
+ * process that was killed. A device or a pipe is written as it is. */
+typedef struct sc__writer { FILE *file; const char *path; char target[2 * PATH_MAX],
+                            temporary[2 * PATH_MAX + 16]; } sc__writer; /* "": none */
 
 static bool sc__write_fail(const char *path) {
     return sc__fail("%s: cannot write: %s", path, strerror(errno));
 }
 
 static bool sc__write_begin(sc__writer *w, const char *path) {
-    size_t n = strlen(path) + 32;
-    struct stat there;
-    *w = (sc__writer){.path = path, .temporary = (char *)sc__alloc(n, 1)};
-    if (!w->temporary) return false;
-    w->direct = !stat(path, &there) && !S_ISREG(there.st_mode) && !S_ISDIR(there.st_mode);
-    if (w->direct) w->file = fopen(path, "wb");
-    for (int i = 0; !w->direct && !w->file && i < 100 && (i == 0 || errno == EEXIST); i++) {
-        snprintf(w->temporary, n, "%s.tmp-%ld", path, (long)getpid() + i);
-        w->file = fopen(w->temporary, "wbx"); /* x: not one that another writes, as a thread may */
+    struct stat there, mine;
+    char link[PATH_MAX];
+    bool old = !stat(path, &there), direct = old && !S_ISREG(there.st_mode);
+    *w = (sc__writer){.path = path};
+    if (old && !(there.st_mode & 0222)) return sc__fail("%s: cannot write: read-only", path);
+    if (old ? access(path, W_OK) : errno != ENOENT) return sc__write_fail(path);
+    snprintf(w->target, sizeof w->target, "%s", path);
+    for (ssize_t n; (n = readlink(w->target, link, sizeof link - 1)) > 0;) {
+        char *slash = *link == '/' ? NULL : strrchr(w->target, '/');
+        snprintf(slash ? slash + 1 : w->target, sizeof link, "%.*s", (int)n, link);
     }
-    if (w->file) return true;
-    sc__write_fail(path);
-    SC_FREE(w->temporary);
-    return false;
+    if (!direct) snprintf(w->temporary, sizeof w->temporary, "%s.tmp-shortcut", w->target);
+    w->file = fopen(direct ? path : w->temporary, direct ? "wb" : "ab");
+    if (!w->file || direct) return w->file || sc__write_fail(path);
+    int fd = fileno(w->file);
+    if (old) fchmod(fd, there.st_mode & 0777);
+    if ((!flock(fd, LOCK_EX | LOCK_NB) || errno != EWOULDBLOCK) && !fstat(fd, &mine) &&
+        !lstat(w->temporary, &there) && mine.st_ino == there.st_ino && !ftruncate(fd, 0))
+        return true; /* another inode: it was put in place meanwhile */
+    return fclose(w->file), sc__fail("%s: cannot write: another process is writing it", path);
 }
 
 static bool sc__write_bytes(sc__writer *w, const void *data, size_t n) {
@@ -3486,13 +3489,11 @@ static bool sc__write_bytes(sc__writer *w, const void *data, size_t n) {
 
 /* Ends what sc__write_begin began; with `ok` false (error already set) nothing remains of it. */
 static bool sc__write_end(sc__writer *w, bool ok) {
-    if (ok && (fflush(w->file) || (!w->direct && fsync(fileno(w->file)))))
+    if (ok && (fflush(w->file) || (*w->temporary && (fsync(fileno(w->file)) ||
+                                                     rename(w->temporary, w->target)))))
         ok = sc__write_fail(w->path);
-    if (fclose(w->file) && ok) ok = sc__write_fail(w->path);
-    if (ok && !w->direct && rename(w->temporary, w->path)) ok = sc__write_fail(w->path);
-    if (!ok && !w->direct) remove(w->temporary);
-    SC_FREE(w->temporary);
-    return ok;
+    if (!ok && *w->temporary) remove(w->temporary); /* before the lock goes */
+    return (!fclose(w->file) || !ok || sc__write_fail(w->path)) && ok;
 }
 
 static bool sc__write_file(const char *path, const void *data, size_t n) {
@@ -4138,7 +4139,7 @@ static void sc__header_text(sc__text *t, const sc_named *x, int64_t count,
     static const char format[] = ":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%llu,%llu]}";
     char shape[96], line[256];
     uint64_t at = 0, end;
-    sc__text_add(t, "{\"__metadata__\":{", 17);
+    sc__text_add(t, "\0\0\0\0\0\0\0\0{\"__metadata__\":{", 8 + 17); /* first its length */
     for (int i = 0; metadata && metadata[i]; i += 2) {
         if (i) sc__text_add(t, ",", 1);
         sc__text_quote(t, metadata[i]);
@@ -4156,7 +4157,8 @@ static void sc__header_text(sc__text *t, const sc_named *x, int64_t count,
         sc__text_add(t, line, (size_t)n);
     }
     sc__text_add(t, "}", 1);
-    while (t->length % 64 != 56 && !t->failed) sc__text_add(t, " ", 1); /* data at n * 64 */
+    while (t->length % 64 && !t->failed) sc__text_add(t, " ", 1); /* data at n * 64 */
+    for (int i = 0; i < 8 && !t->failed; i++) t->data[i] = (char)((t->length - 8) >> (8 * i));
 }
 
 /* The data of one tensor as its `dtype`; f32 is rounded to bf16 or f16 in slices. */
@@ -4189,7 +4191,6 @@ static bool sc__save(const char *path, const sc_named *tensors, int64_t count,
     sc_named *sorted = (sc_named *)sc__alloc((size_t)count, sizeof *sorted);
     sc__text header = {0};
     sc__writer w;
-    unsigned char length[8];
     int64_t n = 0;
     if (!sorted) return false;
     for (int size = 8; size > 0; size /= 2)
@@ -4198,8 +4199,7 @@ static bool sc__save(const char *path, const sc_named *tensors, int64_t count,
     sc__header_text(&header, sorted, count, metadata);
     bool ok = (!header.failed || sc__fail("%s: out of memory", path)) && sc__write_begin(&w, path);
     if (ok) {
-        for (int i = 0; i < 8; i++) length[i] = (unsigned char)((uint64_t)header.length >> (8 * i));
-        ok = sc__write_bytes(&w, length, 8) && sc__write_bytes(&w, header.data, header.length);
+        ok = sc__write_bytes(&w, header.data, header.length);
         for (int64_t i = 0; ok && i < count; i++) {
             sc_tensor host = *sorted[i].tensor;
             sc_named x = {sorted[i].name, &host, sorted[i].dtype};

@@ -1,6 +1,7 @@
 /* tools.h: what train.c, sample.c, main.c and the tests share and a library should not hold: PNG
- * and JPEG files through stb, options, progress, Ctrl-C. Include it after shortcut.h's
- * implementation, in one .c file. These functions print and may exit; the library's never do. */
+ * and JPEG files through stb, what may be written, options, progress, Ctrl-C. Include it after
+ * shortcut.h's implementation, in one .c file. These functions print and may exit; the library's
+ * never do. */
 #ifndef TOOLS_H
 #define TOOLS_H
 
@@ -294,27 +295,284 @@ bool sc_picture_save(const sc_picture *p, const char *path, const char *paramete
     return ok;
 }
 
+/* The parameters in a PNG that sc_picture_save wrote, malloced: they stand behind the signature and
+ * IHDR. NULL: there are none. */
+char *sc_picture_parameters(const char *path) {
+    uint8_t head[41];
+    char *text = NULL;
+    FILE *f = sc__is_file(path) ? fopen(path, "rb") : NULL;
+    bool png = f && fread(head, 1, 41, f) == 41 && !memcmp(head, "\x89PNG\r\n\x1a\n", 8);
+    bool utf8 = png && !memcmp(head + 37, "iTXt", 4);
+    size_t n = png ? sc__bytes(head + 33, 4, true) : 0, start = utf8 ? 15 : 11;
+    if ((utf8 || (png && !memcmp(head + 37, "tEXt", 4))) && n >= start && n < 1 << 26)
+        text = (char *)sc__alloc(n + 1, 1);
+    bool found = text && fread(text, 1, n, f) == n && !memcmp(text, "parameters", 11);
+    if (found) memmove(text, text + start, n + 1 - start);
+    if (f) fclose(f);
+    if (found) return text;
+    SC_FREE(text);
+    return NULL;
+}
+
+/* ==== Files that are written ==================================================================
+ *
+ * What the user named is replaced where it is a plain file that may be written; what the program
+ * named itself, only where the program wrote it; what is read, never.
+ */
+
+/* The folder of a file, malloced; NULL: no memory. */
+static char *sc__folder_of(const char *path) {
+    char *folder = sc__join(path, ""), *slash = strrchr(path, '/');
+    if (folder && slash) folder[slash - path + (slash == path)] = 0;
+    else if (folder) snprintf(folder, 2, ".");
+    return folder;
+}
+
+/* One file or folder under two names; if neither is there yet, one name in one folder. */
+static bool sc__same_place(const char *a, const char *b) {
+    struct stat x, y;
+    bool there = !stat(a, &x), other = !stat(b, &y), same = there && other;
+    if (!there && !other) {
+        const char *slash_a = strrchr(a, '/'), *slash_b = strrchr(b, '/');
+        char *folder_a = sc__folder_of(a), *folder_b = sc__folder_of(b);
+        same = folder_a && folder_b && !stat(folder_a, &x) && !stat(folder_b, &y) &&
+               !strcmp(slash_a ? slash_a + 1 : a, slash_b ? slash_b + 1 : b);
+        free(folder_a), free(folder_b);
+    }
+    return same && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+}
+
+/* The path of a weights file's shard, or its own where it has none; malloced. */
+static char *sc__shard_path(const sc_file *file, int64_t index) {
+    const char *shard = file->parts[index].shard;
+    char *folder = shard ? sc__folder_of(sc_file_path(file)) : NULL;
+    char *path = !shard ? sc__strdup(sc_file_path(file)) : folder ? sc__join(folder, shard) : NULL;
+    free(folder);
+    return path;
+}
+
+/* Not what is read as `input` (a file, its shards, or a folder; NULL: nothing), under any name. */
+bool sc_apart(const char *out, const char *input) {
+    bool same = input && sc__same_place(out, input);
+    sc_file *file = input && !same && sc__exists(out) ? sc_file_open(input) : NULL;
+    for (int64_t i = 0; file && i < file->part_count; i++) {
+        char *shard = sc__shard_path(file, i);
+        same = same || (shard && sc__same_place(out, shard));
+        free(shard);
+    }
+    sc_file_close(file);
+    return !same || sc__fail("%s: this is %s, which is read or written too: choose another place",
+                             out, input);
+}
+
+/* Nor one of the files of a model. */
+static bool sc__apart_from_model(const char *out, const char *model) {
+    bool apart = true;
+    for (int part = 0; apart && sc__exists(out) && part < SC__PARTS; part++) {
+        char *path = sc__part_path(model, (sc__part_kind)part);
+        apart = sc_apart(out, path);
+        free(path);
+    }
+    return apart;
+}
+
+#define SC_MADE_BY "made by shortcut:" /* so begin the parameters of other pictures */
+#define SC_LOSS_COLUMNS "step,loss,gradient_norm,learning_rate\n"
+
+/* Whether a file is this program's, as PNGs say in their parameters, safetensors with the command,
+ * and loss.csv with its heading. */
+static bool sc__wrote(const char *path) {
+    char *text = sc_picture_parameters(path), line[sizeof SC_LOSS_COLUMNS] = "";
+    const char *settings = text ? strstr(text, "\nSteps: ") : NULL;
+    int end = 0;
+    if (settings) /* as ./sample writes them */
+        sscanf(settings,
+               "\nSteps: %*d, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: %*f, Seed: %*u, "
+               "Size: %*dx%*d, Shift: %*f, Model:%n",
+               &end);
+    bool wrote = end || (text && !strncmp(text, SC_MADE_BY, strlen(SC_MADE_BY)));
+    FILE *f = wrote ? NULL : fopen(path, "rb");
+    wrote = wrote || (f && fgets(line, sizeof line, f) && !strcmp(line, SC_LOSS_COLUMNS));
+    sc_file *file = wrote ? NULL : sc_file_open(path);
+    wrote = wrote || (file && sc_file_metadata(file, "command"));
+    if (f) fclose(f);
+    sc_file_close(file);
+    free(text);
+    return wrote;
+}
+
+/* For a name that the user did not give. */
+bool sc_may_replace(const char *path) {
+    return !sc__is_file(path) || sc__file_size(path) == 0 || sc__wrote(path) ||
+           sc__fail("%s: this file is there, and not from this program: move it away, or choose "
+                    "another place",
+                    path);
+}
+
+/* Before hours of work: will it be possible? What a killed process left beside it goes. */
+bool sc_can_write(const char *path) {
+    sc__writer w;
+    if (!*path) return sc__fail("cannot write to a file without a name");
+    if (sc__is_folder(path)) return sc__fail("%s: cannot write: this is a folder", path);
+    if (sc__exists(path) && !sc__is_file(path)) return true; /* a pipe: its reader would notice */
+    return sc__write_begin(&w, path) && (sc__write_end(&w, false), true);
+}
+
+/* The ending of a file's name: a dot and a letter (so not v1.5's), or "". */
+static const char *sc__ending(const char *path) {
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+    const char *dot = strrchr(name, '.');
+    return dot && dot > name && isalpha((unsigned char)dot[1]) ? dot : name + strlen(name);
+}
+
+#define SC_WEIGHTS ".safetensors.sft.st"
+
+/* Whether the name ends in one of those. */
+static bool sc__ends_in(const char *path, const char *endings) {
+    const char *ending = sc__ending(path);
+    size_t n = strlen(ending);
+    for (; n && endings; endings = strchr(endings + 1, '.'))
+        if (!strncasecmp(endings, ending, n) && (!endings[n] || endings[n] == '.')) return true;
+    return false;
+}
+
+/* A name that ends in what will be in the file, ".png" or SC_WEIGHTS, or in nothing. */
+bool sc_suits(const char *path, const char *endings) {
+    return !*sc__ending(path) || sc__ends_in(path, endings) ||
+           sc__fail("%s: this is written as %.*s only: let its name end so", path,
+                    (int)strcspn(endings + 1, ".") + 1, endings);
+}
+
+/* FILE:SCALE, or FILE: then what it recommends for `steps`: the scale and, if it does, a guidance
+ * (else *guidance stays; it may be NULL). The file's path, malloced; NULL: no memory. */
+char *sc_lora_argument(const char *argument, int steps, float *scale, float *guidance) {
+    char *end = NULL, *path = sc__strdup(argument), *colon = path ? strrchr(path, ':') : NULL;
+    *scale = colon ? strtof(colon + 1, &end) : 0;
+    if (colon && end != colon + 1 && !*end && isfinite(*scale) && !sc__exists(path)) *colon = 0;
+    else if (path) *scale = sc_lora_scale(path, steps, guidance);
+    return path;
+}
+
+/* A file to write: `endings` as above, named by the user or not, not of the model, none of the
+ * LoRAs (up to 8 arguments FILE[:SCALE], NULL after the last). */
+bool sc_check_out(const char *out, const char *endings, bool named, const char *model,
+                  const char *const *loras) {
+    bool ok = sc_can_write(out) && sc_suits(out, endings) && (named || sc_may_replace(out)) &&
+              sc__apart_from_model(out, model);
+    for (int i = 0; ok && i < 8 && loras[i]; i++) {
+        float scale;
+        char *path = sc_lora_argument(loras[i], 1, &scale, NULL);
+        ok = path && sc_apart(out, path);
+        free(path);
+    }
+    return ok;
+}
+
+/* The folder of a transformer that sc_flux_save can write: a new one, or with what this program
+ * wrote and does not read now. */
+bool sc_can_write_model(const sc_flux *flux, const char *folder) {
+    char *weights = sc__join(folder, "diffusion_pytorch_model.safetensors");
+    char *config = sc__join(folder, "config.json"), *text = NULL;
+    const char *input = flux->net->file ? sc_file_path(flux->net->file) : NULL;
+    char *beside = input ? sc__folder_of(input) : NULL;
+    size_t size;
+    bool ok = weights && config && (!input || beside);
+    if (ok && sc__ends_in(folder, SC_WEIGHTS) && !sc__is_folder(folder))
+        ok = sc__fail("%s: this will be a folder: do not let its name end as a file's", folder);
+    else if (ok && !sc__exists(folder)) ok = sc_can_write(folder);
+    else
+        ok = ok && sc_apart(folder, beside) && sc_apart(weights, input) &&
+             sc_may_replace(weights) && sc_can_write(weights) && sc_can_write(config);
+    if (ok && !sc__exists(weights) && sc__exists(config)) { /* no loss if it stays the same */
+        text = sc__read_file(config, &size);
+        ok = text && (!strcmp(text, flux->config_text) || sc_may_replace(config));
+    }
+    free(weights), free(config), free(text), free(beside);
+    return ok;
+}
+
+static char *sc__lock; /* its path */
+
+/* One process at a time writes into a folder; false says which. The kernel ends the lock with the
+ * process, however that ends. */
+bool sc_lock(const char *folder, const char *command) {
+    char holder[256] = "another process", since[32] = "";
+    struct stat mine;
+    time_t now = time(NULL);
+    char *path = sc__join(folder, ".shortcut-lock");
+    int fd = path ? open(path, O_RDWR | O_CREAT, 0666) : -1;
+    if (fd < 0) {
+        if (path) sc__write_fail(path);
+        free(path);
+        return false;
+    }
+    bool busy = flock(fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK;
+    if (!busy && !fstat(fd, &mine) && mine.st_nlink && !ftruncate(fd, 0)) {
+        strftime(since, sizeof since, "%Y-%m-%d %H:%M", localtime(&now));
+        dprintf(fd, "process %ld (since %s: %s)", (long)getpid(), since, command);
+        sc__lock = path;
+        return true;
+    }
+    if (read(fd, holder, sizeof holder - 1) < 0) holder[0] = 0;
+    close(fd);
+    free(path);
+    return sc__fail("%s: %s is writing there: wait for it, or choose another folder", folder,
+                    holder);
+}
+
+void sc_unlock(void) {
+    if (sc__lock) remove(sc__lock);
+    free(sc__lock);
+    sc__lock = NULL;
+}
+
 /* ==== The program: start, interrupt, clock, device ============================================ */
 
 /* First thing in main: threads that wait spin for some microseconds, the usual time to the next
  * loop, and then sleep. Spinning on costs a program that shares its cores a factor of ten and more;
- * sleeping at once, 1.7. libgomp reads this when it is loaded: start once again. */
+ * sleeping at once, 1.7. libgomp reads this when it is loaded: start once again. A reader that went
+ * away, and a limit on the size of files, make a write fail; they do not end the program. */
 void sc_start(char **argv) {
+    signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN);
     if (getenv("OMP_WAIT_POLICY")) return;
     setenv("OMP_WAIT_POLICY", "passive", 1);
     setenv("GOMP_SPINCOUNT", "10000", 0);
     execv("/proc/self/exe", argv); /* where that fails, go on as we are */
 }
 
-volatile sig_atomic_t sc_interrupted; /* Ctrl-C was pressed; a second time kills */
+volatile sig_atomic_t sc_interrupted; /* asked to stop: see sc_catch_interrupt */
 
 static void sc__on_interrupt(int sig) { sc_interrupted = sig; }
 
-/* SA_RESTART: a file that is being written then is written to its end. */
+/* Ctrl-C, SIGTERM and a terminal that closes ask the program to stop; a second Ctrl-C kills. The
+ * others often come twice: from a shell and from the system, to a process and to its group. Under
+ * nohup SIGHUP stays ignored. SA_RESTART: a file that is being written is written to its end. */
 void sc_catch_interrupt(void) {
-    struct sigaction once = {.sa_handler = sc__on_interrupt, .sa_flags = SA_RESTART | SA_RESETHAND};
-    sigaction(SIGINT, &once, NULL);
-    sigaction(SIGTERM, &once, NULL);
+    struct sigaction stop = {.sa_handler = sc__on_interrupt, .sa_flags = SA_RESTART}, old;
+    sigaction(SIGTERM, &stop, NULL);
+    if (!sigaction(SIGHUP, NULL, &old) && old.sa_handler != SIG_IGN) sigaction(SIGHUP, &stop, NULL);
+    stop.sa_flags |= SA_RESETHAND;
+    sigaction(SIGINT, &stop, NULL);
+}
+
+/* For sc_sampling.progress. */
+bool sc_not_interrupted(void *user, int step, int steps) {
+    (void)user, (void)step, (void)steps;
+    return !sc_interrupted;
+}
+
+/* The command line, malloced; NULL: no memory. */
+char *sc_command(int argc, char *const *argv) {
+    sc__text t = {0};
+    for (int i = 0; i < argc; i++) {
+        sc__text_add(&t, " ", i > 0);
+        sc__text_add(&t, argv[i], strlen(argv[i]));
+    }
+    sc__text_add(&t, "", 1);
+    if (!t.failed) return t.data;
+    free(t.data);
+    return sc__fail("out of memory"), NULL;
 }
 
 double sc_seconds(void) {
@@ -330,38 +588,19 @@ void sc_print_text(FILE *to, const char *heading, const char *text) {
     fputc('\n', to);
 }
 
-/* FILE:SCALE, or FILE: then what it recommends for `steps`: the scale and, if it does, a guidance
- * (else *guidance stays; it may be NULL). True: the scale was given. */
-bool sc_lora_argument(const char *argument, int steps, char path[1024], float *scale,
-                      float *guidance) {
-    char *end = NULL;
-    const char *colon = strrchr(argument, ':');
-    *scale = colon ? strtof(colon + 1, &end) : 0;
-    bool given = colon && end != colon + 1 && !*end && isfinite(*scale);
-    int length = (int)(given ? colon - argument : (long)strlen(argument));
-    snprintf(path, 1024, "%.*s", length, argument);
-    if (!given) *scale = sc_lora_scale(path, steps, guidance);
-    return given;
-}
-
-/* Loads one; prints "applied n/N" and the rest. *guidance as above. */
+/* Loads a LoRA; prints "applied n/N" and the rest. *guidance as for sc_lora_argument. */
 bool sc_load_lora_argument(sc_flux *flux, const char *argument, int steps, float *guidance) {
-    char path[1024];
     float scale;
-    bool given = sc_lora_argument(argument, steps, path, &scale, guidance);
-    sc_lora_report report;
-    if (!sc_lora_load(flux, path, scale, &report)) return false;
-    fprintf(stderr, "%s: applied %d/%d, scale %g%s\n", path, report.applied, report.total, scale,
-            given ? "" : " (FILE:SCALE to change)");
-    if (report.applied < report.total)
+    char *path = sc_lora_argument(argument, steps, &scale, guidance);
+    sc_lora_report report = {0};
+    bool ok = path && sc_lora_load(flux, path, scale, &report);
+    if (ok)
+        fprintf(stderr, "%s: applied %d/%d, scale %g%s\n", path, report.applied, report.total,
+                scale, strcmp(path, argument) ? "" : " (FILE:SCALE to change)");
+    if (ok && report.applied < report.total)
         sc_print_text(stderr, "warning: these fit no layer: ", report.missed);
-    return true;
-}
-
-static bool sc__same_place(const char *a, const char *b) {
-    struct stat x, y;
-    if (stat(a, &x) || stat(b, &y)) return !strcmp(a, b);
-    return x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+    free(path);
+    return ok;
 }
 
 /* lora.safetensors of this folder, where it is there and was made for this model; else NULL. */
@@ -428,6 +667,7 @@ void sc_progress(const char *label, int64_t first, int64_t done, int64_t total, 
     char left[32], spent[32];
     double now = sc_seconds(), elapsed = now - started;
     bool terminal = isatty(2), end = done >= total;
+    if (sc_interrupted) return; /* what was done is saved first */
     if (!end && now - last < (terminal ? 0.2 : 10)) return;
     if (end && elapsed < 2 && !terminal) return;
     last = now;
@@ -445,6 +685,7 @@ void sc_progress(const char *label, int64_t first, int64_t done, int64_t total, 
 typedef enum {
     SC_FLAG,
     SC_INT,
+    SC_SEED,
     SC_FLOAT,
     SC_RANGE,
     SC_STRING,
@@ -455,7 +696,7 @@ typedef enum {
 typedef struct sc_option {
     const char *name; /* "--steps"; NULL: a heading in the help */
     sc_option_kind kind;
-    void *value; /* bool, int, float, float[2], char *, char *[8], int[8], char * */
+    void *value; /* bool, int, uint64_t, float, float[2], char *, char *[8], int[8], char * */
     const char *argument, *help;
 } sc_option;
 
@@ -482,6 +723,7 @@ static bool sc__listed(const char *list, const char *text) {
 
 static bool sc__set_option(const sc_option *o, const char *text) {
     double v[8];
+    char *end = NULL;
     int count = 0;
     if (o->kind == SC_CHOICE && !sc__listed(o->argument, text))
         return sc__fail("%s takes %s, not '%s'", o->name, o->argument, text);
@@ -491,6 +733,14 @@ static bool sc__set_option(const sc_option *o, const char *text) {
         for (int i = 0; i < 8; i++)
             if (!list[i]) return list[i] = text, true;
         return sc__fail("%s can be given at most 8 times", o->name);
+    }
+    if (o->kind == SC_SEED) { /* exactly: no double holds all of them */
+        errno = 0;
+        uint64_t seed = strtoull(text, &end, 10);
+        if (!isdigit((unsigned char)*text) || *end || errno)
+            return sc__fail("%s takes %s, a whole number from 0 to 18446744073709551615, not '%s'",
+                            o->name, o->argument, text);
+        return *(uint64_t *)o->value = seed, true;
     }
     if (!sc__numbers(text, v, o->kind == SC_INTS ? 7 : o->kind == SC_RANGE ? 2 : 1, &count))
         return sc__fail("%s takes %s, not '%s'", o->name, o->argument, text);
@@ -510,34 +760,34 @@ static bool sc__set_option(const sc_option *o, const char *text) {
     return true;
 }
 
-static void sc__option_text(const sc_option *o, char *text, size_t size) {
+/* The value; "" where there is none. */
+static const char *sc__option_text(const sc_option *o, char text[128]) {
     int used = 0;
     text[0] = 0;
     switch (o->kind) {
-    case SC_FLAG: snprintf(text, size, "%s", *(bool *)o->value ? "yes" : "no"); break;
-    case SC_INT: snprintf(text, size, "%d", *(int *)o->value); break;
-    case SC_FLOAT: snprintf(text, size, "%g", *(float *)o->value); break;
+    case SC_FLAG: return *(bool *)o->value ? "yes" : "no";
+    case SC_INT: snprintf(text, 128, "%d", *(int *)o->value); break;
+    case SC_SEED: snprintf(text, 128, "%llu", (unsigned long long)*(uint64_t *)o->value); break;
+    case SC_FLOAT: snprintf(text, 128, "%g", *(float *)o->value); break;
     case SC_RANGE:
-        snprintf(text, size, "%g,%g", ((float *)o->value)[0], ((float *)o->value)[1]);
+        snprintf(text, 128, "%g,%g", ((float *)o->value)[0], ((float *)o->value)[1]);
         break;
     case SC_STRING:
-    case SC_CHOICE:
-        snprintf(text, size, "%s", *(const char **)o->value ? *(const char **)o->value : "");
-        break;
+    case SC_CHOICE: return *(const char **)o->value ? *(const char **)o->value : "";
     case SC_INTS:
-        for (const int *v = (int *)o->value; *v && used < (int)size; v++)
-            used += snprintf(text + used, size - (size_t)used, "%s%d", used ? "," : "", *v);
+        for (const int *v = (int *)o->value; *v; v++)
+            used += snprintf(text + used, 128 - (size_t)used, "%s%d", used ? "," : "", *v);
         break;
     case SC_STRINGS: break;
     }
+    return text;
 }
 
 void sc_print_options(const sc_option *options, int count) {
     for (int i = 0; i < count; i++) {
-        char text[256];
-        if (!options[i].name || options[i].kind == SC_STRINGS) continue;
-        sc__option_text(&options[i], text, sizeof text);
-        if (text[0]) printf(" %s %s", options[i].name, text);
+        char text[128];
+        const char *value = options[i].name ? sc__option_text(&options[i], text) : "";
+        if (*value) printf(" %s %s", options[i].name, value);
     }
     printf("\n");
 }
@@ -545,15 +795,15 @@ void sc_print_options(const sc_option *options, int count) {
 static void sc__help(const char *usage, const sc_option *options, int count) {
     printf("%s\n", usage);
     for (int i = 0; i < count; i++) {
-        char left[64], value[256];
+        char left[64], text[128];
         if (!options[i].name) {
             printf("\n%s\n", options[i].help);
             continue;
         }
         snprintf(left, sizeof left, "%s %s", options[i].name,
                  options[i].argument ? options[i].argument : "");
-        sc__option_text(&options[i], value, sizeof value);
-        bool show = options[i].kind != SC_FLAG && value[0];
+        const char *value = sc__option_text(&options[i], text);
+        bool show = options[i].kind != SC_FLAG && *value;
         printf("  %-26s %s%s%s%s\n", left, options[i].help, show ? " [" : "", show ? value : "",
                show ? "]" : "");
     }
@@ -620,7 +870,7 @@ bool sc_parse_recipe(const sc_option *options, int count, const char *model, con
         const sc_option *o = NULL;
         for (int j = 0; key && j < count; j++)
             if (options[j].name && !strcmp(options[j].name + 2, key)) o = &options[j];
-        if (!string) snprintf(text, sizeof text, "%.9g", sc_json_number(value, NAN));
+        if (!string) snprintf(text, sizeof text, "%.17g", sc_json_number(value, NAN));
         bool words = o && (o->kind == SC_STRING || o->kind == SC_CHOICE);
         if (!o || o->kind == SC_FLAG || o->kind == SC_STRINGS ||
             (o->kind == SC_STRING && sc__listed("DIR|FILE|PATH", o->argument)))
@@ -638,17 +888,6 @@ char *sc_next_line(char **text) {
     *text = line + strcspn(line, "\r\n");
     if (**text) *(*text)++ = 0;
     return *line ? line : NULL;
-}
-
-/* Before hours of work: is there a folder to write `path` into? */
-bool sc_can_write(const char *path) {
-    char folder[1024] = ".";
-    const char *slash = strrchr(path, '/');
-    struct stat s;
-    if (!stat(path, &s) && S_ISDIR(s.st_mode))
-        return sc__fail("%s: cannot write: this is a folder", path);
-    if (slash) snprintf(folder, sizeof folder, "%.*s", (int)(slash - path) + (slash == path), path);
-    return !access(folder, W_OK) || sc__fail("%s: cannot write there: %s", path, strerror(errno));
 }
 
 /* Tells what no part of a model reads of its files. A part that cannot be opened says why later. */

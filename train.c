@@ -41,7 +41,8 @@ typedef struct options {
     float fm_ratio;      /* 0; above it, part of the batch is plain flow matching. --pretrain: 1 */
     float caption_dropout;       /* 0; --pretrain: 0.1 */
     int resolution, text_tokens; /* 512, 256 */
-    int threads, seed;
+    int threads;
+    uint64_t seed;
     int preview, save;  /* every so many steps; 0: at the end only */
     int stop_after;     /* save and stop there, to go on with --resume */
     const char *scales; /* "3:1@1.5 8:0.5": for a number of steps the LoRA scale that suits, and the
@@ -157,7 +158,7 @@ static int running_options(options *o, sc_option *table) {
         {"--stop-after", SC_INT, &o->stop_after, "N", "save and stop after step N (0: go through)"},
         {"--device", SC_CHOICE, &o->device, SC_DEVICES, "what computes"},
         {"--threads", SC_INT, &o->threads, "N", "CPU threads (0: OMP_NUM_THREADS, or all cores)"},
-        {"--seed", SC_INT, &o->seed, "N", "of everything random"},
+        {"--seed", SC_SEED, &o->seed, "N", "of everything random"},
     };
     memcpy(table, all, sizeof all);
     return (int)(sizeof all / sizeof *all);
@@ -193,7 +194,8 @@ typedef struct training {
     float *batch_memory;
     int64_t step;
     bool saved; /* the run folder has a state of this run */
-    char command[1024];
+    char *command;
+    char *state, *losses, *picture, *cache; /* paths */
 } training;
 
 /* 1. A batch: pairs of one size, drawn with replacement; latents sampled from the posterior. */
@@ -223,10 +225,6 @@ static void draw_batch(training *t) {
 
 /* ---- The state: enough to go on bit for bit ---- */
 
-static void run_path(const training *t, const char *name, char path[1024]) {
-    snprintf(path, 1024, "%s/%s", t->o.run, name);
-}
-
 /* The arrays of the state, by name; the teacher's only where it is a copy of all weights. */
 static int state_arrays(const training *t, sc_named *named, sc_tensor *tensors) {
     sc_params *p = t->params;
@@ -252,7 +250,7 @@ static bool fill_state(const void *user, const sc_named *x, sc_tensor *host) {
 }
 
 static bool save_state(const training *t) {
-    char path[1024], step[32], steps[32], rng[32];
+    char step[32], steps[32], rng[32];
     sc_named named[6];
     sc_tensor tensors[6];
     int n = state_arrays(t, named, tensors);
@@ -261,16 +259,14 @@ static bool save_state(const training *t) {
     snprintf(steps, sizeof steps, "%d", t->o.steps);
     const char *metadata[] = {"step", step,      "steps",    steps, "rng",
                               rng,    "command", t->command, NULL};
-    run_path(t, "state.safetensors", path);
-    return sc__save(path, named, n, metadata, fill_state, t);
+    return sc__save(t->state, named, n, metadata, fill_state, t);
 }
 
 static bool load_state(training *t) {
-    char path[1024];
+    const char *path = t->state;
     sc_named named[6];
     sc_tensor tensors[6];
     int n = state_arrays(t, named, tensors);
-    run_path(t, "state.safetensors", path);
     if (access(path, F_OK) != 0)
         return sc__fail("%s: %s: nothing to resume; leave out --resume to start", path,
                         strerror(errno));
@@ -295,11 +291,9 @@ static bool load_state(training *t) {
                           t->o.steps);
     }
     if (ok && command) { /* with other options it would be another run */
-        char both[sizeof t->command];
         sc_print_text(stderr, "resumed; this run was saved by: ", command);
-        int n = snprintf(both, sizeof both, "%.800s && ", command);
-        snprintf(both + n, sizeof both - (size_t)n, "%.200s", t->command);
-        memcpy(t->command, both, sizeof both);
+        char *both = sc_command(3, (char *[]){(char *)command, "&&", t->command});
+        if ((ok = both != NULL)) free(t->command), t->command = both;
     }
     sc_file_close(file);
     return ok;
@@ -307,15 +301,13 @@ static bool load_state(training *t) {
 
 /* A new run does not overwrite one that was stopped: that may be days of work. */
 static bool check_unfinished(const training *t) {
-    char path[1024];
-    run_path(t, "state.safetensors", path);
-    sc_file *file = sc__exists(path) ? sc_file_open(path) : NULL;
+    sc_file *file = sc__exists(t->state) ? sc_file_open(t->state) : NULL;
     const char *step = file ? sc_file_metadata(file, "step") : NULL;
     const char *steps = file ? sc_file_metadata(file, "steps") : NULL;
     bool ok = !step || !steps || atoll(step) >= atoll(steps) ||
               sc__fail("%s is a run that was stopped at step %s of %s: go on with --resume, put a "
                        "new one elsewhere with --run DIR, or delete it",
-                       path, step, steps);
+                       t->state, step, steps);
     sc_file_close(file);
     return ok;
 }
@@ -325,7 +317,7 @@ static bool save_result(const training *t) {
     char steps[32], rank[32], seed[32];
     snprintf(steps, sizeof steps, "%lld", (long long)t->step);
     snprintf(rank, sizeof rank, "%d", t->o.rank);
-    snprintf(seed, sizeof seed, "%d", t->o.seed);
+    snprintf(seed, sizeof seed, "%llu", (unsigned long long)t->o.seed);
     const char *metadata[] = {"base_model",
                               t->o.transformer ? t->o.transformer : t->o.model,
                               "method",
@@ -368,6 +360,7 @@ static bool preview_panel(training *t, int steps, sc_set set, const float *noise
                      .guidance = 0.5f * (t->o.guidance[0] + t->o.guidance[1]),
                      .h = first->h,
                      .w = first->w,
+                     .progress = sc_not_interrupted,
                      .sets = sets};
     if (!t->params->adapters) sc_params_use(t->params, set);
     memcpy(latents, noise, (size_t)(tokens * c->in_channels) * 4);
@@ -383,10 +376,11 @@ static bool preview(training *t) {
     int height = first->h * p->token_pixels, width = first->w * p->token_pixels;
     int64_t n = (int64_t)first->h * first->w * sc_flux_config_of(p->flux)->in_channels,
             pixels = (int64_t)3 * height * width;
+    if (!sc_may_replace(t->picture)) return false;
     float *memory = (float *)sc__alloc((size_t)(2 * n + 4 * pixels), sizeof *memory);
     if (!memory) return false;
     float *noise = memory, *latents = noise + n, *panel = latents + n, *sheet = panel + pixels;
-    sc_rng rng = {(uint64_t)t->o.seed};
+    sc_rng rng = {t->o.seed};
     sc_normal(&rng, noise, n);
     bool has_teacher = t->params->set[SC_TEACHER] || t->params->adapters, ok = true;
     size_t held = sc_tape_bytes(p->tape); /* given back while the VAE works */
@@ -400,9 +394,10 @@ static bool preview(training *t) {
     }
     sc_pipeline_release(p);
     ok = sc_tape_reserve(p->tape, held) && ok;
-    char path[1024];
-    run_path(t, "preview.png", path);
-    ok = ok && sc_picture_save(&(sc_picture){3 * width, height, sheet}, path, NULL);
+    char *made_by = sc_command(2, (char *[]){SC_MADE_BY, t->command});
+    ok = ok && made_by &&
+         sc_picture_save(&(sc_picture){3 * width, height, sheet}, t->picture, made_by);
+    free(made_by);
     free(memory);
     return ok;
 }
@@ -427,7 +422,7 @@ static bool try_preview(training *t) {
     if (!t->o.preview || sc_interrupted) return false;
     if (preview(t)) return true;
     sc_end_line();
-    fprintf(stderr, "warning: no preview: %s\n", sc_error());
+    if (!sc_interrupted) fprintf(stderr, "warning: no preview: %s\n", sc_error());
     return false;
 }
 
@@ -481,7 +476,7 @@ static bool tell_step(training *t, progress *p) {
 static FILE *open_csv(const char *path, int64_t done) {
     FILE *csv = done ? fopen(path, "r+") : NULL;
     if (!csv) {
-        if ((csv = fopen(path, "w"))) fprintf(csv, "step,loss,gradient_norm,learning_rate\n");
+        if ((csv = fopen(path, "w"))) fputs(SC_LOSS_COLUMNS, csv);
         return csv;
     }
     for (int64_t line = 0; line <= done; line++) /* the heading, and a line for each step */
@@ -491,12 +486,10 @@ static FILE *open_csv(const char *path, int64_t done) {
 }
 
 static bool train(training *t) {
-    char path[1024];
     progress p = {.started = sc_seconds(), .first = t->step, .told = t->step};
-    run_path(t, "loss.csv", path);
     if (sc_interrupted) return sc__fail("stopped before the first step: nothing was written");
-    FILE *csv = p.csv = open_csv(path, p.first);
-    if (!csv) return sc__fail("%s: %s", path, strerror(errno));
+    FILE *csv = p.csv = open_csv(t->losses, p.first);
+    if (!csv) return sc__fail("%s: %s", t->losses, strerror(errno));
     bool ok = true;
     int64_t last = t->o.stop_after && t->o.stop_after < t->o.steps ? t->o.stop_after : t->o.steps;
     while (ok && t->step < last && !sc_interrupted) {
@@ -520,16 +513,12 @@ static bool train(training *t) {
     bool drawn = try_preview(t);
     printf("wrote %s and %s/{loss.csv,state.safetensors%s}\n", t->o.out, t->o.run,
            drawn ? ",preview.png" : "");
-    return told || sc__fail("%s: it was not written to its end: is the disk full?", path);
+    return told || sc__fail("%s: it was not written to its end: is the disk full?", t->losses);
 }
 
 /* ---- The cache: DATA/.shortcut-cache.safetensors ----
  * latents.<i> [2, h, w, in_channels]: mean and std of pair i; caption [pairs]: its text; context,
  * pooled. The metadata's fingerprint says what they were made from. */
-
-static void cache_path(const training *t, char path[1024]) {
-    snprintf(path, 1024, "%s/.shortcut-cache.safetensors", t->o.data);
-}
 
 static bool alloc_texts(training *t, int count) {
     const sc_flux_config *c = sc_flux_config_of(t->pipeline->flux);
@@ -557,10 +546,9 @@ static void free_data(training *t) {
 
 /* True if the cache is there, whole and made from the same things; false says nothing. */
 static bool load_cache(training *t, const char *fingerprint) {
-    char path[1024], name[32];
-    cache_path(t, path);
+    char name[32];
     const sc_flux_config *c = sc_flux_config_of(t->pipeline->flux);
-    sc_file *file = sc__exists(path) ? sc_file_open(path) : NULL;
+    sc_file *file = sc__exists(t->cache) ? sc_file_open(t->cache) : NULL;
     if (!file) return false;
     const char *made_from = sc_file_metadata(file, "fingerprint");
     const sc_tensor *context = sc_file_find(file, "context"),
@@ -594,8 +582,6 @@ static bool load_cache(training *t, const char *fingerprint) {
 }
 
 static bool save_cache(const training *t, const char *fingerprint) {
-    char path[1024];
-    cache_path(t, path);
     const sc_flux_config *c = sc_flux_config_of(t->pipeline->flux);
     int n = t->pair_count;
     sc_named *named = (sc_named *)sc__alloc((size_t)n + 3, sizeof *named);
@@ -625,7 +611,8 @@ static bool save_cache(const training *t, const char *fingerprint) {
         named[n] = (sc_named){"context", &x[n], SC_F32};
         named[n + 1] = (sc_named){"pooled", &x[n + 1], SC_F32};
         named[n + 2] = (sc_named){"caption", &x[n + 2], SC_I32};
-        ok = sc_file_save(path, named, n + 3, (const char *[]){"fingerprint", fingerprint, NULL});
+        ok = sc_file_save(t->cache, named, n + 3,
+                          (const char *[]){"fingerprint", fingerprint, NULL});
     }
     free(named), free(x), free(names), free(caption);
     return ok;
@@ -650,15 +637,12 @@ static uint64_t mix_file(uint64_t hash, const char *path) {
 static uint64_t mix_part(uint64_t hash, const char *model, sc__part_kind part) {
     char *path = sc__part_path(model, part);
     sc_file *file = path ? sc_file_open(path) : NULL;
-    char *folder = file ? sc__model_folder(file->path) : NULL;
-    for (int64_t i = 0; folder && i < file->part_count; i++) {
-        const char *shard = file->parts[i].shard;
-        char *full = shard ? sc__join(folder, shard) : sc__strdup(file->path);
-        if (full) hash = mix_file(hash, full);
-        free(full);
+    for (int64_t i = 0; file && i < file->part_count; i++) {
+        char *shard = sc__shard_path(file, i);
+        if (shard) hash = mix_file(hash, shard);
+        free(shard);
     }
     sc_file_close(file);
-    free(folder);
     free(path);
     return hash;
 }
@@ -670,7 +654,6 @@ static void fingerprint_of(const training *t, const sc_dataset *data, char text[
         "tokenizer/vocab.json",      "tokenizer/merges.txt",     "tokenizer/tokenizer_config.json",
         "tokenizer_2/tokenizer.json"};
     uint64_t hash = 0xcbf29ce484222325u;
-    char path[1024];
     for (int64_t i = 0; i < data->count; i++) {
         hash = mix(hash, data->pairs[i].path, strlen(data->pairs[i].path) + 1);
         hash = mix(hash, data->pairs[i].caption, strlen(data->pairs[i].caption) + 1);
@@ -678,8 +661,9 @@ static void fingerprint_of(const training *t, const sc_dataset *data, char text[
     }
     char *folder = sc__model_folder(t->o.model);
     for (size_t i = 0; folder && i < sizeof files / sizeof *files; i++) {
-        snprintf(path, sizeof path, "%s/%s", folder, files[i]);
-        hash = mix_file(hash, path);
+        char *path = sc__join(folder, files[i]);
+        if (path) hash = mix_file(hash, path);
+        free(path);
     }
     free(folder);
     for (int part = SC__VAE; part < SC__PARTS; part++)
@@ -748,7 +732,8 @@ static bool load_data(training *t) {
     if (data->unused) sc_print_text(stderr, "warning: ", data->unused);
     fingerprint_of(t, data, fingerprint);
     bool ok = true, cached = !t->o.no_cache && load_cache(t, fingerprint);
-    if (!cached) {
+    for (int64_t i = 0; ok && i < data->count; i++) ok = sc_apart(t->o.out, data->pairs[i].path);
+    if (ok && !cached) {
         free_data(t);
         t->pair_count = (int)data->count;
         t->pairs = (pair *)sc__alloc((size_t)data->count, sizeof *t->pairs);
@@ -786,7 +771,7 @@ static void set_recipe(training *t) {
                           .eps = 1e-8f,
                           .weight_decay = o->weight_decay,
                           .clip = o->clip};
-    t->rng.state = (uint64_t)o->seed;
+    t->rng.state = o->seed;
 }
 
 /* Refuses what cannot be meant. */
@@ -830,7 +815,7 @@ static bool open_model(training *t) {
                                .fp8 = !strcmp(o->weights, "fp8"),
                                .streamed = !strcmp(o->weights_on, "host"),
                                .random = o->pretrain && !o->transformer,
-                               .seed = (uint64_t)o->seed,
+                               .seed = o->seed,
                                .transformer = o->transformer};
     if (!be || !(t->pipeline = sc_open_model(be, o->model, &how))) return false;
     if (o->text_tokens) t->pipeline->text_tokens = o->text_tokens;
@@ -842,10 +827,9 @@ static bool open_model(training *t) {
 static bool open_params(training *t) {
     options *o = &t->o;
     sc_flux *flux = t->pipeline->flux;
-    t->params = all_weights(o)
-                    ? sc_params_full(flux, !o->pretrain)
-                    : sc_params_lora(flux, o->rank, o->alpha > 0 ? o->alpha : (float)o->rank,
-                                     (uint64_t)o->seed);
+    t->params = all_weights(o) ? sc_params_full(flux, !o->pretrain)
+                               : sc_params_lora(flux, o->rank,
+                                                o->alpha > 0 ? o->alpha : (float)o->rank, o->seed);
     if (!t->params || (o->start && !sc_lora_start(t->params, o->start))) return false;
     const sc_flux_config *c = sc_flux_config_of(flux);
     int64_t largest = 0;
@@ -917,11 +901,43 @@ static bool dry_run(training *t) {
     return ok;
 }
 
+/* A LoRA is a file that is none of those that are read or written beside it; of all weights the
+ * folder is looked at when the model is open. */
+static bool check_out(const training *t, bool named) {
+    const options *o = &t->o;
+    const char *const start[] = {o->start, NULL};
+    const char *const others[] = {o->transformer, t->state, t->losses, t->picture, t->cache};
+    bool ok = sc_check_out(o->out, SC_WEIGHTS, named, o->model, start);
+    for (size_t i = 0; ok && i < sizeof others / sizeof *others; i++)
+        ok = sc_apart(o->out, others[i]);
+    return ok;
+}
+
+/* Before hours of work: the run folder is ours alone, and what will be written can be. */
+static bool check_places(const training *t, bool named, bool *made) {
+    const options *o = &t->o;
+    return sc__make_folder(o->run, made) && sc_lock(o->run, t->command) &&
+           (o->resume || (check_unfinished(t) && sc_may_replace(t->state))) &&
+           sc_can_write(t->state) && sc_may_replace(t->losses) && sc_can_write(t->losses) &&
+           (all_weights(o) || check_out(t, named));
+}
+
+static bool set_paths(training *t, int argc, char **argv) {
+    t->command = sc_command(argc, argv);
+    t->state = sc__join(t->o.run, "state.safetensors");
+    t->losses = sc__join(t->o.run, "loss.csv");
+    t->picture = sc__join(t->o.run, "preview.png");
+    t->cache = sc__join(t->o.data, ".shortcut-cache.safetensors");
+    return t->command && t->state && t->losses && t->picture && t->cache;
+}
+
 static void close_training(training *t) {
     free_data(t);
     free(t->batch_memory);
     sc_params_free(t->params);
     sc_pipeline_close(t->pipeline);
+    free(t->command), free(t->state), free(t->losses), free(t->picture), free(t->cache);
+    sc_unlock();
 }
 
 int main(int argc, char **argv) {
@@ -929,10 +945,7 @@ int main(int argc, char **argv) {
     training t = {.o = defaults()};
     sc_option table[MAX_OPTIONS];
     const char *words[1] = {NULL};
-    int count = option_table(&t.o, table), used = 0;
-    for (int i = 0; i < argc && used < (int)sizeof t.command - 1; i++)
-        used += snprintf(t.command + used, sizeof t.command - (size_t)used, "%s%s", i ? " " : "",
-                         argv[i]);
+    int count = option_table(&t.o, table);
     bool pretrain = sc_given(argc, argv, "--pretrain");
     bool whole =
         pretrain || sc_given(argc, argv, "--full") || sc_given(argc, argv, "--distill-guidance");
@@ -947,15 +960,16 @@ int main(int argc, char **argv) {
         return 2;
     }
     t.o.data = words[0];
+    bool named = t.o.out != NULL;
     if (!t.o.out) t.o.out = whole ? "transformer" : "lora.safetensors";
     if (!check_options(&t.o)) return sc_die(), 2;
     sc_set_threads(t.o.threads);
     sc_catch_interrupt();
-    bool made = false, ok = t.o.resume || t.o.dry_run || check_unfinished(&t);
-    /* Now, not after hours: --out is perhaps in the run folder. */
-    ok = ok && (t.o.dry_run || sc__make_folder(t.o.run, &made));
-    ok = ok && (t.o.dry_run || (whole && sc__exists(t.o.out)) || sc_can_write(t.o.out));
-    ok = ok && open_model(&t) && load_data(&t) && open_params(&t);
+    bool made = false, ok = set_paths(&t, argc, argv);
+    ok = ok && (t.o.dry_run || check_places(&t, named, &made));
+    ok = ok && open_model(&t);
+    ok = ok && (t.o.dry_run || !whole || sc_can_write_model(t.pipeline->flux, t.o.out));
+    ok = ok && load_data(&t) && open_params(&t);
     if (ok) {
         set_recipe(&t);
         print_plan(&t, table, count);

@@ -18,6 +18,20 @@ fails 2 "from 1 to 1000" ./sample x 0
 fails 2 "from 1 to 1000" ./sample x y
 fails 2 "unexpected" ./sample x 3 y
 fails 2 "takes N" ./sample x 1 --seed x
+for seed in -1 1.5 1e3 18446744073709551616 ""; do
+    fails 2 "from 0 to 18446744073709551615" sample --seed "$seed"
+    fails 2 "from 0 to 18446744073709551615" train --seed "$seed"
+    fails 2 "from 0 to 18446744073709551615" ./shortcut --seed "$seed"
+done
+for name in a.JPG a.Jpeg a.webp a.safetensors; do fails 1 "written as .png only" sample --out "$dir/$name"; done
+for name in a.ckpt a.PT a.png; do
+    fails 1 "written as .safetensors only" train --steps 1 --out "$dir/$name"
+    fails 1 "written as .safetensors only" sample --latents "$dir/$name"
+done
+fails 1 "written as .png only" ./shortcut --out "$dir/a.jpg"
+fails 1 "will be a folder" train --full --steps 1 --out "$dir/a.safetensors"
+fails 1 "without a name" train --steps 1 --out ""
+fails 2 "of one picture" sample --latents "$dir/l" --count 2
 fails 2 "from 1 up" ./sample x 1 --count 0
 fails 2 "from 1 up" train --steps 0
 fails 2 "from 1 up" train --batch 0
@@ -197,6 +211,100 @@ echo kept >"$dir/lora"
 fails 1 "lower --lr" train --steps 20 --lr 1e30
 check "a loss that is not a number leaves the old file" grep -q kept "$dir/lora"
 
+# ---- What is there already ----
+# A name that the user gave is replaced where it is a plain file; others only where they are ours.
+keeps() { # file, then as `fails`
+    kept=$1 sum=$(cksum <"$1")
+    shift
+    fails "$@"
+    check "$kept is as it was" test "$sum" = "$(cksum <"$kept")"
+}
+seed=18446744073709551615 here=$PWD
+rm -rf "$dir/set" "$dir/run" "$dir/lora"
+mkdir "$dir/set" "$dir/cwd"
+printf 'a pig\na lemon\n' >"$dir/prompts"
+list() { ./sample --prompts "$dir/prompts" 1 --no-lora --out-dir "$dir/set" "$@"; }
+cp data/10pairs/owl_0000.png "$dir/set/000001.png"
+keeps "$dir/set/000001.png" 1 "000001.png: this file is there, and not from this program" list
+check "nothing was drawn beside it" test ! -e "$dir/set/000000.png" -a ! -e "$dir/set/metadata.jsonl"
+rm "$dir/set/000001.png"
+echo '{"file_name": "000000.png", "prompt": "by hand"}' >"$dir/set/metadata.jsonl"
+keeps "$dir/set/metadata.jsonl" 1 "lines that are not this program's" list
+rm "$dir/set/metadata.jsonl"
+check "a set" quiet list
+cp "$dir/set/metadata.jsonl" "$dir/whole.jsonl"
+check "again, from other noise: all is ours" quiet list --seed $seed
+check "its lines" same "$dir/set/metadata.jsonl" "$dir/whole.jsonl"
+sed 's/a pig/a fat pig/' "$dir/whole.jsonl" >"$dir/set/metadata.jsonl"
+keeps "$dir/set/metadata.jsonl" 1 "lines that are not this program's" list
+fails 1 "this is .*metadata.jsonl, which is read" ./sample --prompts "$dir/set/metadata.jsonl" 1 --no-lora --out-dir "$dir/set"
+rm -rf "$dir/set"
+cp data/10pairs/owl_0000.png "$dir/cwd/out.png"
+cp data/10pairs/owl_0000.png "$dir/out-2.png"
+ln -s "$here/data" "$dir/cwd/data"
+keeps "$dir/cwd/out.png" 1 "out.png: this file is there" sh -c 'cd "$0" && "$1/sample" x 1' "$dir/cwd" "$here"
+keeps "$dir/out-2.png" 1 "out-2.png: this file is there" sample --count 2
+rm "$dir/out-2.png"
+check "a name that was given is replaced" quiet sample --out "$dir/cwd/out.png" --seed $seed
+check "then it is ours" quiet sh -c 'cd "$0" && "$1/sample" x 1' "$dir/cwd" "$here"
+echo mine >"$dir/cwd/lora.safetensors"
+keeps "$dir/cwd/lora.safetensors" 1 "lora.safetensors: this file is there" sh -c 'cd "$0" && "$1/train" "$2" --steps 1' "$dir/cwd" "$here" "$pairs"
+mkdir "$dir/run"
+for file in loss.csv state.safetensors; do
+    echo mine >"$dir/run/$file"
+    keeps "$dir/run/$file" 1 "$file: this file is there" train --steps 1
+    rm "$dir/run/$file"
+done
+echo mine >"$dir/run/preview.png"
+quiet ./train "$pairs" --no-cache --batch 1 --rank 1 --steps 1 --preview 1 --run "$dir/run" --out "$dir/lora"
+check "nor is a picture by the name of the preview" grep -q mine "$dir/run/preview.png"
+# Links are followed, the mode stays, and read-only is meant.
+mkdir "$dir/far"
+ln -s far/lora "$dir/link"
+check "through a link to nothing" quiet train --steps 1 --out "$dir/link"
+chmod 640 "$dir/far/lora"
+check "and to a file" quiet train --steps 1 --out "$dir/link" --seed $seed
+check "its seed is exact" sh -c './shortcut info "$0" | grep -q "seed: 18446744073709551615$"' "$dir/link"
+check "the link stays one" test -L "$dir/link" -a "$(stat -c %a "$dir/far/lora")" = 640
+chmod 444 "$dir/far/lora"
+keeps "$dir/far/lora" 1 "read-only" train --steps 1 --out "$dir/link"
+chmod 640 "$dir/far/lora"
+# What is read is not written, under whatever name.
+ln "$dir/far/lora" "$dir/hard"
+keeps "$dir/far/lora" 1 "which is read" train --steps 1 --start "$dir/link" --out "$dir/hard"
+keeps "$dir/far/lora" 1 "which is read" sample --lora "$dir/link" --out "$dir/hard"
+keeps "$dir/far/lora" 1 "which is read" ./shortcut --lora "$dir/link:2" --out "$dir/hard"
+keeps "$dir/far/lora" 1 "which is read" ./shortcut merge --kohya --lora "$dir/link:1" --out "$dir/hard"
+keeps "$dir/far/lora" 1 "which is read" sample --noise "$dir/link" --latents "$dir/hard"
+fails 1 "which is read or written too" sample --latents "$dir/./out" --out "$dir/out"
+fails 1 "which is read or written too" train --steps 1 --out "$dir/run/../run/state.safetensors"
+cp -r data/tiny-flux "$model"
+for part in transformer vae text_encoder; do
+    file=$(echo "$model/$part"/*.safetensors)
+    keeps "$file" 1 "which is read" train --steps 1 --model "$model" --out "$file"
+done
+keeps "$model/$weights" 1 "which is read" ./shortcut merge --model "$model" --lora "$dir/link" --out "$model/transformer"
+keeps "$model/$weights" 1 "which is read" train --full --steps 1 --model "$model" --out "$model/transformer"
+keeps "$model/$weights" 1 "which is read" train --distill-guidance --steps 1 --transformer "$model/transformer" --out "$model/transformer"
+mkdir "$dir/theirs"
+cp data/tiny-flux/vae/config.json "$dir/theirs"
+keeps "$dir/theirs/config.json" 1 "config.json: this file is there" ./shortcut merge --lora "$dir/link" --out "$dir/theirs"
+cp data/tiny-flux/vae/*.safetensors "$dir/theirs"
+keeps "$dir/theirs/diffusion_pytorch_model.safetensors" 1 "this file is there" ./shortcut merge --lora "$dir/link" --out "$dir/theirs"
+check "merge" quiet ./shortcut merge --lora "$dir/link" --out "$dir/merged"
+check "merge again: the folder is ours" quiet ./shortcut merge --lora "$dir/link" --out "$dir/merged"
+rm -rf "$model"
+# No length is too long that the system takes.
+deep=$dir
+for c in a b c d e f; do deep=$deep/$(printf "$c%.0s" $(seq 200)); done
+mkdir -p "$deep"
+cp "$dir/link" "$deep/lora"
+check "a long way to a LoRA" quiet ./sample x 1 --lora "$deep/lora" --out "$deep/out.png"
+check "and to a run" quiet train --steps 1 --run "$deep/run" --out "$deep/lora"
+check "is gone to its end" test -s "$deep/out.png" -a -s "$deep/run/state.safetensors" -a -s "$deep/run/loss.csv"
+check "a long command is kept whole" sh -c './shortcut info "$0" | grep -q "command.*/lora$"' "$deep/lora"
+fails 1 "File name too long" train --steps 1 --out "$dir/$(printf 'x%.0s' $(seq 255))"
+
 # ---- Stopped, by Ctrl-C or for good, and resumed: bit for bit the same ----
 seq 200 >"$dir/prompts"
 rm -rf "$dir/set"
@@ -206,6 +314,36 @@ kill -INT $!
 wait $!
 check "a stopped list says how to go on" grep -q "^error: stopped after [0-9]* pictures; the same command goes on" "$dir/log"
 check "and has a line for each picture" test "$(wc -l <"$dir/set/metadata.jsonl")" -eq "$(ls "$dir/set" | grep -c png)"
+rm -rf "$dir/set" "$dir/run" # a run that is going on has its folder for itself
+begin() { # the command, its output into `log`; until it is at work
+    rm -rf "$dir/run" "$dir/lora"
+    "$@" ./train "$pairs" --no-cache --batch 1 --rank 1 --preview 0 --save 1 --steps 100000 --run "$dir/run" --out "$dir/lora" \
+        >"$dir/log" 2>&1 &
+    while kill -0 $! 2>/dev/null && [ ! -e "$dir/lora" ]; do sleep 0.05; done
+}
+begin env
+fails 1 "run: process $! (since .*--steps 100000.*) is writing there" train --steps 1
+for signal in HUP HUP TERM TERM; do kill -$signal $! 2>/dev/null; sleep 0.02; done
+wait $!
+check "a closed terminal, told twice, and SIGTERM save" grep -q "^stopped at step .*--resume" "$dir/log"
+check "and are no failure" grep -q "^wrote " "$dir/log"
+check "nothing else is left" test "$(ls -A "$dir/run" | tr '\n' ' ')" = "loss.csv state.safetensors "
+begin nohup
+kill -HUP $!
+sleep 0.2
+check "under nohup it goes on" kill -0 $!
+kill -KILL $!
+wait $! 2>/dev/null
+: >"$dir/run/state.safetensors.tmp-shortcut" # as if it had been saving
+check "a run that was killed holds nothing" quiet train --resume --steps 100000 --stop-after 1
+check "and what it left is gone" test -z "$(find "$dir" -name '*.tmp*' -o -name '.shortcut-lock')"
+rm -rf "$dir/run"
+mkfifo "$dir/reader"
+(train --steps 300 --save 0; echo "rc $?" >"$dir/rc") >"$dir/reader" 2>&1 &
+head -n 1 "$dir/reader" >/dev/null
+wait $!
+check "a reader that goes away ends no run" grep -q "rc 0" "$dir/rc"
+check "which saves" test -s "$dir/run/state.safetensors" -a -s "$dir/lora"
 weights_of() { tail -c 100000 "$1"; } # without the header, which has the command line
 long() { train --steps 40 --rank 16 "$@"; }
 check "40 steps" quiet long

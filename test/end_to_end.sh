@@ -125,9 +125,9 @@ fails 2 "is for a LoRA" ./train "$dir/pairs" --full --start "$dir/lora.safetenso
 cp -r data/tiny-flux "$dir/odd"
 config=transformer/config.json
 sed 's/"in_channels": 64/"in_channels": 16/' data/tiny-flux/$config >"$dir/odd/$config"
-fails 1 "tokens of 16 channels" ./train "$dir/pairs" --no-cache --model "$dir/odd" --pretrain $run
+fails 1 "tokens of 16 channels" ./train "$dir/pairs" --no-cache --model "$dir/odd" --pretrain $run --out "$dir/whole"
 sed 's/"joint_attention_dim": 128/"joint_attention_dim": 32/' data/tiny-flux/$config >"$dir/odd/$config"
-fails 1 "the transformer takes 32" ./train "$dir/pairs" --no-cache --model "$dir/odd" --pretrain $run
+fails 1 "the transformer takes 32" ./train "$dir/pairs" --no-cache --model "$dir/odd" --pretrain $run --out "$dir/whole"
 fails 1 "this is a folder" ./train "$dir/pairs" --steps 1 --batch 1 --run "$dir/run" --out "$dir/odd"
 check "a LoRA for another transformer" quiet ./train "$dir/pairs" --steps 1 --batch 1 --rank 1 --preview 0 --run "$dir/run3" \
     --transformer data/tiny-flux/transformer --out "$dir/other.safetensors"

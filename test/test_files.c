@@ -694,17 +694,46 @@ static void check_old(const char *path) {
     sc_file_close(f);
 }
 
-/* A temporary file that is there is another's, even if that has our process' number. */
+/* A temporary file that is locked is another writer's; one that is not was left by a dead one. */
 static void test_two_writers(void) {
-    char other[600];
-    snprintf(other, sizeof other, "%s.tmp-%ld", in_folder("both.safetensors"), (long)getpid());
-    write_raw(other, "theirs", 6);
-    CHECK(save_large(in_folder("both.safetensors")));
+    const char *path = in_folder("both.safetensors");
+    sc__writer first;
+    CHECK(sc__write_begin(&first, path) && sc__write_bytes(&first, "theirs", 6));
+    check_message(!save_large(path), "two writers", "another process is writing it");
+    CHECK(sc__write_end(&first, true));
     size_t length = 0;
-    char *text = sc__read_file(other, &length);
+    char *text = sc__read_file(path, &length);
     CHECK(text && length == 6 && !strcmp(text, "theirs"));
     SC_FREE(text);
-    remove(other);
+    write_raw(in_folder("both.safetensors.tmp-shortcut"), "left", 4);
+    CHECK(save_large(path) && temporaries() == 0);
+}
+
+static void link_to(const char *target, const char *name) {
+    CHECK(!symlink(target, in_folder(name)));
+}
+
+/* Through links, also of links, and to what is not there yet; the mode stays; read-only is meant. */
+static void test_replaced(void) {
+    struct stat there;
+    CHECK(!mkdir(in_folder("far"), 0755));
+    link_to("far/end", "link");
+    link_to("link", "link2");
+    CHECK(sc__write_file(in_folder("link2"), "new", 3) && sc__is_file(in_folder("far/end")));
+    CHECK(!chmod(in_folder("far/end"), 0640) && sc__write_file(in_folder("link2"), "newer", 5));
+    CHECK(!lstat(in_folder("link2"), &there) && S_ISLNK(there.st_mode));
+    CHECK(!lstat(in_folder("far/end"), &there) && there.st_size == 5 &&
+          (there.st_mode & 0777) == 0640);
+    CHECK(!chmod(in_folder("far/end"), 0444));
+    check_message(!sc__write_file(in_folder("link"), "x", 1), "read-only", "cannot write");
+    CHECK(!lstat(in_folder("far/end"), &there) && there.st_size == 5);
+    link_to("round", "round");
+    check_message(!sc__write_file(in_folder("round"), "x", 1), "a round", "symbolic links");
+    write_raw(in_folder("victim"), "victim", 6);
+    link_to("victim", "trap.tmp-shortcut"); /* by someone else: not written through */
+    CHECK(!sc__write_file(in_folder("trap"), "x", 1));
+    CHECK(!stat(in_folder("victim"), &there) && there.st_size == 6);
+    CHECK(!remove(in_folder("trap.tmp-shortcut")) && temporaries() == 0);
 }
 
 static void test_unwritable(void) {
@@ -751,7 +780,7 @@ static void test_interrupted(void) {
     CHECK(child > 0 && waitpid(child, &status, 0) == child && WIFSIGNALED(status));
     check_old(in_folder("old.safetensors"));
     CHECK(temporaries() == 1); /* what it left; never under the final name */
-    CHECK(save_large(in_folder("old.safetensors")));
+    CHECK(save_large(in_folder("old.safetensors")) && temporaries() == 0);
     sc_file *f = sc_file_open(in_folder("old.safetensors"));
     CHECK(f && sc_count(sc_file_find(f, "x")) == 65536);
     sc_file_close(f);
@@ -815,6 +844,7 @@ int main(void) {
     test_folders();
     test_foreign_folders();
     test_two_writers();
+    test_replaced();
     test_unwritable();
     test_out_of_memory();
     test_interrupted();
