@@ -664,13 +664,15 @@ static const char *sc__clock(double seconds, char text[32]) {
 void sc_progress(const char *label, int64_t first, int64_t done, int64_t total, double started,
                  const char *extra) {
     static double last;
+    static const char *shown; /* the first of each label is */
     char left[32], spent[32];
     double now = sc_seconds(), elapsed = now - started;
     bool terminal = isatty(2), end = done >= total;
     if (sc_interrupted) return; /* what was done is saved first */
-    if (!end && now - last < (terminal ? 0.2 : 10)) return;
+    if (!end && label == shown && now - last < (terminal ? 0.2 : 10)) return;
     if (end && elapsed < 2 && !terminal) return;
     last = now;
+    shown = label;
     fprintf(stderr, "%s%s %lld/%lld%s%s, %s", terminal ? "\r" : "", label, (long long)done,
             (long long)total, extra ? ", " : "", extra ? extra : "", sc__clock(elapsed, spent));
     if (!end && done > first)
