@@ -62,7 +62,7 @@ static bool evaluator_open(evaluator *e, const sc_backend *be, const char *folde
         ok = n >= 1 && n <= MAX_CHANNELS && n == floor(n) && (int)n % e->groups == 0;
         e->channels[i] = ok ? (int)n : 0;
     }
-    if (!ok && json) sc__fail("%s: not an evaluator's", path);
+    if (!ok && json) sc_fail("%s: not an evaluator's", path);
     e->eps = (float)sc_json_number(sc_json_get(json, "norm_eps"), 1e-5);
     e->captions = ok ? (char **)sc__alloc((size_t)e->classes, sizeof *e->captions) : NULL;
     for (int i = 0; e->captions && i < e->classes; i++)
@@ -346,7 +346,7 @@ static bool run_setting(experiment *x, const setting *s, int count, bool base, b
             if (show && first + i < x->shown) ok = put_on_sheet(x, first + i, picture) && ok;
         }
         sc_progress(s->label, 0, first + n, count, started, NULL);
-        if (sc_interrupted) ok = sc__fail("stopped");
+        if (sc_interrupted) ok = sc_fail("stopped");
     }
     free(rgb);
     if (!ok) return false;
@@ -515,10 +515,10 @@ static bool load_prompts(experiment *x) {
         q->pooled = (float *)sc__alloc((size_t)c->pooled_channels, 4);
         ok = q->text && q->context && q->pooled &&
              sc_pipeline_text(x->p, line, q->context, q->pooled) &&
-             (!sc_interrupted || sc__fail("stopped"));
+             (!sc_interrupted || sc_fail("stopped"));
     }
     free(text);
-    return ok && (x->prompt_count || sc__fail("%s: no prompts", x->o.prompts));
+    return ok && (x->prompt_count || sc_fail("%s: no prompts", x->o.prompts));
 }
 
 /* Features of the pictures in a folder, cut and scaled to the evaluator's size. */
@@ -535,7 +535,7 @@ static bool load_real(experiment *x) {
              sc_picture_load(&picture, data->pairs[i].path) &&
              sc_picture_fit(&fitted, &picture, x->judge.side, x->judge.side) &&
              evaluate(&x->judge, fitted.rgb, x->real + i * x->judge.features, &class_of) &&
-             (!sc_interrupted || sc__fail("stopped"));
+             (!sc_interrupted || sc_fail("stopped"));
         sc_picture_free(&picture);
         sc_picture_free(&fitted);
         sc_progress("real picture", 0, i + 1, data->count, started, NULL);
@@ -557,7 +557,7 @@ static int experiment_main(const options *o) {
               evaluator_open(&x.judge, be, o->evaluator);
     if (ok && o->resolution) x.p->resolution = o->resolution;
     if (ok && (x.p->resolution % x.p->token_pixels || x.p->resolution > 1 << 14))
-        ok = sc__fail("--resolution is a multiple of %d pixels, not %d", x.p->token_pixels,
+        ok = sc_fail("--resolution is a multiple of %d pixels, not %d", x.p->token_pixels,
                       x.p->resolution);
     for (int i = 0; ok && i < 8 && x.o.lora[i]; i++) /* now, not after minutes of base pictures */
         ok = sc_load_lora_argument(x.p->flux, x.o.lora[i], 3, NULL);
@@ -642,10 +642,10 @@ static bool is_model(const char *path) {
     char *index = sc__join(path, "model_index.json");
     bool found = index && sc__exists(index);
     free(index);
-    for (int part = 0; !found && part < SC__PARTS; part++) {
+    for (int part = 0; !found && part < SC_PARTS; part++) {
         bool file = sc__is_file(path);
-        char *where = file ? NULL : sc__part_path(path, (sc__part_kind)part);
-        found = file ? sc__file_has(path, (sc__part_kind)part) > 0 : where != NULL;
+        char *where = file ? NULL : sc_part_path(path, (sc_part)part);
+        found = file ? sc_part_in_file(path, (sc_part)part) > 0 : where != NULL;
         free(where);
     }
     return found;
@@ -654,7 +654,7 @@ static bool is_model(const char *path) {
 /* The transformer's plan: from its file, or, where that is not there or broken, from config.json.
  */
 static sc_flux *info_flux(const char *model) {
-    char *path = sc__part_path(model, SC__TRANSFORMER), *folder = sc__join(model, "transformer");
+    char *path = sc_part_path(model, SC_TRANSFORMER), *folder = sc__join(model, "transformer");
     sc_flux *flux = path ? sc_flux_open(NULL, path, false, false, 0) : NULL;
     if (!flux) printf("  transformer: %s\n", sc_error());
     if (!flux && folder) flux = sc_flux_open(NULL, folder, false, true, 0);
@@ -663,8 +663,8 @@ static sc_flux *info_flux(const char *model) {
 }
 
 /* A part's plan could not be made: that is only bad where the part is there. */
-static bool info_absent(const char *model, sc__part_kind part) {
-    char *path = sc__part_path(model, part);
+static bool info_absent(const char *model, sc_part part) {
+    char *path = sc_part_path(model, part);
     bool absent = !path;
     free(path);
     return absent;
@@ -674,18 +674,18 @@ static int info_model(const char *model) {
     sc_flux *flux = info_flux(model);
     sc_text_encoders *text = sc_text_encoders_open(NULL, model);
     if (!text) printf("  text encoders: %s\n", sc_error());
-    char *path = sc__part_path(model, SC__VAE);
+    char *path = sc_part_path(model, SC_VAE);
     sc_vae *vae = path ? sc_vae_open(NULL, path, false) : NULL;
     if (!vae) printf("  vae: %s\n", sc_error());
     static const char *const names[] = {"transformer", "text_encoder", "text_encoder_2", "vae"};
     sc_net *nets[] = {flux ? flux->net : NULL, text ? text->clip.net : NULL,
                       text ? text->t5.net : NULL, vae ? vae->net : NULL};
-    bool ok = (text || info_absent(model, SC__CLIP) || info_absent(model, SC__T5)) &&
-              (vae || !path) && (flux || info_absent(model, SC__TRANSFORMER));
+    bool ok = (text || info_absent(model, SC_CLIP) || info_absent(model, SC_T5)) &&
+              (vae || !path) && (flux || info_absent(model, SC_TRANSFORMER));
     for (int i = 0; i < 4; i++) {
         if (!nets[i]) continue;
         ok = info_net(names[i], nets[i]) && ok &&
-             (nets[i]->file || info_absent(model, SC__TRANSFORMER));
+             (nets[i]->file || info_absent(model, SC_TRANSFORMER));
     }
     char list[512];
     long long unread = sc_net_unread(nets, 4, list, sizeof list);
@@ -707,7 +707,7 @@ static int info_model(const char *model) {
     sc_text_encoders_close(text);
     sc_vae_close(vae);
     free(path);
-    if (!ok) sc__fail("%s: a part is not whole, or not one that is read here", model);
+    if (!ok) sc_fail("%s: a part is not whole, or not one that is read here", model);
     return ok ? 0 : sc_die();
 }
 
@@ -719,10 +719,10 @@ static int info_main(const char *path) {
 
 /* LoRAs folded into a copy of the transformer, or, with --kohya, into one file of kohya's names. */
 static int merge_main(const options *o) {
-    char *path = sc__part_path(o->model, SC__TRANSFORMER);
+    char *path = sc_part_path(o->model, SC_TRANSFORMER);
     sc_flux *flux = path ? sc_flux_open(sc_cpu(), path, false, false, 0) : NULL;
     float guidance = NAN; /* that of 3 steps, as the scale: weights cannot keep it */
-    bool ok = flux && (o->lora[0] || sc__fail("merge needs --lora FILE[:SCALE]")) &&
+    bool ok = flux && (o->lora[0] || sc_fail("merge needs --lora FILE[:SCALE]")) &&
               (o->kohya ? sc_check_out(o->out, SC_WEIGHTS, o->named, o->model, o->lora)
                         : sc_can_write_model(flux, o->out));
     for (int i = 0; ok && i < 8 && o->lora[i]; i++)

@@ -41,7 +41,7 @@ static bool load_noise(const char *path, float *latents, int64_t n) {
     const sc_tensor *x = file ? sc_file_find(file, "noise") : NULL;
     bool ok = x && sc_count(x) == n && x->dtype <= SC_F64;
     if (ok) sc_to_f32(latents, x->data, x->dtype, n);
-    else if (file) sc__fail("%s: needs a tensor 'noise' of %lld numbers", path, (long long)n);
+    else if (file) sc_fail("%s: needs a tensor 'noise' of %lld numbers", path, (long long)n);
     sc_file_close(file);
     return ok;
 }
@@ -88,7 +88,7 @@ static char *parameters_of(const options *o, const char *prompt, uint64_t seed, 
     sc__text_add(&t, "", 1);
     if (!t.failed) return t.data;
     free(t.data);
-    return sc__fail("out of memory"), NULL;
+    return sc_fail("out of memory"), NULL;
 }
 
 /* Whether a LoRA was written after the file at `path`. */
@@ -216,7 +216,7 @@ static bool open_list(list *l, const options *o) {
     for (char *rest = l->text, *line; l->metadata && (line = sc_next_line(&rest));)
         l->prompts[l->count++] = line;
     l->count *= o->count;
-    return l->metadata && (l->count || sc__fail("%s: no prompts", o->prompts));
+    return l->metadata && (l->count || sc_fail("%s: no prompts", o->prompts));
 }
 
 static void close_list(list *l) { free(l->text), free(l->prompts), free(l->metadata); }
@@ -241,7 +241,7 @@ static char *line_of(const char *name, const char *prompt) {
     sc__text_add(&t, "}", 2);
     if (!t.failed) return t.data;
     free(t.data);
-    return sc__fail("out of memory"), NULL;
+    return sc_fail("out of memory"), NULL;
 }
 /* Whether nothing is lost with a line of an old metadata.jsonl: its picture says the same, or it
  * will stand there again. */
@@ -271,11 +271,11 @@ static bool check_folder(const list *l) {
         ok = path && sc_may_replace(path);
         free(path);
     }
-    char *text = ok && old ? sc__read_file(l->metadata, &length) : NULL, *rest = text, *line;
+    char *text = ok && old ? sc_read_file(l->metadata, &length) : NULL, *rest = text, *line;
     ok = ok && (text || !old);
     while (ok && text && (line = sc_next_line(&rest)))
         ok = known_line(l, line) ||
-             sc__fail("%s has lines that are not this program's: choose another folder: %s",
+             sc_fail("%s has lines that are not this program's: choose another folder: %s",
                       l->metadata, line);
     free(text);
     return ok && sc_can_write(l->metadata);
@@ -306,7 +306,7 @@ static bool draw_list(sc_pipeline *p, const options *o) {
     if (metadata) fclose(metadata);
     sc_unlock();
     if (sc_interrupted)
-        ok = sc__fail("stopped after %lld pictures; the same command goes on from there",
+        ok = sc_fail("stopped after %lld pictures; the same command goes on from there",
                       (long long)done);
     if (made && !done) rmdir(o->out_dir);
     if (ok) printf("%s: %lld pictures and metadata.jsonl\n", o->out_dir, (long long)done);
@@ -357,16 +357,16 @@ static bool check_options(options *o, const char *steps) {
     char *end = NULL, more;
     o->steps = steps ? (int)strtol(steps, &end, 10) : 3;
     if (o->steps < 1 || o->steps > 1000 || (end && *end))
-        return sc__fail("STEPS is a number from 1 to 1000, not '%s'", steps);
-    if (o->count < 1) return sc__fail("--count is a number from 1 up, not %d", o->count);
+        return sc_fail("STEPS is a number from 1 to 1000, not '%s'", steps);
+    if (o->count < 1) return sc_fail("--count is a number from 1 up, not %d", o->count);
     if (o->latents && (o->prompts || o->count > 1))
-        return sc__fail("--latents takes those of one picture");
+        return sc_fail("--latents takes those of one picture");
     float shift = o->shift && strcmp(o->shift, "auto") ? strtof(o->shift, &end) : 1;
     if (!(shift > 0 && isfinite(shift)) || (end && *end))
-        return sc__fail("--shift is a positive number or auto, not '%s'", o->shift);
+        return sc_fail("--shift is a positive number or auto, not '%s'", o->shift);
     if (o->size && (sscanf(o->size, "%dx%d%c", &o->width, &o->height, &more) != 2 || o->width < 1 ||
                     o->height < 1 || o->width > 1 << 14 || o->height > 1 << 14))
-        return sc__fail("--size is WxH, sides up to %d pixels, not '%s'", 1 << 14, o->size);
+        return sc_fail("--size is WxH, sides up to %d pixels, not '%s'", 1 << 14, o->size);
     return true;
 }
 
@@ -382,7 +382,7 @@ static bool take_size(const sc_pipeline *p, options *o) {
     int side = p->token_pixels;
     if (!o->size) o->width = o->height = p->resolution;
     return (o->width % side == 0 && o->height % side == 0) ||
-           sc__fail("--size is WxH in multiples of %d pixels, not '%s'", side, o->size);
+           sc_fail("--size is WxH in multiples of %d pixels, not '%s'", side, o->size);
 }
 
 static bool load_loras(sc_pipeline *p, options *o) {

@@ -31,7 +31,6 @@
  *             return puts(sc_error()), 1;
  *         sc_pipeline_close(p);
  *     }
- *
  * The paper's training, with its settings for FLUX.1-dev (train.c adds data, progress, files):
  *
  *     sc_params *lora = sc_params_lora(p->flux, 64, 64, 1);             // rank, alpha, seed
@@ -48,18 +47,40 @@
  *     }
  *     sc_lora_save(lora, SC_STUDENT, "lora.safetensors", NULL);
  *
- * CONTENTS, each section opened by what it does and why:
- *     declarations of all that is public
- *     errors, memory, random numbers, data types
- *     CPU operations              forward and backward side by side under one formula
- *     tape                        eager operations, recorded for the way back
- *     flow matching, SCFM         the paper: start reading there
- *     files, names                JSON, safetensors; what weights are called in whose files
- *     weights, FLUX transformer   the model, written once, forward
- *     what is trained, LoRA files, memory of a training step
- *     parts of a model, VAE       where they are; pictures <-> latents
- *     Unicode, tokenizers, text encoders      prompts -> ids -> vectors
- *     pictures and data sets, pipeline        a whole model folder
+ * CONTENTS. Search for a tag; each section opens with what it does and why. To understand FLUX and
+ * the paper read as far as Part I goes, in this order: it needs nothing that comes later.
+ *     >>api         declarations of all that is public, the table of a backend last (>>backend)
+ *   Part I, the paper and the model
+ *     >>flow        flow matching: times, and the sampler
+ *     >>scfm        SCFM: what the student is asked, and what it should answer
+ *     >>flux        the FLUX transformer, forward
+ *     >>lora        LoRA: which numbers are trained, in four sets
+ *     >>step        a training step, and FLUX's sampler
+ *   Part II, the machine
+ *     >>base        errors, memory, random numbers, data types
+ *     >>cpu         operations on the CPU, forward and backward side by side under one formula;
+ *                   >>gemm, >>attention, >>conv, >>adamw
+ *     >>tape        operations recorded for the way back; >>linear, where LoRA enters a layer;
+ *                   >>checkpoint
+ *     >>params      the arrays of trained numbers
+ *     >>plan        memory of a training step
+ *   Part III, files and formats
+ *     >>files       whole files, JSON, safetensors       >>names     what weights are called where
+ *     >>weights     of a network, from its file          >>open      FLUX: opened and saved
+ *     >>lorafiles   LoRAs of all dialects                >>parts     where a model's parts are
+ *     >>vae         pictures <-> latents                 >>tokens    prompts -> ids
+ *     >>text        ids -> vectors: CLIP and T5          >>pictures  and data sets
+ *     >>pipeline    a whole model folder
+ *   Part IV, tables
+ *     >>unicode     what the tokenizers ask of characters
+ *
+ * DOES NOT
+ *   - read or write picture files (stb does, in tools.h), download anything, print, or exit
+ *   - run other models than FLUX.1: no SD3.5, no FLUX.2; nor models without distilled guidance in
+ *     two evaluations a step (true CFG)
+ *   - train text encoders or the VAE; read LoRAs for them, DoRA, LoKr or LoHa (it says so)
+ *   - mix picture sizes in one batch, or use several GPUs
+ *   - swap weights to disk: a model fits in memory, its frozen matrices mapped, or it does not run
  *
  * NOTATION
  *     B batch   T tokens   C channels   H heads   D head size   L layers   h, w grid of tokens
@@ -141,156 +162,9 @@ const char *sc_dtype_name(sc_dtype dtype);              /* "BF16", as in safeten
 /* n elements of host memory; of SC_F8_E4M3 without the scales. */
 void sc_to_f32(float *dst, const void *src, sc_dtype dtype, int64_t n);
 
-/* ==== JSON and safetensors ====
- * Readers of a JSON value take NULL for "absent" and then give the fallback, so that a path into a
- * document needs no checks. `name` stands before messages, with the line. */
-typedef struct sc_json sc_json;
-sc_json *sc_json_parse(const char *text, size_t length, const char *name);
-sc_json *sc_json_load(const char *path);
-void sc_json_free(sc_json *root);
-const sc_json *sc_json_get(const sc_json *object, const char *key);      /* NULL: absent */
-const sc_json *sc_json_at(const sc_json *array, int64_t index);          /* NULL: past the end */
-int64_t sc_json_length(const sc_json *value);                            /* of an array or object */
-const char *sc_json_key(const sc_json *object, int64_t index);           /* index-th key */
-const sc_json *sc_json_value(const sc_json *object, int64_t index);      /* and its value */
-const char *sc_json_string(const sc_json *value, const char *fallback);  /* UTF-8, NUL-terminated */
-double sc_json_number(const sc_json *value, double fallback);
-bool sc_json_bool(const sc_json *value, bool fallback);
-
-typedef struct sc_file sc_file;                     /* one or several mapped safetensors files */
-/* A .safetensors, an index of shards (.json), or a folder with either. While it is open it may be
- * replaced, as sc_file_save does, but not cut short: reading what is gone ends the program. */
-sc_file *sc_file_open(const char *path);
-void sc_file_close(sc_file *file);
-const char *sc_file_path(const sc_file *file);
-int64_t sc_file_count(const sc_file *file);
-const char *sc_file_name(const sc_file *file, int64_t index);
-/* The format aligns no data: read it with sc_to_f32, or memcpy. */
-const sc_tensor *sc_file_tensor(const sc_file *file, int64_t index);
-const sc_tensor *sc_file_find(const sc_file *file, const char *name);    /* NULL: absent */
-const char *sc_file_metadata(const sc_file *file, const char *key);      /* NULL: absent */
-
-/* A host tensor and its type in the file: its own, or f32 rounded to bf16 or f16. metadata: key,
- * value, ..., NULL; or NULL. The file appears under `path` when all of it is on disk. */
-typedef struct sc_named { const char *name; const sc_tensor *tensor; sc_dtype dtype; } sc_named;
-bool sc_file_save(const char *path, const sc_named *tensors, int64_t count,
-                  const char *const *metadata);
-
-/* ==== Backend: the operations, behind one table ====
- * What each computes, forward and backward, and on which shapes, stands over its CPU version. Every
- * pointer inside a tensor that a backend is given is memory of that backend. Activations have the
- * type `activation`; LoRA factors, optimiser state and losses are f32; frozen weights keep the type
- * they have on disk. `_backward` functions add into the gradients of inputs that need them, or,
- * where `new_grad` says so, store (of x, h, q, k and v, of which they write all). */
-typedef struct sc_matrix {      /* row-major; `transposed`: used as its transpose */
-    const void *data;
-    sc_dtype dtype;
-    int64_t ld;                 /* elements from one stored row to the next */
-    bool transposed;
-    const float *scale;         /* of each stored row, with SC_F8_E4M3 only; NULL: 1 */
-    uint64_t content;           /* of a layer's input: same number, same values; 0: not known */
-} sc_matrix;
-
-typedef enum { SC_SILU, SC_GELU_TANH, SC_GELU, SC_QUICK_GELU } sc_activation;
-
-typedef struct sc_adamw {        /* one step of AdamW */
-    float lr, beta1, beta2, eps, weight_decay;
-    float clip;                 /* a longer gradient is shortened to this norm first; 0: never */
-    int64_t step;               /* steps done before */
-} sc_adamw;
-
-typedef struct sc_trained {     /* trained numbers, all [count], f32 */
-    int64_t count;
-    float *w, *grad, *m, *v;    /* gradient and Adam's moments */
-    float *average[2];          /* exponential averages of w; NULL: none */
-} sc_trained;
-
-enum { SC_POSTS = 4, SC_POST_SIZE = 4 };
-
-typedef struct sc_backend {
-    const char *name;
-    sc_dtype activation;
-    bool on_host;               /* its memory is the host's: mapped files are used where they are */
-    /* Memory: NULL with the error set when there is not enough. */
-    void *(*alloc)(size_t bytes);
-    void (*release)(void *p);
-    size_t (*memory_left)(void); /* bytes that alloc can still give, about */
-    /* Host memory for a matrix that only products read, copied to the device ahead of each use;
-     * given back by `release`. NULL: memory is the host's anyway. */
-    void *(*alloc_streamed)(size_t bytes);
-    void (*upload)(void *device, const void *host, size_t bytes);
-    /* Waits for all work. False with the error set if this or any operation before it failed: the
-     * others may be asynchronous, and report nothing. */
-    bool (*download)(void *host, const void *device, size_t bytes);
-    /* A few numbers come to the host without holding up the work: `post` queues their copy, and
-     * `collect` waits for the copy that was posted first, but not for what was queued after it. At
-     * most SC_POSTS are under way; false as for download. */
-    void (*post)(const double *device, int count);
-    bool (*collect)(double *host, int count);
-    void (*zero)(void *p, size_t bytes);
-    /* C[m,n] = alpha op(A) op(B) + beta C + bias; bias [n] or NULL. */
-    void (*gemm)(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, sc_matrix b, float beta,
-                 sc_matrix c, const sc_tensor *bias);
-    /* C = gelu(A op(B) + beta C + bias), tanh form, in one pass where a backend can. `before` [m,n]
-     * keeps what went into the GELU, for the backward pass; NULL: none follows. */
-    void (*gemm_gelu)(int64_t m, int64_t n, int64_t k, sc_matrix a, sc_matrix b, float beta,
-                      sc_matrix c, const sc_tensor *bias, sc_tensor *before);
-    /* e4m3 with a scale for each row, so that its largest value becomes 448; from: the activations'
-     * type. */
-    void (*quantize)(uint8_t *to, float *scale, const void *from, int64_t rows, int64_t columns);
-    /* dst[r][c] (+)= src[r][c]: concatenation, slices, and their gradients. */
-    void (*copy_block)(void *dst, int64_t dst_ld, const void *src, int64_t src_ld, int64_t rows,
-                       int64_t columns, sc_dtype dtype, bool accumulate);
-    void (*column_sum)(float *sum, const void *x, int64_t rows, int64_t columns); /* sum[c] += */
-    /* y[b] = p[b] * u[b] + q[b] * v[b], one pair of host coefficients for each of the B samples. */
-    void (*blend)(sc_tensor *y, const float *p, const sc_tensor *u, const float *q,
-                  const sc_tensor *v);
-    void (*embed_timestep)(sc_tensor *y, const float *t);
-    /* y: in its columns from `at` on, and so its gradient. */
-    void (*activate)(sc_activation kind, sc_tensor *y, int64_t at, const sc_tensor *x);
-    void (*activate_backward)(sc_activation kind, const sc_tensor *y, int64_t at, sc_tensor *x);
-    void (*multiply)(sc_tensor *y, const sc_tensor *a, const sc_tensor *b);
-    void (*ln_modulate)(sc_tensor *y, const sc_tensor *x, const sc_tensor *mod, int shift,
-                        int scale);
-    void (*ln_modulate_backward)(const sc_tensor *y, sc_tensor *x, sc_tensor *mod, int shift,
-                                 int scale);
-    void (*gated_residual)(sc_tensor *y, const sc_tensor *x, const sc_tensor *h,
-                           const sc_tensor *mod, int gate);
-    void (*gated_residual_backward)(const sc_tensor *y, sc_tensor *x, sc_tensor *h, sc_tensor *mod,
-                                    int gate);
-    void (*norm_rope)(sc_tensor *y, int64_t offset, const sc_tensor *x, const sc_tensor *weight,
-                      const sc_tensor *rope);
-    void (*norm_rope_backward)(const sc_tensor *y, int64_t offset, sc_tensor *x, sc_tensor *weight,
-                               const sc_tensor *rope);
-    /* lse [B,H,Tq], f32, keeps log(sum(exp(scores))) for the backward pass; NULL: none follows. */
-    void (*attention)(sc_tensor *o, float *lse, const sc_tensor *q, const sc_tensor *k,
-                      const sc_tensor *v, int heads, float scale, const sc_tensor *bias,
-                      bool causal);
-    void (*attention_backward)(const sc_tensor *o, const float *lse, sc_tensor *q, sc_tensor *k,
-                               sc_tensor *v, int heads, float scale);
-    void (*layer_norm)(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
-                       float eps);
-    void (*rms_norm)(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, float eps);
-    void (*embed_tokens)(sc_tensor *y, const sc_tensor *table, const int32_t *ids);
-    /* Group norm in two parts, so that a picture [B,C,H,W] may come in strips: the values and their
-     * squares in `rows` rows from `first` on are added to sums [B, groups, 2], f64; then y, which
-     * may be x, is normed with the sums over `size` values of each group. */
-    void (*group_sums)(double *sums, const sc_tensor *x, int64_t first, int64_t rows, int groups);
-    void (*group_norm)(sc_tensor *y, const sc_tensor *x, const double *sums, int64_t size,
-                       const sc_tensor *w, const sc_tensor *b, int groups, float eps, bool silu);
-    void (*conv2d)(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
-                   int stride, int pad_before);
-    void (*upsample)(sc_tensor *y, const sc_tensor *x);
-    void (*swap_axes)(sc_tensor *y, const sc_tensor *x);
-    /* Loss and optimiser, all f32. */
-    /* *loss and *norm are the backend's memory. */
-    void (*mse)(double *loss, const sc_tensor *prediction, const sc_tensor *target);
-    void (*mse_backward)(sc_tensor *prediction, const sc_tensor *target, float factor);
-    /* One step: clips, AdamW, moves the averages (average = decay average + (1 - decay) w), clears
-     * the gradient. *norm: the gradient's before clipping; not finite: w did not change. */
-    void (*update)(const sc_trained *x, const sc_adamw *o, const float decay[2], double *norm);
-} sc_backend;
-
+/* ==== What computes ====
+ * A backend is a table of operations (its declaration stands at the end: >>backend). */
+typedef struct sc_backend sc_backend;
 const sc_backend *sc_cpu(void);
 void sc_set_threads(int n);         /* CPU threads; 0: OMP_NUM_THREADS, else one per core */
 const sc_backend *sc_cuda(void);    /* shortcut_cuda.cu; NULL with the error set: no usable GPU */
@@ -300,6 +174,7 @@ const sc_backend *sc_cuda(void);    /* shortcut_cuda.cu; NULL with the error set
  * with the error set; an operation given NULL returns NULL, so a model is written without checks
  * and tests its last result only. Shapes: B batch, T tokens, C channels, H heads. */
 typedef struct sc_tape sc_tape;
+typedef enum { SC_SILU, SC_GELU_TANH, SC_GELU, SC_QUICK_GELU } sc_activation;
 
 /* The four sets of LoRA weights that share one frozen base. */
 typedef enum { SC_TEACHER, SC_STUDENT, SC_FAST, SC_SLOW, SC_SETS } sc_set;
@@ -410,6 +285,7 @@ bool sc_run_block(sc_tape *t, sc_block block, const void *context, sc_tensor **i
                   sc_tensor **out, bool keep);
 
 /* ==== Weights of a network ==== */
+typedef struct sc_file sc_file;  /* one or several mapped safetensors files */
 #define SC_MAX_NAME 128         /* of a module */
 
 typedef struct sc_weight {
@@ -497,9 +373,55 @@ typedef struct sc_flux_input {
 /* The velocity v(x, t, c, g), [B, h*w, out_channels]; recorded if the tape records. */
 sc_tensor *sc_flux_velocity(sc_flux *flux, sc_tape *tape, const sc_flux_input *in);
 
+/* ==== Flow matching ====
+ * t = 1 is noise, t = 0 is data: x_t = (1 - t) x0 + t eps; the velocity is eps - x0. */
+float sc_shift_time(float u, float shift);                      /* s u / (1 + (s - 1) u) */
+typedef struct sc_mu {          /* of a scheduler: mu, linear in the number of image tokens */
+    float base, max;            /* mu at base_tokens and at max_tokens */
+    int base_tokens, max_tokens; /* the latter 0: FLUX.1's mu, 0.5 at 256 and 1.15 at 4096 */
+} sc_mu;
+float sc_dynamic_shift(const sc_mu *mu, int64_t tokens);        /* exp(mu(tokens)) */
+/* steps + 1 times, from 1 - 1e-5 down to 0 (the paper's sampler; diffusers' starts at 1). */
+void sc_schedule(float *times, int steps, float shift);
+
+/* A velocity model in four versions (sets, [B]; NULL: all teacher): what the sampler and SCFM ask
+ * for, and no more. [first, first + x->shape[0]) says which samples of the batch x holds; time and
+ * guidance [B] are of x's samples. FLUX with a batch's text is one, a toy network another. */
+typedef struct sc_model {
+    sc_tensor *(*velocity)(void *self, sc_tape *t, sc_tensor *x, int64_t first, const uint8_t *sets,
+                           const float *time, const float *guidance);
+    void *self;
+} sc_model;
+
+typedef struct sc_sampling {
+    int steps;
+    float shift;                /* of the times, positive */
+    float guidance;
+    int h, w;                   /* sc_sample: grid of tokens */
+    const uint8_t *sets;        /* [B] LoRA set of each sample; NULL: the loaded LoRAs, if any */
+    /* After each step; false stops. NULL: none. */
+    bool (*progress)(void *user, int step, int steps);
+    void *user;
+} sc_sampling;
+
+/* Euler steps from noise to data: x, host f32 of `shape`, shape[0] = B samples, holds noise before,
+ * the samples after. */
+bool sc_euler(const sc_model *model, sc_tape *tape, const sc_sampling *s, int ndim,
+              const int64_t *shape, float *x);
+/* The same of FLUX: latents [B, h*w, in_channels], context [B, T, text_channels], pooled [B,
+ * pooled_channels]; resets the tape. */
+bool sc_sample(sc_flux *flux, sc_tape *tape, const sc_sampling *s, int batch, int text_tokens,
+               const float *context, const float *pooled, float *latents);
+
 /* ==== What is trained ====
  * All trained numbers lie in one f32 array, in up to four copies (sets), so that a set is chosen by
  * a pointer and one call updates everything. They are either the LoRA factors or all weights. */
+typedef struct sc_adamw {        /* one step of AdamW */
+    float lr, beta1, beta2, eps, weight_decay;
+    float clip;                 /* a longer gradient is shortened to this norm first; 0: never */
+    int64_t step;               /* steps done before */
+} sc_adamw;
+
 typedef struct sc_params {
     const sc_backend *backend;
     int64_t count;
@@ -534,74 +456,6 @@ bool sc_params_report(sc_params *params, double *loss, double *norm);
  * and random state. Loading fails, and may have changed some, where the file is of another run. */
 bool sc_params_save(const sc_params *params, const char *path, const char *const *metadata);
 bool sc_params_load(sc_params *params, const sc_file *file);
-
-/* ==== LoRA files ====
- * Written: safetensors, PEFT names, transformer.<module>.lora_A.weight [rank, in] and
- * .lora_B.weight [out, rank], bf16, the scale alpha / rank multiplied into B. Read: those, with any
- * rank and alpha (tensors, diffusers' metadata, or PEFT's adapter_config.json beside its
- * adapter_model.safetensors), the names of diffusers, kohya, OneTrainer, BFL, ComfyUI, LyCORIS and
- * XLabs, changes of biases and norms; what else changes weights (LoKr, DoRA, ...) is refused. */
-bool sc_lora_save(const sc_params *params, sc_set set, const char *path,
-                  const char *const *metadata);
-/* The loaded LoRAs, with their scales, as one file in kohya's names (lora_unet_..., bf16): the
- * parts of a fused layer become one of their ranks' sum, exactly. False where biases changed. */
-bool sc_lora_save_kohya(const sc_flux *flux, const char *path, const char *const *metadata);
-typedef struct sc_lora_report {
-    int applied, total;         /* pairs of A and B, and changed vectors; total: strays too */
-    char missed[2048];          /* names that fit no layer, separated by spaces, cut with ... */
-} sc_lora_report;
-/* Adds a LoRA file to a model, under the teacher set (what sampling uses), on top of those that are
- * loaded; biases and norms change for all sets. False if nothing applies, an adapter has the wrong
- * shape or holds NaN, or the file has more than LoRA; parts of it may be loaded then. Stays until
- * sc_lora_unload. */
-bool sc_lora_load(sc_flux *flux, const char *path, float scale, sc_lora_report *report);
-/* What a LoRA file's metadata recommends for a number of steps ("3:1@1.5 8:0.6": that of the
- * nearest): the scale, else 1; *guidance (or NULL) becomes the number behind the @, if there is
- * one. */
-float sc_lora_scale(const char *path, int steps, float *guidance);
-void sc_lora_unload(sc_flux *flux); /* takes all loaded LoRAs off again */
-/* Copies a LoRA file's factors into the sets of `params` (all of its layers, the same rank). */
-bool sc_lora_start(sc_params *params, const char *path);
-
-/* ==== Flow matching ====
- * t = 1 is noise, t = 0 is data: x_t = (1 - t) x0 + t eps; the velocity is eps - x0. */
-float sc_shift_time(float u, float shift);                      /* s u / (1 + (s - 1) u) */
-typedef struct sc_mu {          /* of a scheduler: mu, linear in the number of image tokens */
-    float base, max;            /* mu at base_tokens and at max_tokens */
-    int base_tokens, max_tokens; /* the latter 0: FLUX.1's mu, 0.5 at 256 and 1.15 at 4096 */
-} sc_mu;
-float sc_dynamic_shift(const sc_mu *mu, int64_t tokens);        /* exp(mu(tokens)) */
-/* steps + 1 times, from 1 - 1e-5 down to 0 (the paper's sampler; diffusers' starts at 1). */
-void sc_schedule(float *times, int steps, float shift);
-
-/* A velocity model in four versions (sets, [B]; NULL: all teacher): what the sampler and SCFM ask
- * for, and no more. [first, first + x->shape[0]) says which samples of the batch x holds; time and
- * guidance [B] are of x's samples. FLUX with a batch's text is one; a toy network may be another. */
-typedef struct sc_model {
-    sc_tensor *(*velocity)(void *self, sc_tape *t, sc_tensor *x, int64_t first, const uint8_t *sets,
-                           const float *time, const float *guidance);
-    void *self;
-} sc_model;
-
-typedef struct sc_sampling {
-    int steps;
-    float shift;                /* of the times, positive */
-    float guidance;
-    int h, w;                   /* sc_sample: grid of tokens */
-    const uint8_t *sets;        /* [B] LoRA set of each sample; NULL: the loaded LoRAs, if any */
-    /* After each step; false stops. NULL: none. */
-    bool (*progress)(void *user, int step, int steps);
-    void *user;
-} sc_sampling;
-
-/* Euler steps from noise to data: x, host f32 of `shape`, shape[0] = B samples, holds noise before,
- * the samples after. */
-bool sc_euler(const sc_model *model, sc_tape *tape, const sc_sampling *s, int ndim,
-              const int64_t *shape, float *x);
-/* The same of FLUX: latents [B, h*w, in_channels], context [B, T, text_channels], pooled [B,
- * pooled_channels]; resets the tape. */
-bool sc_sample(sc_flux *flux, sc_tape *tape, const sc_sampling *s, int batch, int text_tokens,
-               const float *context, const float *pooled, float *latents);
 
 /* ==== SCFM, flow matching, guidance distillation ====
  * They differ in what the student is asked (noisy input, time, guidance) and what it should answer
@@ -665,6 +519,36 @@ typedef struct sc_memory_plan {
 bool sc_plan_memory(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *recipe,
                     const sc_batch *batch, sc_memory_plan *plan);
 
+/* ==== LoRA files ====
+ * Written: safetensors, PEFT names, transformer.<module>.lora_A.weight [rank, in] and
+ * .lora_B.weight [out, rank], bf16, the scale alpha / rank multiplied into B. Read: those, with any
+ * rank and alpha (tensors, diffusers' metadata, or PEFT's adapter_config.json beside its
+ * adapter_model.safetensors), the names of diffusers, kohya, OneTrainer, BFL, ComfyUI, LyCORIS and
+ * XLabs, changes of biases and norms; what else changes weights (LoKr, DoRA, ...) is refused. */
+bool sc_lora_save(const sc_params *params, sc_set set, const char *path,
+                  const char *const *metadata);
+/* The loaded LoRAs, with their scales, as one file in kohya's names (lora_unet_..., bf16): the
+ * parts of a fused layer become one of their ranks' sum, exactly. False where biases changed. */
+bool sc_lora_save_kohya(const sc_flux *flux, const char *path, const char *const *metadata);
+typedef struct sc_lora_report {
+    int applied, total;         /* pairs of A and B, and changed vectors; total: strays too */
+    char missed[2048];          /* names that fit no layer, separated by spaces, cut with ... */
+} sc_lora_report;
+/* Adds a LoRA file to a model, under the teacher set (what sampling uses), on top of those that are
+ * loaded; biases and norms change for all sets. False if nothing applies, an adapter has the wrong
+ * shape or holds NaN, or the file has more than LoRA; parts of it may be loaded then. Stays until
+ * sc_lora_unload. */
+bool sc_lora_load(sc_flux *flux, const char *path, float scale, sc_lora_report *report);
+/* What a LoRA file's metadata recommends for a number of steps ("3:1@1.5 8:0.6": that of the
+ * nearest): the scale, else 1; *guidance (or NULL) becomes the number behind the @, if there is
+ * one. */
+float sc_lora_scale(const char *path, int steps, float *guidance);
+/* The same of the list alone; false: it is none. *guidance stays where the list names none. */
+bool sc_scale_for(const char *list, int steps, double *scale, double *guidance);
+void sc_lora_unload(sc_flux *flux); /* takes all loaded LoRAs off again */
+/* Copies a LoRA file's factors into the sets of `params` (all of its layers, the same rank). */
+bool sc_lora_start(sc_params *params, const char *path);
+
 /* ==== VAE: pictures <-> latents ==== */
 #define SC_VAE_LEVELS 8
 #define SC_VAE_LAYERS 8
@@ -712,6 +596,16 @@ void sc_pack_latents(int64_t batch, int64_t channels, int64_t h, int64_t w, cons
 void sc_unpack_latents(int64_t batch, int64_t channels, int64_t h, int64_t w, const float *tokens,
                        float *latents);
 
+/* ==== Text encoders: CLIP (pooled vector) and T5 (a vector for each token) ==== */
+typedef struct sc_text_encoders sc_text_encoders;
+/* From a pipeline: text_encoder, tokenizer, text_encoder_2, tokenizer_2, or single files. backend
+ * NULL: a plan, without data and tokenizers. */
+sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *model);
+void sc_text_encoders_close(sc_text_encoders *t);
+/* context [tokens, T5's width], pooled [CLIP's width], host f32; any UTF-8, empty too. */
+bool sc_text_encode(sc_text_encoders *t, const char *prompt, int tokens, float *context,
+                    float *pooled);
+
 /* ==== Tokenizers ==== */
 typedef struct sc_tokenizer sc_tokenizer;
 /* From a folder: tokenizer.json with a Unigram model (T5), or vocab.json and merges.txt (CLIP). */
@@ -722,16 +616,6 @@ int sc_tokenizer_length(const sc_tokenizer *t);  /* model_max_length; 0: not sai
  * at least, T5's 1. Bytes that are not UTF-8 become U+FFFD. Returns how many ids are not padding;
  * -1: error. */
 int sc_tokenize(const sc_tokenizer *t, const char *text, int length, int32_t *ids);
-
-/* ==== Text encoders: CLIP (pooled vector) and T5 (a vector for each token) ==== */
-typedef struct sc_text_encoders sc_text_encoders;
-/* From a pipeline: text_encoder, tokenizer, text_encoder_2, tokenizer_2, or single files. backend
- * NULL: a plan, without data and tokenizers. */
-sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *model);
-void sc_text_encoders_close(sc_text_encoders *t);
-/* context [tokens, T5's width], pooled [CLIP's width], host f32; any UTF-8, empty too. */
-bool sc_text_encode(sc_text_encoders *t, const char *prompt, int tokens, float *context,
-                    float *pooled);
 
 /* ==== Pictures and data sets ==== */
 typedef struct sc_picture {
@@ -778,6 +662,16 @@ void sc_dataset_close(sc_dataset *data);
  * clip_l.safetensors, t5xxl_*.safetensors, of any names), tokenizer and tokenizer_2; or a file that
  * holds all or some of the parts, the rest being beside it. */
 
+typedef enum { SC_TRANSFORMER, SC_VAE, SC_CLIP, SC_T5, SC_PARTS } sc_part;
+/* Where a part is: a folder or a file; yours. NULL: it is not there, or cannot be told. */
+char *sc_part_path(const char *model, sc_part part);
+int sc_part_in_file(const char *path, sc_part part); /* 1 or 0; -1: the file cannot be read */
+char *sc_model_folder(const char *model);   /* itself, or that of its single file; yours */
+/* A part's network, to look at; NULL: it is not there. */
+const sc_net *sc_flux_net(const sc_flux *flux);
+const sc_net *sc_vae_net(const sc_vae *vae);
+const sc_net *sc_text_net(const sc_text_encoders *text, sc_part part); /* SC_CLIP or SC_T5 */
+
 typedef struct sc_pipeline {
     const sc_backend *backend;
     char *folder;
@@ -817,6 +711,155 @@ bool sc_pipeline_encode(sc_pipeline *p, const float *rgb, int width, int height,
                         float *std);
 /* Packed normalised latents [B, h*w, in_channels] -> rgb [B, 3, H, W] in [-1, 1]. */
 bool sc_pipeline_decode(sc_pipeline *p, const float *latents, int batch, int h, int w, float *rgb);
+
+/* ==== JSON and safetensors ====
+ * Readers of a JSON value take NULL for "absent" and then give the fallback, so that a path into a
+ * document needs no checks. `name` stands before messages, with the line. */
+typedef struct sc_json sc_json;
+sc_json *sc_json_parse(const char *text, size_t length, const char *name);
+sc_json *sc_json_load(const char *path);
+void sc_json_free(sc_json *root);
+const sc_json *sc_json_get(const sc_json *object, const char *key);      /* NULL: absent */
+const sc_json *sc_json_at(const sc_json *array, int64_t index);          /* NULL: past the end */
+int64_t sc_json_length(const sc_json *value);                            /* of an array or object */
+const char *sc_json_key(const sc_json *object, int64_t index);           /* index-th key */
+const sc_json *sc_json_value(const sc_json *object, int64_t index);      /* and its value */
+const char *sc_json_string(const sc_json *value, const char *fallback);  /* UTF-8, NUL-terminated */
+double sc_json_number(const sc_json *value, double fallback);
+bool sc_json_bool(const sc_json *value, bool fallback);
+
+/* A .safetensors, an index of shards (.json), or a folder with either. While it is open it may be
+ * replaced, as sc_file_save does, but not cut short: reading what is gone ends the program. */
+sc_file *sc_file_open(const char *path);
+void sc_file_close(sc_file *file);
+const char *sc_file_path(const sc_file *file);
+/* The path of the index-th mapped file, a shard or the only one; yours. NULL: there are no more. */
+char *sc_file_part(const sc_file *file, int64_t index);
+int64_t sc_file_count(const sc_file *file);
+const char *sc_file_name(const sc_file *file, int64_t index);
+/* The format aligns no data: read it with sc_to_f32, or memcpy. */
+const sc_tensor *sc_file_tensor(const sc_file *file, int64_t index);
+const sc_tensor *sc_file_find(const sc_file *file, const char *name);    /* NULL: absent */
+const char *sc_file_metadata(const sc_file *file, const char *key);      /* NULL: absent */
+
+/* A host tensor and its type in the file: its own, or f32 rounded to bf16 or f16. metadata: key,
+ * value, ..., NULL; or NULL. The file appears under `path` when all of it is on disk. */
+typedef struct sc_named { const char *name; const sc_tensor *tensor; sc_dtype dtype; } sc_named;
+bool sc_file_save(const char *path, const sc_named *tensors, int64_t count,
+                  const char *const *metadata);
+
+/* The bytes of a file of at most 1 GiB, with a NUL behind them; yours. And a file that appears
+ * when all of it is on disk: links are followed, what may not be written is not replaced. */
+char *sc_read_file(const char *path, size_t *length);
+bool sc_write_file(const char *path, const void *data, size_t length);
+
+/* ==== Backend: the operations, behind one table =============================== >>backend ====
+ * For whoever writes one.
+ * What each computes, forward and backward, and on which shapes, stands over its CPU version. Every
+ * pointer inside a tensor that a backend is given is memory of that backend. Activations have the
+ * type `activation`; LoRA factors, optimiser state and losses are f32; frozen weights keep the type
+ * they have on disk. `_backward` functions add into the gradients of inputs that need them, or,
+ * where `new_grad` says so, store (of x, h, q, k and v, of which they write all). */
+typedef struct sc_matrix {      /* row-major; `transposed`: used as its transpose */
+    const void *data;
+    sc_dtype dtype;
+    int64_t ld;                 /* elements from one stored row to the next */
+    bool transposed;
+    const float *scale;         /* of each stored row, with SC_F8_E4M3 only; NULL: 1 */
+    uint64_t content;           /* of a layer's input: same number, same values; 0: not known */
+} sc_matrix;
+
+typedef struct sc_trained {     /* trained numbers, all [count], f32 */
+    int64_t count;
+    float *w, *grad, *m, *v;    /* gradient and Adam's moments */
+    float *average[2];          /* exponential averages of w; NULL: none */
+} sc_trained;
+
+enum { SC_POSTS = 4, SC_POST_SIZE = 4 };
+
+struct sc_backend {
+    const char *name;
+    sc_dtype activation;
+    bool on_host;               /* its memory is the host's: mapped files are used where they are */
+    /* Memory: NULL with the error set when there is not enough. */
+    void *(*alloc)(size_t bytes);
+    void (*release)(void *p);
+    size_t (*memory_left)(void); /* bytes that alloc can still give, about */
+    /* Host memory for a matrix that only products read, copied to the device ahead of each use;
+     * given back by `release`. NULL: memory is the host's anyway. */
+    void *(*alloc_streamed)(size_t bytes);
+    void (*upload)(void *device, const void *host, size_t bytes);
+    /* Waits for all work. False with the error set if this or any operation before it failed: the
+     * others may be asynchronous, and report nothing. */
+    bool (*download)(void *host, const void *device, size_t bytes);
+    /* A few numbers come to the host without holding up the work: `post` queues their copy, and
+     * `collect` waits for the copy that was posted first, but not for what was queued after it. At
+     * most SC_POSTS are under way; false as for download. */
+    void (*post)(const double *device, int count);
+    bool (*collect)(double *host, int count);
+    void (*zero)(void *p, size_t bytes);
+    /* C[m,n] = alpha op(A) op(B) + beta C + bias; bias [n] or NULL. */
+    void (*gemm)(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, sc_matrix b, float beta,
+                 sc_matrix c, const sc_tensor *bias);
+    /* C = gelu(A op(B) + beta C + bias), tanh form, in one pass where a backend can. `before` [m,n]
+     * keeps what went into the GELU, for the backward pass; NULL: none follows. */
+    void (*gemm_gelu)(int64_t m, int64_t n, int64_t k, sc_matrix a, sc_matrix b, float beta,
+                      sc_matrix c, const sc_tensor *bias, sc_tensor *before);
+    /* e4m3 with a scale for each row, so that its largest value becomes 448; from: the activations'
+     * type. */
+    void (*quantize)(uint8_t *to, float *scale, const void *from, int64_t rows, int64_t columns);
+    /* dst[r][c] (+)= src[r][c]: concatenation, slices, and their gradients. */
+    void (*copy_block)(void *dst, int64_t dst_ld, const void *src, int64_t src_ld, int64_t rows,
+                       int64_t columns, sc_dtype dtype, bool accumulate);
+    void (*column_sum)(float *sum, const void *x, int64_t rows, int64_t columns); /* sum[c] += */
+    /* y[b] = p[b] * u[b] + q[b] * v[b], one pair of host coefficients for each of the B samples. */
+    void (*blend)(sc_tensor *y, const float *p, const sc_tensor *u, const float *q,
+                  const sc_tensor *v);
+    void (*embed_timestep)(sc_tensor *y, const float *t);
+    /* y: in its columns from `at` on, and so its gradient. */
+    void (*activate)(sc_activation kind, sc_tensor *y, int64_t at, const sc_tensor *x);
+    void (*activate_backward)(sc_activation kind, const sc_tensor *y, int64_t at, sc_tensor *x);
+    void (*multiply)(sc_tensor *y, const sc_tensor *a, const sc_tensor *b);
+    void (*ln_modulate)(sc_tensor *y, const sc_tensor *x, const sc_tensor *mod, int shift,
+                        int scale);
+    void (*ln_modulate_backward)(const sc_tensor *y, sc_tensor *x, sc_tensor *mod, int shift,
+                                 int scale);
+    void (*gated_residual)(sc_tensor *y, const sc_tensor *x, const sc_tensor *h,
+                           const sc_tensor *mod, int gate);
+    void (*gated_residual_backward)(const sc_tensor *y, sc_tensor *x, sc_tensor *h, sc_tensor *mod,
+                                    int gate);
+    void (*norm_rope)(sc_tensor *y, int64_t offset, const sc_tensor *x, const sc_tensor *weight,
+                      const sc_tensor *rope);
+    void (*norm_rope_backward)(const sc_tensor *y, int64_t offset, sc_tensor *x, sc_tensor *weight,
+                               const sc_tensor *rope);
+    /* lse [B,H,Tq], f32, keeps log(sum(exp(scores))) for the backward pass; NULL: none follows. */
+    void (*attention)(sc_tensor *o, float *lse, const sc_tensor *q, const sc_tensor *k,
+                      const sc_tensor *v, int heads, float scale, const sc_tensor *bias,
+                      bool causal);
+    void (*attention_backward)(const sc_tensor *o, const float *lse, sc_tensor *q, sc_tensor *k,
+                               sc_tensor *v, int heads, float scale);
+    void (*layer_norm)(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
+                       float eps);
+    void (*rms_norm)(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, float eps);
+    void (*embed_tokens)(sc_tensor *y, const sc_tensor *table, const int32_t *ids);
+    /* Group norm in two parts, so that a picture [B,C,H,W] may come in strips: the values and their
+     * squares in `rows` rows from `first` on are added to sums [B, groups, 2], f64; then y, which
+     * may be x, is normed with the sums over `size` values of each group. */
+    void (*group_sums)(double *sums, const sc_tensor *x, int64_t first, int64_t rows, int groups);
+    void (*group_norm)(sc_tensor *y, const sc_tensor *x, const double *sums, int64_t size,
+                       const sc_tensor *w, const sc_tensor *b, int groups, float eps, bool silu);
+    void (*conv2d)(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
+                   int stride, int pad_before);
+    void (*upsample)(sc_tensor *y, const sc_tensor *x);
+    void (*swap_axes)(sc_tensor *y, const sc_tensor *x);
+    /* Loss and optimiser, all f32. */
+    /* *loss and *norm are the backend's memory. */
+    void (*mse)(double *loss, const sc_tensor *prediction, const sc_tensor *target);
+    void (*mse_backward)(sc_tensor *prediction, const sc_tensor *target, float factor);
+    /* One step: clips, AdamW, moves the averages (average = decay average + (1 - decay) w), clears
+     * the gradient. *norm: the gradient's before clipping; not finite: w did not change. */
+    void (*update)(const sc_trained *x, const sc_adamw *o, const float decay[2], double *norm);
+};
 
 #ifdef __cplusplus
 }
@@ -858,7 +901,6 @@ bool sc_pipeline_decode(sc_pipeline *p, const float *latents, int batch, int h, 
 #endif
 #define SC_PARALLEL_FOR SC_PRAGMA(omp parallel for schedule(static))
 #define SC_SIMD SC_PRAGMA(omp simd)
-#define sc__fail sc_fail
 #define SC_SIMD_SUM(s) SC_PRAGMA(omp simd reduction(+ : s))
 
 /* #############################################################################################
@@ -906,10 +948,10 @@ bool sc_euler(const sc_model *model, sc_tape *t, const sc_sampling *s, int ndim,
               const int64_t *shape, float *x) {
     int64_t batch = shape[0];
     if (s->steps < 1 || batch < 1)
-        return sc__fail("a sample of %d steps, %lld at once: both must be positive", s->steps,
+        return sc_fail("a sample of %d steps, %lld at once: both must be positive", s->steps,
                        (long long)batch);
     if (!(s->shift > 0))
-        return sc__fail("a sample with a time shift of %g: it must be positive", (double)s->shift);
+        return sc_fail("a sample with a time shift of %g: it must be positive", (double)s->shift);
     float *times = sc__constant(t, s->steps + 1, 0), *time = sc__constant(t, batch, 0);
     float *guidance = sc__constant(t, batch, s->guidance);
     float *one = sc__constant(t, batch, 1), *delta = sc__constant(t, batch, 0);
@@ -920,12 +962,13 @@ bool sc_euler(const sc_model *model, sc_tape *t, const sc_sampling *s, int ndim,
     for (int i = 0; ok && i < s->steps; i++) {
         for (int64_t b = 0; b < batch; b++) time[b] = times[i], delta[b] = times[i + 1] - times[i];
         sc_tensor *now = sc_from(t, ndim, shape, x);
-        sc_tensor *v = now ? model->velocity(model->self, t, now, 0, s->sets, time, guidance) : NULL;
+        sc_tensor *v = NULL;
+        if (now) v = model->velocity(model->self, t, now, 0, s->sets, time, guidance);
         ok = sc_read(t, sc_blend(t, one, now, delta, v), x); /* x - (t - t') v */
         for (int64_t j = 0; ok && j < sc_count(now); j++)
             if (!isfinite(x[j]))
-                ok = sc__fail("step %d gave NaN or infinity: are the weights damaged?", i + 1);
-        if (ok && s->progress && !s->progress(s->user, i + 1, s->steps)) ok = sc__fail("stopped");
+                ok = sc_fail("step %d gave NaN or infinity: are the weights damaged?", i + 1);
+        if (ok && s->progress && !s->progress(s->user, i + 1, s->steps)) ok = sc_fail("stopped");
         sc_tape_rewind(t, mark);
     }
     sc_tape_record(t, recorded);
@@ -1180,7 +1223,7 @@ sc_tensor *sc_flux_velocity(sc_flux *f, sc_tape *t, const sc_flux_input *in) {
     if (!in->x || !in->context || !in->pooled) return NULL;
     int64_t text_tokens = in->context->shape[1], image_tokens = (int64_t)in->h * in->w;
     if (in->x->shape[1] != image_tokens) {
-        sc__fail("latent has %lld tokens, the grid is %d x %d", (long long)in->x->shape[1], in->h,
+        sc_fail("latent has %lld tokens, the grid is %d x %d", (long long)in->x->shape[1], in->h,
                 in->w);
         return NULL;
     }
@@ -1249,7 +1292,7 @@ static bool sc__attach(sc_params *p, float scale, sc_rng rng, float *start) {
 }
 
 sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed) {
-    if (rank < 1) return sc__fail("a LoRA of rank %d: it must be positive", rank), NULL;
+    if (rank < 1) return sc_fail("a LoRA of rank %d: it must be positive", rank), NULL;
     int64_t count = 0;
     for (int i = 0; i < flux->module_count; i++) {
         const sc_tensor *w = flux->modules[i].layer->weight;
@@ -1257,7 +1300,8 @@ sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed) {
     }
     sc_params *p = sc__params_new(flux, count, false);
     float *start = p ? (float *)sc__alloc((size_t)count, sizeof *start) : NULL;
-    if (start) p->adapters = (sc_adapter *)sc__alloc((size_t)flux->module_count, sizeof *p->adapters);
+    size_t modules = (size_t)flux->module_count;
+    if (start) p->adapters = (sc_adapter *)sc__alloc(modules, sizeof *p->adapters);
     if (p) p->rank = rank;
     bool ok = start && p->adapters && sc__attach(p, alpha / (float)rank, (sc_rng){seed}, start);
     if (ok) sc__params_start(p, start);
@@ -1308,7 +1352,7 @@ static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x, 
     for (int64_t i = 0; i < batch; i += count) {
         for (count = 1; i + count < batch && sets[i + count] == sets[i];) count++;
         if (!m->params->set[sets[i]])
-            return sc__fail("the recipe asks a teacher; these weights were given none"), NULL;
+            return sc_fail("the recipe asks a teacher; these weights were given none"), NULL;
         sc_params_use(m->params, (sc_set)sets[i]);
         sc_tensor *v = sc__flux_samples(m, t, sc_samples(t, x, i, count), first + i, time + i,
                                         guidance + i);
@@ -1426,10 +1470,14 @@ bool sc_sample(sc_flux *f, sc_tape *t, const sc_sampling *s, int batch, int text
     return ok;
 }
 
-/* #############################################################################################
- * PART II: THE MACHINE                                                                  >>part2 */
+/* ##############################################################################################
+ * PART II: THE MACHINE                                                                   >>part2
+ *
+ * What Part I stands on: numbers and memory, the operations on the CPU, the tape that
+ * differentiates them, and the arrays that training moves.
+ */
 
-/* ==== Errors, memory, random numbers, data types ==============================================
+/* ==== Errors, memory, random numbers, data types =============================== >>base =======
  *
  * Nothing here exits or prints. A function that can fail returns false or NULL and leaves one line
  * for sc_error(): what it was doing, what it expected, what it found. Callers that only pass a
@@ -1462,7 +1510,7 @@ static void *sc__alloc(size_t count, size_t size) {
     void *p = NULL;
     if (size == 0 || count <= SIZE_MAX / 2 / size)
         p = SC_CALLOC(count ? count : 1, size ? size : 1);
-    if (!p) sc__fail("out of memory (%zu items of %zu bytes)", count, size);
+    if (!p) sc_fail("out of memory (%zu items of %zu bytes)", count, size);
     return p;
 }
 
@@ -1472,7 +1520,7 @@ static void *sc__grow(void *list, int64_t count, size_t size) {
     if (count & (count - 1)) return list;
     size_t room = count ? 2 * (size_t)count : 1;
     void *larger = SC_REALLOC(list, room * size);
-    if (!larger) sc__fail("out of memory (a list of %zu items)", room);
+    if (!larger) sc_fail("out of memory (a list of %zu items)", room);
     return larger;
 }
 
@@ -1613,7 +1661,7 @@ static inline float sc__exp(float x) {
 }
 static inline float sc__sigmoid(float x) { return 1.f / (1.f + sc__exp(-x)); }
 
-/* ==== CPU operations =========================================================================
+/* ==== CPU operations ============================================================ >>cpu =======
  *
  * The specification of every operation: plain loops over rows, forward and backward side by side
  * under one formula. Activations and gradients are f32. Large products go to OpenBLAS where it was
@@ -1667,7 +1715,7 @@ static float *sc__scratch(int64_t floats) {
     return sc__buffer;
 }
 
-/* ---- Products ---- */
+/* ---- Products ---- >>gemm */
 
 /* C = alpha op(A) op(B) + beta C on this thread; row-major, op(A) [m,k], op(B) [k,n]. */
 #ifdef SHORTCUT_OPENBLAS
@@ -1770,7 +1818,7 @@ static void sc__cpu_quantize(uint8_t *to, float *scale, const void *from, int64_
 static void *sc__cpu_alloc(size_t bytes) {
     void *p = NULL;
     if (posix_memalign(&p, 64, bytes ? bytes : 64)) {
-        sc__fail("out of memory: %zu bytes", bytes);
+        sc_fail("out of memory: %zu bytes", bytes);
         return NULL;
     }
     return p;
@@ -1781,7 +1829,7 @@ static void sc__cpu_upload(void *to, const void *from, size_t bytes) { memcpy(to
 static bool sc__cpu_report(void) {
     bool failed = sc__cpu_failed;
     sc__cpu_failed = false;
-    return !failed || sc__fail("out of memory for an operation to work in");
+    return !failed || sc_fail("out of memory for an operation to work in");
 }
 static bool sc__cpu_download(void *to, const void *from, size_t bytes) {
     memcpy(to, from, bytes);
@@ -2099,7 +2147,7 @@ static void sc__cpu_norm_rope_backward(const sc_tensor *y, int64_t offset, sc_te
         for (int64_t d = 0; d < size; d++) sc__g(weight)[d] += partial[b * size + d];
 }
 
-/* ---- Attention, per sample and head: P = softmax(scale Q K^T + bias), O = P V ----
+/* ---- Attention, per sample and head: P = softmax(scale Q K^T + bias), O = P V ---- >>attention
  * Rows of queries in blocks, so that the scores need rows * T floats and no more.
  * dV = P^T dO;  dS = P (dO V^T - rowsum(dO O));  dQ = scale dS K;  dK = scale dS^T Q. */
 
@@ -2225,7 +2273,7 @@ static void sc__cpu_embed_tokens(sc_tensor *y, const sc_tensor *table, const int
         sc_to_f32(sc__f(y) + r * n, (const char *)table->data + ids[r] * n * size, table->dtype, n);
 }
 
-/* ---- Loss and optimiser ---- */
+/* ---- Loss and optimiser ---- >>adamw */
 
 /* Sums in slices, in double, added in order: the number of threads does not change the result. */
 static double sc__sum_of_squares(const float *x, const float *minus, int64_t n) {
@@ -2287,7 +2335,7 @@ static void sc__cpu_update(const sc_trained *x, const sc_adamw *o, const float d
     *result = norm;
 }
 
-/* ---- Pictures [B,C,H,W]: convolution ----
+/* ---- Pictures [B,C,H,W]: convolution ---- >>conv
  * y[o,i,j] = bias[o] + sum over c, u, v of w[o,c,u,v] x[c, s i + u - pad, s j + v - pad].
  * A strip of rows of all input channels is copied once, zero padded; a stride s splits it into
  * s * s planes, one for each phase (u mod s, v mod s). Then every tap (u, v) reads its plane at a
@@ -2542,7 +2590,7 @@ const sc_backend *sc_cpu(void) {
     return &sc__cpu_backend;
 }
 
-/* ==== Tape ====================================================================================
+/* ==== Tape ===================================================================== >>tape =======
  *
  * Operations run at once (eagerly). While recording, each also appends {backward, inputs, output};
  * sc_backward walks that list from its end. Gradients are allocated when first asked for; the first
@@ -2587,7 +2635,7 @@ struct sc_tape {
 
 static bool sc__arena_add(sc__arena *a, size_t size) {
     if (a->count == (int)(sizeof a->chunks / sizeof *a->chunks))
-        return sc__fail("out of memory: the arena has %d chunks", a->count);
+        return sc_fail("out of memory: the arena has %d chunks", a->count);
     char *base = a->backend ? (char *)a->backend->alloc(size) : (char *)sc__alloc(size, 1);
     if (!base) return false;
     a->chunks[a->count].base = base;
@@ -2597,7 +2645,7 @@ static bool sc__arena_add(sc__arena *a, size_t size) {
 
 static void *sc__arena_take(sc__arena *a, size_t bytes) {
     if (bytes > SIZE_MAX / 8) {
-        sc__fail("out of memory: %zu bytes for one tensor", bytes);
+        sc_fail("out of memory: %zu bytes for one tensor", bytes);
         return NULL;
     }
     bytes = (bytes + 255) & ~(size_t)255;
@@ -2835,7 +2883,7 @@ bool sc_backward(sc_tape *t) {
     return ok;
 }
 
-/* ---- Linear layers, and LoRA: y = x W^T + bias + scale (x A^T) B^T ----
+/* ---- Linear layers, and LoRA: y = x W^T + bias + scale (x A^T) B^T ---- >>linear
  * The only place where LoRA exists. The thin products come first: samples next to each other with
  * the same set share one, and one product for all samples then adds x W^T + bias, and may apply a
  * GELU to the sum. Backward: dx += dy W;  dW += dy^T x;  with u = x A^T and e = dy B:
@@ -2958,7 +3006,7 @@ static sc_tensor *sc__linear_new(sc_tape *t, const sc_tensor *x, const sc_linear
     if (!x) return NULL;
     int64_t shape[SC_MAX_DIMS], in = sc__last(x);
     if (in != l->weight->shape[1]) {
-        sc__fail("linear layer takes %lld channels, was given %lld", (long long)l->weight->shape[1],
+        sc_fail("linear layer takes %lld channels, was given %lld", (long long)l->weight->shape[1],
                  (long long)in);
         return NULL;
     }
@@ -3120,7 +3168,7 @@ static void sc__norm_rope_backward(sc_tape *t, sc__op *op) {
 sc_tensor *sc_norm_rope(sc_tape *t, sc_tensor *text, sc_tensor *image, sc_tensor *text_weight,
                         sc_tensor *image_weight, const sc_tensor *rope) {
     if (!image || (!text && text_weight)) return NULL;
-    if (image_weight->shape[0] > 256) return sc__fail("a head has more than 256 channels"), NULL;
+    if (image_weight->shape[0] > 256) return sc_fail("a head has more than 256 channels"), NULL;
     int64_t text_tokens = text ? text->shape[1] : 0, tokens = text_tokens + image->shape[1];
     sc_tensor *y =
         sc__new(t, true, 3, (const int64_t[]){image->shape[0], tokens, image->shape[2]});
@@ -3202,7 +3250,7 @@ sc_tensor *sc_embed_tokens(sc_tape *t, const sc_tensor *table, const int32_t *id
     sc_tensor *y = sc_new(t, 3, (const int64_t[]){batch, tokens, table->shape[1]});
     for (int64_t i = 0; i < batch * tokens; i++)
         if (ids[i] < 0 || ids[i] >= table->shape[0]) {
-            sc__fail("token id %d is outside the table of %lld embeddings", (int)ids[i],
+            sc_fail("token id %d is outside the table of %lld embeddings", (int)ids[i],
                      (long long)table->shape[0]);
             return NULL;
         }
@@ -3215,7 +3263,7 @@ sc_tensor *sc_conv2d(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const s
     if (!x) return NULL;
     const int64_t shape[] = {x->shape[0], w->shape[0], x->shape[2] / stride, x->shape[3] / stride};
     if (w->shape[1] != x->shape[1] || w->shape[2] > 5 || shape[2] < 1 || shape[3] < 1) {
-        sc__fail("convolution: %lld channels of %lld x %lld pixels, a kernel of %lld channels, "
+        sc_fail("convolution: %lld channels of %lld x %lld pixels, a kernel of %lld channels, "
                  "%lld x %lld", (long long)x->shape[1], (long long)x->shape[2],
                  (long long)x->shape[3], (long long)w->shape[1], (long long)w->shape[2],
                  (long long)w->shape[3]);
@@ -3267,7 +3315,7 @@ sc_tensor *sc_swap_axes(sc_tape *t, const sc_tensor *x) {
     return y;
 }
 
-/* ---- Blocks ---- */
+/* ---- Blocks ---- >>checkpoint */
 
 static bool sc__overlap(const sc_tensor *a, const sc_tensor *b) {
     const char *pa = (const char *)a->data, *pb = (const char *)b->data;
@@ -3311,7 +3359,7 @@ static bool sc__run_recorded(sc_tape *t, sc_block block, const void *context, sc
     bool ok = block(t, in, out, context);
     t->in_block = false;
     for (int i = 0; ok && i < 2 && out[i]; i++) /* what leaves the block needs its own */
-        if (out[i]->shared) return sc__fail("a block must not end with an operation of one pass");
+        if (out[i]->shared) return sc_fail("a block must not end with an operation of one pass");
     return ok;
 }
 
@@ -3365,7 +3413,166 @@ bool sc_run_block(sc_tape *t, sc_block block, const void *context, sc_tensor **i
     return true;
 }
 
-/* ==== Files ==================================================================================
+/* ==== Trained numbers ======================================================== >>params =======
+ *
+ * The student, its averages, its gradient and Adam's moments, each an array of `count` numbers in
+ * the backend's memory. Of a LoRA they are the factors of all its layers (>>lora), or else they are
+ * all weights of the model, which sc_params_use points into one of the arrays.
+ */
+
+static float *sc__params_array(sc_params *p) {
+    float *x = (float *)p->backend->alloc((size_t)p->count * 4);
+    if (x) p->backend->zero(x, (size_t)p->count * 4);
+    return x;
+}
+
+/* All arrays, zero; with `teacher`, one for the frozen copy too. */
+static sc_params *sc__params_new(sc_flux *flux, int64_t count, bool teacher) {
+    sc_params *p = (sc_params *)sc__alloc(1, sizeof *p);
+    if (!p) return NULL;
+    *p = (sc_params){.backend = flux->net->backend, .flux = flux, .count = count};
+    bool ok = (p->results = (double *)p->backend->alloc(2 * sizeof *p->results)) &&
+              (p->grad = sc__params_array(p)) && (p->m = sc__params_array(p)) &&
+              (p->v = sc__params_array(p));
+    for (int s = teacher ? SC_TEACHER : SC_STUDENT; ok && s < SC_SETS; s++)
+        ok = (p->set[s] = sc__params_array(p)) != NULL;
+    if (ok) return p;
+    sc_params_free(p);
+    return NULL;
+}
+
+/* All sets become the same host values. */
+static void sc__params_start(sc_params *p, const float *values) {
+    for (int s = 0; s < SC_SETS; s++)
+        if (p->set[s]) p->backend->upload(p->set[s], values, (size_t)p->count * 4);
+}
+
+void sc_params_copy(sc_params *p, sc_set to, sc_set from) {
+    p->backend->copy_block(p->set[to], p->count, p->set[from], p->count, 1, p->count, SC_F32,
+                           false);
+}
+
+sc_params *sc_params_full(sc_flux *flux, bool teacher) {
+    if (!flux->net->widen)
+        return sc_fail("to train all weights the model must be opened with `widen`"), NULL;
+    sc_params *p = sc__params_new(flux, sc_flux_parameters(flux), teacher);
+    float *host = p ? (float *)sc__alloc((size_t)p->count, sizeof *host) : NULL, *end = host;
+    if (!host) return sc_params_free(p), NULL;
+    for (int64_t i = 0; i < flux->net->count; i++) {
+        sc_weight *w = flux->net->weights[i];
+        p->backend->download(end, w->tensor.data, (size_t)sc_count(&w->tensor) * 4);
+        p->backend->release(w->tensor.data); /* sc_params_use points it into a set */
+        w->owned = false;
+        end += sc_count(&w->tensor);
+    }
+    sc__params_start(p, host);
+    SC_FREE(host);
+    sc_params_use(p, SC_STUDENT);
+    return p;
+}
+
+void sc_params_use(sc_params *p, sc_set set) {
+    int64_t offset = 0;
+    for (int64_t i = 0; i < p->flux->net->count; i++) {
+        sc_tensor *w = &p->flux->net->weights[i]->tensor;
+        w->data = p->set[set] + offset;
+        w->grad = set == SC_STUDENT ? p->grad + offset : NULL;
+        w->needs_grad = set == SC_STUDENT;
+        offset += sc_count(w);
+    }
+}
+
+void sc_params_free(sc_params *p) {
+    if (!p) return;
+    for (double unread[2]; p->waiting > 0; p->waiting--) p->backend->collect(unread, 2);
+    for (int i = 0; p->adapters && i < p->flux->module_count; i++) {
+        sc_adapter **link = &p->flux->modules[i].layer->adapters;
+        while (*link && *link != &p->adapters[i]) link = &(*link)->next;
+        if (*link) *link = p->adapters[i].next;
+        for (int s = 0; s < SC_SETS; s++) {
+            SC_FREE(p->adapters[i].a[s]);
+            SC_FREE(p->adapters[i].b[s]);
+        }
+    }
+    SC_FREE(p->adapters);
+    for (int s = 0; s < SC_SETS; s++)
+        if (p->set[s]) p->backend->release(p->set[s]);
+    if (p->grad) p->backend->release(p->grad);
+    if (p->m) p->backend->release(p->m);
+    if (p->v) p->backend->release(p->v);
+    if (p->results) p->backend->release(p->results);
+    SC_FREE(p);
+}
+
+void sc_params_step(sc_params *p, sc_adamw *o, float fast_decay, float slow_decay) {
+    const sc_trained x = {
+        p->count, p->set[SC_STUDENT], p->grad, p->m, p->v, {p->set[SC_FAST], p->set[SC_SLOW]}};
+    p->backend->update(&x, o, (const float[2]){fast_decay, slow_decay}, &p->results[1]);
+    double oldest[2]; /* forgotten, where nobody asks */
+    if (p->waiting == SC_POSTS) p->backend->collect(oldest, 2), p->waiting--;
+    p->backend->post(p->results, 2);
+    p->waiting++;
+    o->step++;
+}
+
+bool sc_params_report(sc_params *p, double *loss, double *norm) {
+    double results[2] = {NAN, NAN};
+    bool ok = p->waiting > 0 || sc_fail("there is no step to report");
+    if (ok) p->waiting--, ok = p->backend->collect(results, 2);
+    *loss = results[0], *norm = results[1];
+    return ok;
+}
+
+/* ==== Memory of a training step ================================================ >>plan =======
+ *
+ * A block of the transformer keeps its activations for the backward pass; or all but those that are
+ * cheap to make again; or only its inputs, and runs again (Chen et al. 2016). How many can keep
+ * theirs is measured, not estimated: one step with all blocks run again says how much memory that
+ * takes, and how much each block would add.
+ */
+
+bool sc_plan_memory(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *recipe,
+                    const sc_batch *batch, sc_memory_plan *plan) {
+    const size_t spare = (size_t)512 << 20; /* for the backend's own scratch memory to grow */
+    sc_rng rng = {1};
+    *plan = (sc_memory_plan){.blocks = flux->config.layers + flux->config.single_layers};
+    sc__block_bytes *size = (sc__block_bytes *)sc__alloc((size_t)plan->blocks, sizeof *size);
+    if (!size) return false;
+    flux->checkpointed = plan->blocks;
+    t->device.peak = t->shared.peak = 0;
+    t->sharing = true;
+    t->sizes = size; /* the last block's first */
+    double loss; /* read so that the step is over, and to learn whether it failed */
+    bool ok = sc_train_gradient(flux, params, t, recipe, batch, &rng) &&
+              t->be->download(&loss, params->results, sizeof loss);
+    t->sizes = NULL;
+    t->be->zero(params->grad, (size_t)params->count * 4);
+    sc_tape_reset(t);
+    size_t left = t->be->memory_left(), held = sc_tape_bytes(t), all = 0;
+    plan->left = left > SIZE_MAX - held ? SIZE_MAX : left + held;
+    plan->step = sc_tape_peak(t);
+    size_t room = plan->left < plan->step + spare ? 0 : plan->left - plan->step - spare;
+    for (int i = 0; i < plan->blocks; i++) all += size[i].own + size[i].shared;
+    t->sharing = all > room;
+    for (; ok && plan->kept < plan->blocks; plan->kept++) {
+        size_t more = size[plan->kept].own + (t->sharing ? 0 : size[plan->kept].shared);
+        if (plan->kept_bytes + more > room) break;
+        plan->kept_bytes += more;
+    }
+    plan->remade = t->sharing;
+    SC_FREE(size);
+    flux->checkpointed = plan->blocks - plan->kept;
+    return ok && sc_tape_reserve(t, plan->step + plan->kept_bytes);
+}
+
+/* ##############################################################################################
+ * PART III: FILES AND FORMATS                                                            >>part3
+ *
+ * From bytes to names and numbers, and back: everybody's files of FLUX.1 and its LoRAs, the
+ * networks around the transformer, texts, pictures, and whole models.
+ */
+
+/* ==== Files =================================================================== >>files =======
  *
  * Whole files in and out, JSON (RFC 8259) and safetensors. A safetensors file is an 8-byte
  * little-endian length, a JSON header of that length that gives each tensor's type, shape and
@@ -3398,16 +3605,16 @@ static bool sc__is_folder(const char *path) {
 /* `made`: it was not there before. */
 static bool sc__make_folder(const char *path, bool *made) {
     *made = !mkdir(path, 0777);
-    return *made || errno == EEXIST || sc__fail("%s: %s", path, strerror(errno));
+    return *made || errno == EEXIST || sc_fail("%s: %s", path, strerror(errno));
 }
 
 /* The size of a regular file that can be read; -1 with the error set. Asking before opening keeps
  * a pipe from blocking. */
 static int64_t sc__file_size(const char *path) {
     struct stat s;
-    if (stat(path, &s)) sc__fail("%s: %s", path, strerror(errno));
-    else if (S_ISDIR(s.st_mode)) sc__fail("%s: is a folder; a file was expected", path);
-    else if (!S_ISREG(s.st_mode)) sc__fail("%s: not a regular file", path);
+    if (stat(path, &s)) sc_fail("%s: %s", path, strerror(errno));
+    else if (S_ISDIR(s.st_mode)) sc_fail("%s: is a folder; a file was expected", path);
+    else if (!S_ISREG(s.st_mode)) sc_fail("%s: not a regular file", path);
     else return (int64_t)s.st_size;
     return -1;
 }
@@ -3433,17 +3640,17 @@ static const char *sc__foreign(const char *bytes, size_t size) {
 }
 
 /* The bytes of a regular file of at most 1 GiB, with a NUL behind them. */
-static char *sc__read_file(const char *path, size_t *length) {
+char *sc_read_file(const char *path, size_t *length) {
     int64_t size = sc__file_size(path);
     if (size < 0) return NULL;
-    if (size > (int64_t)1 << 30) return sc__fail("%s: larger than 1 GiB", path), NULL;
+    if (size > (int64_t)1 << 30) return sc_fail("%s: larger than 1 GiB", path), NULL;
     char *data = (char *)sc__alloc((size_t)size + 1, 1);
     FILE *f = data ? fopen(path, "rb") : NULL;
     if (f) *length = fread(data, 1, (size_t)size, f);
     bool failed = !f || ferror(f);
     bool pointer = !failed && !strncmp(data, "version https://git-lfs", 23);
-    if (data && failed) sc__fail("%s: %s", path, strerror(errno));
-    if (pointer) sc__fail("%s: %s", path, sc__foreign(data, *length));
+    if (data && failed) sc_fail("%s: %s", path, strerror(errno));
+    if (pointer) sc_fail("%s: %s", path, sc__foreign(data, *length));
     if (f) fclose(f);
     if (!failed && !pointer) return data;
     SC_FREE(data);
@@ -3457,7 +3664,7 @@ typedef struct sc__writer { FILE *file; const char *path; char target[2 * PATH_M
                             temporary[2 * PATH_MAX + 16]; } sc__writer; /* "": none */
 
 static bool sc__write_fail(const char *path) {
-    return sc__fail("%s: cannot write: %s", path, strerror(errno));
+    return sc_fail("%s: cannot write: %s", path, strerror(errno));
 }
 
 static bool sc__write_begin(sc__writer *w, const char *path) {
@@ -3465,7 +3672,7 @@ static bool sc__write_begin(sc__writer *w, const char *path) {
     char link[PATH_MAX];
     bool old = !stat(path, &there), direct = old && !S_ISREG(there.st_mode);
     *w = (sc__writer){.path = path};
-    if (old && !(there.st_mode & 0222)) return sc__fail("%s: cannot write: read-only", path);
+    if (old && !(there.st_mode & 0222)) return sc_fail("%s: cannot write: read-only", path);
     if (old ? access(path, W_OK) : errno != ENOENT) return sc__write_fail(path);
     snprintf(w->target, sizeof w->target, "%s", path);
     for (ssize_t n; (n = readlink(w->target, link, sizeof link - 1)) > 0;) {
@@ -3480,7 +3687,7 @@ static bool sc__write_begin(sc__writer *w, const char *path) {
     if ((!flock(fd, LOCK_EX | LOCK_NB) || errno != EWOULDBLOCK) && !fstat(fd, &mine) &&
         !lstat(w->temporary, &there) && mine.st_ino == there.st_ino && !ftruncate(fd, 0))
         return true; /* another inode: it was put in place meanwhile */
-    return fclose(w->file), sc__fail("%s: cannot write: another process is writing it", path);
+    return fclose(w->file), sc_fail("%s: cannot write: another process is writing it", path);
 }
 
 static bool sc__write_bytes(sc__writer *w, const void *data, size_t n) {
@@ -3496,7 +3703,7 @@ static bool sc__write_end(sc__writer *w, bool ok) {
     return (!fclose(w->file) || !ok || sc__write_fail(w->path)) && ok;
 }
 
-static bool sc__write_file(const char *path, const void *data, size_t n) {
+bool sc_write_file(const char *path, const void *data, size_t n) {
     sc__writer w;
     return sc__write_begin(&w, path) && sc__write_end(&w, sc__write_bytes(&w, data, n));
 }
@@ -3551,7 +3758,7 @@ typedef struct sc__json_parser {
 } sc__json_parser;
 
 static bool sc__json_fail(const sc__json_parser *p, const char *what) {
-    return sc__fail("%s:%lld: %s", p->name, (long long)p->line, what);
+    return sc_fail("%s:%lld: %s", p->name, (long long)p->line, what);
 }
 
 /* The next character that is no white space. */
@@ -3661,7 +3868,7 @@ static int sc__json_by_key(const void *a, const void *b) {
 static bool sc__json_sort(sc_json *v) {
     size_t n = (size_t)v->count;
     sc_json *items = (sc_json *)SC_REALLOC(v->u.items, n * (sizeof *items + sizeof(sc_json *)));
-    if (!items) return sc__fail("out of memory (%zu JSON values)", n);
+    if (!items) return sc_fail("out of memory (%zu JSON values)", n);
     const sc_json **sorted = (const sc_json **)(items + n);
     for (size_t i = 0; i < n; i++) sorted[i] = &items[i];
     qsort(sorted, n, sizeof *sorted, sc__json_by_key);
@@ -3727,7 +3934,7 @@ void sc_json_free(sc_json *root) {
 }
 
 sc_json *sc_json_parse(const char *text, size_t length, const char *name) {
-    if (length > (size_t)1 << 30) return sc__fail("%s: more than 1 GiB of JSON", name), NULL;
+    if (length > (size_t)1 << 30) return sc_fail("%s: more than 1 GiB of JSON", name), NULL;
     sc_json *root = (sc_json *)sc__alloc(1, sizeof *root + length + 1);
     if (!root) return NULL;
     char *copy = (char *)(root + 1);
@@ -3745,13 +3952,13 @@ sc_json *sc_json_parse(const char *text, size_t length, const char *name) {
 /* *text: the file, the caller's. A server's answer may have been saved in its place. */
 static sc_json *sc__json_load(const char *path, char **text) {
     size_t length = 0;
-    *text = sc__read_file(path, &length);
+    *text = sc_read_file(path, &length);
     sc_json *root = *text ? sc_json_parse(*text, length, path) : NULL;
     const char *what = *text && !root ? sc__foreign(*text, length) : NULL;
     const char *answer = sc_json_string(sc_json_get(root, "error"), NULL);
-    if (what) sc__fail("%s: %s", path, what);
+    if (what) sc_fail("%s: %s", path, what);
     if (!answer) return root;
-    sc__fail("%s: a server's answer, '%s': download the file again", path, answer);
+    sc_fail("%s: a server's answer, '%s': download the file again", path, answer);
     sc_json_free(root);
     return NULL;
 }
@@ -3887,21 +4094,21 @@ static bool sc__read_entry(sc__entry *e, const char *path, const sc_json *v, cha
     int type = SC_U8;
     while (type >= 0 && strcmp(dtype, sc__dtypes[type].name)) type--;
     if (type < 0)
-        return sc__fail("%s: tensor '%s' has type '%s'; only F32, BF16, F16, F8_E4M3, F64, "
+        return sc_fail("%s: tensor '%s' has type '%s'; only F32, BF16, F16, F8_E4M3, F64, "
                         "I64, I32 and U8 can be read", path, v->key, dtype);
     *e = (sc__entry){.name = v->key, .tensor = {.dtype = (sc_dtype)type}};
     if (!sc__read_shape(&e->tensor, sc_json_get(v, "shape"), &bytes))
-        return sc__fail("%s: the shape of tensor '%s' must be at most %d whole numbers of a "
+        return sc_fail("%s: the shape of tensor '%s' must be at most %d whole numbers of a "
                         "possible size", path, v->key, SC_MAX_DIMS);
     if (sc_json_length(offsets) != 2 || !sc__whole_number(sc_json_at(offsets, 0), &e->begin) ||
         !sc__whole_number(sc_json_at(offsets, 1), &e->end) || e->begin > e->end)
-        return sc__fail("%s: data_offsets of tensor '%s' must be [begin, end]", path, v->key);
+        return sc_fail("%s: data_offsets of tensor '%s' must be [begin, end]", path, v->key);
     if (e->end > size)
-        return sc__fail("%s: tensor '%s' ends at byte %llu of the data, the file at %llu: is it "
+        return sc_fail("%s: tensor '%s' ends at byte %llu of the data, the file at %llu: is it "
                         "truncated?", path, v->key, (unsigned long long)e->end,
                         (unsigned long long)size);
     if (e->end - e->begin != bytes)
-        return sc__fail("%s: tensor '%s' has %llu bytes; its type and shape need %llu", path,
+        return sc_fail("%s: tensor '%s' has %llu bytes; its type and shape need %llu", path,
                         v->key, (unsigned long long)(e->end - e->begin), (unsigned long long)bytes);
     e->tensor.data = data + e->begin;
     return true;
@@ -3913,9 +4120,9 @@ static bool sc__check_places(const char *path, sc__entry *e, int64_t count, uint
     if (count) qsort(e, (size_t)count, sizeof *e, sc__by_place);
     for (int64_t i = 0; i < count; at = e[i++].end)
         if (e[i].begin != at)
-            return sc__fail("%s: tensor '%s' %s", path, e[i].name,
+            return sc_fail("%s: tensor '%s' %s", path, e[i].name,
                             e[i].begin < at ? "overlaps another" : "leaves a hole before it");
-    return at == size || sc__fail("%s: %llu bytes behind the last tensor belong to none", path,
+    return at == size || sc_fail("%s: %llu bytes behind the last tensor belong to none", path,
                                   (unsigned long long)(size - at));
 }
 
@@ -3926,8 +4133,8 @@ static bool sc__no_safetensors(const char *path, const char *bytes, size_t size)
     while (!what && n < 60 && (size_t)n < size && (isprint((unsigned char)bytes[n]) ||
                                                    isspace((unsigned char)bytes[n]))) n++;
     if (!what && n > 7 && (n == 60 || (size_t)n == size))
-        return sc__fail("%s: not a safetensors file but text, '%.*s'", path, n, bytes);
-    return sc__fail("%s: not a safetensors file%s%s", path, what ? " but " : "", what ? what : "");
+        return sc_fail("%s: not a safetensors file but text, '%.*s'", path, n, bytes);
+    return sc_fail("%s: not a safetensors file%s%s", path, what ? " but " : "", what ? what : "");
 }
 
 /* Parses the header of a part, which is a JSON object; its length goes to `length`. */
@@ -3941,7 +4148,7 @@ static bool sc__read_header(sc__mapping *part, const char *path, uint64_t *lengt
     if (at >= part->size || bytes[at] != '{' || *length > 100000000)
         return sc__no_safetensors(path, bytes, part->size);
     if (*length > part->size - 8)
-        return sc__fail("%s: ends within its header: is it truncated?", path);
+        return sc_fail("%s: ends within its header: is it truncated?", path);
     part->header = sc_json_parse(bytes + 8, (size_t)*length, path);
     return part->header != NULL;
 }
@@ -3954,7 +4161,7 @@ static bool sc__read_part(sc_file *f, sc__mapping *part, const char *path, const
     uint64_t size = part->size - 8 - length;
     size_t room = (size_t)f->count + (size_t)part->header->count + 1;
     sc__entry *e = (sc__entry *)SC_REALLOC(f->entries, room * sizeof *e);
-    if (!e) return sc__fail("%s: out of memory for %zu tensors", path, room);
+    if (!e) return sc_fail("%s: out of memory for %zu tensors", path, room);
     f->entries = e;
     int64_t first = f->count, end = first;
     for (int32_t i = 0; i < part->header->count; i++) {
@@ -3975,13 +4182,13 @@ static bool sc__map_part(sc_file *f, const char *path, const sc_json *map, const
     if (size == 0) return sc__no_safetensors(path, "", 0); /* and could not be mapped */
     size_t room = (size_t)f->part_count + 1;
     sc__mapping *parts = (sc__mapping *)SC_REALLOC(f->parts, room * sizeof *parts);
-    if (!parts) return sc__fail("%s: out of memory", path);
+    if (!parts) return sc_fail("%s: out of memory", path);
     f->parts = parts;
     int descriptor = open(path, O_RDONLY);
-    if (descriptor < 0) return sc__fail("%s: %s", path, strerror(errno));
+    if (descriptor < 0) return sc_fail("%s: %s", path, strerror(errno));
     void *data = mmap(NULL, (size_t)size, PROT_READ, MAP_PRIVATE, descriptor, 0);
     close(descriptor);
-    if (data == MAP_FAILED) return sc__fail("%s: cannot map: %s", path, strerror(errno));
+    if (data == MAP_FAILED) return sc_fail("%s: cannot map: %s", path, strerror(errno));
     parts[f->part_count] = (sc__mapping){shard, data, (size_t)size, NULL};
     return sc__read_part(f, &parts[f->part_count++], path, map);
 }
@@ -3993,7 +4200,7 @@ static bool sc__map_shards(sc_file *f, const char *path) {
     const sc_json *map = sc_json_get(f->index, "weight_map");
     const char *slash = strrchr(path, '/');
     if (!f->index) return false;
-    if (!sc__json_is(map, SC__OBJECT)) return sc__fail("%s: no weight_map", path);
+    if (!sc__json_is(map, SC__OBJECT)) return sc_fail("%s: no weight_map", path);
     char *folder = sc__strdup(slash ? path : ".");
     if (!folder) return false;
     if (slash) folder[slash - path] = 0;
@@ -4005,7 +4212,7 @@ static bool sc__map_shards(sc_file *f, const char *path) {
         if (known < f->part_count) continue;
         bool plain = *shard && !strchr(shard, '/'); /* never a file outside the folder */
         char *full = plain ? sc__join(folder, shard) : NULL;
-        if (!plain) sc__fail("%s: shard '%s' is not a plain file name", path, shard);
+        if (!plain) sc_fail("%s: shard '%s' is not a plain file name", path, shard);
         ok = full && sc__map_part(f, full, map, shard);
         SC_FREE(full);
     }
@@ -4019,12 +4226,12 @@ static bool sc__sort_entries(sc_file *f) {
     if (f->count) qsort(f->entries, (size_t)f->count, sizeof *f->entries, sc__by_name);
     for (int64_t i = 1; i < f->count; i++)
         if (!sc__by_name(&f->entries[i - 1], &f->entries[i]))
-            return sc__fail("%s: tensor '%s' stands there twice", f->path, f->entries[i].name);
+            return sc_fail("%s: tensor '%s' stands there twice", f->path, f->entries[i].name);
     for (int64_t i = 0; i < sc_json_length(map); i++) {
         const char *name = sc_json_key(map, i);
         const char *shard = sc_json_string(sc_json_get(map, name), "?");
         if (!sc_file_find(f, name))
-            return sc__fail("%s: tensor '%s' is not in its shard '%s'", f->path, name, shard);
+            return sc_fail("%s: tensor '%s' is not in its shard '%s'", f->path, name, shard);
     }
     return true;
 }
@@ -4042,7 +4249,7 @@ static char *sc__weights_in(const char *folder) {
     char *found = NULL;
     int best = PATTERNS;
     bool several = false;
-    if (!list) return sc__fail("%s: %s", folder, strerror(errno)), NULL;
+    if (!list) return sc_fail("%s: %s", folder, strerror(errno)), NULL;
     for (struct dirent *entry; (entry = readdir(list));) {
         const char *name = entry->d_name;
         int rank = 0;
@@ -4055,11 +4262,11 @@ static char *sc__weights_in(const char *folder) {
     }
     closedir(list);
     if (best == PATTERNS)
-        sc__fail("%s: no weights here; expected diffusion_pytorch_model.safetensors, "
+        sc_fail("%s: no weights here; expected diffusion_pytorch_model.safetensors, "
                  "model.safetensors, or an .index.json of shards", folder);
     if (!several) return found;
     SC_FREE(found);
-    return sc__fail("%s: several %s here and no .index.json of shards: give the path of one",
+    return sc_fail("%s: several %s here and no .index.json of shards: give the path of one",
                     folder, patterns[best]), NULL;
 }
 
@@ -4075,6 +4282,13 @@ sc_file *sc_file_open(const char *path) {
 }
 
 const char *sc_file_path(const sc_file *f) { return f->path; }
+char *sc_file_part(const sc_file *f, int64_t i) {
+    const char *shard = i < f->part_count ? f->parts[i].shard : NULL;
+    char *folder = shard ? sc_model_folder(f->path) : NULL;
+    char *path = i >= f->part_count ? NULL : folder ? sc__join(folder, shard) : sc__strdup(f->path);
+    SC_FREE(folder);
+    return path;
+}
 int64_t sc_file_count(const sc_file *f) { return f->count; }
 const char *sc_file_name(const sc_file *f, int64_t i) { return f->entries[i].name; }
 const sc_tensor *sc_file_tensor(const sc_file *f, int64_t i) { return &f->entries[i].tensor; }
@@ -4170,7 +4384,7 @@ static bool sc__write_tensor(sc__writer *w, const sc_named *x) {
     if (x->dtype == x->tensor->dtype)
         return sc__write_bytes(w, values, (size_t)n * (size_t)sc_dtype_size(x->dtype));
     if (x->tensor->dtype != SC_F32 || (x->dtype != SC_BF16 && x->dtype != SC_F16))
-        return sc__fail("%s: cannot write '%s' of type %s as %s", w->path, x->name,
+        return sc_fail("%s: cannot write '%s' of type %s as %s", w->path, x->name,
                         sc_dtype_name(x->tensor->dtype), sc_dtype_name(x->dtype));
     for (int64_t i = 0, size; i < n; i += size) {
         size = n - i < SLICE ? n - i : SLICE;
@@ -4197,7 +4411,7 @@ static bool sc__save(const char *path, const sc_named *tensors, int64_t count,
         for (int64_t i = 0; i < count; i++)
             if (sc_dtype_size(tensors[i].dtype) == size) sorted[n++] = tensors[i];
     sc__header_text(&header, sorted, count, metadata);
-    bool ok = (!header.failed || sc__fail("%s: out of memory", path)) && sc__write_begin(&w, path);
+    bool ok = (!header.failed || sc_fail("%s: out of memory", path)) && sc__write_begin(&w, path);
     if (ok) {
         ok = sc__write_bytes(&w, header.data, header.length);
         for (int64_t i = 0; ok && i < count; i++) {
@@ -4218,7 +4432,7 @@ bool sc_file_save(const char *path, const sc_named *tensors, int64_t count,
     return sc__save(path, tensors, count, metadata, NULL, NULL);
 }
 
-/* ==== Names ===================================================================================
+/* ==== Names =================================================================== >>names =======
  *
  * In this header a weight has the name that diffusers (transformer, VAE) or transformers (text
  * encoders) gives it. Black Forest Labs' own files, ComfyUI's and the LoRA trainers' hold the same
@@ -4404,7 +4618,7 @@ static bool sc__same_shape(const sc_tensor *a, const sc_tensor *b) {
     return true;
 }
 
-/* ==== Weights of a network ====================================================================
+/* ==== Weights of a network ================================================== >>weights =======
  *
  * A network asks for its weights by their names on disk and states the shape it needs, so opening
  * a model is at the same time the check that the file fits. Frozen matrices stay as they are on
@@ -4542,7 +4756,7 @@ static bool sc__read_scale(const sc_file *f, const sc__entry *weight, const sc__
         snprintf(name, sizeof name, "%sscaled_fp8", prefix);
         if ((mark = sc__find_entry(f, name))) mark->used = true;
     }
-    if (!found) return !mark || sc__fail("%s: '%s' is an 8-bit weight without its '.scale_weight'; "
+    if (!found) return !mark || sc_fail("%s: '%s' is an 8-bit weight without its '.scale_weight'; "
                                          "the file says that it has them", f->path, weight->name);
     found->used = true;
     int64_t n = sc_count(&found->tensor);
@@ -4550,7 +4764,7 @@ static bool sc__read_scale(const sc_file *f, const sc__entry *weight, const sc__
     for (int i = 0; i < found->tensor.ndim; i++)
         vector = vector && (found->tensor.shape[i] == 1 || found->tensor.shape[i] == n);
     if (!vector || (n != 1 && n != weight->tensor.shape[0]) || found->tensor.dtype > SC_F64)
-        return sc__fail("%s: '%s' must be one number, or one a row", f->path, found->name);
+        return sc_fail("%s: '%s' must be one number, or one a row", f->path, found->name);
     s->scales = found->tensor;
     s->scales.ndim = 1;
     s->scales.shape[0] = n;
@@ -4568,7 +4782,7 @@ static float *sc__row_scales(const sc__source *s, const char *name) {
     for (int64_t i = 0; i < rows; i++) ok = ok && isfinite(scales[i]) && scales[i] > 0;
     if (ok) return scales;
     SC_FREE(scales);
-    return sc__fail("the scale of '%s' is not a positive number", name), NULL;
+    return sc_fail("the scale of '%s' is not a positive number", name), NULL;
 }
 
 /* Finds the weight `name` of the shape that `want` has. */
@@ -4578,14 +4792,14 @@ static bool sc__find_weight(const sc_net *net, const char *name, const sc_tensor
     const char *path = sc_file_path(net->file);
     sc__slice rows;
     sc__entry *e = sc__find_as(net->file, sc__weight_prefixes, name, "", net->levels, &rows);
-    if (!e) return sc__fail("%s: tensor '%s' is missing", path, name);
+    if (!e) return sc_fail("%s: tensor '%s' is missing", path, name);
     e->used = true;
     *s = (sc__source){.x = e->tensor, .swapped = rows.swapped};
     if (e->tensor.dtype > SC_F64)
-        return sc__fail("%s: tensor '%s' has type %s; weights must be floating point", path,
+        return sc_fail("%s: tensor '%s' has type %s; weights must be floating point", path,
                         e->name, sc_dtype_name(e->tensor.dtype));
     if (!sc__take_rows(&s->x, &rows) || !sc__same_shape(&s->x, want))
-        return sc__fail("%s: tensor '%s' has shape %s; '%s' must be %s here", path, e->name,
+        return sc_fail("%s: tensor '%s' has shape %s; '%s' must be %s here", path, e->name,
                         sc__shape_text(&e->tensor, actual), name, sc__shape_text(want, expected));
     s->x.ndim = want->ndim; /* without further sides of 1 */
     memcpy(s->x.shape, want->shape, sizeof want->shape);
@@ -4602,7 +4816,7 @@ static bool sc__source_values(const sc__source *s, const char *name, float *valu
     if (s->swapped) sc__swap_halves(values, (size_t)n * sizeof *values);
     SC_FREE(scales);
     for (int64_t i = 0; i < n; i++)
-        if (!isfinite(values[i])) return sc__fail("'%s' holds a value that is %g", name, values[i]);
+        if (!isfinite(values[i])) return sc_fail("'%s' holds a value that is %g", name, values[i]);
     return true;
 }
 
@@ -4744,7 +4958,7 @@ static bool sc__net_complete(const sc_net *net) {
             size_t n = (size_t)(at + 1 - name), digits = strspn(at + 1, "0123456789");
             if (digits && at[1 + digits] == '.' && sc__used_below(f, name, n) &&
                 !sc__used_below(f, name, n + digits + 1))
-                return sc__fail("%s: '%s' is of a block that the model does not have: is "
+                return sc_fail("%s: '%s' is of a block that the model does not have: is "
                                 "config.json that of another one?", f->path, name);
         }
         for (int64_t j = 0; dot && j < f->count; j++) {
@@ -4752,7 +4966,7 @@ static bool sc__net_complete(const sc_net *net) {
             size_t n = sc__stem(e->name, ".weight");
             if (e->used && e->tensor.dtype == SC_F8_E4M3 && n && !strncmp(name, e->name, n + 1) &&
                 !strstr(name + n, "input") && strcmp(dot, ".comfy_quant") && strcmp(dot, ".bias"))
-                return sc__fail("%s: '%s' is not understood beside the 8-bit '%s': scales are read "
+                return sc_fail("%s: '%s' is not understood beside the 8-bit '%s': scales are read "
                                 "as .weight_scale or .scale_weight, one number or one a row",
                                 f->path, name, e->name);
         }
@@ -4821,7 +5035,7 @@ static bool sc__read_config(const char *path, sc_json **json, char **name, char 
     *text = NULL;
     if (!*name || !folder || !sc__exists(*name)) return *name != NULL;
     *json = sc__json_load(*name, text);
-    return *json && ((*json)->type == SC__OBJECT || sc__fail("%s: not a JSON object", *name));
+    return *json && ((*json)->type == SC__OBJECT || sc_fail("%s: not a JSON object", *name));
 }
 
 /* folder/name, parsed, and its path; *json is NULL where there is no such file. False if it is
@@ -4840,7 +5054,7 @@ static bool sc__config_number(const sc_json *config, const char *path, const cha
     const sc_json *v = sc_json_get(config, key);
     bool absent = !v || v->type == SC__NULL, flag = sc__json_is(v, SC__BOOL);
     *number = absent ? fallback : flag ? sc_json_bool(v, false) : sc_json_number(v, NAN);
-    return !isnan(*number) || sc__fail("%s: '%s' must be a number", path, key);
+    return !isnan(*number) || sc_fail("%s: '%s' must be a number", path, key);
 }
 
 /* An integer >= least from a config; false with the error set. */
@@ -4850,7 +5064,7 @@ static bool sc__config_from(int least, const sc_json *config, const char *path, 
     *value = fallback;
     if (!sc__config_number(config, path, key, fallback, &number)) return false;
     if (!(number >= least && number <= 1 << 24 && number == floor(number)))
-        return sc__fail("%s: '%s' must be a whole number from %d up", path, key, least);
+        return sc_fail("%s: '%s' must be a whole number from %d up", path, key, least);
     *value = (int)number;
     return true;
 }
@@ -4867,6 +5081,7 @@ static bool sc__config_int(const sc_json *config, const char *path, const char *
  */
 
 const sc_flux_config *sc_flux_config_of(const sc_flux *flux) { return &flux->config; }
+const sc_net *sc_flux_net(const sc_flux *flux) { return flux ? flux->net : NULL; }
 
 void sc_flux_checkpointing(sc_flux *f, bool on) {
     f->checkpointed = on ? f->config.layers + f->config.single_layers : 0;
@@ -4876,7 +5091,7 @@ void sc_flux_streamed(sc_flux *f) { f->net->streamed = true; }
 
 bool sc_flux_fp8(sc_flux *f) {
     if (f->net->widen || !f->net->file)
-        return sc__fail("weights that are f32 or random cannot become fp8");
+        return sc_fail("weights that are f32 or random cannot become fp8");
     f->net->fp8 = true;
     for (int64_t i = 0; i < f->net->count; i++) {
         sc_weight *w = f->net->weights[i];
@@ -4904,7 +5119,7 @@ static bool sc__flux_read_config(sc_flux_config *c, const sc_net *net, const sc_
     const char *class_name =
         sc_json_string(sc_json_get(json, "_class_name"), "FluxTransformer2DModel");
     if (strcmp(class_name, "FluxTransformer2DModel"))
-        return sc__fail("%s: this is a %s; only FLUX.1 (FluxTransformer2DModel) is supported", path,
+        return sc_fail("%s: this is a %s; only FLUX.1 (FluxTransformer2DModel) is supported", path,
                         class_name);
     int in = sc__side(net, "x_embedder.weight", 1, 64),
         out = sc__side(net, "proj_out.weight", 0, in);
@@ -4929,14 +5144,14 @@ static bool sc__flux_read_config(sc_flux_config *c, const sc_net *net, const sc_
         int usual = i ? c->head_size * 7 / 16 : c->head_size / 8;
         double axis = sc_json_number(sc_json_at(axes, i), usual);
         if (!(axis >= 2 && axis <= 256 && axis == 2 * floor(axis / 2)))
-            return sc__fail("%s: axes_dims_rope must be even numbers up to 256", path);
+            return sc_fail("%s: axes_dims_rope must be even numbers up to 256", path);
         sum += c->rope_axes[i] = (int)axis;
     }
     if (sum != c->head_size || sum > 256)
-        return sc__fail("%s: axes_dims_rope sum to %d; attention_head_dim is %d (at most 256)",
+        return sc_fail("%s: axes_dims_rope sum to %d; attention_head_dim is %d (at most 256)",
                         path, sum, c->head_size);
     if ((int64_t)c->heads * c->head_size > 1 << 20)
-        return sc__fail("%s: %d heads of %d is too wide", path, c->heads, c->head_size);
+        return sc_fail("%s: %d heads of %d is too wide", path, c->heads, c->head_size);
     int guided = sc__side(net, "time_text_embed.guidance_embedder.linear_1.weight", 0, 0);
     c->guidance = sc_json_bool(sc_json_get(json, "guidance_embeds"), !json && guided);
     return true;
@@ -5055,7 +5270,7 @@ sc_flux *sc_flux_open(const sc_backend *backend, const char *path, bool widen, b
     sc_flux *f = (sc_flux *)sc__alloc(1, sizeof *f);
     if (!f) return NULL;
     bool ok = sc__read_config(path, &json, &name, &f->config_text);
-    if (ok && random && !json) ok = sc__fail("%s: No such file", name);
+    if (ok && random && !json) ok = sc_fail("%s: No such file", name);
     ok = ok && (!json || sc__flux_read_config(&f->config, &(sc_net){0}, json, name)) &&
          (f->net = sc_net_open(backend, random ? NULL : path, widen)) &&
          (json || sc__flux_read_config(&f->config, f->net, json, name));
@@ -5138,12 +5353,12 @@ bool sc_flux_save(const sc_flux *f, const char *folder, sc_dtype dtype,
     if (ok) ok = sc__make_folder(folder, &made);
     char *there = ok && !made ? sc__weights_in(folder) : NULL;
     if (there && !fnmatch("*.json", there, 0))
-        ok = sc__fail("%s: these shards would be read instead: write to another folder", there);
+        ok = sc_fail("%s: these shards would be read instead: write to another folder", there);
     SC_FREE(there);
     for (int64_t i = 0; ok && i < net->count; i++)
         named[i] = (sc_named){net->weights[i]->name, &net->weights[i]->tensor, dtype};
     ok = ok && sc__save(weights, named, net->count, metadata, sc__flux_fill, f) &&
-         sc__write_file(config, f->config_text, strlen(f->config_text));
+         sc_write_file(config, f->config_text, strlen(f->config_text));
     if (!ok && made) rmdir(folder); /* if it is empty */
     SC_FREE(named);
     SC_FREE(weights);
@@ -5168,117 +5383,7 @@ static const sc_tensor *sc__rope(sc_flux *f, int text, int h, int w) {
     return f->rope.data ? &f->rope : NULL;
 }
 
-/* ==== Trained numbers ======================================================== >>params =======
- *
- * The student, its averages, its gradient and Adam's moments, each an array of `count` numbers in
- * the backend's memory. Of a LoRA they are the factors of all its layers (>>lora), or else they are
- * all weights of the model, which sc_params_use points into one of the arrays.
- */
-
-static float *sc__params_array(sc_params *p) {
-    float *x = (float *)p->backend->alloc((size_t)p->count * 4);
-    if (x) p->backend->zero(x, (size_t)p->count * 4);
-    return x;
-}
-
-/* All arrays, zero; with `teacher`, one for the frozen copy too. */
-static sc_params *sc__params_new(sc_flux *flux, int64_t count, bool teacher) {
-    sc_params *p = (sc_params *)sc__alloc(1, sizeof *p);
-    if (!p) return NULL;
-    *p = (sc_params){.backend = flux->net->backend, .flux = flux, .count = count};
-    bool ok = (p->results = (double *)p->backend->alloc(2 * sizeof *p->results)) &&
-              (p->grad = sc__params_array(p)) && (p->m = sc__params_array(p)) &&
-              (p->v = sc__params_array(p));
-    for (int s = teacher ? SC_TEACHER : SC_STUDENT; ok && s < SC_SETS; s++)
-        ok = (p->set[s] = sc__params_array(p)) != NULL;
-    if (ok) return p;
-    sc_params_free(p);
-    return NULL;
-}
-
-/* All sets become the same host values. */
-static void sc__params_start(sc_params *p, const float *values) {
-    for (int s = 0; s < SC_SETS; s++)
-        if (p->set[s]) p->backend->upload(p->set[s], values, (size_t)p->count * 4);
-}
-
-void sc_params_copy(sc_params *p, sc_set to, sc_set from) {
-    p->backend->copy_block(p->set[to], p->count, p->set[from], p->count, 1, p->count, SC_F32,
-                           false);
-}
-
-sc_params *sc_params_full(sc_flux *flux, bool teacher) {
-    if (!flux->net->widen)
-        return sc__fail("to train all weights the model must be opened with `widen`"), NULL;
-    sc_params *p = sc__params_new(flux, sc_flux_parameters(flux), teacher);
-    float *host = p ? (float *)sc__alloc((size_t)p->count, sizeof *host) : NULL, *end = host;
-    if (!host) return sc_params_free(p), NULL;
-    for (int64_t i = 0; i < flux->net->count; i++) {
-        sc_weight *w = flux->net->weights[i];
-        p->backend->download(end, w->tensor.data, (size_t)sc_count(&w->tensor) * 4);
-        p->backend->release(w->tensor.data); /* sc_params_use points it into a set */
-        w->owned = false;
-        end += sc_count(&w->tensor);
-    }
-    sc__params_start(p, host);
-    SC_FREE(host);
-    sc_params_use(p, SC_STUDENT);
-    return p;
-}
-
-void sc_params_use(sc_params *p, sc_set set) {
-    int64_t offset = 0;
-    for (int64_t i = 0; i < p->flux->net->count; i++) {
-        sc_tensor *w = &p->flux->net->weights[i]->tensor;
-        w->data = p->set[set] + offset;
-        w->grad = set == SC_STUDENT ? p->grad + offset : NULL;
-        w->needs_grad = set == SC_STUDENT;
-        offset += sc_count(w);
-    }
-}
-
-void sc_params_free(sc_params *p) {
-    if (!p) return;
-    for (double unread[2]; p->waiting > 0; p->waiting--) p->backend->collect(unread, 2);
-    for (int i = 0; p->adapters && i < p->flux->module_count; i++) {
-        sc_adapter **link = &p->flux->modules[i].layer->adapters;
-        while (*link && *link != &p->adapters[i]) link = &(*link)->next;
-        if (*link) *link = p->adapters[i].next;
-        for (int s = 0; s < SC_SETS; s++) {
-            SC_FREE(p->adapters[i].a[s]);
-            SC_FREE(p->adapters[i].b[s]);
-        }
-    }
-    SC_FREE(p->adapters);
-    for (int s = 0; s < SC_SETS; s++)
-        if (p->set[s]) p->backend->release(p->set[s]);
-    if (p->grad) p->backend->release(p->grad);
-    if (p->m) p->backend->release(p->m);
-    if (p->v) p->backend->release(p->v);
-    if (p->results) p->backend->release(p->results);
-    SC_FREE(p);
-}
-
-void sc_params_step(sc_params *p, sc_adamw *o, float fast_decay, float slow_decay) {
-    const sc_trained x = {
-        p->count, p->set[SC_STUDENT], p->grad, p->m, p->v, {p->set[SC_FAST], p->set[SC_SLOW]}};
-    p->backend->update(&x, o, (const float[2]){fast_decay, slow_decay}, &p->results[1]);
-    double oldest[2]; /* forgotten, where nobody asks */
-    if (p->waiting == SC_POSTS) p->backend->collect(oldest, 2), p->waiting--;
-    p->backend->post(p->results, 2);
-    p->waiting++;
-    o->step++;
-}
-
-bool sc_params_report(sc_params *p, double *loss, double *norm) {
-    double results[2] = {NAN, NAN};
-    bool ok = p->waiting > 0 || sc__fail("there is no step to report");
-    if (ok) p->waiting--, ok = p->backend->collect(results, 2);
-    *loss = results[0], *norm = results[1];
-    return ok;
-}
-
-/* ==== LoRA files ==============================================================================
+/* ==== LoRA files ========================================================== >>lorafiles =======
  *
  * A LoRA (Hu et al. 2021) is a pair of thin matrices for each linear layer, W + scale * B A. We
  * write PEFT's names, which diffusers reads. Others name layers as BFL does, where q, k and v (and
@@ -5363,11 +5468,11 @@ static bool sc__lora_plain(const sc__lora *l) {
     const char *type = sc_json_string(sc__lora_setting(l, "peft_type"), "LORA");
     const char *start = sc_json_string(sc__lora_setting(l, "init_lora_weights"), "");
     if (strcmp(type, "LORA"))
-        return sc__fail("%s: its config says %s, not LORA: only LoRA is read here", l->file->path,
+        return sc_fail("%s: its config says %s, not LORA: only LoRA is read here", l->file->path,
                         type);
     for (int i = 0; i < 4; i++)
         if (!strncmp(start, changed[i], strlen(changed[i])))
-            return sc__fail("%s: goes with weights that '%s' changed: save it again as a LoRA of "
+            return sc_fail("%s: goes with weights that '%s' changed: save it again as a LoRA of "
                             "the model's own (path_initial_model_for_weight_conversion in PEFT)",
                             l->file->path, start);
     return true;
@@ -5401,7 +5506,7 @@ static bool sc__lora_config_alpha(const sc__lora *l, const char *module, float *
         const char *name = pattern + whole;
         size_t n = strlen(module), m = strlen(name);
         if (strpbrk(name, "*+?()[]{}|^$\\"))
-            return sc__fail("%s: the alpha_pattern '%s' is a regular expression; only names are "
+            return sc_fail("%s: the alpha_pattern '%s' is a regular expression; only names are "
                             "read here", l->file->path, pattern);
         if (m > n || strcmp(module + n - m, name)) continue;
         if (m < n && (whole || module[n - m - 1] != '.')) continue;
@@ -5424,7 +5529,7 @@ static bool sc__lora_own_scale(const sc__lora *l, const char *module, const char
     if (e && sc_count(&e->tensor) == 1) sc_to_f32(&alpha, e->tensor.data, e->tensor.dtype, 1);
     bool root = sc_json_bool(sc__lora_setting(l, "use_rslora"), false);
     *scale = alpha / (root ? sqrtf((float)rank) : (float)rank);
-    return isfinite(alpha) || sc__fail("%s: '%s' is %g", l->file->path, name, alpha);
+    return isfinite(alpha) || sc_fail("%s: '%s' is %g", l->file->path, name, alpha);
 }
 
 /* n values as f32, times `scale`; false with the error set: one is not finite. */
@@ -5433,7 +5538,7 @@ static bool sc__lora_values(const sc__lora *l, const char *name, const sc_tensor
     int64_t n = sc_count(x), i = 0;
     sc_to_f32(to, x->data, x->dtype, n);
     while (i < n && isfinite(to[i])) to[i++] *= scale;
-    return i == n || sc__fail("%s: '%s' holds NaN or infinity", l->file->path, name);
+    return i == n || sc_fail("%s: '%s' holds NaN or infinity", l->file->path, name);
 }
 
 /* The tensor `name` [rows, columns], of which this is the part; false with the error set. */
@@ -5445,7 +5550,7 @@ static bool sc__lora_take(const sc__lora *l, sc__entry *e, const sc__slice *part
     if (sc__take_rows(x, part) && sc__same_shape(x, &want) && rows > 0 && x->dtype <= SC_F64)
         return true;
     char shape[96];
-    return sc__fail("%s: '%s' of shape %s does not fit '%s', where it must be %lld x %lld: is this "
+    return sc_fail("%s: '%s' of shape %s does not fit '%s', where it must be %lld x %lld: is this "
                     "LoRA for another model?", l->file->path, e->name,
                     sc__shape_text(&e->tensor, shape), module,
                     (long long)(rows * (part->whole ? part->whole / part->parts : 1)),
@@ -5469,7 +5574,7 @@ static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor
     int stem = (int)sc__stem(a->name, sc__lora_ends[end][0]);
     int n = snprintf(name, sizeof name, "%.*s%s", stem, a->name, sc__lora_ends[end][1]);
     b = sc__find_entry(file, name);
-    if (!b) return sc__fail("%s: '%s' has no partner '%s'", file->path, a->name, name);
+    if (!b) return sc_fail("%s: '%s' has no partner '%s'", file->path, a->name, name);
     snprintf(name + n - 6, 8, "bias"); /* in place of "weight" */
     c = sc__find_entry(file, name);
     x->rank = a->tensor.shape[0];
@@ -5519,7 +5624,7 @@ static bool sc__lora_refuse(const sc_file *file, const char *first, const char *
         {".weight", "whole weights"}};
     size_t i = 0, n = sizeof kinds / sizeof *kinds;
     while (i < n && !strstr(first, kinds[i][0])) i++;
-    return sc__fail("%s: holds %s, which is not read here, only LoRA's pairs of A and B and "
+    return sc_fail("%s: holds %s, which is not read here, only LoRA's pairs of A and B and "
                     "changes of biases and norms; not understood: %s", file->path,
                     i < n ? kinds[i][1] : "a kind of tensors", names);
 }
@@ -5658,7 +5763,7 @@ bool sc_lora_load(sc_flux *f, const char *path, float scale, sc_lora_report *rep
             ok = sc__lora_vector(f, &file, f->net->weights[i], scale, report);
     ok = ok && sc__lora_count(file.file, report);
     if (ok && !report->applied)
-        ok = sc__fail("%s: 0 of %d LoRA layers fit this model: is it a LoRA for another one?", path,
+        ok = sc_fail("%s: 0 of %d LoRA layers fit this model: is it a LoRA for another one?", path,
                       report->total);
     sc__lora_close(&file);
     return ok;
@@ -5718,7 +5823,7 @@ bool sc_lora_save_kohya(const sc_flux *f, const char *path, const char *const *m
     bool ok = factors != NULL;
     for (int64_t i = 0; ok && i < f->net->count; i++)
         if (f->net->weights[i]->before)
-            ok = sc__fail("'%s' is changed, which kohya's names cannot say: merge into a model",
+            ok = sc_fail("'%s' is changed, which kohya's names cannot say: merge into a model",
                           f->net->weights[i]->name);
     for (int i = 0; ok && i < n; i += count) {
         char other[256], next[256];
@@ -5744,7 +5849,7 @@ bool sc_lora_save_kohya(const sc_flux *f, const char *path, const char *const *m
 /* In a table as "3:1@1.5 8:0.6" (numbers as in JSON) the scale for the nearest number of steps, and
  * the guidance, NAN where there is none. False if it is written wrongly: then the best before that
  * place. */
-static bool sc__scale_for(const char *table, int steps, double *scale, double *guidance) {
+bool sc_scale_for(const char *table, int steps, double *scale, double *guidance) {
     sc__json_parser p = {.name = table, .at = (char *)table};
     double count, value, nearest = INFINITY;
     while (sc__json_peek(&p)) {
@@ -5765,7 +5870,7 @@ float sc_lora_scale(const char *path, int steps, float *guidance) {
     sc_file *file = sc_file_open(path);
     const char *table = file ? sc_file_metadata(file, "scales") : NULL;
     double scale = 1, guided = NAN;
-    if (table) sc__scale_for(table, steps, &scale, &guided);
+    if (table) sc_scale_for(table, steps, &scale, &guided);
     if (guidance && isfinite(guided)) *guidance = (float)guided;
     sc_file_close(file);
     return (float)scale;
@@ -5779,11 +5884,11 @@ bool sc_lora_start(sc_params *p, const char *path) {
         const sc_tensor *w = p->flux->modules[i].layer->weight;
         sc__factors x;
         ok = sc__lora_read(&file, module, w, &x);
-        if (ok && !x.a) ok = sc__fail("%s: no factors for '%s'", path, module);
+        if (ok && !x.a) ok = sc_fail("%s: no factors for '%s'", path, module);
         if (ok && x.bias)
-            ok = sc__fail("%s: changes the bias of '%s'; only A and B are trained", path, module);
+            ok = sc_fail("%s: changes the bias of '%s'; only A and B are trained", path, module);
         if (ok && x.rank != p->rank)
-            ok = sc__fail("%s: rank %lld; this run has rank %d", path, (long long)x.rank, p->rank);
+            ok = sc_fail("%s: rank %lld; this run has rank %d", path, (long long)x.rank, p->rank);
         size_t na = (size_t)(p->rank * w->shape[1]), nb = (size_t)(p->rank * w->shape[0]);
         for (size_t j = 0; ok && j < nb; j++) x.b[j] /= p->adapters[i].scale;
         for (int s = SC_STUDENT; ok && s < SC_SETS; s++) {
@@ -5797,7 +5902,7 @@ bool sc_lora_start(sc_params *p, const char *path) {
     return ok;
 }
 
-/* ==== A run's state ============================================================ >>state =======
+/* ==== A run's state =========================================================== >>state =======
  *
  * All that a run needs to go on as if it had never stopped: the arrays of trained numbers. Step and
  * random state are the caller's, who may keep them in the file's metadata.
@@ -5838,73 +5943,29 @@ bool sc_params_load(sc_params *p, const sc_file *file) {
     for (int i = 0; i < n; i++) {
         const sc_tensor *x = sc_file_find(file, named[i].name);
         if (!x || x->dtype != SC_F32 || sc_count(x) != p->count)
-            return sc__fail("%s: '%s' does not fit: resume with the model, rank and mode the run "
+            return sc_fail("%s: '%s' does not fit: resume with the model, rank and mode the run "
                             "had", sc_file_path(file), named[i].name);
         p->backend->upload(tensors[i].data, x->data, (size_t)p->count * 4);
     }
     return true;
 }
 
-/* ==== Memory of a training step ===============================================================
- *
- * A block of the transformer keeps its activations for the backward pass; or all but those that are
- * cheap to make again; or only its inputs, and runs again (Chen et al. 2016). How many can keep
- * theirs is measured, not estimated: one step with all blocks run again says how much memory that
- * takes, and how much each block would add.
- */
-
-bool sc_plan_memory(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *recipe,
-                    const sc_batch *batch, sc_memory_plan *plan) {
-    const size_t spare = (size_t)512 << 20; /* for the backend's own scratch memory to grow */
-    sc_rng rng = {1};
-    *plan = (sc_memory_plan){.blocks = flux->config.layers + flux->config.single_layers};
-    sc__block_bytes *size = (sc__block_bytes *)sc__alloc((size_t)plan->blocks, sizeof *size);
-    if (!size) return false;
-    flux->checkpointed = plan->blocks;
-    t->device.peak = t->shared.peak = 0;
-    t->sharing = true;
-    t->sizes = size; /* the last block's first */
-    double loss; /* read so that the step is over, and to learn whether it failed */
-    bool ok = sc_train_gradient(flux, params, t, recipe, batch, &rng) &&
-              t->be->download(&loss, params->results, sizeof loss);
-    t->sizes = NULL;
-    t->be->zero(params->grad, (size_t)params->count * 4);
-    sc_tape_reset(t);
-    size_t left = t->be->memory_left(), held = sc_tape_bytes(t), all = 0;
-    plan->left = left > SIZE_MAX - held ? SIZE_MAX : left + held;
-    plan->step = sc_tape_peak(t);
-    size_t room = plan->left < plan->step + spare ? 0 : plan->left - plan->step - spare;
-    for (int i = 0; i < plan->blocks; i++) all += size[i].own + size[i].shared;
-    t->sharing = all > room;
-    for (; ok && plan->kept < plan->blocks; plan->kept++) {
-        size_t more = size[plan->kept].own + (t->sharing ? 0 : size[plan->kept].shared);
-        if (plan->kept_bytes + more > room) break;
-        plan->kept_bytes += more;
-    }
-    plan->remade = t->sharing;
-    SC_FREE(size);
-    flux->checkpointed = plan->blocks - plan->kept;
-    return ok && sc_tape_reserve(t, plan->step + plan->kept_bytes);
-}
-
-/* ==== The parts of a model, wherever they are =================================================
+/* ==== The parts of a model, wherever they are ================================= >>parts =======
  *
  * People keep FLUX.1 as a folder in diffusers' layout, as single files side by side, or all in one
  * file. A part is found by a weight that no other part has, under any prefix: names of files mean
  * nothing. What is missing is named, with a file that would be right.
  */
 
-typedef enum { SC__TRANSFORMER, SC__VAE, SC__CLIP, SC__T5, SC__PARTS } sc__part_kind;
-
 /* Their folders in diffusers' layout, a weight that no other part has, and a single file's name. */
-static const struct { const char *folder, *probe, *file; } sc__parts[SC__PARTS] = {
+static const struct { const char *folder, *probe, *file; } sc__parts[SC_PARTS] = {
     {"transformer", "x_embedder.weight", "flux1-dev.safetensors"},
     {"vae", "decoder.conv_in.weight", "ae.safetensors"},
     {"text_encoder", "text_model.embeddings.token_embedding.weight", "clip_l.safetensors"},
     {"text_encoder_2", "encoder.block.0.layer.0.SelfAttention.q.weight", "t5xxl_fp16.safetensors"}};
 
 /* The folder that a model is, or that its single file is in. */
-static char *sc__model_folder(const char *model) {
+char *sc_model_folder(const char *model) {
     char *folder = sc__strdup(model), *slash = folder ? strrchr(folder, '/') : NULL;
     if (!folder || !sc__exists(model) || sc__is_folder(model)) return folder;
     if (slash) slash[slash == folder] = 0; /* "/" stays */
@@ -5914,7 +5975,7 @@ static char *sc__model_folder(const char *model) {
 
 /* Whether the file at `path` is one of safetensors that has this part; -1 with the error set: it
  * cannot be read. */
-static int sc__file_has(const char *path, sc__part_kind part) {
+int sc_part_in_file(const char *path, sc_part part) {
     sc__slice rows;
     if (!sc__is_file(path)) return 0;
     sc_file *file = sc_file_open(path);
@@ -5926,30 +5987,30 @@ static int sc__file_has(const char *path, sc__part_kind part) {
 
 /* The only file in `folder` that has this part. Where none has it, one that cannot be read, as if
  * its download had stopped, may be what is missing. */
-static char *sc__part_file(const char *folder, sc__part_kind part) {
+static char *sc__part_file(const char *folder, sc_part part) {
     const char *kind = sc__parts[part].folder;
     char *found = NULL, broken[sizeof sc__message] = "";
     bool several = false;
     DIR *list = opendir(folder);
-    if (!list) return sc__fail("%s: %s", folder, strerror(errno)), NULL;
+    if (!list) return sc_fail("%s: %s", folder, strerror(errno)), NULL;
     for (struct dirent *entry; !several && (entry = readdir(list));) {
         bool named = *entry->d_name != '.' && (!fnmatch("*.safetensors", entry->d_name, 0) ||
                                                !fnmatch("*.sft", entry->d_name, 0));
         char *path = named ? sc__join(folder, entry->d_name) : NULL;
-        int has = path ? sc__file_has(path, part) : 0;
+        int has = path ? sc_part_in_file(path, part) : 0;
         if (has < 0) snprintf(broken, sizeof broken, "%s", sc_error());
         several = has > 0 && found;
         if (several)
-            sc__fail("%s and %s both hold a %s: leave one of them in this folder", found, path,
+            sc_fail("%s and %s both hold a %s: leave one of them in this folder", found, path,
                      kind);
         if (has > 0 && !found) found = path;
         else SC_FREE(path);
     }
     closedir(list);
     if (found && !several) return found;
-    if (!found && *broken) sc__fail("%s (and no other file there holds a %s)", broken, kind);
+    if (!found && *broken) sc_fail("%s (and no other file there holds a %s)", broken, kind);
     else if (!found)
-        sc__fail("%s: no %s here: neither a folder of that name with weights nor a file such as %s",
+        sc_fail("%s: no %s here: neither a folder of that name with weights nor a file such as %s",
                  folder, kind, sc__parts[part].file);
     SC_FREE(found);
     return NULL;
@@ -5958,11 +6019,11 @@ static char *sc__part_file(const char *folder, sc__part_kind part) {
 /* Where a part of a model is: its folder in diffusers' layout; the model itself, where that is a
  * file that has the part; or a file in the folder. NULL with an error that says what to put there.
  */
-static char *sc__part_path(const char *model, sc__part_kind part) {
-    if (!sc__exists(model)) return sc__fail("%s: No such file or directory", model), NULL;
-    int has = sc__file_has(model, part);
+char *sc_part_path(const char *model, sc_part part) {
+    if (!sc__exists(model)) return sc_fail("%s: No such file or directory", model), NULL;
+    int has = sc_part_in_file(model, part);
     if (has) return has > 0 ? sc__strdup(model) : NULL;
-    char *base = sc__model_folder(model);
+    char *base = sc_model_folder(model);
     char *folder = base ? sc__join(base, sc__parts[part].folder) : NULL;
     bool there = folder && sc__exists(folder);
     char *weights = there ? sc__weights_in(folder) : NULL;
@@ -5986,7 +6047,7 @@ static bool sc__small_file(const sc_backend *backend, const char *folder) {
     return small;
 }
 
-/* ==== VAE =====================================================================================
+/* ==== VAE ======================================================================= >>vae =======
  *
  * diffusers' AutoencoderKL (Rombach et al. 2022), the form FLUX.1 uses. The encoder is a
  * convolution, levels of residual blocks with a stride-2 convolution between levels, a middle of
@@ -6028,6 +6089,7 @@ struct sc_vae {
     size_t peak;                    /* most bytes they ever held */
 };
 
+const sc_net *sc_vae_net(const sc_vae *v) { return v ? v->net : NULL; }
 const sc_vae_config *sc_vae_config_of(const sc_vae *v) { return &v->config; }
 int sc_vae_factor(const sc_vae *v) { return 1 << (v->config.levels - 1); }
 
@@ -6043,9 +6105,9 @@ static bool sc__vae_read_config(sc_vae_config *c, const sc_net *net, const sc_js
     int pixels_in, pixels_out, latents = sc__side(net, "decoder.conv_in.weight", 1, 4);
     int layers = sc__count_layers(net, "encoder.down_blocks.0.resnets.%d.conv1.weight", 1);
     if (strcmp(class_name, "AutoencoderKL"))
-        return sc__fail("%s: this is a %s, not an AutoencoderKL", path, class_name);
+        return sc_fail("%s: this is a %s, not an AutoencoderKL", path, class_name);
     if (strcmp(activation, "silu"))
-        return sc__fail("%s: act_fn must be silu, not '%s'", path, activation);
+        return sc_fail("%s: act_fn must be silu, not '%s'", path, activation);
     if (!sc__config_int(json, path, "in_channels", 3, &pixels_in) ||
         !sc__config_int(json, path, "out_channels", 3, &pixels_out) ||
         !sc__config_int(json, path, "latent_channels", json ? 4 : latents, &c->latent_channels) ||
@@ -6053,12 +6115,12 @@ static bool sc__vae_read_config(sc_vae_config *c, const sc_net *net, const sc_js
         !sc__config_int(json, path, "sample_size", 1024, &c->resolution) ||
         !sc__config_int(json, path, "norm_num_groups", 32, &c->groups)) return false;
     if (pixels_in != 3 || pixels_out != 3)
-        return sc__fail("%s: pictures must have 3 channels", path);
+        return sc_fail("%s: pictures must have 3 channels", path);
     int64_t levels = json ? sc_json_length(channels) : sc__count_layers(net, first_convs, 0);
     if (levels < 1 || levels > SC_VAE_LEVELS)
-        return sc__fail("%s: block_out_channels must list 1 to %d levels", path, SC_VAE_LEVELS);
+        return sc_fail("%s: block_out_channels must list 1 to %d levels", path, SC_VAE_LEVELS);
     if (c->layers >= SC_VAE_LAYERS || c->latent_channels > 1024)
-        return sc__fail("%s: layers_per_block may be up to %d, latent_channels up to 1024", path,
+        return sc_fail("%s: layers_per_block may be up to %d, latent_channels up to 1024", path,
                         SC_VAE_LAYERS - 1);
     c->levels = (int)levels;
     for (int i = 0; i < c->levels; i++) {
@@ -6066,7 +6128,7 @@ static bool sc__vae_read_config(sc_vae_config *c, const sc_net *net, const sc_js
         snprintf(name, sizeof name, first_convs, i);
         double n = json ? sc_json_number(sc_json_at(channels, i), 0) : sc__side(net, name, 0, 0);
         if (!(n >= 1 && n <= 16384 && n == floor(n)) || (int)n % c->groups)
-            return sc__fail("%s: block_out_channels must be multiples of norm_num_groups (%d)",
+            return sc_fail("%s: block_out_channels must be multiples of norm_num_groups (%d)",
                             path, c->groups);
         c->channels[i] = (int)n;
     }
@@ -6075,7 +6137,7 @@ static bool sc__vae_read_config(sc_vae_config *c, const sc_net *net, const sc_js
         const char *kind = i % 2 ? "UpDecoderBlock2D" : "DownEncoderBlock2D";
         const char *found = sc_json_string(sc_json_at(sc_json_get(json, key), i / 2), kind);
         if (strcmp(found, kind))
-            return sc__fail("%s: %s must be %s, not '%s'", path, key, kind, found);
+            return sc_fail("%s: %s must be %s, not '%s'", path, key, kind, found);
     }
     c->attention = sc_json_bool(sc_json_get(json, "mid_block_add_attention"), true);
     c->quant = sc_json_bool(sc_json_get(json, "use_quant_conv"),
@@ -6085,7 +6147,7 @@ static bool sc__vae_read_config(sc_vae_config *c, const sc_net *net, const sc_js
     c->scale = (float)sc_json_number(sc_json_get(json, "scaling_factor"), json ? 0.18215 : 0.3611);
     c->shift = (float)sc_json_number(sc_json_get(json, "shift_factor"), json ? 0 : 0.1159);
     if (!(c->scale > 0) || !isfinite(c->scale) || !isfinite(c->shift))
-        return sc__fail("%s: scaling_factor must be positive", path);
+        return sc_fail("%s: scaling_factor must be positive", path);
     return true;
 }
 
@@ -6417,7 +6479,7 @@ static sc_tensor *sc__vae_do(sc_vae *v, sc__vae_run *r, const sc_tensor *x, int 
 static bool sc__vae_apply(sc_vae *v, const sc__vae_half *half, int64_t batch, int64_t h, int64_t w,
                           const float *in, float *out, size_t memory) {
     if (h < 1 || w < 1)
-        return sc__fail("VAE: %lld x %lld latents", (long long)w, (long long)h);
+        return sc_fail("VAE: %lld x %lld latents", (long long)w, (long long)h);
     const size_t room = 4096, slack = 1 << 16; /* for sums, and to round up */
     const sc__vae_step *s = half->steps, *last = s + half->count - 1;
     int64_t f = sc_vae_factor(v), count = 65536 / (h * w * f * f); /* small pictures: several */
@@ -6447,7 +6509,7 @@ bool sc_vae_encode(sc_vae *v, int64_t batch, int64_t height, int64_t width, cons
                    float *mean, float *logvar, size_t memory) {
     int64_t f = sc_vae_factor(v), n = v->config.latent_channels * (height / f) * (width / f);
     if (height < f || width < f || height % f || width % f)
-        return sc__fail("VAE: sides of a picture must be multiples of %lld, not %lld x %lld",
+        return sc_fail("VAE: sides of a picture must be multiples of %lld, not %lld x %lld",
                         (long long)f, (long long)width, (long long)height);
     float *both = (float *)sc__alloc((size_t)(2 * batch * n), sizeof *both);
     bool ok = both && sc__vae_apply(v, &v->encoder, batch, height / f, width / f, pictures, both,
@@ -6511,7 +6573,7 @@ void sc_unpack_latents(int64_t batch, int64_t channels, int64_t h, int64_t w, co
     sc__pack(batch, channels, h, w, (float *)tokens, latents, false);
 }
 
-/* ==== Tokenizers ==============================================================================
+/* ==== Tokenizers ============================================================= >>tokens =======
  *
  * CLIP's is a byte-level BPE (Sennrich et al. 2016): lower-case text is cut into words, each byte
  * of a word is a token, and pairs of tokens merge in the order of merges.txt; "</w>" ends a word.
@@ -6919,13 +6981,13 @@ int sc_tokenize(const sc_tokenizer *t, const char *text, int length, int32_t *id
     sc__codes codes = {0};
     sc__ids out = {ids, length - (t->end >= 0), 0}; /* the last place is the end token's */
     int least = t->begin >= 0 && t->end >= 0 ? 2 : 1;
-    if (length < least) return sc__fail("this tokenizer needs room for %d tokens", least), -1;
-    if (strlen(text) > (size_t)1 << 28) return sc__fail("a text of more than 256 MiB"), -1;
+    if (length < least) return sc_fail("this tokenizer needs room for %d tokens", least), -1;
+    if (strlen(text) > (size_t)1 << 28) return sc_fail("a text of more than 256 MiB"), -1;
     sc__codes_add_text(&codes, text);
     if (t->begin >= 0) sc__emit(&out, t->begin);
     bool ok = !codes.failed && sc__emit_text(t, codes.code, codes.count, false, true, &out);
     SC_FREE(codes.code);
-    if (!ok) return sc__fail("out of memory for a text of %zu bytes", strlen(text)), -1;
+    if (!ok) return sc_fail("out of memory for a text of %zu bytes", strlen(text)), -1;
     if (t->end >= 0) ids[out.count++] = t->end;
     for (int i = out.count; i < length; i++) ids[i] = t->pad;
     return out.count;
@@ -6958,7 +7020,7 @@ static bool sc__token_id(const sc_tokenizer *t, const sc_json *config, const cha
                          const char *key, const char *fallback, int32_t *id) {
     const char *text = sc__token_text(config, key, fallback);
     *id = sc__word_id(t, text, strlen(text));
-    return *id >= 0 || sc__fail("%s: %s '%s' is not in the vocabulary", path, key, text);
+    return *id >= 0 || sc_fail("%s: %s '%s' is not in the vocabulary", path, key, text);
 }
 
 /* Appends a special token, for which there is room. */
@@ -6966,10 +7028,10 @@ static bool sc__add_special(sc_tokenizer *t, const char *text, int32_t id, const
                             const char *path) {
     static const char *const refused[] = {"lstrip", "rstrip", "single_word"};
     sc__special *x = &t->special[t->special_count++];
-    if (!*text || id < 0) return sc__fail("%s: an added token without content or id", path);
+    if (!*text || id < 0) return sc_fail("%s: an added token without content or id", path);
     for (int i = 0; i < 3; i++)
         if (sc_json_bool(sc_json_get(flags, refused[i]), false))
-            return sc__fail("%s: added token '%s': %s is not supported", path, text, refused[i]);
+            return sc_fail("%s: added token '%s': %s is not supported", path, text, refused[i]);
     x->id = id;
     x->normalized = sc_json_bool(sc_json_get(flags, "normalized"), true);
     t->largest = id > t->largest ? id : t->largest;
@@ -6980,8 +7042,8 @@ static bool sc__add_special(sc_tokenizer *t, const char *text, int32_t id, const
         sc__normalise(t, plain.code, plain.count, &x->text);
         SC_FREE(plain.code);
     }
-    if (x->text.failed) return sc__fail("out of memory for special tokens");
-    return x->text.count || sc__fail("%s: added token '%s' is empty when normalised", path, text);
+    if (x->text.failed) return sc_fail("out of memory for special tokens");
+    return x->text.count || sc_fail("%s: added token '%s' is empty when normalised", path, text);
 }
 
 /* Makes room for 2 special tokens and adds those of a list, or of an object whose keys are ids. */
@@ -7011,7 +7073,7 @@ static bool sc__bpe_read_words(sc_tokenizer *t, const char *path) {
     for (size_t i = 0; t->words && i < t->count; i++) {
         const char *text = sc_json_key(t->json, (int64_t)i);
         int32_t id = sc__json_id(sc_json_value(t->json, (int64_t)i));
-        if (!text || id < 0) return sc__fail("%s: must be an object of tokens and ids", path);
+        if (!text || id < 0) return sc_fail("%s: must be an object of tokens and ids", path);
         t->words[i] = (sc__word){text, id, 0};
     }
     if (t->words) sc__sort_words(t);
@@ -7039,12 +7101,12 @@ static bool sc__bpe_read_merges(sc_tokenizer *t, char *text, const char *path) {
             m.id = sc__word_id(t, left, (size_t)(right - left) + size);
         }
         if (m.left < 0 || m.right < 0 || m.id < 0)
-            return sc__fail("%s:%zu: expected two tokens that vocab.json has, as it has the token "
+            return sc_fail("%s:%zu: expected two tokens that vocab.json has, as it has the token "
                             "of both together", path, t->merge_count + 2);
         t->merges[t->merge_count++] = m;
     }
     qsort(t->merges, t->merge_count, sizeof *t->merges, sc__by_sides);
-    return t->merge_count || sc__fail("%s: no merges", path);
+    return t->merge_count || sc_fail("%s: no merges", path);
 }
 
 /* Bytes that print stand for themselves, others for U+0100 on (the alphabet of GPT-2). */
@@ -7080,7 +7142,7 @@ static bool sc__bpe_open(sc_tokenizer *t, const char *folder, const sc_json *con
     size_t length = 0;
     t->space = ' ';
     t->steps[t->step_count++].fold = true;
-    char *merges = path ? sc__read_file(path, &length) : NULL;
+    char *merges = path ? sc_read_file(path, &length) : NULL;
     bool ok = vocab && merges && sc__bpe_read_words(t, vocab) &&
               sc__bpe_read_merges(t, merges, path) && sc__bpe_read_special(t, config, folder);
     if (ok) sc__bpe_letters(t);
@@ -7115,13 +7177,13 @@ static bool sc__unigram_read_steps(sc_tokenizer *t, const sc_json *json, const c
         if (!sc__unigram_read_steps(t, sc_json_at(list, i), path)) return false;
     if (!json || json->type == SC__NULL || !strcmp(type, "Sequence")) return true;
     if (t->step_count == sizeof t->steps / sizeof *t->steps)
-        return sc__fail("%s: a normalizer of more than %zu steps", path, t->step_count);
+        return sc_fail("%s: a normalizer of more than %zu steps", path, t->step_count);
     sc__step *step = &t->steps[t->step_count++];
     if (!strcmp(type, "Precompiled")) {
         sc__charsmap *map = &step->charsmap;
         bool ok = sc__base64(sc_json_string(sc_json_get(json, "precompiled_charsmap"), ""), map) &&
                   map->size >= 8 && sc__unit(map, 0) % 4 == 0 && sc__unit(map, 0) <= map->size - 4;
-        return ok || sc__fail("%s: the precompiled_charsmap is broken", path);
+        return ok || sc_fail("%s: the precompiled_charsmap is broken", path);
     }
     if (!strcmp(type, "Strip")) {
         step->left = sc_json_bool(sc_json_get(json, "strip_left"), false);
@@ -7131,7 +7193,7 @@ static bool sc__unigram_read_steps(sc_tokenizer *t, const sc_json *json, const c
     const char *pattern = sc_json_string(sc_json_get(sc_json_get(json, "pattern"), "Regex"), "");
     step->spaces = sc_json_string(sc_json_get(json, "content"), "");
     if (!strcmp(type, "Replace") && !strcmp(pattern, " {2,}")) return true;
-    return sc__fail(
+    return sc_fail(
         "%s: a normalizer '%s' is not supported; Precompiled, Strip, and Replace of the "
         "Regex ' {2,}' are",
         path, type);
@@ -7149,8 +7211,8 @@ static bool sc__unigram_read_frame(sc_tokenizer *t, const char *path) {
     while (prepend < 3 && strcmp(scheme, schemes[prepend])) prepend++;
     if (strcmp(sc_json_string(sc_json_get(words, "type"), ""), "Metaspace") || prepend == 3 ||
         !sc_json_bool(sc_json_get(words, "split"), true))
-        return sc__fail("%s: the pre_tokenizer must be a Metaspace that splits", path);
-    if (!single) return sc__fail("%s: the post_processor must be a TemplateProcessing", path);
+        return sc_fail("%s: the pre_tokenizer must be a Metaspace that splits", path);
+    if (!single) return sc_fail("%s: the post_processor must be a TemplateProcessing", path);
     t->prepend = prepend;
     t->space = sc__utf8_decode(&space);
     t->begin = t->end = -1;
@@ -7161,7 +7223,7 @@ static bool sc__unigram_read_frame(sc_tokenizer *t, const char *path) {
         int32_t *place = behind ? &t->end : &t->begin;
         if (!token) behind = true;
         else if (*place >= 0 || (*place = sc__word_id(t, name, strlen(name))) < 0)
-            return sc__fail("%s: the post_processor may add one token on each side", path);
+            return sc_fail("%s: the post_processor may add one token on each side", path);
     }
     return true;
 }
@@ -7174,20 +7236,20 @@ static bool sc__unigram_open(sc_tokenizer *t, const char *path, const sc_json *c
     t->unigram = true;
     if (strcmp(sc_json_string(sc_json_get(model, "type"), ""), "Unigram") ||
         sc_json_bool(sc_json_get(model, "byte_fallback"), false))
-        return sc__fail("%s: the model must be a Unigram without byte_fallback", path);
+        return sc_fail("%s: the model must be a Unigram without byte_fallback", path);
     t->words = (sc__word *)sc__alloc((size_t)n, sizeof *t->words);
     if (!t->words) return false;
     for (; t->count < (size_t)n; t->count++) {
         const sc_json *word = sc_json_at(words, (int64_t)t->count);
         const char *text = sc_json_string(sc_json_at(word, 0), NULL);
         double score = sc_json_number(sc_json_at(word, 1), NAN);
-        if (!text || isnan(score)) return sc__fail("%s: vocab must list [token, score]", path);
+        if (!text || isnan(score)) return sc_fail("%s: vocab must list [token, score]", path);
         t->words[t->count] = (sc__word){text, (int32_t)t->count, score};
         t->worst = t->count && t->worst < score ? t->worst : score;
     }
     sc__sort_words(t);
     t->unknown = sc__json_id(sc_json_get(model, "unk_id"));
-    if (t->unknown < 0 || t->unknown >= n) return sc__fail("%s: unk_id is not in the vocab", path);
+    if (t->unknown < 0 || t->unknown >= n) return sc_fail("%s: unk_id is not in the vocab", path);
     return sc__token_id(t, config, path, "pad_token", "<pad>", &t->pad) &&
            sc__unigram_read_steps(t, sc_json_get(t->json, "normalizer"), path) &&
            sc__unigram_read_frame(t, path) &&
@@ -7204,7 +7266,7 @@ sc_tokenizer *sc_tokenizer_open(const char *folder) {
     if (ok && sc__exists(vocab)) ok = sc__bpe_open(t, folder, config);
     else if (ok && sc__exists(unigram)) ok = sc__unigram_open(t, unigram, config);
     else if (ok)
-        ok = sc__fail("%s: no tokenizer here; copy CLIP's vocab.json and merges.txt, or T5's "
+        ok = sc_fail("%s: no tokenizer here; copy CLIP's vocab.json and merges.txt, or T5's "
                       "tokenizer.json, into this folder", folder);
     double length = sc_json_number(sc_json_get(config, "model_max_length"), 0);
     if (ok) t->length = length >= 1 && length <= 1 << 20 ? (int)length : 0;
@@ -7217,7 +7279,7 @@ sc_tokenizer *sc_tokenizer_open(const char *folder) {
     return NULL;
 }
 
-/* ==== Text encoders ===========================================================================
+/* ==== Text encoders ============================================================ >>text =======
  *
  * CLIP's text half (Radford et al. 2021): causal transformer with pre-norm blocks; FLUX takes its
  * pooled vector, the last layer's output at the end token. T5's encoder (Raffel et al. 2020): RMS
@@ -7311,7 +7373,7 @@ static bool sc__activation_named(const char *name, const char *path, sc_activati
         {"gelu_pytorch_tanh", SC_GELU_TANH}, {"silu", SC_SILU}};
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (!strcmp(name, known[i].name)) return *kind = known[i].kind, true;
-    return sc__fail("%s: activation '%s' is not supported", path, name);
+    return sc_fail("%s: activation '%s' is not supported", path, name);
 }
 
 /* A side of a matrix of the first layer. */
@@ -7349,9 +7411,9 @@ static bool sc__clip_config(sc_text_encoders *t, const sc_json *json, const char
     t->clip_length = length && length < e->rows ? length : e->rows;
     e->size = e->width / e->heads;
     if (e->width % e->heads)
-        return sc__fail("%s: hidden_size must be a multiple of num_attention_heads", path);
+        return sc_fail("%s: hidden_size must be a multiple of num_attention_heads", path);
     if (e->rows < 2 || e->rows > SC__MAX_TOKENS)
-        return sc__fail("%s: max_position_embeddings must be from 2 to %d", path, SC__MAX_TOKENS);
+        return sc_fail("%s: max_position_embeddings must be from 2 to %d", path, SC__MAX_TOKENS);
     return sc__activation_named(activation, path, &e->activation);
 }
 
@@ -7370,7 +7432,7 @@ static bool sc__t5_config(sc_text_encoders *t, const sc_json *json, const char *
         !sc__config_int(json, path, "relative_attention_max_distance", 128, &t->t5_distance))
         return false;
     if (e->rows < 4 || t->t5_distance <= e->rows / 4)
-        return sc__fail("%s: relative_attention_num_buckets must be 4 or more, and less than four "
+        return sc_fail("%s: relative_attention_num_buckets must be 4 or more, and less than four "
                         "times relative_attention_max_distance", path);
     return sc__activation_named(activation, path, &e->activation);
 }
@@ -7431,7 +7493,7 @@ static bool sc__encoder_open(sc_text_encoders *t, sc__encoder *e, const char *pa
               sc__encoder_config(e, json, name) &&
               (clip ? sc__clip_config : sc__t5_config)(t, json, name) && sc__encoder_weights(e);
     if (ok && e->tokenizer && e->tokenizer->largest >= e->vocabulary)
-        ok = sc__fail("%s: vocab_size is %d, but the tokenizer has the id %d", path, e->vocabulary,
+        ok = sc_fail("%s: vocab_size is %d, but the tokenizer has the id %d", path, e->vocabulary,
                       (int)e->tokenizer->largest);
     sc_json_free(json);
     SC_FREE(name);
@@ -7441,11 +7503,11 @@ static bool sc__encoder_open(sc_text_encoders *t, sc__encoder *e, const char *pa
 
 /* A tokenizer's folder beside the models; what single files never carry. */
 static sc_tokenizer *sc__open_tokenizer(const char *model, const char *name) {
-    char *base = sc__model_folder(model), *path = base ? sc__join(base, name) : NULL;
+    char *base = sc_model_folder(model), *path = base ? sc__join(base, name) : NULL;
     sc_tokenizer *t = NULL;
     if (path && sc__exists(path)) t = sc_tokenizer_open(path);
     else if (path)
-        sc__fail("%s: no tokenizer here; single-file models carry none: copy the folders tokenizer "
+        sc_fail("%s: no tokenizer here; single-file models carry none: copy the folders tokenizer "
                  "and tokenizer_2 of any FLUX.1 in diffusers' layout to %s", path, base);
     SC_FREE(base);
     SC_FREE(path);
@@ -7454,7 +7516,7 @@ static sc_tokenizer *sc__open_tokenizer(const char *model, const char *name) {
 
 sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *model) {
     sc_text_encoders *t = (sc_text_encoders *)sc__alloc(1, sizeof *t);
-    char *clip = sc__part_path(model, SC__CLIP), *t5 = clip ? sc__part_path(model, SC__T5) : NULL;
+    char *clip = sc_part_path(model, SC_CLIP), *t5 = clip ? sc_part_path(model, SC_T5) : NULL;
     bool ok = t && clip && t5;
     if (ok) t->backend = backend;
     if (ok && backend)
@@ -7571,18 +7633,22 @@ static bool sc__t5_encode(sc_text_encoders *s, const int32_t *ids, int tokens, f
     return sc_read(t, sc__normed(t, &s->t5, x, &s->t5.last), context);
 }
 
+const sc_net *sc_text_net(const sc_text_encoders *t, sc_part part) {
+    return !t ? NULL : part == SC_CLIP ? t->clip.net : t->t5.net;
+}
+
 bool sc_text_encode(sc_text_encoders *t, const char *prompt, int tokens, float *context,
                     float *pooled) {
     int32_t ids[SC__MAX_TOKENS];
     if (tokens < 1 || tokens > SC__MAX_TOKENS)
-        return sc__fail("a prompt takes from 1 to %d text tokens, not %d", SC__MAX_TOKENS, tokens);
+        return sc_fail("a prompt takes from 1 to %d text tokens, not %d", SC__MAX_TOKENS, tokens);
     return sc_tokenize(t->clip.tokenizer, prompt, t->clip_length, ids) >= 0 &&
            sc__clip_encode(t, ids, pooled) &&
            sc_tokenize(t->t5.tokenizer, prompt, tokens, ids) >= 0 &&
            sc__t5_encode(t, ids, tokens, context);
 }
 
-/* ==== Pictures and data sets ==================================================================
+/* ==== Pictures and data sets =============================================== >>pictures =======
  *
  * A picture is [3, height, width] floats in [-1, 1], whatever it was in its file. Decoding and
  * encoding belong to the programs (see tools.h); here is what a decoder leaves to do:
@@ -7598,7 +7664,7 @@ void sc_picture_free(sc_picture *p) {
 static bool sc__picture_new(sc_picture *p, int64_t width, int64_t height) {
     *p = (sc_picture){.width = (int)width, .height = (int)height};
     if (width < 1 || height < 1 || width > 1 << 24 || height > (1 << 28) / width)
-        return sc__fail("a picture of %lld x %lld pixels is beyond the limits", (long long)width,
+        return sc_fail("a picture of %lld x %lld pixels is beyond the limits", (long long)width,
                         (long long)height);
     p->rgb = (float *)sc__alloc((size_t)(3 * width * height), sizeof *p->rgb);
     return p->rgb != NULL;
@@ -7611,7 +7677,7 @@ bool sc_picture_from_pixels(sc_picture *p, const void *pixels, int width, int he
     bool flip_x = orientation == 2 || orientation == 3 || orientation == 7 || orientation == 8;
     bool flip_y = orientation == 3 || orientation == 4 || orientation == 6 || orientation == 7;
     if (channels < 1 || channels > 4 || (bits != 8 && bits != 16))
-        return sc__fail("pixels have %d channels of %d bits; 1 to 4 of 8 or 16 are supported",
+        return sc_fail("pixels have %d channels of %d bits; 1 to 4 of 8 or 16 are supported",
                         channels, bits);
     if (!sc__picture_new(p, swap ? height : width, swap ? width : height)) return false;
     int64_t area = (int64_t)width * height;
@@ -7772,7 +7838,7 @@ static int sc__utf16_char(const uint8_t *s, size_t n, bool big, char *out, int *
 char *sc_text_load(const char *path) {
     size_t n = 0, at = 0;
     int64_t line = 1;
-    char *file = sc__read_file(path, &n);
+    char *file = sc_read_file(path, &n);
     const uint8_t *s = (const uint8_t *)file;
     uint32_t mark = n > 1 ? sc__bytes(s, 2, true) : 0;
     bool big = mark == 0xfeff, wide = big || mark == 0xfffe;
@@ -7784,7 +7850,7 @@ char *sc_text_load(const char *path) {
         if (wide) took = sc__utf16_char(s + at, n - at, big, to, &size);
         else memcpy(to, file + at, (size_t)size);
         if (took == 0 || *to == 0)
-            ok = sc__fail("%s:%lld: byte %zu (0x%02x) is no %s text: save the file as UTF-8, or as "
+            ok = sc_fail("%s:%lld: byte %zu (0x%02x) is no %s text: save the file as UTF-8, or as "
                           "UTF-16 with a byte order mark", path, (long long)line, at,
                           sc__bytes(s + at, wide && n - at > 1 ? 2 : 1, big),
                           wide ? "UTF-16" : "UTF-8");
@@ -7872,7 +7938,7 @@ static bool sc__list(sc__folder *f, const char *path) {
         SC_FREE(child);
     }
     if (folder) return closedir(folder), ok;
-    if (top) return sc__fail("%s: %s", path, strerror(errno));
+    if (top) return sc_fail("%s: %s", path, strerror(errno));
     const char *name = path + strlen(f->path) + 1;
     bool closed = sc__is_folder(path);
     sc__item new_one = {.kind = closed ? SC__OTHER_FILE : sc__kind_of(name)};
@@ -7909,12 +7975,12 @@ static bool sc__dataset_line(sc_dataset *d, sc__folder *f, const char *where, co
         caption = sc_json_string(sc_json_get(json, keys[i]), NULL);
     while (name && !strncmp(name, "./", 2)) name += 2;
     bool ok = true;
-    if (!name || !*name) ok = sc__fail("%s: no 'file_name'", where);
-    else if (!caption) ok = sc__fail("%s: no 'prompt', 'text' or 'caption' for %s", where, name);
+    if (!name || !*name) ok = sc_fail("%s: no 'file_name'", where);
+    else if (!caption) ok = sc_fail("%s: no 'prompt', 'text' or 'caption' for %s", where, name);
     else if (*name == '/' || !strncmp(name, "../", 3) || strstr(name, "/../"))
-        ok = sc__fail("%s: file_name '%s' is outside the folder", where, name);
+        ok = sc_fail("%s: file_name '%s' is outside the folder", where, name);
     else if (strstr(caption, lost) && !strstr(line, lost))
-        ok = sc__fail("%s: a \\u in the caption of %s is no character", where, name);
+        ok = sc_fail("%s: a \\u in the caption of %s is no character", where, name);
     sc__item *item = ok ? sc__item_of(f, name, strlen(name), "") : NULL;
     if (item) item->used = true;
     ok = ok && sc__dataset_add(d, f->path, name, caption);
@@ -7952,7 +8018,7 @@ static bool sc__dataset_captions(sc_dataset *d, sc__folder *f) {
         SC_FREE(path);
     }
     if (ok && lacking.count)
-        ok = sc__fail("%s: no caption for %lld of the pictures:%s: write one into name.txt beside "
+        ok = sc_fail("%s: no caption for %lld of the pictures:%s: write one into name.txt beside "
                       "each (it may be empty)", f->path, (long long)lacking.count,
                       lacking.list.data);
     SC_FREE(lacking.list.data);
@@ -7981,12 +8047,12 @@ static bool sc__dataset_unused(sc_dataset *d, sc__folder *f, bool metadata) {
                  metadata ? "those that metadata.jsonl names"
                           : "PNG and JPEG, in the folder itself, with name.txt beside each");
     SC_FREE(unused.list.data);
-    if (!ok) return sc__fail("%s: out of memory", f->path);
+    if (!ok) return sc_fail("%s: out of memory", f->path);
     if (d->count == 0)
-        return sc__fail("%s: no pictures: put in metadata.jsonl, or name.txt beside name.png or "
+        return sc_fail("%s: no pictures: put in metadata.jsonl, or name.txt beside name.png or "
                         ".jpg", d->unused ? d->unused : f->path);
     return 2 * captioned <= pictures ||
-           sc__fail("%s; most have captions: convert, move or name them so that they are, or take "
+           sc_fail("%s; most have captions: convert, move or name them so that they are, or take "
                     "them away", d->unused);
 }
 
@@ -8024,7 +8090,7 @@ void sc_dataset_close(sc_dataset *d) {
     SC_FREE(d);
 }
 
-/* ==== Pipeline: a whole model, diffusers' folder or single files ==============================
+/* ==== Pipeline: a whole model, diffusers' folder or single files =========== >>pipeline =======
  *
  * The parts of a FLUX folder that a picture needs: prompt -> text encoders -> transformer -> VAE.
  * The text encoders and the VAE are opened when they are first used, so that a training run whose
@@ -8044,11 +8110,11 @@ static bool sc__read_scheduler(sc_pipeline *p, const sc_json *json, const char *
         const char *known = expected[i][1];
         const char *found = sc_json_string(sc_json_get(json, expected[i][0]), known);
         if (strcmp(found, known))
-            return sc__fail("%s: %s is '%s'; expected '%s'", path, expected[i][0], found, known);
+            return sc_fail("%s: %s is '%s'; expected '%s'", path, expected[i][0], found, known);
     }
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
         if (!sc__config_number(json, path, refused[i], 0, &value)) return false;
-        if (value) return sc__fail("%s: '%s' is not supported", path, refused[i]);
+        if (value) return sc_fail("%s: '%s' is not supported", path, refused[i]);
     }
     bool guided = !json && p->flux->config.guidance;
     if (!sc__config_number(json, path, "use_dynamic_shifting", guided, &dynamic) ||
@@ -8061,8 +8127,8 @@ static bool sc__read_scheduler(sc_pipeline *p, const sc_json *json, const char *
     p->mu.max = (float)max;
     p->shift = dynamic ? 0 : (float)shift;
     if (p->mu.base_tokens == p->mu.max_tokens)
-        return sc__fail("%s: base_image_seq_len and max_image_seq_len must differ", path);
-    return dynamic || shift > 0 || sc__fail("%s: 'shift' must be positive", path);
+        return sc_fail("%s: base_image_seq_len and max_image_seq_len must differ", path);
+    return dynamic || shift > 0 || sc_fail("%s: 'shift' must be positive", path);
 }
 
 /* What the VAE's config decides: the sides of pictures, and whether the transformer is its own. */
@@ -8072,17 +8138,17 @@ static bool sc__read_sizes(sc_pipeline *p, const sc_vae *plan, const char *path)
     p->resolution = plan->config.resolution;
     p->token_pixels = 2 * sc_vae_factor(plan); /* 2x2 latents of f x f pixels */
     if (c->in_channels != channels || c->out_channels != channels)
-        return sc__fail("%s: the transformer takes tokens of %d channels and makes some of %d, "
+        return sc_fail("%s: the transformer takes tokens of %d channels and makes some of %d, "
                         "the VAE's have %d: this is no plain text-to-image model",
                         p->folder, c->in_channels, c->out_channels, channels);
     return (p->resolution >= p->token_pixels && p->resolution <= 1 << 14) ||
-           sc__fail("%s: a wrong sample_size", path);
+           sc_fail("%s: a wrong sample_size", path);
 }
 
 /* What decides how the model is used. */
 static bool sc__pipeline_settings(sc_pipeline *p) {
-    char *folder = sc__model_folder(p->folder), *path = NULL, *words = NULL;
-    char *vae = folder ? sc__part_path(p->folder, SC__VAE) : NULL;
+    char *folder = sc_model_folder(p->folder), *path = NULL, *words = NULL;
+    char *vae = folder ? sc_part_path(p->folder, SC_VAE) : NULL;
     sc_vae *plan = vae ? sc_vae_open(NULL, vae, false) : NULL;
     sc_json *scheduler = NULL, *tokenizer = NULL;
     double length = 0, usual = p->flux->config.guidance ? 512 : 256;
@@ -8114,7 +8180,7 @@ sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *model,
     p->folder = sc__strdup(model);
     char *path = o->transformer ? sc__strdup(o->transformer)
                  : o->random    ? sc__join(model, "transformer")
-                                : sc__part_path(model, SC__TRANSFORMER);
+                                : sc_part_path(model, SC_TRANSFORMER);
     bool widen = o->widen || (path && !o->random && !o->fp8 && sc__small_file(backend, path));
     if (p->folder && path) p->flux = sc_flux_open(backend, path, widen, o->random, o->seed);
     SC_FREE(path);
@@ -8153,12 +8219,12 @@ bool sc_pipeline_text(sc_pipeline *p, const char *prompt, float *context, float 
     const char *bad = prompt;
     while (*bad && sc__utf8_size(bad)) bad += sc__utf8_size(bad);
     if (*bad)
-        return sc__fail("the prompt is not UTF-8: byte %d is 0x%02x", (int)(bad - prompt),
+        return sc_fail("the prompt is not UTF-8: byte %d is 0x%02x", (int)(bad - prompt),
                         (unsigned char)*bad);
     if (!p->text && !(p->text = sc_text_encoders_open(p->backend, p->folder))) return false;
     const sc_flux_config *c = sc_flux_config_of(p->flux);
     if (p->text->t5.width != c->text_channels || p->text->clip.width != c->pooled_channels)
-        return sc__fail("%s: T5 and CLIP give %d and %d channels, the transformer takes %d and %d",
+        return sc_fail("%s: T5 and CLIP give %d and %d channels, the transformer takes %d and %d",
                         p->folder, p->text->t5.width, p->text->clip.width, c->text_channels,
                         c->pooled_channels);
     bool ok = sc_text_encode(p->text, prompt, p->text_tokens, context, pooled);
@@ -8169,7 +8235,7 @@ bool sc_pipeline_text(sc_pipeline *p, const char *prompt, float *context, float 
 }
 
 static bool sc__pipeline_vae(sc_pipeline *p) {
-    char *path = p->vae ? NULL : sc__part_path(p->folder, SC__VAE);
+    char *path = p->vae ? NULL : sc_part_path(p->folder, SC_VAE);
     if (path) p->vae = sc_vae_open(p->backend, path, sc__small_file(p->backend, path));
     SC_FREE(path);
     return p->vae != NULL;
@@ -8188,7 +8254,7 @@ bool sc_pipeline_encode(sc_pipeline *p, const float *rgb, int width, int height,
     int64_t channels = sc_vae_config_of(p->vae)->latent_channels, f = sc_vae_factor(p->vae);
     int64_t h = height / f, w = width / f, n = channels * h * w;
     if (width % p->token_pixels || height % p->token_pixels)
-        return sc__fail("encode: sides of a picture must be multiples of %d, not %d x %d",
+        return sc_fail("encode: sides of a picture must be multiples of %d, not %d x %d",
                         p->token_pixels, width, height);
     float *latents = (float *)sc__alloc((size_t)(2 * n), sizeof *latents);
     bool ok = latents && sc_vae_encode(p->vae, 1, height, width, rgb, latents, latents + n,
@@ -8204,7 +8270,7 @@ bool sc_pipeline_encode(sc_pipeline *p, const float *rgb, int width, int height,
 
 bool sc_pipeline_decode(sc_pipeline *p, const float *tokens, int batch, int h, int w, float *rgb) {
     if (batch < 1 || h < 1 || w < 1)
-        return sc__fail("decode: %d pictures of %dx%d tokens", batch, w, h);
+        return sc_fail("decode: %d pictures of %dx%d tokens", batch, w, h);
     if (!sc__pipeline_vae(p)) return false;
     int64_t channels = sc_vae_config_of(p->vae)->latent_channels, n = batch * channels * 4 * h * w;
     float *latents = (float *)sc__alloc((size_t)n, sizeof *latents);
@@ -8217,7 +8283,13 @@ bool sc_pipeline_decode(sc_pipeline *p, const float *tokens, int batch, int h, i
     return ok;
 }
 
-/* ==== Unicode =================================================================================
+/* ##############################################################################################
+ * PART IV: TABLES                                                                        >>part4
+ *
+ * Read off the Unicode standard by a script; nobody reads them, but for the functions at the end.
+ */
+
+/* ==== Unicode =============================================================== >>unicode =======
  *
  * What the tokenizers ask of characters: which are letters or numbers, their lower case, canonical
  * composition (NFC) and graphemes (what a reader takes for one character). The tables were read off
@@ -8393,7 +8465,7 @@ static const char sc__replaced_table[] =
     "|>%~j-%rrp#%p)%sxp,%3%ko~3%rr~`%sx|<%syk=%rslN%#%`%rst#%rsnT%kpk0%kpm3%mM%Y%kU%kpna%sz~I%rtq"
     "X%rO%o?%kp}D%b%kqjO%rut[%s|u*%s|vS%qK%mW%ruwg%kqq:%kqs+%-%1%7%1%k'%rvxA";
 
-/* Of Hangul: the first syllable, and how many: initial jamo, vowels, final ones, of which one none */
+/* Of Hangul: the first syllable; how many initial jamo, vowels, final ones, of which one none */
 enum { SC__HANGUL = 0xac00, SC__SYLLABLES = 19 * 21 * 28, SC__CODES = 0x110000 };
 
 typedef struct sc__pair {

@@ -205,14 +205,14 @@ bool sc_picture_load(sc_picture *p, const char *path) {
     sc__about a = {.transform = -1};
     size_t size = 0;
     int width, height, channels;
-    uint8_t *bytes = (uint8_t *)sc__read_file(path, &size), *more;
+    uint8_t *bytes = (uint8_t *)sc_read_file(path, &size), *more;
     void *pixels = NULL;
     *p = (sc_picture){0};
     if (!bytes) return false;
     const char *fault = "not a PNG or JPEG picture" SC__CONVERT;
     if (sc__starts(bytes, size, "\x89PNG\r\n\x1a\n", 8)) fault = sc__png_about(&a, bytes, size);
     if (sc__starts(bytes, size, "\xff\xd8", 2)) fault = sc__jpeg_about(&a, bytes, size);
-    bool ok = !fault || sc__fail("%s: %s", path, fault);
+    bool ok = !fault || sc_fail("%s: %s", path, fault);
     if (ok && a.missing) {
         ok = (more = (uint8_t *)SC_REALLOC(bytes, size + a.missing_size)) != NULL;
         if (ok) {
@@ -220,11 +220,11 @@ bool sc_picture_load(sc_picture *p, const char *path) {
             memcpy(more + a.at, a.missing, a.missing_size);
             bytes = more;
             size += a.missing_size;
-        } else sc__fail("%s: out of memory", path);
+        } else sc_fail("%s: out of memory", path);
     }
     if (ok && stbi_info_from_memory(bytes, (int)size, &width, &height, &channels) &&
         (int64_t)width * height > SC__MAX_PIXELS)
-        ok = sc__fail("%s: %d x %d pixels; at most %d million are supported", path, width, height,
+        ok = sc_fail("%s: %d x %d pixels; at most %d million are supported", path, width, height,
                       SC__MAX_PIXELS / 1000000);
     bool deep = ok && stbi_is_16_bit_from_memory(bytes, (int)size);
     if (ok && deep)
@@ -232,7 +232,7 @@ bool sc_picture_load(sc_picture *p, const char *path) {
     if (ok && !deep)
         pixels = stbi_load_from_memory(bytes, (int)size, &width, &height, &channels, 0);
     if (ok && !pixels)
-        ok = sc__fail("%s: cannot decode: %s%s", path, stbi_failure_reason(), SC__CONVERT);
+        ok = sc_fail("%s: cannot decode: %s%s", path, stbi_failure_reason(), SC__CONVERT);
     ok = ok && sc_picture_from_pixels(p, pixels, width, height, channels, deep ? 16 : 8,
                                       sc__orientation(&a));
     stbi_image_free(pixels);
@@ -287,7 +287,7 @@ bool sc_picture_save(const sc_picture *p, const char *path, const char *paramete
     sc_picture_to_pixels(p, pixels);
     bool ok = sc__write_begin(&png.writer, path);
     if (ok) {
-        sc__fail("%s: out of memory", path); /* unless something else fails */
+        sc_fail("%s: out of memory", path); /* unless something else fails */
         stbi_write_png_to_func(sc__png_bytes, &png, p->width, p->height, 3, pixels, 3 * p->width);
         ok = sc__write_end(&png.writer, png.ok);
     }
@@ -361,15 +361,15 @@ bool sc_apart(const char *out, const char *input) {
         free(shard);
     }
     sc_file_close(file);
-    return !same || sc__fail("%s: this is %s, which is read or written too: choose another place",
+    return !same || sc_fail("%s: this is %s, which is read or written too: choose another place",
                              out, input);
 }
 
 /* Nor one of the files of a model. */
 static bool sc__apart_from_model(const char *out, const char *model) {
     bool apart = true;
-    for (int part = 0; apart && sc__exists(out) && part < SC__PARTS; part++) {
-        char *path = sc__part_path(model, (sc__part_kind)part);
+    for (int part = 0; apart && sc__exists(out) && part < SC_PARTS; part++) {
+        char *path = sc_part_path(model, (sc_part)part);
         apart = sc_apart(out, path);
         free(path);
     }
@@ -404,7 +404,7 @@ static bool sc__wrote(const char *path) {
 /* For a name that the user did not give. */
 bool sc_may_replace(const char *path) {
     return !sc__is_file(path) || sc__file_size(path) == 0 || sc__wrote(path) ||
-           sc__fail("%s: this file is there, and not from this program: move it away, or choose "
+           sc_fail("%s: this file is there, and not from this program: move it away, or choose "
                     "another place",
                     path);
 }
@@ -412,8 +412,8 @@ bool sc_may_replace(const char *path) {
 /* Before hours of work: will it be possible? What a killed process left beside it goes. */
 bool sc_can_write(const char *path) {
     sc__writer w;
-    if (!*path) return sc__fail("cannot write to a file without a name");
-    if (sc__is_folder(path)) return sc__fail("%s: cannot write: this is a folder", path);
+    if (!*path) return sc_fail("cannot write to a file without a name");
+    if (sc__is_folder(path)) return sc_fail("%s: cannot write: this is a folder", path);
     if (sc__exists(path) && !sc__is_file(path)) return true; /* a pipe: its reader would notice */
     return sc__write_begin(&w, path) && (sc__write_end(&w, false), true);
 }
@@ -439,7 +439,7 @@ static bool sc__ends_in(const char *path, const char *endings) {
 /* A name that ends in what will be in the file, ".png" or SC_WEIGHTS, or in nothing. */
 bool sc_suits(const char *path, const char *endings) {
     return !*sc__ending(path) || sc__ends_in(path, endings) ||
-           sc__fail("%s: this is written as %.*s only: let its name end so", path,
+           sc_fail("%s: this is written as %.*s only: let its name end so", path,
                     (int)strcspn(endings + 1, ".") + 1, endings);
 }
 
@@ -478,13 +478,13 @@ bool sc_can_write_model(const sc_flux *flux, const char *folder) {
     size_t size;
     bool ok = weights && config && (!input || beside);
     if (ok && sc__ends_in(folder, SC_WEIGHTS) && !sc__is_folder(folder))
-        ok = sc__fail("%s: this will be a folder: do not let its name end as a file's", folder);
+        ok = sc_fail("%s: this will be a folder: do not let its name end as a file's", folder);
     else if (ok && !sc__exists(folder)) ok = sc_can_write(folder);
     else
         ok = ok && sc_apart(folder, beside) && sc_apart(weights, input) &&
              sc_may_replace(weights) && sc_can_write(weights) && sc_can_write(config);
     if (ok && !sc__exists(weights) && sc__exists(config)) { /* no loss if it stays the same */
-        text = sc__read_file(config, &size);
+        text = sc_read_file(config, &size);
         ok = text && (!strcmp(text, flux->config_text) || sc_may_replace(config));
     }
     free(weights), free(config), free(text), free(beside);
@@ -516,7 +516,7 @@ bool sc_lock(const char *folder, const char *command) {
     if (read(fd, holder, sizeof holder - 1) < 0) holder[0] = 0;
     close(fd);
     free(path);
-    return sc__fail("%s: %s is writing there: wait for it, or choose another folder", folder,
+    return sc_fail("%s: %s is writing there: wait for it, or choose another folder", folder,
                     holder);
 }
 
@@ -572,7 +572,7 @@ char *sc_command(int argc, char *const *argv) {
     sc__text_add(&t, "", 1);
     if (!t.failed) return t.data;
     free(t.data);
-    return sc__fail("out of memory"), NULL;
+    return sc_fail("out of memory"), NULL;
 }
 
 double sc_seconds(void) {
@@ -642,7 +642,7 @@ const sc_backend *sc_device(const char *name) {
 #ifdef SHORTCUT_CUDA
     cuda = sc_cuda();
 #else
-    sc__fail("this program was built without CUDA: run make where nvcc is installed");
+    sc_fail("this program was built without CUDA: run make where nvcc is installed");
 #endif
     if (cuda || !strcmp(name, "cuda")) return cuda;
 #ifdef SHORTCUT_CUDA
@@ -728,28 +728,28 @@ static bool sc__set_option(const sc_option *o, const char *text) {
     char *end = NULL;
     int count = 0;
     if (o->kind == SC_CHOICE && !sc__listed(o->argument, text))
-        return sc__fail("%s takes %s, not '%s'", o->name, o->argument, text);
+        return sc_fail("%s takes %s, not '%s'", o->name, o->argument, text);
     if (o->kind == SC_STRING || o->kind == SC_CHOICE) return *(const char **)o->value = text, true;
     if (o->kind == SC_STRINGS) {
         const char **list = (const char **)o->value;
         for (int i = 0; i < 8; i++)
             if (!list[i]) return list[i] = text, true;
-        return sc__fail("%s can be given at most 8 times", o->name);
+        return sc_fail("%s can be given at most 8 times", o->name);
     }
     if (o->kind == SC_SEED) { /* exactly: no double holds all of them */
         errno = 0;
         uint64_t seed = strtoull(text, &end, 10);
         if (!isdigit((unsigned char)*text) || *end || errno)
-            return sc__fail("%s takes %s, a whole number from 0 to 18446744073709551615, not '%s'",
+            return sc_fail("%s takes %s, a whole number from 0 to 18446744073709551615, not '%s'",
                             o->name, o->argument, text);
         return *(uint64_t *)o->value = seed, true;
     }
     if (!sc__numbers(text, v, o->kind == SC_INTS ? 7 : o->kind == SC_RANGE ? 2 : 1, &count))
-        return sc__fail("%s takes %s, not '%s'", o->name, o->argument, text);
+        return sc_fail("%s takes %s, not '%s'", o->name, o->argument, text);
     for (int i = 0; i < count; i++)
         if ((o->kind == SC_INT || o->kind == SC_INTS) &&
             (v[i] != floor(v[i]) || fabs(v[i]) > INT_MAX))
-            return sc__fail("%s takes whole numbers, not '%s'", o->name, text);
+            return sc_fail("%s takes whole numbers, not '%s'", o->name, text);
     switch (o->kind) {
     case SC_INT: *(int *)o->value = (int)v[0]; break;
     case SC_FLOAT: *(float *)o->value = (float)v[0]; break;
@@ -832,10 +832,10 @@ int sc_parse(const char *usage, const sc_option *options, int count, int argc, c
         for (int j = 0; !word && j < count; j++)
             if (options[j].name && !strcmp(options[j].name, argv[i])) o = &options[j];
         if (word && found < limit) positional[found++] = argv[i];
-        else if (word) ok = sc__fail("unexpected argument '%s'", argv[i]);
-        else if (!o) ok = sc__fail("unknown option '%s'", argv[i]);
+        else if (word) ok = sc_fail("unexpected argument '%s'", argv[i]);
+        else if (!o) ok = sc_fail("unknown option '%s'", argv[i]);
         else if (o->kind == SC_FLAG) *(bool *)o->value = true;
-        else if (i + 1 == argc) ok = sc__fail("%s needs a value: %s", o->name, o->argument);
+        else if (i + 1 == argc) ok = sc_fail("%s needs a value: %s", o->name, o->argument);
         else ok = sc__set_option(o, argv[++i]);
         if (!ok) {
             fprintf(stderr, "error: %s (see %s --help)\n", sc_error(), argv[0]);
@@ -876,9 +876,9 @@ bool sc_parse_recipe(const sc_option *options, int count, const char *model, con
         bool words = o && (o->kind == SC_STRING || o->kind == SC_CHOICE);
         if (!o || o->kind == SC_FLAG || o->kind == SC_STRINGS ||
             (o->kind == SC_STRING && sc__listed("DIR|FILE|PATH", o->argument)))
-            ok = sc__fail("%s: '%s' is no option that a recipe may set", path, key ? key : section);
+            ok = sc_fail("%s: '%s' is no option that a recipe may set", path, key ? key : section);
         else if ((words && !string) || !sc__set_option(o, string ? string : text))
-            ok = sc__fail("%s: '%s' has a wrong value", path, key);
+            ok = sc_fail("%s: '%s' has a wrong value", path, key);
     }
     SC_FREE(path);
     return ok;
@@ -894,7 +894,7 @@ char *sc_next_line(char **text) {
 
 /* Tells what no part of a model reads of its files. A part that cannot be opened says why later. */
 static void sc__warn_unread(const sc_pipeline *p) {
-    char names[512], *path = sc__part_path(p->folder, SC__VAE);
+    char names[512], *path = sc_part_path(p->folder, SC_VAE);
     sc_vae *vae = path ? sc_vae_open(NULL, path, false) : NULL;
     sc_text_encoders *text = sc_text_encoders_open(NULL, p->folder);
     sc_net *const nets[] = {p->flux->net, vae ? vae->net : NULL, text ? text->clip.net : NULL,
@@ -915,7 +915,7 @@ sc_pipeline *sc_open_model(const sc_backend *be, const char *model,
     sc_pipeline *p = sc__exists(model) ? sc_pipeline_open(be, model, how) : NULL;
     if (p) sc__warn_unread(p);
     else if (!sc__exists(model))
-        sc__fail("%s: No such file or directory: --model takes a model's folder or file "
+        sc_fail("%s: No such file or directory: --model takes a model's folder or file "
                  "(data/tiny-flux is in the programs' folder)", model);
     return p;
 }

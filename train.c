@@ -268,17 +268,17 @@ static bool load_state(training *t) {
     sc_tensor tensors[6];
     int n = state_arrays(t, named, tensors);
     if (access(path, F_OK) != 0)
-        return sc__fail("%s: %s: nothing to resume; leave out --resume to start", path,
+        return sc_fail("%s: %s: nothing to resume; leave out --resume to start", path,
                         strerror(errno));
     sc_file *file = sc_file_open(path);
     if (!file) return false;
     const char *step = sc_file_metadata(file, "step"), *rng = sc_file_metadata(file, "rng");
     const char *command = sc_file_metadata(file, "command");
-    bool ok = (step && rng) || sc__fail("%s: not a training state", path);
+    bool ok = (step && rng) || sc_fail("%s: not a training state", path);
     for (int i = 0; ok && i < n; i++) {
         const sc_tensor *x = sc_file_find(file, named[i].name);
         if (!x || x->dtype != SC_F32 || sc_count(x) != t->params->count)
-            ok = sc__fail("%s: '%s' does not fit: resume with the model, rank and mode the run had",
+            ok = sc_fail("%s: '%s' does not fit: resume with the model, rank and mode the run had",
                           path, named[i].name);
         else t->pipeline->backend->upload(tensors[i].data, x->data, (size_t)t->params->count * 4);
     }
@@ -287,7 +287,7 @@ static bool load_state(training *t) {
         t->step = t->adamw.step = strtoll(step, NULL, 10);
         t->rng.state = strtoull(rng, NULL, 10);
         if (t->step > t->o.steps)
-            ok = sc__fail("%s is at step %lld already, beyond --steps %d", path, (long long)t->step,
+            ok = sc_fail("%s is at step %lld already, beyond --steps %d", path, (long long)t->step,
                           t->o.steps);
     }
     if (ok && command) { /* with other options it would be another run */
@@ -305,7 +305,7 @@ static bool check_unfinished(const training *t) {
     const char *step = file ? sc_file_metadata(file, "step") : NULL;
     const char *steps = file ? sc_file_metadata(file, "steps") : NULL;
     bool ok = !step || !steps || atoll(step) >= atoll(steps) ||
-              sc__fail("%s is a run that was stopped at step %s of %s: go on with --resume, put a "
+              sc_fail("%s is a run that was stopped at step %s of %s: go on with --resume, put a "
                        "new one elsewhere with --run DIR, or delete it",
                        t->state, step, steps);
     sc_file_close(file);
@@ -446,7 +446,7 @@ static bool train_step(training *t) {
 static bool report_step(training *t, int64_t step, double *loss, double *norm) {
     if (!sc_params_report(t->params, loss, norm)) return false;
     if (isfinite(*loss) && isfinite(*norm)) return true;
-    return sc__fail("step %lld: the loss is %g, the gradient's norm %g: lower --lr%s%s",
+    return sc_fail("step %lld: the loss is %g, the gradient's norm %g: lower --lr%s%s",
                     (long long)step, *loss, *norm, t->saved ? "; the last saved state is in " : "",
                     t->saved ? t->o.run : "");
 }
@@ -487,9 +487,9 @@ static FILE *open_csv(const char *path, int64_t done) {
 
 static bool train(training *t) {
     progress p = {.started = sc_seconds(), .first = t->step, .told = t->step};
-    if (sc_interrupted) return sc__fail("stopped before the first step: nothing was written");
+    if (sc_interrupted) return sc_fail("stopped before the first step: nothing was written");
     FILE *csv = p.csv = open_csv(t->losses, p.first);
-    if (!csv) return sc__fail("%s: %s", t->losses, strerror(errno));
+    if (!csv) return sc_fail("%s: %s", t->losses, strerror(errno));
     bool ok = true;
     int64_t last = t->o.stop_after && t->o.stop_after < t->o.steps ? t->o.stop_after : t->o.steps;
     while (ok && t->step < last && !sc_interrupted) {
@@ -513,7 +513,7 @@ static bool train(training *t) {
     bool drawn = try_preview(t);
     printf("wrote %s and %s/{loss.csv,state.safetensors%s}\n", t->o.out, t->o.run,
            drawn ? ",preview.png" : "");
-    return told || sc__fail("%s: it was not written to its end: is the disk full?", t->losses);
+    return told || sc_fail("%s: it was not written to its end: is the disk full?", t->losses);
 }
 
 /* ---- The cache: DATA/.shortcut-cache.safetensors ----
@@ -634,8 +634,8 @@ static uint64_t mix_file(uint64_t hash, const char *path) {
 }
 
 /* The files of a part's weights: all shards, wherever they are. */
-static uint64_t mix_part(uint64_t hash, const char *model, sc__part_kind part) {
-    char *path = sc__part_path(model, part);
+static uint64_t mix_part(uint64_t hash, const char *model, sc_part part) {
+    char *path = sc_part_path(model, part);
     sc_file *file = path ? sc_file_open(path) : NULL;
     for (int64_t i = 0; file && i < file->part_count; i++) {
         char *shard = sc__shard_path(file, i);
@@ -659,15 +659,15 @@ static void fingerprint_of(const training *t, const sc_dataset *data, char text[
         hash = mix(hash, data->pairs[i].caption, strlen(data->pairs[i].caption) + 1);
         hash = mix_file(hash, data->pairs[i].path);
     }
-    char *folder = sc__model_folder(t->o.model);
+    char *folder = sc_model_folder(t->o.model);
     for (size_t i = 0; folder && i < sizeof files / sizeof *files; i++) {
         char *path = sc__join(folder, files[i]);
         if (path) hash = mix_file(hash, path);
         free(path);
     }
     free(folder);
-    for (int part = SC__VAE; part < SC__PARTS; part++)
-        hash = mix_part(hash, t->o.model, (sc__part_kind)part);
+    for (int part = SC_VAE; part < SC_PARTS; part++)
+        hash = mix_part(hash, t->o.model, (sc_part)part);
     int sizes[2] = {t->pipeline->resolution, t->pipeline->text_tokens};
     hash = mix(hash, sizes, sizeof sizes);
     snprintf(text, 32, "%016llx", (unsigned long long)hash);
@@ -696,7 +696,7 @@ static bool encode_texts(training *t, const sc_dataset *data) {
     for (int i = 0; ok && i < known; i++) {
         ok = sc_pipeline_text(t->pipeline, texts[i], t->context + i * size,
                               t->pooled + (int64_t)i * c->pooled_channels) &&
-             (!sc_interrupted || sc__fail("stopped"));
+             (!sc_interrupted || sc_fail("stopped"));
         cut += t->pipeline->cut;
         sc_progress("caption", 0, i + 1, known, started, NULL);
     }
@@ -741,7 +741,7 @@ static bool load_data(training *t) {
         double started = sc_seconds();
         for (int64_t i = 0; ok && i < data->count; i++) {
             ok = encode_picture(t, &data->pairs[i], (int)i) &&
-                 (!sc_interrupted || sc__fail("stopped"));
+                 (!sc_interrupted || sc_fail("stopped"));
             sc_progress("picture", 0, i + 1, data->count, started, NULL);
         }
         if (ok && !t->o.no_cache && !save_cache(t, fingerprint)) /* a folder to be read only */
@@ -777,34 +777,34 @@ static void set_recipe(training *t) {
 /* Refuses what cannot be meant. */
 static bool check_options(const options *o) {
     double scale, guidance;
-    if (o->steps < 1) return sc__fail("--steps is a number from 1 up");
-    if (o->batch < 1 || o->batch > 4096) return sc__fail("--batch is a number from 1 up to 4096");
-    if (o->rank < 1 || o->rank > 1024) return sc__fail("--rank is a number from 1 to 1024");
+    if (o->steps < 1) return sc_fail("--steps is a number from 1 up");
+    if (o->batch < 1 || o->batch > 4096) return sc_fail("--batch is a number from 1 up to 4096");
+    if (o->rank < 1 || o->rank > 1024) return sc_fail("--rank is a number from 1 to 1024");
     if (o->teacher_steps < 2 || o->teacher_steps % 2)
-        return sc__fail("--teacher-steps is an even number");
+        return sc_fail("--teacher-steps is an even number");
     for (int i = 0; o->self_steps[i]; i++)
         if (o->self_steps[i] < 2 || o->self_steps[i] % 2)
-            return sc__fail("--self-steps are even numbers");
+            return sc_fail("--self-steps are even numbers");
     if (!(o->shift[0] > 0 && o->shift[1] > 0))
-        return sc__fail("--shift is a positive number, or two");
+        return sc_fail("--shift is a positive number, or two");
     if (!(o->teacher_ratio >= 0 && o->teacher_ratio <= 1 && o->fm_ratio >= 0 && o->fm_ratio <= 1 &&
           o->caption_dropout >= 0 && o->caption_dropout <= 1))
-        return sc__fail("--teacher-ratio, --fm-ratio and --caption-dropout lie between 0 and 1");
-    if (!(o->lr > 0) || !isfinite(o->lr)) return sc__fail("--lr is a positive number");
+        return sc_fail("--teacher-ratio, --fm-ratio and --caption-dropout lie between 0 and 1");
+    if (!(o->lr > 0) || !isfinite(o->lr)) return sc_fail("--lr is a positive number");
     if (!(o->fast >= 0 && o->fast < 1 && o->slow >= 0 && o->slow < 1))
-        return sc__fail("--fast and --slow lie from 0 to below 1");
+        return sc_fail("--fast and --slow lie from 0 to below 1");
     if (o->full + o->pretrain + o->distill_guidance > 1)
-        return sc__fail("--full, --pretrain and --distill-guidance exclude each other");
+        return sc_fail("--full, --pretrain and --distill-guidance exclude each other");
     if (o->pretrain && o->teacher_ratio > 0)
-        return sc__fail("--pretrain has no teacher: --teacher-ratio is 0 there");
-    if (o->scales && !sc__scale_for(o->scales, 1, &scale, &guidance))
-        return sc__fail("--scales is a list as \"3:1@1.5 8:0.5\", not '%s'", o->scales);
-    if (o->start && all_weights(o)) return sc__fail("--start is for a LoRA, not for all weights");
+        return sc_fail("--pretrain has no teacher: --teacher-ratio is 0 there");
+    if (o->scales && !sc_scale_for(o->scales, 1, &scale, &guidance))
+        return sc_fail("--scales is a list as \"3:1@1.5 8:0.5\", not '%s'", o->scales);
+    if (o->start && all_weights(o)) return sc_fail("--start is for a LoRA, not for all weights");
     if (o->resolution < 0 || o->text_tokens < 0 || o->warmup < 0 || o->ema_restart < 0 ||
         o->preview < 0 || o->save < 0 || o->stop_after < 0)
-        return sc__fail("a number of pixels, tokens or steps cannot be negative");
+        return sc_fail("a number of pixels, tokens or steps cannot be negative");
     if (!(o->beta2 >= 0 && o->beta2 < 1 && o->dynamic_shift >= 0 && o->dynamic_shift <= 1))
-        return sc__fail("--beta2 lies from 0 to below 1, --dynamic-shift from 0 to 1");
+        return sc_fail("--beta2 lies from 0 to below 1, --dynamic-shift from 0 to 1");
     return true;
 }
 

@@ -293,7 +293,7 @@ static double forward_flops(double image, double text) {
 
 static sc_flux *open_flux(bool fp8) {
     mkdir("build/bench_flux", 0777);
-    if (!sc__write_file("build/bench_flux/config.json", config, strlen(config))) stop();
+    if (!sc_write_file("build/bench_flux/config.json", config, strlen(config))) stop();
     sc_flux *f = sc_flux_open(gpu, "build/bench_flux", false, true, 1);
     if (!f) stop();
     for (int64_t i = 0; fp8 && i < f->net->count; i++) {

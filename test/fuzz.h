@@ -25,7 +25,7 @@ static void replay(const char *corpus, int (*entry)(const uint8_t *, size_t)) {
         size_t size = 0;
         if (*e->d_name == '.') continue;
         snprintf(path, sizeof path, "%s/%s", corpus, e->d_name);
-        char *data = sc__read_file(path, &size);
+        char *data = sc_read_file(path, &size);
         if (data) files += entry((const uint8_t *)data, size) == 0;
         SC_FREE(data);
     }

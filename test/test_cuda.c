@@ -622,7 +622,7 @@ static void make_model(const char *folder) {
     char path[256];
     mkdir(folder, 0777);
     snprintf(path, sizeof path, "%s/config.json", folder);
-    sc__write_file(path, config, strlen(config));
+    sc_write_file(path, config, strlen(config));
     sc_flux *f = sc_flux_open(sc_cpu(), folder, true, true, 1);
     for (int64_t i = 0; f && i < f->net->count; i++) {
         sc_tensor *w = &f->net->weights[i]->tensor;

@@ -475,7 +475,7 @@ static void test_other_kinds(void) {
     }
     size_t length; /* and where any text is read: captions, prompts, merges.txt */
     write_raw(in_folder("merges.txt"), kinds[0].bytes, kinds[0].size);
-    check_message(!sc__read_file(in_folder("merges.txt"), &length), "pointer", "git lfs pull");
+    check_message(!sc_read_file(in_folder("merges.txt"), &length), "pointer", "git lfs pull");
 }
 
 /* ---- Round trips ---- */
@@ -554,7 +554,7 @@ static void test_round_trip(void) {
 static void test_damage(void) {
     size_t size = 0;
     save_some(in_folder("some.safetensors"));
-    char *bytes = sc__read_file(in_folder("some.safetensors"), &size);
+    char *bytes = sc_read_file(in_folder("some.safetensors"), &size);
     int accepted = 0;
     CHECK(size > 100 && read_safetensors(bytes, size));
     for (size_t n = 0; n < size; n++) accepted += read_safetensors(bytes, n);
@@ -702,7 +702,7 @@ static void test_two_writers(void) {
     check_message(!save_large(path), "two writers", "another process is writing it");
     CHECK(sc__write_end(&first, true));
     size_t length = 0;
-    char *text = sc__read_file(path, &length);
+    char *text = sc_read_file(path, &length);
     CHECK(text && length == 6 && !strcmp(text, "theirs"));
     SC_FREE(text);
     write_raw(in_folder("both.safetensors.tmp-shortcut"), "left", 4);
@@ -719,19 +719,19 @@ static void test_replaced(void) {
     CHECK(!mkdir(in_folder("far"), 0755));
     link_to("far/end", "link");
     link_to("link", "link2");
-    CHECK(sc__write_file(in_folder("link2"), "new", 3) && sc__is_file(in_folder("far/end")));
-    CHECK(!chmod(in_folder("far/end"), 0640) && sc__write_file(in_folder("link2"), "newer", 5));
+    CHECK(sc_write_file(in_folder("link2"), "new", 3) && sc__is_file(in_folder("far/end")));
+    CHECK(!chmod(in_folder("far/end"), 0640) && sc_write_file(in_folder("link2"), "newer", 5));
     CHECK(!lstat(in_folder("link2"), &there) && S_ISLNK(there.st_mode));
     CHECK(!lstat(in_folder("far/end"), &there) && there.st_size == 5 &&
           (there.st_mode & 0777) == 0640);
     CHECK(!chmod(in_folder("far/end"), 0444));
-    check_message(!sc__write_file(in_folder("link"), "x", 1), "read-only", "cannot write");
+    check_message(!sc_write_file(in_folder("link"), "x", 1), "read-only", "cannot write");
     CHECK(!lstat(in_folder("far/end"), &there) && there.st_size == 5);
     link_to("round", "round");
-    check_message(!sc__write_file(in_folder("round"), "x", 1), "a round", "symbolic links");
+    check_message(!sc_write_file(in_folder("round"), "x", 1), "a round", "symbolic links");
     write_raw(in_folder("victim"), "victim", 6);
     link_to("victim", "trap.tmp-shortcut"); /* by someone else: not written through */
-    CHECK(!sc__write_file(in_folder("trap"), "x", 1));
+    CHECK(!sc_write_file(in_folder("trap"), "x", 1));
     CHECK(!stat(in_folder("victim"), &there) && there.st_size == 6);
     CHECK(!remove(in_folder("trap.tmp-shortcut")) && temporaries() == 0);
 }
@@ -749,7 +749,7 @@ static void test_unwritable(void) {
                   "cannot write: Is a directory");
     check_message(!sc_file_save(in_folder("old.safetensors"), &wrong, 1, NULL), "F64",
                   "cannot write 'x' of type F64 as F32");
-    check_message(!sc__write_file(in_folder("no/such/text"), "x", 1), "no folder",
+    check_message(!sc_write_file(in_folder("no/such/text"), "x", 1), "no folder",
                   "no/such/text: cannot write");
     CHECK(temporaries() == 0);
     check_old(in_folder("old.safetensors"));
@@ -760,7 +760,7 @@ static void test_interrupted(void) {
     signal(SIGXFSZ, SIG_IGN);
     set_file_limit(100000);
     bool large = save_large(in_folder("old.safetensors"));
-    bool text = sc__write_file(in_folder("text"), folder, 0);
+    bool text = sc_write_file(in_folder("text"), folder, 0);
     set_file_limit(RLIM_INFINITY);
     char message[1024];
     snprintf(message, sizeof message, "%s", sc_error());
@@ -793,7 +793,7 @@ static void test_out_of_memory(void) {
     int n = 0, silent = 0;
     CHECK(save_some(in_folder("some.safetensors")));
     for (; !all && n < 1000; n++) {
-        sc__fail("nothing yet");
+        sc_fail("nothing yet");
         allocations_left = n;
         sc_json *root = sc_json_parse(json, sizeof json - 1, "memory.json");
         sc_file *f = root ? sc_file_open(in_folder("some.safetensors")) : NULL;

@@ -145,7 +145,7 @@ static void test_no_blocks(void) {
     snprintf(path, sizeof path, "%s/config.json", none);
     for (int i = 0; i < 2; i++) {
         snprintf(text, sizeof text, config, cases[i].doubles, cases[i].singles);
-        CHECK(sc__write_file(path, text, strlen(text)));
+        CHECK(sc_write_file(path, text, strlen(text)));
         sc_flux_close(f.flux);
         f.flux = sc_flux_open(sc_cpu(), none, true, false, 0);
         if (!f.flux) printf("%s\n", sc_error()), exit(1);

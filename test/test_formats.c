@@ -232,10 +232,10 @@ static tensors *to_bfl(const char *prefix, const char *scaled) {
 /* A folder with config.json and this file. */
 static sc_flux *open_as(const tensors *t, const char *name) {
     size_t length;
-    char *config = sc__read_file(MODEL "/config.json", &length), path[200];
+    char *config = sc_read_file(MODEL "/config.json", &length), path[200];
     mkdir(in_folder(name), 0777);
     snprintf(path, sizeof path, "%s/config.json", name);
-    CHECK(sc__write_file(in_folder(path), config, length));
+    CHECK(sc_write_file(in_folder(path), config, length));
     snprintf(path, sizeof path, "%s/flux.safetensors", name);
     save(t, path);
     free(config);
@@ -422,35 +422,35 @@ static void test_parts(void) {
     tensors *t = to_bfl("", NULL);
     char *path;
     mkdir(in_folder("parts"), 0777);
-    CHECK(!sc__part_path(in_folder("parts"), SC__TRANSFORMER) &&
+    CHECK(!sc_part_path(in_folder("parts"), SC_TRANSFORMER) &&
           strstr(sc_error(), "flux1-dev.safetensors"));
     save(t, "parts/mine.safetensors");
-    CHECK((path = sc__part_path(in_folder("parts"), SC__TRANSFORMER)) &&
+    CHECK((path = sc_part_path(in_folder("parts"), SC_TRANSFORMER)) &&
           strstr(path, "mine.safetensors"));
     free(path);
-    CHECK((path = sc__part_path(in_folder("parts/mine.safetensors"), SC__TRANSFORMER)));
+    CHECK((path = sc_part_path(in_folder("parts/mine.safetensors"), SC_TRANSFORMER)));
     free(path);
-    CHECK(!sc__part_path(in_folder("parts/mine.safetensors"), SC__VAE) &&
+    CHECK(!sc_part_path(in_folder("parts/mine.safetensors"), SC_VAE) &&
           strstr(sc_error(), "ae.safetensors"));
-    CHECK(!sc__part_path(in_folder("parts"), SC__T5) &&
+    CHECK(!sc_part_path(in_folder("parts"), SC_T5) &&
           strstr(sc_error(), "t5xxl_fp16.safetensors"));
     save(t, "parts/other.safetensors");
-    CHECK(!sc__part_path(in_folder("parts"), SC__TRANSFORMER) && strstr(sc_error(), "leave one"));
+    CHECK(!sc_part_path(in_folder("parts"), SC_TRANSFORMER) && strstr(sc_error(), "leave one"));
     CHECK(!sc__open_tokenizer(in_folder("parts"), "tokenizer") &&
           strstr(sc_error(), "copy the folders"));
     rename(in_folder("parts/mine.safetensors"), in_folder("parts/mine.sft"));
     remove(in_folder("parts/other.safetensors"));
-    CHECK((path = sc__part_path(in_folder("parts"), SC__TRANSFORMER)) && strstr(path, "mine.sft"));
+    CHECK((path = sc_part_path(in_folder("parts"), SC_TRANSFORMER)) && strstr(path, "mine.sft"));
     free(path);
     rename(in_folder("parts/mine.sft"), in_folder("parts/mine.safetensors"));
     /* A download that stopped, and shards without their index, are named. */
     CHECK(!truncate(in_folder("parts/mine.safetensors"), 20000));
-    CHECK(!sc__part_path(in_folder("parts/mine.safetensors"), SC__TRANSFORMER) &&
+    CHECK(!sc_part_path(in_folder("parts/mine.safetensors"), SC_TRANSFORMER) &&
           strstr(sc_error(), "mine.safetensors: ") && strstr(sc_error(), "truncated"));
     mkdir(in_folder("parts/transformer"), 0777);
     save(t, "parts/transformer/1.safetensors");
     save(t, "parts/transformer/2.safetensors");
-    CHECK(!sc__part_path(in_folder("parts"), SC__TRANSFORMER) &&
+    CHECK(!sc_part_path(in_folder("parts"), SC_TRANSFORMER) &&
           strstr(sc_error(), "transformer: several *.safetensors here and no .index.json"));
     free_tensors(t);
 }
@@ -630,7 +630,7 @@ static void test_lora_configs(void) {
                 in_folder(inside ? "inside.safetensors" : "peft/adapter_model.safetensors");
             const char *const metadata[] = {"lora_adapter_metadata", configs[i], NULL};
             CHECK(sc_file_save(path, t->named, t->count, inside ? metadata : NULL));
-            CHECK(inside || sc__write_file(in_folder("peft/adapter_config.json"), configs[i],
+            CHECK(inside || sc_write_file(in_folder("peft/adapter_config.json"), configs[i],
                                            strlen(configs[i])));
             if (i < 3) CHECK(sc_lora_load(f, path, 1, &report) && merged_error(f, base, w) < 1e-5);
             else {
@@ -791,8 +791,8 @@ static void test_unread(void) {
 static void test_misaligned_model(void) {
     sc_flux *original = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
     size_t n, config;
-    char *file = sc__read_file(MODEL "/diffusion_pytorch_model.safetensors", &n);
-    char *text = sc__read_file(MODEL "/config.json", &config);
+    char *file = sc_read_file(MODEL "/diffusion_pytorch_model.safetensors", &n);
+    char *text = sc_read_file(MODEL "/config.json", &config);
     uint64_t length = 0;
     memcpy(&length, file, 8); /* the tests' machines are little-endian */
     char *odd = malloc(n + 3);
@@ -802,8 +802,8 @@ static void test_misaligned_model(void) {
     length += 3;
     memcpy(odd, &length, 8);
     mkdir(in_folder("odd"), 0777);
-    CHECK(sc__write_file(in_folder("odd/model.safetensors"), odd, n + 3));
-    CHECK(sc__write_file(in_folder("odd/config.json"), text, config));
+    CHECK(sc_write_file(in_folder("odd/model.safetensors"), odd, n + 3));
+    CHECK(sc_write_file(in_folder("odd/config.json"), text, config));
     for (int widen = 0; widen < 2; widen++) {
         sc_flux *f = sc_flux_open(sc_cpu(), in_folder("odd"), widen, false, 0);
         CHECK(f && sc_net_load(f->net) && difference(f, original) == 0);

@@ -21,7 +21,7 @@ static const char *temporary(const char *name) {
 }
 
 static void write_text(const char *name, const char *text) {
-    CHECK(sc__write_file(temporary(name), text, strlen(text)));
+    CHECK(sc_write_file(temporary(name), text, strlen(text)));
 }
 
 static float largest_difference(const float *a, const float *b, int64_t n) {
@@ -123,7 +123,7 @@ static void test_buckets(void) {
 
 static void expect_failure(const void *bytes, size_t size, const char *message) {
     sc_picture p;
-    CHECK(sc__write_file(temporary("bad"), bytes, size));
+    CHECK(sc_write_file(temporary("bad"), bytes, size));
     bool loaded = sc_picture_load(&p, temporary("bad"));
     if (!CHECKED(!loaded && !p.rgb && strstr(sc_error(), message)))
         printf("  %zu bytes: %s\n", size, sc_error());
@@ -134,7 +134,7 @@ static void test_broken(const char *name) {
     size_t size = 0;
     char path[300];
     snprintf(path, sizeof path, "%s%s", PICTURES, name);
-    char *bytes = sc__read_file(path, &size);
+    char *bytes = sc_read_file(path, &size);
     if (!CHECKED(bytes)) return;
     bool png = strstr(name, ".png") != NULL;
     for (size_t n = 0; n < size - (png ? 12 : 0); n += n < 64 ? 1 : 13)
@@ -143,7 +143,7 @@ static void test_broken(const char *name) {
          at += 3) { /* a flipped byte: a PNG notices, a JPEG must only survive */
         bytes[at] = (char)(bytes[at] ^ 0x55);
         sc_picture p;
-        CHECK(sc__write_file(temporary("bad"), bytes, size));
+        CHECK(sc_write_file(temporary("bad"), bytes, size));
         bool loaded = sc_picture_load(&p, temporary("bad"));
         if (!CHECKED(!png || !loaded)) printf("  %s: byte %zu\n", name, at);
         sc_picture_free(&p);
@@ -217,7 +217,7 @@ static void test_orientation(void) {
 /* rgb.png, 9 x 7, with a chunk before its pixels or, `behind`, before its end. */
 static void expect_size(const char *type, const void *data, size_t n, bool behind, int width) {
     size_t size = 0;
-    char *file = sc__read_file(PICTURES "rgb.png", &size);
+    char *file = sc_read_file(PICTURES "rgb.png", &size);
     if (!CHECKED(file)) return;
     size_t at = behind ? size - 12 : 33;
     sc__text whole = {0};
@@ -230,7 +230,7 @@ static void expect_size(const char *type, const void *data, size_t n, bool behin
     sc__text_add(&whole, file, at);
     sc__text_add(&whole, (char *)chunk, n + 12);
     sc__text_add(&whole, file + at, size - at);
-    CHECK(sc__write_file(temporary("bad"), whole.data, whole.length));
+    CHECK(sc_write_file(temporary("bad"), whole.data, whole.length));
     sc_picture p;
     bool loaded = sc_picture_load(&p, temporary("bad"));
     if (!CHECKED(width ? loaded && p.width == width && p.width + p.height == 16 : !loaded))
@@ -276,11 +276,11 @@ static void test_png_chunks(void) {
 /* A PNG that ends behind its pixels, or in its last chunk. */
 static void test_no_end(void) {
     size_t size = 0;
-    char *file = sc__read_file(PICTURES "rgb.png", &size);
+    char *file = sc_read_file(PICTURES "rgb.png", &size);
     sc_picture whole, p;
     if (!CHECKED(file && sc_picture_load(&whole, PICTURES "rgb.png"))) return;
     for (size_t n = size - 12; n < size; n++) {
-        CHECK(sc__write_file(temporary("bad"), file, n));
+        CHECK(sc_write_file(temporary("bad"), file, n));
         if (CHECKED(sc_picture_load(&p, temporary("bad")) && p.width == 9))
             CHECK(largest_difference(p.rgb, whole.rgb, 3 * 9 * 7) == 0);
         sc_picture_free(&p);
@@ -335,7 +335,7 @@ static bool load_made(sc_picture *p, int width, int components, int sampling, co
         if (count % 8 == 7) sc__text_add(&t, (char *)&bits, 1);
     }
     sc__text_add(&t, "\xff\xd9", 2);
-    CHECK(sc__write_file(temporary("bad"), t.data, t.length));
+    CHECK(sc_write_file(temporary("bad"), t.data, t.length));
     free(t.data);
     return sc_picture_load(p, temporary("bad"));
 }
@@ -392,7 +392,7 @@ static void test_jpeg_kinds(void) {
                  {0xca, 8, "lossless or arithmetic"},
                  {0xc1, 12, "8 bits"}};
     size_t size = 0;
-    char *bytes = sc__read_file(PICTURES "exif1.jpg", &size);
+    char *bytes = sc_read_file(PICTURES "exif1.jpg", &size);
     size_t at = 0;
     while (bytes && at + 2 < size && memcmp(bytes + at, "\xff\xc0", 2)) at++;
     for (size_t i = 0; bytes && i < sizeof cases / sizeof *cases; i++) {
@@ -423,7 +423,7 @@ static void test_save(void) {
             }
             sc_picture_free(&back);
         }
-        char *file = sc__read_file(temporary("out.png"), &size);
+        char *file = sc_read_file(temporary("out.png"), &size);
         const char *text =
             (const char *)sc__chunk((uint8_t *)file, size, &at, i == 3 ? "iTXt" : "tEXt", &n);
         size_t head = i == 3 ? 15 : 11;
@@ -469,7 +469,7 @@ static void expect_bad(const char *metadata, const char *message) {
 /* ---- Texts ---- */
 
 static void expect_text(const void *bytes, size_t n, const char *want, const char *error) {
-    CHECK(sc__write_file(temporary("bad"), bytes, n));
+    CHECK(sc_write_file(temporary("bad"), bytes, n));
     char *text = sc_text_load(temporary("bad"));
     if (!CHECKED(want ? text && !strcmp(text, want) : !text && strstr(sc_error(), error)))
         printf("  %s\n", text ? text : sc_error());

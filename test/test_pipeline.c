@@ -211,7 +211,7 @@ static void copy_with(const char *pipeline, const char *part, const char *file, 
     }
     if (list) closedir(list);
     snprintf(name, sizeof name, "%s/%s", here, file);
-    CHECK(sc__write_file(name, text, strlen(text)));
+    CHECK(sc_write_file(name, text, strlen(text)));
 }
 
 /* Links are removed, not what they point to. */

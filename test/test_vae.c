@@ -226,7 +226,7 @@ static void test_bad(void) {
     if (!CHECKED(mkdtemp(folder))) return;
     snprintf(path, sizeof path, "%s/config.json", folder);
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
-        CHECK(sc__write_file(path, bad[i][0], strlen(bad[i][0])));
+        CHECK(sc_write_file(path, bad[i][0], strlen(bad[i][0])));
         sc_vae *vae = sc_vae_open(sc_cpu(), folder, false);
         if (!CHECKED(!vae && strstr(sc_error(), bad[i][1])))
             printf("  case %d: %s\n", (int)i, sc_error());
