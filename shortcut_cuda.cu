@@ -1,4 +1,4 @@
-/* shortcut_cuda.cu - the operations of shortcut.h on an NVIDIA GPU (compute capability 8.0 or up).
+/* shortcut_cuda.cu: the operations of shortcut.h on an NVIDIA GPU (8.0 or up)          >>cuda
  *
  * Activations and their gradients are bf16, sums f32; losses, LoRA factors, optimiser state and
  * averages are f32. Matrix products go to cuBLASLt, everything else is a kernel below, in the order
