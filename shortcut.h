@@ -3420,23 +3420,21 @@ bool sc_run_block(sc_tape *t, sc_block block, const void *context, sc_tensor **i
  * all weights of the model, which sc_params_use points into one of the arrays.
  */
 
-static float *sc__params_array(sc_params *p) {
-    float *x = (float *)p->backend->alloc((size_t)p->count * 4);
-    if (x) p->backend->zero(x, (size_t)p->count * 4);
-    return x;
-}
-
-/* All arrays, zero; with `teacher`, one for the frozen copy too. */
+/* All arrays, zero, one behind the other; with `teacher`, one for the frozen copy too. */
 static sc_params *sc__params_new(sc_flux *flux, int64_t count, bool teacher) {
+    const sc_backend *be = flux->net->backend;
     sc_params *p = (sc_params *)sc__alloc(1, sizeof *p);
     if (!p) return NULL;
-    *p = (sc_params){.backend = flux->net->backend, .flux = flux, .count = count};
-    bool ok = (p->results = (double *)p->backend->alloc(2 * sizeof *p->results)) &&
-              (p->grad = sc__params_array(p)) && (p->m = sc__params_array(p)) &&
-              (p->v = sc__params_array(p));
-    for (int s = teacher ? SC_TEACHER : SC_STUDENT; ok && s < SC_SETS; s++)
-        ok = (p->set[s] = sc__params_array(p)) != NULL;
-    if (ok) return p;
+    *p = (sc_params){.backend = be, .flux = flux, .count = count};
+    float **arrays[] = {&p->grad, &p->m, &p->v, &p->set[SC_STUDENT], &p->set[SC_FAST],
+                        &p->set[SC_SLOW], &p->set[SC_TEACHER]};
+    int n = teacher ? 7 : 6;
+    int64_t stride = (count + 63) & ~(int64_t)63; /* aligned as one by itself */
+    size_t bytes = (size_t)n * (size_t)stride * sizeof(float);
+    float *memory = (float *)be->alloc(bytes);
+    for (int i = 0; memory && i < n; i++) *arrays[i] = memory + i * stride;
+    p->results = (double *)be->alloc(2 * sizeof *p->results);
+    if (memory && p->results) return be->zero(memory, bytes), p;
     sc_params_free(p);
     return NULL;
 }
@@ -3495,11 +3493,7 @@ void sc_params_free(sc_params *p) {
         }
     }
     SC_FREE(p->adapters);
-    for (int s = 0; s < SC_SETS; s++)
-        if (p->set[s]) p->backend->release(p->set[s]);
-    if (p->grad) p->backend->release(p->grad);
-    if (p->m) p->backend->release(p->m);
-    if (p->v) p->backend->release(p->v);
+    if (p->grad) p->backend->release(p->grad); /* the first of all arrays */
     if (p->results) p->backend->release(p->results);
     SC_FREE(p);
 }
