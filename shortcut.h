@@ -48,7 +48,7 @@
  *     sc_lora_save(lora, SC_STUDENT, "lora.safetensors", NULL);
  *
  * CONTENTS. Search for a tag; each section opens with what it does and why. To understand FLUX and
- * the paper read as far as Part I goes, in this order: it needs nothing that comes later.
+ * the paper read Part I; of the declarations before it, those up to the training step are enough.
  *     >>api         declarations of all that is public, the table of a backend last (>>backend)
  *   Part I, the paper and the model
  *     >>flow        flow matching: times, and the sampler
@@ -123,7 +123,7 @@
 extern "C" {
 #endif
 
-/* ==== Errors ====
+/* ==== Errors ==================================================================== >>api =======
  * In all that follows false, NULL or -1 means failure, and sc_error() says what was attempted,
  * expected and found. What _open, _new, _parse and _load return is yours, to be given to _close or
  * _free; const pointers live as long as what they were asked of. Host arrays are yours. A tape, and
@@ -497,9 +497,9 @@ void sc_draw_sample(const sc_recipe *recipe, sc_rng *rng, int64_t tokens, bool f
 
 /* The noisy input x = (1 - t) x0 + t eps, each sample at the first time of its draw. */
 sc_tensor *sc_noisy(sc_tape *t, const sc_draw *draws, sc_tensor *x0, sc_tensor *noise);
-/* What SCFM wants the student to say of x: fills the samples [first, B) of target, which has x's
+/* What SCFM wants the student to say of x: fills the samples [from, B) of target, which has x's
  * shape. */
-bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int64_t first,
+bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int64_t from,
                     const sc_tensor *x, sc_tensor *target);
 
 /* One training step's gradient: draws, target, student pass, backward. Resets the tape. It may be
@@ -908,12 +908,11 @@ struct sc_backend {
  *
  * All of SCFM and all of FLUX.1, in the order of a training step's ideas: how a picture is drawn,
  * what is learned, what computes the velocity, which numbers are trained, and the step that puts
- * all of it together. It uses what the API above declares and nothing else, but for these few
- * names of the parts below: */
-static void *sc__alloc(size_t count, size_t size);
-static sc_params *sc__params_new(sc_flux *flux, int64_t count, bool teacher);
-static void sc__params_start(sc_params *p, const float *values);
-static const sc_tensor *sc__rope(sc_flux *f, int text, int h, int w);
+ * all of it together. It uses what the API above declares, and these four of the parts below. */
+static void *sc__alloc(size_t count, size_t size); /* zeroed host memory */
+static sc_params *sc__params_new(sc_flux *flux, int64_t count, bool teacher); /* arrays, all 0 */
+static void sc__params_start(sc_params *p, const float *values); /* every set becomes these */
+static bool sc__rope(sc_flux *f, int text, int h, int w); /* makes f->rope, where it does not fit */
 
 /* ==== Flow matching: times and sampler ========================================= >>flow =======
  *
@@ -937,8 +936,8 @@ void sc_schedule(float *times, int steps, float shift) {
     times[0] = 1.f - 1e-5f;
 }
 
-/* `n` host numbers on the tape, all the same: times, guidances, coefficients for sc_blend. */
-static float *sc__constant(sc_tape *t, int64_t n, float value) {
+/* `n` host numbers on the tape, all `value` at first: times, guidances, sc_blend's coefficients. */
+static float *sc__floats(sc_tape *t, int64_t n, float value) {
     float *x = (float *)sc_tape_host(t, (size_t)n * sizeof *x);
     for (int64_t i = 0; x && i < n; i++) x[i] = value;
     return x;
@@ -952,9 +951,9 @@ bool sc_euler(const sc_model *model, sc_tape *t, const sc_sampling *s, int ndim,
                        (long long)batch);
     if (!(s->shift > 0))
         return sc_fail("a sample with a time shift of %g: it must be positive", (double)s->shift);
-    float *times = sc__constant(t, s->steps + 1, 0), *time = sc__constant(t, batch, 0);
-    float *guidance = sc__constant(t, batch, s->guidance);
-    float *one = sc__constant(t, batch, 1), *delta = sc__constant(t, batch, 0);
+    float *times = sc__floats(t, s->steps + 1, 0), *time = sc__floats(t, batch, 0);
+    float *guidance = sc__floats(t, batch, s->guidance);
+    float *one = sc__floats(t, batch, 1), *delta = sc__floats(t, batch, 0);
     if (!times || !time || !guidance || !one || !delta) return false;
     sc_schedule(times, s->steps, s->shift);
     sc_mark mark = sc_tape_mark(t); /* each step's tensors are given back after it */
@@ -983,17 +982,21 @@ bool sc_euler(const sc_model *model, sc_tape *t, const sc_sampling *s, int ndim,
  *
  *  1. x0, c: a picture's latents and its caption; eps ~ N(0, I). These are the caller's.
  *  2. Teacher's case (0.4 of the samples): N = 32. Else its own case: N from {2, 4, 8, 16}.
- *  3. Times t_i = shift(1 - i / N), the shift drawn, t_0 = 1 - 1e-5; the guidance g is drawn too.
+ *  3. Times t_i = shift(1 - i / N), the shift drawn, t_0 = 1 - 1e-5. The guidance g is drawn too:
+ *     how strongly the caption is followed, an input of FLUX.
  *  4. j even: the step from t_j down to t_j+2, its halves d1 = t_j - t_j+1, d2 = t_j+1 - t_j+2.
  *  5. x = (1 - t_j) x0 + t_j eps
  *  6. v1 = first(x, t_j, c, g);  x' = x - d1 v1;  v2 = slow(x', t_j+1, c, g);
  *     target = (d1 v1 + d2 v2) / (d1 + d2)
- *  7. loss = mean((student(x, t_j, c, g) - target)^2). Then AdamW, and both averages follow.
+ *  7. loss = mean((student(x, t_j, c, g) - target)^2), over the batch. Then AdamW.
  *
- * `first` is the teacher on the fine grid, which anchors the student to the model it came from, or
- * the student's own fast average on a coarse one, which doubles its step. The network is never told
- * the step size, so the only velocity that satisfies all of them is constant along its trajectory:
- * the flow becomes straight, and a few Euler steps follow it.
+ * `slow` and `fast` are the student with exponential averages of its weights, of decay 0.999 and
+ * 0.99: they move less from step to step than it does, and so does the target. `first` is the
+ * teacher on the fine grid, which anchors the student to the model it came from, or `fast` on a
+ * coarse one. So two steps of the grid of 32 teach one of 16, two of 16 one of 8, and two of 2 the
+ * way as a whole. The network is never told the step size, so the only velocity that satisfies all
+ * of them is constant along its trajectory: the flow becomes straight, and a few Euler steps follow
+ * it.
  *
  * Easy to get wrong: t = 1 is noise; the first time is 1 - 1e-5; j is even; no gradient through
  * the target; the second half-step always uses the slow average.
@@ -1029,7 +1032,7 @@ void sc_draw_sample(const sc_recipe *r, sc_rng *rng, int64_t tokens, bool flow_m
 sc_tensor *sc_noisy(sc_tape *t, const sc_draw *draws, sc_tensor *x0, sc_tensor *noise) {
     if (!x0 || !noise) return NULL;
     int64_t n = x0->shape[0];
-    float *time = sc__constant(t, n, 0), *rest = sc__constant(t, n, 1);
+    float *time = sc__floats(t, n, 0), *rest = sc__floats(t, n, 1);
     if (!time || !rest) return NULL;
     for (int64_t i = 0; i < n; i++) time[i] = draws[i].t[0], rest[i] -= time[i];
     return sc_blend(t, rest, x0, time, noise); /* (1 - t) x0 + t eps */
@@ -1037,31 +1040,31 @@ sc_tensor *sc_noisy(sc_tape *t, const sc_draw *draws, sc_tensor *x0, sc_tensor *
 
 /* ---- Step 6: the target ---- */
 
-bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int64_t first,
+bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int64_t from,
                     const sc_tensor *x_of_all, sc_tensor *target_of_all) {
-    int64_t n = x_of_all->shape[0] - first;
+    int64_t n = x_of_all->shape[0] - from;
     sc_mark mark = sc_tape_mark(t);
-    sc_tensor *x = sc_samples(t, x_of_all, first, n);
-    sc_tensor *target = sc_samples(t, target_of_all, first, n);
-    float *t0 = sc__constant(t, n, 0), *t1 = sc__constant(t, n, 0), *g = sc__constant(t, n, 0);
-    float *one = sc__constant(t, n, 1), *minus_d1 = sc__constant(t, n, 0);
-    float *part1 = sc__constant(t, n, 0), *part2 = sc__constant(t, n, 0);
-    uint8_t *start = (uint8_t *)sc_tape_host(t, (size_t)n);
+    sc_tensor *x = sc_samples(t, x_of_all, from, n);
+    sc_tensor *target = sc_samples(t, target_of_all, from, n);
+    float *t0 = sc__floats(t, n, 0), *t1 = sc__floats(t, n, 0), *g = sc__floats(t, n, 0);
+    float *one = sc__floats(t, n, 1), *minus_d1 = sc__floats(t, n, 0);
+    float *part1 = sc__floats(t, n, 0), *part2 = sc__floats(t, n, 0);
+    uint8_t *first = (uint8_t *)sc_tape_host(t, (size_t)n);
     uint8_t *slow = (uint8_t *)sc_tape_host(t, (size_t)n);
-    if (!x || !target || !t0 || !t1 || !g || !one || !minus_d1 || !part1 || !part2 || !start ||
+    if (!x || !target || !t0 || !t1 || !g || !one || !minus_d1 || !part1 || !part2 || !first ||
         !slow)
         return false;
     for (int64_t i = 0; i < n; i++) {
-        const sc_draw *d = &draws[first + i];
+        const sc_draw *d = &draws[from + i];
         float d1 = d->t[0] - d->t[1], d2 = d->t[1] - d->t[2];
         t0[i] = d->t[0], t1[i] = d->t[1], g[i] = d->guidance;
         minus_d1[i] = -d1, part1[i] = d1 / (d1 + d2), part2[i] = d2 / (d1 + d2);
-        start[i] = d->teacher ? SC_TEACHER : SC_FAST, slow[i] = SC_SLOW;
+        first[i] = d->teacher ? SC_TEACHER : SC_FAST, slow[i] = SC_SLOW;
     }
     bool recorded = sc_tape_record(t, false); /* no gradient */
-    sc_tensor *v1 = model->velocity(model->self, t, x, first, start, t0, g);
+    sc_tensor *v1 = model->velocity(model->self, t, x, from, first, t0, g);
     sc_tensor *halfway = sc_blend(t, one, x, minus_d1, v1); /* x - d1 v1 */
-    sc_tensor *v2 = halfway ? model->velocity(model->self, t, halfway, first, slow, t1, g) : NULL;
+    sc_tensor *v2 = halfway ? model->velocity(model->self, t, halfway, from, slow, t1, g) : NULL;
     bool ok = sc_copy(t, target, sc_blend(t, part1, v1, part2, v2));
     sc_tape_record(t, recorded);
     sc_tape_rewind(t, mark);
@@ -1071,7 +1074,7 @@ bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int
 /* Flow matching, for the samples [0, n): the target eps - x0. */
 static bool sc__flow_matching_target(sc_tape *t, sc_tensor *x0, sc_tensor *noise, int64_t n,
                                      sc_tensor *target) {
-    const float *one = sc__constant(t, n, 1), *minus = sc__constant(t, n, -1);
+    const float *one = sc__floats(t, n, 1), *minus = sc__floats(t, n, -1);
     sc_tensor *data = sc_samples(t, x0, 0, n), *eps = sc_samples(t, noise, 0, n);
     sc_tensor *part = sc_samples(t, target, 0, n);
     return one && minus && part && sc_copy(t, part, sc_blend(t, one, eps, minus, data));
@@ -1088,7 +1091,7 @@ static bool sc__flow_matching_target(sc_tape *t, sc_tensor *x0, sc_tensor *noise
  * Easy to get wrong: text comes first in every joined sequence. A block's modulation is cut into
  * (shift, scale, gate) for attention, then the same for the MLP; norm_out alone has (scale, shift).
  * RoPE turns neighbouring channels (0,1), (2,3)...; text tokens sit at position (0,0,0), image
- * tokens at (0,row,column). There is no final norm on the text stream.
+ * tokens at (0,row,column). There is no final norm on the text stream. C: heads times head size.
  */
 
 typedef struct sc__stream {         /* one stream of a double block: image or text */
@@ -1317,8 +1320,8 @@ sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed) {
  * step draws, asks for the target, lets the student answer, and goes back from the loss to the
  * gradients of all trained numbers (>>tape). sc_params_step then moves the numbers w and both
  * averages (>>adamw), with the gradient g shortened to the norm `clip`:
- *   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
- *   w -= lr (m' / (sqrt(v') + eps) + decay w), m' = m / (1 - b1^step), v' = v / (1 - b2^step);
+ *   m = b1 m + (1 - b1) g;  s = b2 s + (1 - b2) g^2;
+ *   w -= lr (m' / (sqrt(s') + eps) + decay w), m' = m / (1 - b1^step), s' = s / (1 - b2^step);
  *   fast = 0.99 fast + 0.01 w;  slow = 0.999 slow + 0.001 w.
  */
 
@@ -1364,7 +1367,7 @@ static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x, 
 }
 
 /* Guidance distillation: the target v_u + g (v_c - v_u) of the frozen teacher, itself asked with
- * g = 1; v_u is without a caption. */
+ * g = 1; v_u is without a caption. Nothing is recorded here. */
 static bool sc__guidance_target(sc__flux_model *m, sc_tape *t, const sc_batch *batch,
                                 const float *time, const float *guidance, sc_tensor *x,
                                 sc_tensor *target) {
@@ -1381,7 +1384,7 @@ static bool sc__guidance_target(sc__flux_model *m, sc_tape *t, const sc_batch *b
         if (!sc_copy(t, sc_samples(t, uncaptioned.context, i, 1), no_c) ||
             !sc_copy(t, sc_samples(t, uncaptioned.pooled, i, 1), no_p))
             return false;
-    float *one = sc__constant(t, n, 1), *rest = sc__constant(t, n, 1);
+    float *one = sc__floats(t, n, 1), *rest = sc__floats(t, n, 1);
     uint8_t *teacher = (uint8_t *)sc_tape_host(t, (size_t)n);
     if (!one || !rest || !teacher) return false;
     for (int64_t i = 0; i < n; i++) rest[i] -= guidance[i], teacher[i] = SC_TEACHER;
@@ -1412,7 +1415,7 @@ static void sc__drop_captions(const sc_batch *b, const sc_flux_config *c, const 
     }
 }
 
-/* This part of n samples, in whole ones: what is left over is one with that chance. */
+/* This part of n samples, in whole ones: 2.3 are 2, and with a chance of 0.3 one more. */
 static int64_t sc__part_of(int64_t n, float part, sc_rng *rng) {
     float exact = part * (float)n, whole = floorf(exact);
     return (int64_t)whole + (exact > whole && sc_uniform(rng) < exact - whole);
@@ -1426,11 +1429,12 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     sc_tape_reset(t);
     sc_tape_record(t, false);
     sc_draw *draws = (sc_draw *)sc_tape_host(t, (size_t)n * sizeof *draws);
-    float *time = sc__constant(t, n, 0), *guidance = sc__constant(t, n, 0);
+    float *time = sc__floats(t, n, 0), *guidance = sc__floats(t, n, 0);
     uint8_t *student = (uint8_t *)sc_tape_host(t, (size_t)n);
     if (!draws || !time || !guidance || !student) return false;
     /* Steps 2 to 4: chance. Flow matching comes first, then the teacher's case, then the student's
-     * own: neighbours with the same set share their products. */
+     * own: neighbours with the same set share their matrix products. Only the draws are sorted, not
+     * the pictures, of which they do not depend. */
     int64_t plain = r->distil_guidance ? n : sc__part_of(n, r->fm_ratio, rng);
     for (int64_t i = 0, low = plain, high = n; i < n; i++) {
         sc_draw d;
@@ -1447,9 +1451,11 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     if (!x || !target || !sc__flux_text(&self, t, b->size, b->text_tokens, b->context, b->pooled))
         return false;
     /* Step 6: target. */
-    bool ok = r->distil_guidance ? sc__guidance_target(&self, t, b, time, guidance, x, target)
-                                 : !plain || sc__flow_matching_target(t, x0, noise, plain, target);
-    if (!ok || (plain < n && !sc_scfm_target(&model, t, draws, plain, x, target))) return false;
+    bool ok = true;
+    if (r->distil_guidance) ok = sc__guidance_target(&self, t, b, time, guidance, x, target);
+    else if (plain) ok = sc__flow_matching_target(t, x0, noise, plain, target);
+    if (ok && plain < n) ok = sc_scfm_target(&model, t, draws, plain, x, target);
+    if (!ok) return false;
     /* Step 7: the student's answer, and the way back. */
     sc_tape_record(t, true);
     sc_tensor *v = sc__flux_model_velocity(&self, t, x, 0, student, time, guidance);
@@ -5361,12 +5367,12 @@ bool sc_flux_save(const sc_flux *f, const char *folder, sc_dtype dtype,
 }
 
 /* The table of RoPE's turns on the model's backend, kept until the sizes change. */
-static const sc_tensor *sc__rope(sc_flux *f, int text, int h, int w) {
-    if (f->rope.data && f->rope_text == text && f->rope_h == h && f->rope_w == w) return &f->rope;
+static bool sc__rope(sc_flux *f, int text, int h, int w) {
+    if (f->rope.data && f->rope_text == text && f->rope_h == h && f->rope_w == w) return true;
     const sc_backend *be = f->net->backend;
     int64_t tokens = text + (int64_t)h * w, size = f->config.head_size;
     float *table = (float *)sc__alloc((size_t)(tokens * size), sizeof *table);
-    if (!table) return NULL;
+    if (!table) return false;
     sc__rope_turns(&f->config, text, h, w, table);
     if (f->rope.data) be->release(f->rope.data);
     f->rope = (sc_tensor){.dtype = SC_F32, .ndim = 3, .shape = {tokens, size / 2, 2}};
@@ -5374,7 +5380,7 @@ static const sc_tensor *sc__rope(sc_flux *f, int text, int h, int w) {
     if (f->rope.data) be->upload(f->rope.data, table, (size_t)(tokens * size) * 4);
     SC_FREE(table);
     f->rope_text = text, f->rope_h = h, f->rope_w = w;
-    return f->rope.data ? &f->rope : NULL;
+    return f->rope.data != NULL;
 }
 
 /* ==== LoRA files ========================================================== >>lorafiles =======
