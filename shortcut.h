@@ -7866,107 +7866,96 @@ char *sc_text_load(const char *path) {
 
 typedef enum { SC__NO_DATA, SC__CAPTION_FILE, SC__PICTURE_FILE, SC__OTHER_FILE } sc__kind;
 
-/* A file below the folder: its path from there; part of a pair. */
-typedef struct sc__item { char *name; sc__kind kind; bool used; } sc__item;
+/* What is below a folder; a picture and its caption differ in the ending. */
+typedef struct sc__item {
+    char *path;
+    size_t stem;                /* length of the path without the ending */
+    sc__kind kind;
+    const struct sc__item *other; /* of a picture, its caption; of a caption, a picture */
+} sc__item;
 
-typedef struct sc__folder {
-    const char *path;
-    sc__item *items;            /* by name */
-    int64_t count;
-} sc__folder;
+typedef struct sc__folder { const char *path; sc__item *items; int64_t count; } sc__folder;
 
-/* How many files, and the first names. */
-typedef struct sc__names { int64_t count; sc__text list; } sc__names;
-
-static void sc__names_add(sc__names *names, const char *name) {
-    if (++names->count == 6) name = "...";
-    if (names->count > 6) return;
-    sc__text_add(&names->list, " ", 1);
-    sc__text_add(&names->list, name, strlen(name) + 1);
-    names->list.length -= !names->list.failed; /* the next one goes over its NUL */
+static void sc__classify(sc__item *item) {
+    static const char *const endings[] = {
+        "", ".txt.", ".png.jpg.jpeg.jpe.jfif.",
+        ".webp.bmp.tif.tiff.gif.heic.heif.avif.jxl.jp2.apng.tga.ppm.pgm.psd.exr.qoi.svg.dng.cr2"
+        ".cr3.nef.arw.raw."};
+    const char *name = strrchr(item->path, '/') + 1, *dot = strrchr(name, '.');
+    char ending[8] = "";
+    size_t n = 0;
+    for (; dot && n < 6 && dot[n]; n++) ending[n] = (char)tolower((unsigned char)dot[n]);
+    ending[n] = '.';
+    for (int kind = 1; dot && kind < 4; kind++)
+        if (strstr(endings[kind], ending)) item->kind = (sc__kind)kind;
+    if (item->kind == SC__CAPTION_FILE && !strncasecmp(name, "readme", 6)) item->kind = SC__NO_DATA;
+    if (sc__is_folder(item->path)) item->kind = SC__OTHER_FILE;
+    item->stem = dot ? (size_t)(dot - item->path) : strlen(item->path);
 }
 
-/* Where the ending of a name begins: its last dot; its end if it has none. */
-static size_t sc__ending_at(const char *name) {
-    const char *slash = strrchr(name, '/'), *dot = strrchr(slash ? slash : name, '.');
-    return dot ? (size_t)(dot - name) : strlen(name);
-}
-
-static sc__kind sc__kind_of(const char *name) {
-    static const char endings[] = /* a caption's, a picture's, and of pictures that are not read */
-        ".txt.png.jpg.jpeg.jpe.jfif.webp.bmp.tif.tiff.gif.heic.heif.avif.jxl.jp2.apng.tga.ppm.pgm"
-        ".psd.exr.qoi.svg.dng.cr2.cr3.nef.arw.raw.";
-    const char *ending = name + sc__ending_at(name), *e = endings;
-    size_t n = strlen(ending);
-    while (n && e[1] && (strncasecmp(e, ending, n) || e[n] != '.')) e += 1 + strcspn(e + 1, ".");
-    if (n < 2 || !e[1]) return SC__NO_DATA;
-    if (e == endings) return strncasecmp(name, "readme", 6) ? SC__CAPTION_FILE : SC__NO_DATA;
-    return e < strstr(endings, ".webp") ? SC__PICTURE_FILE : SC__OTHER_FILE;
-}
-
-static int sc__by_item_name(const void *a, const void *b) {
-    return strcmp(((const sc__item *)a)->name, ((const sc__item *)b)->name);
-}
-
-/* The item called name[length] and `ending`; NULL: there is none. */
-static sc__item *sc__item_of(sc__folder *f, const char *name, size_t length, const char *ending) {
-    sc__item key = {.name = (char *)sc__alloc(length + 8, 1)}, *found = NULL;
-    if (key.name) {
-        memcpy(key.name, name, length);
-        memcpy(key.name + length, ending, strlen(ending));
-        if (f->count) found = (sc__item *)bsearch(&key, f->items, (size_t)f->count, sizeof key,
-                                                   sc__by_item_name);
-    }
-    SC_FREE(key.name);
-    return found;
-}
-
-static sc__item *sc__caption_of(sc__folder *f, const char *name) {
-    sc__item *caption = sc__item_of(f, name, sc__ending_at(name), ".txt");
-    return caption ? caption : sc__item_of(f, name, sc__ending_at(name), ".TXT");
-}
-
-/* Lists what is below `path` but hidden names. Folders that cannot be read, and links to folders,
- * as they may lead in circles, are listed themselves: they may hold pictures. */
-static bool sc__list(sc__folder *f, const char *path) {
-    struct stat s;
-    bool top = path == f->path, ok = true;
-    DIR *folder = top || (!lstat(path, &s) && S_ISDIR(s.st_mode)) ? opendir(path) : NULL;
-    for (struct dirent *e; ok && folder && (e = readdir(folder));) {
-        char *child = sc__join(path, e->d_name);
-        ok = child && (*e->d_name == '.' || sc__list(f, child));
-        SC_FREE(child);
-    }
-    if (folder) return closedir(folder), ok;
-    if (top) return sc_fail("%s: %s", path, strerror(errno));
-    const char *name = path + strlen(f->path) + 1;
-    bool closed = sc__is_folder(path);
-    sc__item new_one = {.kind = closed ? SC__OTHER_FILE : sc__kind_of(name)};
-    if (new_one.kind == SC__NO_DATA) return true;
-    sc__item *items = (sc__item *)sc__grow(f->items, f->count, sizeof *items);
-    if (!items) return false;
+static bool sc__list_add(sc__folder *f, char *path) {
+    sc__item *items = path ? (sc__item *)sc__grow(f->items, f->count, sizeof *items) : NULL;
+    if (!items) return SC_FREE(path), false;
     f->items = items;
-    new_one.name = closed ? sc__join(name, "") : sc__strdup(name);
-    if (new_one.name) items[f->count++] = new_one;
-    return new_one.name != NULL;
+    items[f->count++] = (sc__item){.path = path};
+    return true;
 }
 
-/* Adds a copy of the caption without white space at its ends; NULL: an error is already set. */
-static bool sc__dataset_add(sc_dataset *d, const char *folder, const char *name,
-                            const char *caption) {
+/* Lists the folder, and all below it but hidden names. Folders that cannot be read, and links to
+ * folders, as they may lead in circles, are files of another kind: they may hold pictures. */
+static bool sc__list(sc__folder *f) {
+    bool ok = sc__list_add(f, sc__strdup(f->path));
+    for (int64_t i = 0; ok && i < f->count; i++) {
+        struct stat s;
+        char *path = f->items[i].path;
+        DIR *folder = i == 0 || (!lstat(path, &s) && S_ISDIR(s.st_mode)) ? opendir(path) : NULL;
+        if (i == 0 && !folder) return sc_fail("%s: %s", path, strerror(errno));
+        if (!folder) sc__classify(&f->items[i]);
+        for (struct dirent *e; ok && folder && (e = readdir(folder));)
+            ok = *e->d_name == '.' || sc__list_add(f, sc__join(path, e->d_name));
+        if (folder) closedir(folder);
+    }
+    return ok;
+}
+
+/* Those of one stem side by side, its captions first. */
+static int sc__by_stem(const void *a, const void *b) {
+    const sc__item *x = (const sc__item *)a, *y = (const sc__item *)b;
+    int order = strncmp(x->path, y->path, x->stem < y->stem ? x->stem : y->stem);
+    if (!order) order = (x->stem > y->stem) - (x->stem < y->stem);
+    if (!order) order = (int)x->kind - (int)y->kind;
+    return order ? order : strcmp(x->path, y->path);
+}
+
+static void sc__find_captions(sc__folder *f) {
+    sc__item *caption = NULL;
+    qsort(f->items, (size_t)f->count, sizeof *f->items, sc__by_stem);
+    for (sc__item *e = f->items; e < f->items + f->count; e++) {
+        if (e->kind == SC__CAPTION_FILE) caption = e;
+        if (e->kind <= SC__CAPTION_FILE || !caption || caption->stem != e->stem ||
+            memcmp(caption->path, e->path, e->stem)) continue;
+        e->other = caption;
+        caption->other = e;
+    }
+}
+
+/* Takes path and caption; white space goes from the caption's ends. NULL: error already set. */
+static bool sc__dataset_add(sc_dataset *d, char *path, char *caption) {
     static const char space[] = " \t\n\v\f\r"; /* isspace would ask the locale */
-    sc_pair *pairs = caption ? (sc_pair *)sc__grow(d->pairs, d->count, sizeof *pairs) : NULL;
-    if (!pairs) return false;
+    bool ok = path && caption;
+    sc_pair *pairs = ok ? (sc_pair *)sc__grow(d->pairs, d->count, sizeof *pairs) : NULL;
+    if (!pairs) return SC_FREE(path), SC_FREE(caption), false;
+    size_t start = strspn(caption, space), n = strlen(caption + start);
+    while (n && strchr(space, caption[start + n - 1])) n--;
+    memmove(caption, caption + start, n);
+    caption[n] = 0;
     d->pairs = pairs;
-    caption += strspn(caption, space);
-    sc_pair *pair = &pairs[d->count++];
-    *pair = (sc_pair){sc__join(folder, name), sc__strdup(caption)};
-    for (size_t n = strlen(caption); pair->caption && n && strchr(space, caption[n - 1]); n--)
-        pair->caption[n - 1] = 0;
-    return pair->path && pair->caption;
+    pairs[d->count++] = (sc_pair){path, caption};
+    return true;
 }
 
-static bool sc__dataset_line(sc_dataset *d, sc__folder *f, const char *where, const char *line) {
+static bool sc__dataset_line(sc_dataset *d, const char *folder, const char *where,
+                             const char *line) {
     static const char *const keys[] = {"prompt", "text", "caption"}, lost[] = "\xef\xbf\xbd";
     sc_json *json = sc_json_parse(line, strlen(line), where);
     if (!json) return false;
@@ -7974,104 +7963,96 @@ static bool sc__dataset_line(sc_dataset *d, sc__folder *f, const char *where, co
     for (int i = 0; i < 3 && !caption; i++)
         caption = sc_json_string(sc_json_get(json, keys[i]), NULL);
     while (name && !strncmp(name, "./", 2)) name += 2;
-    bool ok = true;
-    if (!name || !*name) ok = sc_fail("%s: no 'file_name'", where);
-    else if (!caption) ok = sc_fail("%s: no 'prompt', 'text' or 'caption' for %s", where, name);
+    bool ok = false;
+    if (!name || !*name) sc_fail("%s: no 'file_name'", where);
+    else if (!caption) sc_fail("%s: no 'prompt', 'text' or 'caption' for %s", where, name);
     else if (*name == '/' || !strncmp(name, "../", 3) || strstr(name, "/../"))
-        ok = sc_fail("%s: file_name '%s' is outside the folder", where, name);
+        sc_fail("%s: file_name '%s' is outside the folder", where, name);
     else if (strstr(caption, lost) && !strstr(line, lost))
-        ok = sc_fail("%s: a \\u in the caption of %s is no character", where, name);
-    sc__item *item = ok ? sc__item_of(f, name, strlen(name), "") : NULL;
-    if (item) item->used = true;
-    ok = ok && sc__dataset_add(d, f->path, name, caption);
+        sc_fail("%s: a \\u in the caption of %s is no character", where, name);
+    else ok = sc__dataset_add(d, sc__join(folder, name), sc__strdup(caption));
     sc_json_free(json);
     return ok;
 }
 
-static bool sc__dataset_metadata(sc_dataset *d, sc__folder *f, const char *path) {
-    size_t room = strlen(path) + 32;
-    char *text = sc_text_load(path), *next = text, *where = (char *)sc__alloc(room, 1);
-    bool ok = text && where;
+static bool sc__dataset_metadata(sc_dataset *d, const char *folder, const char *path) {
+    char *text = sc_text_load(path), *next = text, where[PATH_MAX + 32];
+    bool ok = text != NULL;
     for (int64_t number = 1; ok && *next; number++) {
         char *line = next;
         next += strcspn(line, "\n");
         if (*next) *next++ = 0;
-        snprintf(where, room, "%s:%lld", path, (long long)number);
-        if (line[strspn(line, " \t\r")]) ok = sc__dataset_line(d, f, where, line);
+        snprintf(where, sizeof where, "%s:%lld", path, (long long)number);
+        if (line[strspn(line, " \t\r")]) ok = sc__dataset_line(d, folder, where, line);
     }
-    SC_FREE(where);
     SC_FREE(text);
     return ok;
 }
 
-/* Without metadata.jsonl: pairs of the pictures in the folder itself and name.txt. */
-static bool sc__dataset_captions(sc_dataset *d, sc__folder *f) {
-    sc__names lacking = {0};
+/* Without metadata.jsonl: the pictures in the folder itself. */
+static bool sc__dataset_captions(sc_dataset *d, const sc__folder *f) {
+    const char *first = NULL;
+    int64_t lacking = 0;
     bool ok = true;
     for (sc__item *e = f->items; ok && e < f->items + f->count; e++) {
-        if (e->kind != SC__PICTURE_FILE || strchr(e->name, '/')) continue;
-        sc__item *caption = sc__caption_of(f, e->name);
-        if (!caption) { sc__names_add(&lacking, e->name); continue; }
-        char *path = sc__join(f->path, caption->name), *text = path ? sc_text_load(path) : NULL;
-        ok = e->used = caption->used = sc__dataset_add(d, f->path, e->name, text);
-        SC_FREE(text);
-        SC_FREE(path);
+        if (e->kind != SC__PICTURE_FILE || strchr(e->path + strlen(f->path) + 1, '/')) continue;
+        if (e->other) ok = sc__dataset_add(d, sc__strdup(e->path), sc_text_load(e->other->path));
+        else if (!lacking++) first = e->path;
     }
-    if (ok && lacking.count)
-        ok = sc_fail("%s: no caption for %lld of the pictures:%s: write one into name.txt beside "
-                      "each (it may be empty)", f->path, (long long)lacking.count,
-                      lacking.list.data);
-    SC_FREE(lacking.list.data);
-    return ok;
+    return ok && (!lacking || sc_fail("%s: no caption for %lld of the pictures, as %s: write one "
+                                      "into name.txt beside each (it may be empty)", f->path,
+                                      (long long)lacking, first));
+}
+
+/* Of the same path by caption; a path that is looked for has none. */
+static int sc__by_picture(const void *a, const void *b) {
+    const sc_pair *p = (const sc_pair *)a, *q = (const sc_pair *)b;
+    int order = strcmp(p->path, q->path);
+    return order || !p->caption ? order : strcmp(p->caption, q->caption);
 }
 
 /* Says what is left out in d->unused; false where it may not be. */
-static bool sc__dataset_unused(sc_dataset *d, sc__folder *f, bool metadata) {
-    int64_t pictures = 0, captioned = 0;
-    sc__names unused = {0};
-    for (int64_t i = 0; i < 2 * f->count; i++) { /* pictures, and their captions; other captions */
-        sc__item *e = &f->items[i % f->count], *caption = NULL;
-        if (e->used || (e->kind == SC__CAPTION_FILE) != (i >= f->count)) continue;
-        if (e->kind == SC__CAPTION_FILE && metadata) continue;
-        sc__names_add(&unused, e->name);
-        if (e->kind == SC__CAPTION_FILE) continue;
-        pictures++;
-        if ((caption = sc__caption_of(f, e->name))) captioned++, caption->used = true;
+static bool sc__dataset_unused(sc_dataset *d, const sc__folder *f, bool metadata) {
+    enum { NAMES = 5, LONGEST = 999 };
+    char names[NAMES * (LONGEST + 1) + 5] = "", *end = names;
+    int64_t unused = 0, pictures = 0, captioned = 0;
+    for (sc__item *e = f->items; e < f->items + f->count; e++) {
+        sc_pair key = {.path = e->path};
+        bool picture = e->kind > SC__CAPTION_FILE;
+        if (e->kind == SC__NO_DATA || (!picture && (metadata || e->other)) ||
+            (d->count && bsearch(&key, d->pairs, (size_t)d->count, sizeof key, sc__by_picture)))
+            continue;
+        pictures += picture;
+        captioned += picture && e->other;
+        if (++unused <= NAMES)
+            end += sprintf(end, " %.*s", LONGEST, e->path + strlen(f->path) + 1);
     }
-    size_t room = strlen(f->path) + unused.list.length + 256;
-    d->unused = unused.count ? (char *)sc__alloc(room, 1) : NULL;
-    bool ok = !unused.list.failed && (d->unused || !unused.count);
-    if (ok && d->unused)
-        snprintf(d->unused, room, "%s: %lld file%s not used:%s (used are %s)", f->path,
-                 (long long)unused.count, unused.count == 1 ? " is" : "s are", unused.list.data,
-                 metadata ? "those that metadata.jsonl names"
-                          : "PNG and JPEG, in the folder itself, with name.txt beside each");
-    SC_FREE(unused.list.data);
-    if (!ok) return sc_fail("%s: out of memory", f->path);
     if (d->count == 0)
         return sc_fail("%s: no pictures: put in metadata.jsonl, or name.txt beside name.png or "
-                        ".jpg", d->unused ? d->unused : f->path);
+                       ".jpg%s%s", f->path, unused ? "; not used:" : "", names);
+    if (!unused) return true;
+    size_t room = strlen(f->path) + sizeof names + 128;
+    d->unused = (char *)sc__alloc(room, 1);
+    if (!d->unused) return false;
+    snprintf(d->unused, room, "%s: %lld file%s not used:%s%s (used are %s)", f->path,
+             (long long)unused, unused == 1 ? " is" : "s are", names, unused > NAMES ? " ..." : "",
+             metadata ? "those that metadata.jsonl names"
+                      : "PNG and JPEG, in the folder itself, with name.txt beside each");
     return 2 * captioned <= pictures ||
            sc_fail("%s; most have captions: convert, move or name them so that they are, or take "
-                    "them away", d->unused);
-}
-
-static int sc__compare_pairs(const void *a, const void *b) {
-    const sc_pair *p = (const sc_pair *)a, *q = (const sc_pair *)b;
-    int order = strcmp(p->path, q->path);
-    return order ? order : strcmp(p->caption, q->caption);
+                   "them away", d->unused);
 }
 
 sc_dataset *sc_dataset_open(const char *folder) {
     sc_dataset *d = (sc_dataset *)sc__alloc(1, sizeof *d);
     sc__folder f = {.path = folder};
     char *path = sc__join(folder, "metadata.jsonl");
-    bool ok = d && path && sc__list(&f, folder), metadata = ok && sc__exists(path);
-    if (ok && f.count) qsort(f.items, (size_t)f.count, sizeof *f.items, sc__by_item_name);
-    if (ok) ok = metadata ? sc__dataset_metadata(d, &f, path) : sc__dataset_captions(d, &f);
+    bool ok = d && path && sc__list(&f), metadata = ok && sc__exists(path);
+    if (ok) sc__find_captions(&f);
+    if (ok) ok = metadata ? sc__dataset_metadata(d, folder, path) : sc__dataset_captions(d, &f);
+    if (ok && d->count) qsort(d->pairs, (size_t)d->count, sizeof *d->pairs, sc__by_picture);
     ok = ok && sc__dataset_unused(d, &f, metadata);
-    if (ok) qsort(d->pairs, (size_t)d->count, sizeof *d->pairs, sc__compare_pairs);
-    for (int64_t i = 0; i < f.count; i++) SC_FREE(f.items[i].name);
+    for (int64_t i = 0; i < f.count; i++) SC_FREE(f.items[i].path);
     SC_FREE(f.items);
     SC_FREE(path);
     if (ok) return d;
