@@ -7814,50 +7814,41 @@ static int sc__tiff_orientation(const uint8_t *tiff, size_t size) {
 }
 
 int sc_orientation(const uint8_t *exif, size_t size, const char *xmp) {
-    int orientation = exif ? sc__tiff_orientation(exif, size) : 0;
-    while (!orientation && xmp && (xmp = strstr(xmp, "tiff:Orientation"))) {
-        xmp += 16;
-        const char *value = *xmp == '>' ? xmp + 1 : !strncmp(xmp, "=\"", 2) ? xmp + 2 : "";
-        if (*value && strchr("0123456789", *value))
-            orientation = *value >= '1' && *value <= '8' ? *value - '0' : 1;
-    }
-    return orientation ? orientation : 1;
+    int value = exif ? sc__tiff_orientation(exif, size) : 0;
+    for (; !value && xmp && (xmp = strstr(xmp, "tiff:Orientation")); xmp++)
+        sscanf(xmp, "tiff:Orientation%*[=\">]%1d", &value);
+    return value >= 1 && value <= 8 ? value : 1;
 }
 
 /* ---- Text files ---- */
 
-/* The character at s[n], n > 0, as UTF-8; returns how many bytes of s it takes; 0: it is none. */
-static int sc__utf16_char(const uint8_t *s, size_t n, bool big, char *out, int *size) {
-    uint32_t c = n < 2 ? 0 : sc__bytes(s, 2, big), low = n < 4 ? 0 : sc__bytes(s + 2, 2, big);
-    bool pair = c >> 10 == 0xd800 >> 10;
-    if (pair ? low >> 10 != 0xdc00 >> 10 : c >> 10 == 0xdc00 >> 10) return 0;
-    *size = sc__utf8_encode(pair ? 0x10000 + ((c & 0x3ff) << 10 | (low & 0x3ff)) : c, out);
-    return n < 2 ? 0 : pair ? 4 : 2;
+/* UTF-16 with its mark as UTF-8, other text as it is; what is no character becomes no UTF-8. */
+static char *sc__to_utf8(char *file, size_t *n) {
+    const uint8_t *s = (const uint8_t *)file;
+    bool big = file && !strncmp(file, "\xfe\xff", 2);
+    if (!file || (!big && strncmp(file, "\xff\xfe", 2))) return file;
+    char *text = (char *)sc__alloc(*n / 2 * 3 + 4, 1), *to = text;
+    for (size_t at = 0; text && at < *n; at += 2) {
+        uint32_t c = *n - at < 2 ? 0 : sc__bytes(s + at, 2, big);
+        uint32_t low = *n - at < 4 ? 0 : sc__bytes(s + at + 2, 2, big);
+        bool pair = c >> 10 == 0xd800 >> 10 && low >> 10 == 0xdc00 >> 10;
+        if (pair) c = 0x10000 + ((c & 0x3ff) << 10 | (low & 0x3ff)), at += 2;
+        to += sc__utf8_encode(c ? c : 0xd800, to);
+    }
+    *n = (size_t)(to - text);
+    SC_FREE(file);
+    return text;
 }
 
 char *sc_text_load(const char *path) {
-    size_t n = 0, at = 0;
-    int64_t line = 1;
-    char *file = sc_read_file(path, &n);
-    const uint8_t *s = (const uint8_t *)file;
-    uint32_t mark = n > 1 ? sc__bytes(s, 2, true) : 0;
-    bool big = mark == 0xfeff, wide = big || mark == 0xfffe;
-    char *text = file ? (char *)sc__alloc(n / 2 * 3 + 4, 1) : NULL, *to = text;
-    bool ok = text != NULL;
-    if (ok) at = wide ? 2 : n > 2 && !memcmp(file, "\xef\xbb\xbf", 3) ? 3 : 0;
-    for (int took, size; ok && at < n; at += (size_t)took, to += size) {
-        took = size = sc__utf8_size(file + at);
-        if (wide) took = sc__utf16_char(s + at, n - at, big, to, &size);
-        else memcpy(to, file + at, (size_t)size);
-        if (took == 0 || *to == 0)
-            ok = sc_fail("%s:%lld: byte %zu (0x%02x) is no %s text: save the file as UTF-8, or as "
-                          "UTF-16 with a byte order mark", path, (long long)line, at,
-                          sc__bytes(s + at, wide && n - at > 1 ? 2 : 1, big),
-                          wide ? "UTF-16" : "UTF-8");
-        line += *to == '\n';
-    }
-    SC_FREE(file);
-    if (ok) return text;
+    size_t n = 0, line = 1;
+    char *text = sc__to_utf8(sc_read_file(path, &n), &n), *at = text;
+    if (!text) return NULL;
+    if (!strncmp(text, "\xef\xbb\xbf", 3)) memmove(text, text + 3, (n -= 3) + 1);
+    for (int size; *at && (size = sc__utf8_size(at)); at += size) line += *at == '\n';
+    if (at == text + n) return text;
+    sc_fail("%s:%zu: byte %zu (0x%02x) is no UTF-8 text: save the file as UTF-8, or as UTF-16 with "
+            "a byte order mark", path, line, (size_t)(at - text), *at & 0xffu);
     SC_FREE(text);
     return NULL;
 }
