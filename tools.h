@@ -47,7 +47,7 @@ static unsigned char *stbi__resample_row_h_2(unsigned char *out, unsigned char *
 #define SC__CONVERT ": convert it, as by: magick FILE NEW.png"
 
 /* The CRC of PNG chunks is the one that stb writes. */
-#define sc__crc(bytes, n) stbiw__crc32((unsigned char *)(bytes), (int)(n))
+#define png_crc(bytes, n) stbiw__crc32((unsigned char *)(bytes), (int)(n))
 
 /* Steps through a PNG's chunks, or a JPEG's segments up to its end marker: the payload of the next
  * one named `tag` (PNG: "eXIf"; JPEG: the byte of the marker; NULL: any) from *at on; NULL: no
@@ -121,7 +121,7 @@ static const char *sc__png_about(sc__about *a, const uint8_t *bytes, size_t size
     const uint8_t *p;
     size_t n = 0;
     while ((p = sc__chunk(bytes, size, &a->at, NULL, &n))) {
-        if (sc__crc(p - 4, n + 4) != sc__bytes(p + n, 4, true))
+        if (png_crc(p - 4, n + 4) != sc__bytes(p + n, 4, true))
             return "damaged PNG (wrong checksum)";
         if (!memcmp(p - 4, "IEND", 4)) return NULL;
         if (!memcmp(p - 4, "IDAT", 4)) a->pixels = true;
@@ -245,53 +245,42 @@ bool sc_picture_load(sc_picture *p, const char *path) {
 
 /* ---- Writing ---- */
 
-typedef struct sc__png {
-    sc__writer writer;
-    const char *parameters;
-    bool ok;
-} sc__png;
-
-/* A chunk "parameters": tEXt for ASCII, iTXt (UTF-8, not compressed) for anything else. */
-static bool sc__png_text(sc__writer *w, const char *text) {
+/* A chunk "parameters": tEXt for ASCII, iTXt (UTF-8, not compressed) for anything else. Returns
+ * its size; `chunk` is zeroed. */
+static size_t png_text(uint8_t *chunk, const char *text) {
     size_t n = strlen(text), head = 8 + 11;
     bool ascii = true;
     for (size_t i = 0; i < n; i++) ascii = ascii && (uint8_t)text[i] < 0x80;
-    uint8_t *chunk = (uint8_t *)sc__alloc(n + 64, 1);
-    if (!chunk) return false;
     memcpy(chunk + 4, ascii ? "tEXtparameters" : "iTXtparameters", 15);
     if (!ascii) head += 4; /* no compression, its method, no language, no translated keyword */
     memcpy(chunk + head, text, n);
-    uint32_t length = (uint32_t)(head - 8 + n), crc = sc__crc(chunk + 4, head - 4 + n);
+    uint32_t length = (uint32_t)(head - 8 + n), crc = png_crc(chunk + 4, head - 4 + n);
     for (int i = 0; i < 4; i++) {
         chunk[i] = (uint8_t)(length >> (24 - 8 * i));
         chunk[head + n + (size_t)i] = (uint8_t)(crc >> (24 - 8 * i));
     }
-    bool ok = sc__write_bytes(w, chunk, head + n + 4);
-    SC_FREE(chunk);
-    return ok;
+    return head + n + 4;
 }
 
-/* stb hands over the whole file; the text goes behind the signature and IHDR (33 bytes). */
-static void sc__png_bytes(void *context, void *data, int size) {
-    sc__png *png = (sc__png *)context;
-    png->ok = size > 33 && sc__write_bytes(&png->writer, data, 33) &&
-              (!png->parameters || sc__png_text(&png->writer, png->parameters)) &&
-              sc__write_bytes(&png->writer, (char *)data + 33, (size_t)size - 33);
-}
-
-/* Writes a PNG; parameters (UTF-8, or NULL) go into its text chunk of that name. */
+/* Writes a PNG; parameters (UTF-8, or NULL) go into its text chunk of that name, behind the
+ * signature and IHDR (33 bytes). */
 bool sc_picture_save(const sc_picture *p, const char *path, const char *parameters) {
-    sc__png png = {.parameters = parameters};
-    uint8_t *pixels = (uint8_t *)sc__alloc((size_t)p->width * (size_t)p->height, 3);
-    if (!pixels) return false;
-    sc_picture_to_pixels(p, pixels);
-    bool ok = sc__write_begin(&png.writer, path);
+    int size = 0;
+    uint8_t *pixels = (uint8_t *)calloc((size_t)p->width * (size_t)p->height, 3), *png = NULL;
+    if (pixels) sc_picture_to_pixels(p, pixels);
+    if (pixels) png = stbi_write_png_to_mem(pixels, 3 * p->width, p->width, p->height, 3, &size);
+    size_t room = (size_t)size + (parameters ? strlen(parameters) : 0) + 64;
+    uint8_t *file = png ? (uint8_t *)calloc(room, 1) : NULL;
+    bool ok = file || sc_fail("%s: out of memory", path);
     if (ok) {
-        sc_fail("%s: out of memory", path); /* unless something else fails */
-        stbi_write_png_to_func(sc__png_bytes, &png, p->width, p->height, 3, pixels, 3 * p->width);
-        ok = sc__write_end(&png.writer, png.ok);
+        memcpy(file, png, 33);
+        size_t text = parameters ? png_text(file + 33, parameters) : 0;
+        memcpy(file + 33 + text, png + 33, (size_t)size - 33);
+        ok = sc_write_file(path, file, (size_t)size + text);
     }
-    SC_FREE(pixels);
+    free(pixels);
+    free(png);
+    free(file);
     return ok;
 }
 

@@ -156,7 +156,7 @@ static void test_broken(const char *name) {
 static void expect_huge(int side, const char *message) {
     uint8_t png[33 + 12] = "\x89PNG\r\n\x1a\n\0\0\0\rIHDR........\x08\x02";
     for (int i = 0; i < 4; i++) png[16 + i] = png[20 + i] = (uint8_t)(side >> (24 - 8 * i));
-    for (int i = 0; i < 4; i++) png[29 + i] = (uint8_t)(sc__crc(png + 12, 17) >> (24 - 8 * i));
+    for (int i = 0; i < 4; i++) png[29 + i] = (uint8_t)(png_crc(png + 12, 17) >> (24 - 8 * i));
     memcpy(png + 37, "IEND\xae\x42\x60\x82", 8);
     expect_failure(png, sizeof png, message);
 }
@@ -226,7 +226,7 @@ static void expect_size(const char *type, const void *data, size_t n, bool behin
     memcpy(chunk + 4, type, 4);
     memcpy(chunk + 8, data, n);
     for (int i = 0; i < 4; i++)
-        chunk[n + 8 + (size_t)i] = (uint8_t)(sc__crc(chunk + 4, n + 4) >> (24 - 8 * i));
+        chunk[n + 8 + (size_t)i] = (uint8_t)(png_crc(chunk + 4, n + 4) >> (24 - 8 * i));
     sc__text_add(&whole, file, at);
     sc__text_add(&whole, (char *)chunk, n + 12);
     sc__text_add(&whole, file + at, size - at);
