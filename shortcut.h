@@ -3710,17 +3710,14 @@ bool sc_write_file(const char *path, const void *data, size_t n) {
 
 /* ---- UTF-8 ---- */
 
+static uint32_t sc__utf8_decode(const char **text); /* >>tokens */
+
 /* Bytes of the character at s, 1 to 4; 0: not UTF-8 (cut off, overlong, a surrogate, too large).
  * The text ends in NUL, which is no continuation byte, so this never looks behind it. */
-static int sc__utf8_size(const char *text) {
-    const unsigned char *s = (const unsigned char *)text;
-    int n = *s < 0x80 ? 1 : *s < 0xc2 ? 0 : *s < 0xe0 ? 2 : *s < 0xf0 ? 3 : *s < 0xf5 ? 4 : 0;
-    for (int i = 1; i < n; i++)
-        if ((s[i] & 0xc0) != 0x80) return 0;
-    int two = n > 2 ? s[0] << 8 | s[1] : 0;
-    if (n == 3 && (two < 0xe0a0 || (two >= 0xeda0 && two < 0xee00))) return 0;
-    if (n == 4 && (two < 0xf090 || two >= 0xf490)) return 0;
-    return n;
+static int sc__utf8_size(const char *s) {
+    const char *end = s;
+    bool lost = sc__utf8_decode(&end) == 0xfffd && strncmp(s, "\xef\xbf\xbd", 3);
+    return lost ? 0 : (int)(end - s);
 }
 
 static int sc__utf8_encode(uint32_t c, char *out) {
