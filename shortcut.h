@@ -7678,7 +7678,6 @@ bool sc_picture_from_pixels(sc_picture *p, const void *pixels, int width, int he
                         channels, bits);
     if (!sc__picture_new(p, swap ? height : width, swap ? width : height)) return false;
     int64_t area = (int64_t)width * height;
-    int colours = channels < 3 ? 1 : 3;
     const uint8_t *bytes = (const uint8_t *)pixels;
     const uint16_t *words = (const uint16_t *)pixels;
     for (int64_t i = 0; i < area; i++) {
@@ -7692,7 +7691,7 @@ bool sc_picture_from_pixels(sc_picture *p, const void *pixels, int width, int he
         }
         float alpha = channels % 2 == 0 ? value[channels - 1] : 1;
         for (int c = 0; c < 3; c++)
-            p->rgb[c * area + i] = 2 * (value[colours == 3 ? c : 0] * alpha + 1 - alpha) - 1;
+            p->rgb[c * area + i] = 2 * (value[channels > 2 ? c : 0] * alpha + 1 - alpha) - 1;
     }
     return true;
 }
@@ -7804,8 +7803,7 @@ static int sc__tiff_orientation(const uint8_t *tiff, size_t size) {
         if (count == 0 || place > size - n) continue;
         uint32_t value = sc__bytes(tiff + place, n < 4 ? (int)n : 4, big);
         uint32_t parts = n < 8 ? 1 : sc__bytes(tiff + place + 4, 4, big);
-        return parts && value % parts == 0 && value / parts >= 1 && value / parts <= 8
-                   ? (int)(value / parts) : 1;
+        return value && parts && value % parts == 0 ? (int)(value / parts) : 1;
     }
     return 0;
 }
@@ -7927,11 +7925,11 @@ static void sc__find_captions(sc__folder *f) {
     }
 }
 
-/* Takes path and caption; white space goes from the caption's ends. NULL: error already set. */
+/* Takes both, without white space at the caption's ends. NULL: error already set. */
 static bool sc__dataset_add(sc_dataset *d, char *path, char *caption) {
     static const char space[] = " \t\n\v\f\r"; /* isspace would ask the locale */
-    bool ok = path && caption;
-    sc_pair *pairs = ok ? (sc_pair *)sc__grow(d->pairs, d->count, sizeof *pairs) : NULL;
+    sc_pair *pairs = NULL;
+    if (path && caption) pairs = (sc_pair *)sc__grow(d->pairs, d->count, sizeof *pairs);
     if (!pairs) return SC_FREE(path), SC_FREE(caption), false;
     size_t start = strspn(caption, space), n = strlen(caption + start);
     while (n && strchr(space, caption[start + n - 1])) n--;
@@ -8019,16 +8017,15 @@ static bool sc__dataset_unused(sc_dataset *d, const sc__folder *f, bool metadata
         return sc_fail("%s: no pictures: put in metadata.jsonl, or name.txt beside name.png or "
                        ".jpg%s%s", f->path, unused ? "; not used:" : "", names);
     if (!unused) return true;
-    size_t room = strlen(f->path) + sizeof names + 128;
-    d->unused = (char *)sc__alloc(room, 1);
-    if (!d->unused) return false;
-    snprintf(d->unused, room, "%s: %lld file%s not used:%s%s (used are %s)", f->path,
+    char line[PATH_MAX + sizeof names + 128];
+    snprintf(line, sizeof line, "%s: %lld file%s not used:%s%s (used are %s)", f->path,
              (long long)unused, unused == 1 ? " is" : "s are", names, unused > NAMES ? " ..." : "",
              metadata ? "those that metadata.jsonl names"
                       : "PNG and JPEG, in the folder itself, with name.txt beside each");
-    return 2 * captioned <= pictures ||
-           sc_fail("%s; most have captions: convert, move or name them so that they are, or take "
-                   "them away", d->unused);
+    d->unused = sc__strdup(line);
+    return d->unused && (2 * captioned <= pictures ||
+                         sc_fail("%s; most have captions: convert, move or rename them, or take "
+                                 "them away", line));
 }
 
 sc_dataset *sc_dataset_open(const char *folder) {
