@@ -3647,12 +3647,12 @@ char *sc_read_file(const char *path, size_t *length) {
     char *data = (char *)sc__alloc((size_t)size + 1, 1);
     FILE *f = data ? fopen(path, "rb") : NULL;
     if (f) *length = fread(data, 1, (size_t)size, f);
-    bool failed = !f || ferror(f);
-    bool pointer = !failed && !strncmp(data, "version https://git-lfs", 23);
-    if (data && failed) sc_fail("%s: %s", path, strerror(errno));
-    if (pointer) sc_fail("%s: %s", path, sc__foreign(data, *length));
+    bool ok = f && !ferror(f);
+    if (data && !ok) sc_fail("%s: %s", path, strerror(errno));
+    if (ok && !strncmp(data, "version https://git-lfs", 23))
+        ok = sc_fail("%s: %s", path, sc__foreign(data, *length));
     if (f) fclose(f);
-    if (!failed && !pointer) return data;
+    if (ok) return data;
     SC_FREE(data);
     return NULL;
 }
@@ -4195,13 +4195,10 @@ static bool sc__map_part(sc_file *f, const char *path, const sc_json *map, const
 static bool sc__map_shards(sc_file *f, const char *path) {
     f->index = sc_json_load(path);
     const sc_json *map = sc_json_get(f->index, "weight_map");
-    const char *slash = strrchr(path, '/');
     if (!f->index) return false;
     if (!sc__json_is(map, SC__OBJECT)) return sc_fail("%s: no weight_map", path);
-    char *folder = sc__strdup(slash ? path : ".");
-    if (!folder) return false;
-    if (slash) folder[slash - path] = 0;
-    bool ok = true;
+    char *folder = sc_model_folder(path);
+    bool ok = folder != NULL;
     for (int32_t i = 0; ok && i < map->count; i++) {
         const char *shard = sc_json_string(&map->u.items[i], "");
         int64_t known = 0;
