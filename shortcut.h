@@ -7862,8 +7862,8 @@ typedef struct sc__folder { const char *path; sc__item *items; int64_t count; } 
 static void sc__classify(sc__item *item) {
     static const char *const endings[] = {
         "", ".txt.", ".png.jpg.jpeg.jpe.jfif.",
-        ".webp.bmp.tif.tiff.gif.heic.heif.avif.jxl.jp2.apng.tga.ppm.pgm.psd.exr.qoi.svg.dng.cr2"
-        ".cr3.nef.arw.raw."};
+        (".webp.bmp.tif.tiff.gif.heic.heif.avif.jxl.jp2.apng.tga.ppm.pgm.psd.exr.qoi.svg.dng.cr2"
+         ".cr3.nef.arw.raw.")};
     const char *name = strrchr(item->path, '/') + 1, *dot = strrchr(name, '.');
     char ending[8] = "";
     size_t n = 0;

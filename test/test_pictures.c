@@ -521,7 +521,7 @@ static void test_dataset(void) {
     CHECK(!sc_dataset_open(folder) && strstr(sc_error(), "no caption for 7 of the pictures, as ") &&
           strstr(sc_error(), "/1.png: write"));
     for (int i = 0; i < 6; i++) remove(temporary(more[i]));
-    write_text("a.TXT", "");
+    write_text("a.Txt", "");
     write_text("c.jpeg", "");
     write_text("c.txt", " ok \xe2\x82\xac \xf0\x9f\x8d\x8e ");
     write_text("README.txt", "no caption");
@@ -553,7 +553,7 @@ static void test_dataset(void) {
     CHECK(!sc_dataset_open(folder) &&
           strstr(sc_error(), "3 files are not used: "
                              "a.JPG b.png c.jpeg (used are those that"));
-    remove(temporary("a.TXT")), remove(temporary("b.txt")), remove(temporary("c.txt"));
+    remove(temporary("a.Txt")), remove(temporary("b.txt")), remove(temporary("c.txt"));
     expect_pairs((const char *[]){"sub/x.png", "y.png", "z.png"},
                  (const char *[]){"caf\xc3\xa9", "", "last"}, 3, ": a.JPG b.png c.jpeg (");
     remove(temporary("a.JPG")), remove(temporary("b.png")), remove(temporary("c.jpeg"));
