@@ -3647,12 +3647,12 @@ char *sc_read_file(const char *path, size_t *length) {
     char *data = (char *)sc__alloc((size_t)size + 1, 1);
     FILE *f = data ? fopen(path, "rb") : NULL;
     if (f) *length = fread(data, 1, (size_t)size, f);
-    bool failed = !f || ferror(f);
-    bool pointer = !failed && !strncmp(data, "version https://git-lfs", 23);
-    if (data && failed) sc_fail("%s: %s", path, strerror(errno));
-    if (pointer) sc_fail("%s: %s", path, sc__foreign(data, *length));
+    bool ok = f && !ferror(f);
+    if (data && !ok) sc_fail("%s: %s", path, strerror(errno));
+    if (ok && !strncmp(data, "version https://git-lfs", 23))
+        ok = sc_fail("%s: %s", path, sc__foreign(data, *length));
     if (f) fclose(f);
-    if (!failed && !pointer) return data;
+    if (ok) return data;
     SC_FREE(data);
     return NULL;
 }
@@ -3710,17 +3710,14 @@ bool sc_write_file(const char *path, const void *data, size_t n) {
 
 /* ---- UTF-8 ---- */
 
+static uint32_t sc__utf8_decode(const char **text); /* >>tokens */
+
 /* Bytes of the character at s, 1 to 4; 0: not UTF-8 (cut off, overlong, a surrogate, too large).
  * The text ends in NUL, which is no continuation byte, so this never looks behind it. */
-static int sc__utf8_size(const char *text) {
-    const unsigned char *s = (const unsigned char *)text;
-    int n = *s < 0x80 ? 1 : *s < 0xc2 ? 0 : *s < 0xe0 ? 2 : *s < 0xf0 ? 3 : *s < 0xf5 ? 4 : 0;
-    for (int i = 1; i < n; i++)
-        if ((s[i] & 0xc0) != 0x80) return 0;
-    int two = n > 2 ? s[0] << 8 | s[1] : 0;
-    if (n == 3 && (two < 0xe0a0 || (two >= 0xeda0 && two < 0xee00))) return 0;
-    if (n == 4 && (two < 0xf090 || two >= 0xf490)) return 0;
-    return n;
+static int sc__utf8_size(const char *s) {
+    const char *end = s;
+    bool lost = sc__utf8_decode(&end) == 0xfffd && strncmp(s, "\xef\xbf\xbd", 3);
+    return lost ? 0 : (int)(end - s);
 }
 
 static int sc__utf8_encode(uint32_t c, char *out) {
@@ -4198,13 +4195,10 @@ static bool sc__map_part(sc_file *f, const char *path, const sc_json *map, const
 static bool sc__map_shards(sc_file *f, const char *path) {
     f->index = sc_json_load(path);
     const sc_json *map = sc_json_get(f->index, "weight_map");
-    const char *slash = strrchr(path, '/');
     if (!f->index) return false;
     if (!sc__json_is(map, SC__OBJECT)) return sc_fail("%s: no weight_map", path);
-    char *folder = sc__strdup(slash ? path : ".");
-    if (!folder) return false;
-    if (slash) folder[slash - path] = 0;
-    bool ok = true;
+    char *folder = sc_model_folder(path);
+    bool ok = folder != NULL;
     for (int32_t i = 0; ok && i < map->count; i++) {
         const char *shard = sc_json_string(&map->u.items[i], "");
         int64_t known = 0;
@@ -7681,7 +7675,6 @@ bool sc_picture_from_pixels(sc_picture *p, const void *pixels, int width, int he
                         channels, bits);
     if (!sc__picture_new(p, swap ? height : width, swap ? width : height)) return false;
     int64_t area = (int64_t)width * height;
-    int colours = channels < 3 ? 1 : 3;
     const uint8_t *bytes = (const uint8_t *)pixels;
     const uint16_t *words = (const uint16_t *)pixels;
     for (int64_t i = 0; i < area; i++) {
@@ -7695,7 +7688,7 @@ bool sc_picture_from_pixels(sc_picture *p, const void *pixels, int width, int he
         }
         float alpha = channels % 2 == 0 ? value[channels - 1] : 1;
         for (int c = 0; c < 3; c++)
-            p->rgb[c * area + i] = 2 * (value[colours == 3 ? c : 0] * alpha + 1 - alpha) - 1;
+            p->rgb[c * area + i] = 2 * (value[channels > 2 ? c : 0] * alpha + 1 - alpha) - 1;
     }
     return true;
 }
@@ -7807,57 +7800,47 @@ static int sc__tiff_orientation(const uint8_t *tiff, size_t size) {
         if (count == 0 || place > size - n) continue;
         uint32_t value = sc__bytes(tiff + place, n < 4 ? (int)n : 4, big);
         uint32_t parts = n < 8 ? 1 : sc__bytes(tiff + place + 4, 4, big);
-        return parts && value % parts == 0 && value / parts >= 1 && value / parts <= 8
-                   ? (int)(value / parts) : 1;
+        return value && parts && value % parts == 0 ? (int)(value / parts) : 1;
     }
     return 0;
 }
 
 int sc_orientation(const uint8_t *exif, size_t size, const char *xmp) {
-    int orientation = exif ? sc__tiff_orientation(exif, size) : 0;
-    while (!orientation && xmp && (xmp = strstr(xmp, "tiff:Orientation"))) {
-        xmp += 16;
-        const char *value = *xmp == '>' ? xmp + 1 : !strncmp(xmp, "=\"", 2) ? xmp + 2 : "";
-        if (*value && strchr("0123456789", *value))
-            orientation = *value >= '1' && *value <= '8' ? *value - '0' : 1;
-    }
-    return orientation ? orientation : 1;
+    int value = exif ? sc__tiff_orientation(exif, size) : 0;
+    for (; !value && xmp && (xmp = strstr(xmp, "tiff:Orientation")); xmp++)
+        sscanf(xmp, "tiff:Orientation%*[=\">]%1d", &value);
+    return value >= 1 && value <= 8 ? value : 1;
 }
 
 /* ---- Text files ---- */
 
-/* The character at s[n], n > 0, as UTF-8; returns how many bytes of s it takes; 0: it is none. */
-static int sc__utf16_char(const uint8_t *s, size_t n, bool big, char *out, int *size) {
-    uint32_t c = n < 2 ? 0 : sc__bytes(s, 2, big), low = n < 4 ? 0 : sc__bytes(s + 2, 2, big);
-    bool pair = c >> 10 == 0xd800 >> 10;
-    if (pair ? low >> 10 != 0xdc00 >> 10 : c >> 10 == 0xdc00 >> 10) return 0;
-    *size = sc__utf8_encode(pair ? 0x10000 + ((c & 0x3ff) << 10 | (low & 0x3ff)) : c, out);
-    return n < 2 ? 0 : pair ? 4 : 2;
+/* UTF-16 with its mark as UTF-8, other text as it is; what is no character becomes no UTF-8. */
+static char *sc__to_utf8(char *file, size_t *n) {
+    const uint8_t *s = (const uint8_t *)file;
+    bool big = file && !strncmp(file, "\xfe\xff", 2);
+    if (!file || (!big && strncmp(file, "\xff\xfe", 2))) return file;
+    char *text = (char *)sc__alloc(*n / 2 * 3 + 4, 1), *to = text;
+    for (size_t at = 0; text && at < *n; at += 2) {
+        uint32_t c = *n - at < 2 ? 0 : sc__bytes(s + at, 2, big);
+        uint32_t low = *n - at < 4 ? 0 : sc__bytes(s + at + 2, 2, big);
+        bool pair = c >> 10 == 0xd800 >> 10 && low >> 10 == 0xdc00 >> 10;
+        if (pair) c = 0x10000 + ((c & 0x3ff) << 10 | (low & 0x3ff)), at += 2;
+        to += sc__utf8_encode(c ? c : 0xd800, to);
+    }
+    *n = (size_t)(to - text);
+    SC_FREE(file);
+    return text;
 }
 
 char *sc_text_load(const char *path) {
-    size_t n = 0, at = 0;
-    int64_t line = 1;
-    char *file = sc_read_file(path, &n);
-    const uint8_t *s = (const uint8_t *)file;
-    uint32_t mark = n > 1 ? sc__bytes(s, 2, true) : 0;
-    bool big = mark == 0xfeff, wide = big || mark == 0xfffe;
-    char *text = file ? (char *)sc__alloc(n / 2 * 3 + 4, 1) : NULL, *to = text;
-    bool ok = text != NULL;
-    if (ok) at = wide ? 2 : n > 2 && !memcmp(file, "\xef\xbb\xbf", 3) ? 3 : 0;
-    for (int took, size; ok && at < n; at += (size_t)took, to += size) {
-        took = size = sc__utf8_size(file + at);
-        if (wide) took = sc__utf16_char(s + at, n - at, big, to, &size);
-        else memcpy(to, file + at, (size_t)size);
-        if (took == 0 || *to == 0)
-            ok = sc_fail("%s:%lld: byte %zu (0x%02x) is no %s text: save the file as UTF-8, or as "
-                          "UTF-16 with a byte order mark", path, (long long)line, at,
-                          sc__bytes(s + at, wide && n - at > 1 ? 2 : 1, big),
-                          wide ? "UTF-16" : "UTF-8");
-        line += *to == '\n';
-    }
-    SC_FREE(file);
-    if (ok) return text;
+    size_t n = 0, line = 1;
+    char *text = sc__to_utf8(sc_read_file(path, &n), &n), *at = text;
+    if (!text) return NULL;
+    if (!strncmp(text, "\xef\xbb\xbf", 3)) memmove(text, text + 3, (n -= 3) + 1);
+    for (int size; *at && (size = sc__utf8_size(at)); at += size) line += *at == '\n';
+    if (at == text + n) return text;
+    sc_fail("%s:%zu: byte %zu (0x%02x) is no UTF-8 text: save the file as UTF-8, or as UTF-16 with "
+            "a byte order mark", path, line, (size_t)(at - text), *at & 0xffu);
     SC_FREE(text);
     return NULL;
 }
@@ -7866,107 +7849,96 @@ char *sc_text_load(const char *path) {
 
 typedef enum { SC__NO_DATA, SC__CAPTION_FILE, SC__PICTURE_FILE, SC__OTHER_FILE } sc__kind;
 
-/* A file below the folder: its path from there; part of a pair. */
-typedef struct sc__item { char *name; sc__kind kind; bool used; } sc__item;
+/* What is below a folder; a picture and its caption differ in the ending. */
+typedef struct sc__item {
+    char *path;
+    size_t stem;                /* length of the path without the ending */
+    sc__kind kind;
+    const struct sc__item *other; /* of a picture, its caption; of a caption, a picture */
+} sc__item;
 
-typedef struct sc__folder {
-    const char *path;
-    sc__item *items;            /* by name */
-    int64_t count;
-} sc__folder;
+typedef struct sc__folder { const char *path; sc__item *items; int64_t count; } sc__folder;
 
-/* How many files, and the first names. */
-typedef struct sc__names { int64_t count; sc__text list; } sc__names;
-
-static void sc__names_add(sc__names *names, const char *name) {
-    if (++names->count == 6) name = "...";
-    if (names->count > 6) return;
-    sc__text_add(&names->list, " ", 1);
-    sc__text_add(&names->list, name, strlen(name) + 1);
-    names->list.length -= !names->list.failed; /* the next one goes over its NUL */
+static void sc__classify(sc__item *item) {
+    static const char *const endings[] = {
+        "", ".txt.", ".png.jpg.jpeg.jpe.jfif.",
+        (".webp.bmp.tif.tiff.gif.heic.heif.avif.jxl.jp2.apng.tga.ppm.pgm.psd.exr.qoi.svg.dng.cr2"
+         ".cr3.nef.arw.raw.")};
+    const char *name = strrchr(item->path, '/') + 1, *dot = strrchr(name, '.');
+    char ending[8] = "";
+    size_t n = 0;
+    for (; dot && n < 6 && dot[n]; n++) ending[n] = (char)tolower((unsigned char)dot[n]);
+    ending[n] = '.';
+    for (int kind = 1; dot && kind < 4; kind++)
+        if (strstr(endings[kind], ending)) item->kind = (sc__kind)kind;
+    if (item->kind == SC__CAPTION_FILE && !strncasecmp(name, "readme", 6)) item->kind = SC__NO_DATA;
+    if (sc__is_folder(item->path)) item->kind = SC__OTHER_FILE;
+    item->stem = dot ? (size_t)(dot - item->path) : strlen(item->path);
 }
 
-/* Where the ending of a name begins: its last dot; its end if it has none. */
-static size_t sc__ending_at(const char *name) {
-    const char *slash = strrchr(name, '/'), *dot = strrchr(slash ? slash : name, '.');
-    return dot ? (size_t)(dot - name) : strlen(name);
-}
-
-static sc__kind sc__kind_of(const char *name) {
-    static const char endings[] = /* a caption's, a picture's, and of pictures that are not read */
-        ".txt.png.jpg.jpeg.jpe.jfif.webp.bmp.tif.tiff.gif.heic.heif.avif.jxl.jp2.apng.tga.ppm.pgm"
-        ".psd.exr.qoi.svg.dng.cr2.cr3.nef.arw.raw.";
-    const char *ending = name + sc__ending_at(name), *e = endings;
-    size_t n = strlen(ending);
-    while (n && e[1] && (strncasecmp(e, ending, n) || e[n] != '.')) e += 1 + strcspn(e + 1, ".");
-    if (n < 2 || !e[1]) return SC__NO_DATA;
-    if (e == endings) return strncasecmp(name, "readme", 6) ? SC__CAPTION_FILE : SC__NO_DATA;
-    return e < strstr(endings, ".webp") ? SC__PICTURE_FILE : SC__OTHER_FILE;
-}
-
-static int sc__by_item_name(const void *a, const void *b) {
-    return strcmp(((const sc__item *)a)->name, ((const sc__item *)b)->name);
-}
-
-/* The item called name[length] and `ending`; NULL: there is none. */
-static sc__item *sc__item_of(sc__folder *f, const char *name, size_t length, const char *ending) {
-    sc__item key = {.name = (char *)sc__alloc(length + 8, 1)}, *found = NULL;
-    if (key.name) {
-        memcpy(key.name, name, length);
-        memcpy(key.name + length, ending, strlen(ending));
-        if (f->count) found = (sc__item *)bsearch(&key, f->items, (size_t)f->count, sizeof key,
-                                                   sc__by_item_name);
-    }
-    SC_FREE(key.name);
-    return found;
-}
-
-static sc__item *sc__caption_of(sc__folder *f, const char *name) {
-    sc__item *caption = sc__item_of(f, name, sc__ending_at(name), ".txt");
-    return caption ? caption : sc__item_of(f, name, sc__ending_at(name), ".TXT");
-}
-
-/* Lists what is below `path` but hidden names. Folders that cannot be read, and links to folders,
- * as they may lead in circles, are listed themselves: they may hold pictures. */
-static bool sc__list(sc__folder *f, const char *path) {
-    struct stat s;
-    bool top = path == f->path, ok = true;
-    DIR *folder = top || (!lstat(path, &s) && S_ISDIR(s.st_mode)) ? opendir(path) : NULL;
-    for (struct dirent *e; ok && folder && (e = readdir(folder));) {
-        char *child = sc__join(path, e->d_name);
-        ok = child && (*e->d_name == '.' || sc__list(f, child));
-        SC_FREE(child);
-    }
-    if (folder) return closedir(folder), ok;
-    if (top) return sc_fail("%s: %s", path, strerror(errno));
-    const char *name = path + strlen(f->path) + 1;
-    bool closed = sc__is_folder(path);
-    sc__item new_one = {.kind = closed ? SC__OTHER_FILE : sc__kind_of(name)};
-    if (new_one.kind == SC__NO_DATA) return true;
-    sc__item *items = (sc__item *)sc__grow(f->items, f->count, sizeof *items);
-    if (!items) return false;
+static bool sc__list_add(sc__folder *f, char *path) {
+    sc__item *items = path ? (sc__item *)sc__grow(f->items, f->count, sizeof *items) : NULL;
+    if (!items) return SC_FREE(path), false;
     f->items = items;
-    new_one.name = closed ? sc__join(name, "") : sc__strdup(name);
-    if (new_one.name) items[f->count++] = new_one;
-    return new_one.name != NULL;
+    items[f->count++] = (sc__item){.path = path};
+    return true;
 }
 
-/* Adds a copy of the caption without white space at its ends; NULL: an error is already set. */
-static bool sc__dataset_add(sc_dataset *d, const char *folder, const char *name,
-                            const char *caption) {
+/* Lists the folder, and all below it but hidden names. Folders that cannot be read, and links to
+ * folders, as they may lead in circles, are files of another kind: they may hold pictures. */
+static bool sc__list(sc__folder *f) {
+    bool ok = sc__list_add(f, sc__strdup(f->path));
+    for (int64_t i = 0; ok && i < f->count; i++) {
+        struct stat s;
+        char *path = f->items[i].path;
+        DIR *folder = i == 0 || (!lstat(path, &s) && S_ISDIR(s.st_mode)) ? opendir(path) : NULL;
+        if (i == 0 && !folder) return sc_fail("%s: %s", path, strerror(errno));
+        if (!folder) sc__classify(&f->items[i]);
+        for (struct dirent *e; ok && folder && (e = readdir(folder));)
+            ok = *e->d_name == '.' || sc__list_add(f, sc__join(path, e->d_name));
+        if (folder) closedir(folder);
+    }
+    return ok;
+}
+
+/* Those of one stem side by side, its captions first. */
+static int sc__by_stem(const void *a, const void *b) {
+    const sc__item *x = (const sc__item *)a, *y = (const sc__item *)b;
+    int order = strncmp(x->path, y->path, x->stem < y->stem ? x->stem : y->stem);
+    if (!order) order = (x->stem > y->stem) - (x->stem < y->stem);
+    if (!order) order = (int)x->kind - (int)y->kind;
+    return order ? order : strcmp(x->path, y->path);
+}
+
+static void sc__find_captions(sc__folder *f) {
+    sc__item *caption = NULL;
+    qsort(f->items, (size_t)f->count, sizeof *f->items, sc__by_stem);
+    for (sc__item *e = f->items; e < f->items + f->count; e++) {
+        if (e->kind == SC__CAPTION_FILE) caption = e;
+        if (e->kind <= SC__CAPTION_FILE || !caption || caption->stem != e->stem ||
+            memcmp(caption->path, e->path, e->stem)) continue;
+        e->other = caption;
+        caption->other = e;
+    }
+}
+
+/* Takes both, without white space at the caption's ends. NULL: error already set. */
+static bool sc__dataset_add(sc_dataset *d, char *path, char *caption) {
     static const char space[] = " \t\n\v\f\r"; /* isspace would ask the locale */
-    sc_pair *pairs = caption ? (sc_pair *)sc__grow(d->pairs, d->count, sizeof *pairs) : NULL;
-    if (!pairs) return false;
+    sc_pair *pairs = NULL;
+    if (path && caption) pairs = (sc_pair *)sc__grow(d->pairs, d->count, sizeof *pairs);
+    if (!pairs) return SC_FREE(path), SC_FREE(caption), false;
+    size_t start = strspn(caption, space), n = strlen(caption + start);
+    while (n && strchr(space, caption[start + n - 1])) n--;
+    memmove(caption, caption + start, n);
+    caption[n] = 0;
     d->pairs = pairs;
-    caption += strspn(caption, space);
-    sc_pair *pair = &pairs[d->count++];
-    *pair = (sc_pair){sc__join(folder, name), sc__strdup(caption)};
-    for (size_t n = strlen(caption); pair->caption && n && strchr(space, caption[n - 1]); n--)
-        pair->caption[n - 1] = 0;
-    return pair->path && pair->caption;
+    pairs[d->count++] = (sc_pair){path, caption};
+    return true;
 }
 
-static bool sc__dataset_line(sc_dataset *d, sc__folder *f, const char *where, const char *line) {
+static bool sc__dataset_line(sc_dataset *d, const char *folder, const char *where,
+                             const char *line) {
     static const char *const keys[] = {"prompt", "text", "caption"}, lost[] = "\xef\xbf\xbd";
     sc_json *json = sc_json_parse(line, strlen(line), where);
     if (!json) return false;
@@ -7974,104 +7946,95 @@ static bool sc__dataset_line(sc_dataset *d, sc__folder *f, const char *where, co
     for (int i = 0; i < 3 && !caption; i++)
         caption = sc_json_string(sc_json_get(json, keys[i]), NULL);
     while (name && !strncmp(name, "./", 2)) name += 2;
-    bool ok = true;
-    if (!name || !*name) ok = sc_fail("%s: no 'file_name'", where);
-    else if (!caption) ok = sc_fail("%s: no 'prompt', 'text' or 'caption' for %s", where, name);
+    bool ok = false;
+    if (!name || !*name) sc_fail("%s: no 'file_name'", where);
+    else if (!caption) sc_fail("%s: no 'prompt', 'text' or 'caption' for %s", where, name);
     else if (*name == '/' || !strncmp(name, "../", 3) || strstr(name, "/../"))
-        ok = sc_fail("%s: file_name '%s' is outside the folder", where, name);
+        sc_fail("%s: file_name '%s' is outside the folder", where, name);
     else if (strstr(caption, lost) && !strstr(line, lost))
-        ok = sc_fail("%s: a \\u in the caption of %s is no character", where, name);
-    sc__item *item = ok ? sc__item_of(f, name, strlen(name), "") : NULL;
-    if (item) item->used = true;
-    ok = ok && sc__dataset_add(d, f->path, name, caption);
+        sc_fail("%s: a \\u in the caption of %s is no character", where, name);
+    else ok = sc__dataset_add(d, sc__join(folder, name), sc__strdup(caption));
     sc_json_free(json);
     return ok;
 }
 
-static bool sc__dataset_metadata(sc_dataset *d, sc__folder *f, const char *path) {
-    size_t room = strlen(path) + 32;
-    char *text = sc_text_load(path), *next = text, *where = (char *)sc__alloc(room, 1);
-    bool ok = text && where;
+static bool sc__dataset_metadata(sc_dataset *d, const char *folder, const char *path) {
+    char *text = sc_text_load(path), *next = text, where[PATH_MAX + 32];
+    bool ok = text != NULL;
     for (int64_t number = 1; ok && *next; number++) {
         char *line = next;
         next += strcspn(line, "\n");
         if (*next) *next++ = 0;
-        snprintf(where, room, "%s:%lld", path, (long long)number);
-        if (line[strspn(line, " \t\r")]) ok = sc__dataset_line(d, f, where, line);
+        snprintf(where, sizeof where, "%s:%lld", path, (long long)number);
+        if (line[strspn(line, " \t\r")]) ok = sc__dataset_line(d, folder, where, line);
     }
-    SC_FREE(where);
     SC_FREE(text);
     return ok;
 }
 
-/* Without metadata.jsonl: pairs of the pictures in the folder itself and name.txt. */
-static bool sc__dataset_captions(sc_dataset *d, sc__folder *f) {
-    sc__names lacking = {0};
+/* Without metadata.jsonl: the pictures in the folder itself. */
+static bool sc__dataset_captions(sc_dataset *d, const sc__folder *f) {
+    const char *first = NULL;
+    int64_t lacking = 0;
     bool ok = true;
     for (sc__item *e = f->items; ok && e < f->items + f->count; e++) {
-        if (e->kind != SC__PICTURE_FILE || strchr(e->name, '/')) continue;
-        sc__item *caption = sc__caption_of(f, e->name);
-        if (!caption) { sc__names_add(&lacking, e->name); continue; }
-        char *path = sc__join(f->path, caption->name), *text = path ? sc_text_load(path) : NULL;
-        ok = e->used = caption->used = sc__dataset_add(d, f->path, e->name, text);
-        SC_FREE(text);
-        SC_FREE(path);
+        if (e->kind != SC__PICTURE_FILE || strchr(e->path + strlen(f->path) + 1, '/')) continue;
+        if (e->other) ok = sc__dataset_add(d, sc__strdup(e->path), sc_text_load(e->other->path));
+        else if (!lacking++) first = e->path;
     }
-    if (ok && lacking.count)
-        ok = sc_fail("%s: no caption for %lld of the pictures:%s: write one into name.txt beside "
-                      "each (it may be empty)", f->path, (long long)lacking.count,
-                      lacking.list.data);
-    SC_FREE(lacking.list.data);
-    return ok;
+    return ok && (!lacking || sc_fail("%s: no caption for %lld of the pictures, as %s: write one "
+                                      "into name.txt beside each (it may be empty)", f->path,
+                                      (long long)lacking, first));
+}
+
+/* Of the same path by caption; a path that is looked for has none. */
+static int sc__by_picture(const void *a, const void *b) {
+    const sc_pair *p = (const sc_pair *)a, *q = (const sc_pair *)b;
+    int order = strcmp(p->path, q->path);
+    return order || !p->caption ? order : strcmp(p->caption, q->caption);
 }
 
 /* Says what is left out in d->unused; false where it may not be. */
-static bool sc__dataset_unused(sc_dataset *d, sc__folder *f, bool metadata) {
-    int64_t pictures = 0, captioned = 0;
-    sc__names unused = {0};
-    for (int64_t i = 0; i < 2 * f->count; i++) { /* pictures, and their captions; other captions */
-        sc__item *e = &f->items[i % f->count], *caption = NULL;
-        if (e->used || (e->kind == SC__CAPTION_FILE) != (i >= f->count)) continue;
-        if (e->kind == SC__CAPTION_FILE && metadata) continue;
-        sc__names_add(&unused, e->name);
-        if (e->kind == SC__CAPTION_FILE) continue;
-        pictures++;
-        if ((caption = sc__caption_of(f, e->name))) captioned++, caption->used = true;
+static bool sc__dataset_unused(sc_dataset *d, const sc__folder *f, bool metadata) {
+    enum { NAMES = 5, LONGEST = 999 };
+    char names[NAMES * (LONGEST + 1) + 5] = "", *end = names;
+    int64_t unused = 0, pictures = 0, captioned = 0;
+    for (sc__item *e = f->items; e < f->items + f->count; e++) {
+        sc_pair key = {.path = e->path};
+        bool picture = e->kind > SC__CAPTION_FILE;
+        if (e->kind == SC__NO_DATA || (!picture && (metadata || e->other)) ||
+            (d->count && bsearch(&key, d->pairs, (size_t)d->count, sizeof key, sc__by_picture)))
+            continue;
+        pictures += picture;
+        captioned += picture && e->other;
+        if (++unused <= NAMES)
+            end += sprintf(end, " %.*s", LONGEST, e->path + strlen(f->path) + 1);
     }
-    size_t room = strlen(f->path) + unused.list.length + 256;
-    d->unused = unused.count ? (char *)sc__alloc(room, 1) : NULL;
-    bool ok = !unused.list.failed && (d->unused || !unused.count);
-    if (ok && d->unused)
-        snprintf(d->unused, room, "%s: %lld file%s not used:%s (used are %s)", f->path,
-                 (long long)unused.count, unused.count == 1 ? " is" : "s are", unused.list.data,
-                 metadata ? "those that metadata.jsonl names"
-                          : "PNG and JPEG, in the folder itself, with name.txt beside each");
-    SC_FREE(unused.list.data);
-    if (!ok) return sc_fail("%s: out of memory", f->path);
     if (d->count == 0)
         return sc_fail("%s: no pictures: put in metadata.jsonl, or name.txt beside name.png or "
-                        ".jpg", d->unused ? d->unused : f->path);
-    return 2 * captioned <= pictures ||
-           sc_fail("%s; most have captions: convert, move or name them so that they are, or take "
-                    "them away", d->unused);
-}
-
-static int sc__compare_pairs(const void *a, const void *b) {
-    const sc_pair *p = (const sc_pair *)a, *q = (const sc_pair *)b;
-    int order = strcmp(p->path, q->path);
-    return order ? order : strcmp(p->caption, q->caption);
+                       ".jpg%s%s", f->path, unused ? "; not used:" : "", names);
+    if (!unused) return true;
+    char line[PATH_MAX + sizeof names + 128];
+    snprintf(line, sizeof line, "%s: %lld file%s not used:%s%s (used are %s)", f->path,
+             (long long)unused, unused == 1 ? " is" : "s are", names, unused > NAMES ? " ..." : "",
+             metadata ? "those that metadata.jsonl names"
+                      : "PNG and JPEG, in the folder itself, with name.txt beside each");
+    d->unused = sc__strdup(line);
+    return d->unused && (2 * captioned <= pictures ||
+                         sc_fail("%s; most have captions: convert, move or rename them, or take "
+                                 "them away", line));
 }
 
 sc_dataset *sc_dataset_open(const char *folder) {
     sc_dataset *d = (sc_dataset *)sc__alloc(1, sizeof *d);
     sc__folder f = {.path = folder};
     char *path = sc__join(folder, "metadata.jsonl");
-    bool ok = d && path && sc__list(&f, folder), metadata = ok && sc__exists(path);
-    if (ok && f.count) qsort(f.items, (size_t)f.count, sizeof *f.items, sc__by_item_name);
-    if (ok) ok = metadata ? sc__dataset_metadata(d, &f, path) : sc__dataset_captions(d, &f);
+    bool ok = d && path && sc__list(&f), metadata = ok && sc__exists(path);
+    if (ok) sc__find_captions(&f);
+    if (ok) ok = metadata ? sc__dataset_metadata(d, folder, path) : sc__dataset_captions(d, &f);
+    if (ok && d->count) qsort(d->pairs, (size_t)d->count, sizeof *d->pairs, sc__by_picture);
     ok = ok && sc__dataset_unused(d, &f, metadata);
-    if (ok) qsort(d->pairs, (size_t)d->count, sizeof *d->pairs, sc__compare_pairs);
-    for (int64_t i = 0; i < f.count; i++) SC_FREE(f.items[i].name);
+    for (int64_t i = 0; i < f.count; i++) SC_FREE(f.items[i].path);
     SC_FREE(f.items);
     SC_FREE(path);
     if (ok) return d;

@@ -43,17 +43,17 @@ static unsigned char *stbi__resample_row_h_2(unsigned char *out, unsigned char *
 #define STBI_WRITE_NO_STDIO
 #include <stb/stb_image_write.h>
 
-#define SC__MAX_PIXELS 64000000
-#define SC__CONVERT ": convert it, as by: magick FILE NEW.png"
+#define MAX_PIXELS 64000000
+#define CONVERT_IT ": convert it, as by: magick FILE NEW.png"
 
 /* The CRC of PNG chunks is the one that stb writes. */
-#define sc__crc(bytes, n) stbiw__crc32((unsigned char *)(bytes), (int)(n))
+#define png_crc(bytes, n) stbiw__crc32((unsigned char *)(bytes), (int)(n))
 
 /* Steps through a PNG's chunks, or a JPEG's segments up to its end marker: the payload of the next
  * one named `tag` (PNG: "eXIf"; JPEG: the byte of the marker; NULL: any) from *at on; NULL: no
  * more, and *at is where that showed. Its name stands 4 bytes before it, of a JPEG 3. */
-static const uint8_t *sc__chunk(const uint8_t *bytes, size_t size, size_t *at, const char *tag,
-                                size_t *length) {
+static const uint8_t *picture_chunk(const uint8_t *bytes, size_t size, size_t *at, const char *tag,
+                                    size_t *length) {
     bool png = size > 8 && !memcmp(bytes, "\x89PNG\r\n\x1a\n", 8);
     size_t head = png ? 8 : 4, tail = png ? 4 : 0;
     if (!png && (size < 4 || bytes[0] != 0xff || bytes[1] != 0xd8)) return NULL;
@@ -74,33 +74,33 @@ static const uint8_t *sc__chunk(const uint8_t *bytes, size_t size, size_t *at, c
 }
 
 /* What a file says beside its pixels. */
-typedef struct sc__about {
+typedef struct about {
     bool pixels;               /* they have begun */
     sc__text exif, raw, xmp;   /* raw: EXIF as hexadecimal text */
     bool jfif, named;          /* JPEG: its components are named R, G and B */
     int components, transform; /* transform: Adobe's; -1: not said */
     size_t at, missing_size;
     const char *missing; /* at `at`: what stb must see there, and other readers do without */
-} sc__about;
+} about;
 
-static bool sc__starts(const uint8_t *p, size_t n, const char *with, size_t length) {
+static bool starts(const uint8_t *p, size_t n, const char *with, size_t length) {
     return n >= length && !memcmp(p, with, length);
 }
 
 /* The last one counts. */
-static void sc__keep(sc__text *text, const uint8_t *p, size_t n) {
+static void keep_last(sc__text *text, const uint8_t *p, size_t n) {
     text->length = 0;
     sc__text_add(text, (const char *)p, n);
 }
 
 /* The text of a PNG's tEXt, zTXt or iTXt chunk if it has this keyword; the last two may be packed.
  * False: it cannot be unpacked. */
-static bool sc__png_keyword(const uint8_t *type, size_t n, const char *keyword, sc__text *text) {
+static bool png_keyword(const uint8_t *type, size_t n, const char *keyword, sc__text *text) {
     enum { LIMIT = 1 << 20 };
     const uint8_t *p = type + 4, *end = p + n;
     bool international = !memcmp(type, "iTXt", 4), packed = !memcmp(type, "zTXt", 4);
     if ((!international && !packed && memcmp(type, "tEXt", 4)) ||
-        !sc__starts(p, n, keyword, strlen(keyword) + 1))
+        !starts(p, n, keyword, strlen(keyword) + 1))
         return true;
     p += strlen(keyword) + 1;
     if (international) packed = p < end && *p;
@@ -108,27 +108,27 @@ static bool sc__png_keyword(const uint8_t *type, size_t n, const char *keyword, 
     for (int i = 0; international && p && i < 2; i++) /* language, translated keyword */
         p = p < end ? (const uint8_t *)memchr(p, 0, (size_t)(end - p)) : NULL, p = p ? p + 1 : p;
     if (!p || p > end) return true;
-    if (!packed) return sc__keep(text, p, (size_t)(end - p)), true;
+    if (!packed) return keep_last(text, p, (size_t)(end - p)), true;
     char *plain = (char *)sc__alloc(LIMIT, 1);
     int size = plain ? stbi_zlib_decode_buffer(plain, LIMIT, (const char *)p, (int)(end - p)) : -1;
-    if (size >= 0) sc__keep(text, (uint8_t *)plain, (size_t)size);
+    if (size >= 0) keep_last(text, (uint8_t *)plain, (size_t)size);
     SC_FREE(plain);
     return size >= 0;
 }
 
 /* A PNG's chunks: what is wrong or not supported; NULL: nothing. */
-static const char *sc__png_about(sc__about *a, const uint8_t *bytes, size_t size) {
+static const char *png_about(about *a, const uint8_t *bytes, size_t size) {
     const uint8_t *p;
     size_t n = 0;
-    while ((p = sc__chunk(bytes, size, &a->at, NULL, &n))) {
-        if (sc__crc(p - 4, n + 4) != sc__bytes(p + n, 4, true))
+    while ((p = picture_chunk(bytes, size, &a->at, NULL, &n))) {
+        if (png_crc(p - 4, n + 4) != sc__bytes(p + n, 4, true))
             return "damaged PNG (wrong checksum)";
         if (!memcmp(p - 4, "IEND", 4)) return NULL;
         if (!memcmp(p - 4, "IDAT", 4)) a->pixels = true;
-        if (!memcmp(p - 4, "CgBI", 4)) return "a PNG for iPhones alone (CgBI)" SC__CONVERT;
-        if (!memcmp(p - 4, "eXIf", 4)) sc__keep(&a->exif, p, n);
-        if (!sc__png_keyword(p - 4, n, "Raw profile type exif", &a->raw) ||
-            !sc__png_keyword(p - 4, n, "XML:com.adobe.xmp", &a->xmp))
+        if (!memcmp(p - 4, "CgBI", 4)) return "a PNG for iPhones alone (CgBI)" CONVERT_IT;
+        if (!memcmp(p - 4, "eXIf", 4)) keep_last(&a->exif, p, n);
+        if (!png_keyword(p - 4, n, "Raw profile type exif", &a->raw) ||
+            !png_keyword(p - 4, n, "XML:com.adobe.xmp", &a->xmp))
             return "damaged PNG (compressed text)";
     }
     a->missing = "\0\0\0\0IEND\xae\x42\x60\x82";
@@ -137,7 +137,7 @@ static const char *sc__png_about(sc__about *a, const uint8_t *bytes, size_t size
 }
 
 /* A segment of a JPEG. Old versions of stb trust Huffman tables to have at most 256 codes. */
-static const char *sc__jpeg_segment(sc__about *a, int marker, const uint8_t *p, size_t n) {
+static const char *jpeg_segment(about *a, int marker, const uint8_t *p, size_t n) {
     static const char xmp[] = "http://ns.adobe.com/xap/1.0/"; /* and its NUL */
     for (size_t at = 0, codes; marker == 0xc4 && at < n; at += 17 + codes) {
         codes = 0;
@@ -145,34 +145,31 @@ static const char *sc__jpeg_segment(sc__about *a, int marker, const uint8_t *p, 
         if (codes > 256 || at + 17 + codes > n) return "damaged JPEG (Huffman table)";
     }
     if (a->pixels) return NULL;
-    if (marker == 0xe0) a->jfif = a->jfif || sc__starts(p, n, "JFIF", 5);
-    if (marker == 0xee && n >= 12 && sc__starts(p, n, "Adobe", 5)) a->transform = p[11];
-    if (marker == 0xe1 && sc__starts(p, n, "Exif\0", 6))
+    if (marker == 0xe0) a->jfif = a->jfif || starts(p, n, "JFIF", 5);
+    if (marker == 0xee && n >= 12 && starts(p, n, "Adobe", 5)) a->transform = p[11];
+    if (marker == 0xe1 && starts(p, n, "Exif\0", 6))
         sc__text_add(&a->exif, (const char *)p + 6, n - 6); /* several are one */
-    if (marker == 0xe1 && sc__starts(p, n, xmp, sizeof xmp))
-        sc__keep(&a->xmp, p + sizeof xmp, n - sizeof xmp);
-    if (marker < 0xc0 || marker > 0xcf || marker == 0xc4 || marker == 0xc8 || marker == 0xcc)
-        return NULL;
-    if (marker > 0xc2) return "a lossless or arithmetic-coded JPEG" SC__CONVERT;
-    if (n < 6 || p[0] != 8) return "a JPEG of other than 8 bits" SC__CONVERT;
+    if (marker == 0xe1 && starts(p, n, xmp, sizeof xmp))
+        keep_last(&a->xmp, p + sizeof xmp, n - sizeof xmp);
+    if (marker < 0xc0 || marker > 0xc2 || n < 6) return NULL; /* other frames stb refuses */
     a->components = p[5];
     a->named = n >= 15 && p[6] == 'R' && p[9] == 'G' && p[12] == 'B';
     return NULL;
 }
 
 /* A JPEG's segments, in the same way. */
-static const char *sc__jpeg_about(sc__about *a, const uint8_t *bytes, size_t size) {
+static const char *jpeg_about(about *a, const uint8_t *bytes, size_t size) {
     const char *fault = NULL;
     const uint8_t *p;
     size_t n = 0, at = 0;
-    while (!fault && (p = sc__chunk(bytes, size, &at, NULL, &n))) {
+    while (!fault && (p = picture_chunk(bytes, size, &at, NULL, &n))) {
         if (p[-3] == 0xda && !a->pixels) a->pixels = true, a->at = (size_t)(p - 4 - bytes);
-        fault = sc__jpeg_segment(a, p[-3], p, n);
+        fault = jpeg_segment(a, p[-3], p, n);
     }
     if (fault) return fault;
     if (size - at < 2 || bytes[at] != 0xff || bytes[at + 1] != 0xd9) return "truncated JPEG";
     if (a->components == 3 && a->named && (a->jfif || a->transform > 0))
-        return "a JPEG that says both RGB and YCbCr of its colours" SC__CONVERT;
+        return "a JPEG that says both RGB and YCbCr of its colours" CONVERT_IT;
     if (a->components == 4) { /* libjpeg takes CMYK as if it had Adobe's marker, stb does not */
         a->missing = a->transform > 0 ? "\xff\xee\0\x0e"
                                         "Adobe\0\x64\0\0\0\0\2"
@@ -184,34 +181,33 @@ static const char *sc__jpeg_about(sc__about *a, const uint8_t *bytes, size_t siz
 }
 
 /* The orientation by all that is said of it, in the order in which Pillow asks. */
-static int sc__orientation(sc__about *a) {
-    uint8_t *hex = (uint8_t *)a->raw.data;
+static int orientation_of(about *a) {
+    sc__text *exif = a->exif.data ? &a->exif : &a->raw;
     size_t lines = 0, digits = 0;
-    for (size_t i = 0; i < a->raw.length; i++) { /* in place; three lines are its head */
-        int c = hex[i], digit = c <= '9' ? c - '0' : (c | 32) - 'a' + 10;
-        if (lines < 3) lines += c == '\n';
-        else if (isxdigit(c)) {
-            hex[digits / 2] = (uint8_t)(digits % 2 ? hex[digits / 2] << 4 | digit : digit);
-            digits++;
-        }
+    for (size_t i = 0; exif == &a->raw && i < exif->length;
+         i++) { /* in place, behind three lines */
+        int c = (uint8_t)exif->data[i], digit = c <= '9' ? c - '0' : (c | 32) - 'a' + 10;
+        char *byte = &exif->data[digits / 2];
+        if (lines >= 3 && isxdigit(c)) *byte = (char)(digits++ % 2 ? *byte << 4 | digit : digit);
+        lines += c == '\n';
     }
     sc__text_add(&a->xmp, "", 1);
-    if (a->exif.data) return sc_orientation((uint8_t *)a->exif.data, a->exif.length, a->xmp.data);
-    return sc_orientation(hex, digits / 2, a->xmp.data);
+    return sc_orientation((uint8_t *)exif->data, exif == &a->raw ? digits / 2 : exif->length,
+                          a->xmp.data);
 }
 
 /* A PNG or JPEG file as floats, upright, without alpha. Free it with sc_picture_free. */
 bool sc_picture_load(sc_picture *p, const char *path) {
-    sc__about a = {.transform = -1};
+    about a = {.transform = -1};
     size_t size = 0;
     int width, height, channels;
     uint8_t *bytes = (uint8_t *)sc_read_file(path, &size), *more;
     void *pixels = NULL;
     *p = (sc_picture){0};
     if (!bytes) return false;
-    const char *fault = "not a PNG or JPEG picture" SC__CONVERT;
-    if (sc__starts(bytes, size, "\x89PNG\r\n\x1a\n", 8)) fault = sc__png_about(&a, bytes, size);
-    if (sc__starts(bytes, size, "\xff\xd8", 2)) fault = sc__jpeg_about(&a, bytes, size);
+    const char *fault = "not a PNG or JPEG picture" CONVERT_IT;
+    if (starts(bytes, size, "\x89PNG\r\n\x1a\n", 8)) fault = png_about(&a, bytes, size);
+    if (starts(bytes, size, "\xff\xd8", 2)) fault = jpeg_about(&a, bytes, size);
     bool ok = !fault || sc_fail("%s: %s", path, fault);
     if (ok && a.missing) {
         ok = (more = (uint8_t *)SC_REALLOC(bytes, size + a.missing_size)) != NULL;
@@ -223,18 +219,18 @@ bool sc_picture_load(sc_picture *p, const char *path) {
         } else sc_fail("%s: out of memory", path);
     }
     if (ok && stbi_info_from_memory(bytes, (int)size, &width, &height, &channels) &&
-        (int64_t)width * height > SC__MAX_PIXELS)
+        (int64_t)width * height > MAX_PIXELS)
         ok = sc_fail("%s: %d x %d pixels; at most %d million are supported", path, width, height,
-                      SC__MAX_PIXELS / 1000000);
+                     MAX_PIXELS / 1000000);
     bool deep = ok && stbi_is_16_bit_from_memory(bytes, (int)size);
     if (ok && deep)
         pixels = stbi_load_16_from_memory(bytes, (int)size, &width, &height, &channels, 0);
     if (ok && !deep)
         pixels = stbi_load_from_memory(bytes, (int)size, &width, &height, &channels, 0);
     if (ok && !pixels)
-        ok = sc_fail("%s: cannot decode: %s%s", path, stbi_failure_reason(), SC__CONVERT);
+        ok = sc_fail("%s: cannot decode: %s%s", path, stbi_failure_reason(), CONVERT_IT);
     ok = ok && sc_picture_from_pixels(p, pixels, width, height, channels, deep ? 16 : 8,
-                                      sc__orientation(&a));
+                                      orientation_of(&a));
     stbi_image_free(pixels);
     SC_FREE(a.exif.data);
     SC_FREE(a.raw.data);
@@ -245,53 +241,42 @@ bool sc_picture_load(sc_picture *p, const char *path) {
 
 /* ---- Writing ---- */
 
-typedef struct sc__png {
-    sc__writer writer;
-    const char *parameters;
-    bool ok;
-} sc__png;
-
-/* A chunk "parameters": tEXt for ASCII, iTXt (UTF-8, not compressed) for anything else. */
-static bool sc__png_text(sc__writer *w, const char *text) {
+/* A chunk "parameters": tEXt for ASCII, iTXt (UTF-8, not compressed) for anything else. Returns
+ * its size; `chunk` is zeroed. */
+static size_t png_text(uint8_t *chunk, const char *text) {
     size_t n = strlen(text), head = 8 + 11;
     bool ascii = true;
     for (size_t i = 0; i < n; i++) ascii = ascii && (uint8_t)text[i] < 0x80;
-    uint8_t *chunk = (uint8_t *)sc__alloc(n + 64, 1);
-    if (!chunk) return false;
     memcpy(chunk + 4, ascii ? "tEXtparameters" : "iTXtparameters", 15);
     if (!ascii) head += 4; /* no compression, its method, no language, no translated keyword */
     memcpy(chunk + head, text, n);
-    uint32_t length = (uint32_t)(head - 8 + n), crc = sc__crc(chunk + 4, head - 4 + n);
+    uint32_t length = (uint32_t)(head - 8 + n), crc = png_crc(chunk + 4, head - 4 + n);
     for (int i = 0; i < 4; i++) {
         chunk[i] = (uint8_t)(length >> (24 - 8 * i));
         chunk[head + n + (size_t)i] = (uint8_t)(crc >> (24 - 8 * i));
     }
-    bool ok = sc__write_bytes(w, chunk, head + n + 4);
-    SC_FREE(chunk);
-    return ok;
+    return head + n + 4;
 }
 
-/* stb hands over the whole file; the text goes behind the signature and IHDR (33 bytes). */
-static void sc__png_bytes(void *context, void *data, int size) {
-    sc__png *png = (sc__png *)context;
-    png->ok = size > 33 && sc__write_bytes(&png->writer, data, 33) &&
-              (!png->parameters || sc__png_text(&png->writer, png->parameters)) &&
-              sc__write_bytes(&png->writer, (char *)data + 33, (size_t)size - 33);
-}
-
-/* Writes a PNG; parameters (UTF-8, or NULL) go into its text chunk of that name. */
+/* Writes a PNG; parameters (UTF-8, or NULL) go into its text chunk of that name, behind the
+ * signature and IHDR (33 bytes). */
 bool sc_picture_save(const sc_picture *p, const char *path, const char *parameters) {
-    sc__png png = {.parameters = parameters};
-    uint8_t *pixels = (uint8_t *)sc__alloc((size_t)p->width * (size_t)p->height, 3);
-    if (!pixels) return false;
-    sc_picture_to_pixels(p, pixels);
-    bool ok = sc__write_begin(&png.writer, path);
+    int size = 0;
+    uint8_t *pixels = (uint8_t *)calloc((size_t)p->width * (size_t)p->height, 3), *png = NULL;
+    if (pixels) sc_picture_to_pixels(p, pixels);
+    if (pixels) png = stbi_write_png_to_mem(pixels, 3 * p->width, p->width, p->height, 3, &size);
+    size_t room = (size_t)size + (parameters ? strlen(parameters) : 0) + 64;
+    uint8_t *file = png ? (uint8_t *)calloc(room, 1) : NULL;
+    bool ok = file || sc_fail("%s: out of memory", path);
     if (ok) {
-        sc_fail("%s: out of memory", path); /* unless something else fails */
-        stbi_write_png_to_func(sc__png_bytes, &png, p->width, p->height, 3, pixels, 3 * p->width);
-        ok = sc__write_end(&png.writer, png.ok);
+        memcpy(file, png, 33);
+        size_t text = parameters ? png_text(file + 33, parameters) : 0;
+        memcpy(file + 33 + text, png + 33, (size_t)size - 33);
+        ok = sc_write_file(path, file, (size_t)size + text);
     }
-    SC_FREE(pixels);
+    free(pixels);
+    free(png);
+    free(file);
     return ok;
 }
 
