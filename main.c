@@ -1,6 +1,5 @@
 /* ./shortcut: the experiment (base against distilled, numbers and a picture), info, merge. */
 #define _POSIX_C_SOURCE 200809L
-#define SHORTCUT_IMPLEMENTATION
 #include "shortcut.h"
 #include "tools.h"
 
@@ -45,16 +44,22 @@ static void evaluator_close(evaluator *e) {
     sc_tape_free(e->tape);
 }
 
+static bool config_number(const sc_json *json, const char *key, int fallback, int *value) {
+    double number = sc_json_number(sc_json_get(json, key), fallback);
+    *value = number >= 1 && number <= 1 << 24 ? (int)number : 0;
+    return *value == number;
+}
+
 static bool evaluator_open(evaluator *e, const sc_backend *be, const char *folder) {
-    char *path = sc__join(folder, "config.json");
+    char *path = joined(folder, "config.json");
     sc_json *json = path ? sc_json_load(path) : NULL;
     const sc_json *channels = sc_json_get(json, "channels"),
                   *captions = sc_json_get(json, "captions");
     *e = (evaluator){.levels = (int)sc_json_length(channels)};
-    bool ok = json && sc__config_int(json, path, "norm_num_groups", 8, &e->groups) &&
-              sc__config_int(json, path, "feature_dim", 64, &e->features) &&
-              sc__config_int(json, path, "sample_size", 128, &e->side) &&
-              sc__config_int(json, path, "num_classes", 0, &e->classes);
+    bool ok = json && config_number(json, "norm_num_groups", 8, &e->groups) &&
+              config_number(json, "feature_dim", 64, &e->features) &&
+              config_number(json, "sample_size", 128, &e->side) &&
+              config_number(json, "num_classes", 0, &e->classes);
     ok = ok && e->levels >= 1 && e->levels <= 8 && sc_json_length(captions) == e->classes &&
          e->side % 2 == 0 && e->side <= 4096 && e->side >> (e->levels + 1) > 0;
     for (int i = 0; ok && i < e->levels; i++) {
@@ -64,9 +69,9 @@ static bool evaluator_open(evaluator *e, const sc_backend *be, const char *folde
     }
     if (!ok && json) sc_fail("%s: not an evaluator's", path);
     e->eps = (float)sc_json_number(sc_json_get(json, "norm_eps"), 1e-5);
-    e->captions = ok ? (char **)sc__alloc((size_t)e->classes, sizeof *e->captions) : NULL;
+    e->captions = ok ? (char **)allocate((size_t)e->classes, sizeof *e->captions) : NULL;
     for (int i = 0; e->captions && i < e->classes; i++)
-        e->captions[i] = sc__strdup(sc_json_string(sc_json_at(captions, i), ""));
+        e->captions[i] = strdup(sc_json_string(sc_json_at(captions, i), ""));
     ok = ok && e->captions && (e->net = sc_net_open(be, folder, true)) &&
          (e->tape = sc_tape_new(be));
     sc_json_free(json);
@@ -98,7 +103,7 @@ static sc_tensor *evaluator_conv(evaluator *e, sc_tensor *x, const char *kind, i
 }
 
 static sc_tensor *evaluator_linear(evaluator *e, sc_tensor *x, const char *module, int64_t out) {
-    const int64_t shape[] = {out, x ? sc__last(x) : 0};
+    const int64_t shape[] = {out, x ? x->shape[x->ndim - 1] : 0};
     sc_linear_layer layer = {.weight = get(e, 2, shape, module, ".weight"),
                              .bias = get(e, 1, &out, module, ".bias")};
     return x && layer.weight && layer.bias ? sc_linear(e->tape, x, &layer) : NULL;
@@ -108,7 +113,7 @@ static sc_tensor *evaluator_linear(evaluator *e, sc_tensor *x, const char *modul
 static bool evaluate(evaluator *e, const float *rgb, float *features, int *class_of) {
     int side = e->side, half = side / 2;
     sc_tape_reset(e->tape);
-    float *small = (float *)sc__alloc((size_t)(3 * half * half), sizeof *small), mean[MAX_CHANNELS];
+    float *small = (float *)allocate((size_t)(3 * half * half), sizeof *small), mean[MAX_CHANNELS];
     if (!small) return false;
     for (int i = 0; i < 3 * half * half; i++) { /* the mean of 2x2 pixels */
         const float *p = rgb + (int64_t)(i / half * 2) * side + i % half * 2;
@@ -119,7 +124,7 @@ static bool evaluate(evaluator *e, const float *rgb, float *features, int *class
     for (int i = 0; i < e->levels; i++)
         x = evaluator_conv(e, evaluator_conv(e, x, "down", i, 2), "conv", i, 1);
     int64_t channels = x ? x->shape[1] : 0, pixels = x ? x->shape[2] * x->shape[3] : 0;
-    float *values = (float *)sc__alloc((size_t)(channels * pixels + e->classes), sizeof *values),
+    float *values = (float *)allocate((size_t)(channels * pixels + e->classes), sizeof *values),
           *logits = values;
     bool ok = values && sc_read(e->tape, x, values);
     for (int64_t c = 0; ok && c < channels; c++) {
@@ -178,7 +183,7 @@ static void eigen(double *a, double *v, int d) {
 
 static double frechet(const float *a, int64_t na, const float *b, int64_t nb, int d) {
     int dd = d * d;
-    double *memory = (double *)sc__alloc((size_t)(6 * dd + 2 * d), sizeof *memory);
+    double *memory = (double *)allocate((size_t)(6 * dd + 2 * d), sizeof *memory);
     if (!memory || na < 2 || nb < 2) {
         free(memory);
         return NAN;
@@ -268,7 +273,7 @@ static bool draw_batch(experiment *x, const setting *s, int first, int n, float 
     int64_t size = (int64_t)h * h * c->in_channels,
             text = (int64_t)p->text_tokens * c->text_channels;
     float *memory =
-        (float *)sc__alloc((size_t)(n * (size + text + c->pooled_channels)), sizeof *memory);
+        (float *)allocate((size_t)(n * (size + text + c->pooled_channels)), sizeof *memory);
     if (!memory) return false;
     float *latents = memory, *context = latents + n * size, *pooled = context + n * text;
     for (int i = 0; i < n; i++) {
@@ -324,7 +329,7 @@ static bool judge(experiment *x, const float *rgb, float *features, int *class_o
 static bool run_setting(experiment *x, const setting *s, int count, bool base, bool show,
                         measures *m) {
     int d = x->judge.features, side = x->p->resolution, right = 0, known = 0;
-    float *rgb = (float *)sc__alloc((size_t)(x->o.batch * x->pixels), sizeof *rgb);
+    float *rgb = (float *)allocate((size_t)(x->o.batch * x->pixels), sizeof *rgb);
     double started = sc_seconds(), drawing = 0, squares = 0, energy = 0;
     bool ok = rgb && use_lora(x, s);
     *m = (measures){0};
@@ -451,7 +456,7 @@ static bool run_experiment(experiment *x) {
     x->strip = 7 * (side / 64 > 0 ? side / 64 : 1);
     x->height = x->strip + side * x->shown;
     int64_t area = (int64_t)side * x->columns * x->height;
-    x->sheet = (float *)sc__alloc((size_t)(3 * area), sizeof *x->sheet);
+    x->sheet = (float *)allocate((size_t)(3 * area), sizeof *x->sheet);
     if (!x->sheet) return false;
     for (int64_t i = 0; i < 3 * area; i++) x->sheet[i] = 1;
     float shift = sc_pipeline_shift(x->p, (int64_t)tokens * tokens);
@@ -503,16 +508,16 @@ static bool load_prompts(experiment *x) {
     bool ok = text != NULL;
     int lines = 1;
     for (const char *s = text; ok && *s; s++) lines += *s == '\n' || *s == '\r';
-    x->prompts = ok ? (prompt *)sc__alloc((size_t)lines, sizeof *x->prompts) : NULL;
+    x->prompts = ok ? (prompt *)allocate((size_t)lines, sizeof *x->prompts) : NULL;
     ok = ok && x->prompts;
     while (ok && (line = sc_next_line(&rest))) {
         prompt *q = &x->prompts[x->prompt_count++];
-        q->text = sc__strdup(line);
+        q->text = strdup(line);
         q->class_of = -1;
         for (int i = 0; i < x->judge.classes; i++)
             if (!strcmp(x->judge.captions[i], line)) q->class_of = i;
-        q->context = (float *)sc__alloc((size_t)x->p->text_tokens * (size_t)c->text_channels, 4);
-        q->pooled = (float *)sc__alloc((size_t)c->pooled_channels, 4);
+        q->context = (float *)allocate((size_t)x->p->text_tokens * (size_t)c->text_channels, 4);
+        q->pooled = (float *)allocate((size_t)c->pooled_channels, 4);
         ok = q->text && q->context && q->pooled &&
              sc_pipeline_text(x->p, line, q->context, q->pooled) &&
              (!sc_interrupted || sc_fail("stopped"));
@@ -524,8 +529,8 @@ static bool load_prompts(experiment *x) {
 /* Features of the pictures in a folder, cut and scaled to the evaluator's size. */
 static bool load_real(experiment *x) {
     sc_dataset *data = sc_dataset_open(x->o.real);
-    bool ok = data && (x->real = (float *)sc__alloc((size_t)(data->count * x->judge.features),
-                                                    sizeof *x->real));
+    bool ok = data && (x->real = (float *)allocate((size_t)(data->count * x->judge.features),
+                                                   sizeof *x->real));
     double started = sc_seconds();
     if (ok && data->unused) sc_print_text(stderr, "warning: ", data->unused);
     for (int64_t i = 0; ok && i < data->count; i++, x->real_count++) {
@@ -558,7 +563,7 @@ static int experiment_main(const options *o) {
     if (ok && o->resolution) x.p->resolution = o->resolution;
     if (ok && (x.p->resolution % x.p->token_pixels || x.p->resolution > 1 << 14))
         ok = sc_fail("--resolution is a multiple of %d pixels, not %d", x.p->token_pixels,
-                      x.p->resolution);
+                     x.p->resolution);
     for (int i = 0; ok && i < 8 && x.o.lora[i]; i++) /* now, not after minutes of base pictures */
         ok = sc_load_lora_argument(x.p->flux, x.o.lora[i], 3, NULL);
     if (ok) sc_lora_unload(x.p->flux);
@@ -568,9 +573,9 @@ static int experiment_main(const options *o) {
         x.shown = x.prompt_count < 10 ? x.prompt_count : 10;
         if (x.shown > x.count) x.shown = x.count;
         x.pixels = (int64_t)3 * x.p->resolution * x.p->resolution;
-        x.base = (float *)sc__alloc((size_t)(x.count * x.pixels), sizeof *x.base);
-        x.base_features = (float *)sc__alloc((size_t)(x.count * x.judge.features), sizeof(float));
-        x.features = (float *)sc__alloc((size_t)(x.count * x.judge.features), sizeof(float));
+        x.base = (float *)allocate((size_t)(x.count * x.pixels), sizeof *x.base);
+        x.base_features = (float *)allocate((size_t)(x.count * x.judge.features), sizeof(float));
+        x.features = (float *)allocate((size_t)(x.count * x.judge.features), sizeof(float));
         ok = x.base && x.base_features && x.features && run_experiment(&x);
     }
     for (int i = 0; x.prompts && i < x.prompt_count; i++)
@@ -639,11 +644,11 @@ static bool info_net(const char *what, const sc_net *net) {
 /* Whether this is a model: diffusers' folder, or something that holds a part. A file beside one is
  * none. */
 static bool is_model(const char *path) {
-    char *index = sc__join(path, "model_index.json");
-    bool found = index && sc__exists(index);
+    char *index = joined(path, "model_index.json");
+    bool found = index && exists(index);
     free(index);
     for (int part = 0; !found && part < SC_PARTS; part++) {
-        bool file = sc__is_file(path);
+        bool file = is_file(path);
         char *where = file ? NULL : sc_part_path(path, (sc_part)part);
         found = file ? sc_part_in_file(path, (sc_part)part) > 0 : where != NULL;
         free(where);
@@ -654,7 +659,7 @@ static bool is_model(const char *path) {
 /* The transformer's plan: from its file, or, where that is not there or broken, from config.json.
  */
 static sc_flux *info_flux(const char *model) {
-    char *path = sc_part_path(model, SC_TRANSFORMER), *folder = sc__join(model, "transformer");
+    char *path = sc_part_path(model, SC_TRANSFORMER), *folder = joined(model, "transformer");
     sc_flux *flux = path ? sc_flux_open(NULL, path, false, false, 0) : NULL;
     if (!flux) printf("  transformer: %s\n", sc_error());
     if (!flux && folder) flux = sc_flux_open(NULL, folder, false, true, 0);
@@ -670,6 +675,15 @@ static bool info_absent(const char *model, sc_part part) {
     return absent;
 }
 
+static void info_tokenizer(const char *model, const char *name) {
+    char *folder = sc_model_folder(model), *path = folder ? joined(folder, name) : NULL;
+    sc_tokenizer *t = path ? sc_tokenizer_open(path) : NULL;
+    if (t) printf("  %s: %d tokens of a prompt\n", name, sc_tokenizer_length(t));
+    else printf("  %s: %s\n", name, sc_error());
+    sc_tokenizer_close(t);
+    free(folder), free(path);
+}
+
 static int info_model(const char *model) {
     sc_flux *flux = info_flux(model);
     sc_text_encoders *text = sc_text_encoders_open(NULL, model);
@@ -678,8 +692,8 @@ static int info_model(const char *model) {
     sc_vae *vae = path ? sc_vae_open(NULL, path, false) : NULL;
     if (!vae) printf("  vae: %s\n", sc_error());
     static const char *const names[] = {"transformer", "text_encoder", "text_encoder_2", "vae"};
-    sc_net *nets[] = {flux ? flux->net : NULL, text ? text->clip.net : NULL,
-                      text ? text->t5.net : NULL, vae ? vae->net : NULL};
+    const sc_net *const nets[] = {sc_flux_net(flux), sc_text_net(text, SC_CLIP),
+                                  sc_text_net(text, SC_T5), sc_vae_net(vae)};
     bool ok = (text || info_absent(model, SC_CLIP) || info_absent(model, SC_T5)) &&
               (vae || !path) && (flux || info_absent(model, SC_TRANSFORMER));
     for (int i = 0; i < 4; i++) {
@@ -691,18 +705,13 @@ static int info_model(const char *model) {
     long long unread = sc_net_unread(nets, 4, list, sizeof list);
     if (unread) printf("  %lld tensors of no use here", unread), sc_print_text(stdout, ": ", list);
     if (flux) {
-        const sc_flux_config *c = &flux->config;
+        const sc_flux_config *c = sc_flux_config_of(flux);
         printf("  FLUX: %d double and %d single blocks, %d heads of %d, guidance %s\n", c->layers,
                c->single_layers, c->heads, c->head_size,
                c->guidance ? "yes (dev)" : "no (schnell)");
     }
-    static const char *const tokenizers[] = {"tokenizer", "tokenizer_2"};
-    for (int i = 0; i < 2; i++) {
-        sc_tokenizer *t = sc__open_tokenizer(model, tokenizers[i]);
-        if (t) printf("  %s: %d tokens of a prompt\n", tokenizers[i], sc_tokenizer_length(t));
-        else printf("  %s: %s\n", tokenizers[i], sc_error());
-        sc_tokenizer_close(t);
-    }
+    info_tokenizer(model, "tokenizer");
+    info_tokenizer(model, "tokenizer_2");
     sc_flux_close(flux);
     sc_text_encoders_close(text);
     sc_vae_close(vae);
@@ -728,7 +737,7 @@ static int merge_main(const options *o) {
     for (int i = 0; ok && i < 8 && o->lora[i]; i++)
         ok = sc_load_lora_argument(flux, o->lora[i], 3, &guidance);
     const char *metadata[] = {"format", "pt", "command", o->command, NULL};
-    sc_dtype type = ok ? flux->net->weights[0]->source.dtype : SC_BF16;
+    sc_dtype type = ok ? sc_flux_net(flux)->weights[0]->source.dtype : SC_BF16;
     if (type != SC_F32 && type != SC_F16) type = SC_BF16;
     ok = ok && (o->kohya ? sc_lora_save_kohya(flux, o->out, metadata)
                          : sc_flux_save(flux, o->out, type, metadata));

@@ -1,12 +1,61 @@
 /* tools.h: what train.c, sample.c, main.c and the tests share and a library should not hold: PNG
  * and JPEG files through stb, what may be written, options, progress, Ctrl-C. Include it after
- * shortcut.h's implementation, in one .c file. These functions print and may exit; the library's
- * never do. */
+ * shortcut.h, of which it takes the API alone, in one .c file. These functions print and may exit;
+ * the library's never do. */
 #ifndef TOOLS_H
 #define TOOLS_H
 
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <math.h>
 #include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <sys/file.h>
+#include <sys/stat.h>
 #include <time.h>
+#include <unistd.h>
+
+/* ==== Memory, paths, text ==================================================================== */
+
+/* Zeroed; NULL with the error set. */
+void *allocate(size_t count, size_t size) {
+    void *p = calloc(count ? count : 1, size ? size : 1);
+    if (!p) sc_fail("out of memory (%zu items of %zu bytes)", count, size);
+    return p;
+}
+
+/* folder/name; malloced. */
+char *joined(const char *folder, const char *name) {
+    size_t n = strlen(folder) + strlen(name) + 2;
+    char *path = (char *)allocate(n, 1);
+    if (path) snprintf(path, n, "%s/%s", folder, name);
+    return path;
+}
+
+bool exists(const char *path) { return !access(path, F_OK); }
+
+bool is_file(const char *path) {
+    struct stat s;
+    return !stat(path, &s) && S_ISREG(s.st_mode);
+}
+
+/* `made`: it was not there before. */
+bool make_folder(const char *path, bool *made) {
+    *made = !mkdir(path, 0777);
+    return *made || errno == EEXIST || sc_fail("%s: %s", path, strerror(errno));
+}
+
+/* Ends what open_memstream began in *text, and returns that, malloced; NULL with the error set. */
+char *finished(FILE *f, char **text) {
+    if (f && !fclose(f)) return *text;
+    free(*text);
+    return sc_fail("out of memory"), NULL;
+}
 
 /* ==== PNG and JPEG files ======================================================================
  *
@@ -49,6 +98,25 @@ static unsigned char *stbi__resample_row_h_2(unsigned char *out, unsigned char *
 /* The CRC of PNG chunks is the one that stb writes. */
 #define sc__crc(bytes, n) stbiw__crc32((unsigned char *)(bytes), (int)(n))
 
+typedef struct bytes_read {
+    char *data;
+    size_t length;
+} bytes_read;
+
+static void append(bytes_read *to, const char *p, size_t n) {
+    char *data = (char *)realloc(to->data, to->length + n + 1);
+    if (!data) return;
+    memcpy(data + to->length, p, n);
+    to->data = data;
+    to->length += n;
+}
+
+static uint32_t big_endian(const uint8_t *p, int count) {
+    uint32_t value = 0;
+    for (int i = 0; i < count; i++) value = value << 8 | p[i];
+    return value;
+}
+
 /* Steps through a PNG's chunks, or a JPEG's segments up to its end marker: the payload of the next
  * one named `tag` (PNG: "eXIf"; JPEG: the byte of the marker; NULL: any) from *at on; NULL: no
  * more, and *at is where that showed. Its name stands 4 bytes before it, of a JPEG 3. */
@@ -63,7 +131,7 @@ static const uint8_t *sc__chunk(const uint8_t *bytes, size_t size, size_t *at, c
         if (!png && (p[0] != 0xff || !p[1] || p[1] == 0xff || (p[1] & 0xf8) == 0xd0))
             continue; /* pixels and their restart markers, or padding */
         if (size - *at < head + tail || (!png && p[1] == 0xd9)) return NULL;
-        size_t n = png ? sc__bytes(p, 4, true) : sc__bytes(p + 2, 2, true) - 2u;
+        size_t n = png ? big_endian(p, 4) : big_endian(p + 2, 2) - 2u;
         if (n > size - *at - head - tail) return NULL;
         *at += head + n + tail;
         *length = n;
@@ -76,7 +144,7 @@ static const uint8_t *sc__chunk(const uint8_t *bytes, size_t size, size_t *at, c
 /* What a file says beside its pixels. */
 typedef struct sc__about {
     bool pixels;               /* they have begun */
-    sc__text exif, raw, xmp;   /* raw: EXIF as hexadecimal text */
+    bytes_read exif, raw, xmp; /* raw: EXIF as hexadecimal text */
     bool jfif, named;          /* JPEG: its components are named R, G and B */
     int components, transform; /* transform: Adobe's; -1: not said */
     size_t at, missing_size;
@@ -88,14 +156,14 @@ static bool sc__starts(const uint8_t *p, size_t n, const char *with, size_t leng
 }
 
 /* The last one counts. */
-static void sc__keep(sc__text *text, const uint8_t *p, size_t n) {
+static void sc__keep(bytes_read *text, const uint8_t *p, size_t n) {
     text->length = 0;
-    sc__text_add(text, (const char *)p, n);
+    append(text, (const char *)p, n);
 }
 
 /* The text of a PNG's tEXt, zTXt or iTXt chunk if it has this keyword; the last two may be packed.
  * False: it cannot be unpacked. */
-static bool sc__png_keyword(const uint8_t *type, size_t n, const char *keyword, sc__text *text) {
+static bool sc__png_keyword(const uint8_t *type, size_t n, const char *keyword, bytes_read *text) {
     enum { LIMIT = 1 << 20 };
     const uint8_t *p = type + 4, *end = p + n;
     bool international = !memcmp(type, "iTXt", 4), packed = !memcmp(type, "zTXt", 4);
@@ -109,10 +177,10 @@ static bool sc__png_keyword(const uint8_t *type, size_t n, const char *keyword, 
         p = p < end ? (const uint8_t *)memchr(p, 0, (size_t)(end - p)) : NULL, p = p ? p + 1 : p;
     if (!p || p > end) return true;
     if (!packed) return sc__keep(text, p, (size_t)(end - p)), true;
-    char *plain = (char *)sc__alloc(LIMIT, 1);
+    char *plain = (char *)allocate(LIMIT, 1);
     int size = plain ? stbi_zlib_decode_buffer(plain, LIMIT, (const char *)p, (int)(end - p)) : -1;
     if (size >= 0) sc__keep(text, (uint8_t *)plain, (size_t)size);
-    SC_FREE(plain);
+    free(plain);
     return size >= 0;
 }
 
@@ -121,8 +189,7 @@ static const char *sc__png_about(sc__about *a, const uint8_t *bytes, size_t size
     const uint8_t *p;
     size_t n = 0;
     while ((p = sc__chunk(bytes, size, &a->at, NULL, &n))) {
-        if (sc__crc(p - 4, n + 4) != sc__bytes(p + n, 4, true))
-            return "damaged PNG (wrong checksum)";
+        if (sc__crc(p - 4, n + 4) != big_endian(p + n, 4)) return "damaged PNG (wrong checksum)";
         if (!memcmp(p - 4, "IEND", 4)) return NULL;
         if (!memcmp(p - 4, "IDAT", 4)) a->pixels = true;
         if (!memcmp(p - 4, "CgBI", 4)) return "a PNG for iPhones alone (CgBI)" SC__CONVERT;
@@ -148,7 +215,7 @@ static const char *sc__jpeg_segment(sc__about *a, int marker, const uint8_t *p, 
     if (marker == 0xe0) a->jfif = a->jfif || sc__starts(p, n, "JFIF", 5);
     if (marker == 0xee && n >= 12 && sc__starts(p, n, "Adobe", 5)) a->transform = p[11];
     if (marker == 0xe1 && sc__starts(p, n, "Exif\0", 6))
-        sc__text_add(&a->exif, (const char *)p + 6, n - 6); /* several are one */
+        append(&a->exif, (const char *)p + 6, n - 6); /* several are one */
     if (marker == 0xe1 && sc__starts(p, n, xmp, sizeof xmp))
         sc__keep(&a->xmp, p + sizeof xmp, n - sizeof xmp);
     if (marker < 0xc0 || marker > 0xcf || marker == 0xc4 || marker == 0xc8 || marker == 0xcc)
@@ -195,7 +262,7 @@ static int sc__orientation(sc__about *a) {
             digits++;
         }
     }
-    sc__text_add(&a->xmp, "", 1);
+    append(&a->xmp, "", 1);
     if (a->exif.data) return sc_orientation((uint8_t *)a->exif.data, a->exif.length, a->xmp.data);
     return sc_orientation(hex, digits / 2, a->xmp.data);
 }
@@ -214,7 +281,7 @@ bool sc_picture_load(sc_picture *p, const char *path) {
     if (sc__starts(bytes, size, "\xff\xd8", 2)) fault = sc__jpeg_about(&a, bytes, size);
     bool ok = !fault || sc_fail("%s: %s", path, fault);
     if (ok && a.missing) {
-        ok = (more = (uint8_t *)SC_REALLOC(bytes, size + a.missing_size)) != NULL;
+        ok = (more = (uint8_t *)realloc(bytes, size + a.missing_size)) != NULL;
         if (ok) {
             memmove(more + a.at + a.missing_size, more + a.at, size - a.at);
             memcpy(more + a.at, a.missing, a.missing_size);
@@ -225,7 +292,7 @@ bool sc_picture_load(sc_picture *p, const char *path) {
     if (ok && stbi_info_from_memory(bytes, (int)size, &width, &height, &channels) &&
         (int64_t)width * height > SC__MAX_PIXELS)
         ok = sc_fail("%s: %d x %d pixels; at most %d million are supported", path, width, height,
-                      SC__MAX_PIXELS / 1000000);
+                     SC__MAX_PIXELS / 1000000);
     bool deep = ok && stbi_is_16_bit_from_memory(bytes, (int)size);
     if (ok && deep)
         pixels = stbi_load_16_from_memory(bytes, (int)size, &width, &height, &channels, 0);
@@ -236,28 +303,21 @@ bool sc_picture_load(sc_picture *p, const char *path) {
     ok = ok && sc_picture_from_pixels(p, pixels, width, height, channels, deep ? 16 : 8,
                                       sc__orientation(&a));
     stbi_image_free(pixels);
-    SC_FREE(a.exif.data);
-    SC_FREE(a.raw.data);
-    SC_FREE(a.xmp.data);
-    SC_FREE(bytes);
+    free(a.exif.data);
+    free(a.raw.data);
+    free(a.xmp.data);
+    free(bytes);
     return ok;
 }
 
 /* ---- Writing ---- */
 
-typedef struct sc__png {
-    sc__writer writer;
-    const char *parameters;
-    bool ok;
-} sc__png;
-
-/* A chunk "parameters": tEXt for ASCII, iTXt (UTF-8, not compressed) for anything else. */
-static bool sc__png_text(sc__writer *w, const char *text) {
+/* A chunk "parameters" into `chunk`, whose size is returned: tEXt for ASCII, iTXt (UTF-8, not
+ * compressed) for anything else. */
+static size_t sc__png_text(uint8_t *chunk, const char *text) {
     size_t n = strlen(text), head = 8 + 11;
     bool ascii = true;
     for (size_t i = 0; i < n; i++) ascii = ascii && (uint8_t)text[i] < 0x80;
-    uint8_t *chunk = (uint8_t *)sc__alloc(n + 64, 1);
-    if (!chunk) return false;
     memcpy(chunk + 4, ascii ? "tEXtparameters" : "iTXtparameters", 15);
     if (!ascii) head += 4; /* no compression, its method, no language, no translated keyword */
     memcpy(chunk + head, text, n);
@@ -266,32 +326,28 @@ static bool sc__png_text(sc__writer *w, const char *text) {
         chunk[i] = (uint8_t)(length >> (24 - 8 * i));
         chunk[head + n + (size_t)i] = (uint8_t)(crc >> (24 - 8 * i));
     }
-    bool ok = sc__write_bytes(w, chunk, head + n + 4);
-    SC_FREE(chunk);
-    return ok;
+    return head + n + 4;
 }
 
-/* stb hands over the whole file; the text goes behind the signature and IHDR (33 bytes). */
-static void sc__png_bytes(void *context, void *data, int size) {
-    sc__png *png = (sc__png *)context;
-    png->ok = size > 33 && sc__write_bytes(&png->writer, data, 33) &&
-              (!png->parameters || sc__png_text(&png->writer, png->parameters)) &&
-              sc__write_bytes(&png->writer, (char *)data + 33, (size_t)size - 33);
-}
-
-/* Writes a PNG; parameters (UTF-8, or NULL) go into its text chunk of that name. */
+/* Writes a PNG; parameters (UTF-8, or NULL) go into its text chunk of that name, behind the
+ * signature and IHDR (33 bytes). */
 bool sc_picture_save(const sc_picture *p, const char *path, const char *parameters) {
-    sc__png png = {.parameters = parameters};
-    uint8_t *pixels = (uint8_t *)sc__alloc((size_t)p->width * (size_t)p->height, 3);
-    if (!pixels) return false;
-    sc_picture_to_pixels(p, pixels);
-    bool ok = sc__write_begin(&png.writer, path);
-    if (ok) {
-        sc_fail("%s: out of memory", path); /* unless something else fails */
-        stbi_write_png_to_func(sc__png_bytes, &png, p->width, p->height, 3, pixels, 3 * p->width);
-        ok = sc__write_end(&png.writer, png.ok);
+    int size = 0;
+    uint8_t *pixels = (uint8_t *)allocate((size_t)p->width * (size_t)p->height, 3), *png = NULL;
+    if (pixels) {
+        sc_picture_to_pixels(p, pixels);
+        png = stbi_write_png_to_mem(pixels, 3 * p->width, p->width, p->height, 3, &size);
     }
-    SC_FREE(pixels);
+    size_t room = (size_t)size + (parameters ? strlen(parameters) : 0) + 64, n = 33;
+    uint8_t *file = png ? (uint8_t *)allocate(room, 1) : NULL;
+    if (file) {
+        memcpy(file, png, n);
+        if (parameters) n += sc__png_text(file + n, parameters);
+        memcpy(file + n, png + 33, (size_t)size - 33);
+    }
+    bool ok = file ? sc_write_file(path, file, n + (size_t)size - 33)
+                   : sc_fail("%s: out of memory", path);
+    free(pixels), free(png), free(file);
     return ok;
 }
 
@@ -300,17 +356,17 @@ bool sc_picture_save(const sc_picture *p, const char *path, const char *paramete
 char *sc_picture_parameters(const char *path) {
     uint8_t head[41];
     char *text = NULL;
-    FILE *f = sc__is_file(path) ? fopen(path, "rb") : NULL;
+    FILE *f = is_file(path) ? fopen(path, "rb") : NULL;
     bool png = f && fread(head, 1, 41, f) == 41 && !memcmp(head, "\x89PNG\r\n\x1a\n", 8);
     bool utf8 = png && !memcmp(head + 37, "iTXt", 4);
-    size_t n = png ? sc__bytes(head + 33, 4, true) : 0, start = utf8 ? 15 : 11;
+    size_t n = png ? big_endian(head + 33, 4) : 0, start = utf8 ? 15 : 11;
     if ((utf8 || (png && !memcmp(head + 37, "tEXt", 4))) && n >= start && n < 1 << 26)
-        text = (char *)sc__alloc(n + 1, 1);
+        text = (char *)allocate(n + 1, 1);
     bool found = text && fread(text, 1, n, f) == n && !memcmp(text, "parameters", 11);
     if (found) memmove(text, text + start, n + 1 - start);
     if (f) fclose(f);
     if (found) return text;
-    SC_FREE(text);
+    free(text);
     return NULL;
 }
 
@@ -320,145 +376,128 @@ char *sc_picture_parameters(const char *path) {
  * named itself, only where the program wrote it; what is read, never.
  */
 
+static const char *name_in(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
 /* The folder of a file, malloced; NULL: no memory. */
-static char *sc__folder_of(const char *path) {
-    char *folder = sc__join(path, ""), *slash = strrchr(path, '/');
-    if (folder && slash) folder[slash - path + (slash == path)] = 0;
-    else if (folder) snprintf(folder, 2, ".");
-    return folder;
+static char *folder_of(const char *path) {
+    size_t n = (size_t)(name_in(path) - path);
+    return n ? strndup(path, n > 1 ? n - 1 : n) : strdup(".");
+}
+
+static bool same_file(const char *a, const char *b) {
+    struct stat x, y;
+    return !stat(a, &x) && !stat(b, &y) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
 }
 
 /* One file or folder under two names; if neither is there yet, one name in one folder. */
-static bool sc__same_place(const char *a, const char *b) {
-    struct stat x, y;
-    bool there = !stat(a, &x), other = !stat(b, &y), same = there && other;
-    if (!there && !other) {
-        const char *slash_a = strrchr(a, '/'), *slash_b = strrchr(b, '/');
-        char *folder_a = sc__folder_of(a), *folder_b = sc__folder_of(b);
-        same = folder_a && folder_b && !stat(folder_a, &x) && !stat(folder_b, &y) &&
-               !strcmp(slash_a ? slash_a + 1 : a, slash_b ? slash_b + 1 : b);
-        free(folder_a), free(folder_b);
-    }
-    return same && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
-}
-
-/* The path of a weights file's shard, or its own where it has none; malloced. */
-static char *sc__shard_path(const sc_file *file, int64_t index) {
-    const char *shard = file->parts[index].shard;
-    char *folder = shard ? sc__folder_of(sc_file_path(file)) : NULL;
-    char *path = !shard ? sc__strdup(sc_file_path(file)) : folder ? sc__join(folder, shard) : NULL;
-    free(folder);
-    return path;
+static bool same_place(const char *a, const char *b) {
+    if (exists(a) || exists(b)) return same_file(a, b);
+    char *folder_a = folder_of(a), *folder_b = folder_of(b);
+    bool same = folder_a && folder_b && same_file(folder_a, folder_b);
+    free(folder_a), free(folder_b);
+    return same && !strcmp(name_in(a), name_in(b));
 }
 
 /* Not what is read as `input` (a file, its shards, or a folder; NULL: nothing), under any name. */
 bool sc_apart(const char *out, const char *input) {
-    bool same = input && sc__same_place(out, input);
-    sc_file *file = input && !same && sc__exists(out) ? sc_file_open(input) : NULL;
-    for (int64_t i = 0; file && i < file->part_count; i++) {
-        char *shard = sc__shard_path(file, i);
-        same = same || (shard && sc__same_place(out, shard));
-        free(shard);
+    bool same = input && same_place(out, input);
+    sc_file *file = input && !same && exists(out) ? sc_file_open(input) : NULL;
+    char *part = NULL;
+    for (int64_t i = 0; file && (part = sc_file_part(file, i)); i++) {
+        same = same || same_file(out, part);
+        free(part);
     }
     sc_file_close(file);
     return !same || sc_fail("%s: this is %s, which is read or written too: choose another place",
-                             out, input);
-}
-
-/* Nor one of the files of a model. */
-static bool sc__apart_from_model(const char *out, const char *model) {
-    bool apart = true;
-    for (int part = 0; apart && sc__exists(out) && part < SC_PARTS; part++) {
-        char *path = sc_part_path(model, (sc_part)part);
-        apart = sc_apart(out, path);
-        free(path);
-    }
-    return apart;
+                            out, input);
 }
 
 #define SC_MADE_BY "made by shortcut:" /* so begin the parameters of other pictures */
 #define SC_LOSS_COLUMNS "step,loss,gradient_norm,learning_rate\n"
 
-/* Whether a file is this program's, as PNGs say in their parameters, safetensors with the command,
- * and loss.csv with its heading. */
-static bool sc__wrote(const char *path) {
-    char *text = sc_picture_parameters(path), line[sizeof SC_LOSS_COLUMNS] = "";
+/* Whether a PNG is this program's, as its parameters say: ./sample's, or those of SC_MADE_BY. */
+static bool drew(const char *path) {
+    char *text = sc_picture_parameters(path);
     const char *settings = text ? strstr(text, "\nSteps: ") : NULL;
     int end = 0;
-    if (settings) /* as ./sample writes them */
+    if (settings)
         sscanf(settings,
                "\nSteps: %*d, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: %*f, Seed: %*u, "
                "Size: %*dx%*d, Shift: %*f, Model:%n",
                &end);
-    bool wrote = end || (text && !strncmp(text, SC_MADE_BY, strlen(SC_MADE_BY)));
-    FILE *f = wrote ? NULL : fopen(path, "rb");
-    wrote = wrote || (f && fgets(line, sizeof line, f) && !strcmp(line, SC_LOSS_COLUMNS));
-    sc_file *file = wrote ? NULL : sc_file_open(path);
-    wrote = wrote || (file && sc_file_metadata(file, "command"));
-    if (f) fclose(f);
-    sc_file_close(file);
+    bool drawn = end || (text && !strncmp(text, SC_MADE_BY, strlen(SC_MADE_BY)));
     free(text);
-    return wrote;
+    return drawn;
+}
+
+/* The same of any file: safetensors say it with the command, loss.csv with its heading. */
+static bool wrote(const char *path) {
+    char line[sizeof SC_LOSS_COLUMNS] = "";
+    if (drew(path)) return true;
+    FILE *f = fopen(path, "rb");
+    bool losses = f && fgets(line, sizeof line, f) && !strcmp(line, SC_LOSS_COLUMNS);
+    if (f) fclose(f);
+    sc_file *file = losses ? NULL : sc_file_open(path);
+    bool ours = losses || (file && sc_file_metadata(file, "command"));
+    sc_file_close(file);
+    return ours;
 }
 
 /* For a name that the user did not give. */
 bool sc_may_replace(const char *path) {
-    return !sc__is_file(path) || sc__file_size(path) == 0 || sc__wrote(path) ||
+    struct stat s;
+    return stat(path, &s) || !S_ISREG(s.st_mode) || !s.st_size || wrote(path) ||
            sc_fail("%s: this file is there, and not from this program: move it away, or choose "
-                    "another place",
-                    path);
-}
-
-/* Before hours of work: will it be possible? What a killed process left beside it goes. */
-bool sc_can_write(const char *path) {
-    sc__writer w;
-    if (!*path) return sc_fail("cannot write to a file without a name");
-    if (sc__is_folder(path)) return sc_fail("%s: cannot write: this is a folder", path);
-    if (sc__exists(path) && !sc__is_file(path)) return true; /* a pipe: its reader would notice */
-    return sc__write_begin(&w, path) && (sc__write_end(&w, false), true);
+                   "another place",
+                   path);
 }
 
 /* The ending of a file's name: a dot and a letter (so not v1.5's), or "". */
-static const char *sc__ending(const char *path) {
-    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
-    const char *dot = strrchr(name, '.');
+const char *sc_ending(const char *path) {
+    const char *name = name_in(path), *dot = strrchr(name, '.');
     return dot && dot > name && isalpha((unsigned char)dot[1]) ? dot : name + strlen(name);
 }
 
 #define SC_WEIGHTS ".safetensors.sft.st"
 
 /* Whether the name ends in one of those. */
-static bool sc__ends_in(const char *path, const char *endings) {
-    const char *ending = sc__ending(path);
+static bool ends_in(const char *path, const char *endings) {
+    const char *ending = sc_ending(path);
     size_t n = strlen(ending);
     for (; n && endings; endings = strchr(endings + 1, '.'))
         if (!strncasecmp(endings, ending, n) && (!endings[n] || endings[n] == '.')) return true;
     return false;
 }
 
-/* A name that ends in what will be in the file, ".png" or SC_WEIGHTS, or in nothing. */
-bool sc_suits(const char *path, const char *endings) {
-    return !*sc__ending(path) || sc__ends_in(path, endings) ||
-           sc_fail("%s: this is written as %.*s only: let its name end so", path,
-                    (int)strcspn(endings + 1, ".") + 1, endings);
-}
-
 /* FILE:SCALE, or FILE: then what it recommends for `steps`: the scale and, if it does, a guidance
- * (else *guidance stays; it may be NULL). The file's path, malloced; NULL: no memory. */
+ * (else *guidance stays; it may be NULL). The file's path, malloced; NULL with the error set. */
 char *sc_lora_argument(const char *argument, int steps, float *scale, float *guidance) {
-    char *end = NULL, *path = sc__strdup(argument), *colon = path ? strrchr(path, ':') : NULL;
+    char *end = NULL, *path = strdup(argument), *colon = path ? strrchr(path, ':') : NULL;
     *scale = colon ? strtof(colon + 1, &end) : 0;
-    if (colon && end != colon + 1 && !*end && isfinite(*scale) && !sc__exists(path)) *colon = 0;
+    if (colon && end != colon + 1 && !*end && isfinite(*scale) && !exists(path)) *colon = 0;
     else if (path) *scale = sc_lora_scale(path, steps, guidance);
+    else sc_fail("out of memory");
     return path;
 }
 
-/* A file to write: `endings` as above, named by the user or not, not of the model, none of the
- * LoRAs (up to 8 arguments FILE[:SCALE], NULL after the last). */
+/* A file to write: its name ends in one of `endings` (".png" or SC_WEIGHTS), which is what will be
+ * in it, or in nothing; named by the user or not; not of the model, none of the LoRAs (up to 8
+ * arguments FILE[:SCALE], NULL after the last). */
 bool sc_check_out(const char *out, const char *endings, bool named, const char *model,
                   const char *const *loras) {
-    bool ok = sc_can_write(out) && sc_suits(out, endings) && (named || sc_may_replace(out)) &&
-              sc__apart_from_model(out, model);
+    bool ok = sc_can_write(out);
+    if (ok && *sc_ending(out) && !ends_in(out, endings))
+        ok = sc_fail("%s: this is written as %.*s only: let its name end so", out,
+                     (int)strcspn(endings + 1, ".") + 1, endings);
+    ok = ok && (named || sc_may_replace(out));
+    for (int part = 0; ok && exists(out) && part < SC_PARTS; part++) {
+        char *path = sc_part_path(model, (sc_part)part);
+        ok = sc_apart(out, path);
+        free(path);
+    }
     for (int i = 0; ok && i < 8 && loras[i]; i++) {
         float scale;
         char *path = sc_lora_argument(loras[i], 1, &scale, NULL);
@@ -468,62 +507,62 @@ bool sc_check_out(const char *out, const char *endings, bool named, const char *
     return ok;
 }
 
+/* No loss if a transformer's config.json stays as it is. */
+static bool may_replace_config(const sc_flux *flux, const char *path) {
+    size_t size;
+    char *text = exists(path) ? sc_read_file(path, &size) : NULL;
+    bool same = text && !strcmp(text, sc_flux_config_text(flux));
+    free(text);
+    return same || sc_may_replace(path);
+}
+
 /* The folder of a transformer that sc_flux_save can write: a new one, or with what this program
  * wrote and does not read now. */
 bool sc_can_write_model(const sc_flux *flux, const char *folder) {
-    char *weights = sc__join(folder, "diffusion_pytorch_model.safetensors");
-    char *config = sc__join(folder, "config.json"), *text = NULL;
-    const char *input = flux->net->file ? sc_file_path(flux->net->file) : NULL;
-    char *beside = input ? sc__folder_of(input) : NULL;
-    size_t size;
-    bool ok = weights && config && (!input || beside);
-    if (ok && sc__ends_in(folder, SC_WEIGHTS) && !sc__is_folder(folder))
-        ok = sc_fail("%s: this will be a folder: do not let its name end as a file's", folder);
-    else if (ok && !sc__exists(folder)) ok = sc_can_write(folder);
-    else
-        ok = ok && sc_apart(folder, beside) && sc_apart(weights, input) &&
-             sc_may_replace(weights) && sc_can_write(weights) && sc_can_write(config);
-    if (ok && !sc__exists(weights) && sc__exists(config)) { /* no loss if it stays the same */
-        text = sc_read_file(config, &size);
-        ok = text && (!strcmp(text, flux->config_text) || sc_may_replace(config));
-    }
-    free(weights), free(config), free(text), free(beside);
+    const sc_file *file = sc_flux_net(flux)->file;
+    const char *input = file ? sc_file_path(file) : NULL;
+    if (ends_in(folder, SC_WEIGHTS) && (!exists(folder) || is_file(folder)))
+        return sc_fail("%s: this will be a folder: do not let its name end as a file's", folder);
+    if (!exists(folder)) return sc_can_write(folder);
+    char *weights = joined(folder, "diffusion_pytorch_model.safetensors");
+    char *config = joined(folder, "config.json"), *beside = input ? folder_of(input) : NULL;
+    bool ok = weights && config && sc_apart(folder, beside) && sc_apart(weights, input) &&
+              sc_may_replace(weights) && sc_can_write(weights) && sc_can_write(config) &&
+              (exists(weights) || may_replace_config(flux, config));
+    free(weights), free(config), free(beside);
     return ok;
 }
 
-static char *sc__lock; /* its path */
+static char *lock_path;
 
 /* One process at a time writes into a folder; false says which. The kernel ends the lock with the
  * process, however that ends. */
 bool sc_lock(const char *folder, const char *command) {
-    char holder[256] = "another process", since[32] = "";
+    char holder[256] = "", since[32] = "";
     struct stat mine;
     time_t now = time(NULL);
-    char *path = sc__join(folder, ".shortcut-lock");
+    char *path = joined(folder, ".shortcut-lock");
     int fd = path ? open(path, O_RDWR | O_CREAT, 0666) : -1;
-    if (fd < 0) {
-        if (path) sc__write_fail(path);
-        free(path);
-        return false;
+    bool ok = fd >= 0 || (path && sc_fail("%s: cannot write: %s", path, strerror(errno)));
+    bool busy = ok && flock(fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK;
+    if (ok && (busy || fstat(fd, &mine) || !mine.st_nlink || ftruncate(fd, 0))) {
+        ssize_t n = read(fd, holder, sizeof holder - 1);
+        ok = sc_fail("%s: %s is writing there: wait for it, or choose another folder", folder,
+                     n > 0 ? holder : "another process");
+        close(fd);
     }
-    bool busy = flock(fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK;
-    if (!busy && !fstat(fd, &mine) && mine.st_nlink && !ftruncate(fd, 0)) {
+    if (ok) {
         strftime(since, sizeof since, "%Y-%m-%d %H:%M", localtime(&now));
         dprintf(fd, "process %ld (since %s: %s)", (long)getpid(), since, command);
-        sc__lock = path;
-        return true;
-    }
-    if (read(fd, holder, sizeof holder - 1) < 0) holder[0] = 0;
-    close(fd);
-    free(path);
-    return sc_fail("%s: %s is writing there: wait for it, or choose another folder", folder,
-                    holder);
+        lock_path = path;
+    } else free(path);
+    return ok;
 }
 
 void sc_unlock(void) {
-    if (sc__lock) remove(sc__lock);
-    free(sc__lock);
-    sc__lock = NULL;
+    if (lock_path) remove(lock_path);
+    free(lock_path);
+    lock_path = NULL;
 }
 
 /* ==== The program: start, interrupt, clock, device ============================================ */
@@ -543,13 +582,13 @@ void sc_start(char **argv) {
 
 volatile sig_atomic_t sc_interrupted; /* asked to stop: see sc_catch_interrupt */
 
-static void sc__on_interrupt(int sig) { sc_interrupted = sig; }
+static void on_interrupt(int sig) { sc_interrupted = sig; }
 
 /* Ctrl-C, SIGTERM and a terminal that closes ask the program to stop; a second Ctrl-C kills. The
  * others often come twice: from a shell and from the system, to a process and to its group. Under
  * nohup SIGHUP stays ignored. SA_RESTART: a file that is being written is written to its end. */
 void sc_catch_interrupt(void) {
-    struct sigaction stop = {.sa_handler = sc__on_interrupt, .sa_flags = SA_RESTART}, old;
+    struct sigaction stop = {.sa_handler = on_interrupt, .sa_flags = SA_RESTART}, old;
     sigaction(SIGTERM, &stop, NULL);
     if (!sigaction(SIGHUP, NULL, &old) && old.sa_handler != SIG_IGN) sigaction(SIGHUP, &stop, NULL);
     stop.sa_flags |= SA_RESETHAND;
@@ -562,17 +601,13 @@ bool sc_not_interrupted(void *user, int step, int steps) {
     return !sc_interrupted;
 }
 
-/* The command line, malloced; NULL: no memory. */
+/* The command line, malloced; NULL with the error set. */
 char *sc_command(int argc, char *const *argv) {
-    sc__text t = {0};
-    for (int i = 0; i < argc; i++) {
-        sc__text_add(&t, " ", i > 0);
-        sc__text_add(&t, argv[i], strlen(argv[i]));
-    }
-    sc__text_add(&t, "", 1);
-    if (!t.failed) return t.data;
-    free(t.data);
-    return sc_fail("out of memory"), NULL;
+    size_t size;
+    char *text = NULL;
+    FILE *f = open_memstream(&text, &size);
+    for (int i = 0; f && i < argc; i++) fprintf(f, "%s%s", i ? " " : "", argv[i]);
+    return finished(f, &text);
 }
 
 double sc_seconds(void) {
@@ -606,9 +641,9 @@ bool sc_load_lora_argument(sc_flux *flux, const char *argument, int steps, float
 /* lora.safetensors of this folder, where it is there and was made for this model; else NULL. */
 const char *sc_own_lora(const char *model) {
     static const char path[] = "lora.safetensors";
-    sc_file *file = sc__exists(path) ? sc_file_open(path) : NULL;
+    sc_file *file = exists(path) ? sc_file_open(path) : NULL;
     const char *base = file ? sc_file_metadata(file, "base_model") : NULL;
-    bool own = sc__exists(path) && (!base || sc__same_place(base, model));
+    bool own = exists(path) && (!base || same_place(base, model));
     if (base && !own) {
         fprintf(stderr, "%s is not used, it", path);
         sc_print_text(stderr, " was made for ", base);
@@ -617,12 +652,12 @@ const char *sc_own_lora(const char *model) {
     return own ? path : NULL; /* where it cannot be read, loading it says why */
 }
 
-static bool sc__line_open; /* of progress, on a terminal */
+static bool line_open; /* of progress, on a terminal */
 
 /* Before anything else is printed there: it must not stand behind a line of progress. */
 void sc_end_line(void) {
-    if (sc__line_open) fputc('\n', stderr);
-    sc__line_open = false;
+    if (line_open) fputc('\n', stderr);
+    line_open = false;
 }
 
 /* Prints the last error; what main returns then. */
@@ -652,7 +687,7 @@ const sc_backend *sc_device(const char *name) {
     return sc_cpu();
 }
 
-static const char *sc__clock(double seconds, char text[32]) {
+static const char *clock_text(double seconds, char text[32]) {
     long s = seconds < 0 ? 0 : (long)(seconds + 0.5);
     if (s < 3600) snprintf(text, 32, "%ld:%02ld", s / 60, s % 60);
     else snprintf(text, 32, "%ld:%02ld:%02ld", s / 3600, s / 60 % 60, s % 60);
@@ -674,12 +709,12 @@ void sc_progress(const char *label, int64_t first, int64_t done, int64_t total, 
     last = now;
     shown = label;
     fprintf(stderr, "%s%s %lld/%lld%s%s, %s", terminal ? "\r" : "", label, (long long)done,
-            (long long)total, extra ? ", " : "", extra ? extra : "", sc__clock(elapsed, spent));
+            (long long)total, extra ? ", " : "", extra ? extra : "", clock_text(elapsed, spent));
     if (!end && done > first)
         fprintf(stderr, ", %s left",
-                sc__clock(elapsed / (double)(done - first) * (double)(total - done), left));
+                clock_text(elapsed / (double)(done - first) * (double)(total - done), left));
     fprintf(stderr, "%s%s", terminal ? "\033[K" : "", !terminal || end ? "\n" : "");
-    sc__line_open = terminal && !end;
+    line_open = terminal && !end;
 }
 
 /* ==== Options ================================================================================ */
@@ -702,8 +737,17 @@ typedef struct sc_option {
     const char *argument, *help;
 } sc_option;
 
+static bool is_whole(const sc_option *o) { return o->kind == SC_INT || o->kind == SC_INTS; }
+
+/* How many numbers it takes. */
+static int numbers_of(const sc_option *o) {
+    static const int most[] = {
+        [SC_INT] = 1, [SC_FLOAT] = 1, [SC_RANGE] = 2, [SC_INTS] = 7, [SC_CHOICE] = 0};
+    return most[o->kind];
+}
+
 /* Parses up to `limit` numbers separated by commas; false if it is anything else. */
-static bool sc__numbers(const char *text, double *values, int limit, int *count) {
+static bool parse_numbers(const char *text, double *values, int limit, int *count) {
     char *end;
     for (*count = 0; *count < limit; text = end + 1) {
         values[*count] = strtod(text, &end);
@@ -716,18 +760,18 @@ static bool sc__numbers(const char *text, double *values, int limit, int *count)
 }
 
 /* Is `text` one of "this|that"? */
-static bool sc__listed(const char *list, const char *text) {
+static bool is_listed(const char *list, const char *text) {
     size_t n = strlen(text);
     for (; list; list = strchr(list, '|') ? strchr(list, '|') + 1 : NULL)
         if (!strncmp(list, text, n) && (!list[n] || list[n] == '|')) return true;
     return false;
 }
 
-static bool sc__set_option(const sc_option *o, const char *text) {
+static bool set_option(const sc_option *o, const char *text) {
     double v[8];
     char *end = NULL;
     int count = 0;
-    if (o->kind == SC_CHOICE && !sc__listed(o->argument, text))
+    if (o->kind == SC_CHOICE && !is_listed(o->argument, text))
         return sc_fail("%s takes %s, not '%s'", o->name, o->argument, text);
     if (o->kind == SC_STRING || o->kind == SC_CHOICE) return *(const char **)o->value = text, true;
     if (o->kind == SC_STRINGS) {
@@ -741,60 +785,51 @@ static bool sc__set_option(const sc_option *o, const char *text) {
         uint64_t seed = strtoull(text, &end, 10);
         if (!isdigit((unsigned char)*text) || *end || errno)
             return sc_fail("%s takes %s, a whole number from 0 to 18446744073709551615, not '%s'",
-                            o->name, o->argument, text);
+                           o->name, o->argument, text);
         return *(uint64_t *)o->value = seed, true;
     }
-    if (!sc__numbers(text, v, o->kind == SC_INTS ? 7 : o->kind == SC_RANGE ? 2 : 1, &count))
+    if (!parse_numbers(text, v, numbers_of(o), &count))
         return sc_fail("%s takes %s, not '%s'", o->name, o->argument, text);
-    for (int i = 0; i < count; i++)
-        if ((o->kind == SC_INT || o->kind == SC_INTS) &&
-            (v[i] != floor(v[i]) || fabs(v[i]) > INT_MAX))
+    if (o->kind == SC_INTS) memset(o->value, 0, 8 * sizeof(int));
+    for (int i = 0; i < (o->kind == SC_RANGE ? 2 : count); i++) {
+        double x = v[i < count ? i : count - 1]; /* one number is a range, too */
+        if (is_whole(o) && (x != floor(x) || fabs(x) > INT_MAX))
             return sc_fail("%s takes whole numbers, not '%s'", o->name, text);
-    switch (o->kind) {
-    case SC_INT: *(int *)o->value = (int)v[0]; break;
-    case SC_FLOAT: *(float *)o->value = (float)v[0]; break;
-    case SC_RANGE:
-        ((float *)o->value)[0] = (float)v[0], ((float *)o->value)[1] = (float)v[count - 1];
-        break;
-    default:
-        for (int i = 0; i < 8; i++) ((int *)o->value)[i] = i < count ? (int)v[i] : 0;
+        if (is_whole(o)) ((int *)o->value)[i] = (int)x;
+        else ((float *)o->value)[i] = (float)x;
     }
     return true;
 }
 
 /* The value; "" where there is none. */
-static const char *sc__option_text(const sc_option *o, char text[128]) {
-    int used = 0;
+static const char *option_text(const sc_option *o, char text[128]) {
+    const int *whole = (const int *)o->value;
+    const float *real = (const float *)o->value;
+    const char *string = "";
+    size_t used = 0;
     text[0] = 0;
-    switch (o->kind) {
-    case SC_FLAG: return *(bool *)o->value ? "yes" : "no";
-    case SC_INT: snprintf(text, 128, "%d", *(int *)o->value); break;
-    case SC_SEED: snprintf(text, 128, "%llu", (unsigned long long)*(uint64_t *)o->value); break;
-    case SC_FLOAT: snprintf(text, 128, "%g", *(float *)o->value); break;
-    case SC_RANGE:
-        snprintf(text, 128, "%g,%g", ((float *)o->value)[0], ((float *)o->value)[1]);
-        break;
-    case SC_STRING:
-    case SC_CHOICE: return *(const char **)o->value ? *(const char **)o->value : "";
-    case SC_INTS:
-        for (const int *v = (int *)o->value; *v; v++)
-            used += snprintf(text + used, 128 - (size_t)used, "%s%d", used ? "," : "", *v);
-        break;
-    case SC_STRINGS: break;
+    if (o->kind == SC_FLAG) return *(bool *)o->value ? "yes" : "no";
+    if (o->kind == SC_STRING || o->kind == SC_CHOICE) string = *(const char **)o->value;
+    if (o->kind == SC_SEED) snprintf(text, 128, "%llu", (unsigned long long)*(uint64_t *)o->value);
+    for (int i = 0; i < numbers_of(o) && (o->kind != SC_INTS || whole[i]); i++) {
+        const char *comma = i ? "," : "";
+        if (is_whole(o)) snprintf(text + used, 128 - used, "%s%d", comma, whole[i]);
+        else snprintf(text + used, 128 - used, "%s%g", comma, real[i]);
+        used = strlen(text);
     }
-    return text;
+    return string && *string ? string : text;
 }
 
 void sc_print_options(const sc_option *options, int count) {
     for (int i = 0; i < count; i++) {
         char text[128];
-        const char *value = options[i].name ? sc__option_text(&options[i], text) : "";
+        const char *value = options[i].name ? option_text(&options[i], text) : "";
         if (*value) printf(" %s %s", options[i].name, value);
     }
     printf("\n");
 }
 
-static void sc__help(const char *usage, const sc_option *options, int count) {
+static void print_help(const char *usage, const sc_option *options, int count) {
     printf("%s\n", usage);
     for (int i = 0; i < count; i++) {
         char left[64], text[128];
@@ -804,7 +839,7 @@ static void sc__help(const char *usage, const sc_option *options, int count) {
         }
         snprintf(left, sizeof left, "%s %s", options[i].name,
                  options[i].argument ? options[i].argument : "");
-        const char *value = sc__option_text(&options[i], text);
+        const char *value = option_text(&options[i], text);
         bool show = options[i].kind != SC_FLAG && *value;
         printf("  %-26s %s%s%s%s\n", left, options[i].help, show ? " [" : "", show ? value : "",
                show ? "]" : "");
@@ -826,7 +861,7 @@ int sc_parse(const char *usage, const sc_option *options, int count, int argc, c
             continue;
         }
         if (help) {
-            sc__help(usage, options, count);
+            print_help(usage, options, count);
             exit(0);
         }
         for (int j = 0; !word && j < count; j++)
@@ -836,7 +871,7 @@ int sc_parse(const char *usage, const sc_option *options, int count, int argc, c
         else if (!o) ok = sc_fail("unknown option '%s'", argv[i]);
         else if (o->kind == SC_FLAG) *(bool *)o->value = true;
         else if (i + 1 == argc) ok = sc_fail("%s needs a value: %s", o->name, o->argument);
-        else ok = sc__set_option(o, argv[++i]);
+        else ok = set_option(o, argv[++i]);
         if (!ok) {
             fprintf(stderr, "error: %s (see %s --help)\n", sc_error(), argv[0]);
             exit(2);
@@ -859,11 +894,11 @@ const char *sc_given(int argc, char **argv, const char *name) {
  * or flags, or paths: a model from elsewhere does not say which files are read and written here. */
 bool sc_parse_recipe(const sc_option *options, int count, const char *model, const char *section) {
     static sc_json *recipe; /* kept: string options point into it */
-    char *path = sc__join(model, "recipe.json");
+    char *path = joined(model, "recipe.json");
     bool ok = path != NULL;
     sc_json_free(recipe);
-    recipe = ok && sc__exists(path) ? sc_json_load(path) : NULL;
-    if (ok && sc__exists(path)) ok = recipe != NULL;
+    recipe = ok && exists(path) ? sc_json_load(path) : NULL;
+    if (ok && exists(path)) ok = recipe != NULL;
     const sc_json *values = sc_json_get(recipe, section);
     for (int64_t i = 0; ok && i < sc_json_length(values); i++) {
         const sc_json *value = sc_json_value(values, i);
@@ -875,12 +910,12 @@ bool sc_parse_recipe(const sc_option *options, int count, const char *model, con
         if (!string) snprintf(text, sizeof text, "%.17g", sc_json_number(value, NAN));
         bool words = o && (o->kind == SC_STRING || o->kind == SC_CHOICE);
         if (!o || o->kind == SC_FLAG || o->kind == SC_STRINGS ||
-            (o->kind == SC_STRING && sc__listed("DIR|FILE|PATH", o->argument)))
+            (o->kind == SC_STRING && is_listed("DIR|FILE|PATH", o->argument)))
             ok = sc_fail("%s: '%s' is no option that a recipe may set", path, key ? key : section);
-        else if ((words && !string) || !sc__set_option(o, string ? string : text))
+        else if ((words && !string) || !set_option(o, string ? string : text))
             ok = sc_fail("%s: '%s' has a wrong value", path, key);
     }
-    SC_FREE(path);
+    free(path);
     return ok;
 }
 
@@ -893,12 +928,12 @@ char *sc_next_line(char **text) {
 }
 
 /* Tells what no part of a model reads of its files. A part that cannot be opened says why later. */
-static void sc__warn_unread(const sc_pipeline *p) {
+static void warn_unread(const sc_pipeline *p) {
     char names[512], *path = sc_part_path(p->folder, SC_VAE);
     sc_vae *vae = path ? sc_vae_open(NULL, path, false) : NULL;
     sc_text_encoders *text = sc_text_encoders_open(NULL, p->folder);
-    sc_net *const nets[] = {p->flux->net, vae ? vae->net : NULL, text ? text->clip.net : NULL,
-                            text ? text->t5.net : NULL};
+    const sc_net *const nets[] = {sc_flux_net(p->flux), sc_vae_net(vae), sc_text_net(text, SC_CLIP),
+                                  sc_text_net(text, SC_T5)};
     long long unread = sc_net_unread(nets, 4, names, sizeof names);
     if (unread) {
         fprintf(stderr, "warning: %lld tensors of %s are not used", unread, p->folder);
@@ -906,17 +941,19 @@ static void sc__warn_unread(const sc_pipeline *p) {
     }
     sc_text_encoders_close(text);
     sc_vae_close(vae);
-    SC_FREE(path);
+    free(path);
 }
 
 /* sc_pipeline_open, with what to do where the folder is not there. */
 sc_pipeline *sc_open_model(const sc_backend *be, const char *model,
                            const sc_pipeline_options *how) {
-    sc_pipeline *p = sc__exists(model) ? sc_pipeline_open(be, model, how) : NULL;
-    if (p) sc__warn_unread(p);
-    else if (!sc__exists(model))
-        sc_fail("%s: No such file or directory: --model takes a model's folder or file "
-                 "(data/tiny-flux is in the programs' folder)", model);
+    if (!exists(model))
+        return sc_fail("%s: No such file or directory: --model takes a model's folder or file "
+                       "(data/tiny-flux is in the programs' folder)",
+                       model),
+               NULL;
+    sc_pipeline *p = sc_pipeline_open(be, model, how);
+    if (p) warn_unread(p);
     return p;
 }
 
