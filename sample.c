@@ -60,7 +60,7 @@ static float time_shift(const sc_pipeline *p, const options *o, int64_t tokens) 
 /* The settings as the usual picture tools read them: the prompt, then "Key: value, ..."; malloced.
  */
 static char *parameters_of(const options *o, const char *prompt, uint64_t seed, float shift) {
-    char *text = NULL, *path = NULL;
+    char *text = NULL, *path;
     size_t size;
     FILE *f = open_memstream(&text, &size);
     if (!f) return finished(f, &text);
@@ -72,7 +72,7 @@ static char *parameters_of(const options *o, const char *prompt, uint64_t seed, 
     for (int i = 0; !o->no_lora && i < 8 && o->lora[i]; i++) {
         float scale;
         path = sc_lora_argument(o->lora[i], o->steps, &scale, NULL);
-        if (!path) break;
+        if (!path) return fclose(f), free(text), NULL;
         fprintf(f, "%s%s:%g", i ? " " : ", Lora: ", path, scale);
         free(path);
     }
@@ -123,13 +123,7 @@ static bool draw(sc_pipeline *p, const options *o, const char *prompt, uint64_t 
     float *pooled = context + context_size;
     sc_rng rng = {seed};
     double times[4] = {sc_seconds()};
-    sc_sampling s = {.steps = o->steps,
-                     .shift = shift,
-                     .guidance = o->guidance,
-                     .h = h,
-                     .w = w,
-                     .progress = progress,
-                     .user = &times[1]};
+    sc_sampling s = {o->steps, shift, o->guidance, h, w, .progress = progress, .user = &times[1]};
     bool ok = memory != NULL;
     if (ok) sc_normal(&rng, latents, n);
     ok = ok && (!o->noise || load_noise(o->noise, latents, n)) &&
@@ -402,14 +396,8 @@ static bool load_loras(sc_pipeline *p, options *o) {
 
 int main(int argc, char **argv) {
     sc_start(argv);
-    options o = {.model = "data/tiny-flux",
-                 .out = "out.png",
-                 .device = "auto",
-                 .weights = "auto",
-                 .weights_on = "device",
-                 .guidance = 3.5f,
-                 .count = 1,
-                 .seed = 1};
+    options o = {"data/tiny-flux",       .out = "out.png", .device = "auto", .weights = "auto",
+                 .weights_on = "device", .guidance = 3.5f, .count = 1,       .seed = 1};
     const char *words[2] = {NULL, NULL};
     int count = read_options(&o, argc, argv, words);
     if (count < 0) return sc_die();
