@@ -135,8 +135,11 @@ static bool evaluate(evaluator *e, const float *rgb, float *features, int *class
     return ok;
 }
 
-static const char *class_name(const evaluator *e, int class_of) {
-    return sc_json_string(sc_json_at(e->captions, class_of), "");
+/* -1: none of this caption. */
+static int class_named(const evaluator *e, const char *caption) {
+    int i = e->classes - 1;
+    while (i >= 0 && strcmp(sc_json_string(sc_json_at(e->captions, i), ""), caption)) i--;
+    return i;
 }
 
 /* ---- Frechet distance of two sets of features, seen as Gaussians ----
@@ -507,24 +510,22 @@ static bool run_experiment(experiment *x) {
 /* ---- Setting the experiment up ---- */
 
 static bool load_prompts(experiment *x) {
-    const sc_flux_config *c = sc_flux_config_of(x->p->flux);
-    size_t text_size = (size_t)x->p->text_tokens * (size_t)c->text_channels, lines = 1;
-    char *text = sc_text_load(x->o.prompts), *rest = text, *line;
-    for (const char *s = text; s && *s; s++) lines += *s == '\n' || *s == '\r';
-    bool ok = text && (x->class_of = (int *)allocate(lines, sizeof *x->class_of)) &&
-              (x->context = (float *)allocate(lines * text_size, sizeof *x->context)) &&
-              (x->pooled = (float *)allocate(lines * (size_t)c->pooled_channels, sizeof(float)));
-    for (; ok && (line = sc_next_line(&rest)); x->prompt_count++) {
-        int64_t i = x->prompt_count;
-        x->class_of[i] = x->judge.classes - 1;
-        while (x->class_of[i] >= 0 && strcmp(class_name(&x->judge, x->class_of[i]), line))
-            x->class_of[i]--;
-        ok = sc_pipeline_text(x->p, line, x->context + (size_t)i * text_size,
-                              x->pooled + i * c->pooled_channels) &&
+    int64_t text_size = (int64_t)x->p->text_tokens * sc_flux_config_of(x->p->flux)->text_channels;
+    int64_t pooled_size = sc_flux_config_of(x->p->flux)->pooled_channels, count;
+    char *text, **lines = sc_load_prompts(x->o.prompts, &text, &count);
+    size_t n = (size_t)count;
+    bool ok = lines && (x->class_of = (int *)allocate(n, sizeof *x->class_of)) &&
+              (x->context = (float *)allocate(n * (size_t)text_size, sizeof *x->context)) &&
+              (x->pooled = (float *)allocate(n * (size_t)pooled_size, sizeof *x->pooled));
+    x->prompt_count = (int)count;
+    for (int64_t i = 0; ok && i < count; i++) {
+        x->class_of[i] = class_named(&x->judge, lines[i]);
+        ok = sc_pipeline_text(x->p, lines[i], x->context + i * text_size,
+                              x->pooled + i * pooled_size) &&
              (!sc_interrupted || sc_fail("stopped"));
     }
-    free(text);
-    return ok && (x->prompt_count || sc_fail("%s: no prompts", x->o.prompts));
+    free(lines), free(text);
+    return ok;
 }
 
 /* Features of the pictures in a folder, cut and scaled to the evaluator's size. */

@@ -81,24 +81,17 @@ static char *parameters_of(const options *o, const char *prompt, uint64_t seed, 
     return finished(f, &text);
 }
 
-/* Whether a LoRA was written after the file at `path`. */
-static bool lora_is_newer(const options *o, const char *path) {
+/* Whether the PNG at `path` was drawn with just these parameters, and no LoRA written after it. */
+static bool drawn(const options *o, const char *path, const char *parameters) {
     struct stat picture, lora;
     float scale;
-    bool newer = false;
-    for (int i = 0; !o->no_lora && i < 8 && o->lora[i]; i++) {
+    char *text = sc_picture_parameters(path);
+    bool same = text && !strcmp(text, parameters) && !stat(path, &picture);
+    for (int i = 0; same && !o->no_lora && i < 8 && o->lora[i]; i++) {
         char *file = sc_lora_argument(o->lora[i], o->steps, &scale, NULL);
-        newer = newer || !file || stat(path, &picture) || stat(file, &lora) ||
-                lora.st_mtime > picture.st_mtime;
+        same = file && !stat(file, &lora) && lora.st_mtime <= picture.st_mtime;
         free(file);
     }
-    return newer;
-}
-
-/* Whether the PNG at `path` was drawn with just these parameters. */
-static bool drawn(const char *path, const char *parameters) {
-    char *text = sc_picture_parameters(path);
-    bool same = text && !strcmp(text, parameters);
     free(text);
     return same;
 }
@@ -115,8 +108,7 @@ static bool draw(sc_pipeline *p, const options *o, const char *prompt, uint64_t 
     char shown[201];
     char *parameters = parameters_of(o, prompt, seed, shift);
     if (!parameters) return false;
-    if (o->prompts && !lora_is_newer(o, path) && drawn(path, parameters))
-        return free(parameters), true;
+    if (o->prompts && drawn(o, path, parameters)) return free(parameters), true;
     float *memory =
         (float *)allocate((size_t)(n + pixels + context_size + c->pooled_channels), sizeof *memory);
     float *latents = memory, *rgb = latents + n, *context = rgb + pixels;
@@ -194,15 +186,10 @@ typedef struct list {
 } list;
 
 static bool open_list(list *l, const options *o) {
-    size_t lines = 1;
-    *l = (list){.o = o, .text = sc_text_load(o->prompts)};
-    for (const char *c = l->text; c && *c; c++) lines += *c == '\n' || *c == '\r';
-    l->prompts = l->text ? (char **)allocate(lines, sizeof *l->prompts) : NULL;
-    l->metadata = l->prompts ? joined(o->out_dir, "metadata.jsonl") : NULL;
-    for (char *rest = l->text, *line; l->metadata && (line = sc_next_line(&rest));)
-        l->prompts[l->count++] = line;
+    *l = (list){.o = o, .metadata = joined(o->out_dir, "metadata.jsonl")};
+    l->prompts = l->metadata ? sc_load_prompts(o->prompts, &l->text, &l->count) : NULL;
     l->count *= o->count;
-    return l->metadata && (l->count || sc_fail("%s: no prompts", o->prompts));
+    return l->prompts != NULL;
 }
 
 static void close_list(list *l) { free(l->text), free(l->prompts), free(l->metadata); }
@@ -267,9 +254,10 @@ static bool check_folder(const list *l) {
         ok = path && sc_may_replace(path);
         free(path);
     }
-    char *text = ok && old ? sc_read_file(l->metadata, &length) : NULL, *rest = text, *line;
+    char *text = ok && old ? sc_read_file(l->metadata, &length) : NULL;
     ok = ok && (text || !old);
-    while (ok && text && (line = sc_next_line(&rest)))
+    char *line = text ? strtok(text, "\r\n") : NULL;
+    for (; ok && line; line = strtok(NULL, "\r\n"))
         ok = known_line(l, line) ||
              sc_fail("%s has lines that are not this program's: choose another folder: %s",
                      l->metadata, line);

@@ -746,17 +746,23 @@ static int numbers_of(const sc_option *o) {
     return most[o->kind];
 }
 
-/* Parses up to `limit` numbers separated by commas; false if it is anything else. */
-static bool parse_numbers(const char *text, double *values, int limit, int *count) {
-    char *end;
-    for (*count = 0; *count < limit; text = end + 1) {
-        values[*count] = strtod(text, &end);
-        if (end == text || !isfinite(values[*count])) return false;
-        ++*count;
-        if (!*end) return true;
-        if (*end != ',') return false;
+/* Numbers separated by commas, as many as the option takes at most. */
+static bool set_numbers(const sc_option *o, const char *text) {
+    int *whole = (int *)o->value, count = 0;
+    float *real = (float *)o->value;
+    char *end = NULL;
+    for (const char *at = text; !end || *end; at = end + 1) {
+        double x = strtod(at, &end);
+        if (end == at || (*end && *end != ',') || !isfinite(x) || count == numbers_of(o))
+            return sc_fail("%s takes %s, not '%s'", o->name, o->argument, text);
+        if (is_whole(o) && (x != floor(x) || fabs(x) > INT_MAX))
+            return sc_fail("%s takes whole numbers, not '%s'", o->name, text);
+        if (is_whole(o)) whole[count++] = (int)x;
+        else real[count++] = (float)x;
     }
-    return false;
+    if (o->kind == SC_RANGE && count == 1) real[1] = real[0];
+    if (o->kind == SC_INTS) memset(whole + count, 0, (size_t)(8 - count) * sizeof *whole);
+    return true;
 }
 
 /* Is `text` one of "this|that"? */
@@ -768,9 +774,7 @@ static bool is_listed(const char *list, const char *text) {
 }
 
 static bool set_option(const sc_option *o, const char *text) {
-    double v[8];
     char *end = NULL;
-    int count = 0;
     if (o->kind == SC_CHOICE && !is_listed(o->argument, text))
         return sc_fail("%s takes %s, not '%s'", o->name, o->argument, text);
     if (o->kind == SC_STRING || o->kind == SC_CHOICE) return *(const char **)o->value = text, true;
@@ -788,17 +792,7 @@ static bool set_option(const sc_option *o, const char *text) {
                            o->name, o->argument, text);
         return *(uint64_t *)o->value = seed, true;
     }
-    if (!parse_numbers(text, v, numbers_of(o), &count))
-        return sc_fail("%s takes %s, not '%s'", o->name, o->argument, text);
-    if (o->kind == SC_INTS) memset(o->value, 0, 8 * sizeof(int));
-    for (int i = 0; i < (o->kind == SC_RANGE ? 2 : count); i++) {
-        double x = v[i < count ? i : count - 1]; /* one number is a range, too */
-        if (is_whole(o) && (x != floor(x) || fabs(x) > INT_MAX))
-            return sc_fail("%s takes whole numbers, not '%s'", o->name, text);
-        if (is_whole(o)) ((int *)o->value)[i] = (int)x;
-        else ((float *)o->value)[i] = (float)x;
-    }
-    return true;
+    return set_numbers(o, text);
 }
 
 /* The value; "" where there is none. */
@@ -832,18 +826,24 @@ void sc_print_options(const sc_option *options, int count) {
 static void print_help(const char *usage, const sc_option *options, int count) {
     printf("%s\n", usage);
     for (int i = 0; i < count; i++) {
+        const sc_option *o = &options[i];
         char left[64], text[128];
-        if (!options[i].name) {
-            printf("\n%s\n", options[i].help);
+        if (!o->name) {
+            printf("\n%s\n", o->help);
             continue;
         }
-        snprintf(left, sizeof left, "%s %s", options[i].name,
-                 options[i].argument ? options[i].argument : "");
-        const char *value = option_text(&options[i], text);
-        bool show = options[i].kind != SC_FLAG && *value;
-        printf("  %-26s %s%s%s%s\n", left, options[i].help, show ? " [" : "", show ? value : "",
-               show ? "]" : "");
+        snprintf(left, sizeof left, "%s %s", o->name, o->argument ? o->argument : "");
+        printf("  %-26s %s", left, o->help);
+        const char *value = o->kind == SC_FLAG ? "" : option_text(o, text);
+        printf(*value ? " [%s]\n" : "%s\n", value);
     }
+}
+
+/* The option of this name, without its "--"; NULL: there is none. */
+static const sc_option *find_option(const sc_option *options, int count, const char *name) {
+    for (int i = 0; i < count; i++)
+        if (options[i].name && !strcmp(options[i].name + 2, name)) return &options[i];
+    return NULL;
 }
 
 /* Reads argv into the options' values; what is left over goes to `positional` (at most `limit`).
@@ -851,33 +851,28 @@ static void print_help(const char *usage, const sc_option *options, int count) {
 int sc_parse(const char *usage, const sc_option *options, int count, int argc, char **argv,
              const char **positional, int limit) {
     int found = 0;
-    bool literal = false; /* after "--" */
-    for (int i = 1; i < argc; i++) {
-        const sc_option *o = NULL;
-        bool help = !literal && (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h"));
-        bool word = literal || (strncmp(argv[i], "--", 2) && !help), ok = true;
-        if (!literal && !strcmp(argv[i], "--")) {
-            literal = true;
-            continue;
-        }
-        if (help) {
+    bool literal = false, ok = true; /* literal: after "--" */
+    for (int i = 1; ok && i < argc; i++) {
+        const char *word = argv[i];
+        if (!literal && (!strcmp(word, "--help") || !strcmp(word, "-h"))) {
             print_help(usage, options, count);
             exit(0);
         }
-        for (int j = 0; !word && j < count; j++)
-            if (options[j].name && !strcmp(options[j].name, argv[i])) o = &options[j];
-        if (word && found < limit) positional[found++] = argv[i];
-        else if (word) ok = sc_fail("unexpected argument '%s'", argv[i]);
-        else if (!o) ok = sc_fail("unknown option '%s'", argv[i]);
+        if (literal || strncmp(word, "--", 2)) {
+            if (found < limit) positional[found++] = word;
+            else ok = sc_fail("unexpected argument '%s'", word);
+            continue;
+        }
+        const sc_option *o = find_option(options, count, word + 2);
+        if (!word[2]) literal = true;
+        else if (!o) ok = sc_fail("unknown option '%s'", word);
         else if (o->kind == SC_FLAG) *(bool *)o->value = true;
         else if (i + 1 == argc) ok = sc_fail("%s needs a value: %s", o->name, o->argument);
         else ok = set_option(o, argv[++i]);
-        if (!ok) {
-            fprintf(stderr, "error: %s (see %s --help)\n", sc_error(), argv[0]);
-            exit(2);
-        }
     }
-    return found;
+    if (ok) return found;
+    fprintf(stderr, "error: %s (see %s --help)\n", sc_error(), argv[0]);
+    exit(2);
 }
 
 /* What follows the last argument `name`; NULL: it is not there (for what must be known before
@@ -895,18 +890,16 @@ const char *sc_given(int argc, char **argv, const char *name) {
 bool sc_parse_recipe(const sc_option *options, int count, const char *model, const char *section) {
     static sc_json *recipe; /* kept: string options point into it */
     char *path = joined(model, "recipe.json");
-    bool ok = path != NULL;
+    bool there = path && exists(path), ok = path != NULL;
     sc_json_free(recipe);
-    recipe = ok && exists(path) ? sc_json_load(path) : NULL;
-    if (ok && exists(path)) ok = recipe != NULL;
+    recipe = there ? sc_json_load(path) : NULL;
+    if (there) ok = recipe != NULL;
     const sc_json *values = sc_json_get(recipe, section);
     for (int64_t i = 0; ok && i < sc_json_length(values); i++) {
         const sc_json *value = sc_json_value(values, i);
         const char *key = sc_json_key(values, i), *string = sc_json_string(value, NULL);
+        const sc_option *o = key ? find_option(options, count, key) : NULL;
         char text[32];
-        const sc_option *o = NULL;
-        for (int j = 0; key && j < count; j++)
-            if (options[j].name && !strcmp(options[j].name + 2, key)) o = &options[j];
         if (!string) snprintf(text, sizeof text, "%.17g", sc_json_number(value, NAN));
         bool words = o && (o->kind == SC_STRING || o->kind == SC_CHOICE);
         if (!o || o->kind == SC_FLAG || o->kind == SC_STRINGS ||
@@ -919,12 +912,18 @@ bool sc_parse_recipe(const sc_option *options, int count, const char *model, con
     return ok;
 }
 
-/* The next line of *text that is not empty, ended by NUL; NULL: there is none. */
-char *sc_next_line(char **text) {
-    char *line = *text + strspn(*text, "\r\n");
-    *text = line + strcspn(line, "\r\n");
-    if (**text) *(*text)++ = 0;
-    return *line ? line : NULL;
+/* The lines of a file that are not empty, in *text; both malloced. NULL with the error set. */
+char **sc_load_prompts(const char *path, char **text, int64_t *count) {
+    size_t most = 1;
+    *count = 0;
+    *text = sc_text_load(path);
+    for (const char *c = *text; c && *c; c++) most += *c == '\n' || *c == '\r';
+    char **lines = *text ? (char **)allocate(most, sizeof *lines) : NULL;
+    char *line = lines ? strtok(*text, "\r\n") : NULL;
+    for (; line; line = strtok(NULL, "\r\n")) lines[(*count)++] = line;
+    if (!lines || *count) return lines;
+    free(lines);
+    return sc_fail("%s: no prompts", path), NULL;
 }
 
 /* Tells what no part of a model reads of its files. A part that cannot be opened says why later. */
