@@ -54,10 +54,13 @@ SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
 all: $(PROGRAMS)
 
-train sample: %: %.c shortcut.h tools.h $(CUDA_OBJECT)
-	$(CC) $(BASE) $(CFLAGS) $< -o $@ $(CUDA_LINK) $(LIBS)
-shortcut: main.c shortcut.h tools.h $(CUDA_OBJECT)
-	$(CC) $(BASE) $(CFLAGS) $< -o $@ $(CUDA_LINK) $(LIBS)
+# The implementation once; the programs see the declarations alone.
+build/shortcut.o: shortcut.h | build
+	$(CC) $(BASE) $(CFLAGS) -DSHORTCUT_IMPLEMENTATION -x c -c $< -o $@
+train sample: %: %.c shortcut.h tools.h build/shortcut.o $(CUDA_OBJECT)
+	$(CC) $(BASE) $(CFLAGS) $< build/shortcut.o -o $@ $(CUDA_LINK) $(LIBS)
+shortcut: main.c shortcut.h tools.h build/shortcut.o $(CUDA_OBJECT)
+	$(CC) $(BASE) $(CFLAGS) $< build/shortcut.o -o $@ $(CUDA_LINK) $(LIBS)
 build/shortcut_cuda.o: shortcut_cuda.cu shortcut.h | build
 	$(NVCC) -O3 -std=c++17 --threads 2 $(CUDA_ARCH) -Xcompiler -Wall,-fno-exceptions,-fno-threadsafe-statics -c $< -o $@
 

@@ -1,6 +1,5 @@
 /* ./shortcut: the experiment (base against distilled, numbers and a picture), info, merge. */
 #define _POSIX_C_SOURCE 200809L
-#define SHORTCUT_IMPLEMENTATION
 #include "shortcut.h"
 #include "tools.h"
 
@@ -28,87 +27,86 @@ typedef struct options {
 
 /* ---- The evaluator: a small convolutional classifier (data/train_evaluator.py) ---- */
 
-enum { MAX_CHANNELS = 1024 };
+enum { MAX_LEVELS = 8, MAX_CHANNELS = 1024 };
+
+typedef struct conv {
+    sc_tensor *weights[4]; /* [out, in, 3, 3], bias, and the norm's two [out] */
+} conv;
 
 typedef struct evaluator {
+    sc_json *json;           /* config.json */
+    const sc_json *captions; /* of the classes */
     sc_net *net;
     sc_tape *tape;
-    int levels, channels[8], groups, features, classes, side;
+    int levels, groups, features, classes, side;
     float eps;
-    char **captions;
+    conv down[MAX_LEVELS], flat[MAX_LEVELS];
+    sc_linear_layer to_features, to_logits;
 } evaluator;
 
 static void evaluator_close(evaluator *e) {
-    for (int i = 0; e->captions && i < e->classes; i++) free(e->captions[i]);
-    free(e->captions);
     sc_net_close(e->net);
     sc_tape_free(e->tape);
+    sc_json_free(e->json);
 }
 
-static bool evaluator_open(evaluator *e, const sc_backend *be, const char *folder) {
-    char *path = sc__join(folder, "config.json");
-    sc_json *json = path ? sc_json_load(path) : NULL;
-    const sc_json *channels = sc_json_get(json, "channels"),
-                  *captions = sc_json_get(json, "captions");
-    *e = (evaluator){.levels = (int)sc_json_length(channels)};
-    bool ok = json && sc__config_int(json, path, "norm_num_groups", 8, &e->groups) &&
-              sc__config_int(json, path, "feature_dim", 64, &e->features) &&
-              sc__config_int(json, path, "sample_size", 128, &e->side) &&
-              sc__config_int(json, path, "num_classes", 0, &e->classes);
-    ok = ok && e->levels >= 1 && e->levels <= 8 && sc_json_length(captions) == e->classes &&
-         e->side % 2 == 0 && e->side <= 4096 && e->side >> (e->levels + 1) > 0;
-    for (int i = 0; ok && i < e->levels; i++) {
-        double n = sc_json_number(sc_json_at(channels, i), 0);
-        ok = n >= 1 && n <= MAX_CHANNELS && n == floor(n) && (int)n % e->groups == 0;
-        e->channels[i] = ok ? (int)n : 0;
+static int whole_number(const sc_json *value, int fallback, int most) {
+    double number = sc_json_number(value, fallback);
+    return number >= 1 && number <= most && number == floor(number) ? (int)number : 0;
+}
+
+static bool conv_open(sc_net *net, conv *c, const char *kind, int level, int64_t in, int64_t out) {
+    static const char *const what[] = {".weight", ".bias", "_norm.weight", "_norm.bias"};
+    const int64_t shape[] = {out, in, 3, 3};
+    bool ok = true;
+    for (int i = 0; ok && i < 4; i++) {
+        char name[64];
+        snprintf(name, sizeof name, "%s%d%s", kind, level, what[i]);
+        ok = (c->weights[i] = sc_net_weight(net, name, i ? 1 : 4, shape)) != NULL;
     }
-    if (!ok && json) sc_fail("%s: not an evaluator's", path);
-    e->eps = (float)sc_json_number(sc_json_get(json, "norm_eps"), 1e-5);
-    e->captions = ok ? (char **)sc__alloc((size_t)e->classes, sizeof *e->captions) : NULL;
-    for (int i = 0; e->captions && i < e->classes; i++)
-        e->captions[i] = sc__strdup(sc_json_string(sc_json_at(captions, i), ""));
-    ok = ok && e->captions && (e->net = sc_net_open(be, folder, true)) &&
-         (e->tape = sc_tape_new(be));
-    sc_json_free(json);
-    free(path);
     return ok;
 }
 
-static sc_tensor *get(evaluator *e, int ndim, const int64_t *shape, const char *module,
-                      const char *what) {
-    char name[64];
-    snprintf(name, sizeof name, "%s%s", module, what);
-    for (int64_t i = 0; i < e->net->count; i++) /* asked for before */
-        if (!strcmp(e->net->weights[i]->name, name)) return &e->net->weights[i]->tensor;
-    return sc_net_weight(e->net, name, ndim, shape);
+static bool evaluator_open(evaluator *e, const sc_backend *be, const char *folder) {
+    char *path = joined(folder, "config.json");
+    sc_json *json = path ? sc_json_load(path) : NULL;
+    const sc_json *channels = sc_json_get(json, "channels");
+    int count[MAX_LEVELS], in = 3;
+    *e = (evaluator){.json = json, .captions = sc_json_get(json, "captions")};
+    e->levels = (int)sc_json_length(channels);
+    e->groups = whole_number(sc_json_get(json, "norm_num_groups"), 8, MAX_CHANNELS);
+    e->features = whole_number(sc_json_get(json, "feature_dim"), 64, 1 << 24);
+    e->side = whole_number(sc_json_get(json, "sample_size"), 128, 4096);
+    e->classes = whole_number(sc_json_get(json, "num_classes"), 0, 1 << 24);
+    e->eps = (float)sc_json_number(sc_json_get(json, "norm_eps"), 1e-5);
+    bool ok = json && e->levels >= 1 && e->levels <= MAX_LEVELS && e->groups && e->features &&
+              e->side % 2 == 0 && e->side >> (e->levels + 1) > 0 && e->classes &&
+              sc_json_length(e->captions) == e->classes;
+    for (int i = 0; ok && i < e->levels; i++) {
+        count[i] = whole_number(sc_json_at(channels, i), 0, MAX_CHANNELS);
+        ok = count[i] && count[i] % e->groups == 0;
+    }
+    if (!ok && json) sc_fail("%s: not an evaluator's", path);
+    free(path);
+    ok = ok && (e->net = sc_net_open(be, folder, true)) && (e->tape = sc_tape_new(be));
+    for (int i = 0; ok && i < e->levels; in = count[i++])
+        ok = conv_open(e->net, &e->down[i], "down", i, in, count[i]) &&
+             conv_open(e->net, &e->flat[i], "conv", i, count[i], count[i]);
+    return ok && sc_net_linear(e->net, &e->to_features, "features", e->features, in, true) &&
+           sc_net_linear(e->net, &e->to_logits, "logits", e->classes, e->features, true);
 }
 
-static sc_tensor *evaluator_conv(evaluator *e, sc_tensor *x, const char *kind, int level,
-                                 int stride) {
-    char module[32];
-    int64_t in = x ? x->shape[1] : 0, out = e->channels[level];
-    snprintf(module, sizeof module, "%s%d", kind, level);
-    sc_tensor *w = get(e, 4, (const int64_t[]){out, in, 3, 3}, module, ".weight"),
-              *b = get(e, 1, &out, module, ".bias");
-    sc_tensor *nw = get(e, 1, &out, module, "_norm.weight"),
-              *nb = get(e, 1, &out, module, "_norm.bias");
-    if (!x || !w || !b || !nw || !nb) return NULL;
-    return sc_group_norm(e->tape, sc_conv2d(e->tape, x, w, b, stride, 1), nw, nb, e->groups, e->eps,
-                         true);
-}
-
-static sc_tensor *evaluator_linear(evaluator *e, sc_tensor *x, const char *module, int64_t out) {
-    const int64_t shape[] = {out, x ? sc__last(x) : 0};
-    sc_linear_layer layer = {.weight = get(e, 2, shape, module, ".weight"),
-                             .bias = get(e, 1, &out, module, ".bias")};
-    return x && layer.weight && layer.bias ? sc_linear(e->tape, x, &layer) : NULL;
+static sc_tensor *convolve(evaluator *e, sc_tensor *x, const conv *c, int stride) {
+    sc_tensor *const *w = c->weights;
+    return sc_group_norm(e->tape, sc_conv2d(e->tape, x, w[0], w[1], stride, 1), w[2], w[3],
+                         e->groups, e->eps, true);
 }
 
 /* One picture [3, side, side] -> features, and the class it looks most like. */
 static bool evaluate(evaluator *e, const float *rgb, float *features, int *class_of) {
     int side = e->side, half = side / 2;
     sc_tape_reset(e->tape);
-    float *small = (float *)sc__alloc((size_t)(3 * half * half), sizeof *small), mean[MAX_CHANNELS];
+    float *small = (float *)allocate((size_t)(3 * half * half), sizeof *small), mean[MAX_CHANNELS];
     if (!small) return false;
     for (int i = 0; i < 3 * half * half; i++) { /* the mean of 2x2 pixels */
         const float *p = rgb + (int64_t)(i / half * 2) * side + i % half * 2;
@@ -117,9 +115,9 @@ static bool evaluate(evaluator *e, const float *rgb, float *features, int *class
     sc_tensor *x = sc_from(e->tape, 4, (const int64_t[]){1, 3, half, half}, small);
     free(small);
     for (int i = 0; i < e->levels; i++)
-        x = evaluator_conv(e, evaluator_conv(e, x, "down", i, 2), "conv", i, 1);
+        x = convolve(e, convolve(e, x, &e->down[i], 2), &e->flat[i], 1);
     int64_t channels = x ? x->shape[1] : 0, pixels = x ? x->shape[2] * x->shape[3] : 0;
-    float *values = (float *)sc__alloc((size_t)(channels * pixels + e->classes), sizeof *values),
+    float *values = (float *)allocate((size_t)(channels * pixels + e->classes), sizeof *values),
           *logits = values;
     bool ok = values && sc_read(e->tape, x, values);
     for (int64_t c = 0; ok && c < channels; c++) {
@@ -127,14 +125,21 @@ static bool evaluate(evaluator *e, const float *rgb, float *features, int *class
         for (int64_t i = 0; i < pixels; i++) mean[c] += values[c * pixels + i] / (float)pixels;
     }
     x = ok ? sc_from(e->tape, 2, (const int64_t[]){1, channels}, mean) : NULL;
-    x = sc_activate(e->tape, SC_SILU, evaluator_linear(e, x, "features", e->features));
+    x = sc_activate(e->tape, SC_SILU, sc_linear(e->tape, x, &e->to_features));
     ok = sc_read(e->tape, x, features) &&
-         sc_read(e->tape, evaluator_linear(e, x, "logits", e->classes), logits);
+         sc_read(e->tape, sc_linear(e->tape, x, &e->to_logits), logits);
     *class_of = 0;
     for (int i = 1; ok && i < e->classes; i++)
         if (logits[i] > logits[*class_of]) *class_of = i;
     free(values);
     return ok;
+}
+
+/* -1: none of this caption. */
+static int class_named(const evaluator *e, const char *caption) {
+    int i = e->classes - 1;
+    while (i >= 0 && strcmp(sc_json_string(sc_json_at(e->captions, i), ""), caption)) i--;
+    return i;
 }
 
 /* ---- Frechet distance of two sets of features, seen as Gaussians ----
@@ -176,9 +181,16 @@ static void eigen(double *a, double *v, int d) {
             }
 }
 
+/* c += a b */
+static void add_product(const double *a, const double *b, double *c, int d) {
+    for (int i = 0; i < d; i++)
+        for (int j = 0; j < d; j++)
+            for (int k = 0; k < d; k++) c[i * d + j] += a[i * d + k] * b[k * d + j];
+}
+
 static double frechet(const float *a, int64_t na, const float *b, int64_t nb, int d) {
     int dd = d * d;
-    double *memory = (double *)sc__alloc((size_t)(6 * dd + 2 * d), sizeof *memory);
+    double *memory = (double *)allocate((size_t)(6 * dd + 2 * d), sizeof *memory);
     if (!memory || na < 2 || nb < 2) {
         free(memory);
         return NAN;
@@ -195,12 +207,8 @@ static double frechet(const float *a, int64_t na, const float *b, int64_t nb, in
         for (int j = 0; j < d; j++)
             for (int k = 0; k < d; k++)
                 root[i * d + j] += v[i * d + k] * sqrt(fmax(ca[k * d + k], 0)) * v[j * d + k];
-    for (int i = 0; i < d; i++)
-        for (int j = 0; j < d; j++)
-            for (int k = 0; k < d; k++) product[i * d + j] += root[i * d + k] * cb[k * d + j];
-    for (int i = 0; i < d; i++)
-        for (int j = 0; j < d; j++)
-            for (int k = 0; k < d; k++) middle[i * d + j] += product[i * d + k] * root[k * d + j];
+    add_product(root, cb, product, d);
+    add_product(product, root, middle, d);
     eigen(middle, v, d);
     for (int i = 0; i < d; i++) distance -= 2 * sqrt(fmax(middle[i * d + i], 0));
     free(memory);
@@ -208,12 +216,6 @@ static double frechet(const float *a, int64_t na, const float *b, int64_t nb, in
 }
 
 /* ---- Pictures of one setting ---- */
-
-typedef struct prompt {
-    char *text;
-    int class_of;
-    float *context, *pooled;
-} prompt;
 
 typedef struct setting {
     char *lora; /* its path; NULL: none */
@@ -230,16 +232,17 @@ typedef struct experiment {
     options o;
     sc_pipeline *p;
     evaluator judge;
-    prompt *prompts;
+    int *class_of;                   /* of each prompt; -1: none */
+    float *context, *pooled;         /* [prompts, T, text_channels], [prompts, pooled_channels] */
     int prompt_count, count, shown;  /* pictures in all, and those on the sheet */
     int64_t pixels;                  /* numbers of a picture */
     float *base;                     /* [count, pixels]: the base's 32-step pictures */
     float *base_features, *features; /* [count, features] */
     float *real;                     /* features of real pictures */
     int64_t real_count;
-    double base_sharpness;
-    float *sheet; /* a strip of titles, then a row for each prompt shown */
-    int columns, column;
+    double base_sharpness, base_real;
+    float *sheet;            /* a strip of titles, then a row for each prompt shown */
+    int columns, column;     /* the column that is next: 0, the base's 32 steps */
     int cell, strip, height; /* pixels: a picture's side, of the strip, of the whole */
 } experiment;
 
@@ -268,22 +271,18 @@ static bool draw_batch(experiment *x, const setting *s, int first, int n, float 
     int64_t size = (int64_t)h * h * c->in_channels,
             text = (int64_t)p->text_tokens * c->text_channels;
     float *memory =
-        (float *)sc__alloc((size_t)(n * (size + text + c->pooled_channels)), sizeof *memory);
+        (float *)allocate((size_t)(n * (size + text + c->pooled_channels)), sizeof *memory);
     if (!memory) return false;
     float *latents = memory, *context = latents + n * size, *pooled = context + n * text;
     for (int i = 0; i < n; i++) {
-        const prompt *q = &x->prompts[(first + i) % x->prompt_count];
+        int prompt = (first + i) % x->prompt_count;
         sc_rng rng = {x->o.seed + (uint64_t)(first + i)};
         sc_normal(&rng, latents + i * size, size);
-        memcpy(context + i * text, q->context, (size_t)text * 4);
-        memcpy(pooled + (int64_t)i * c->pooled_channels, q->pooled, (size_t)c->pooled_channels * 4);
+        memcpy(context + i * text, x->context + prompt * text, (size_t)text * 4);
+        memcpy(pooled + (int64_t)i * c->pooled_channels,
+               x->pooled + (int64_t)prompt * c->pooled_channels, (size_t)c->pooled_channels * 4);
     }
-    sc_sampling sampling = {.steps = s->steps,
-                            .shift = s->shift,
-                            .guidance = s->guidance,
-                            .h = h,
-                            .w = h,
-                            .progress = sc_not_interrupted};
+    sc_sampling sampling = {s->steps, s->shift, s->guidance, h, h, .progress = sc_not_interrupted};
     bool ok = sc_sample(p->flux, p->tape, &sampling, n, p->text_tokens, context, pooled, latents) &&
               sc_pipeline_decode(p, latents, n, h, h, rgb);
     free(memory);
@@ -320,11 +319,12 @@ static bool judge(experiment *x, const float *rgb, float *features, int *class_o
     return ok;
 }
 
-/* Draws and measures `count` pictures. `base`: keep them as what others are compared with. */
-static bool run_setting(experiment *x, const setting *s, int count, bool base, bool show,
-                        measures *m) {
+/* Draws and measures `count` pictures. `show`: for the sheet; those of its first column are what
+ * all others are compared with. */
+static bool run_setting(experiment *x, const setting *s, int count, bool show, measures *m) {
+    bool base = show && x->column == 0;
     int d = x->judge.features, side = x->p->resolution, right = 0, known = 0;
-    float *rgb = (float *)sc__alloc((size_t)(x->o.batch * x->pixels), sizeof *rgb);
+    float *rgb = (float *)allocate((size_t)(x->o.batch * x->pixels), sizeof *rgb);
     double started = sc_seconds(), drawing = 0, squares = 0, energy = 0;
     bool ok = rgb && use_lora(x, s);
     *m = (measures){0};
@@ -338,7 +338,7 @@ static bool run_setting(experiment *x, const setting *s, int count, bool base, b
             float *reference = x->base + (first + i) * x->pixels;
             if (base) memcpy(reference, picture, (size_t)x->pixels * 4);
             ok = judge(x, picture, x->features + (int64_t)(first + i) * d, &class_of);
-            int wanted = x->prompts[(first + i) % x->prompt_count].class_of;
+            int wanted = x->class_of[(first + i) % x->prompt_count];
             known += wanted >= 0, right += wanted >= 0 && class_of == wanted;
             energy += gradient_energy(picture, side);
             for (int64_t j = 0; j < x->pixels; j++)
@@ -350,9 +350,8 @@ static bool run_setting(experiment *x, const setting *s, int count, bool base, b
     }
     free(rgb);
     if (!ok) return false;
-    if (base)
-        memcpy(x->base_features, x->features, (size_t)count * (size_t)d * 4),
-            x->base_sharpness = energy;
+    if (base) memcpy(x->base_features, x->features, (size_t)count * (size_t)d * 4);
+    if (base) x->base_sharpness = energy;
     m->rmse = sqrt(squares / ((double)count * (double)x->pixels));
     m->frechet = frechet(x->features, count, x->base_features, count, d);
     m->real = x->real ? frechet(x->features, count, x->real, x->real_count, d) : NAN;
@@ -369,25 +368,29 @@ static void print_head(void) {
            "guid.", "scale", "RMSE", "Frechet", "closed", "sharp", "recog", "dReal", "s/pic");
 }
 
+/* A number of `width` characters and a blank; "-" where there is none. */
+static void print_number(int width, int digits, double value, const char *unit) {
+    if (isfinite(value)) printf("%*.*f%s ", width - (int)strlen(unit), digits, value, unit);
+    else printf("%*s ", width, "-");
+}
+
 /* `base`: the base's measures at as many steps, of which the gap is a share; NULL: none. */
-static void print_row(const setting *s, const measures *m, const measures *base, double base_real) {
+static void print_row(const experiment *x, const setting *s, const measures *m,
+                      const measures *base) {
     printf("%-30.30s %5d %5.2f %5.2f ", s->label, s->steps, s->shift, s->guidance);
-    if (s->lora) printf("%6.2f ", s->scale);
-    else printf("%6s ", "-");
-    printf("%8.4f %9.4f ", m->rmse, m->frechet);
-    if (base) printf("%5.0f%% ", 100 * (1 - m->frechet / base->frechet));
-    else printf("%6s ", "-");
-    printf("%6.2f ", m->sharpness);
-    if (isfinite(m->recognition)) printf("%5.1f%% ", 100 * m->recognition);
-    else printf("%6s ", "-");
-    if (isfinite(m->real)) printf("%7.3f ", fabs(m->real - base_real));
-    else printf("%7s ", "-");
+    print_number(6, 2, s->lora ? s->scale : NAN, "");
+    print_number(8, 4, m->rmse, "");
+    print_number(9, 4, m->frechet, "");
+    print_number(6, 0, base ? 100 * (1 - m->frechet / base->frechet) : NAN, "%");
+    print_number(6, 2, m->sharpness, "");
+    print_number(6, 1, 100 * m->recognition, "%");
+    print_number(7, 3, fabs(m->real - x->base_real), "");
     printf("%6.3f\n", m->seconds);
     fflush(stdout);
 }
 
 /* 3x5 letters for the sheet: 15 bits from the top left, row by row. */
-static void draw_text(experiment *x, int column, const char *text) {
+static void draw_text(experiment *x, const char *text) {
     static const char letters[] = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ.-:/";
     static const uint16_t shapes[] = {
         0x7b6f, 0x2c97, 0x73e7, 0x73cf, 0x5bc9, 0x79cf, 0x79ef, 0x7252, 0x7bef, 0x7bcf,
@@ -400,9 +403,9 @@ static void draw_text(experiment *x, int column, const char *text) {
         for (int bit = 0; found && bit < 15; bit++) {
             if (!(shapes[found - letters] >> (14 - bit) & 1)) continue;
             for (int p = 0; p < 3 * scale * scale; p++) {
-                int px = column * side + (i * 4 + bit % 3 + 1) * scale + p / 3 % scale,
+                int px = x->column * side + (i * 4 + bit % 3 + 1) * scale + p / 3 % scale,
                     py = (bit / 3 + 1) * scale + p / 3 / scale;
-                if (px < (column + 1) * side)
+                if (px < (x->column + 1) * side)
                     x->sheet[((int64_t)(p % 3) * x->height + py) * width + px] = -1;
             }
         }
@@ -418,7 +421,7 @@ static bool try_shifts(experiment *x, setting *s, const float *shifts, int n, in
     for (int i = 0; i < n; i++) {
         measures m;
         s->shift = shifts[i];
-        if (!run_setting(x, s, count, false, false, &m)) return false;
+        if (!run_setting(x, s, count, false, &m)) return false;
         int place = m.frechet < best[0] ? 0 : 1;
         if (m.frechet >= best[place]) continue;
         if (place == 0) best[1] = best[0], chosen[1] = chosen[0];
@@ -440,92 +443,96 @@ static bool best_shift(experiment *x, setting *s) {
     return !x->o.full || try_shifts(x, s, (float[]){s->shift, second}, 2, x->count, &second);
 }
 
-static bool run_experiment(experiment *x) {
-    static const int few[] = {3, 4, 8};
-    int loras = 0;
-    while (loras < 8 && x->o.lora[loras]) loras++;
+/* A row of the table, and the next column of the sheet. */
+static bool show_setting(experiment *x, const setting *s, const char *title, const measures *base,
+                         measures *m) {
+    char heading[32];
+    snprintf(heading, sizeof heading, "%s %d", title, s->steps);
+    draw_text(x, heading);
+    if (!run_setting(x, s, x->count, true, m)) return false;
+    if (x->column == 0) x->base_real = m->real;
+    print_row(x, s, m, base);
+    x->column++;
+    return true;
+}
+
+static bool show_lora(experiment *x, const char *argument, int steps, float shift,
+                      const char *title, const measures *base) {
+    measures m;
+    setting s = {.steps = steps, .shift = shift, .guidance = x->o.guidance};
+    s.lora = sc_lora_argument(argument, steps, &s.scale, x->o.guided ? NULL : &s.guidance);
+    snprintf(s.label, sizeof s.label, "%.60s", s.lora ? s.lora : "");
+    bool ok = s.lora && show_setting(x, &s, title, base, &m);
+    free(s.lora);
+    return ok;
+}
+
+static bool new_sheet(experiment *x, int loras) {
+    int side = x->p->resolution < 256 ? x->p->resolution : 256;
     x->columns = 1 + 3 * (1 + loras);
-    int tokens = x->p->resolution / x->p->token_pixels,
-        side = x->p->resolution < 256 ? x->p->resolution : 256;
     x->cell = side;
     x->strip = 7 * (side / 64 > 0 ? side / 64 : 1);
     x->height = x->strip + side * x->shown;
-    int64_t area = (int64_t)side * x->columns * x->height;
-    x->sheet = (float *)sc__alloc((size_t)(3 * area), sizeof *x->sheet);
-    if (!x->sheet) return false;
-    for (int64_t i = 0; i < 3 * area; i++) x->sheet[i] = 1;
+    int64_t n = (int64_t)3 * side * x->columns * x->height;
+    x->sheet = (float *)allocate((size_t)n, sizeof *x->sheet);
+    for (int64_t i = 0; x->sheet && i < n; i++) x->sheet[i] = 1;
+    return x->sheet != NULL;
+}
+
+static bool run_experiment(experiment *x) {
+    static const int few[] = {3, 4, 8};
+    const options *o = &x->o;
+    int loras = 0, tokens = x->p->resolution / x->p->token_pixels;
+    while (loras < 8 && o->lora[loras]) loras++;
+    const char *title = loras == 1 ? "SCFM" : "LORA";
     float shift = sc_pipeline_shift(x->p, (int64_t)tokens * tokens);
-    setting s = {.steps = 32, .shift = shift, .guidance = x->o.guidance, .label = "base"};
-    measures full, base, m;
+    setting s = {.steps = 32, .shift = shift, .guidance = o->guidance, .label = "base"};
+    measures base;
+    if (!new_sheet(x, loras)) return false;
     print_head();
-    draw_text(x, 0, "BASE 32");
-    if (!run_setting(x, &s, x->count, true, true, &full)) return false;
-    print_row(&s, &full, NULL, full.real);
+    if (!show_setting(x, &s, "BASE", NULL, &base)) return false;
+    snprintf(s.label, sizeof s.label, "base, best shift");
     for (int i = 0; i < 3; i++) {
-        char title[32];
         s.steps = few[i];
-        snprintf(s.label, sizeof s.label, "base, best shift");
-        x->column = 1 + i * (1 + loras);
-        snprintf(title, sizeof title, "BASE %d", few[i]);
-        draw_text(x, x->column, title);
-        if (!best_shift(x, &s) || !run_setting(x, &s, x->count, false, true, &base)) return false;
-        print_row(&s, &base, NULL, full.real);
-        for (int j = 0; j < loras; j++) {
-            setting l = {.steps = few[i],
-                         .shift = x->o.shift > 0 ? x->o.shift : shift,
-                         .guidance = x->o.guidance};
-            l.lora =
-                sc_lora_argument(x->o.lora[j], few[i], &l.scale, x->o.guided ? NULL : &l.guidance);
-            if (!l.lora) return false;
-            snprintf(l.label, sizeof l.label, "%.60s", l.lora);
-            x->column++;
-            snprintf(title, sizeof title, "%s %d", loras == 1 ? "SCFM" : "LORA", few[i]);
-            draw_text(x, x->column, title);
-            bool ok = run_setting(x, &l, x->count, false, true, &m);
-            if (ok) print_row(&l, &m, &base, full.real);
-            free(l.lora);
-            if (!ok) return false;
-        }
+        if (!best_shift(x, &s) || !show_setting(x, &s, "BASE", NULL, &base)) return false;
+        for (int j = 0; j < loras; j++)
+            if (!show_lora(x, o->lora[j], few[i], o->shift > 0 ? o->shift : shift, title, &base))
+                return false;
     }
-    bool ok = sc_picture_save(&(sc_picture){side * x->columns, x->height, x->sheet}, x->o.out,
-                              x->o.command);
-    if (ok)
-        printf("%d pictures a row of the table, from the same noise; contact sheet: %s\n", x->count,
-               x->o.out);
-    return ok;
+    if (!sc_picture_save(&(sc_picture){x->cell * x->columns, x->height, x->sheet}, o->out,
+                         o->command))
+        return false;
+    printf("%d pictures a row of the table, from the same noise; contact sheet: %s\n", x->count,
+           o->out);
+    return true;
 }
 
 /* ---- Setting the experiment up ---- */
 
 static bool load_prompts(experiment *x) {
-    const sc_flux_config *c = sc_flux_config_of(x->p->flux);
-    char *text = sc_text_load(x->o.prompts), *rest = text, *line;
-    bool ok = text != NULL;
-    int lines = 1;
-    for (const char *s = text; ok && *s; s++) lines += *s == '\n' || *s == '\r';
-    x->prompts = ok ? (prompt *)sc__alloc((size_t)lines, sizeof *x->prompts) : NULL;
-    ok = ok && x->prompts;
-    while (ok && (line = sc_next_line(&rest))) {
-        prompt *q = &x->prompts[x->prompt_count++];
-        q->text = sc__strdup(line);
-        q->class_of = -1;
-        for (int i = 0; i < x->judge.classes; i++)
-            if (!strcmp(x->judge.captions[i], line)) q->class_of = i;
-        q->context = (float *)sc__alloc((size_t)x->p->text_tokens * (size_t)c->text_channels, 4);
-        q->pooled = (float *)sc__alloc((size_t)c->pooled_channels, 4);
-        ok = q->text && q->context && q->pooled &&
-             sc_pipeline_text(x->p, line, q->context, q->pooled) &&
+    int64_t text_size = (int64_t)x->p->text_tokens * sc_flux_config_of(x->p->flux)->text_channels;
+    int64_t pooled_size = sc_flux_config_of(x->p->flux)->pooled_channels, count;
+    char *text, **lines = sc_load_prompts(x->o.prompts, &text, &count);
+    size_t n = (size_t)count;
+    bool ok = lines && (x->class_of = (int *)allocate(n, sizeof *x->class_of)) &&
+              (x->context = (float *)allocate(n * (size_t)text_size, sizeof *x->context)) &&
+              (x->pooled = (float *)allocate(n * (size_t)pooled_size, sizeof *x->pooled));
+    x->prompt_count = (int)count;
+    for (int64_t i = 0; ok && i < count; i++) {
+        x->class_of[i] = class_named(&x->judge, lines[i]);
+        ok = sc_pipeline_text(x->p, lines[i], x->context + i * text_size,
+                              x->pooled + i * pooled_size) &&
              (!sc_interrupted || sc_fail("stopped"));
     }
-    free(text);
-    return ok && (x->prompt_count || sc_fail("%s: no prompts", x->o.prompts));
+    free(lines), free(text);
+    return ok;
 }
 
 /* Features of the pictures in a folder, cut and scaled to the evaluator's size. */
 static bool load_real(experiment *x) {
     sc_dataset *data = sc_dataset_open(x->o.real);
-    bool ok = data && (x->real = (float *)sc__alloc((size_t)(data->count * x->judge.features),
-                                                    sizeof *x->real));
+    bool ok = data && (x->real = (float *)allocate((size_t)(data->count * x->judge.features),
+                                                   sizeof *x->real));
     double started = sc_seconds();
     if (ok && data->unused) sc_print_text(stderr, "warning: ", data->unused);
     for (int64_t i = 0; ok && i < data->count; i++, x->real_count++) {
@@ -558,7 +565,7 @@ static int experiment_main(const options *o) {
     if (ok && o->resolution) x.p->resolution = o->resolution;
     if (ok && (x.p->resolution % x.p->token_pixels || x.p->resolution > 1 << 14))
         ok = sc_fail("--resolution is a multiple of %d pixels, not %d", x.p->token_pixels,
-                      x.p->resolution);
+                     x.p->resolution);
     for (int i = 0; ok && i < 8 && x.o.lora[i]; i++) /* now, not after minutes of base pictures */
         ok = sc_load_lora_argument(x.p->flux, x.o.lora[i], 3, NULL);
     if (ok) sc_lora_unload(x.p->flux);
@@ -568,21 +575,29 @@ static int experiment_main(const options *o) {
         x.shown = x.prompt_count < 10 ? x.prompt_count : 10;
         if (x.shown > x.count) x.shown = x.count;
         x.pixels = (int64_t)3 * x.p->resolution * x.p->resolution;
-        x.base = (float *)sc__alloc((size_t)(x.count * x.pixels), sizeof *x.base);
-        x.base_features = (float *)sc__alloc((size_t)(x.count * x.judge.features), sizeof(float));
-        x.features = (float *)sc__alloc((size_t)(x.count * x.judge.features), sizeof(float));
-        ok = x.base && x.base_features && x.features && run_experiment(&x);
+        int64_t features = (int64_t)x.count * x.judge.features;
+        x.base = (float *)allocate((size_t)(x.count * x.pixels + 2 * features), sizeof *x.base);
+        x.base_features = x.base + x.count * x.pixels;
+        x.features = x.base_features + features;
+        ok = x.base && run_experiment(&x);
     }
-    for (int i = 0; x.prompts && i < x.prompt_count; i++)
-        free(x.prompts[i].text), free(x.prompts[i].context), free(x.prompts[i].pooled);
-    free(x.prompts), free(x.base), free(x.base_features), free(x.features), free(x.real),
-        free(x.sheet), free(x.o.command);
+    free(x.class_of), free(x.context), free(x.pooled), free(x.base), free(x.real), free(x.sheet),
+        free(x.o.command);
     evaluator_close(&x.judge);
     sc_pipeline_close(x.p);
     return ok ? 0 : sc_die();
 }
 
 /* ---- info and merge ---- */
+
+/* As "12 BF16, 3 F32", each after what separates them. */
+static void print_types(const int64_t *count, const char *separator) {
+    for (int d = 0; d <= SC_U8; d++) {
+        if (!count[d]) continue;
+        printf("%s%lld %s", separator, (long long)count[d], sc_dtype_name((sc_dtype)d));
+        separator = ", ";
+    }
+}
 
 static bool info_file(const char *path) {
     sc_file *file = sc_file_open(path);
@@ -594,11 +609,7 @@ static bool info_file(const char *path) {
     }
     printf("%s: %lld tensors, %lld numbers (", sc_file_path(file), (long long)sc_file_count(file),
            (long long)total);
-    for (int d = 0, first = 1; d <= SC_U8; d++)
-        if (numbers[d])
-            printf("%s%lld %s", first ? "" : ", ", (long long)numbers[d],
-                   sc_dtype_name((sc_dtype)d)),
-                first = 0;
+    print_types(numbers, "");
     printf(")\n");
     static const char *const keys[] = {"base_model", "method", "rank",   "alpha",
                                        "steps",      "seed",   "scales", "command"};
@@ -611,12 +622,6 @@ static bool info_file(const char *path) {
     return true;
 }
 
-/* How many names were printed, of those that go with `heading`; the first few are. */
-static void info_name(const char *heading, const char *name, int count) {
-    if (count < 8) printf("    %s", heading), sc_print_text(stdout, " ", name);
-    if (count == 8) printf("    ...\n");
-}
-
 /* A part as it was recognised: file, layout, parameters, types, and what does not fit. */
 static bool info_net(const char *what, const sc_net *net) {
     int64_t parameters = 0, stored[SC_U8 + 1] = {0};
@@ -627,34 +632,38 @@ static bool info_net(const char *what, const sc_net *net) {
     }
     printf("  %s: %lld parameters in %lld tensors", what, (long long)parameters,
            (long long)net->count);
-    for (int d = 0; net->file && d <= SC_U8; d++)
-        if (stored[d]) printf(", %lld %s", (long long)stored[d], sc_dtype_name((sc_dtype)d));
+    if (net->file) print_types(stored, ", ");
     printf("\n    %s\n", net->file ? sc_file_path(net->file) : "no weights here");
     for (int64_t i = 0; i < net->count; i++)
-        if (net->weights[i]->missing) info_name("missing:", net->weights[i]->name, missing++);
-    if (missing > 8) printf("    %d missing in all\n", missing);
+        if (net->weights[i]->missing && missing++ < 8)
+            sc_print_text(stdout, "    missing: ", net->weights[i]->name);
+    if (missing > 8) printf("    ...\n    %d missing in all\n", missing);
     return missing == 0;
+}
+
+static bool is_absent(const char *model, sc_part part) {
+    char *path = sc_part_path(model, part);
+    bool absent = !path;
+    free(path);
+    return absent;
 }
 
 /* Whether this is a model: diffusers' folder, or something that holds a part. A file beside one is
  * none. */
 static bool is_model(const char *path) {
-    char *index = sc__join(path, "model_index.json");
-    bool found = index && sc__exists(index);
+    char *index = joined(path, "model_index.json");
+    bool found = index && exists(index);
     free(index);
-    for (int part = 0; !found && part < SC_PARTS; part++) {
-        bool file = sc__is_file(path);
-        char *where = file ? NULL : sc_part_path(path, (sc_part)part);
-        found = file ? sc_part_in_file(path, (sc_part)part) > 0 : where != NULL;
-        free(where);
-    }
+    for (int part = 0; !found && part < SC_PARTS; part++)
+        found = is_file(path) ? sc_part_in_file(path, (sc_part)part) > 0
+                              : !is_absent(path, (sc_part)part);
     return found;
 }
 
 /* The transformer's plan: from its file, or, where that is not there or broken, from config.json.
  */
 static sc_flux *info_flux(const char *model) {
-    char *path = sc_part_path(model, SC_TRANSFORMER), *folder = sc__join(model, "transformer");
+    char *path = sc_part_path(model, SC_TRANSFORMER), *folder = joined(model, "transformer");
     sc_flux *flux = path ? sc_flux_open(NULL, path, false, false, 0) : NULL;
     if (!flux) printf("  transformer: %s\n", sc_error());
     if (!flux && folder) flux = sc_flux_open(NULL, folder, false, true, 0);
@@ -662,12 +671,13 @@ static sc_flux *info_flux(const char *model) {
     return flux;
 }
 
-/* A part's plan could not be made: that is only bad where the part is there. */
-static bool info_absent(const char *model, sc_part part) {
-    char *path = sc_part_path(model, part);
-    bool absent = !path;
-    free(path);
-    return absent;
+static void info_tokenizer(const char *model, const char *name) {
+    char *folder = sc_model_folder(model), *path = folder ? joined(folder, name) : NULL;
+    sc_tokenizer *t = path ? sc_tokenizer_open(path) : NULL;
+    if (t) printf("  %s: %d tokens of a prompt\n", name, sc_tokenizer_length(t));
+    else printf("  %s: %s\n", name, sc_error());
+    sc_tokenizer_close(t);
+    free(folder), free(path);
 }
 
 static int info_model(const char *model) {
@@ -678,31 +688,27 @@ static int info_model(const char *model) {
     sc_vae *vae = path ? sc_vae_open(NULL, path, false) : NULL;
     if (!vae) printf("  vae: %s\n", sc_error());
     static const char *const names[] = {"transformer", "text_encoder", "text_encoder_2", "vae"};
-    sc_net *nets[] = {flux ? flux->net : NULL, text ? text->clip.net : NULL,
-                      text ? text->t5.net : NULL, vae ? vae->net : NULL};
-    bool ok = (text || info_absent(model, SC_CLIP) || info_absent(model, SC_T5)) &&
-              (vae || !path) && (flux || info_absent(model, SC_TRANSFORMER));
+    const sc_net *const nets[] = {sc_flux_net(flux), sc_text_net(text, SC_CLIP),
+                                  sc_text_net(text, SC_T5), sc_vae_net(vae)};
+    /* a plan that could not be made is only bad where the part is there */
+    bool ok = (text || is_absent(model, SC_CLIP) || is_absent(model, SC_T5)) && (vae || !path) &&
+              (flux || is_absent(model, SC_TRANSFORMER));
     for (int i = 0; i < 4; i++) {
         if (!nets[i]) continue;
         ok = info_net(names[i], nets[i]) && ok &&
-             (nets[i]->file || info_absent(model, SC_TRANSFORMER));
+             (nets[i]->file || is_absent(model, SC_TRANSFORMER));
     }
     char list[512];
     long long unread = sc_net_unread(nets, 4, list, sizeof list);
     if (unread) printf("  %lld tensors of no use here", unread), sc_print_text(stdout, ": ", list);
     if (flux) {
-        const sc_flux_config *c = &flux->config;
+        const sc_flux_config *c = sc_flux_config_of(flux);
         printf("  FLUX: %d double and %d single blocks, %d heads of %d, guidance %s\n", c->layers,
                c->single_layers, c->heads, c->head_size,
                c->guidance ? "yes (dev)" : "no (schnell)");
     }
-    static const char *const tokenizers[] = {"tokenizer", "tokenizer_2"};
-    for (int i = 0; i < 2; i++) {
-        sc_tokenizer *t = sc__open_tokenizer(model, tokenizers[i]);
-        if (t) printf("  %s: %d tokens of a prompt\n", tokenizers[i], sc_tokenizer_length(t));
-        else printf("  %s: %s\n", tokenizers[i], sc_error());
-        sc_tokenizer_close(t);
-    }
+    info_tokenizer(model, "tokenizer");
+    info_tokenizer(model, "tokenizer_2");
     sc_flux_close(flux);
     sc_text_encoders_close(text);
     sc_vae_close(vae);
@@ -728,13 +734,12 @@ static int merge_main(const options *o) {
     for (int i = 0; ok && i < 8 && o->lora[i]; i++)
         ok = sc_load_lora_argument(flux, o->lora[i], 3, &guidance);
     const char *metadata[] = {"format", "pt", "command", o->command, NULL};
-    sc_dtype type = ok ? flux->net->weights[0]->source.dtype : SC_BF16;
+    sc_dtype type = ok ? sc_flux_net(flux)->weights[0]->source.dtype : SC_BF16;
     if (type != SC_F32 && type != SC_F16) type = SC_BF16;
-    ok = ok && (o->kohya ? sc_lora_save_kohya(flux, o->out, metadata)
-                         : sc_flux_save(flux, o->out, type, metadata));
-    if (ok)
-        printf("wrote %s%s\n", o->out,
-               o->kohya ? "" : ": a transformer folder, to put in place of the model's");
+    if (ok && o->kohya) ok = sc_lora_save_kohya(flux, o->out, metadata);
+    else if (ok) ok = sc_flux_save(flux, o->out, type, metadata);
+    const char *what = o->kohya ? "" : ": a transformer folder, to put in place of the model's";
+    if (ok) printf("wrote %s%s\n", o->out, what);
     if (ok && isfinite(guidance)) printf("for 3 steps the LoRA asks for guidance %g\n", guidance);
     sc_flux_close(flux);
     free(path);
@@ -742,27 +747,25 @@ static int merge_main(const options *o) {
 }
 
 static int wrong_words(const char *command, int count, const char *program) {
-    fprintf(stderr, "%s\n\n", usage);
-    if (!strcmp(command, "merge")) fprintf(stderr, "error: merge takes --lora FILE[:SCALE]\n");
+    fprintf(stderr, "%s\n\nerror: ", usage);
+    if (!strcmp(command, "merge")) fprintf(stderr, "merge takes --lora FILE[:SCALE]\n");
     else if (count == 1 && !strcmp(command, "info"))
-        fprintf(stderr, "error: info of what? A model folder or a safetensors file\n");
-    else
-        fprintf(stderr, "error: '%s' is neither info nor merge (see %s --help)\n", command,
-                program);
+        fprintf(stderr, "info of what? A model folder or a safetensors file\n");
+    else fprintf(stderr, "'%s' is neither info nor merge (see %s --help)\n", command, program);
     return 2;
 }
 
 int main(int argc, char **argv) {
     sc_start(argv);
-    options o = {.model = "data/tiny-flux",
+    options o = {"data/tiny-flux",
                  .prompts = "data/prompts.txt",
                  .evaluator = "data/evaluator",
                  .device = "auto",
                  .weights = "auto",
                  .weights_on = "device",
                  .guidance = 3.5f,
-                 .seed = 1,
-                 .batch = 8};
+                 .batch = 8,
+                 .seed = 1};
     const sc_option table[] = {
         {NULL, SC_FLAG, NULL, NULL, "Options:"},
         {"--model", SC_STRING, &o.model, "DIR", "FLUX pipeline folder"},
@@ -803,7 +806,7 @@ int main(int argc, char **argv) {
     if (!o.command) return sc_die();
     if (!o.out) o.out = !merge ? "sheet.png" : o.kohya ? "lora-kohya.safetensors" : "merged";
     if (o.batch < 1 || o.count < 0 || o.count == 1 || o.resolution < 0 || o.shift < 0)
-        return fprintf(stderr, "error: --batch from 1, --count from 2 up, no negative numbers\n"),
+        return sc_fail("--batch from 1, --count from 2 up, no negative numbers"), sc_die(),
                free(o.command), 2;
     int status = count == 0                                ? experiment_main(&o)
                  : count == 2 && !strcmp(words[0], "info") ? info_main(words[1])

@@ -1,6 +1,5 @@
 /* ./sample "PROMPT" [STEPS]: pictures from a FLUX model folder, with LoRAs. */
 #define _POSIX_C_SOURCE 200809L
-#define SHORTCUT_IMPLEMENTATION
 #include "shortcut.h"
 #include "tools.h"
 
@@ -61,54 +60,38 @@ static float time_shift(const sc_pipeline *p, const options *o, int64_t tokens) 
 /* The settings as the usual picture tools read them: the prompt, then "Key: value, ..."; malloced.
  */
 static char *parameters_of(const options *o, const char *prompt, uint64_t seed, float shift) {
-    sc__text t = {0};
-    char line[512];
-    int n = snprintf(line, sizeof line,
-                     "\nSteps: %d, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: %g, Seed: "
-                     "%llu, Size: %dx%d, Shift: %g, Model: ",
-                     o->steps, o->guidance, (unsigned long long)seed, o->width, o->height, shift);
-    sc__text_add(&t, prompt, strlen(prompt));
-    sc__text_add(&t, line, (size_t)n);
-    sc__text_add(&t, o->model, strlen(o->model));
+    char *text = NULL, *path;
+    size_t size;
+    FILE *f = open_memstream(&text, &size);
+    if (!f) return finished(f, &text);
+    fprintf(f,
+            "%s\nSteps: %d, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: %g, Seed: %llu, "
+            "Size: %dx%d, Shift: %g, Model: %s",
+            prompt, o->steps, o->guidance, (unsigned long long)seed, o->width, o->height, shift,
+            o->model);
     for (int i = 0; !o->no_lora && i < 8 && o->lora[i]; i++) {
-        char scale_text[32];
         float scale;
-        char *path = sc_lora_argument(o->lora[i], o->steps, &scale, NULL);
-        sc__text_add(&t, i ? " " : ", Lora: ", i ? 1 : 8);
-        sc__text_add(&t, path ? path : "", path ? strlen(path) : 0);
-        sc__text_add(&t, scale_text, (size_t)snprintf(scale_text, sizeof scale_text, ":%g", scale));
-        t.failed = t.failed || !path;
+        path = sc_lora_argument(o->lora[i], o->steps, &scale, NULL);
+        if (!path) return fclose(f), free(text), NULL;
+        fprintf(f, "%s%s:%g", i ? " " : ", Lora: ", path, scale);
         free(path);
     }
-    if (!strcmp(o->weights, "fp8")) sc__text_add(&t, ", Weights: fp8", 14);
-    if (o->noise) {
-        sc__text_add(&t, ", Noise: ", 9);
-        sc__text_add(&t, o->noise, strlen(o->noise));
-    }
-    sc__text_add(&t, "", 1);
-    if (!t.failed) return t.data;
-    free(t.data);
-    return sc_fail("out of memory"), NULL;
+    if (!strcmp(o->weights, "fp8")) fprintf(f, ", Weights: fp8");
+    if (o->noise) fprintf(f, ", Noise: %s", o->noise);
+    return finished(f, &text);
 }
 
-/* Whether a LoRA was written after the file at `path`. */
-static bool lora_is_newer(const options *o, const char *path) {
+/* Whether the PNG at `path` was drawn with just these parameters, and no LoRA written after it. */
+static bool drawn(const options *o, const char *path, const char *parameters) {
     struct stat picture, lora;
     float scale;
-    bool newer = false;
-    for (int i = 0; !o->no_lora && i < 8 && o->lora[i]; i++) {
+    char *text = sc_picture_parameters(path);
+    bool same = text && !strcmp(text, parameters) && !stat(path, &picture);
+    for (int i = 0; same && !o->no_lora && i < 8 && o->lora[i]; i++) {
         char *file = sc_lora_argument(o->lora[i], o->steps, &scale, NULL);
-        newer = newer || !file || stat(path, &picture) || stat(file, &lora) ||
-                lora.st_mtime > picture.st_mtime;
+        same = file && !stat(file, &lora) && lora.st_mtime <= picture.st_mtime;
         free(file);
     }
-    return newer;
-}
-
-/* Whether the PNG at `path` was drawn with just these parameters. */
-static bool drawn(const char *path, const char *parameters) {
-    char *text = sc_picture_parameters(path);
-    bool same = text && !strcmp(text, parameters);
     free(text);
     return same;
 }
@@ -125,21 +108,14 @@ static bool draw(sc_pipeline *p, const options *o, const char *prompt, uint64_t 
     char shown[201];
     char *parameters = parameters_of(o, prompt, seed, shift);
     if (!parameters) return false;
-    if (o->prompts && !lora_is_newer(o, path) && drawn(path, parameters))
-        return free(parameters), true;
-    float *memory = (float *)sc__alloc((size_t)(n + pixels + context_size + c->pooled_channels),
-                                       sizeof *memory);
+    if (o->prompts && drawn(o, path, parameters)) return free(parameters), true;
+    float *memory =
+        (float *)allocate((size_t)(n + pixels + context_size + c->pooled_channels), sizeof *memory);
     float *latents = memory, *rgb = latents + n, *context = rgb + pixels;
     float *pooled = context + context_size;
     sc_rng rng = {seed};
     double times[4] = {sc_seconds()};
-    sc_sampling s = {.steps = o->steps,
-                     .shift = shift,
-                     .guidance = o->guidance,
-                     .h = h,
-                     .w = w,
-                     .progress = progress,
-                     .user = &times[1]};
+    sc_sampling s = {o->steps, shift, o->guidance, h, w, .progress = progress, .user = &times[1]};
     bool ok = memory != NULL;
     if (ok) sc_normal(&rng, latents, n);
     ok = ok && (!o->noise || load_noise(o->noise, latents, n)) &&
@@ -155,9 +131,11 @@ static bool draw(sc_pipeline *p, const options *o, const char *prompt, uint64_t 
     times[3] = sc_seconds();
     ok = ok && sc_picture_save(&(sc_picture){o->width, o->height, rgb}, path, parameters);
     snprintf(shown, sizeof shown, "%s", prompt);
+    for (char *c = shown; *c; c++)
+        if (iscntrl((unsigned char)*c)) *c = '?';
     if (ok)
         printf("%s: \"%s\", %d step%s, seed %llu (text %.1f s, steps %.1f s, VAE %.1f s)\n", path,
-               sc__plain(shown), o->steps, o->steps == 1 ? "" : "s", (unsigned long long)seed,
+               shown, o->steps, o->steps == 1 ? "" : "s", (unsigned long long)seed,
                times[1] - times[0], times[2] - times[1], times[3] - times[2]);
     free(parameters);
     free(memory);
@@ -166,9 +144,9 @@ static bool draw(sc_pipeline *p, const options *o, const char *prompt, uint64_t 
 
 /* "name.png" for the first of several, then "name-2.png" ...; malloced. */
 static char *numbered(const char *out, int index) {
-    const char *ending = sc__ending(out);
+    const char *ending = sc_ending(out);
     size_t n = strlen(out) + 16;
-    char *path = (char *)sc__alloc(n, 1);
+    char *path = (char *)allocate(n, 1);
     if (path && index == 0) snprintf(path, n, "%s", out);
     else if (path) snprintf(path, n, "%.*s-%d%s", (int)(ending - out), out, index + 1, ending);
     return path;
@@ -208,15 +186,10 @@ typedef struct list {
 } list;
 
 static bool open_list(list *l, const options *o) {
-    size_t lines = 1;
-    *l = (list){.o = o, .text = sc_text_load(o->prompts)};
-    for (const char *c = l->text; c && *c; c++) lines += *c == '\n' || *c == '\r';
-    l->prompts = l->text ? (char **)sc__alloc(lines, sizeof *l->prompts) : NULL;
-    l->metadata = l->prompts ? sc__join(o->out_dir, "metadata.jsonl") : NULL;
-    for (char *rest = l->text, *line; l->metadata && (line = sc_next_line(&rest));)
-        l->prompts[l->count++] = line;
+    *l = (list){.o = o, .metadata = joined(o->out_dir, "metadata.jsonl")};
+    l->prompts = l->metadata ? sc_load_prompts(o->prompts, &l->text, &l->count) : NULL;
     l->count *= o->count;
-    return l->metadata && (l->count || sc_fail("%s: no prompts", o->prompts));
+    return l->prompts != NULL;
 }
 
 static void close_list(list *l) { free(l->text), free(l->prompts), free(l->metadata); }
@@ -228,21 +201,31 @@ static const char *prompt_of(const list *l, int64_t index) {
 static char *path_of(const list *l, int64_t index) {
     char name[32];
     snprintf(name, sizeof name, "%06lld.png", (long long)index);
-    return sc__join(l->o->out_dir, name);
+    return joined(l->o->out_dir, name);
+}
+
+static void write_quoted(FILE *f, const char *key, const char *text) {
+    fprintf(f, "\"%s\": \"", key);
+    for (; *text; text++)
+        if ((unsigned char)*text < ' ') fprintf(f, "\\u%04x", (unsigned)*text);
+        else fprintf(f, "%s%c", *text == '"' || *text == '\\' ? "\\" : "", *text);
+    fputc('"', f);
 }
 
 /* The picture's line of metadata.jsonl; malloced. */
 static char *line_of(const char *name, const char *prompt) {
-    sc__text t = {0};
-    sc__text_add(&t, "{\"file_name\": ", 14);
-    sc__text_quote(&t, name);
-    sc__text_add(&t, ", \"prompt\": ", 12);
-    sc__text_quote(&t, prompt);
-    sc__text_add(&t, "}", 2);
-    if (!t.failed) return t.data;
-    free(t.data);
-    return sc_fail("out of memory"), NULL;
+    char *text = NULL;
+    size_t size;
+    FILE *f = open_memstream(&text, &size);
+    if (!f) return finished(f, &text);
+    fputc('{', f);
+    write_quoted(f, "file_name", name);
+    fputs(", ", f);
+    write_quoted(f, "prompt", prompt);
+    fputc('}', f);
+    return finished(f, &text);
 }
+
 /* Whether nothing is lost with a line of an old metadata.jsonl: its picture says the same, or it
  * will stand there again. */
 static bool known_line(const list *l, const char *line) {
@@ -265,18 +248,19 @@ static bool known_line(const list *l, const char *line) {
 /* A folder may hold pictures of the user's, under such names too. */
 static bool check_folder(const list *l) {
     size_t length;
-    bool ok = sc_apart(l->metadata, l->o->prompts), old = sc__exists(l->metadata);
+    bool ok = sc_apart(l->metadata, l->o->prompts), old = exists(l->metadata);
     for (int64_t i = 0; ok && i < l->count; i++) {
         char *path = path_of(l, i);
         ok = path && sc_may_replace(path);
         free(path);
     }
-    char *text = ok && old ? sc_read_file(l->metadata, &length) : NULL, *rest = text, *line;
+    char *text = ok && old ? sc_read_file(l->metadata, &length) : NULL;
     ok = ok && (text || !old);
-    while (ok && text && (line = sc_next_line(&rest)))
+    char *line = text ? strtok(text, "\r\n") : NULL;
+    for (; ok && line; line = strtok(NULL, "\r\n"))
         ok = known_line(l, line) ||
              sc_fail("%s has lines that are not this program's: choose another folder: %s",
-                      l->metadata, line);
+                     l->metadata, line);
     free(text);
     return ok && sc_can_write(l->metadata);
 }
@@ -288,7 +272,7 @@ static bool draw_next(sc_pipeline *p, const list *l, int64_t index, FILE **metad
     bool ok = line && draw(p, l->o, prompt, l->o->seed + (uint64_t)index, path);
     if (ok && !*metadata) *metadata = fopen(l->metadata, "w");
     if (ok && (!*metadata || fprintf(*metadata, "%s\n", line) < 0 || fflush(*metadata)))
-        ok = sc__write_fail(l->metadata);
+        ok = sc_fail("%s: cannot write: %s", l->metadata, strerror(errno));
     free(line), free(path);
     return ok;
 }
@@ -299,7 +283,7 @@ static bool draw_list(sc_pipeline *p, const options *o) {
     list l;
     FILE *metadata = NULL;
     int64_t done = 0;
-    bool made = false, ok = open_list(&l, o) && sc__make_folder(o->out_dir, &made) &&
+    bool made = false, ok = open_list(&l, o) && make_folder(o->out_dir, &made) &&
                             sc_lock(o->out_dir, o->command) && check_folder(&l);
     while (ok && done < l.count && !sc_interrupted)
         if ((ok = draw_next(p, &l, done, &metadata))) done++;
@@ -307,7 +291,7 @@ static bool draw_list(sc_pipeline *p, const options *o) {
     sc_unlock();
     if (sc_interrupted)
         ok = sc_fail("stopped after %lld pictures; the same command goes on from there",
-                      (long long)done);
+                     (long long)done);
     if (made && !done) rmdir(o->out_dir);
     if (ok) printf("%s: %lld pictures and metadata.jsonl\n", o->out_dir, (long long)done);
     close_list(&l);
@@ -400,14 +384,8 @@ static bool load_loras(sc_pipeline *p, options *o) {
 
 int main(int argc, char **argv) {
     sc_start(argv);
-    options o = {.model = "data/tiny-flux",
-                 .out = "out.png",
-                 .device = "auto",
-                 .weights = "auto",
-                 .weights_on = "device",
-                 .guidance = 3.5f,
-                 .count = 1,
-                 .seed = 1};
+    options o = {"data/tiny-flux",       .out = "out.png", .device = "auto", .weights = "auto",
+                 .weights_on = "device", .guidance = 3.5f, .count = 1,       .seed = 1};
     const char *words[2] = {NULL, NULL};
     int count = read_options(&o, argc, argv, words);
     if (count < 0) return sc_die();

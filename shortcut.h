@@ -321,7 +321,7 @@ size_t sc_net_waiting(const sc_net *net);   /* bytes that sc_net_load will take 
 sc_tensor *sc_net_weight(sc_net *net, const char *name, int ndim, const int64_t *shape);
 /* How many tensors in the files of these nets (or NULL) none of them asked for, but for some that
  * are known to change nothing; the first names, up to `size` bytes, separated by spaces. */
-int64_t sc_net_unread(sc_net *const *nets, int count, char *names, size_t size);
+int64_t sc_net_unread(const sc_net *const *nets, int count, char *names, size_t size);
 /* "name.weight" [out, in] and, with `bias`, "name.bias" [out]. */
 bool sc_net_linear(sc_net *net, sc_linear_layer *layer, const char *name, int64_t out, int64_t in,
                    bool bias);
@@ -360,6 +360,7 @@ void sc_flux_streamed(sc_flux *flux);
  * beside an index of shards, which readers prefer. */
 bool sc_flux_save(const sc_flux *flux, const char *folder, sc_dtype dtype,
                   const char *const *metadata);
+const char *sc_flux_config_text(const sc_flux *flux); /* the config.json that it writes */
 
 typedef struct sc_flux_input {
     sc_tensor *x;               /* [B, h*w, in_channels] noisy packed latents */
@@ -752,6 +753,7 @@ bool sc_file_save(const char *path, const sc_named *tensors, int64_t count,
  * when all of it is on disk: links are followed, what may not be written is not replaced. */
 char *sc_read_file(const char *path, size_t *length);
 bool sc_write_file(const char *path, const void *data, size_t length);
+bool sc_can_write(const char *path); /* would that work? Tried, without a trace */
 
 /* ==== Backend: the operations, behind one table =============================== >>backend ====
  * For whoever writes one.
@@ -3708,6 +3710,14 @@ bool sc_write_file(const char *path, const void *data, size_t n) {
     return sc__write_begin(&w, path) && sc__write_end(&w, sc__write_bytes(&w, data, n));
 }
 
+bool sc_can_write(const char *path) {
+    sc__writer w;
+    if (!*path) return sc_fail("cannot write to a file without a name");
+    if (sc__is_folder(path)) return sc_fail("%s: cannot write: this is a folder", path);
+    if (sc__exists(path) && !sc__is_file(path)) return true; /* a pipe: its reader would notice */
+    return sc__write_begin(&w, path) && (sc__write_end(&w, false), true);
+}
+
 /* ---- UTF-8 ---- */
 
 static uint32_t sc__utf8_decode(const char **text); /* >>tokens */
@@ -4978,7 +4988,7 @@ static bool sc__harmless(const char *name) {
     return i < n;
 }
 
-int64_t sc_net_unread(sc_net *const *nets, int count, char *names, size_t size) {
+int64_t sc_net_unread(const sc_net *const *nets, int count, char *names, size_t size) {
     int64_t unread = 0;
     *names = 0;
     for (int i = 0; i < count; i++) {
@@ -5076,6 +5086,7 @@ static bool sc__config_int(const sc_json *config, const char *path, const char *
 
 const sc_flux_config *sc_flux_config_of(const sc_flux *flux) { return &flux->config; }
 const sc_net *sc_flux_net(const sc_flux *flux) { return flux ? flux->net : NULL; }
+const char *sc_flux_config_text(const sc_flux *flux) { return flux->config_text; }
 
 void sc_flux_checkpointing(sc_flux *f, bool on) {
     f->checkpointed = on ? f->config.layers + f->config.single_layers : 0;

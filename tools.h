@@ -1,12 +1,61 @@
 /* tools.h: what train.c, sample.c, main.c and the tests share and a library should not hold: PNG
  * and JPEG files through stb, what may be written, options, progress, Ctrl-C. Include it after
- * shortcut.h's implementation, in one .c file. These functions print and may exit; the library's
- * never do. */
+ * shortcut.h, of which it takes the API alone, in one .c file. These functions print and may exit;
+ * the library's never do. */
 #ifndef TOOLS_H
 #define TOOLS_H
 
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <math.h>
 #include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <sys/file.h>
+#include <sys/stat.h>
 #include <time.h>
+#include <unistd.h>
+
+/* ==== Memory, paths, text ==================================================================== */
+
+/* Zeroed; NULL with the error set. */
+void *allocate(size_t count, size_t size) {
+    void *p = calloc(count ? count : 1, size ? size : 1);
+    if (!p) sc_fail("out of memory (%zu items of %zu bytes)", count, size);
+    return p;
+}
+
+/* folder/name; malloced. */
+char *joined(const char *folder, const char *name) {
+    size_t n = strlen(folder) + strlen(name) + 2;
+    char *path = (char *)allocate(n, 1);
+    if (path) snprintf(path, n, "%s/%s", folder, name);
+    return path;
+}
+
+bool exists(const char *path) { return !access(path, F_OK); }
+
+bool is_file(const char *path) {
+    struct stat s;
+    return !stat(path, &s) && S_ISREG(s.st_mode);
+}
+
+/* `made`: it was not there before. */
+bool make_folder(const char *path, bool *made) {
+    *made = !mkdir(path, 0777);
+    return *made || errno == EEXIST || sc_fail("%s: %s", path, strerror(errno));
+}
+
+/* Ends what open_memstream began in *text, and returns that, malloced; NULL with the error set. */
+char *finished(FILE *f, char **text) {
+    if (f && !fclose(f)) return *text;
+    free(*text);
+    return sc_fail("out of memory"), NULL;
+}
 
 /* ==== PNG and JPEG files ======================================================================
  *
@@ -49,6 +98,25 @@ static unsigned char *stbi__resample_row_h_2(unsigned char *out, unsigned char *
 /* The CRC of PNG chunks is the one that stb writes. */
 #define png_crc(bytes, n) stbiw__crc32((unsigned char *)(bytes), (int)(n))
 
+typedef struct bytes_read {
+    char *data;
+    size_t length;
+} bytes_read;
+
+static void append(bytes_read *to, const char *p, size_t n) {
+    char *data = (char *)realloc(to->data, to->length + n + 1);
+    if (!data) return;
+    memcpy(data + to->length, p, n);
+    to->data = data;
+    to->length += n;
+}
+
+static uint32_t big_endian(const uint8_t *p, int count) {
+    uint32_t value = 0;
+    for (int i = 0; i < count; i++) value = value << 8 | p[i];
+    return value;
+}
+
 /* Steps through a PNG's chunks, or a JPEG's segments up to its end marker: the payload of the next
  * one named `tag` (PNG: "eXIf"; JPEG: the byte of the marker; NULL: any) from *at on; NULL: no
  * more, and *at is where that showed. Its name stands 4 bytes before it, of a JPEG 3. */
@@ -63,7 +131,7 @@ static const uint8_t *picture_chunk(const uint8_t *bytes, size_t size, size_t *a
         if (!png && (p[0] != 0xff || !p[1] || p[1] == 0xff || (p[1] & 0xf8) == 0xd0))
             continue; /* pixels and their restart markers, or padding */
         if (size - *at < head + tail || (!png && p[1] == 0xd9)) return NULL;
-        size_t n = png ? sc__bytes(p, 4, true) : sc__bytes(p + 2, 2, true) - 2u;
+        size_t n = png ? big_endian(p, 4) : big_endian(p + 2, 2) - 2u;
         if (n > size - *at - head - tail) return NULL;
         *at += head + n + tail;
         *length = n;
@@ -76,7 +144,7 @@ static const uint8_t *picture_chunk(const uint8_t *bytes, size_t size, size_t *a
 /* What a file says beside its pixels. */
 typedef struct about {
     bool pixels;               /* they have begun */
-    sc__text exif, raw, xmp;   /* raw: EXIF as hexadecimal text */
+    bytes_read exif, raw, xmp; /* raw: EXIF as hexadecimal text */
     bool jfif, named;          /* JPEG: its components are named R, G and B */
     int components, transform; /* transform: Adobe's; -1: not said */
     size_t at, missing_size;
@@ -88,14 +156,14 @@ static bool starts(const uint8_t *p, size_t n, const char *with, size_t length) 
 }
 
 /* The last one counts. */
-static void keep_last(sc__text *text, const uint8_t *p, size_t n) {
+static void keep_last(bytes_read *text, const uint8_t *p, size_t n) {
     text->length = 0;
-    sc__text_add(text, (const char *)p, n);
+    append(text, (const char *)p, n);
 }
 
 /* The text of a PNG's tEXt, zTXt or iTXt chunk if it has this keyword; the last two may be packed.
  * False: it cannot be unpacked. */
-static bool png_keyword(const uint8_t *type, size_t n, const char *keyword, sc__text *text) {
+static bool png_keyword(const uint8_t *type, size_t n, const char *keyword, bytes_read *text) {
     enum { LIMIT = 1 << 20 };
     const uint8_t *p = type + 4, *end = p + n;
     bool international = !memcmp(type, "iTXt", 4), packed = !memcmp(type, "zTXt", 4);
@@ -109,10 +177,10 @@ static bool png_keyword(const uint8_t *type, size_t n, const char *keyword, sc__
         p = p < end ? (const uint8_t *)memchr(p, 0, (size_t)(end - p)) : NULL, p = p ? p + 1 : p;
     if (!p || p > end) return true;
     if (!packed) return keep_last(text, p, (size_t)(end - p)), true;
-    char *plain = (char *)sc__alloc(LIMIT, 1);
+    char *plain = (char *)allocate(LIMIT, 1);
     int size = plain ? stbi_zlib_decode_buffer(plain, LIMIT, (const char *)p, (int)(end - p)) : -1;
     if (size >= 0) keep_last(text, (uint8_t *)plain, (size_t)size);
-    SC_FREE(plain);
+    free(plain);
     return size >= 0;
 }
 
@@ -121,7 +189,7 @@ static const char *png_about(about *a, const uint8_t *bytes, size_t size) {
     const uint8_t *p;
     size_t n = 0;
     while ((p = picture_chunk(bytes, size, &a->at, NULL, &n))) {
-        if (png_crc(p - 4, n + 4) != sc__bytes(p + n, 4, true))
+        if (png_crc(p - 4, n + 4) != big_endian(p + n, 4))
             return "damaged PNG (wrong checksum)";
         if (!memcmp(p - 4, "IEND", 4)) return NULL;
         if (!memcmp(p - 4, "IDAT", 4)) a->pixels = true;
@@ -148,7 +216,7 @@ static const char *jpeg_segment(about *a, int marker, const uint8_t *p, size_t n
     if (marker == 0xe0) a->jfif = a->jfif || starts(p, n, "JFIF", 5);
     if (marker == 0xee && n >= 12 && starts(p, n, "Adobe", 5)) a->transform = p[11];
     if (marker == 0xe1 && starts(p, n, "Exif\0", 6))
-        sc__text_add(&a->exif, (const char *)p + 6, n - 6); /* several are one */
+        append(&a->exif, (const char *)p + 6, n - 6); /* several are one */
     if (marker == 0xe1 && starts(p, n, xmp, sizeof xmp))
         keep_last(&a->xmp, p + sizeof xmp, n - sizeof xmp);
     if (marker < 0xc0 || marker > 0xc2 || n < 6) return NULL; /* other frames stb refuses */
@@ -182,7 +250,7 @@ static const char *jpeg_about(about *a, const uint8_t *bytes, size_t size) {
 
 /* The orientation by all that is said of it, in the order in which Pillow asks. */
 static int orientation_of(about *a) {
-    sc__text *exif = a->exif.data ? &a->exif : &a->raw;
+    bytes_read *exif = a->exif.data ? &a->exif : &a->raw;
     size_t lines = 0, digits = 0;
     for (size_t i = 0; exif == &a->raw && i < exif->length;
          i++) { /* in place, behind three lines */
@@ -191,7 +259,7 @@ static int orientation_of(about *a) {
         if (lines >= 3 && isxdigit(c)) *byte = (char)(digits++ % 2 ? *byte << 4 | digit : digit);
         lines += c == '\n';
     }
-    sc__text_add(&a->xmp, "", 1);
+    append(&a->xmp, "", 1);
     return sc_orientation((uint8_t *)exif->data, exif == &a->raw ? digits / 2 : exif->length,
                           a->xmp.data);
 }
@@ -210,7 +278,7 @@ bool sc_picture_load(sc_picture *p, const char *path) {
     if (starts(bytes, size, "\xff\xd8", 2)) fault = jpeg_about(&a, bytes, size);
     bool ok = !fault || sc_fail("%s: %s", path, fault);
     if (ok && a.missing) {
-        ok = (more = (uint8_t *)SC_REALLOC(bytes, size + a.missing_size)) != NULL;
+        ok = (more = (uint8_t *)realloc(bytes, size + a.missing_size)) != NULL;
         if (ok) {
             memmove(more + a.at + a.missing_size, more + a.at, size - a.at);
             memcpy(more + a.at, a.missing, a.missing_size);
@@ -232,10 +300,10 @@ bool sc_picture_load(sc_picture *p, const char *path) {
     ok = ok && sc_picture_from_pixels(p, pixels, width, height, channels, deep ? 16 : 8,
                                       orientation_of(&a));
     stbi_image_free(pixels);
-    SC_FREE(a.exif.data);
-    SC_FREE(a.raw.data);
-    SC_FREE(a.xmp.data);
-    SC_FREE(bytes);
+    free(a.exif.data);
+    free(a.raw.data);
+    free(a.xmp.data);
+    free(bytes);
     return ok;
 }
 
@@ -285,17 +353,17 @@ bool sc_picture_save(const sc_picture *p, const char *path, const char *paramete
 char *sc_picture_parameters(const char *path) {
     uint8_t head[41];
     char *text = NULL;
-    FILE *f = sc__is_file(path) ? fopen(path, "rb") : NULL;
+    FILE *f = is_file(path) ? fopen(path, "rb") : NULL;
     bool png = f && fread(head, 1, 41, f) == 41 && !memcmp(head, "\x89PNG\r\n\x1a\n", 8);
     bool utf8 = png && !memcmp(head + 37, "iTXt", 4);
-    size_t n = png ? sc__bytes(head + 33, 4, true) : 0, start = utf8 ? 15 : 11;
+    size_t n = png ? big_endian(head + 33, 4) : 0, start = utf8 ? 15 : 11;
     if ((utf8 || (png && !memcmp(head + 37, "tEXt", 4))) && n >= start && n < 1 << 26)
-        text = (char *)sc__alloc(n + 1, 1);
+        text = (char *)allocate(n + 1, 1);
     bool found = text && fread(text, 1, n, f) == n && !memcmp(text, "parameters", 11);
     if (found) memmove(text, text + start, n + 1 - start);
     if (f) fclose(f);
     if (found) return text;
-    SC_FREE(text);
+    free(text);
     return NULL;
 }
 
@@ -305,145 +373,128 @@ char *sc_picture_parameters(const char *path) {
  * named itself, only where the program wrote it; what is read, never.
  */
 
+static const char *name_in(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return slash ? slash + 1 : path;
+}
+
 /* The folder of a file, malloced; NULL: no memory. */
-static char *sc__folder_of(const char *path) {
-    char *folder = sc__join(path, ""), *slash = strrchr(path, '/');
-    if (folder && slash) folder[slash - path + (slash == path)] = 0;
-    else if (folder) snprintf(folder, 2, ".");
-    return folder;
+static char *folder_of(const char *path) {
+    size_t n = (size_t)(name_in(path) - path);
+    return n ? strndup(path, n > 1 ? n - 1 : n) : strdup(".");
+}
+
+static bool same_file(const char *a, const char *b) {
+    struct stat x, y;
+    return !stat(a, &x) && !stat(b, &y) && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
 }
 
 /* One file or folder under two names; if neither is there yet, one name in one folder. */
-static bool sc__same_place(const char *a, const char *b) {
-    struct stat x, y;
-    bool there = !stat(a, &x), other = !stat(b, &y), same = there && other;
-    if (!there && !other) {
-        const char *slash_a = strrchr(a, '/'), *slash_b = strrchr(b, '/');
-        char *folder_a = sc__folder_of(a), *folder_b = sc__folder_of(b);
-        same = folder_a && folder_b && !stat(folder_a, &x) && !stat(folder_b, &y) &&
-               !strcmp(slash_a ? slash_a + 1 : a, slash_b ? slash_b + 1 : b);
-        free(folder_a), free(folder_b);
-    }
-    return same && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
-}
-
-/* The path of a weights file's shard, or its own where it has none; malloced. */
-static char *sc__shard_path(const sc_file *file, int64_t index) {
-    const char *shard = file->parts[index].shard;
-    char *folder = shard ? sc__folder_of(sc_file_path(file)) : NULL;
-    char *path = !shard ? sc__strdup(sc_file_path(file)) : folder ? sc__join(folder, shard) : NULL;
-    free(folder);
-    return path;
+static bool same_place(const char *a, const char *b) {
+    if (exists(a) || exists(b)) return same_file(a, b);
+    char *folder_a = folder_of(a), *folder_b = folder_of(b);
+    bool same = folder_a && folder_b && same_file(folder_a, folder_b);
+    free(folder_a), free(folder_b);
+    return same && !strcmp(name_in(a), name_in(b));
 }
 
 /* Not what is read as `input` (a file, its shards, or a folder; NULL: nothing), under any name. */
 bool sc_apart(const char *out, const char *input) {
-    bool same = input && sc__same_place(out, input);
-    sc_file *file = input && !same && sc__exists(out) ? sc_file_open(input) : NULL;
-    for (int64_t i = 0; file && i < file->part_count; i++) {
-        char *shard = sc__shard_path(file, i);
-        same = same || (shard && sc__same_place(out, shard));
-        free(shard);
+    bool same = input && same_place(out, input);
+    sc_file *file = input && !same && exists(out) ? sc_file_open(input) : NULL;
+    char *part = NULL;
+    for (int64_t i = 0; file && (part = sc_file_part(file, i)); i++) {
+        same = same || same_file(out, part);
+        free(part);
     }
     sc_file_close(file);
     return !same || sc_fail("%s: this is %s, which is read or written too: choose another place",
-                             out, input);
-}
-
-/* Nor one of the files of a model. */
-static bool sc__apart_from_model(const char *out, const char *model) {
-    bool apart = true;
-    for (int part = 0; apart && sc__exists(out) && part < SC_PARTS; part++) {
-        char *path = sc_part_path(model, (sc_part)part);
-        apart = sc_apart(out, path);
-        free(path);
-    }
-    return apart;
+                            out, input);
 }
 
 #define SC_MADE_BY "made by shortcut:" /* so begin the parameters of other pictures */
 #define SC_LOSS_COLUMNS "step,loss,gradient_norm,learning_rate\n"
 
-/* Whether a file is this program's, as PNGs say in their parameters, safetensors with the command,
- * and loss.csv with its heading. */
-static bool sc__wrote(const char *path) {
-    char *text = sc_picture_parameters(path), line[sizeof SC_LOSS_COLUMNS] = "";
+/* Whether a PNG is this program's, as its parameters say: ./sample's, or those of SC_MADE_BY. */
+static bool drew(const char *path) {
+    char *text = sc_picture_parameters(path);
     const char *settings = text ? strstr(text, "\nSteps: ") : NULL;
     int end = 0;
-    if (settings) /* as ./sample writes them */
+    if (settings)
         sscanf(settings,
                "\nSteps: %*d, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: %*f, Seed: %*u, "
                "Size: %*dx%*d, Shift: %*f, Model:%n",
                &end);
-    bool wrote = end || (text && !strncmp(text, SC_MADE_BY, strlen(SC_MADE_BY)));
-    FILE *f = wrote ? NULL : fopen(path, "rb");
-    wrote = wrote || (f && fgets(line, sizeof line, f) && !strcmp(line, SC_LOSS_COLUMNS));
-    sc_file *file = wrote ? NULL : sc_file_open(path);
-    wrote = wrote || (file && sc_file_metadata(file, "command"));
-    if (f) fclose(f);
-    sc_file_close(file);
+    bool drawn = end || (text && !strncmp(text, SC_MADE_BY, strlen(SC_MADE_BY)));
     free(text);
-    return wrote;
+    return drawn;
+}
+
+/* The same of any file: safetensors say it with the command, loss.csv with its heading. */
+static bool wrote(const char *path) {
+    char line[sizeof SC_LOSS_COLUMNS] = "";
+    if (drew(path)) return true;
+    FILE *f = fopen(path, "rb");
+    bool losses = f && fgets(line, sizeof line, f) && !strcmp(line, SC_LOSS_COLUMNS);
+    if (f) fclose(f);
+    sc_file *file = losses ? NULL : sc_file_open(path);
+    bool ours = losses || (file && sc_file_metadata(file, "command"));
+    sc_file_close(file);
+    return ours;
 }
 
 /* For a name that the user did not give. */
 bool sc_may_replace(const char *path) {
-    return !sc__is_file(path) || sc__file_size(path) == 0 || sc__wrote(path) ||
+    struct stat s;
+    return stat(path, &s) || !S_ISREG(s.st_mode) || !s.st_size || wrote(path) ||
            sc_fail("%s: this file is there, and not from this program: move it away, or choose "
-                    "another place",
-                    path);
-}
-
-/* Before hours of work: will it be possible? What a killed process left beside it goes. */
-bool sc_can_write(const char *path) {
-    sc__writer w;
-    if (!*path) return sc_fail("cannot write to a file without a name");
-    if (sc__is_folder(path)) return sc_fail("%s: cannot write: this is a folder", path);
-    if (sc__exists(path) && !sc__is_file(path)) return true; /* a pipe: its reader would notice */
-    return sc__write_begin(&w, path) && (sc__write_end(&w, false), true);
+                   "another place",
+                   path);
 }
 
 /* The ending of a file's name: a dot and a letter (so not v1.5's), or "". */
-static const char *sc__ending(const char *path) {
-    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
-    const char *dot = strrchr(name, '.');
+const char *sc_ending(const char *path) {
+    const char *name = name_in(path), *dot = strrchr(name, '.');
     return dot && dot > name && isalpha((unsigned char)dot[1]) ? dot : name + strlen(name);
 }
 
 #define SC_WEIGHTS ".safetensors.sft.st"
 
 /* Whether the name ends in one of those. */
-static bool sc__ends_in(const char *path, const char *endings) {
-    const char *ending = sc__ending(path);
+static bool ends_in(const char *path, const char *endings) {
+    const char *ending = sc_ending(path);
     size_t n = strlen(ending);
     for (; n && endings; endings = strchr(endings + 1, '.'))
         if (!strncasecmp(endings, ending, n) && (!endings[n] || endings[n] == '.')) return true;
     return false;
 }
 
-/* A name that ends in what will be in the file, ".png" or SC_WEIGHTS, or in nothing. */
-bool sc_suits(const char *path, const char *endings) {
-    return !*sc__ending(path) || sc__ends_in(path, endings) ||
-           sc_fail("%s: this is written as %.*s only: let its name end so", path,
-                    (int)strcspn(endings + 1, ".") + 1, endings);
-}
-
 /* FILE:SCALE, or FILE: then what it recommends for `steps`: the scale and, if it does, a guidance
- * (else *guidance stays; it may be NULL). The file's path, malloced; NULL: no memory. */
+ * (else *guidance stays; it may be NULL). The file's path, malloced; NULL with the error set. */
 char *sc_lora_argument(const char *argument, int steps, float *scale, float *guidance) {
-    char *end = NULL, *path = sc__strdup(argument), *colon = path ? strrchr(path, ':') : NULL;
+    char *end = NULL, *path = strdup(argument), *colon = path ? strrchr(path, ':') : NULL;
     *scale = colon ? strtof(colon + 1, &end) : 0;
-    if (colon && end != colon + 1 && !*end && isfinite(*scale) && !sc__exists(path)) *colon = 0;
+    if (colon && end != colon + 1 && !*end && isfinite(*scale) && !exists(path)) *colon = 0;
     else if (path) *scale = sc_lora_scale(path, steps, guidance);
+    else sc_fail("out of memory");
     return path;
 }
 
-/* A file to write: `endings` as above, named by the user or not, not of the model, none of the
- * LoRAs (up to 8 arguments FILE[:SCALE], NULL after the last). */
+/* A file to write: its name ends in one of `endings` (".png" or SC_WEIGHTS), which is what will be
+ * in it, or in nothing; named by the user or not; not of the model, none of the LoRAs (up to 8
+ * arguments FILE[:SCALE], NULL after the last). */
 bool sc_check_out(const char *out, const char *endings, bool named, const char *model,
                   const char *const *loras) {
-    bool ok = sc_can_write(out) && sc_suits(out, endings) && (named || sc_may_replace(out)) &&
-              sc__apart_from_model(out, model);
+    bool ok = sc_can_write(out);
+    if (ok && *sc_ending(out) && !ends_in(out, endings))
+        ok = sc_fail("%s: this is written as %.*s only: let its name end so", out,
+                     (int)strcspn(endings + 1, ".") + 1, endings);
+    ok = ok && (named || sc_may_replace(out));
+    for (int part = 0; ok && exists(out) && part < SC_PARTS; part++) {
+        char *path = sc_part_path(model, (sc_part)part);
+        ok = sc_apart(out, path);
+        free(path);
+    }
     for (int i = 0; ok && i < 8 && loras[i]; i++) {
         float scale;
         char *path = sc_lora_argument(loras[i], 1, &scale, NULL);
@@ -453,62 +504,62 @@ bool sc_check_out(const char *out, const char *endings, bool named, const char *
     return ok;
 }
 
+/* No loss if a transformer's config.json stays as it is. */
+static bool may_replace_config(const sc_flux *flux, const char *path) {
+    size_t size;
+    char *text = exists(path) ? sc_read_file(path, &size) : NULL;
+    bool same = text && !strcmp(text, sc_flux_config_text(flux));
+    free(text);
+    return same || sc_may_replace(path);
+}
+
 /* The folder of a transformer that sc_flux_save can write: a new one, or with what this program
  * wrote and does not read now. */
 bool sc_can_write_model(const sc_flux *flux, const char *folder) {
-    char *weights = sc__join(folder, "diffusion_pytorch_model.safetensors");
-    char *config = sc__join(folder, "config.json"), *text = NULL;
-    const char *input = flux->net->file ? sc_file_path(flux->net->file) : NULL;
-    char *beside = input ? sc__folder_of(input) : NULL;
-    size_t size;
-    bool ok = weights && config && (!input || beside);
-    if (ok && sc__ends_in(folder, SC_WEIGHTS) && !sc__is_folder(folder))
-        ok = sc_fail("%s: this will be a folder: do not let its name end as a file's", folder);
-    else if (ok && !sc__exists(folder)) ok = sc_can_write(folder);
-    else
-        ok = ok && sc_apart(folder, beside) && sc_apart(weights, input) &&
-             sc_may_replace(weights) && sc_can_write(weights) && sc_can_write(config);
-    if (ok && !sc__exists(weights) && sc__exists(config)) { /* no loss if it stays the same */
-        text = sc_read_file(config, &size);
-        ok = text && (!strcmp(text, flux->config_text) || sc_may_replace(config));
-    }
-    free(weights), free(config), free(text), free(beside);
+    const sc_file *file = sc_flux_net(flux)->file;
+    const char *input = file ? sc_file_path(file) : NULL;
+    if (ends_in(folder, SC_WEIGHTS) && (!exists(folder) || is_file(folder)))
+        return sc_fail("%s: this will be a folder: do not let its name end as a file's", folder);
+    if (!exists(folder)) return sc_can_write(folder);
+    char *weights = joined(folder, "diffusion_pytorch_model.safetensors");
+    char *config = joined(folder, "config.json"), *beside = input ? folder_of(input) : NULL;
+    bool ok = weights && config && sc_apart(folder, beside) && sc_apart(weights, input) &&
+              sc_may_replace(weights) && sc_can_write(weights) && sc_can_write(config) &&
+              (exists(weights) || may_replace_config(flux, config));
+    free(weights), free(config), free(beside);
     return ok;
 }
 
-static char *sc__lock; /* its path */
+static char *lock_path;
 
 /* One process at a time writes into a folder; false says which. The kernel ends the lock with the
  * process, however that ends. */
 bool sc_lock(const char *folder, const char *command) {
-    char holder[256] = "another process", since[32] = "";
+    char holder[256] = "", since[32] = "";
     struct stat mine;
     time_t now = time(NULL);
-    char *path = sc__join(folder, ".shortcut-lock");
+    char *path = joined(folder, ".shortcut-lock");
     int fd = path ? open(path, O_RDWR | O_CREAT, 0666) : -1;
-    if (fd < 0) {
-        if (path) sc__write_fail(path);
-        free(path);
-        return false;
+    bool ok = fd >= 0 || (path && sc_fail("%s: cannot write: %s", path, strerror(errno)));
+    bool busy = ok && flock(fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK;
+    if (ok && (busy || fstat(fd, &mine) || !mine.st_nlink || ftruncate(fd, 0))) {
+        ssize_t n = read(fd, holder, sizeof holder - 1);
+        ok = sc_fail("%s: %s is writing there: wait for it, or choose another folder", folder,
+                     n > 0 ? holder : "another process");
+        close(fd);
     }
-    bool busy = flock(fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK;
-    if (!busy && !fstat(fd, &mine) && mine.st_nlink && !ftruncate(fd, 0)) {
+    if (ok) {
         strftime(since, sizeof since, "%Y-%m-%d %H:%M", localtime(&now));
         dprintf(fd, "process %ld (since %s: %s)", (long)getpid(), since, command);
-        sc__lock = path;
-        return true;
-    }
-    if (read(fd, holder, sizeof holder - 1) < 0) holder[0] = 0;
-    close(fd);
-    free(path);
-    return sc_fail("%s: %s is writing there: wait for it, or choose another folder", folder,
-                    holder);
+        lock_path = path;
+    } else free(path);
+    return ok;
 }
 
 void sc_unlock(void) {
-    if (sc__lock) remove(sc__lock);
-    free(sc__lock);
-    sc__lock = NULL;
+    if (lock_path) remove(lock_path);
+    free(lock_path);
+    lock_path = NULL;
 }
 
 /* ==== The program: start, interrupt, clock, device ============================================ */
@@ -528,13 +579,13 @@ void sc_start(char **argv) {
 
 volatile sig_atomic_t sc_interrupted; /* asked to stop: see sc_catch_interrupt */
 
-static void sc__on_interrupt(int sig) { sc_interrupted = sig; }
+static void on_interrupt(int sig) { sc_interrupted = sig; }
 
 /* Ctrl-C, SIGTERM and a terminal that closes ask the program to stop; a second Ctrl-C kills. The
  * others often come twice: from a shell and from the system, to a process and to its group. Under
  * nohup SIGHUP stays ignored. SA_RESTART: a file that is being written is written to its end. */
 void sc_catch_interrupt(void) {
-    struct sigaction stop = {.sa_handler = sc__on_interrupt, .sa_flags = SA_RESTART}, old;
+    struct sigaction stop = {.sa_handler = on_interrupt, .sa_flags = SA_RESTART}, old;
     sigaction(SIGTERM, &stop, NULL);
     if (!sigaction(SIGHUP, NULL, &old) && old.sa_handler != SIG_IGN) sigaction(SIGHUP, &stop, NULL);
     stop.sa_flags |= SA_RESETHAND;
@@ -547,17 +598,13 @@ bool sc_not_interrupted(void *user, int step, int steps) {
     return !sc_interrupted;
 }
 
-/* The command line, malloced; NULL: no memory. */
+/* The command line, malloced; NULL with the error set. */
 char *sc_command(int argc, char *const *argv) {
-    sc__text t = {0};
-    for (int i = 0; i < argc; i++) {
-        sc__text_add(&t, " ", i > 0);
-        sc__text_add(&t, argv[i], strlen(argv[i]));
-    }
-    sc__text_add(&t, "", 1);
-    if (!t.failed) return t.data;
-    free(t.data);
-    return sc_fail("out of memory"), NULL;
+    size_t size;
+    char *text = NULL;
+    FILE *f = open_memstream(&text, &size);
+    for (int i = 0; f && i < argc; i++) fprintf(f, "%s%s", i ? " " : "", argv[i]);
+    return finished(f, &text);
 }
 
 double sc_seconds(void) {
@@ -591,9 +638,9 @@ bool sc_load_lora_argument(sc_flux *flux, const char *argument, int steps, float
 /* lora.safetensors of this folder, where it is there and was made for this model; else NULL. */
 const char *sc_own_lora(const char *model) {
     static const char path[] = "lora.safetensors";
-    sc_file *file = sc__exists(path) ? sc_file_open(path) : NULL;
+    sc_file *file = exists(path) ? sc_file_open(path) : NULL;
     const char *base = file ? sc_file_metadata(file, "base_model") : NULL;
-    bool own = sc__exists(path) && (!base || sc__same_place(base, model));
+    bool own = exists(path) && (!base || same_place(base, model));
     if (base && !own) {
         fprintf(stderr, "%s is not used, it", path);
         sc_print_text(stderr, " was made for ", base);
@@ -602,12 +649,12 @@ const char *sc_own_lora(const char *model) {
     return own ? path : NULL; /* where it cannot be read, loading it says why */
 }
 
-static bool sc__line_open; /* of progress, on a terminal */
+static bool line_open; /* of progress, on a terminal */
 
 /* Before anything else is printed there: it must not stand behind a line of progress. */
 void sc_end_line(void) {
-    if (sc__line_open) fputc('\n', stderr);
-    sc__line_open = false;
+    if (line_open) fputc('\n', stderr);
+    line_open = false;
 }
 
 /* Prints the last error; what main returns then. */
@@ -637,7 +684,7 @@ const sc_backend *sc_device(const char *name) {
     return sc_cpu();
 }
 
-static const char *sc__clock(double seconds, char text[32]) {
+static const char *clock_text(double seconds, char text[32]) {
     long s = seconds < 0 ? 0 : (long)(seconds + 0.5);
     if (s < 3600) snprintf(text, 32, "%ld:%02ld", s / 60, s % 60);
     else snprintf(text, 32, "%ld:%02ld:%02ld", s / 3600, s / 60 % 60, s % 60);
@@ -659,12 +706,12 @@ void sc_progress(const char *label, int64_t first, int64_t done, int64_t total, 
     last = now;
     shown = label;
     fprintf(stderr, "%s%s %lld/%lld%s%s, %s", terminal ? "\r" : "", label, (long long)done,
-            (long long)total, extra ? ", " : "", extra ? extra : "", sc__clock(elapsed, spent));
+            (long long)total, extra ? ", " : "", extra ? extra : "", clock_text(elapsed, spent));
     if (!end && done > first)
         fprintf(stderr, ", %s left",
-                sc__clock(elapsed / (double)(done - first) * (double)(total - done), left));
+                clock_text(elapsed / (double)(done - first) * (double)(total - done), left));
     fprintf(stderr, "%s%s", terminal ? "\033[K" : "", !terminal || end ? "\n" : "");
-    sc__line_open = terminal && !end;
+    line_open = terminal && !end;
 }
 
 /* ==== Options ================================================================================ */
@@ -687,32 +734,45 @@ typedef struct sc_option {
     const char *argument, *help;
 } sc_option;
 
-/* Parses up to `limit` numbers separated by commas; false if it is anything else. */
-static bool sc__numbers(const char *text, double *values, int limit, int *count) {
-    char *end;
-    for (*count = 0; *count < limit; text = end + 1) {
-        values[*count] = strtod(text, &end);
-        if (end == text || !isfinite(values[*count])) return false;
-        ++*count;
-        if (!*end) return true;
-        if (*end != ',') return false;
+static bool is_whole(const sc_option *o) { return o->kind == SC_INT || o->kind == SC_INTS; }
+
+/* How many numbers it takes. */
+static int numbers_of(const sc_option *o) {
+    static const int most[] = {
+        [SC_INT] = 1, [SC_FLOAT] = 1, [SC_RANGE] = 2, [SC_INTS] = 7, [SC_CHOICE] = 0};
+    return most[o->kind];
+}
+
+/* Numbers separated by commas, as many as the option takes at most. */
+static bool set_numbers(const sc_option *o, const char *text) {
+    int *whole = (int *)o->value, count = 0;
+    float *real = (float *)o->value;
+    char *end = NULL;
+    for (const char *at = text; !end || *end; at = end + 1) {
+        double x = strtod(at, &end);
+        if (end == at || (*end && *end != ',') || !isfinite(x) || count == numbers_of(o))
+            return sc_fail("%s takes %s, not '%s'", o->name, o->argument, text);
+        if (is_whole(o) && (x != floor(x) || fabs(x) > INT_MAX))
+            return sc_fail("%s takes whole numbers, not '%s'", o->name, text);
+        if (is_whole(o)) whole[count++] = (int)x;
+        else real[count++] = (float)x;
     }
-    return false;
+    if (o->kind == SC_RANGE && count == 1) real[1] = real[0];
+    if (o->kind == SC_INTS) memset(whole + count, 0, (size_t)(8 - count) * sizeof *whole);
+    return true;
 }
 
 /* Is `text` one of "this|that"? */
-static bool sc__listed(const char *list, const char *text) {
+static bool is_listed(const char *list, const char *text) {
     size_t n = strlen(text);
     for (; list; list = strchr(list, '|') ? strchr(list, '|') + 1 : NULL)
         if (!strncmp(list, text, n) && (!list[n] || list[n] == '|')) return true;
     return false;
 }
 
-static bool sc__set_option(const sc_option *o, const char *text) {
-    double v[8];
+static bool set_option(const sc_option *o, const char *text) {
     char *end = NULL;
-    int count = 0;
-    if (o->kind == SC_CHOICE && !sc__listed(o->argument, text))
+    if (o->kind == SC_CHOICE && !is_listed(o->argument, text))
         return sc_fail("%s takes %s, not '%s'", o->name, o->argument, text);
     if (o->kind == SC_STRING || o->kind == SC_CHOICE) return *(const char **)o->value = text, true;
     if (o->kind == SC_STRINGS) {
@@ -726,74 +786,61 @@ static bool sc__set_option(const sc_option *o, const char *text) {
         uint64_t seed = strtoull(text, &end, 10);
         if (!isdigit((unsigned char)*text) || *end || errno)
             return sc_fail("%s takes %s, a whole number from 0 to 18446744073709551615, not '%s'",
-                            o->name, o->argument, text);
+                           o->name, o->argument, text);
         return *(uint64_t *)o->value = seed, true;
     }
-    if (!sc__numbers(text, v, o->kind == SC_INTS ? 7 : o->kind == SC_RANGE ? 2 : 1, &count))
-        return sc_fail("%s takes %s, not '%s'", o->name, o->argument, text);
-    for (int i = 0; i < count; i++)
-        if ((o->kind == SC_INT || o->kind == SC_INTS) &&
-            (v[i] != floor(v[i]) || fabs(v[i]) > INT_MAX))
-            return sc_fail("%s takes whole numbers, not '%s'", o->name, text);
-    switch (o->kind) {
-    case SC_INT: *(int *)o->value = (int)v[0]; break;
-    case SC_FLOAT: *(float *)o->value = (float)v[0]; break;
-    case SC_RANGE:
-        ((float *)o->value)[0] = (float)v[0], ((float *)o->value)[1] = (float)v[count - 1];
-        break;
-    default:
-        for (int i = 0; i < 8; i++) ((int *)o->value)[i] = i < count ? (int)v[i] : 0;
-    }
-    return true;
+    return set_numbers(o, text);
 }
 
 /* The value; "" where there is none. */
-static const char *sc__option_text(const sc_option *o, char text[128]) {
-    int used = 0;
+static const char *option_text(const sc_option *o, char text[128]) {
+    const int *whole = (const int *)o->value;
+    const float *real = (const float *)o->value;
+    const char *string = "";
+    size_t used = 0;
     text[0] = 0;
-    switch (o->kind) {
-    case SC_FLAG: return *(bool *)o->value ? "yes" : "no";
-    case SC_INT: snprintf(text, 128, "%d", *(int *)o->value); break;
-    case SC_SEED: snprintf(text, 128, "%llu", (unsigned long long)*(uint64_t *)o->value); break;
-    case SC_FLOAT: snprintf(text, 128, "%g", *(float *)o->value); break;
-    case SC_RANGE:
-        snprintf(text, 128, "%g,%g", ((float *)o->value)[0], ((float *)o->value)[1]);
-        break;
-    case SC_STRING:
-    case SC_CHOICE: return *(const char **)o->value ? *(const char **)o->value : "";
-    case SC_INTS:
-        for (const int *v = (int *)o->value; *v; v++)
-            used += snprintf(text + used, 128 - (size_t)used, "%s%d", used ? "," : "", *v);
-        break;
-    case SC_STRINGS: break;
+    if (o->kind == SC_FLAG) return *(bool *)o->value ? "yes" : "no";
+    if (o->kind == SC_STRING || o->kind == SC_CHOICE) string = *(const char **)o->value;
+    if (o->kind == SC_SEED) snprintf(text, 128, "%llu", (unsigned long long)*(uint64_t *)o->value);
+    for (int i = 0; i < numbers_of(o) && (o->kind != SC_INTS || whole[i]); i++) {
+        const char *comma = i ? "," : "";
+        if (is_whole(o)) snprintf(text + used, 128 - used, "%s%d", comma, whole[i]);
+        else snprintf(text + used, 128 - used, "%s%g", comma, real[i]);
+        used = strlen(text);
     }
-    return text;
+    return string && *string ? string : text;
 }
 
 void sc_print_options(const sc_option *options, int count) {
     for (int i = 0; i < count; i++) {
         char text[128];
-        const char *value = options[i].name ? sc__option_text(&options[i], text) : "";
+        const char *value = options[i].name ? option_text(&options[i], text) : "";
         if (*value) printf(" %s %s", options[i].name, value);
     }
     printf("\n");
 }
 
-static void sc__help(const char *usage, const sc_option *options, int count) {
+static void print_help(const char *usage, const sc_option *options, int count) {
     printf("%s\n", usage);
     for (int i = 0; i < count; i++) {
+        const sc_option *o = &options[i];
         char left[64], text[128];
-        if (!options[i].name) {
-            printf("\n%s\n", options[i].help);
+        if (!o->name) {
+            printf("\n%s\n", o->help);
             continue;
         }
-        snprintf(left, sizeof left, "%s %s", options[i].name,
-                 options[i].argument ? options[i].argument : "");
-        const char *value = sc__option_text(&options[i], text);
-        bool show = options[i].kind != SC_FLAG && *value;
-        printf("  %-26s %s%s%s%s\n", left, options[i].help, show ? " [" : "", show ? value : "",
-               show ? "]" : "");
+        snprintf(left, sizeof left, "%s %s", o->name, o->argument ? o->argument : "");
+        printf("  %-26s %s", left, o->help);
+        const char *value = o->kind == SC_FLAG ? "" : option_text(o, text);
+        printf(*value ? " [%s]\n" : "%s\n", value);
     }
+}
+
+/* The option of this name, without its "--"; NULL: there is none. */
+static const sc_option *find_option(const sc_option *options, int count, const char *name) {
+    for (int i = 0; i < count; i++)
+        if (options[i].name && !strcmp(options[i].name + 2, name)) return &options[i];
+    return NULL;
 }
 
 /* Reads argv into the options' values; what is left over goes to `positional` (at most `limit`).
@@ -801,33 +848,28 @@ static void sc__help(const char *usage, const sc_option *options, int count) {
 int sc_parse(const char *usage, const sc_option *options, int count, int argc, char **argv,
              const char **positional, int limit) {
     int found = 0;
-    bool literal = false; /* after "--" */
-    for (int i = 1; i < argc; i++) {
-        const sc_option *o = NULL;
-        bool help = !literal && (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h"));
-        bool word = literal || (strncmp(argv[i], "--", 2) && !help), ok = true;
-        if (!literal && !strcmp(argv[i], "--")) {
-            literal = true;
-            continue;
-        }
-        if (help) {
-            sc__help(usage, options, count);
+    bool literal = false, ok = true; /* literal: after "--" */
+    for (int i = 1; ok && i < argc; i++) {
+        const char *word = argv[i];
+        if (!literal && (!strcmp(word, "--help") || !strcmp(word, "-h"))) {
+            print_help(usage, options, count);
             exit(0);
         }
-        for (int j = 0; !word && j < count; j++)
-            if (options[j].name && !strcmp(options[j].name, argv[i])) o = &options[j];
-        if (word && found < limit) positional[found++] = argv[i];
-        else if (word) ok = sc_fail("unexpected argument '%s'", argv[i]);
-        else if (!o) ok = sc_fail("unknown option '%s'", argv[i]);
+        if (literal || strncmp(word, "--", 2)) {
+            if (found < limit) positional[found++] = word;
+            else ok = sc_fail("unexpected argument '%s'", word);
+            continue;
+        }
+        const sc_option *o = find_option(options, count, word + 2);
+        if (!word[2]) literal = true;
+        else if (!o) ok = sc_fail("unknown option '%s'", word);
         else if (o->kind == SC_FLAG) *(bool *)o->value = true;
         else if (i + 1 == argc) ok = sc_fail("%s needs a value: %s", o->name, o->argument);
-        else ok = sc__set_option(o, argv[++i]);
-        if (!ok) {
-            fprintf(stderr, "error: %s (see %s --help)\n", sc_error(), argv[0]);
-            exit(2);
-        }
+        else ok = set_option(o, argv[++i]);
     }
-    return found;
+    if (ok) return found;
+    fprintf(stderr, "error: %s (see %s --help)\n", sc_error(), argv[0]);
+    exit(2);
 }
 
 /* What follows the last argument `name`; NULL: it is not there (for what must be known before
@@ -844,46 +886,50 @@ const char *sc_given(int argc, char **argv, const char *name) {
  * or flags, or paths: a model from elsewhere does not say which files are read and written here. */
 bool sc_parse_recipe(const sc_option *options, int count, const char *model, const char *section) {
     static sc_json *recipe; /* kept: string options point into it */
-    char *path = sc__join(model, "recipe.json");
-    bool ok = path != NULL;
+    char *path = joined(model, "recipe.json");
+    bool there = path && exists(path), ok = path != NULL;
     sc_json_free(recipe);
-    recipe = ok && sc__exists(path) ? sc_json_load(path) : NULL;
-    if (ok && sc__exists(path)) ok = recipe != NULL;
+    recipe = there ? sc_json_load(path) : NULL;
+    if (there) ok = recipe != NULL;
     const sc_json *values = sc_json_get(recipe, section);
     for (int64_t i = 0; ok && i < sc_json_length(values); i++) {
         const sc_json *value = sc_json_value(values, i);
         const char *key = sc_json_key(values, i), *string = sc_json_string(value, NULL);
+        const sc_option *o = key ? find_option(options, count, key) : NULL;
         char text[32];
-        const sc_option *o = NULL;
-        for (int j = 0; key && j < count; j++)
-            if (options[j].name && !strcmp(options[j].name + 2, key)) o = &options[j];
         if (!string) snprintf(text, sizeof text, "%.17g", sc_json_number(value, NAN));
         bool words = o && (o->kind == SC_STRING || o->kind == SC_CHOICE);
         if (!o || o->kind == SC_FLAG || o->kind == SC_STRINGS ||
-            (o->kind == SC_STRING && sc__listed("DIR|FILE|PATH", o->argument)))
+            (o->kind == SC_STRING && is_listed("DIR|FILE|PATH", o->argument)))
             ok = sc_fail("%s: '%s' is no option that a recipe may set", path, key ? key : section);
-        else if ((words && !string) || !sc__set_option(o, string ? string : text))
+        else if ((words && !string) || !set_option(o, string ? string : text))
             ok = sc_fail("%s: '%s' has a wrong value", path, key);
     }
-    SC_FREE(path);
+    free(path);
     return ok;
 }
 
-/* The next line of *text that is not empty, ended by NUL; NULL: there is none. */
-char *sc_next_line(char **text) {
-    char *line = *text + strspn(*text, "\r\n");
-    *text = line + strcspn(line, "\r\n");
-    if (**text) *(*text)++ = 0;
-    return *line ? line : NULL;
+/* The lines of a file that are not empty, in *text; both malloced. NULL with the error set. */
+char **sc_load_prompts(const char *path, char **text, int64_t *count) {
+    size_t most = 1;
+    *count = 0;
+    *text = sc_text_load(path);
+    for (const char *c = *text; c && *c; c++) most += *c == '\n' || *c == '\r';
+    char **lines = *text ? (char **)allocate(most, sizeof *lines) : NULL;
+    char *line = lines ? strtok(*text, "\r\n") : NULL;
+    for (; line; line = strtok(NULL, "\r\n")) lines[(*count)++] = line;
+    if (!lines || *count) return lines;
+    free(lines);
+    return sc_fail("%s: no prompts", path), NULL;
 }
 
 /* Tells what no part of a model reads of its files. A part that cannot be opened says why later. */
-static void sc__warn_unread(const sc_pipeline *p) {
+static void warn_unread(const sc_pipeline *p) {
     char names[512], *path = sc_part_path(p->folder, SC_VAE);
     sc_vae *vae = path ? sc_vae_open(NULL, path, false) : NULL;
     sc_text_encoders *text = sc_text_encoders_open(NULL, p->folder);
-    sc_net *const nets[] = {p->flux->net, vae ? vae->net : NULL, text ? text->clip.net : NULL,
-                            text ? text->t5.net : NULL};
+    const sc_net *const nets[] = {sc_flux_net(p->flux), sc_vae_net(vae), sc_text_net(text, SC_CLIP),
+                                  sc_text_net(text, SC_T5)};
     long long unread = sc_net_unread(nets, 4, names, sizeof names);
     if (unread) {
         fprintf(stderr, "warning: %lld tensors of %s are not used", unread, p->folder);
@@ -891,17 +937,19 @@ static void sc__warn_unread(const sc_pipeline *p) {
     }
     sc_text_encoders_close(text);
     sc_vae_close(vae);
-    SC_FREE(path);
+    free(path);
 }
 
 /* sc_pipeline_open, with what to do where the folder is not there. */
 sc_pipeline *sc_open_model(const sc_backend *be, const char *model,
                            const sc_pipeline_options *how) {
-    sc_pipeline *p = sc__exists(model) ? sc_pipeline_open(be, model, how) : NULL;
-    if (p) sc__warn_unread(p);
-    else if (!sc__exists(model))
-        sc_fail("%s: No such file or directory: --model takes a model's folder or file "
-                 "(data/tiny-flux is in the programs' folder)", model);
+    if (!exists(model))
+        return sc_fail("%s: No such file or directory: --model takes a model's folder or file "
+                       "(data/tiny-flux is in the programs' folder)",
+                       model),
+               NULL;
+    sc_pipeline *p = sc_pipeline_open(be, model, how);
+    if (p) warn_unread(p);
     return p;
 }
 

@@ -771,7 +771,7 @@ static void test_unread(void) {
         if (cases[i].message && *cases[i].message) refused(f, cases[i].message);
         else {
             CHECK(f != NULL);
-            sc_net *nets[3] = {NULL, f ? f->net : NULL, f ? f->net : NULL};
+            const sc_net *nets[3] = {NULL, f ? f->net : NULL, f ? f->net : NULL};
             CHECK(sc_net_unread(nets, 3, names, sizeof names) == (cases[i].message != NULL));
             CHECK(cases[i].message ? strlen(cases[i].name) > 50 || strstr(names, cases[i].name)
                                    : !*names);
