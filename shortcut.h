@@ -546,8 +546,8 @@ float sc_lora_scale(const char *path, int steps, float *guidance);
 /* The same of the list alone; false: it is none. *guidance stays where the list names none. */
 bool sc_scale_for(const char *list, int steps, double *scale, double *guidance);
 void sc_lora_unload(sc_flux *flux); /* takes all loaded LoRAs off again */
-/* Copies a LoRA file's factors into the sets of `params` (all of its layers, the same rank). */
-bool sc_lora_start(sc_params *params, const char *path);
+/* Copies a LoRA file, times `scale`, into the sets of `params` (all of its layers, same rank). */
+bool sc_lora_start(sc_params *params, const char *path, float scale);
 
 /* ==== VAE: pictures <-> latents ==== */
 #define SC_VAE_LEVELS 8
@@ -5876,7 +5876,7 @@ float sc_lora_scale(const char *path, int steps, float *guidance) {
     return (float)scale;
 }
 
-bool sc_lora_start(sc_params *p, const char *path) {
+bool sc_lora_start(sc_params *p, const char *path, float scale) {
     sc__lora file;
     bool ok = sc__lora_open(&file, path);
     for (int i = 0; ok && i < p->flux->module_count; i++) {
@@ -5890,7 +5890,7 @@ bool sc_lora_start(sc_params *p, const char *path) {
         if (ok && x.rank != p->rank)
             ok = sc_fail("%s: rank %lld; this run has rank %d", path, (long long)x.rank, p->rank);
         size_t na = (size_t)(p->rank * w->shape[1]), nb = (size_t)(p->rank * w->shape[0]);
-        for (size_t j = 0; ok && j < nb; j++) x.b[j] /= p->adapters[i].scale;
+        for (size_t j = 0; ok && j < nb; j++) x.b[j] *= scale / p->adapters[i].scale;
         for (int s = SC_STUDENT; ok && s < SC_SETS; s++) {
             p->backend->upload(p->adapters[i].a[s]->data, x.a, na * sizeof *x.a);
             p->backend->upload(p->adapters[i].b[s]->data, x.b, nb * sizeof *x.b);
