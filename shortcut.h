@@ -435,8 +435,7 @@ typedef struct sc_params {
     int rank;
 } sc_params;
 
-/* A new LoRA on every linear layer: A gaussian (std 1/rank), B zero; attached to the model until
- * freed. */
+/* A new LoRA on every layer: A gaussian (std 1/rank), B zero; attached until it is freed. */
 sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed);
 /* All weights (opened with `widen`); teacher: keep a frozen copy of them. From then on the model's
  * weights are these: it computes nothing after sc_params_free. */
@@ -1303,7 +1302,8 @@ sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed) {
     size_t modules = (size_t)flux->module_count;
     if (start) p->adapters = (sc_adapter *)sc__alloc(modules, sizeof *p->adapters);
     if (p) p->rank = rank;
-    bool ok = start && p->adapters && sc__attach(p, alpha / (float)rank, (sc_rng){seed}, start);
+    sc_rng own = {sc_random_bits(&(sc_rng){seed})}; /* the seed's own stream is the training's */
+    bool ok = start && p->adapters && sc__attach(p, alpha / (float)rank, own, start);
     if (ok) sc__params_start(p, start);
     SC_FREE(start);
     if (ok) return p;
