@@ -59,11 +59,12 @@ static struct options {
     float teacher_ratio, shift[2], dynamic_shift, guidance[2], fm_ratio, caption_dropout;
     int resolution, text_tokens, threads, preview, save, stop_after;
     uint64_t seed;
-} o = {NULL, "data/tiny-flux", NULL, "run", "auto", "auto", "device", .rank = 64, .steps = 10000,
-       .batch = 8, .teacher_steps = 32, .self_steps = {2, 4, 8, 16}, .lr = 2e-5f, .final_lr = 1,
-       .weight_decay = 1e-4f, .beta2 = 0.999f, .clip = 10, .fast = 0.99f, .slow = 0.999f,
-       .teacher_ratio = 0.4f, .shift = {2.5f, 4.5f}, .dynamic_shift = 0.1f, .guidance = {0, 7.5f},
-       .preview = 500, .save = 500, .seed = 1};
+} o = {.model = "data/tiny-flux", .run = "run", .device = "auto", .weights = "auto",
+       .weights_on = "device", .rank = 64, .steps = 10000, .batch = 8, .teacher_steps = 32,
+       .self_steps = {2, 4, 8, 16}, .lr = 2e-5f, .final_lr = 1, .weight_decay = 1e-4f,
+       .beta2 = 0.999f, .clip = 10, .fast = 0.99f, .slow = 0.999f, .teacher_ratio = 0.4f,
+       .shift = {2.5f, 4.5f}, .dynamic_shift = 0.1f, .guidance = {0, 7.5f}, .preview = 500,
+       .save = 500, .seed = 1};
 
 static bool all_weights(void) { return o.full || o.pretrain || o.distill_guidance; }
 
@@ -73,12 +74,11 @@ static const sc_option table[] = {
     {"--model", SC_STRING, &o.model, "DIR", "FLUX pipeline folder"},
     {"--full", SC_FLAG, &o.full, NULL, "all weights instead of a LoRA"},
     {"--pretrain", SC_FLAG, &o.pretrain, NULL, "all weights, from random ones, by flow matching"},
-    {"--distill-guidance", SC_FLAG, &o.distill_guidance, NULL,
-     "all weights: learn guidance as an input"},
+    {"--distill-guidance", SC_FLAG, &o.distill_guidance, NULL, "all weights: guidance as an input"},
     {"--transformer", SC_STRING, &o.transformer, "DIR", "take the transformer from this folder"},
     {"--start", SC_STRING, &o.start, "FILE", "start from this LoRA"},
     {"--teacher", SC_STRING, &o.teacher, "FILE",
-     "the teacher has this LoRA (FILE:SCALE), the student starts from it"},
+     "the teacher's LoRA (FILE:SCALE); the student starts so"},
     {"--rank", SC_INT, &o.rank, "N", "LoRA rank"},
     {"--alpha", SC_FLOAT, &o.alpha, "X", "LoRA alpha (0: the rank)"},
     {NULL, SC_FLAG, NULL, NULL, "How long and how fast:"},
@@ -92,32 +92,27 @@ static const sc_option table[] = {
     {"--clip", SC_FLOAT, &o.clip, "X", "gradient norm at most this"},
     {"--fast", SC_FLOAT, &o.fast, "X", "decay of the fast average"},
     {"--slow", SC_FLOAT, &o.slow, "X", "decay of the slow average"},
-    {"--ema-restart", SC_INT, &o.ema_restart, "N",
-     "restart both averages every N steps (0: never)"},
+    {"--ema-restart", SC_INT, &o.ema_restart, "N", "restart both every N steps (0: never)"},
     {NULL, SC_FLAG, NULL, NULL, "The SCFM recipe:"},
     {"--teacher-ratio", SC_FLOAT, &o.teacher_ratio, "X",
-     "part of the samples whose first half-step is the teacher's"},
+     "samples whose first half-step is the teacher's"},
     {"--teacher-steps", SC_INT, &o.teacher_steps, "N", "grid of the teacher's half-steps"},
     {"--self-steps", SC_INTS, &o.self_steps, "N,N", "grids of the student's own"},
     {"--shift", SC_RANGE, &o.shift, "A,B", "time shift, uniform between these"},
-    {"--dynamic-shift", SC_FLOAT, &o.dynamic_shift, "X",
-     "part of the samples with FLUX's dynamic shift"},
+    {"--dynamic-shift", SC_FLOAT, &o.dynamic_shift, "X", "samples with FLUX's dynamic shift"},
     {"--guidance", SC_RANGE, &o.guidance, "A,B", "guidance, uniform between these"},
-    {"--fm-ratio", SC_FLOAT, &o.fm_ratio, "X",
-     "part of the batch with the flow-matching target (--pretrain: 1)"},
+    {"--fm-ratio", SC_FLOAT, &o.fm_ratio, "X", "samples of plain flow matching (--pretrain: 1)"},
     {"--caption-dropout", SC_FLOAT, &o.caption_dropout, "X",
-     "part of the captions left empty (--pretrain: 0.1)"},
+     "captions left empty (--pretrain: 0.1)"},
     {"--scales", SC_STRING, &o.scales, "LIST",
-     "what suits numbers of steps, kept in the file: \"3:1@1.5 8:0.5\" is scale 1 and guidance 1.5 "
-     "for 3 steps"},
+     "kept in the file: \"3:1@1.5 8:0.5\" is scale 1 and guidance 1.5 for 3 steps, ..."},
     {NULL, SC_FLAG, NULL, NULL, "Data and memory:"},
     {"--resolution", SC_INT, &o.resolution, "N",
-     "pictures up to NxN pixels, in aspect buckets (0: the model's)"},
+     "of about NxN pixels, in aspect buckets (0: the model's)"},
     {"--text-tokens", SC_INT, &o.text_tokens, "N", "T5 tokens of a caption (0: the model's)"},
     {"--checkpointing", SC_FLAG, &o.checkpointing, NULL,
      "recompute all blocks in the backward pass: less memory (on a GPU: as many as needed)"},
-    {"--weights", SC_CHOICE, &o.weights, "auto|fp8",
-     "frozen matrices: as in the file, or fp8, half of bf16"},
+    {"--weights", SC_CHOICE, &o.weights, "auto|fp8", "frozen matrices: as in the file, or fp8"},
     {"--weights-on", SC_CHOICE, &o.weights_on, "device|host",
      "frozen matrices: in host memory they are streamed, for GPUs that are too small"},
     {"--no-cache", SC_FLAG, &o.no_cache, NULL, "do not keep latents and embeddings in DATA"},
@@ -136,8 +131,7 @@ static const sc_option table[] = {
 enum { OPTIONS = sizeof table / sizeof *table };
 
 /* What the encoders make of DATA, once: one tensor for all pairs of each of these, and then each
- * pair's latents [2, h, w, in_channels], mean and std of the normalised posterior. Text 0 is empty.
- */
+ * pair's latents [2, h, w, in_channels], mean and std of the posterior. Text 0 is empty. */
 enum {
     TEXT,    /* [pairs] i32: the index of the caption */
     CONTEXT, /* [texts, T, text_channels] */
@@ -271,53 +265,42 @@ static bool save_result(const training *t) {
 
 /* ---- Preview: base 32 steps | base 3 | student 3, of the first pair, from the same noise ---- */
 
-/* latents: noise before. */
-static bool draw_panel(training *t, int steps, sc_set set, float *latents, float *rgb) {
-    sc_pipeline *p = t->pipeline;
-    int h = (int)t->data[LATENTS].shape[1], w = (int)t->data[LATENTS].shape[2];
-    int text = text_of(t, 0);
-    const uint8_t sets[1] = {(uint8_t)set};
-    sc_sampling s = {steps, .shift = sc_pipeline_shift(p, (int64_t)h * w), .h = h, .w = w,
-                     .guidance = 0.5f * (o.guidance[0] + o.guidance[1]), .sets = sets,
-                     .progress = sc_not_interrupted};
-    if (!t->params->adapters) sc_params_use(t->params, set);
-    bool ok = sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, text_row(&t->data[CONTEXT], text),
-                        text_row(&t->data[POOLED], text), latents) &&
-              sc_pipeline_decode(p, latents, 1, h, w, rgb);
-    if (!t->params->adapters) sc_params_use(t->params, SC_STUDENT);
-    return ok;
-}
-
 static bool preview(training *t) {
     sc_pipeline *p = t->pipeline;
-    sc_set learned = t->params->adapters ? SC_STUDENT : SC_SLOW;
-    bool has_teacher = t->params->adapters || t->params->set[SC_TEACHER];
-    sc_set base = has_teacher ? SC_TEACHER : learned;
-    const struct {
-        int steps;
-        sc_set set;
-    } panels[] = {{32, base}, {3, base}, {3, learned}};
-    int count = has_teacher ? 3 : 2;
-    int height = (int)t->data[LATENTS].shape[1] * p->token_pixels;
-    int width = (int)t->data[LATENTS].shape[2] * p->token_pixels;
-    int64_t n = sc_count(&t->data[LATENTS]) / 2, pixels = (int64_t)3 * height * width;
+    bool has_teacher = t->params->adapters || t->params->set[SC_TEACHER], ok = true;
+    uint8_t learned = t->params->adapters ? SC_STUDENT : SC_SLOW;
+    uint8_t base = has_teacher ? SC_TEACHER : learned;
+    const int steps[] = {32, 3, 3};
+    const uint8_t sets[] = {base, base, learned};
+    int panels = has_teacher ? 3 : 2, text = text_of(t, 0);
+    int64_t h = t->data[LATENTS].shape[1], w = t->data[LATENTS].shape[2];
+    int64_t n = sc_count(&t->data[LATENTS]) / 2, row = w * p->token_pixels;
+    int64_t rows = 3 * h * p->token_pixels; /* of three colours */
     if (!sc_may_replace(t->picture)) return false;
-    float *latents = allocate((size_t)(n + (1 + count) * pixels), sizeof *latents);
+    float *latents = allocate((size_t)(n + (1 + panels) * rows * row), sizeof *latents);
     if (!latents) return false;
-    float *panel = latents + n, *sheet = panel + pixels;
-    bool ok = true;
+    float *panel = latents + n, *sheet = panel + rows * row;
+    sc_sampling s = {.shift = sc_pipeline_shift(p, h * w), .h = (int)h, .w = (int)w,
+                     .guidance = 0.5f * (o.guidance[0] + o.guidance[1]),
+                     .progress = sc_not_interrupted};
     size_t held = sc_tape_bytes(p->tape); /* given back while the VAE works */
-    for (int i = 0; ok && i < count; i++) {
+    for (int i = 0; ok && i < panels; i++) {
+        s.steps = steps[i];
+        s.sets = &sets[i];
+        if (!t->params->adapters) sc_params_use(t->params, (sc_set)sets[i]);
         sc_normal(&(sc_rng){o.seed}, latents, n);
-        ok = draw_panel(t, panels[i].steps, panels[i].set, latents, panel);
-        for (int64_t y = 0; ok && y < 3 * height; y++)
-            memcpy(sheet + (y * count + i) * width, panel + y * width, (size_t)width * 4);
+        ok = sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, text_row(&t->data[CONTEXT], text),
+                       text_row(&t->data[POOLED], text), latents) &&
+             sc_pipeline_decode(p, latents, 1, s.h, s.w, panel);
+        for (int64_t y = 0; ok && y < rows; y++)
+            memcpy(sheet + (y * panels + i) * row, panel + y * row, (size_t)row * 4);
     }
+    if (!t->params->adapters) sc_params_use(t->params, SC_STUDENT);
     sc_pipeline_release(p);
     ok = sc_tape_reserve(p->tape, held) && ok;
     char *made_by = sc_command(2, (char *[]){SC_MADE_BY, t->command});
-    ok = ok && made_by &&
-         sc_picture_save(&(sc_picture){count * width, height, sheet}, t->picture, made_by);
+    sc_picture picture = {panels * (int)row, (int)rows / 3, sheet};
+    ok = ok && made_by && sc_picture_save(&picture, t->picture, made_by);
     free(made_by);
     free(latents);
     return ok;
@@ -653,24 +636,15 @@ static bool load_data(training *t) {
 
 /* ---- Setting up ---- */
 
-static void set_recipe(training *t) {
-    t->recipe = (sc_recipe){o.teacher_ratio, o.teacher_steps, .shift = {o.shift[0], o.shift[1]},
-                            .dynamic_shift_ratio = o.dynamic_shift, .mu = t->pipeline->mu,
-                            .guidance = {o.guidance[0], o.guidance[1]}, .fm_ratio = o.fm_ratio,
-                            .caption_dropout = o.distill_guidance ? 0 : o.caption_dropout,
-                            .distil_guidance = o.distill_guidance};
-    memcpy(t->recipe.self_steps, o.self_steps, sizeof o.self_steps);
-    t->adamw = (sc_adamw){o.lr,         .beta1 = 0.9f,  .beta2 = o.beta2,
-                          .eps = 1e-8f, .clip = o.clip, .weight_decay = o.weight_decay};
-    t->rng.state = o.seed;
-}
+static bool is_part(float x) { return x >= 0 && x <= 1; }
+static bool is_decay(float x) { return x >= 0 && x < 1; }
+static bool is_grid(int steps) { return steps >= 2 && steps % 2 == 0; }
 
 /* Refuses what cannot be meant. */
 static bool check_options(void) {
     double scale, guidance;
-    bool even = o.teacher_steps % 2 == 0 && o.teacher_steps >= 2, self_even = true;
-    for (int i = 0; o.self_steps[i]; i++)
-        self_even = self_even && o.self_steps[i] >= 2 && o.self_steps[i] % 2 == 0;
+    bool grids = true;
+    for (int i = 0; o.self_steps[i]; i++) grids = grids && is_grid(o.self_steps[i]);
     const struct {
         bool holds;
         const char *rule;
@@ -678,18 +652,15 @@ static bool check_options(void) {
         {o.steps >= 1, "--steps is a number from 1 up"},
         {o.batch >= 1 && o.batch <= 4096, "--batch is a number from 1 up to 4096"},
         {o.rank >= 1 && o.rank <= 1024, "--rank is a number from 1 to 1024"},
-        {even, "--teacher-steps is an even number"},
-        {self_even, "--self-steps are even numbers"},
+        {is_grid(o.teacher_steps), "--teacher-steps is an even number"},
+        {grids, "--self-steps are even numbers"},
         {o.shift[0] > 0 && o.shift[1] > 0, "--shift is a positive number, or two"},
-        {o.teacher_ratio >= 0 && o.teacher_ratio <= 1, "--teacher-ratio lies between 0 and 1"},
-        {o.fm_ratio >= 0 && o.fm_ratio <= 1, "--fm-ratio lies between 0 and 1"},
-        {o.caption_dropout >= 0 && o.caption_dropout <= 1,
-         "--caption-dropout lies between 0 and 1"},
-        {o.dynamic_shift >= 0 && o.dynamic_shift <= 1, "--dynamic-shift lies between 0 and 1"},
+        {is_part(o.teacher_ratio) && is_part(o.fm_ratio) && is_part(o.caption_dropout) &&
+             is_part(o.dynamic_shift),
+         "--teacher-ratio, --fm-ratio, --caption-dropout and --dynamic-shift lie between 0 and 1"},
         {o.lr > 0 && isfinite(o.lr), "--lr is a positive number"},
-        {o.beta2 >= 0 && o.beta2 < 1, "--beta2 lies from 0 to below 1"},
-        {o.fast >= 0 && o.fast < 1 && o.slow >= 0 && o.slow < 1,
-         "--fast and --slow lie from 0 to below 1"},
+        {is_decay(o.beta2) && is_decay(o.fast) && is_decay(o.slow),
+         "--beta2, --fast and --slow lie from 0 to below 1"},
         {o.full + o.pretrain + o.distill_guidance <= 1,
          "--full, --pretrain and --distill-guidance exclude each other"},
         {!o.pretrain || o.teacher_ratio == 0,
@@ -708,7 +679,7 @@ static bool check_options(void) {
 
 static bool open_model(training *t) {
     const sc_backend *be = sc_device(o.device);
-    sc_pipeline_options how = {all_weights(), .fp8 = !strcmp(o.weights, "fp8"),
+    sc_pipeline_options how = {.widen = all_weights(), .fp8 = !strcmp(o.weights, "fp8"),
                                .streamed = !strcmp(o.weights_on, "host"),
                                .random = o.pretrain && !o.transformer, .seed = o.seed,
                                .transformer = o.transformer};
@@ -735,6 +706,19 @@ static bool start_lora(training *t) {
     bool ok = path && sc_lora_start(t->params, path, scale);
     free(path);
     return ok;
+}
+
+static void set_recipe(training *t) {
+    t->recipe = (sc_recipe){.teacher_ratio = o.teacher_ratio, .teacher_steps = o.teacher_steps,
+                            .shift = {o.shift[0], o.shift[1]},
+                            .dynamic_shift_ratio = o.dynamic_shift, .mu = t->pipeline->mu,
+                            .guidance = {o.guidance[0], o.guidance[1]}, .fm_ratio = o.fm_ratio,
+                            .caption_dropout = o.distill_guidance ? 0 : o.caption_dropout,
+                            .distil_guidance = o.distill_guidance};
+    memcpy(t->recipe.self_steps, o.self_steps, sizeof o.self_steps);
+    t->adamw = (sc_adamw){.beta1 = 0.9f, .beta2 = o.beta2, .eps = 1e-8f, .clip = o.clip,
+                          .weight_decay = o.weight_decay};
+    t->rng.state = o.seed;
 }
 
 /* The trained numbers, and memory for a batch of the largest pictures; it is left as such a one. */
@@ -800,23 +784,20 @@ static bool dry_run(training *t) {
     return ok;
 }
 
-/* A LoRA is a file that is none of those that are read or written beside it; of all weights the
- * folder is looked at when the model is open. */
-static bool check_out(const training *t, bool named) {
+/* Before hours of work: the run folder is ours alone, and what will be written can be. A LoRA is a
+ * file that is none of those that are read or written beside it; of all weights the folder is
+ * looked at when the model is open. */
+static bool check_places(const training *t, bool named, bool *made) {
     const char *const loras[] = {o.start ? o.start : o.teacher, o.start ? o.teacher : NULL, NULL};
     const char *const others[] = {o.transformer, t->state, t->losses, t->picture, t->cache};
-    bool ok = sc_check_out(o.out, SC_WEIGHTS, named, o.model, loras);
+    bool ok = make_folder(o.run, made) && sc_lock(o.run, t->command) &&
+              (o.resume || (check_unfinished(t) && sc_may_replace(t->state))) &&
+              sc_can_write(t->state) && sc_may_replace(t->losses) && sc_can_write(t->losses);
+    if (!ok || all_weights()) return ok;
+    ok = sc_check_out(o.out, SC_WEIGHTS, named, o.model, loras);
     for (size_t i = 0; ok && i < sizeof others / sizeof *others; i++)
         ok = sc_apart(o.out, others[i]);
     return ok;
-}
-
-/* Before hours of work: the run folder is ours alone, and what will be written can be. */
-static bool check_places(const training *t, bool named, bool *made) {
-    return make_folder(o.run, made) && sc_lock(o.run, t->command) &&
-           (o.resume || (check_unfinished(t) && sc_may_replace(t->state))) &&
-           sc_can_write(t->state) && sc_may_replace(t->losses) && sc_can_write(t->losses) &&
-           (all_weights() || check_out(t, named));
 }
 
 static bool set_paths(training *t, int argc, char **argv) {
