@@ -436,8 +436,7 @@ typedef struct sc_params {
     int rank;
 } sc_params;
 
-/* A new LoRA on every linear layer: A gaussian (std 1/rank), B zero; attached to the model until
- * freed. */
+/* A new LoRA on every layer: A gaussian (std 1/rank), B zero; attached until it is freed. */
 sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed);
 /* All weights (opened with `widen`); teacher: keep a frozen copy of them. From then on the model's
  * weights are these: it computes nothing after sc_params_free. */
@@ -547,8 +546,8 @@ float sc_lora_scale(const char *path, int steps, float *guidance);
 /* The same of the list alone; false: it is none. *guidance stays where the list names none. */
 bool sc_scale_for(const char *list, int steps, double *scale, double *guidance);
 void sc_lora_unload(sc_flux *flux); /* takes all loaded LoRAs off again */
-/* Copies a LoRA file's factors into the sets of `params` (all of its layers, the same rank). */
-bool sc_lora_start(sc_params *params, const char *path);
+/* Copies a LoRA file, times `scale`, into the sets of `params` (all of its layers, same rank). */
+bool sc_lora_start(sc_params *params, const char *path, float scale);
 
 /* ==== VAE: pictures <-> latents ==== */
 #define SC_VAE_LEVELS 8
@@ -1308,7 +1307,8 @@ sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed) {
     size_t modules = (size_t)flux->module_count;
     if (start) p->adapters = (sc_adapter *)sc__alloc(modules, sizeof *p->adapters);
     if (p) p->rank = rank;
-    bool ok = start && p->adapters && sc__attach(p, alpha / (float)rank, (sc_rng){seed}, start);
+    sc_rng own = {sc_random_bits(&(sc_rng){seed})}; /* the seed's own stream is the training's */
+    bool ok = start && p->adapters && sc__attach(p, alpha / (float)rank, own, start);
     if (ok) sc__params_start(p, start);
     SC_FREE(start);
     if (ok) return p;
@@ -5881,7 +5881,7 @@ float sc_lora_scale(const char *path, int steps, float *guidance) {
     return (float)scale;
 }
 
-bool sc_lora_start(sc_params *p, const char *path) {
+bool sc_lora_start(sc_params *p, const char *path, float scale) {
     sc__lora file;
     bool ok = sc__lora_open(&file, path);
     for (int i = 0; ok && i < p->flux->module_count; i++) {
@@ -5895,7 +5895,7 @@ bool sc_lora_start(sc_params *p, const char *path) {
         if (ok && x.rank != p->rank)
             ok = sc_fail("%s: rank %lld; this run has rank %d", path, (long long)x.rank, p->rank);
         size_t na = (size_t)(p->rank * w->shape[1]), nb = (size_t)(p->rank * w->shape[0]);
-        for (size_t j = 0; ok && j < nb; j++) x.b[j] /= p->adapters[i].scale;
+        for (size_t j = 0; ok && j < nb; j++) x.b[j] *= scale / p->adapters[i].scale;
         for (int s = SC_STUDENT; ok && s < SC_SETS; s++) {
             p->backend->upload(p->adapters[i].a[s]->data, x.a, na * sizeof *x.a);
             p->backend->upload(p->adapters[i].b[s]->data, x.b, nb * sizeof *x.b);

@@ -121,6 +121,22 @@ fails 2 "positive number or auto" ./sample "x" 1 --no-lora --shift fast
 fails 2 "multiples of 16" ./sample "x" 1 --no-lora --size 100x100
 fails 2 "has no teacher" ./train "$dir/pairs" --pretrain --teacher-ratio 0.4 $run
 fails 2 "is for a LoRA" ./train "$dir/pairs" --full --start "$dir/lora.safetensors" $run
+fails 2 "is for a LoRA" ./train "$dir/pairs" --full --teacher "$dir/lora.safetensors" $run
+# A teacher with a LoRA, from which the student starts.
+taught() { ./train "$dir/pairs" --steps 1 --batch 1 --lr 1e-30 --preview 0 --run "$dir/taught" --out "$dir/taught.safetensors" "$@"; }
+check "a teacher with a LoRA" quiet taught --teacher "$dir/lora.safetensors:2"
+check "what the student starts from" quiet ./sample "a red apple" 2 --lora "$dir/taught.safetensors:1" --latents "$dir/l0" --out "$dir/f.png"
+check "and its teacher" quiet ./sample "a red apple" 2 --lora "$dir/lora.safetensors:2" --latents "$dir/l1" --out "$dir/f.png"
+check "are the same" same "$dir/l0" "$dir/l1"
+check "its teacher has it" quiet taught --teacher "$dir/lora.safetensors:1" --teacher-ratio 1
+mv "$dir/taught/loss.csv" "$dir/x"
+check "another start has not" quiet taught --start "$dir/lora.safetensors" --teacher-ratio 1
+check "as the loss tells" differ "$dir/taught/loss.csv" "$dir/x"
+fails 1 "rank 16; this run has rank 2" taught --teacher "$dir/lora.safetensors" --rank 2
+fails 1 "which is read" taught --teacher "$dir/taught.safetensors:1"
+cp -r data/tiny-flux/transformer "$dir/unguided"
+sed 's/"guidance_embeds": true/"guidance_embeds": false/' data/tiny-flux/transformer/config.json >"$dir/unguided/config.json"
+fails 1 "takes no guidance" ./train "$dir/pairs" --distill-guidance --transformer "$dir/unguided" $run --out "$dir/whole"
 # Parts that do not belong together.
 cp -r data/tiny-flux "$dir/odd"
 config=transformer/config.json

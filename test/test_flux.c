@@ -198,6 +198,9 @@ static void test_lora(const char *name) {
     char key[192];
     CHECK(rel_error(run(&f, students, false, &loss), base, f.n) <
           1e-5); /* B is zero: nothing changes */
+    float first; /* of the seed's own stream, which draws the batches */
+    sc_normal(&(sc_rng){1}, &first, 1);
+    CHECK(*(float *)p->adapters[0].a[SC_STUDENT]->data != first / 3);
     set_factors(&f, p);
     CHECK(rel_error(run(&f, students, true, &loss), velocity, f.n) < 1e-5);
     double norm = sqrt(sc__sum_of_squares(p->grad, NULL, p->count));

@@ -693,7 +693,7 @@ static void test_lora_vectors(void) {
         CHECK(!sc_lora_save_kohya(f, in_folder("none.safetensors"), NULL) &&
               strstr(sc_error(), "is changed, which kohya's names"));
         sc_params *p = sc_params_lora(f, 2, 2, 1); /* training has no such numbers */
-        CHECK(!sc_lora_start(p, path) && strstr(sc_error(), i ? "not understood" : "the bias"));
+        CHECK(!sc_lora_start(p, path, 1) && strstr(sc_error(), i ? "not understood" : "the bias"));
         sc_params_free(p);
         free(got), free(old);
         sc_lora_unload(f);
@@ -848,7 +848,7 @@ static void test_bad_loras(void) {
         if (!strstr(sc_error(), words[i])) printf("  %s\n", sc_error());
         sc_lora_unload(f);
         sc_params *p = sc_params_lora(f, 2, 2, 1); /* training starts from none of them either */
-        CHECK(!sc_lora_start(p, in_folder("lora.safetensors")) && strstr(sc_error(), words[i]));
+        CHECK(!sc_lora_start(p, in_folder("lora.safetensors"), 1) && strstr(sc_error(), words[i]));
         sc_params_free(p);
         free_tensors(t);
     }
