@@ -751,7 +751,10 @@ static void test_unwritable(void) {
                   "cannot write 'x' of type F64 as F32");
     check_message(!sc_write_file(in_folder("no/such/text"), "x", 1), "no folder",
                   "no/such/text: cannot write");
-    CHECK(temporaries() == 0);
+    check_message(!sc_can_write(in_folder("weights")), "a folder", "this is a folder");
+    check_message(!sc_can_write(in_folder("no/such/text")), "no folder", "cannot write: No such");
+    CHECK(sc_can_write(in_folder("old.safetensors")) && sc_can_write(in_folder("not there")));
+    CHECK(access(in_folder("not there"), F_OK) && temporaries() == 0);
     check_old(in_folder("old.safetensors"));
 }
 
