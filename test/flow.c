@@ -127,7 +127,7 @@ static sc_tensor *answer(network *n, sc_set set, sc_tape *tape, sc_tensor *x, co
  * leaves the place after each step, for all walkers at once. */
 enum { WALKERS = 2000, FINE = 256, FEW = 3 };
 
-static bool walk(network *n, sc_set set, sc_tape *tape, int steps, float path[][WALKERS][2]) {
+static bool walk(network *n, sc_set set, sc_tape *tape, int steps, float (*path)[WALKERS][2]) {
     float schedule[FINE + 1], times[WALKERS];
     sc_schedule(schedule, steps, 1.5f);
     for (int i = 0; i < steps; i++) {
@@ -252,7 +252,7 @@ static bool run(experiment *e) {
 enum { PANEL = 400, TOP = 76, SHOWN = 50 };
 
 /* Some walkers, in the colour of the cluster to which the exact flow takes them. */
-static void draw_panel(sc_picture *p, int panel, const char *title, float path[][WALKERS][2],
+static void draw_panel(sc_picture *p, int panel, const char *title, float (*path)[WALKERS][2],
                        int steps, float exact[][2]) {
     draw_view view = {p, PANEL * ((float)panel + 0.5f), TOP + PANEL / 2, PANEL / 5.8f};
     int every = steps > FEW ? 8 : 1; /* places of the fine path are closer than a pixel */
