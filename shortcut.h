@@ -1436,7 +1436,7 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     if (!draws || !time || !guidance || !student) return false;
     /* Steps 2 to 4: chance. Flow matching comes first, then the teacher's case, then the student's
      * own: neighbours with the same set share their matrix products. Only the draws are sorted, not
-     * the pictures, of which they do not depend. */
+     * the pictures, on which they do not depend. */
     int64_t plain = r->distil_guidance ? n : sc__part_of(n, r->fm_ratio, rng);
     for (int64_t i = 0, low = plain, high = n; i < n; i++) {
         sc_draw d;
