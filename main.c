@@ -556,8 +556,8 @@ static int experiment_main(const options *o) {
     const sc_backend *be = sc_device(o->device);
     x.o.command = sc_command(2, (char *[]){SC_MADE_BY, o->command});
     if (!x.o.lora[0]) x.o.lora[0] = sc_own_lora(o->model);
-    const sc_pipeline_options how = {.fp8 = !strcmp(o->weights, "fp8"),
-                                     .streamed = !strcmp(o->weights_on, "host")};
+    const sc_pipeline_options how = {.flux.fp8 = !strcmp(o->weights, "fp8"),
+                                     .flux.streamed = !strcmp(o->weights_on, "host")};
     bool ok = be && x.o.command && sc_apart(o->out, o->prompts) &&
               sc_check_out(o->out, ".png", o->named, o->model, x.o.lora) &&
               (x.p = sc_open_model(be, o->model, &how)) &&
@@ -664,9 +664,9 @@ static bool is_model(const char *path) {
  */
 static sc_flux *info_flux(const char *model) {
     char *path = sc_part_path(model, SC_TRANSFORMER), *folder = joined(model, "transformer");
-    sc_flux *flux = path ? sc_flux_open(NULL, path, false, false, 0) : NULL;
+    sc_flux *flux = path ? sc_flux_open(NULL, path, NULL) : NULL;
     if (!flux) printf("  transformer: %s\n", sc_error());
-    if (!flux && folder) flux = sc_flux_open(NULL, folder, false, true, 0);
+    if (!flux && folder) flux = sc_flux_open(NULL, folder, &(sc_flux_options){.random = true});
     free(path), free(folder);
     return flux;
 }
@@ -726,7 +726,7 @@ static int info_main(const char *path) {
 /* LoRAs folded into a copy of the transformer, or, with --kohya, into one file of kohya's names. */
 static int merge_main(const options *o) {
     char *path = sc_part_path(o->model, SC_TRANSFORMER);
-    sc_flux *flux = path ? sc_flux_open(sc_cpu(), path, false, false, 0) : NULL;
+    sc_flux *flux = path ? sc_flux_open(sc_cpu(), path, NULL) : NULL;
     float guidance = NAN; /* that of 3 steps, as the scale: weights cannot keep it */
     bool ok = flux && (o->lora[0] || sc_fail("merge needs --lora FILE[:SCALE]")) &&
               (o->kohya ? sc_check_out(o->out, SC_WEIGHTS, o->named, o->model, o->lora)

@@ -356,8 +356,8 @@ static bool check_options(options *o, const char *steps) {
 
 static sc_pipeline *open_model(const options *o) {
     const sc_backend *be = sc_device(o->device);
-    const sc_pipeline_options how = {.fp8 = !strcmp(o->weights, "fp8"),
-                                     .streamed = !strcmp(o->weights_on, "host")};
+    const sc_pipeline_options how = {.flux.fp8 = !strcmp(o->weights, "fp8"),
+                                     .flux.streamed = !strcmp(o->weights_on, "host")};
     return be ? sc_open_model(be, o->model, &how) : NULL;
 }
 

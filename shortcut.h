@@ -340,21 +340,21 @@ typedef struct sc_flux_config {     /* transformer/config.json */
 
 typedef struct sc_flux sc_flux;
 
+typedef struct sc_flux_options {
+    bool widen;                 /* all weights in f32: to train or merge them */
+    bool fp8;                   /* matrices as e4m3, half of bf16's memory; not with `widen` */
+    bool streamed;              /* matrices in host memory, for GPUs that are too small */
+    bool random;                /* weights drawn from `seed`: widened to train them, else to */
+    uint64_t seed;              /* measure speed */
+} sc_flux_options;
+
 /* Opens a folder (config.json and weights) or a single file, whose shapes then say the config.
- * random: weights are drawn from `seed` instead of read: with `widen` to train them, without to
- * measure speed. backend NULL: a plan, without data. */
-sc_flux *sc_flux_open(const sc_backend *backend, const char *path, bool widen, bool random,
-                      uint64_t seed);
+ * options NULL: none. backend NULL: a plan, without data. */
+sc_flux *sc_flux_open(const sc_backend *backend, const char *path, const sc_flux_options *options);
 void sc_flux_close(sc_flux *flux);
 const sc_flux_config *sc_flux_config_of(const sc_flux *flux);
 int64_t sc_flux_parameters(const sc_flux *flux);
 void sc_flux_checkpointing(sc_flux *flux, bool on);  /* recompute each block in the backward pass */
-/* Keep the matrices as e4m3: half of bf16's memory. Before the model is first used; not with
- * `widen`. */
-bool sc_flux_fp8(sc_flux *flux);
-/* Keep the matrices in host memory, for GPUs that are too small. Before the model is first used. */
-void sc_flux_streamed(sc_flux *flux);
-
 /* Writes config.json and diffusion_pytorch_model.safetensors (weights as `dtype`: f32, bf16 or f16)
  * into `folder`, with W + scale B A where LoRAs are loaded; one weight at a time is in memory. Not
  * beside an index of shards, which readers prefer. */
@@ -688,11 +688,7 @@ typedef struct sc_pipeline {
 } sc_pipeline;
 
 typedef struct sc_pipeline_options {
-    bool widen;                 /* all transformer weights in f32: to train or merge them */
-    bool fp8;                   /* its matrices as e4m3 */
-    bool streamed;              /* its matrices in host memory */
-    bool random;                /* transformer weights drawn from `seed` */
-    uint64_t seed;
+    sc_flux_options flux;
     const char *transformer;    /* another transformer folder; NULL: the pipeline's own */
 } sc_pipeline_options;
 
@@ -874,6 +870,7 @@ struct sc_backend {
 #include <fcntl.h>
 #include <fnmatch.h>
 #include <limits.h>
+#include <locale.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -3740,8 +3737,7 @@ static int sc__utf8_encode(uint32_t c, char *out) {
 /* ---- JSON ----
  *
  * A parse works on its own copy of the text, which lies behind the root: strings are unescaped in
- * place (they never grow). Items of a container are one array of values; an object's array is
- * followed by pointers to its items in the order of their keys, for binary search.
+ * place (they never grow). Items of a container are one array of values.
  */
 
 typedef enum { SC__NULL, SC__BOOL, SC__NUMBER, SC__STRING, SC__ARRAY, SC__OBJECT } sc__json_type;
@@ -3827,32 +3823,18 @@ static bool sc__json_string(sc__json_parser *p, const char **string) {
     return true;
 }
 
-/* strtod gets the digits as a whole number and an exponent: its decimal point is the locale's. */
 static bool sc__json_number(sc__json_parser *p, double *value) {
-    static const char digits[] = "0123456789";
-    char text[512];
-    const char *sign = *p->at == '-' ? "-" : "", *whole, *fraction, *exponent = "0";
-    size_t whole_count, fraction_count = 0, exponent_count = 1;
-    p->at += *p->at == '-';
-    whole = fraction = p->at;
-    p->at += whole_count = strspn(p->at, digits);
-    bool ok = whole_count == 1 || (whole_count && *whole != '0');
-    if (*p->at == '.') {
-        fraction = ++p->at;
-        p->at += fraction_count = strspn(p->at, digits);
-        ok = ok && fraction_count;
-    }
-    if (*p->at == 'e' || *p->at == 'E') {
-        exponent = ++p->at;
-        p->at += *p->at == '-' || *p->at == '+';
-        p->at += exponent_count = strspn(p->at, digits);
-    }
-    if (!ok || !exponent_count) return sc__json_fail(p, "malformed number");
-    if (whole_count + fraction_count > 480 || exponent_count > 9)
-        return sc__json_fail(p, "number with too many digits");
-    snprintf(text, sizeof text, "%s%.*s%.*se%ld", sign, (int)whole_count, whole,
-             (int)fraction_count, fraction, strtol(exponent, NULL, 10) - (long)fraction_count);
-    *value = strtod(text, NULL);
+    char text[512], *end;
+    size_t n = strspn(p->at, "+-.0123456789eE");
+    const char *first = p->at + (*p->at == '-'), *dot = (const char *)memchr(p->at, '.', n);
+    if (n >= sizeof text) return sc__json_fail(p, "number with too many digits");
+    snprintf(text, sizeof text, "%.*s", (int)n, p->at);
+    if (dot) text[dot - p->at] = *localeconv()->decimal_point; /* what strtod reads */
+    *value = strtod(text, &end);
+    if (*end || !isdigit((unsigned char)*first) || (dot && !isdigit((unsigned char)dot[1])) ||
+        (*first == '0' && isdigit((unsigned char)first[1])))
+        return sc__json_fail(p, "malformed number");
+    p->at += n;
     return isfinite(*value) || sc__json_fail(p, "number out of range");
 }
 
@@ -3864,23 +3846,6 @@ static sc_json *sc__json_push(sc_json *v) {
     v->u.items = items;
     v->u.items[v->count] = (sc_json){0};
     return &v->u.items[v->count++];
-}
-
-static int sc__json_by_key(const void *a, const void *b) {
-    const sc_json *x = *(const sc_json *const *)a, *y = *(const sc_json *const *)b;
-    int order = strcmp(x->key, y->key);
-    return order ? order : (x > y) - (x < y);
-}
-
-static bool sc__json_sort(sc_json *v) {
-    size_t n = (size_t)v->count;
-    sc_json *items = (sc_json *)SC_REALLOC(v->u.items, n * (sizeof *items + sizeof(sc_json *)));
-    if (!items) return sc_fail("out of memory (%zu JSON values)", n);
-    const sc_json **sorted = (const sc_json **)(items + n);
-    for (size_t i = 0; i < n; i++) sorted[i] = &items[i];
-    qsort(sorted, n, sizeof *sorted, sc__json_by_key);
-    v->u.items = items;
-    return true;
 }
 
 /* Key and value of an object's next item, or the value of an array's. */
@@ -3907,7 +3872,7 @@ static bool sc__json_items(sc__json_parser *p, sc_json *v) {
             return sc__json_fail(p, object ? "expected ',' or '}'" : "expected ',' or ']'");
     }
     p->depth--;
-    return !object || !v->count || sc__json_sort(v);
+    return true;
 }
 
 /* What fails stays in the tree, for whoever frees the root. */
@@ -3981,15 +3946,9 @@ static bool sc__json_is(const sc_json *v, sc__json_type type) { return v && v->t
 
 /* The last of equal keys counts. */
 const sc_json *sc_json_get(const sc_json *object, const char *key) {
-    if (!sc__json_is(object, SC__OBJECT) || !object->count) return NULL;
-    sc_json *const *sorted = (sc_json *const *)(object->u.items + object->count);
-    int32_t low = 0, high = object->count; /* `low` ends at the first key above `key` */
-    while (low < high) {
-        int32_t middle = low + (high - low) / 2;
-        if (strcmp(sorted[middle]->key, key) <= 0) low = middle + 1;
-        else high = middle;
-    }
-    return low && !strcmp(sorted[low - 1]->key, key) ? sorted[low - 1] : NULL;
+    int32_t i = sc__json_is(object, SC__OBJECT) ? object->count : 0;
+    while (i > 0 && strcmp(object->u.items[i - 1].key, key)) i--;
+    return i > 0 ? &object->u.items[i - 1] : NULL;
 }
 
 static const sc_json *sc__json_nth(const sc_json *v, sc__json_type type, int64_t i) {
@@ -4231,12 +4190,10 @@ static bool sc__sort_entries(sc_file *f) {
     for (int64_t i = 1; i < f->count; i++)
         if (!sc__by_name(&f->entries[i - 1], &f->entries[i]))
             return sc_fail("%s: tensor '%s' stands there twice", f->path, f->entries[i].name);
-    for (int64_t i = 0; i < sc_json_length(map); i++) {
-        const char *name = sc_json_key(map, i);
-        const char *shard = sc_json_string(sc_json_get(map, name), "?");
-        if (!sc_file_find(f, name))
-            return sc_fail("%s: tensor '%s' is not in its shard '%s'", f->path, name, shard);
-    }
+    for (int64_t i = 0; i < sc_json_length(map); i++)
+        if (!sc_file_find(f, sc_json_key(map, i)))
+            return sc_fail("%s: tensor '%s' is not in its shard '%s'", f->path,
+                            sc_json_key(map, i), sc_json_string(sc_json_value(map, i), "?"));
     return true;
 }
 
@@ -4655,76 +4612,6 @@ void sc_net_close(sc_net *net) {
     SC_FREE(net);
 }
 
-/* Xavier for matrices, 0 for biases, 1 for the weights of norms. */
-static void sc__random_weight(sc_net *net, const char *name, float *w, const sc_tensor *x) {
-    int64_t n = sc_count(x);
-    size_t length = strlen(name);
-    bool bias = length > 5 && !strcmp(name + length - 5, ".bias");
-    if (x->ndim == 1) {
-        for (int64_t i = 0; i < n; i++) w[i] = bias ? 0.f : 1.f;
-        return;
-    }
-    float std = sqrtf(2.f / (float)(x->shape[0] + n / x->shape[0]));
-    sc_normal(&net->rng, w, n);
-    for (int64_t i = 0; i < n; i++) w[i] *= std;
-}
-
-/* Copies `count` values of a matrix from `first` on: 8-bit types as they are, others in the type of
- * the activations. `wide`: room for as many floats. */
-static void sc__upload_part(const sc_net *net, void *to, const sc_tensor *found, int64_t first,
-                            int64_t count, float *wide) {
-    const void *from = (const char *)found->data + first * sc_dtype_size(found->dtype);
-    int64_t size = sc_dtype_size(net->backend->activation);
-    if (sc_dtype_size(found->dtype) == 1 || found->dtype == net->backend->activation) {
-        net->backend->upload(to, from, (size_t)(count * sc_dtype_size(found->dtype)));
-        return;
-    }
-    sc_to_f32(wide, from, found->dtype, count);
-    for (int64_t j = 0; size == 2 && j < count; j++) { /* in place: none lands after its own */
-        uint16_t narrow = sc__f32_to_bf16(wide[j]);
-        memcpy((char *)wide + 2 * j, &narrow, 2);
-    }
-    net->backend->upload(to, wide, (size_t)(count * size));
-}
-
-/* Copies a matrix that waits to the backend, some rows at a time. */
-static bool sc__load_weight(const sc_net *net, sc_weight *w) {
-    const sc_backend *be = net->backend;
-    const sc_tensor *found = &w->source;
-    sc_tensor *x = &w->tensor;
-    int64_t n = sc_count(x), columns = sc__last(x), rows = n / columns;
-    int64_t slice = (1 << 22) / columns < 1 ? 1 : (1 << 22) / columns;
-    bool narrow = net->fp8 && x->ndim == 2 && sc_dtype_size(found->dtype) > 1;
-    x->dtype = narrow                             ? SC_F8_E4M3
-               : sc_dtype_size(found->dtype) == 1 ? found->dtype
-                                                  : be->activation;
-    int64_t size = sc_dtype_size(x->dtype);
-    float *wide = (float *)sc__alloc((size_t)(slice * columns), sizeof *wide);
-    void *staged =
-        narrow ? be->alloc((size_t)(slice * columns * sc_dtype_size(be->activation))) : NULL;
-    if (narrow) x->scale = (float *)be->alloc((size_t)rows * 4);
-    bool streamed = net->streamed && x->ndim == 2 && be->alloc_streamed;
-    if (wide && (!narrow || (staged && x->scale)))
-        x->data = (streamed ? be->alloc_streamed : be->alloc)((size_t)(n * size));
-    for (int64_t r = 0; x->data && r < rows; r += slice) {
-        int64_t count = rows - r < slice ? rows - r : slice;
-        char *to = (char *)x->data + r * columns * size;
-        sc__upload_part(net, narrow ? staged : to, found, r * columns, count * columns, wide);
-        if (narrow) be->quantize((uint8_t *)to, x->scale + r, staged, count, columns);
-    }
-    SC_FREE(wide);
-    if (staged) be->release(staged);
-    w->owned = true;
-    w->waiting = !x->data;
-    return x->data != NULL;
-}
-
-bool sc_net_load(sc_net *net) {
-    for (int64_t i = 0; i < net->count; i++)
-        if (net->weights[i]->waiting && !sc__load_weight(net, net->weights[i])) return false;
-    return true;
-}
-
 size_t sc_net_waiting(const sc_net *net) {
     size_t bytes = 0;
     for (int64_t i = 0; i < net->count; i++)
@@ -4810,77 +4697,93 @@ static bool sc__find_weight(const sc_net *net, const char *name, const sc_tensor
     return e->tensor.dtype != SC_F8_E4M3 || sc__read_scale(net->file, e, &rows, s);
 }
 
-/* The f32 values of a source, scaled, in their order. */
-static bool sc__source_values(const sc__source *s, const char *name, float *values) {
-    int64_t n = sc_count(&s->x), rows = s->x.shape[0];
-    float *scales = s->scales.data ? sc__row_scales(s, name) : NULL;
-    if (s->scales.data && !scales) return false;
-    sc_to_f32(values, s->x.data, s->x.dtype, n);
-    for (int64_t i = 0; scales && i < n; i++) values[i] *= scales[i / (n / rows)];
-    if (s->swapped) sc__swap_halves(values, (size_t)n * sizeof *values);
-    SC_FREE(scales);
+/* Values of w's rows [first, first + rows) as f32, scaled; where it has no source, random ones:
+ * Xavier for matrices, 0 for biases, 1 for the weights of norms. */
+static bool sc__weight_rows(sc_net *net, const sc_weight *w, const sc__source *s,
+                            const float *scales, int64_t first, int64_t rows, float *to) {
+    const sc_tensor *x = &w->tensor;
+    int64_t all = x->shape[0], columns = sc_count(x) / all, n = rows * columns;
+    if (!s->x.data) {
+        float std = sqrtf(2.f / (float)(all + columns)), one = sc__stem(w->name, ".bias") ? 0 : 1;
+        if (x->ndim > 1) sc_normal(&net->rng, to, n);
+        for (int64_t i = 0; i < n; i++) to[i] = x->ndim > 1 ? to[i] * std : one;
+        return true;
+    }
+    if (s->swapped) first = (first + all / 2) % all;
+    sc_to_f32(to, (const char *)s->x.data + first * columns * sc_dtype_size(s->x.dtype),
+              s->x.dtype, n);
+    for (int64_t i = 0; scales && i < n; i++) to[i] *= scales[first + i / columns];
     for (int64_t i = 0; i < n; i++)
-        if (!isfinite(values[i])) return sc_fail("'%s' holds a value that is %g", name, values[i]);
+        if (!isfinite(to[i])) return sc_fail("'%s' holds a value that is %g", w->name, to[i]);
     return true;
 }
 
-/* Random matrices that are not widened are for measuring speed: a block of numbers, repeated. */
-static bool sc__repeat_weight(sc_net *net, sc_tensor *x) {
-    enum { BLOCK = 1 << 20 };
-    int64_t n = sc_count(x), size = sc_dtype_size(net->backend->activation);
-    sc_tensor block = {.dtype = SC_F32, .ndim = 1, .shape = {BLOCK}};
-    float *values = (float *)sc__alloc(BLOCK, sizeof *values),
-          *wide = (float *)sc__alloc(BLOCK, sizeof *wide);
-    x->dtype = net->backend->activation;
-    x->data = values && wide ? net->backend->alloc((size_t)(n * size)) : NULL;
-    float std = 1.f / sqrtf((float)sc__last(x));
-    if (values) sc_normal(&net->rng, values, BLOCK);
-    for (int64_t i = 0; values && i < BLOCK; i++) values[i] *= std;
-    block.data = values;
-    for (int64_t i = 0; x->data && i < n; i += BLOCK)
-        sc__upload_part(net, (char *)x->data + i * size, &block, 0, n - i < BLOCK ? n - i : BLOCK,
-                        wide);
-    SC_FREE(values);
+/* Brings a weight to the backend in the type that its tensor has, some rows at a time. Random
+ * matrices that are not widened are for measuring speed: their first rows, repeated. */
+static bool sc__load_weight(sc_net *net, sc_weight *w, const sc__source *s) {
+    const sc_backend *be = net->backend;
+    sc_tensor *x = &w->tensor;
+    int64_t rows = x->shape[0], columns = sc_count(x) / rows, size = sc_dtype_size(x->dtype);
+    bool raw = w->waiting && s->x.dtype == x->dtype, narrow = x->dtype == SC_F8_E4M3 && !raw;
+    bool streamed = w->waiting && net->streamed && x->ndim == 2 && be->alloc_streamed;
+    bool repeated = !s->x.data && !net->widen;
+    int64_t slice = (repeated ? 1 << 20 : 1 << 22) / columns, limit = s->swapped ? rows / 2 : rows;
+    int64_t uploaded = narrow ? sc_dtype_size(be->activation) : size; /* bytes of a value */
+    slice = slice < 1 ? 1 : slice > limit ? limit : slice;
+    float *wide = (float *)sc__alloc((size_t)(slice * columns), sizeof *wide);
+    float *scales = wide && s->scales.data ? sc__row_scales(s, w->name) : NULL;
+    void *staged = narrow ? be->alloc((size_t)(slice * columns * uploaded)) : NULL;
+    if (narrow && !x->scale) x->scale = (float *)be->alloc((size_t)rows * 4);
+    bool ok = wide && (!s->scales.data || scales) && (!narrow || (staged && x->scale));
+    if (ok) x->data = (streamed ? be->alloc_streamed : be->alloc)((size_t)(rows * columns * size));
+    ok = ok && x->data;
+    for (int64_t r = 0; ok && r < rows; r += slice) {
+        int64_t count = rows - r < slice ? rows - r : slice, n = count * columns;
+        char *to = (char *)x->data + r * columns * size;
+        if (!raw && (r == 0 || !repeated)) {
+            ok = sc__weight_rows(net, w, s, scales, r, count, wide);
+            for (int64_t i = 0; uploaded == 2 && i < n; i++) { /* in place */
+                uint16_t half = sc__f32_to_bf16(wide[i]);
+                memcpy((char *)wide + 2 * i, &half, 2);
+            }
+        }
+        const void *from = raw ? (const char *)s->x.data + r * columns * size : (char *)wide;
+        be->upload(narrow ? staged : to, from, (size_t)(n * uploaded));
+        if (narrow) be->quantize((uint8_t *)to, x->scale + r, staged, count, columns);
+    }
+    if (!ok && x->data) be->release(x->data), x->data = NULL;
+    if (staged) be->release(staged);
+    SC_FREE(scales);
     SC_FREE(wide);
-    return x->data != NULL;
+    w->waiting = w->waiting && !ok;
+    return ok;
 }
 
-/* Fills `x` with the f32 values of a source, or, where that is NULL, with random ones. */
-static bool sc__fill_weight(sc_net *net, const char *name, sc_tensor *x, const sc__source *s) {
-    int64_t n = sc_count(x);
-    float *host = (float *)sc__alloc((size_t)n, sizeof *host);
-    if (!host) return false;
-    bool ok = !s || sc__source_values(s, name, host);
-    if (!s) sc__random_weight(net, name, host, x);
-    x->dtype = SC_F32;
-    x->data = ok ? net->backend->alloc((size_t)n * 4) : NULL;
-    if (x->data) net->backend->upload(x->data, host, (size_t)n * 4);
-    SC_FREE(host);
-    return x->data != NULL;
+bool sc_net_load(sc_net *net) {
+    bool ok = true;
+    for (int64_t i = 0; ok && i < net->count; i++)
+        if (net->weights[i]->waiting)
+            ok = sc__load_weight(net, net->weights[i], &(sc__source){.x = net->weights[i]->source});
+    return ok;
 }
 
 /* Adds a weight to the net's list; NULL with the error set. */
-static sc_tensor *sc__keep_weight(sc_net *net, const char *name, sc_weight weight) {
+static sc_weight *sc__keep_weight(sc_net *net, sc_weight weight) {
     sc_weight **list = (sc_weight **)sc__grow(net->weights, net->count, sizeof *list);
     if (!list) return NULL;
     net->weights = list;
     sc_weight *w = (sc_weight *)sc__alloc(1, sizeof *w);
-    weight.name = sc__strdup(name);
-    if (!w || !weight.name) {
-        SC_FREE(w);
-        SC_FREE(weight.name);
-        return NULL;
-    }
+    if (!w) return NULL;
     *w = weight;
     net->weights[net->count++] = w;
-    return &w->tensor;
+    return (w->name = sc__strdup(weight.name)) ? w : NULL;
 }
 
 /* Puts an 8-bit source's scales beside the weight that keeps its bits. */
-static bool sc__keep_scales(const sc_net *net, const sc__source *s, const char *name,
-                            sc_tensor *x) {
+static bool sc__keep_scales(const sc_net *net, const sc__source *s, sc_weight *w) {
+    sc_tensor *x = &w->tensor;
     size_t bytes = (size_t)x->shape[0] * sizeof(float);
-    float *scales = sc__row_scales(s, name);
+    float *scales = sc__row_scales(s, w->name);
     x->scale = scales ? (float *)net->backend->alloc(bytes) : NULL;
     if (x->scale) net->backend->upload(x->scale, scales, bytes);
     SC_FREE(scales);
@@ -4890,32 +4793,30 @@ static bool sc__keep_scales(const sc_net *net, const sc__source *s, const char *
 /* product: only products read the weight, so it may stay in 8 bits with scales beside it. */
 static sc_tensor *sc__net_weight(sc_net *net, const char *name, int ndim, const int64_t *shape,
                                  bool product) {
-    sc_weight w = {.tensor = {.ndim = ndim, .dtype = SC_F32}};
+    sc_weight w = {.name = (char *)name, .tensor = {.ndim = ndim, .dtype = SC_F32}};
     sc_tensor *x = &w.tensor;
     sc__source s = {0};
     for (int i = 0; i < ndim; i++) x->shape[i] = shape[i];
     bool found = net->file && sc__find_weight(net, name, x, &s);
     w.source = s.x;
     w.missing = net->file && !found;
-    if (!net->backend) return sc__keep_weight(net, name, w);
-    if (w.missing) return NULL;
-    bool as_on_disk = found && ndim > 1 && !net->widen && s.x.dtype != SC_F64 && !s.swapped &&
-                      (product || !s.scales.data);
-    if (as_on_disk) {
-        bool narrowed = net->fp8 && ndim == 2 && sc_dtype_size(s.x.dtype) > 1;
-        bool aligned = (uintptr_t)s.x.data % (uintptr_t)sc_dtype_size(s.x.dtype) == 0;
-        w.waiting = !net->backend->on_host || narrowed || !aligned;
-        x->dtype = s.x.dtype;
-        x->data = w.waiting ? NULL : s.x.data;
-        if (s.scales.data && !sc__keep_scales(net, &s, name, x)) return NULL;
-    } else {
-        w.owned = true;
-        bool repeated = !found && !net->widen && ndim > 1;
-        if (!(repeated ? sc__repeat_weight(net, x)
-                       : sc__fill_weight(net, name, x, found ? &s : NULL)))
-            return NULL;
-    }
-    return sc__keep_weight(net, name, w);
+    const sc_backend *be = net->backend;
+    if (be && w.missing) return NULL;
+    sc_dtype stored = s.x.dtype;
+    bool wide = ndim == 1 || net->widen || s.swapped || (s.scales.data && !product) ||
+                (found && stored == SC_F64);
+    bool narrow = net->fp8 && ndim == 2 && (!found || sc_dtype_size(stored) > 1);
+    bool aligned = (uintptr_t)s.x.data % (uintptr_t)sc_dtype_size(stored) == 0;
+    bool mapped = found && !wide && !narrow && aligned && be && be->on_host;
+    bool as_stored = mapped || (found && sc_dtype_size(stored) == 1 && !wide);
+    w.waiting = be && found && !wide && !mapped;
+    w.owned = be && !mapped;
+    if (mapped) x->data = s.x.data;
+    if (be) x->dtype = as_stored ? stored : wide ? SC_F32 : narrow ? SC_F8_E4M3 : be->activation;
+    sc_weight *kept = sc__keep_weight(net, w);
+    bool loaded = kept && (!w.owned || w.waiting || sc__load_weight(net, kept, &s));
+    if (loaded && be && !wide && s.scales.data) loaded = sc__keep_scales(net, &s, kept);
+    return loaded ? &kept->tensor : NULL;
 }
 
 sc_tensor *sc_net_weight(sc_net *net, const char *name, int ndim, const int64_t *shape) {
@@ -5092,21 +4993,6 @@ void sc_flux_checkpointing(sc_flux *f, bool on) {
     f->checkpointed = on ? f->config.layers + f->config.single_layers : 0;
 }
 
-void sc_flux_streamed(sc_flux *f) { f->net->streamed = true; }
-
-bool sc_flux_fp8(sc_flux *f) {
-    if (f->net->widen || !f->net->file)
-        return sc_fail("weights that are f32 or random cannot become fp8");
-    f->net->fp8 = true;
-    for (int64_t i = 0; i < f->net->count; i++) {
-        sc_weight *w = f->net->weights[i];
-        if (w->owned || w->tensor.ndim != 2 || sc_dtype_size(w->source.dtype) == 1) continue;
-        w->waiting = true;
-        w->tensor.data = NULL;
-    }
-    return true;
-}
-
 int64_t sc_flux_parameters(const sc_flux *flux) {
     int64_t n = 0;
     for (int64_t i = 0; i < flux->net->count; i++) n += sc_count(&flux->net->weights[i]->tensor);
@@ -5268,16 +5154,17 @@ static void sc__flux_zero(sc_flux *f) {
     }
 }
 
-sc_flux *sc_flux_open(const sc_backend *backend, const char *path, bool widen, bool random,
-                      uint64_t seed) {
+sc_flux *sc_flux_open(const sc_backend *backend, const char *path, const sc_flux_options *options) {
+    const sc_flux_options o = options ? *options : (sc_flux_options){0};
     char *name = NULL;
     sc_json *json = NULL;
     sc_flux *f = (sc_flux *)sc__alloc(1, sizeof *f);
     if (!f) return NULL;
-    bool ok = sc__read_config(path, &json, &name, &f->config_text);
-    if (ok && random && !json) ok = sc_fail("%s: No such file", name);
+    bool ok = (!o.fp8 || !o.widen || sc_fail("weights that are f32 cannot become fp8")) &&
+              sc__read_config(path, &json, &name, &f->config_text);
+    if (ok && o.random && !json) ok = sc_fail("%s: No such file", name);
     ok = ok && (!json || sc__flux_read_config(&f->config, &(sc_net){0}, json, name)) &&
-         (f->net = sc_net_open(backend, random ? NULL : path, widen)) &&
+         (f->net = sc_net_open(backend, o.random ? NULL : path, o.widen)) &&
          (json || sc__flux_read_config(&f->config, f->net, json, name));
     sc_json_free(json);
     SC_FREE(name);
@@ -5287,11 +5174,11 @@ sc_flux *sc_flux_open(const sc_backend *backend, const char *path, bool widen, b
         f->double_blocks = (sc__double_block *)sc__alloc(doubles, sizeof *f->double_blocks);
         f->single_blocks = (sc__single_block *)sc__alloc(singles, sizeof *f->single_blocks);
         f->modules = (sc__module *)sc__alloc(10 + 14 * doubles + 6 * singles, sizeof *f->modules);
-        f->net->rng.state = seed;
+        f->net->rng.state = o.seed, f->net->fp8 = o.fp8, f->net->streamed = o.streamed;
         ok = f->double_blocks && f->single_blocks && f->modules && sc__flux_weights(f) &&
              sc__net_complete(f->net);
     }
-    if (ok && random && widen && backend) sc__flux_zero(f);
+    if (ok && o.random && o.widen && backend) sc__flux_zero(f);
     if (ok) return f;
     sc_flux_close(f);
     return NULL;
@@ -8150,19 +8037,16 @@ sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *model,
                               const sc_pipeline_options *o) {
     sc_pipeline *p = (sc_pipeline *)sc__alloc(1, sizeof *p);
     if (!p) return NULL;
+    sc_flux_options how = o->flux;
     p->backend = backend;
     p->folder = sc__strdup(model);
     char *path = o->transformer ? sc__strdup(o->transformer)
-                 : o->random    ? sc__join(model, "transformer")
+                 : how.random   ? sc__join(model, "transformer")
                                 : sc_part_path(model, SC_TRANSFORMER);
-    bool widen = o->widen || (path && !o->random && !o->fp8 && sc__small_file(backend, path));
-    if (p->folder && path) p->flux = sc_flux_open(backend, path, widen, o->random, o->seed);
+    how.widen = how.widen || (path && !how.random && !how.fp8 && sc__small_file(backend, path));
+    if (p->folder && path) p->flux = sc_flux_open(backend, path, &how);
     SC_FREE(path);
-    if (p->flux && o->streamed) sc_flux_streamed(p->flux);
-    bool ok = p->flux && (!o->fp8 || sc_flux_fp8(p->flux)) &&
-              sc__pipeline_settings(p) &&
-              (p->tape = sc_tape_new(backend));
-    if (ok) return p;
+    if (p->flux && sc__pipeline_settings(p) && (p->tape = sc_tape_new(backend))) return p;
     sc_pipeline_close(p);
     return NULL;
 }

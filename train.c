@@ -656,9 +656,9 @@ static bool check_options(void) {
 
 static bool open_model(training *t) {
     const sc_backend *be = sc_device(o.device);
-    sc_pipeline_options how = {.widen = all_weights(), .fp8 = !strcmp(o.weights, "fp8"),
-                               .streamed = !strcmp(o.weights_on, "host"),
-                               .random = o.pretrain && !o.transformer, .seed = o.seed,
+    sc_pipeline_options how = {.flux.widen = all_weights(), .flux.fp8 = !strcmp(o.weights, "fp8"),
+                               .flux.streamed = !strcmp(o.weights_on, "host"),
+                               .flux.random = o.pretrain && !o.transformer, .flux.seed = o.seed,
                                .transformer = o.transformer};
     if (!be || !(t->pipeline = sc_open_model(be, o.model, &how))) return false;
     if (o.text_tokens) t->pipeline->text_tokens = o.text_tokens;

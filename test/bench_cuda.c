@@ -294,19 +294,9 @@ static double forward_flops(double image, double text) {
 static sc_flux *open_flux(bool fp8) {
     mkdir("build/bench_flux", 0777);
     if (!sc_write_file("build/bench_flux/config.json", config, strlen(config))) stop();
-    sc_flux *f = sc_flux_open(gpu, "build/bench_flux", false, true, 1);
+    const sc_flux_options options = {.random = true, .seed = 1, .fp8 = fp8};
+    sc_flux *f = sc_flux_open(gpu, "build/bench_flux", &options);
     if (!f) stop();
-    for (int64_t i = 0; fp8 && i < f->net->count; i++) {
-        sc_tensor *w = &f->net->weights[i]->tensor;
-        if (w->ndim != 2) continue;
-        void *wide = w->data;
-        if (!(w->data = gpu->alloc((size_t)sc_count(w))) ||
-            !(w->scale = gpu->alloc((size_t)w->shape[0] * 4)))
-            stop();
-        gpu->quantize(w->data, w->scale, wide, w->shape[0], w->shape[1]);
-        gpu->release(wide);
-        w->dtype = SC_F8_E4M3;
-    }
     return f;
 }
 

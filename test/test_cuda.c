@@ -623,7 +623,8 @@ static void make_model(const char *folder) {
     mkdir(folder, 0777);
     snprintf(path, sizeof path, "%s/config.json", folder);
     sc_write_file(path, config, strlen(config));
-    sc_flux *f = sc_flux_open(sc_cpu(), folder, true, true, 1);
+    const sc_flux_options options = {.widen = true, .random = true, .seed = 1};
+    sc_flux *f = sc_flux_open(sc_cpu(), folder, &options);
     for (int64_t i = 0; f && i < f->net->count; i++) {
         sc_tensor *w = &f->net->weights[i]->tensor;
         float *values = w->data, size = w->ndim == 1 ? 0.1f : 1.f / sqrtf((float)w->shape[1]);
@@ -663,9 +664,8 @@ static void train_model(const sc_backend *be, bool fp8, way how, int steps, doub
     sc_rng random = {5};
     sc_backend table = *be;
     be = &table;
-    sc_flux *f = sc_flux_open(be, "build/test_cuda_model", false, false, 0);
-    CHECK(!fp8 || sc_flux_fp8(f));
-    if (how == RUN_AGAIN) sc_flux_streamed(f);
+    const sc_flux_options options = {.fp8 = fp8, .streamed = how == RUN_AGAIN};
+    sc_flux *f = sc_flux_open(be, "build/test_cuda_model", &options);
     sc_tape *t = sc_tape_new(be);
     sc_params *p = f && t ? sc_params_lora(f, 4, 8, 3) : NULL;
     if (!p) printf("%s\n", sc_error()), exit(1);

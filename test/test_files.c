@@ -110,7 +110,6 @@ static void test_json_refused(void) {
         {"-.5", "malformed number"},
         {"1e999", "number out of range"},
         {"-1e309", "number out of range"},
-        {"1e0000000001", "too many digits"},
         {"0x10", "unexpected text"},
         {"1 2", "unexpected text"},
         {"{}\n\n}", ":3: unexpected text behind the value"},

@@ -36,7 +36,7 @@ static fixture open_fixture(const char *name) {
     snprintf(path, sizeof path, "test/reference/%s/reference.safetensors", name);
     f.file = sc_file_open(path);
     snprintf(path, sizeof path, "test/reference/%s", name);
-    f.flux = f.file ? sc_flux_open(sc_cpu(), path, true, false, 0) : NULL;
+    f.flux = f.file ? sc_flux_open(sc_cpu(), path, &(sc_flux_options){.widen = true}) : NULL;
     if (!f.flux) printf("%s (run the tests from the project's folder)\n", sc_error()), exit(1);
     f.tape = sc_tape_new(sc_cpu());
     float *grid = load(f.file, "grid");
@@ -147,7 +147,7 @@ static void test_no_blocks(void) {
         snprintf(text, sizeof text, config, cases[i].doubles, cases[i].singles);
         CHECK(sc_write_file(path, text, strlen(text)));
         sc_flux_close(f.flux);
-        f.flux = sc_flux_open(sc_cpu(), none, true, false, 0);
+        f.flux = sc_flux_open(sc_cpu(), none, &(sc_flux_options){.widen = true});
         if (!f.flux) printf("%s\n", sc_error()), exit(1);
         sc_params *p = sc_params_full(f.flux, false);
         for (int checkpointing = 0; checkpointing < 2; checkpointing++) {
@@ -168,7 +168,7 @@ static void test_no_blocks(void) {
 
 /* Weights that were not opened to be trained are refused. */
 static void test_not_wide(void) {
-    sc_flux *f = sc_flux_open(sc_cpu(), "test/reference/flux_a", false, false, 0);
+    sc_flux *f = sc_flux_open(sc_cpu(), "test/reference/flux_a", NULL);
     CHECK(f && !sc_params_full(f, false) && strstr(sc_error(), "`widen`"));
     sc_flux_close(f);
 }
@@ -246,7 +246,7 @@ static void test_lora_file(void) {
     memcpy(loaded, run(&f, NULL, false, &loss), (size_t)f.n * 4);
     CHECK(sc_flux_save(f.flux, "build/test-merged", SC_F32, NULL)); /* with the LoRA in it */
     sc_flux_close(f.flux);
-    f.flux = sc_flux_open(sc_cpu(), "build/test-merged", true, false, 0);
+    f.flux = sc_flux_open(sc_cpu(), "build/test-merged", &(sc_flux_options){.widen = true});
     CHECK(f.flux && rel_error(run(&f, NULL, false, &loss), loaded, f.n) < 1e-5);
     remove("build/test-merged/config.json");
     remove("build/test-merged/diffusion_pytorch_model.safetensors");

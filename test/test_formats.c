@@ -239,7 +239,7 @@ static sc_flux *open_as(const tensors *t, const char *name) {
     snprintf(path, sizeof path, "%s/flux.safetensors", name);
     save(t, path);
     free(config);
-    return sc_flux_open(sc_cpu(), in_folder(name), false, false, 0);
+    return sc_flux_open(sc_cpu(), in_folder(name), NULL);
 }
 
 static float *merged_weight(const sc_flux *f, int i) {
@@ -266,7 +266,7 @@ static double difference(const sc_flux *a, const sc_flux *b) {
 
 static void test_layouts(void) {
     static const char *const prefixes[] = {"", "model.diffusion_model."};
-    sc_flux *original = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
+    sc_flux *original = sc_flux_open(sc_cpu(), MODEL, NULL);
     if (!original) printf("%s (run the tests from the project's folder)\n", sc_error()), exit(1);
     for (int i = 0; i < 2; i++) {
         tensors *t = to_bfl(prefixes[i], NULL);
@@ -281,7 +281,7 @@ static void test_layouts(void) {
     for (int i = 0; i < 2; i++) {
         tensors *t = to_bfl("", scales[i]);
         sc_flux *f = open_as(t, "fp8"),
-                *wide = sc_flux_open(sc_cpu(), in_folder("fp8"), true, false, 0);
+                *wide = sc_flux_open(sc_cpu(), in_folder("fp8"), &(sc_flux_options){.widen = true});
         CHECK(f && f->double_blocks[0].image.q.weight->dtype == SC_F8_E4M3 &&
               f->double_blocks[0].image.q.weight->scale);
         CHECK(difference(f, wide) == 0);
@@ -323,7 +323,7 @@ static void test_scale_shapes(void) {
 static void test_shapes(void) {
     tensors *t = to_bfl("", NULL);
     const char *path = save(t, "shapes.safetensors");
-    CHECK(!sc_flux_open(sc_cpu(), path, false, false, 0) && strstr(sc_error(), "axes_dims_rope"));
+    CHECK(!sc_flux_open(sc_cpu(), path, NULL) && strstr(sc_error(), "axes_dims_rope"));
     sc_net *net = sc_net_open(NULL, path, false);
     sc_flux_config c;
     CHECK(!sc__flux_read_config(&c, net, NULL, path));
@@ -381,11 +381,11 @@ static sc_flux *open_shards(const tensors *t, const char *second) {
                 i < t->count / 2 ? "1.safetensors" : second);
     fprintf(index, "}}");
     fclose(index);
-    return sc_flux_open(sc_cpu(), in_folder("bad"), false, false, 0);
+    return sc_flux_open(sc_cpu(), in_folder("bad"), NULL);
 }
 
 static void test_model_shards(void) {
-    sc_flux *original = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
+    sc_flux *original = sc_flux_open(sc_cpu(), MODEL, NULL);
     sc_file *f = sc_file_open(MODEL "/diffusion_pytorch_model.safetensors");
     tensors *t = new_tensors();
     int64_t rows, columns;
@@ -548,8 +548,8 @@ static double merged_error(const sc_flux *f, const sc_flux *base, float **w) {
 }
 
 static void test_dialects(void) {
-    sc_flux *base = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
-    sc_flux *f = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
+    sc_flux *base = sc_flux_open(sc_cpu(), MODEL, NULL);
+    sc_flux *f = sc_flux_open(sc_cpu(), MODEL, NULL);
     sc_lora_report report;
     for (int d = 0; d < (int)(sizeof dialects / sizeof *dialects); d++) {
         float **w = zero_differences(f);
@@ -613,8 +613,8 @@ static void test_lora_configs(void) {
         "{\"transformer.lora_alpha\": 3, \"transformer.use_rslora\": false, "
         "\"transformer.alpha_pattern\": {\"^proj_out\": 6, \"to_q\": 9}}",
         "{\"lora_alpha\": 1, \"alpha_pattern\": {\"attn.*\": 3}}", "{\"lora_alpha\": 1"};
-    sc_flux *base = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
-    sc_flux *f = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
+    sc_flux *base = sc_flux_open(sc_cpu(), MODEL, NULL);
+    sc_flux *f = sc_flux_open(sc_cpu(), MODEL, NULL);
     sc_lora_report report;
     mkdir(in_folder("peft"), 0777);
     for (int inside = 0; inside < 2; inside++)
@@ -661,8 +661,8 @@ static void test_lora_vectors(void) {
         {"diffusion_model.single_blocks.1.norm.query_norm.diff", SINGLE(1) "attn.norm_q.weight",
          ""},
         {"base_model.model.proj_out.bias", "proj_out.bias", "instead"}};
-    sc_flux *base = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
-    sc_flux *f = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
+    sc_flux *base = sc_flux_open(sc_cpu(), MODEL, NULL);
+    sc_flux *f = sc_flux_open(sc_cpu(), MODEL, NULL);
     for (size_t i = 0; i < sizeof forms / sizeof *forms; i++) {
         tensors *t = random_lora(f, 0, 2, 2, 4, NULL); /* plain pairs beside it */
         const char *how = forms[i][2];
@@ -720,7 +720,7 @@ static void test_other_adapters(void) {
         {"transformer.x_embedder.lora_A.other.weight", "something else"},
         {"lora_unet_img_in.alph", "a kind of tensors"},
         {"diffusion_model.img_in.reshape_weight", "a kind of tensors"}};
-    sc_flux *f = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
+    sc_flux *f = sc_flux_open(sc_cpu(), MODEL, NULL);
     sc_lora_report report;
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
         for (int pairs = 0; pairs < 2; pairs++) {
@@ -789,7 +789,7 @@ static void test_unread(void) {
 
 /* A file whose data starts at an odd address is the same model. */
 static void test_misaligned_model(void) {
-    sc_flux *original = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
+    sc_flux *original = sc_flux_open(sc_cpu(), MODEL, NULL);
     size_t n, config;
     char *file = sc_read_file(MODEL "/diffusion_pytorch_model.safetensors", &n);
     char *text = sc_read_file(MODEL "/config.json", &config);
@@ -805,7 +805,7 @@ static void test_misaligned_model(void) {
     CHECK(sc_write_file(in_folder("odd/model.safetensors"), odd, n + 3));
     CHECK(sc_write_file(in_folder("odd/config.json"), text, config));
     for (int widen = 0; widen < 2; widen++) {
-        sc_flux *f = sc_flux_open(sc_cpu(), in_folder("odd"), widen, false, 0);
+        sc_flux *f = sc_flux_open(sc_cpu(), in_folder("odd"), &(sc_flux_options){.widen = widen});
         CHECK(f && sc_net_load(f->net) && difference(f, original) == 0);
         sc_flux_close(f);
     }
@@ -814,7 +814,7 @@ static void test_misaligned_model(void) {
 }
 
 static void test_bad_loras(void) {
-    sc_flux *f = sc_flux_open(sc_cpu(), MODEL, false, false, 0);
+    sc_flux *f = sc_flux_open(sc_cpu(), MODEL, NULL);
     sc_lora_report report;
     tensors *t = random_lora(f, 0, 2, 2, 8, NULL);
     snprintf(t->name[0], sizeof t->name[0], "transformer.y_embedder.lora_A.weight");
@@ -865,7 +865,7 @@ static void test_real(void) {
         return;
     }
     snprintf(path, sizeof path, "%s/transformer", real);
-    sc_flux *f = sc_flux_open(NULL, path, false, true, 0);
+    sc_flux *f = sc_flux_open(NULL, path, &(sc_flux_options){.random = true});
     snprintf(path, sizeof path, "%s/transformer/diffusion_pytorch_model.safetensors.index.json",
              real);
     sc_json *index = sc_json_load(path);
