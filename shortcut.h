@@ -1913,29 +1913,29 @@ static void sc__cpu_embed_timestep(sc_tensor *y, const float *t) {
  * silu(x) = x s(x);  gelu_tanh(x) = x s(2 k (x + 0.044715 x^3)), k = sqrt(2/pi);
  * quick_gelu(x) = x s(1.702 x);  s is the logistic function: all are x s(u(x)), and
  * (x s(u))' = s(u) + x s(u) (1 - s(u)) u'(x). gelu is exact, x Phi(x). */
-static inline float sc__gate_argument(sc_activation kind, float x, float *slope) {
+static inline float sc__activated(sc_activation kind, float x, float *slope) {
     const float k = 1.5957691216057308f; /* 2 sqrt(2/pi) */
-    switch (kind) {
-    case SC_GELU_TANH:
-        *slope = k * (1 + 3 * 0.044715f * x * x);
-        return k * (x + 0.044715f * x * x * x);
-    case SC_QUICK_GELU: *slope = 1.702f; return 1.702f * x;
-    default: *slope = 1; return x;
+    if (kind == SC_GELU) {
+        float phi = 0.5f * (1 + erff(x * 0.70710678f));
+        *slope = phi + x * 0.39894228f * expf(-0.5f * x * x);
+        return x * phi;
     }
+    float u = x, u1 = 1; /* and its derivative */
+    if (kind == SC_QUICK_GELU) u = 1.702f * x, u1 = 1.702f;
+    if (kind == SC_GELU_TANH)
+        u = k * (x + 0.044715f * x * x * x), u1 = k * (1 + 3 * 0.044715f * x * x);
+    float s = sc__sigmoid(u);
+    *slope = s + x * s * (1 - s) * u1;
+    return x * s;
 }
 
-static inline void sc__activate_rows(sc_activation kind, float *y, const float *x, int64_t n) {
+/* y[n] = f(x), or, where there is dx, dx += f'(x) y. */
+static inline void sc__activate_row(sc_activation kind, float *y, const float *x, float *dx,
+                                    int64_t n) {
     SC_SIMD for (int64_t i = 0; i < n; i++) {
-        float slope;
-        y[i] = x[i] * sc__sigmoid(sc__gate_argument(kind, x[i], &slope));
-    }
-}
-
-static inline void sc__activate_rows_backward(sc_activation kind, const float *dy, const float *x,
-                                              float *dx, int64_t n) {
-    SC_SIMD for (int64_t i = 0; i < n; i++) {
-        float slope, s = sc__sigmoid(sc__gate_argument(kind, x[i], &slope));
-        dx[i] += dy[i] * (s + x[i] * s * (1 - s) * slope);
+        float slope, value = sc__activated(kind, x[i], &slope);
+        if (dx) dx[i] += y[i] * slope;
+        else y[i] = value;
     }
 }
 
@@ -1949,46 +1949,30 @@ static void sc__cpu_gemm_gelu(int64_t m, int64_t n, int64_t k, sc_matrix a, sc_m
     for (int64_t r = 0; r < m; r++) {
         float *row = (float *)c.data + r * c.ld;
         if (before) memcpy(sc__f(before) + r * n, row, (size_t)n * 4);
-        sc__activate_rows(SC_GELU_TANH, row, row, n);
+        sc__activate_row(SC_GELU_TANH, row, row, NULL, n);
     }
 }
 
-static void sc__cpu_activate(sc_activation kind, sc_tensor *y, int64_t at, const sc_tensor *x) {
-    int64_t n = sc__last(x), width = sc__last(y), rows = sc__rows(x);
+static void sc__activate_rows(sc_activation kind, float *y, int64_t width, const sc_tensor *x,
+                              float *dx) {
+    int64_t n = sc__last(x), rows = sc__rows(x);
     SC_PARALLEL_FOR
     for (int64_t r = 0; r < rows; r++) {
-        float *py = sc__f(y) + r * width + at, *px = sc__f(x) + r * n;
+        float *py = y + r * width, *px = sc__f(x) + r * n, *pdx = dx ? dx + r * n : NULL;
         switch (kind) { /* constant kinds, so that each loop vectorises */
-        case SC_SILU: sc__activate_rows(SC_SILU, py, px, n); break;
-        case SC_GELU_TANH: sc__activate_rows(SC_GELU_TANH, py, px, n); break;
-        case SC_QUICK_GELU: sc__activate_rows(SC_QUICK_GELU, py, px, n); break;
-        case SC_GELU:
-            for (int64_t j = 0; j < n; j++) py[j] = 0.5f * px[j] * (1 + erff(px[j] * 0.70710678f));
-            break;
+        case SC_SILU: sc__activate_row(SC_SILU, py, px, pdx, n); break;
+        case SC_GELU_TANH: sc__activate_row(SC_GELU_TANH, py, px, pdx, n); break;
+        case SC_QUICK_GELU: sc__activate_row(SC_QUICK_GELU, py, px, pdx, n); break;
+        case SC_GELU: sc__activate_row(SC_GELU, py, px, pdx, n); break;
         }
     }
 }
-
+static void sc__cpu_activate(sc_activation kind, sc_tensor *y, int64_t at, const sc_tensor *x) {
+    sc__activate_rows(kind, sc__f(y) + at, sc__last(y), x, NULL);
+}
 static void sc__cpu_activate_backward(sc_activation kind, const sc_tensor *y, int64_t at,
                                       sc_tensor *x) {
-    int64_t n = sc__last(x), width = sc__last(y), rows = sc__rows(x);
-    float *sum = sc__sum(x);
-    SC_PARALLEL_FOR
-    for (int64_t r = 0; r < rows; r++) {
-        const float *dy = sc__g(y) + r * width + at, *px = sc__f(x) + r * n;
-        float *dx = sum + r * n;
-        switch (kind) {
-        case SC_SILU: sc__activate_rows_backward(SC_SILU, dy, px, dx, n); break;
-        case SC_GELU_TANH: sc__activate_rows_backward(SC_GELU_TANH, dy, px, dx, n); break;
-        case SC_QUICK_GELU: sc__activate_rows_backward(SC_QUICK_GELU, dy, px, dx, n); break;
-        case SC_GELU:
-            for (int64_t j = 0; j < n; j++) {
-                float density = 0.39894228f * expf(-0.5f * px[j] * px[j]);
-                dx[j] += dy[j] * (0.5f * (1 + erff(px[j] * 0.70710678f)) + px[j] * density);
-            }
-            break;
-        }
-    }
+    sc__activate_rows(kind, sc__g(y) + at, sc__last(y), x, sc__sum(x));
 }
 
 /* ---- Modulated layer norm: y = n(x) (1 + scale) + shift ----
@@ -4893,14 +4877,12 @@ int64_t sc_net_unread(const sc_net *const *nets, int count, char *names, size_t 
     int64_t unread = 0;
     *names = 0;
     for (int i = 0; i < count; i++) {
-        const sc_file *f = nets[i] ? nets[i]->file : NULL;
-        for (int j = 0; f && j < i; j++) /* counted already */
-            if (nets[j] && nets[j]->file && !strcmp(nets[j]->file->path, f->path)) f = NULL;
+        const sc_file *f = nets[i] ? nets[i]->file : NULL, *other;
         for (int64_t k = 0; f && k < f->count; k++) {
             bool used = sc__harmless(f->entries[k].name);
-            for (int j = i; j < count; j++) {
-                const sc_file *other = nets[j] ? nets[j]->file : NULL;
-                if (other && !strcmp(other->path, f->path)) used = used || other->entries[k].used;
+            for (int j = 0; j < count; j++) { /* the same file's, counted already or used there */
+                if (!nets[j] || !(other = nets[j]->file) || strcmp(other->path, f->path)) continue;
+                used = used || j < i || other->entries[k].used;
             }
             unread += !used;
             if (!used) sc__list_name(names, size, f->entries[k].name);
