@@ -663,7 +663,8 @@ void sc_dataset_close(sc_dataset *data);
  * holds all or some of the parts, the rest being beside it. */
 
 typedef enum { SC_TRANSFORMER, SC_VAE, SC_CLIP, SC_T5, SC_PARTS } sc_part;
-/* Where a part is: a folder or a file; yours. NULL: it is not there, or cannot be told. */
+/* Where a part is: its folder in diffusers' layout, the model itself, or a file in its folder;
+ * yours. NULL: it is not there (the error says what to put where), or cannot be told. */
 char *sc_part_path(const char *model, sc_part part);
 int sc_part_in_file(const char *path, sc_part part); /* 1 or 0; -1: the file cannot be read */
 char *sc_model_folder(const char *model);   /* itself, or that of its single file; yours */
@@ -1546,12 +1547,11 @@ uint64_t sc_random_bits(sc_rng *rng) {
 /* Uniform in [0, 1): 24 bits, so that the float never rounds up to 1. */
 float sc_uniform(sc_rng *rng) { return (float)(sc_random_bits(rng) >> 40) * 0x1p-24f; }
 
-/* Uniform in {0, ..., n-1}. */
 int sc_uniform_int(sc_rng *rng, int n) {
     return (int)((sc_random_bits(rng) >> 32) * (uint64_t)n >> 32);
 }
 
-/* Fills x[n] with N(0, 1), two values from each Box-Muller draw. */
+/* Two values from each Box-Muller draw. */
 void sc_normal(sc_rng *rng, float *x, int64_t n) {
     for (int64_t i = 0; i < n; i += 2) {
         double radius = sqrt(-2.0 * log(1.0 - (double)(sc_random_bits(rng) >> 11) * 0x1p-53));
@@ -3152,8 +3152,6 @@ static void sc__norm_rope_backward(sc_tape *t, sc__op *op) {
                                   (const sc_tensor *)op->extra);
 }
 
-/* Queries or keys of both streams, normalised and turned, joined with the text first; text may be
- * NULL. */
 sc_tensor *sc_norm_rope(sc_tape *t, sc_tensor *text, sc_tensor *image, sc_tensor *text_weight,
                         sc_tensor *image_weight, const sc_tensor *rope) {
     if (!image || (!text && text_weight)) return NULL;
@@ -3622,7 +3620,6 @@ static const char *sc__foreign(const char *bytes, size_t size) {
     return NULL;
 }
 
-/* The bytes of a regular file of at most 1 GiB, with a NUL behind them. */
 char *sc_read_file(const char *path, size_t *length) {
     int64_t size = sc__file_size(path);
     if (size < 0) return NULL;
@@ -5178,6 +5175,15 @@ void sc_flux_close(sc_flux *f) {
     SC_FREE(f);
 }
 
+/* The factors of a loaded LoRA on the host, [rank, in] and behind it [out, rank]; yours. */
+static float *sc__lora_values(const sc_backend *be, const sc_adapter *l) {
+    size_t n = (size_t)(sc_count(l->a[SC_TEACHER]) + sc_count(l->b[SC_TEACHER]));
+    float *values = (float *)sc__alloc(n, sizeof *values);
+    if (values && be->download(values, l->a[SC_TEACHER]->data, n * sizeof *values)) return values;
+    SC_FREE(values);
+    return NULL;
+}
+
 /* Downloads a weight as f32, with its scale and with the loaded LoRAs: W + sum scale B A. */
 static bool sc__merged_values(const sc_flux *f, const sc_tensor *w, float *values) {
     const sc_backend *be = f->net->backend;
@@ -5194,17 +5200,14 @@ static bool sc__merged_values(const sc_flux *f, const sc_tensor *w, float *value
     for (int64_t i = 0; ok && scales && i < n; i++) values[i] *= scales[i / w->shape[1]];
     SC_FREE(scales);
     for (const sc_adapter *l = layer ? layer->adapters : NULL; ok && l; l = l->next) {
-        const sc_tensor *a = l->a[SC_TEACHER], *b = l->b[SC_TEACHER];
-        if (!l->loaded) continue;
-        float *host = (float *)sc__alloc((size_t)(sc_count(a) + sc_count(b)), sizeof *host);
-        ok = host && be->download(host, a->data, (size_t)sc_count(a) * 4) &&
-             be->download(host + sc_count(a), b->data, (size_t)sc_count(b) * 4);
-        if (ok)
+        float *a = l->loaded ? sc__lora_values(be, l) : NULL;
+        if (a)
             sc__cpu_gemm(w->shape[0], w->shape[1], l->rank, l->scale,
-                         sc__matrix(host + sc_count(a), SC_F32, l->rank, false),
-                         sc__matrix(host, SC_F32, w->shape[1], false), 1,
+                         sc__matrix(a + l->rank * w->shape[1], SC_F32, l->rank, false),
+                         sc__matrix(a, SC_F32, w->shape[1], false), 1,
                          sc__matrix(values, SC_F32, w->shape[1], false), NULL);
-        SC_FREE(host);
+        ok = a || !l->loaded;
+        SC_FREE(a);
     }
     return ok;
 }
@@ -5407,7 +5410,7 @@ static bool sc__lora_own_scale(const sc__lora *l, const char *module, const char
 }
 
 /* n values as f32, times `scale`; false with the error set: one is not finite. */
-static bool sc__lora_values(const sc__lora *l, const char *name, const sc_tensor *x, float scale,
+static bool sc__lora_to_f32(const sc__lora *l, const char *name, const sc_tensor *x, float scale,
                             float *to) {
     int64_t n = sc_count(x), i = 0;
     sc_to_f32(to, x->data, x->dtype, n);
@@ -5461,9 +5464,9 @@ static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor
         return false;
     x->b = x->a + na;
     x->bias = c ? x->b + nb : NULL;
-    bool ok = sc__lora_values(l, a->name, &down, 1, x->a) &&
-              sc__lora_values(l, b->name, &up, scale, x->b) &&
-              (!c || sc__lora_values(l, c->name, &bias, scale, x->bias));
+    bool ok = sc__lora_to_f32(l, a->name, &down, 1, x->a) &&
+              sc__lora_to_f32(l, b->name, &up, scale, x->b) &&
+              (!c || sc__lora_to_f32(l, c->name, &bias, scale, x->bias));
     if (part.swapped) sc__swap_halves(x->b, (size_t)nb * sizeof *x->b);
     if (part.swapped && c) sc__swap_halves(x->bias, (size_t)out * sizeof *x->b);
     if (ok) return true;
@@ -5564,7 +5567,7 @@ static bool sc__lora_vector(sc_flux *f, const sc__lora *l, const sc_weight *w, f
         int64_t n = sc_count(&w->tensor);
         float *values = (float *)sc__alloc((size_t)n, sizeof *values);
         ok = values && sc__lora_take(l, e, &part, w->name, n, 1, &x) &&
-             sc__lora_values(l, e->name, &x, 1, values);
+             sc__lora_to_f32(l, e->name, &x, 1, values);
         if (ok && part.swapped) sc__swap_halves(values, (size_t)n * 4);
         ok = ok && sc__lora_shift(f, &w->tensor, values, scale, i == 0);
         SC_FREE(values);
@@ -5657,7 +5660,6 @@ static bool sc__bfl_name(const char *module, char other[256], sc__slice *rows) {
  * and columns; their data is NULL without LoRAs. */
 static bool sc__fuse(const sc_flux *f, int first, int count, bool swapped, sc_tensor *a_of,
                      sc_tensor *b_of) {
-    const sc_backend *be = f->net->backend;
     int64_t rank = 0, rows = 0, row = 0, r = 0, in = f->modules[first].layer->weight->shape[1];
     for (int i = first; i < first + count; i++) {
         rows += f->modules[i].layer->weight->shape[0];
@@ -5667,7 +5669,7 @@ static bool sc__fuse(const sc_flux *f, int first, int count, bool swapped, sc_te
     *a_of = (sc_tensor){.dtype = SC_F32, .ndim = 2, .shape = {rank, in}};
     *b_of = (sc_tensor){.dtype = SC_F32, .ndim = 2, .shape = {rows, rank}};
     if (!rank) return true;
-    float *a = (float *)sc__alloc((size_t)(rank * in), sizeof *a), *b, *part;
+    float *a = (float *)sc__alloc((size_t)(rank * in), sizeof *a), *b, *own;
     a_of->data = a;
     b_of->data = b = (float *)sc__alloc((size_t)(rows * rank), sizeof *b);
     bool ok = a && b;
@@ -5675,13 +5677,11 @@ static bool sc__fuse(const sc_flux *f, int first, int count, bool swapped, sc_te
         int64_t height = f->modules[i].layer->weight->shape[0];
         for (const sc_adapter *l = f->modules[i].layer->adapters; ok && l; l = l->next) {
             if (!l->loaded) continue;
-            part = (float *)sc__alloc((size_t)(height * l->rank), sizeof *part);
-            ok = part &&
-                 be->download(a + r * in, l->a[SC_TEACHER]->data, (size_t)(l->rank * in) * 4) &&
-                 be->download(part, l->b[SC_TEACHER]->data, (size_t)(height * l->rank) * 4);
+            ok = (own = sc__lora_values(f->net->backend, l)) != NULL;
+            if (ok) memcpy(a + r * in, own, (size_t)(l->rank * in) * 4);
             for (int64_t j = 0; ok && j < height * l->rank; j++)
-                b[(row + j / l->rank) * rank + r + j % l->rank] = l->scale * part[j];
-            SC_FREE(part);
+                b[(row + j / l->rank) * rank + r + j % l->rank] = l->scale * own[l->rank * in + j];
+            SC_FREE(own);
             r += l->rank;
         }
         row += height;
@@ -5725,13 +5725,12 @@ bool sc_lora_save_kohya(const sc_flux *f, const char *path, const char *const *m
  * place. */
 bool sc_scale_for(const char *table, int steps, double *scale, double *guidance) {
     sc__json_parser p = {.name = table, .at = (char *)table};
-    double count, value, nearest = INFINITY;
+    double count, value, guided, nearest = INFINITY;
     while (sc__json_peek(&p)) {
-        double guided = NAN;
+        guided = NAN;
         if (!sc__json_number(&p, &count) || !sc__json_take(&p, ':') || !sc__json_peek(&p) ||
-            !sc__json_number(&p, &value))
-            return false;
-        if (sc__json_take(&p, '@') && (!sc__json_peek(&p) || !sc__json_number(&p, &guided)))
+            !sc__json_number(&p, &value) ||
+            (sc__json_take(&p, '@') && (!sc__json_peek(&p) || !sc__json_number(&p, &guided))))
             return false;
         if (fabs(count - steps) < nearest)
             nearest = fabs(count - steps), *scale = value, *guidance = guided;
@@ -5838,7 +5837,6 @@ static const struct { const char *folder, *probe, *file; } sc__parts[SC_PARTS] =
     {"text_encoder", "text_model.embeddings.token_embedding.weight", "clip_l.safetensors"},
     {"text_encoder_2", "encoder.block.0.layer.0.SelfAttention.q.weight", "t5xxl_fp16.safetensors"}};
 
-/* The folder that a model is, or that its single file is in. */
 char *sc_model_folder(const char *model) {
     char *folder = sc__strdup(model), *slash = folder ? strrchr(folder, '/') : NULL;
     if (!folder || !sc__exists(model) || sc__is_folder(model)) return folder;
@@ -5847,8 +5845,6 @@ char *sc_model_folder(const char *model) {
     return folder;
 }
 
-/* Whether the file at `path` is one of safetensors that has this part; -1 with the error set: it
- * cannot be read. */
 int sc_part_in_file(const char *path, sc_part part) {
     sc__slice rows;
     if (!sc__is_file(path)) return 0;
@@ -5890,9 +5886,6 @@ static char *sc__part_file(const char *folder, sc_part part) {
     return NULL;
 }
 
-/* Where a part of a model is: its folder in diffusers' layout; the model itself, where that is a
- * file that has the part; or a file in the folder. NULL with an error that says what to put there.
- */
 char *sc_part_path(const char *model, sc_part part) {
     if (!sc__exists(model)) return sc_fail("%s: No such file or directory", model), NULL;
     int has = sc_part_in_file(model, part);
