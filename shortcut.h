@@ -76,8 +76,7 @@
  *
  * DOES NOT
  *   - read or write picture files (stb does, in tools.h), download anything, print, or exit
- *   - run other models than FLUX.1: no SD3.5, no FLUX.2; nor models without distilled guidance in
- *     two evaluations a step (true CFG)
+ *   - run other models than FLUX.1: no SD3.5, no FLUX.2
  *   - train text encoders or the VAE; read LoRAs for them, DoRA, LoKr or LoHa (it says so)
  *   - mix picture sizes in one batch, or use several GPUs
  *   - swap weights to disk: a model fits in memory, its frozen matrices mapped, or it does not run
@@ -249,7 +248,7 @@ sc_tensor *sc_attention(sc_tape *t, sc_tensor *q, sc_tensor *k, sc_tensor *v, in
                         float scale, const sc_tensor *bias, bool causal);
 /* times [batch] on the host, in [0, 1] -> sinusoids of 1000 t, [batch, channels] */
 sc_tensor *sc_timestep_embedding(sc_tape *t, const float *times, int64_t batch, int64_t channels);
-/* p[b] u[b] + q[b] v[b]; p and q [B] on the host; not recorded */
+/* p[b] u[b] + q[b] v[b]; p and q [B] on the host, as long as tensors live */
 sc_tensor *sc_blend(sc_tape *t, const float *p, sc_tensor *u, const float *q, sc_tensor *v);
 /* Mean square error, into *loss, which is the backend's memory. */
 bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, double *loss);
@@ -270,7 +269,7 @@ sc_tensor *sc_group_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, con
                          int groups, float eps, bool silu);
 sc_tensor *sc_upsample(sc_tape *t, const sc_tensor *x);
 sc_tensor *sc_swap_axes(sc_tape *t, const sc_tensor *x);  /* [B,M,N] -> [B,N,M] */
-/* Samples [first, first + count) of x, the same memory; not recorded. */
+/* Samples [first, first + count) of x, the same memory, of the gradient too. */
 sc_tensor *sc_samples(sc_tape *t, const sc_tensor *x, int64_t first, int64_t count);
 /* Copies x over y, as many numbers; not recorded. False: one of them is NULL. */
 bool sc_copy(sc_tape *t, sc_tensor *y, const sc_tensor *x);
@@ -385,19 +384,26 @@ float sc_dynamic_shift(const sc_mu *mu, int64_t tokens);        /* exp(mu(tokens
 /* steps + 1 times, from 1 - 1e-5 down to 0 (the paper's sampler; diffusers' starts at 1). */
 void sc_schedule(float *times, int steps, float shift);
 
-/* A velocity model in four versions (sets, [B]; NULL: all teacher): what the sampler and SCFM ask
- * for, and no more. [first, first + x->shape[0]) says which samples of the batch x holds; time and
- * guidance [B] are of x's samples. FLUX with a batch's text is one, a toy network another. */
+/* A velocity model in four versions: what the sampler and SCFM ask for, and no more. FLUX with a
+ * batch's text is one, a toy network another. */
+typedef struct sc_query {       /* arrays [B], of the samples that x holds: */
+    int64_t first;              /* [first, first + B) of the batch */
+    const uint8_t *sets;        /* sc_set; NULL: all teacher */
+    const float *time, *guidance;
+    const float *cfg;           /* true CFG: v_u + cfg (v_c - v_u), v_u without the caption, in two
+                                 * evaluations where it is not 1; NULL: none */
+} sc_query;
 typedef struct sc_model {
-    sc_tensor *(*velocity)(void *self, sc_tape *t, sc_tensor *x, int64_t first, const uint8_t *sets,
-                           const float *time, const float *guidance);
+    sc_tensor *(*velocity)(void *self, sc_tape *t, sc_tensor *x, const sc_query *query);
     void *self;
 } sc_model;
 
 typedef struct sc_sampling {
     int steps;
     float shift;                /* of the times, positive */
-    float guidance;
+    float guidance;             /* the model's input, where it has one */
+    float cfg;                  /* true CFG, in two evaluations a step; 0 or 1: one */
+    const float *no_context, *no_pooled; /* for it, one sample: of the negative, or empty, prompt */
     int h, w;                   /* sc_sample: grid of tokens */
     const uint8_t *sets;        /* [B] LoRA set of each sample; NULL: the loaded LoRAs, if any */
     /* After each step; false stops. NULL: none. */
@@ -471,6 +477,8 @@ typedef struct sc_recipe {
     float fm_ratio;             /* SCFM: part of the batch with the plain flow-matching target;
                                  * 1: flow matching alone */
     float caption_dropout;      /* how often the caption is left empty */
+    float cfg;                  /* true CFG of the teacher, whose guidance is folded into the */
+    bool cfg_student;           /* student; or the student and its averages are guided, too */
     bool distil_guidance;       /* instead of all that, the target is the teacher's velocity, guided
                                  * by its velocity without a caption */
 } sc_recipe;
@@ -488,6 +496,7 @@ typedef struct sc_draw {        /* what chance decides for one sample */
     bool no_caption;
     int steps, j;               /* N, and the even index into its times */
     float shift, guidance;
+    float cfg[2];               /* the teacher's; the student's and its averages' */
     float t[3];                 /* t_j, t_j+1, t_j+2 */
 } sc_draw;
 
@@ -951,17 +960,17 @@ bool sc_euler(const sc_model *model, sc_tape *t, const sc_sampling *s, int ndim,
     if (!(s->shift > 0))
         return sc_fail("a sample with a time shift of %g: it must be positive", (double)s->shift);
     float *times = sc__floats(t, s->steps + 1, 0), *time = sc__floats(t, batch, 0);
-    float *guidance = sc__floats(t, batch, s->guidance);
+    float *guidance = sc__floats(t, batch, s->guidance), *cfg = sc__floats(t, batch, s->cfg);
     float *one = sc__floats(t, batch, 1), *delta = sc__floats(t, batch, 0);
-    if (!times || !time || !guidance || !one || !delta) return false;
+    if (!times || !time || !guidance || !cfg || !one || !delta) return false;
+    const sc_query query = {0, s->sets, time, guidance, s->cfg ? cfg : NULL};
     sc_schedule(times, s->steps, s->shift);
     sc_mark mark = sc_tape_mark(t); /* each step's tensors are given back after it */
     bool recorded = sc_tape_record(t, false), ok = true;
     for (int i = 0; ok && i < s->steps; i++) {
         for (int64_t b = 0; b < batch; b++) time[b] = times[i], delta[b] = times[i + 1] - times[i];
         sc_tensor *now = sc_from(t, ndim, shape, x);
-        sc_tensor *v = NULL;
-        if (now) v = model->velocity(model->self, t, now, 0, s->sets, time, guidance);
+        sc_tensor *v = now ? model->velocity(model->self, t, now, &query) : NULL;
         ok = sc_read(t, sc_blend(t, one, now, delta, v), x); /* x - (t - t') v */
         for (int64_t j = 0; ok && j < sc_count(now); j++)
             if (!isfinite(x[j]))
@@ -997,8 +1006,11 @@ bool sc_euler(const sc_model *model, sc_tape *t, const sc_sampling *s, int ndim,
  * of them is constant along its trajectory: the flow becomes straight, and a few Euler steps follow
  * it.
  *
- * Easy to get wrong: t = 1 is noise; the first time is 1 - 1e-5; j is even; no gradient through
- * the target; the second half-step always uses the slow average.
+ * A model without a guidance input is guided by two evaluations (true CFG), v_u + w (v_c - v_u),
+ * v_u without the caption. Either only the teacher is, in both halves of its case, and the student,
+ * who answers alone, learns the guidance with the flow: sampling then takes one evaluation a step.
+ * Or, as in the official SD3.5 trainer, all four are, the gradient goes through both evaluations
+ * of the student, and sampling takes two.
  */
 
 /* ---- Steps 2 to 4: chance ---- */
@@ -1019,6 +1031,8 @@ void sc_draw_sample(const sc_recipe *r, sc_rng *rng, int64_t tokens, bool flow_m
     float shift = sc__between(rng, r->shift), unit = sc_uniform(rng);
     d->shift = dynamic ? sc_dynamic_shift(&r->mu, tokens) : shift;
     d->guidance = sc__between(rng, r->guidance);
+    d->cfg[0] = r->cfg > 0 && !flow_matching ? r->cfg : 1;
+    d->cfg[1] = r->cfg_student ? d->cfg[0] : 1;
     d->j = 2 * sc_uniform_int(rng, d->steps / 2);
     for (int i = 0; i < 3; i++)
         d->t[i] = sc_shift_time(1.f - (float)(d->j + i) / (float)d->steps, d->shift);
@@ -1048,22 +1062,26 @@ bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int
     float *t0 = sc__floats(t, n, 0), *t1 = sc__floats(t, n, 0), *g = sc__floats(t, n, 0);
     float *one = sc__floats(t, n, 1), *minus_d1 = sc__floats(t, n, 0);
     float *part1 = sc__floats(t, n, 0), *part2 = sc__floats(t, n, 0);
-    uint8_t *first = (uint8_t *)sc_tape_host(t, (size_t)n);
-    uint8_t *slow = (uint8_t *)sc_tape_host(t, (size_t)n);
-    if (!x || !target || !t0 || !t1 || !g || !one || !minus_d1 || !part1 || !part2 || !first ||
-        !slow)
+    float *cfg1 = sc__floats(t, n, 1), *cfg2 = sc__floats(t, n, 1);
+    uint8_t *set1 = (uint8_t *)sc_tape_host(t, (size_t)n);
+    uint8_t *set2 = (uint8_t *)sc_tape_host(t, (size_t)n);
+    if (!x || !target || !t0 || !t1 || !g || !one || !minus_d1 || !part1 || !part2 || !cfg1 ||
+        !cfg2 || !set1 || !set2)
         return false;
     for (int64_t i = 0; i < n; i++) {
         const sc_draw *d = &draws[from + i];
         float d1 = d->t[0] - d->t[1], d2 = d->t[1] - d->t[2];
         t0[i] = d->t[0], t1[i] = d->t[1], g[i] = d->guidance;
         minus_d1[i] = -d1, part1[i] = d1 / (d1 + d2), part2[i] = d2 / (d1 + d2);
-        first[i] = d->teacher ? SC_TEACHER : SC_FAST, slow[i] = SC_SLOW;
+        bool folded = d->teacher && d->cfg[0] != d->cfg[1]; /* the slow average is not guided */
+        set1[i] = d->teacher ? SC_TEACHER : SC_FAST, cfg1[i] = d->cfg[!d->teacher];
+        set2[i] = folded ? SC_TEACHER : SC_SLOW, cfg2[i] = d->cfg[!folded];
     }
+    const sc_query query1 = {from, set1, t0, g, cfg1}, query2 = {from, set2, t1, g, cfg2};
     bool recorded = sc_tape_record(t, false); /* no gradient */
-    sc_tensor *v1 = model->velocity(model->self, t, x, from, first, t0, g);
+    sc_tensor *v1 = model->velocity(model->self, t, x, &query1);
     sc_tensor *halfway = sc_blend(t, one, x, minus_d1, v1); /* x - d1 v1 */
-    sc_tensor *v2 = halfway ? model->velocity(model->self, t, halfway, from, slow, t1, g) : NULL;
+    sc_tensor *v2 = halfway ? model->velocity(model->self, t, halfway, &query2) : NULL;
     bool ok = sc_copy(t, target, sc_blend(t, part1, v1, part2, v2));
     sc_tape_record(t, recorded);
     sc_tape_rewind(t, mark);
@@ -1329,36 +1347,35 @@ typedef struct sc__flux_model {
     sc_flux *flux;
     sc_params *params;          /* NULL: sampling, with the loaded LoRAs */
     int h, w;
-    sc_tensor *context, *pooled;
+    sc_tensor *context, *pooled;        /* of the batch */
+    sc_tensor *no_context, *no_pooled;  /* of one sample without a caption; NULL: no true CFG */
 } sc__flux_model;
 
-static sc_tensor *sc__flux_samples(sc__flux_model *m, sc_tape *t, sc_tensor *x, int64_t from,
-                                   const float *time, const float *guidance) {
-    int64_t n = x ? x->shape[0] : 0;
-    sc_flux_input in = {.x = x, .time = time, .guidance = guidance, .h = m->h, .w = m->w,
-                        .context = sc_samples(t, m->context, from, n),
+/* Of the query's samples those from `skip` on, which x holds. */
+static sc_tensor *sc__flux_samples(const sc__flux_model *m, sc_tape *t, sc_tensor *x,
+                                   const sc_query *q, int64_t skip) {
+    int64_t n = x ? x->shape[0] : 0, from = q->first + skip;
+    sc_flux_input in = {.x = x, .time = q->time + skip, .guidance = q->guidance + skip, .h = m->h,
+                        .w = m->w, .context = sc_samples(t, m->context, from, n),
                         .pooled = sc_samples(t, m->pooled, from, n)};
     return sc_flux_velocity(m->flux, t, &in);
 }
 
-/* sc_model.velocity. With LoRA each sample brings its own set into one pass; with whole weights
- * each run of samples that share a set is a pass. */
-static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x, int64_t first,
-                                          const uint8_t *sets, const float *time,
-                                          const float *guidance) {
-    sc__flux_model *m = (sc__flux_model *)self;
-    int64_t batch = x->shape[0], count;
+/* One evaluation. With LoRA each sample brings its own set into one pass; with whole weights each
+ * run of samples that share a set is a pass. */
+static sc_tensor *sc__flux_sets(const sc__flux_model *m, sc_tape *t, sc_tensor *x,
+                                const sc_query *q) {
+    const uint8_t *sets = q->sets;
+    int64_t batch = x ? x->shape[0] : 0, count;
     sc_tensor *all = NULL;
     sc_tape_use(t, sets);
-    if (!m->params || m->params->adapters)
-        return sc__flux_samples(m, t, x, first, time, guidance);
+    if (!m->params || m->params->adapters) return sc__flux_samples(m, t, x, q, 0);
     for (int64_t i = 0; i < batch; i += count) {
         for (count = 1; i + count < batch && sets[i + count] == sets[i];) count++;
         if (!m->params->set[sets[i]])
             return sc_fail("the recipe asks a teacher; these weights were given none"), NULL;
         sc_params_use(m->params, (sc_set)sets[i]);
-        sc_tensor *v = sc__flux_samples(m, t, sc_samples(t, x, i, count), first + i, time + i,
-                                        guidance + i);
+        sc_tensor *v = sc__flux_samples(m, t, sc_samples(t, x, i, count), q, i);
         if (!v || count == batch) return v;
         if (!all) all = sc_new(t, 3, (const int64_t[]){batch, v->shape[1], v->shape[2]});
         if (!sc_copy(t, sc_samples(t, all, i, count), v)) return NULL;
@@ -1366,42 +1383,66 @@ static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x, 
     return all;
 }
 
-/* Guidance distillation: the target v_u + g (v_c - v_u) of the frozen teacher, itself asked with
- * g = 1; v_u is without a caption. Nothing is recorded here. */
-static bool sc__guidance_target(sc__flux_model *m, sc_tape *t, const sc_batch *batch,
-                                const float *time, const float *guidance, sc_tensor *x,
-                                sc_tensor *target) {
-    int64_t n = x->shape[0];
-    const sc_tensor *c = m->context, *p = m->pooled;
-    sc_mark mark = sc_tape_mark(t);
-    sc_tensor *no_c = sc_from(t, 3, (const int64_t[]){1, c->shape[1], c->shape[2]},
-                              batch->no_context);
-    sc_tensor *no_p = sc_from(t, 2, (const int64_t[]){1, p->shape[1]}, batch->no_pooled);
-    sc__flux_model uncaptioned = *m;
-    uncaptioned.context = sc_new(t, 3, c->shape);
-    uncaptioned.pooled = sc_new(t, 2, p->shape);
-    for (int64_t i = 0; i < n; i++)
-        if (!sc_copy(t, sc_samples(t, uncaptioned.context, i, 1), no_c) ||
-            !sc_copy(t, sc_samples(t, uncaptioned.pooled, i, 1), no_p))
-            return false;
-    float *one = sc__floats(t, n, 1), *rest = sc__floats(t, n, 1);
-    uint8_t *teacher = (uint8_t *)sc_tape_host(t, (size_t)n);
-    if (!one || !rest || !teacher) return false;
-    for (int64_t i = 0; i < n; i++) rest[i] -= guidance[i], teacher[i] = SC_TEACHER;
-    sc_tensor *with = sc__flux_model_velocity(m, t, x, 0, teacher, time, one);
-    sc_tensor *without =
-        with ? sc__flux_model_velocity(&uncaptioned, t, x, 0, teacher, time, one) : NULL;
-    bool ok = sc_copy(t, target, sc_blend(t, guidance, with, rest, without));
-    sc_tape_rewind(t, mark);
-    return ok;
+/* x [n,...], and behind it the first `more` samples of y, or its only one so many times. */
+static sc_tensor *sc__extended(sc_tape *t, sc_tensor *x, sc_tensor *y, int64_t more) {
+    if (!x || !y) return NULL;
+    int64_t n = x->shape[0], shape[SC_MAX_DIMS];
+    memcpy(shape, x->shape, sizeof shape);
+    shape[0] += more;
+    sc_tensor *both = sc_new(t, x->ndim, shape);
+    bool ok = sc_copy(t, sc_samples(t, both, 0, n), x);
+    for (int64_t i = 0; ok && i < more; i++)
+        ok = sc_copy(t, sc_samples(t, both, n + i, 1),
+                     sc_samples(t, y, y->shape[0] == 1 ? 0 : i, 1));
+    return ok ? both : NULL;
+}
+
+/* sc_model.velocity. For true CFG one evaluation has all samples with their captions and, behind
+ * them, the guided ones again, without; they are the first (while recording, all). */
+static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x,
+                                          const sc_query *q) {
+    sc__flux_model both = *(sc__flux_model *)self;
+    int64_t n = x->shape[0], guided = 0;
+    for (int64_t i = 0; q->cfg && i < n; i++)
+        if (q->cfg[i] != 1) guided = i + 1;
+    if (!guided) return sc__flux_sets(&both, t, x, q);
+    if (!both.no_context || !both.no_pooled)
+        return sc_fail("true CFG without an empty or negative prompt"), NULL;
+    bool recording = sc_tape_record(t, false);
+    if (recording) guided = n;
+    float *time = sc__floats(t, n + guided, 0), *guidance = sc__floats(t, n + guided, 0);
+    float *rest = sc__floats(t, guided, 1);
+    uint8_t *sets = (uint8_t *)sc_tape_host(t, (size_t)(n + guided));
+    if (!time || !guidance || !rest || !sets) return NULL;
+    for (int64_t i = 0; i < n + guided; i++) {
+        int64_t j = i < n ? i : i - n;
+        time[i] = q->time[j], guidance[i] = q->guidance[j], sets[i] = q->sets ? q->sets[j] : 0;
+        if (i >= n) rest[j] -= q->cfg[j];
+    }
+    sc_tensor *context = sc_samples(t, both.context, q->first, n), *twice;
+    sc_tensor *pooled = sc_samples(t, both.pooled, q->first, n);
+    both.context = sc__extended(t, context, both.no_context, guided);
+    both.pooled = sc__extended(t, pooled, both.no_pooled, guided);
+    twice = both.context && both.pooled ? sc__extended(t, x, x, guided) : NULL;
+    sc_tape_record(t, recording);
+    const sc_query query = {0, q->sets ? sets : NULL, time, guidance, NULL};
+    sc_tensor *v = twice ? sc__flux_sets(&both, t, twice, &query) : NULL;
+    sc_tensor *with = sc_samples(t, v, 0, guided), *without = sc_samples(t, v, n, guided);
+    sc_tensor *y = sc_blend(t, q->cfg, with, rest, without); /* v_u + cfg (v_c - v_u) */
+    return guided < n ? sc__extended(t, y, sc_samples(t, v, guided, n - guided), n - guided) : y;
 }
 
 /* Uploads text; false where there is no memory. */
 static bool sc__flux_text(sc__flux_model *m, sc_tape *t, int batch, int text_tokens,
-                          const float *context, const float *pooled) {
+                          const float *context, const float *pooled, const float *no_context,
+                          const float *no_pooled) {
     const sc_flux_config *c = sc_flux_config_of(m->flux);
-    m->context = sc_from(t, 3, (const int64_t[]){batch, text_tokens, c->text_channels}, context);
-    m->pooled = sc_from(t, 2, (const int64_t[]){batch, c->pooled_channels}, pooled);
+    int64_t text[] = {batch, text_tokens, c->text_channels}, vector[] = {batch, c->pooled_channels};
+    m->context = sc_from(t, 3, text, context);
+    m->pooled = sc_from(t, 2, vector, pooled);
+    text[0] = vector[0] = 1;
+    if (no_context) m->no_context = sc_from(t, 3, text, no_context);
+    if (no_pooled) m->no_pooled = sc_from(t, 2, vector, no_pooled);
     return m->context && m->pooled;
 }
 
@@ -1429,9 +1470,11 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     sc_tape_reset(t);
     sc_tape_record(t, false);
     sc_draw *draws = (sc_draw *)sc_tape_host(t, (size_t)n * sizeof *draws);
-    float *time = sc__floats(t, n, 0), *guidance = sc__floats(t, n, 0);
+    float *time = sc__floats(t, n, 0), *guidance = sc__floats(t, n, 0), *cfg = sc__floats(t, n, 1);
+    float *one = sc__floats(t, n, 1);
     uint8_t *student = (uint8_t *)sc_tape_host(t, (size_t)n);
-    if (!draws || !time || !guidance || !student) return false;
+    uint8_t *teacher = (uint8_t *)sc_tape_host(t, (size_t)n);
+    if (!draws || !time || !guidance || !cfg || !one || !student || !teacher) return false;
     /* Steps 2 to 4: chance. Flow matching comes first, then the teacher's case, then the student's
      * own: neighbours with the same set share their matrix products. Only the draws are sorted, not
      * the pictures, on which they do not depend. */
@@ -1440,7 +1483,8 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
         sc_draw d;
         sc_draw_sample(r, rng, tokens, i < plain, &d);
         int64_t at = i < plain ? i : d.teacher ? low++ : --high;
-        draws[at] = d, time[at] = d.t[0], guidance[at] = d.guidance, student[at] = SC_STUDENT;
+        draws[at] = d, time[at] = d.t[0], guidance[at] = d.guidance, cfg[at] = d.cfg[1];
+        student[at] = SC_STUDENT, teacher[at] = SC_TEACHER;
     }
     sc__drop_captions(b, c, draws);
     /* Step 5: noisy input. */
@@ -1448,17 +1492,21 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     sc_model model = {sc__flux_model_velocity, &self};
     sc_tensor *x0 = sc_from(t, 3, shape, b->x0), *noise = sc_from(t, 3, shape, b->noise);
     sc_tensor *x = sc_noisy(t, draws, x0, noise), *target = sc_new(t, 3, shape);
-    if (!x || !target || !sc__flux_text(&self, t, b->size, b->text_tokens, b->context, b->pooled))
+    if (!x || !target || !sc__flux_text(&self, t, b->size, b->text_tokens, b->context, b->pooled,
+                                        b->no_context, b->no_pooled))
         return false;
-    /* Step 6: target. */
+    /* Step 6: target. Guidance distillation: the frozen teacher's guided velocity. */
     bool ok = true;
-    if (r->distil_guidance) ok = sc__guidance_target(&self, t, b, time, guidance, x, target);
-    else if (plain) ok = sc__flow_matching_target(t, x0, noise, plain, target);
+    if (r->distil_guidance) {
+        const sc_query query = {0, teacher, time, one, guidance};
+        ok = sc_copy(t, target, sc__flux_model_velocity(&self, t, x, &query));
+    } else if (plain) ok = sc__flow_matching_target(t, x0, noise, plain, target);
     if (ok && plain < n) ok = sc_scfm_target(&model, t, draws, plain, x, target);
     if (!ok) return false;
     /* Step 7: the student's answer, and the way back. */
     sc_tape_record(t, true);
-    sc_tensor *v = sc__flux_model_velocity(&self, t, x, 0, student, time, guidance);
+    const sc_query query = {0, student, time, guidance, cfg};
+    sc_tensor *v = sc__flux_model_velocity(&self, t, x, &query);
     ok = sc_mse(t, v, target, &params->results[0]) && sc_backward(t);
     sc_tape_record(t, false);
     sc_tape_use(t, NULL);
@@ -1470,7 +1518,8 @@ bool sc_sample(sc_flux *f, sc_tape *t, const sc_sampling *s, int batch, int text
     const int64_t shape[] = {batch, (int64_t)s->h * s->w, sc_flux_config_of(f)->in_channels};
     sc__flux_model self = {.flux = f, .h = s->h, .w = s->w};
     sc_tape_reset(t);
-    bool ok = batch < 1 || sc__flux_text(&self, t, batch, text_tokens, context, pooled);
+    bool ok = batch < 1 || sc__flux_text(&self, t, batch, text_tokens, context, pooled,
+                                         s->no_context, s->no_pooled);
     ok = ok && sc_euler(&(sc_model){sc__flux_model_velocity, &self}, t, s, 3, shape, latents);
     sc_tape_use(t, NULL);
     return ok;
@@ -3200,9 +3249,19 @@ sc_tensor *sc_timestep_embedding(sc_tape *t, const float *times, int64_t batch, 
     return y;
 }
 
+static void sc__blend_backward(sc_tape *t, sc__op *op) { /* of one of the two: dx += p dy */
+    sc_tensor *x = op->in[0], dx = *x, dy = *op->out[0];
+    const float *one = sc__floats(t, x->shape[0], 1);
+    dx.data = one ? sc__grad(t, x) : NULL, dy.data = dy.grad;
+    if (dx.data) t->be->blend(&dx, one, &dx, (const float *)op->extra, &dy);
+}
+
 sc_tensor *sc_blend(sc_tape *t, const float *p, sc_tensor *u, const float *q, sc_tensor *v) {
     sc_tensor *y = v ? sc__new_like(t, u) : NULL;
-    if (y) t->be->blend(y, p, u, q, v);
+    if (!y) return NULL;
+    t->be->blend(y, p, u, q, v);
+    sc__record(t, (sc__op){sc__blend_backward, NULL, {u}, {y}, {0}, 0, p});
+    sc__record(t, (sc__op){sc__blend_backward, NULL, {v}, {y}, {0}, 0, q});
     return y;
 }
 
@@ -3284,8 +3343,11 @@ sc_tensor *sc_upsample(sc_tape *t, const sc_tensor *x) {
 sc_tensor *sc_samples(sc_tape *t, const sc_tensor *x, int64_t first, int64_t count) {
     sc_tensor *y = x ? sc_reshape(t, x, x->ndim, x->shape) : NULL;
     if (!y) return NULL;
-    y->data = (char *)y->data + first * (sc_count(x) / x->shape[0]) * sc_dtype_size(x->dtype);
+    int64_t skip = first * (sc_count(x) / x->shape[0]) * sc_dtype_size(x->dtype);
+    y->data = (char *)y->data + skip;
     y->shape[0] = count;
+    y->needs_grad = t->recording && sc__grad(t, (sc_tensor *)x);
+    if (y->needs_grad) y->grad = (char *)x->grad + skip;
     return y;
 }
 

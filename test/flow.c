@@ -158,9 +158,9 @@ enum { BATCH = 256, PRETRAINING = 2000, SCFM = 6000 };
 
 /* The model as SCFM asks it: for velocities, with each sample's set. Here the teacher and the one
  * other set that occurs in a call answer for all samples, and each sample takes its own. */
-static sc_tensor *velocity(void *n, sc_tape *tape, sc_tensor *x, int64_t first, const uint8_t *sets,
-                           const float *times, const float *guidance) {
-    (void)first, (void)guidance; /* for models with captions */
+static sc_tensor *velocity(void *n, sc_tape *tape, sc_tensor *x, const sc_query *query) {
+    const uint8_t *sets = query->sets;
+    const float *times = query->time; /* what else it has is for models with captions */
     float taught[BATCH], rest[BATCH];
     sc_set other = SC_SLOW;
     for (int b = 0; b < BATCH; b++) {

@@ -190,12 +190,28 @@ static void set_factors(fixture *f, sc_params *p) {
             }
 }
 
+static void check_gradients(const char *name, const fixture *f, const sc_params *p,
+                            const char *prefix) {
+    double worst = 0, norm = sqrt(sc__sum_of_squares(p->grad, NULL, p->count));
+    int n = f->flux->module_count;
+    for (int i = 0; i < 2 * n; i++) {
+        const sc_adapter *l = &p->adapters[i / 2];
+        const sc_tensor *x = i % 2 ? l->b[SC_STUDENT] : l->a[SC_STUDENT];
+        char key[192];
+        snprintf(key, sizeof key, "%s.%s.%c", prefix, f->flux->modules[i / 2].name, "ab"[i % 2]);
+        float *grad = load(f->file, key);
+        worst = worst_error(worst, x->grad, grad, sc_count(x), 1e-6 * norm);
+        free(grad);
+    }
+    printf("%s: largest error of %d gradients %s %.1e\n", name, 2 * n, prefix, worst);
+    CHECK(worst < 1e-4);
+}
+
 static void test_lora(const char *name) {
     fixture f = open_fixture(name);
     float *velocity = load(f.file, "lora_velocity"), *base = load(f.file, "velocity");
     sc_params *p = sc_params_lora(f.flux, 3, 3 * 0.7f, 1);
-    double loss, worst = 0;
-    char key[192];
+    double loss;
     CHECK(rel_error(run(&f, students, false, &loss), base, f.n) <
           1e-5); /* B is zero: nothing changes */
     float first; /* of the seed's own stream, which draws the batches */
@@ -203,17 +219,7 @@ static void test_lora(const char *name) {
     CHECK(*(float *)p->adapters[0].a[SC_STUDENT]->data != first / 3);
     set_factors(&f, p);
     CHECK(rel_error(run(&f, students, true, &loss), velocity, f.n) < 1e-5);
-    double norm = sqrt(sc__sum_of_squares(p->grad, NULL, p->count));
-    for (int i = 0; i < f.flux->module_count; i++)
-        for (int part = 0; part < 2; part++) {
-            sc_tensor *x = part ? p->adapters[i].b[SC_STUDENT] : p->adapters[i].a[SC_STUDENT];
-            snprintf(key, sizeof key, "lora_grad.%s.%c", f.flux->modules[i].name, part ? 'b' : 'a');
-            float *grad = load(f.file, key);
-            worst = worst_error(worst, x->grad, grad, sc_count(x), 1e-6 * norm);
-            free(grad);
-        }
-    printf("%s: largest error of %d LoRA gradients %.1e\n", name, 2 * f.flux->module_count, worst);
-    CHECK(worst < 1e-4);
+    check_gradients(name, &f, p, "lora_grad");
     /* Each sample has its own set: the first is the base's, the others the student's. */
     uint8_t mixed[8] = {SC_TEACHER, SC_STUDENT, SC_STUDENT, SC_STUDENT};
     const float *v = run(&f, mixed, false, &loss);
@@ -263,20 +269,20 @@ static void test_lora_file(void) {
 
 /* ---- The SCFM target ---- */
 
-static void test_scfm(const char *name) {
+/* cfg: the teacher's, and the averages'. */
+static void check_target(const char *name, const char *expected_name, float cfg, float own) {
     fixture f = open_fixture(name);
     sc_params *p = sc_params_lora(f.flux, 3, 3 * 0.7f, 1);
     float *x0 = load(f.file, "x0"), *noise = load(f.file, "noise"), *table = load(f.file, "draws");
     float *times = load(f.file, "times"), *noisy = load(f.file, "noisy"),
-          *expected = load(f.file, "target");
+          *expected = load(f.file, expected_name);
+    float *no_context = load(f.file, "no_context"), *no_pooled = load(f.file, "no_pooled");
     sc_draw draws[8];
     set_factors(&f, p);
     for (int i = 0; i < f.batch; i++) {
-        draws[i] = (sc_draw){.teacher = table[4 * i] != 0,
-                             .steps = (int)table[4 * i + 1],
-                             .j = (int)table[4 * i + 2],
-                             .shift = table[4 * i + 3],
-                             .guidance = f.guidance[i]};
+        draws[i] = (sc_draw){.teacher = table[4 * i] != 0, .steps = (int)table[4 * i + 1],
+                             .j = (int)table[4 * i + 2], .shift = table[4 * i + 3],
+                             .guidance = f.guidance[i], .cfg = {cfg, own}};
         for (int k = 0; k < 3; k++)
             draws[i].t[k] =
                 sc_shift_time(1 - (float)(draws[i].j + k) / (float)draws[i].steps, draws[i].shift);
@@ -284,24 +290,53 @@ static void test_scfm(const char *name) {
         CHECK(rel_error(draws[i].t, times + 3 * i, 3) < 1e-6);
     }
     sc_tape_reset(f.tape);
-    sc__flux_model self = {
-        .flux = f.flux,
-        .params = p,
-        .h = f.h,
-        .w = f.w,
-        .context = sc_from(
-            f.tape, 3, (const int64_t[]){f.batch, f.text, f.flux->config.text_channels}, f.context),
-        .pooled = sc_from(f.tape, 2, (const int64_t[]){f.batch, f.flux->config.pooled_channels},
-                          f.pooled)};
+    sc__flux_model self = {.flux = f.flux, .params = p, .h = f.h, .w = f.w};
+    CHECK(sc__flux_text(&self, f.tape, (int)f.batch, (int)f.text, f.context, f.pooled, no_context,
+                        no_pooled));
     sc_model model = {sc__flux_model_velocity, &self};
     sc_tensor *x = sc_noisy(f.tape, draws, tensor(&f, x0), tensor(&f, noise)),
               *target = tensor(&f, x0);
     CHECK(sc_scfm_target(&model, f.tape, draws, 0, x, target));
     CHECK(rel_error(x->data, noisy, f.n) < 1e-6);
     CHECK(rel_error(target->data, expected, f.n) < 1e-5);
-    printf("%s: error of the SCFM target %.1e\n", name, rel_error(target->data, expected, f.n));
+    printf("%s: error of the SCFM target, %s, %.1e\n", name, expected_name,
+           rel_error(target->data, expected, f.n));
+    if (cfg != 1 && own == cfg) { /* the student's gradient goes through both evaluations */
+        const float scales[8] = {cfg, cfg, cfg, cfg};
+        double loss;
+        sc_tape_record(f.tape, true);
+        const sc_query query = {0, students, f.time, f.guidance, scales};
+        sc_tensor *v = sc__flux_model_velocity(&self, f.tape, tensor(&f, f.x), &query);
+        CHECK(sc_mse(f.tape, v, tensor(&f, f.goal), &loss) && sc_backward(f.tape));
+        check_gradients(name, &f, p, "cfg_grad");
+        sc_tape_record(f.tape, false);
+    }
     free(x0), free(noise), free(table), free(times), free(noisy), free(expected);
+    free(no_context), free(no_pooled);
     sc_params_free(p);
+    close_fixture(&f);
+}
+
+static void test_scfm(const char *name) {
+    check_target(name, "target", 1, 1);
+    check_target(name, "cfg_folded", 2.5f, 1);
+    check_target(name, "cfg_student", 2.5f, 2.5f);
+}
+
+/* Three steps of true CFG. */
+static void test_cfg_sample(void) {
+    fixture f = open_fixture("flux_b"); /* without a guidance input */
+    float *x = load(f.file, "noise"), *expected = load(f.file, "cfg_sample");
+    float *no_context = load(f.file, "no_context"), *no_pooled = load(f.file, "no_pooled");
+    sc_sampling s = {.steps = 3, .shift = 3, .cfg = 2.5f, .h = f.h, .w = f.w,
+                     .no_context = no_context, .no_pooled = no_pooled};
+    CHECK(sc_sample(f.flux, f.tape, &s, (int)f.batch, (int)f.text, f.context, f.pooled, x));
+    CHECK(rel_error(x, expected, f.n) < 1e-5);
+    printf("error of a sample with true CFG %.1e\n", rel_error(x, expected, f.n));
+    s.no_context = NULL;
+    CHECK(!sc_sample(f.flux, f.tape, &s, (int)f.batch, (int)f.text, f.context, f.pooled, x) &&
+          strstr(sc_error(), "negative prompt"));
+    free(x), free(expected), free(no_context), free(no_pooled);
     close_fixture(&f);
 }
 
@@ -409,6 +444,7 @@ int main(void) {
     test_sampling();
     test_lora_file();
     test_scfm("flux_a"), test_scfm("flux_b");
+    test_cfg_sample();
     test_draws();
     test_part_of_batch();
     test_reports();

@@ -1,7 +1,7 @@
 """Writes test/reference/flux_*: small random FLUX transformers, and what PyTorch says they compute.
 
 Outputs, the gradient of every weight and every LoRA factor, ten AdamW steps, and the SCFM target,
-the last a transcription of the method in plain PyTorch, not of our C code.
+the last a transcription of the method in plain PyTorch, not of our C code; the same with true CFG.
 """
 import json
 import os
@@ -11,7 +11,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-RANK, SCALE = 3, 0.7
+RANK, SCALE, CFG = 3, 0.7, 2.5
 
 
 def inputs(config, batch, text, h, w):
@@ -58,14 +58,32 @@ def shifted(u, s):
     return s * u / (1 + (s - 1) * u)
 
 
-def scfm(model, lora, x0, noise, i, draws, h, w):
-    """method.md, steps 3 to 6; a draw is (teacher?, N, j, shift)."""
+def guided(model, lora, sets, scales, x, i, time, h, w):
+    """v_u + scale (v_c - v_u), each of two evaluations of its own; v_u: with the one text i["no_*"]."""
+    n, lora.choice = len(x), sets
+    v_c = velocity(model, x, i["context"], i["pooled"], time, i["guidance"], h, w)
+    v_u = velocity(model, x, i["no_context"].expand(n, -1, -1), i["no_pooled"].expand(n, -1), time, i["guidance"], h, w)
+    return v_u + torch.tensor(scales, dtype=torch.float64)[:, None, None] * (v_c - v_u)
+
+
+def scfm(model, lora, x0, noise, i, draws, h, w, cfg=None):
+    """method.md, steps 3 to 6; a draw is (teacher?, N, j, shift). cfg: None; "folded": only the
+    teacher is guided, in both halves of its case; "student": everything is."""
     t = torch.tensor([[shifted(1 - (j + k) / n, s) for k in range(3)] for _, n, j, s in draws])
     t[:, 0] = t[:, 0].clamp(max=1 - 1e-5)
     t = t.double()
     d1, d2 = (t[:, 0] - t[:, 1])[:, None, None], (t[:, 1] - t[:, 2])[:, None, None]
     t0 = t[:, 0][:, None, None]
     x = (1 - t0) * x0 + t0 * noise
+    if cfg:
+        case = [d[0] for d in draws]
+        alone = 1 if cfg == "folded" else CFG
+        first, first_scale = [None if c else 1 for c in case], [CFG if c else alone for c in case]
+        second = [None if c and cfg == "folded" else 2 for c in case]
+        with torch.no_grad():
+            v1 = guided(model, lora, first, first_scale, x, i, t[:, 0], h, w)
+            v2 = guided(model, lora, second, first_scale, x - d1 * v1, i, t[:, 1], h, w)
+        return (d1 * v1 + d2 * v2) / (d1 + d2)
     with torch.no_grad():
         lora.choice = [None if teacher else 1 for teacher, *_ in draws]        # teacher, or fast
         v1 = velocity(model, x, i["context"], i["pooled"], t[:, 0], i["guidance"], h, w)
@@ -112,6 +130,23 @@ def make(name, seed, batch, text, h, w, **config):
     x0, noise = torch.randn_like(i["x"]), torch.randn_like(i["x"])
     t, x, target = scfm(model, lora, x0, noise, i, draws, h, w)
     out.update(x0=x0, noise=noise, draws=torch.tensor([[float(d[0]), d[1], d[2], d[3]] for d in draws]), times=t, noisy=x, target=target)
+    i.update(no_context=torch.randn(1, text, config["joint_attention_dim"]).double(),
+             no_pooled=torch.randn(1, config["pooled_projection_dim"]).double())
+    for cfg in ("folded", "student"):
+        out["cfg_" + cfg] = scfm(model, lora, x0, noise, i, draws, h, w, cfg)
+    for factor in (f for factors in lora.sets[0].values() for f in factors):
+        factor.grad = None
+    v = guided(model, lora, [0] * batch, [CFG] * batch, i["x"], i, i["time"], h, w)
+    ((v - i["goal"]) ** 2).mean().backward()
+    for n, (a, b) in lora.sets[0].items():
+        out[f"cfg_grad.{n}.a"], out[f"cfg_grad.{n}.b"] = a.grad, b.grad
+    times = [1 - 1e-5] + [shifted(1 - k / 3, 3) for k in (1, 2, 3)]
+    x = noise.float().double()
+    for now, then in zip(times, times[1:]):
+        with torch.no_grad():
+            time = torch.full((batch,), now).double()
+            x = x - (now - then) * guided(model, lora, [None] * batch, [CFG] * batch, x, i, time, h, w)
+    out.update(cfg_sample=x, no_context=i["no_context"], no_pooled=i["no_pooled"])
     save_file({k: v.detach().float().contiguous() for k, v in out.items()}, os.path.join(folder, "reference.safetensors"))
 
 
