@@ -276,9 +276,9 @@ bool sc_copy(sc_tape *t, sc_tensor *y, const sc_tensor *x);
 /* same data, new shape */
 sc_tensor *sc_reshape(sc_tape *t, const sc_tensor *x, int ndim, const int64_t *shape);
 
-/* A block reads in[] (at most 5) and makes out[0] and perhaps out[1]. For the backward pass it is
- * kept, or only its inputs are, and it runs again (checkpointing); the gradients inside it live no
- * longer than its part of that pass. */
+/* A block reads in[] (2 to 5) and makes out[0] and perhaps out[1], no larger than in[0] and in[1].
+ * For the backward pass it is kept, or only its inputs are, and it runs again (checkpointing); the
+ * gradients inside it live no longer than its part of that pass. */
 typedef bool (*sc_block)(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context);
 bool sc_run_block(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs,
                   sc_tensor **out, bool keep);
@@ -1782,25 +1782,19 @@ static void sc__sgemm(bool ta, bool tb, int m, int n, int k, float alpha, const 
 #else
 static void sc__sgemm(bool ta, bool tb, int m, int n, int k, float alpha, const float *a, int lda,
                       const float *b, int ldb, float beta, float *c, int ldc) {
+    int64_t along = ta ? lda : 1; /* from one element of a row of op(A) to the next */
     for (int i = 0; i < m; i++) {
         float *row = c + (int64_t)i * ldc;
+        const float *ai = a + (ta ? i : (int64_t)i * lda), *bp = b;
         for (int j = 0; j < n; j++) row[j] = beta == 0 ? 0 : beta * row[j];
-        if (tb) {
-            for (int j = 0; j < n; j++) {
-                const float *bj = b + (int64_t)j * ldb;
-                float sum = 0;
-                if (ta) for (int p = 0; p < k; p++) sum += a[(int64_t)p * lda + i] * bj[p];
-                else
-                    SC_SIMD_SUM(sum)
-                    for (int p = 0; p < k; p++) sum += a[(int64_t)i * lda + p] * bj[p];
-                row[j] += alpha * sum;
-            }
-        } else {
-            for (int p = 0; p < k; p++) {
-                float s = alpha * (ta ? a[(int64_t)p * lda + i] : a[(int64_t)i * lda + p]);
-                const float *bp = b + (int64_t)p * ldb;
-                SC_SIMD for (int j = 0; j < n; j++) row[j] += s * bp[j];
-            }
+        for (int j = 0; tb && j < n; j++, bp += ldb) {
+            float sum = 0;
+            SC_SIMD_SUM(sum) for (int p = 0; p < k; p++) sum += ai[p * along] * bp[p];
+            row[j] += alpha * sum;
+        }
+        for (int p = 0; !tb && p < k; p++, bp += ldb) {
+            float s = alpha * ai[p * along];
+            SC_SIMD for (int j = 0; j < n; j++) row[j] += s * bp[j];
         }
     }
 }
@@ -2319,10 +2313,10 @@ static double sc__sum_of_squares(const float *x, const float *minus, int64_t n) 
     for (int64_t start = 0; start < n; start += SC__SLICE) {
         int64_t end = start + SC__SLICE < n ? start + SC__SLICE : n;
         float sum = 0;
-        if (minus)
-            SC_SIMD_SUM(sum)
-            for (int64_t i = start; i < end; i++) sum += (x[i] - minus[i]) * (x[i] - minus[i]);
-        else SC_SIMD_SUM(sum) for (int64_t i = start; i < end; i++) sum += x[i] * x[i];
+        SC_SIMD_SUM(sum) for (int64_t i = start; i < end; i++) {
+            float difference = minus ? x[i] - minus[i] : x[i];
+            sum += difference * difference;
+        }
         total += sum;
     }
     return total;
@@ -2565,12 +2559,10 @@ static void sc__cpu_group_norm(sc_tensor *y, const sc_tensor *x, const double *s
         const float *px = sc__f(x) + plane * pixels;
         float *py = sc__f(y) + plane * pixels, m = (float)mean, shift = sc__f(b)[channel];
         float scale = (float)(1 / sqrt(var + (double)eps)) * sc__f(w)[channel];
-        if (silu)
-            SC_SIMD for (int64_t i = 0; i < pixels; i++) {
-                float n = (px[i] - m) * scale + shift;
-                py[i] = n * sc__sigmoid(n);
-            }
-        else SC_SIMD for (int64_t i = 0; i < pixels; i++) py[i] = (px[i] - m) * scale + shift;
+        SC_SIMD for (int64_t i = 0; i < pixels; i++) {
+            float n = (px[i] - m) * scale + shift;
+            py[i] = silu ? n * sc__sigmoid(n) : n;
+        }
     }
 }
 
@@ -2812,15 +2804,18 @@ sc_tensor *sc_from(sc_tape *t, int ndim, const int64_t *shape, const float *valu
     return x;
 }
 
-bool sc_read(sc_tape *t, const sc_tensor *x, float *values) {
-    if (!x) return false;
+/* Its values without the scales of rows. */
+static bool sc__download(const sc_backend *be, const sc_tensor *x, float *values) {
     size_t bytes = (size_t)(sc_count(x) * sc_dtype_size(x->dtype));
-    if (x->dtype == SC_F32) return t->be->download(values, x->data, bytes);
+    if (x->dtype == SC_F32) return be->download(values, x->data, bytes);
     void *raw = sc__alloc(bytes, 1);
-    bool ok = raw && t->be->download(raw, x->data, bytes);
+    bool ok = raw && be->download(raw, x->data, bytes);
     if (ok) sc_to_f32(values, raw, x->dtype, sc_count(x));
     SC_FREE(raw);
     return ok;
+}
+bool sc_read(sc_tape *t, const sc_tensor *x, float *values) {
+    return x && sc__download(t->be, x, values);
 }
 
 sc_tensor *sc_reshape(sc_tape *t, const sc_tensor *x, int ndim, const int64_t *shape) {
@@ -3366,38 +3361,23 @@ sc_tensor *sc_swap_axes(sc_tape *t, const sc_tensor *x) {
 
 /* ---- Blocks ---- >>checkpoint */
 
-static bool sc__overlap(const sc_tensor *a, const sc_tensor *b) {
-    const char *pa = (const char *)a->data, *pb = (const char *)b->data;
-    return pa < pb + sc_count(b) * sc_dtype_size(b->dtype) &&
-           pb < pa + sc_count(a) * sc_dtype_size(a->dtype);
-}
-
-/* Runs a block without recording and gives back all that it made but its outputs: these are moved
- * to the place where its first tensors were, unless they would be copied onto themselves. */
+/* Runs a block without recording and gives back all that it made but copies of its outputs. */
 static bool sc__run_lean(sc_tape *t, sc_block block, const void *context, sc_tensor **in,
                          sc_tensor **out) {
-    bool recording = t->recording, overlap = false;
-    sc_mark start = sc_tape_mark(t);
-    t->recording = false;
-    bool ok = block(t, in, out, context);
-    t->recording = recording;
-    if (!ok) return false;
-    int count = out[1] ? 2 : 1;
-    sc_mark end = sc_tape_mark(t);
-    sc_tensor old[2];
-    for (int i = 0; i < count; i++) old[i] = *out[i];
-    sc_tape_rewind(t, start);
-    for (int i = 0; i < count; i++) {
-        if (!(out[i] = sc__new_like(t, &old[i]))) return false;
-        for (int j = 0; j < count; j++) overlap = overlap || sc__overlap(out[i], &old[j]);
+    sc_tensor *kept[2] = {sc__new_like(t, in[0]), sc__new_like(t, in[1])};
+    sc_mark mark = sc_tape_mark(t);
+    bool recording = sc_tape_record(t, false), ok = kept[0] && block(t, in, out, context);
+    for (int i = 0; ok && i < 2 && out[i]; i++) {
+        if (!kept[i] || sc_count(out[i]) > sc_count(kept[i]))
+            return sc_fail("a block makes more than it reads");
+        sc_tensor copy = *out[i];
+        copy.data = kept[i]->data;
+        sc_copy(t, &copy, out[i]);
+        *(out[i] = kept[i]) = copy;
     }
-    if (overlap) sc_tape_rewind(t, end);
-    for (int i = 0; i < count; i++) {
-        int64_t n = sc_count(&old[i]);
-        if (overlap) out[i]->data = old[i].data;
-        else t->be->copy_block(out[i]->data, n, old[i].data, n, 1, n, old[i].dtype, false);
-    }
-    return true;
+    sc_tape_record(t, recording);
+    sc_tape_rewind(t, mark);
+    return ok;
 }
 
 /* Runs a block whose operations are recorded. What is cheap may lie where other blocks' is. */
@@ -4879,6 +4859,12 @@ bool sc_net_linear(sc_net *net, sc_linear_layer *layer, const char *name, int64_
 
 /* ---- What nobody asked for ---- */
 
+/* Whether a name is like one of these, of which the last is NULL. */
+static bool sc__any(const char *const *patterns, const char *name) {
+    while (*patterns && fnmatch(*patterns, name, 0)) patterns++;
+    return *patterns;
+}
+
 /* Appends a name to a list for messages, which ends in ... where it is full. */
 static void sc__list_name(char *list, size_t size, const char *name) {
     size_t used = strlen(list), room = size - used;
@@ -4923,14 +4909,9 @@ static bool sc__net_complete(const sc_net *net) {
 }
 
 /* Extras that change nothing: marks, scales of activations, second copies, other halves of CLIP. */
-static bool sc__harmless(const char *name) {
-    static const char *const known[] = {"*scaled_fp8", "*.comfy_quant", "*input_scale",
-        "*scale_input", "*position_ids", "*embed_tokens.weight", "*logit_scale",
-        "*text_projection*", "*visual_projection*", "*vision_model.*", "*spiece_model"};
-    size_t i = 0, n = sizeof known / sizeof *known;
-    while (i < n && fnmatch(known[i], name, 0)) i++;
-    return i < n;
-}
+static const char *const sc__harmless[] = {"*scaled_fp8", "*.comfy_quant", "*input_scale",
+    "*scale_input", "*position_ids", "*embed_tokens.weight", "*logit_scale", "*text_projection*",
+    "*visual_projection*", "*vision_model.*", "*spiece_model", NULL};
 
 int64_t sc_net_unread(const sc_net *const *nets, int count, char *names, size_t size) {
     int64_t unread = 0;
@@ -4938,7 +4919,7 @@ int64_t sc_net_unread(const sc_net *const *nets, int count, char *names, size_t 
     for (int i = 0; i < count; i++) {
         const sc_file *f = nets[i] ? nets[i]->file : NULL, *other;
         for (int64_t k = 0; f && k < f->count; k++) {
-            bool used = sc__harmless(f->entries[k].name);
+            bool used = sc__any(sc__harmless, f->entries[k].name);
             for (int j = 0; j < count; j++) { /* the same file's, counted already or used there */
                 if (!nets[j] || !(other = nets[j]->file) || strcmp(other->path, f->path)) continue;
                 used = used || j < i || other->entries[k].used;
@@ -5253,10 +5234,7 @@ static bool sc__merged_values(const sc_flux *f, const sc_tensor *w, float *value
     int64_t n = sc_count(w);
     for (int i = 0; i < f->module_count; i++)
         if (f->modules[i].layer->weight == w) layer = f->modules[i].layer;
-    void *raw = sc__alloc((size_t)n, (size_t)sc_dtype_size(w->dtype));
-    bool ok = raw && be->download(raw, w->data, (size_t)(n * sc_dtype_size(w->dtype)));
-    if (ok) sc_to_f32(values, raw, w->dtype, n);
-    SC_FREE(raw);
+    bool ok = sc__download(be, w, values);
     float *scales = ok && w->scale ? (float *)sc__alloc((size_t)w->shape[0], sizeof *scales) : NULL;
     if (w->scale) ok = scales && be->download(scales, w->scale, (size_t)w->shape[0] * 4);
     for (int64_t i = 0; ok && scales && i < n; i++) values[i] *= scales[i / w->shape[1]];
@@ -5403,18 +5381,16 @@ static const sc_json *sc__lora_setting(const sc__lora *l, const char *key) {
 
 /* Whether a LoRA's config is one of W + B A, with W as the model has it. */
 static bool sc__lora_plain(const sc__lora *l) {
-    static const char *const changed[] = {"pissa", "olora", "corda", "loftq"};
+    static const char *const changed[] = {"pissa*", "olora*", "corda*", "loftq*", NULL};
     const char *type = sc_json_string(sc__lora_setting(l, "peft_type"), "LORA");
     const char *start = sc_json_string(sc__lora_setting(l, "init_lora_weights"), "");
     if (strcmp(type, "LORA"))
         return sc_fail("%s: its config says %s, not LORA: only LoRA is read here", l->file->path,
                         type);
-    for (int i = 0; i < 4; i++)
-        if (!strncmp(start, changed[i], strlen(changed[i])))
-            return sc_fail("%s: goes with weights that '%s' changed: save it again as a LoRA of "
-                            "the model's own (path_initial_model_for_weight_conversion in PEFT)",
-                            l->file->path, start);
-    return true;
+    return !sc__any(changed, start) ||
+           sc_fail("%s: goes with weights that '%s' changed: save it again as a LoRA of the "
+                   "model's own (path_initial_model_for_weight_conversion in PEFT)",
+                   l->file->path, start);
 }
 
 static bool sc__lora_open(sc__lora *l, const char *path) {
@@ -5544,14 +5520,9 @@ static bool sc__lora_side(const char *name, int side) {
     return end < SC__LORA_ENDS;
 }
 
-/* Whether a tensor changes one of the text encoders, which take no LoRA here. */
-static bool sc__lora_of_text(const char *name) {
-    static const char *const starts[] = {"lora_te", "text_encoder", "clip_l.", "t5", "bundle_emb",
-        "base_model.model.text_model", "lycoris_text"};
-    size_t i = 0, n = sizeof starts / sizeof *starts;
-    while (i < n && strncmp(name, starts[i], strlen(starts[i]))) i++;
-    return i < n;
-}
+/* What changes one of the text encoders, which take no LoRA here. */
+static const char *const sc__lora_of_text[] = {"lora_te*", "text_encoder*", "clip_l.*", "t5*",
+    "bundle_emb*", "base_model.model.text_model*", "lycoris_text*", NULL};
 
 /* Names what is not LoRA in a file. */
 static bool sc__lora_refuse(const sc_file *file, const char *first, const char *names) {
@@ -5576,7 +5547,7 @@ static bool sc__lora_count(const sc_file *file, sc_lora_report *report) {
     for (int64_t i = 0; i < file->count; i++) {
         const char *name = file->entries[i].name;
         bool adapter = sc__lora_side(name, 0), used = file->entries[i].used;
-        bool text = sc__lora_of_text(name);
+        bool text = sc__any(sc__lora_of_text, name);
         report->total += adapter;
         report->applied += adapter && used;
         if (used || (!adapter && (sc__lora_side(name, 1) || sc__stem(name, ".alpha")))) continue;
