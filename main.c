@@ -22,7 +22,7 @@ typedef struct options {
     bool full, kohya, guided, named; /* guided: by --guidance; named: by --out */
     int count, threads, batch, resolution;
     uint64_t seed;
-    char *command;
+    const char *command;
 } options;
 
 /* ---- The evaluator: a small convolutional classifier (data/train_evaluator.py) ---- */
@@ -68,8 +68,8 @@ static bool conv_open(sc_net *net, conv *c, const char *kind, int level, int64_t
 }
 
 static bool evaluator_open(evaluator *e, const sc_backend *be, const char *folder) {
-    char *path = joined(folder, "config.json");
-    sc_json *json = path ? sc_json_load(path) : NULL;
+    const char *path = formatted("%s/config.json", folder);
+    sc_json *json = sc_json_load(path);
     const sc_json *channels = sc_json_get(json, "channels");
     int count[MAX_LEVELS], in = 3;
     *e = (evaluator){.json = json, .captions = sc_json_get(json, "captions")};
@@ -87,7 +87,6 @@ static bool evaluator_open(evaluator *e, const sc_backend *be, const char *folde
         ok = count[i] && count[i] % e->groups == 0;
     }
     if (!ok && json) sc_fail("%s: not an evaluator's", path);
-    free(path);
     ok = ok && (e->net = sc_net_open(be, folder, true)) && (e->tape = sc_tape_new(be));
     for (int i = 0; ok && i < e->levels; in = count[i++])
         ok = conv_open(e->net, &e->down[i], "down", i, in, count[i]) &&
@@ -218,10 +217,10 @@ static double frechet(const float *a, int64_t na, const float *b, int64_t nb, in
 /* ---- Pictures of one setting ---- */
 
 typedef struct setting {
-    char *lora; /* its path; NULL: none */
+    const char *lora; /* its path; NULL: none */
     int steps;
     float shift, guidance, scale;
-    char label[64];
+    const char *label;
 } setting;
 
 typedef struct measures {
@@ -446,9 +445,7 @@ static bool best_shift(experiment *x, setting *s) {
 /* A row of the table, and the next column of the sheet. */
 static bool show_setting(experiment *x, const setting *s, const char *title, const measures *base,
                          measures *m) {
-    char heading[32];
-    snprintf(heading, sizeof heading, "%s %d", title, s->steps);
-    draw_text(x, heading);
+    draw_text(x, formatted("%s %d", title, s->steps));
     if (!run_setting(x, s, x->count, true, m)) return false;
     if (x->column == 0) x->base_real = m->real;
     print_row(x, s, m, base);
@@ -461,10 +458,8 @@ static bool show_lora(experiment *x, const char *argument, int steps, float shif
     measures m;
     setting s = {.steps = steps, .shift = shift, .guidance = x->o.guidance};
     s.lora = sc_lora_argument(argument, steps, &s.scale, x->o.guided ? NULL : &s.guidance);
-    snprintf(s.label, sizeof s.label, "%.60s", s.lora ? s.lora : "");
-    bool ok = s.lora && show_setting(x, &s, title, base, &m);
-    free(s.lora);
-    return ok;
+    s.label = formatted("%.60s", s.lora);
+    return show_setting(x, &s, title, base, &m);
 }
 
 static bool new_sheet(experiment *x, int loras) {
@@ -491,7 +486,7 @@ static bool run_experiment(experiment *x) {
     if (!new_sheet(x, loras)) return false;
     print_head();
     if (!show_setting(x, &s, "BASE", NULL, &base)) return false;
-    snprintf(s.label, sizeof s.label, "base, best shift");
+    s.label = "base, best shift";
     for (int i = 0; i < 3; i++) {
         s.steps = few[i];
         if (!best_shift(x, &s) || !show_setting(x, &s, "BASE", NULL, &base)) return false;
@@ -512,7 +507,7 @@ static bool run_experiment(experiment *x) {
 static bool load_prompts(experiment *x) {
     int64_t text_size = (int64_t)x->p->text_tokens * sc_flux_config_of(x->p->flux)->text_channels;
     int64_t pooled_size = sc_flux_config_of(x->p->flux)->pooled_channels, count;
-    char *text, **lines = sc_load_prompts(x->o.prompts, &text, &count);
+    char **lines = sc_load_prompts(x->o.prompts, &count);
     size_t n = (size_t)count;
     bool ok = lines && (x->class_of = (int *)allocate(n, sizeof *x->class_of)) &&
               (x->context = (float *)allocate(n * (size_t)text_size, sizeof *x->context)) &&
@@ -524,7 +519,7 @@ static bool load_prompts(experiment *x) {
                               x->pooled + i * pooled_size) &&
              (!sc_interrupted || sc_fail("stopped"));
     }
-    free(lines), free(text);
+    free(lines);
     return ok;
 }
 
@@ -554,11 +549,11 @@ static bool load_real(experiment *x) {
 static int experiment_main(const options *o) {
     experiment x = {.o = *o};
     const sc_backend *be = sc_device(o->device);
-    x.o.command = sc_command(2, (char *[]){SC_MADE_BY, o->command});
+    x.o.command = formatted(SC_MADE_BY " %s", o->command);
     if (!x.o.lora[0]) x.o.lora[0] = sc_own_lora(o->model);
     const sc_pipeline_options how = {.fp8 = !strcmp(o->weights, "fp8"),
                                      .streamed = !strcmp(o->weights_on, "host")};
-    bool ok = be && x.o.command && sc_apart(o->out, o->prompts) &&
+    bool ok = be && sc_apart(o->out, o->prompts) &&
               sc_check_out(o->out, ".png", o->named, o->model, x.o.lora) &&
               (x.p = sc_open_model(be, o->model, &how)) &&
               evaluator_open(&x.judge, be, o->evaluator);
@@ -581,8 +576,7 @@ static int experiment_main(const options *o) {
         x.features = x.base_features + features;
         ok = x.base && run_experiment(&x);
     }
-    free(x.class_of), free(x.context), free(x.pooled), free(x.base), free(x.real), free(x.sheet),
-        free(x.o.command);
+    free(x.class_of), free(x.context), free(x.pooled), free(x.base), free(x.real), free(x.sheet);
     evaluator_close(&x.judge);
     sc_pipeline_close(x.p);
     return ok ? 0 : sc_die();
@@ -641,19 +635,12 @@ static bool info_net(const char *what, const sc_net *net) {
     return missing == 0;
 }
 
-static bool is_absent(const char *model, sc_part part) {
-    char *path = sc_part_path(model, part);
-    bool absent = !path;
-    free(path);
-    return absent;
-}
+static bool is_absent(const char *model, sc_part part) { return !kept(sc_part_path(model, part)); }
 
 /* Whether this is a model: diffusers' folder, or something that holds a part. A file beside one is
  * none. */
 static bool is_model(const char *path) {
-    char *index = joined(path, "model_index.json");
-    bool found = index && exists(index);
-    free(index);
+    bool found = exists(formatted("%s/model_index.json", path));
     for (int part = 0; !found && part < SC_PARTS; part++)
         found = is_file(path) ? sc_part_in_file(path, (sc_part)part) > 0
                               : !is_absent(path, (sc_part)part);
@@ -663,28 +650,26 @@ static bool is_model(const char *path) {
 /* The transformer's plan: from its file, or, where that is not there or broken, from config.json.
  */
 static sc_flux *info_flux(const char *model) {
-    char *path = sc_part_path(model, SC_TRANSFORMER), *folder = joined(model, "transformer");
+    const char *path = kept(sc_part_path(model, SC_TRANSFORMER));
     sc_flux *flux = path ? sc_flux_open(NULL, path, false, false, 0) : NULL;
-    if (!flux) printf("  transformer: %s\n", sc_error());
-    if (!flux && folder) flux = sc_flux_open(NULL, folder, false, true, 0);
-    free(path), free(folder);
-    return flux;
+    if (flux) return flux;
+    printf("  transformer: %s\n", sc_error());
+    return sc_flux_open(NULL, formatted("%s/transformer", model), false, true, 0);
 }
 
 static void info_tokenizer(const char *model, const char *name) {
-    char *folder = sc_model_folder(model), *path = folder ? joined(folder, name) : NULL;
-    sc_tokenizer *t = path ? sc_tokenizer_open(path) : NULL;
+    const char *folder = kept(sc_model_folder(model));
+    sc_tokenizer *t = folder ? sc_tokenizer_open(formatted("%s/%s", folder, name)) : NULL;
     if (t) printf("  %s: %d tokens of a prompt\n", name, sc_tokenizer_length(t));
     else printf("  %s: %s\n", name, sc_error());
     sc_tokenizer_close(t);
-    free(folder), free(path);
 }
 
 static int info_model(const char *model) {
     sc_flux *flux = info_flux(model);
     sc_text_encoders *text = sc_text_encoders_open(NULL, model);
     if (!text) printf("  text encoders: %s\n", sc_error());
-    char *path = sc_part_path(model, SC_VAE);
+    const char *path = kept(sc_part_path(model, SC_VAE));
     sc_vae *vae = path ? sc_vae_open(NULL, path, false) : NULL;
     if (!vae) printf("  vae: %s\n", sc_error());
     static const char *const names[] = {"transformer", "text_encoder", "text_encoder_2", "vae"};
@@ -712,7 +697,6 @@ static int info_model(const char *model) {
     sc_flux_close(flux);
     sc_text_encoders_close(text);
     sc_vae_close(vae);
-    free(path);
     if (!ok) sc_fail("%s: a part is not whole, or not one that is read here", model);
     return ok ? 0 : sc_die();
 }
@@ -725,7 +709,7 @@ static int info_main(const char *path) {
 
 /* LoRAs folded into a copy of the transformer, or, with --kohya, into one file of kohya's names. */
 static int merge_main(const options *o) {
-    char *path = sc_part_path(o->model, SC_TRANSFORMER);
+    const char *path = kept(sc_part_path(o->model, SC_TRANSFORMER));
     sc_flux *flux = path ? sc_flux_open(sc_cpu(), path, false, false, 0) : NULL;
     float guidance = NAN; /* that of 3 steps, as the scale: weights cannot keep it */
     bool ok = flux && (o->lora[0] || sc_fail("merge needs --lora FILE[:SCALE]")) &&
@@ -742,7 +726,6 @@ static int merge_main(const options *o) {
     if (ok) printf("wrote %s%s\n", o->out, what);
     if (ok && isfinite(guidance)) printf("for 3 steps the LoRA asks for guidance %g\n", guidance);
     sc_flux_close(flux);
-    free(path);
     return ok ? 0 : sc_die();
 }
 
@@ -803,15 +786,10 @@ int main(int argc, char **argv) {
     bool merge = count && !strcmp(words[0], "merge");
     o.named = o.out != NULL;
     o.command = sc_command(argc, argv);
-    if (!o.command) return sc_die();
     if (!o.out) o.out = !merge ? "sheet.png" : o.kohya ? "lora-kohya.safetensors" : "merged";
     if (o.batch < 1 || o.count < 0 || o.count == 1 || o.resolution < 0 || o.shift < 0)
-        return sc_fail("--batch from 1, --count from 2 up, no negative numbers"), sc_die(),
-               free(o.command), 2;
-    int status = count == 0                                ? experiment_main(&o)
-                 : count == 2 && !strcmp(words[0], "info") ? info_main(words[1])
-                 : merge && count == 1                     ? merge_main(&o)
-                                                           : wrong_words(words[0], count, argv[0]);
-    free(o.command);
-    return status;
+        return sc_fail("--batch from 1, --count from 2 up, no negative numbers"), sc_die(), 2;
+    if (count == 0) return experiment_main(&o);
+    if (count == 2 && !strcmp(words[0], "info")) return info_main(words[1]);
+    return merge && count == 1 ? merge_main(&o) : wrong_words(words[0], count, argv[0]);
 }

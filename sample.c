@@ -25,7 +25,7 @@ typedef struct options {
     uint64_t seed;
     int count, threads;
     int steps, width, height;
-    char *command;
+    const char *command;
 } options;
 
 /* ---- One picture ---- */
@@ -57,42 +57,31 @@ static float time_shift(const sc_pipeline *p, const options *o, int64_t tokens) 
     return shift > 0 ? shift : sc_dynamic_shift(&p->mu, tokens);
 }
 
-/* The settings as the usual picture tools read them: the prompt, then "Key: value, ..."; malloced.
- */
-static char *parameters_of(const options *o, const char *prompt, uint64_t seed, float shift) {
-    char *text = NULL, *path;
-    size_t size;
-    FILE *f = open_memstream(&text, &size);
-    if (!f) return finished(f, &text);
-    fprintf(f,
-            "%s\nSteps: %d, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: %g, Seed: %llu, "
-            "Size: %dx%d, Shift: %g, Model: %s",
-            prompt, o->steps, o->guidance, (unsigned long long)seed, o->width, o->height, shift,
-            o->model);
+/* The settings as the usual picture tools read them: the prompt, then "Key: value, ...". */
+static const char *parameters_of(const options *o, const char *prompt, uint64_t seed, float shift) {
+    const char *loras = "";
     for (int i = 0; !o->no_lora && i < 8 && o->lora[i]; i++) {
         float scale;
-        path = sc_lora_argument(o->lora[i], o->steps, &scale, NULL);
-        if (!path) return fclose(f), free(text), NULL;
-        fprintf(f, "%s%s:%g", i ? " " : ", Lora: ", path, scale);
-        free(path);
+        const char *path = sc_lora_argument(o->lora[i], o->steps, &scale, NULL);
+        loras = formatted("%s%s%s:%g", loras, i ? " " : ", Lora: ", path, scale);
     }
-    if (!strcmp(o->weights, "fp8")) fprintf(f, ", Weights: fp8");
-    if (o->noise) fprintf(f, ", Noise: %s", o->noise);
-    return finished(f, &text);
+    return formatted(
+        "%s\nSteps: %d, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: %g, Seed: %llu, "
+        "Size: %dx%d, Shift: %g, Model: %s%s%s%s%s",
+        prompt, o->steps, o->guidance, (unsigned long long)seed, o->width, o->height, shift,
+        o->model, loras, strcmp(o->weights, "fp8") ? "" : ", Weights: fp8",
+        o->noise ? ", Noise: " : "", o->noise ? o->noise : "");
 }
 
 /* Whether the PNG at `path` was drawn with just these parameters, and no LoRA written after it. */
 static bool drawn(const options *o, const char *path, const char *parameters) {
     struct stat picture, lora;
     float scale;
-    char *text = sc_picture_parameters(path);
+    const char *text = sc_picture_parameters(path);
     bool same = text && !strcmp(text, parameters) && !stat(path, &picture);
-    for (int i = 0; same && !o->no_lora && i < 8 && o->lora[i]; i++) {
-        char *file = sc_lora_argument(o->lora[i], o->steps, &scale, NULL);
-        same = file && !stat(file, &lora) && lora.st_mtime <= picture.st_mtime;
-        free(file);
-    }
-    free(text);
+    for (int i = 0; same && !o->no_lora && i < 8 && o->lora[i]; i++)
+        same = !stat(sc_lora_argument(o->lora[i], o->steps, &scale, NULL), &lora) &&
+               lora.st_mtime <= picture.st_mtime;
     return same;
 }
 
@@ -105,10 +94,8 @@ static bool draw(sc_pipeline *p, const options *o, const char *prompt, uint64_t 
     int64_t pixels = (int64_t)3 * o->width * o->height;
     int64_t context_size = (int64_t)p->text_tokens * c->text_channels;
     float shift = time_shift(p, o, tokens);
-    char shown[201];
-    char *parameters = parameters_of(o, prompt, seed, shift);
-    if (!parameters) return false;
-    if (o->prompts && drawn(o, path, parameters)) return free(parameters), true;
+    const char *parameters = parameters_of(o, prompt, seed, shift);
+    if (o->prompts && drawn(o, path, parameters)) return true;
     float *memory =
         (float *)allocate((size_t)(n + pixels + context_size + c->pooled_channels), sizeof *memory);
     float *latents = memory, *rgb = latents + n, *context = rgb + pixels;
@@ -130,26 +117,21 @@ static bool draw(sc_pipeline *p, const options *o, const char *prompt, uint64_t 
     ok = ok && sc_pipeline_decode(p, latents, 1, h, w, rgb);
     times[3] = sc_seconds();
     ok = ok && sc_picture_save(&(sc_picture){o->width, o->height, rgb}, path, parameters);
-    snprintf(shown, sizeof shown, "%s", prompt);
+    char *shown = formatted("%.200s", prompt);
     for (char *c = shown; *c; c++)
         if (iscntrl((unsigned char)*c)) *c = '?';
     if (ok)
         printf("%s: \"%s\", %d step%s, seed %llu (text %.1f s, steps %.1f s, VAE %.1f s)\n", path,
                shown, o->steps, o->steps == 1 ? "" : "s", (unsigned long long)seed,
                times[1] - times[0], times[2] - times[1], times[3] - times[2]);
-    free(parameters);
     free(memory);
     return ok;
 }
 
-/* "name.png" for the first of several, then "name-2.png" ...; malloced. */
-static char *numbered(const char *out, int index) {
+/* "name.png" for the first of several, then "name-2.png" ... */
+static const char *numbered(const char *out, int index) {
     const char *ending = sc_ending(out);
-    size_t n = strlen(out) + 16;
-    char *path = (char *)allocate(n, 1);
-    if (path && index == 0) snprintf(path, n, "%s", out);
-    else if (path) snprintf(path, n, "%.*s-%d%s", (int)(ending - out), out, index + 1, ending);
-    return path;
+    return index ? formatted("%.*s-%d%s", (int)(ending - out), out, index + 1, ending) : out;
 }
 
 /* What --out and --latents name, and the names that follow from --out's. */
@@ -159,21 +141,14 @@ static bool check_files(const options *o) {
     if (ok && o->latents)
         ok = sc_check_out(o->latents, SC_WEIGHTS, true, o->model, o->lora) &&
              sc_apart(o->latents, o->noise);
-    for (int i = 1; ok && i < o->count; i++) {
-        char *path = numbered(o->out, i);
-        ok = path && sc_may_replace(path);
-        free(path);
-    }
+    for (int i = 1; ok && i < o->count; i++) ok = sc_may_replace(numbered(o->out, i));
     return ok;
 }
 
 static bool draw_all(sc_pipeline *p, const options *o, const char *prompt) {
     bool ok = check_files(o);
-    for (int i = 0; ok && i < o->count; i++) {
-        char *path = numbered(o->out, i);
-        ok = path && draw(p, o, prompt, o->seed + (uint64_t)i, path);
-        free(path);
-    }
+    for (int i = 0; ok && i < o->count; i++)
+        ok = draw(p, o, prompt, o->seed + (uint64_t)i, numbered(o->out, i));
     return ok;
 }
 
@@ -181,109 +156,76 @@ static bool draw_all(sc_pipeline *p, const options *o, const char *prompt) {
 
 typedef struct list {
     const options *o;
-    char *text, **prompts, *metadata; /* the file, its lines, the path of metadata.jsonl */
-    int64_t count;                    /* pictures: o->count of each prompt */
+    char **prompts;
+    int64_t count;        /* pictures: o->count of each prompt */
+    const char *metadata; /* path of metadata.jsonl */
 } list;
-
-static bool open_list(list *l, const options *o) {
-    *l = (list){.o = o, .metadata = joined(o->out_dir, "metadata.jsonl")};
-    l->prompts = l->metadata ? sc_load_prompts(o->prompts, &l->text, &l->count) : NULL;
-    l->count *= o->count;
-    return l->prompts != NULL;
-}
-
-static void close_list(list *l) { free(l->text), free(l->prompts), free(l->metadata); }
 
 static const char *prompt_of(const list *l, int64_t index) {
     return l->prompts[index / l->o->count];
 }
 
-static char *path_of(const list *l, int64_t index) {
-    char name[32];
-    snprintf(name, sizeof name, "%06lld.png", (long long)index);
-    return joined(l->o->out_dir, name);
+static const char *path_of(const list *l, int64_t index) {
+    return formatted("%s/%06lld.png", l->o->out_dir, (long long)index);
 }
 
-static void write_quoted(FILE *f, const char *key, const char *text) {
-    fprintf(f, "\"%s\": \"", key);
-    for (; *text; text++)
-        if ((unsigned char)*text < ' ') fprintf(f, "\\u%04x", (unsigned)*text);
-        else fprintf(f, "%s%c", *text == '"' || *text == '\\' ? "\\" : "", *text);
-    fputc('"', f);
-}
-
-/* The picture's line of metadata.jsonl; malloced. */
-static char *line_of(const char *name, const char *prompt) {
-    char *text = NULL;
-    size_t size;
-    FILE *f = open_memstream(&text, &size);
-    if (!f) return finished(f, &text);
-    fputc('{', f);
-    write_quoted(f, "file_name", name);
-    fputs(", ", f);
-    write_quoted(f, "prompt", prompt);
-    fputc('}', f);
-    return finished(f, &text);
+/* The picture's line of metadata.jsonl. */
+static const char *line_of(int64_t index, const char *prompt) {
+    char *quoted = formatted("%*s", 6 * (int)strlen(prompt), ""), *at = quoted; /* room */
+    for (; *prompt; prompt++)
+        if ((unsigned char)*prompt < ' ') at += sprintf(at, "\\u%04x", (unsigned)*prompt);
+        else at += sprintf(at, "%s%c", strchr("\"\\", *prompt) ? "\\" : "", *prompt);
+    *at = 0;
+    return formatted("{\"file_name\": \"%06lld.png\", \"prompt\": \"%s\"}", (long long)index,
+                     quoted);
 }
 
 /* Whether nothing is lost with a line of an old metadata.jsonl: its picture says the same, or it
  * will stand there again. */
 static bool known_line(const list *l, const char *line) {
     long long index = -1;
-    bool known = false;
     sscanf(line, "{\"file_name\": \"%lld.png\"", &index);
-    char *path = index >= 0 ? path_of(l, index) : NULL;
-    char *text = path ? sc_picture_parameters(path) : NULL;
+    if (index < 0) return false;
+    char *text = sc_picture_parameters(path_of(l, index));
     if (text) text[strcspn(text, "\n")] = 0;
-    const char *prompts[] = {text, path && index < l->count ? prompt_of(l, index) : NULL};
-    for (int i = 0; i < 2; i++) {
-        char *same = prompts[i] ? line_of(strrchr(path, '/') + 1, prompts[i]) : NULL;
-        known = known || (same && !strcmp(same, line));
-        free(same);
-    }
-    free(text), free(path);
-    return known;
+    return (text && !strcmp(line, line_of(index, text))) ||
+           (index < l->count && !strcmp(line, line_of(index, prompt_of(l, index))));
 }
 
 /* A folder may hold pictures of the user's, under such names too. */
 static bool check_folder(const list *l) {
     size_t length;
     bool ok = sc_apart(l->metadata, l->o->prompts), old = exists(l->metadata);
-    for (int64_t i = 0; ok && i < l->count; i++) {
-        char *path = path_of(l, i);
-        ok = path && sc_may_replace(path);
-        free(path);
-    }
-    char *text = ok && old ? sc_read_file(l->metadata, &length) : NULL;
+    for (int64_t i = 0; ok && i < l->count; i++) ok = sc_may_replace(path_of(l, i));
+    char *text = ok && old ? kept(sc_read_file(l->metadata, &length)) : NULL;
     ok = ok && (text || !old);
     char *line = text ? strtok(text, "\r\n") : NULL;
     for (; ok && line; line = strtok(NULL, "\r\n"))
         ok = known_line(l, line) ||
              sc_fail("%s has lines that are not this program's: choose another folder: %s",
                      l->metadata, line);
-    free(text);
     return ok && sc_can_write(l->metadata);
 }
 
 /* Draws a picture of the list and writes its line; the first starts metadata.jsonl anew. */
 static bool draw_next(sc_pipeline *p, const list *l, int64_t index, FILE **metadata) {
     const char *prompt = prompt_of(l, index);
-    char *path = path_of(l, index), *line = path ? line_of(strrchr(path, '/') + 1, prompt) : NULL;
-    bool ok = line && draw(p, l->o, prompt, l->o->seed + (uint64_t)index, path);
-    if (ok && !*metadata) *metadata = fopen(l->metadata, "w");
-    if (ok && (!*metadata || fprintf(*metadata, "%s\n", line) < 0 || fflush(*metadata)))
-        ok = sc_fail("%s: cannot write: %s", l->metadata, strerror(errno));
-    free(line), free(path);
-    return ok;
+    if (!draw(p, l->o, prompt, l->o->seed + (uint64_t)index, path_of(l, index))) return false;
+    if (!*metadata) *metadata = fopen(l->metadata, "w");
+    if (*metadata && fprintf(*metadata, "%s\n", line_of(index, prompt)) > 0 && !fflush(*metadata))
+        return true;
+    return sc_fail("%s: cannot write: %s", l->metadata, strerror(errno));
 }
 
 /* Pictures that are there with the same settings are not drawn again, so a run that was stopped
  * goes on where it was. */
 static bool draw_list(sc_pipeline *p, const options *o) {
-    list l;
+    list l = {.o = o, .metadata = formatted("%s/metadata.jsonl", o->out_dir)};
     FILE *metadata = NULL;
     int64_t done = 0;
-    bool made = false, ok = open_list(&l, o) && make_folder(o->out_dir, &made) &&
+    l.prompts = sc_load_prompts(o->prompts, &l.count);
+    l.count *= o->count;
+    bool made = false, ok = l.prompts && make_folder(o->out_dir, &made) &&
                             sc_lock(o->out_dir, o->command) && check_folder(&l);
     while (ok && done < l.count && !sc_interrupted)
         if ((ok = draw_next(p, &l, done, &metadata))) done++;
@@ -294,7 +236,7 @@ static bool draw_list(sc_pipeline *p, const options *o) {
                      (long long)done);
     if (made && !done) rmdir(o->out_dir);
     if (ok) printf("%s: %lld pictures and metadata.jsonl\n", o->out_dir, (long long)done);
-    close_list(&l);
+    free(l.prompts);
     return ok;
 }
 
@@ -403,9 +345,9 @@ int main(int argc, char **argv) {
     sc_catch_interrupt();
     sc_pipeline *p = open_model(&o);
     bool usage_ok = !p || take_size(p, &o);
-    bool ok = p && usage_ok && load_loras(p, &o) && (o.command = sc_command(argc, argv));
-    ok = ok && (o.prompts ? draw_list(p, &o) : draw_all(p, &o, prompt));
-    free(o.command);
+    o.command = sc_command(argc, argv);
+    bool ok = p && usage_ok && load_loras(p, &o) &&
+              (o.prompts ? draw_list(p, &o) : draw_all(p, &o, prompt));
     sc_pipeline_close(p);
     if (!ok) sc_die();
     return ok ? 0 : usage_ok ? 1 : 2;

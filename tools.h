@@ -11,6 +11,7 @@
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,12 +30,33 @@ void *allocate(size_t count, size_t size) {
     return p;
 }
 
-/* folder/name; malloced. */
-char *joined(const char *folder, const char *name) {
-    size_t n = strlen(folder) + strlen(name) + 2;
-    char *path = (char *)allocate(n, 1);
-    if (path) snprintf(path, n, "%s/%s", folder, name);
-    return path;
+int sc_die(void);
+
+/* Texts such as paths are small, and live as long as the program: nobody frees them. */
+char *kept(char *text) {
+    static struct link {
+        struct link *next;
+        char *text;
+    } *all;
+    struct link *first = (struct link *)allocate(1, sizeof *first);
+    if (!first) exit(sc_die());
+    *first = (struct link){all, text};
+    all = first;
+    return text;
+}
+
+/* As printf's; without memory for it the program ends. */
+char *formatted(const char *format, ...) SC_PRINTF(1, 2);
+char *formatted(const char *format, ...) {
+    char *text = NULL;
+    size_t size;
+    va_list values;
+    FILE *f = open_memstream(&text, &size);
+    va_start(values, format);
+    if (f) vfprintf(f, format, values);
+    va_end(values);
+    if (!f || fclose(f)) sc_fail("out of memory"), exit(sc_die());
+    return kept(text);
 }
 
 bool exists(const char *path) { return !access(path, F_OK); }
@@ -48,13 +70,6 @@ bool is_file(const char *path) {
 bool make_folder(const char *path, bool *made) {
     *made = !mkdir(path, 0777);
     return *made || errno == EEXIST || sc_fail("%s: %s", path, strerror(errno));
-}
-
-/* Ends what open_memstream began in *text, and returns that, malloced; NULL with the error set. */
-char *finished(FILE *f, char **text) {
-    if (f && !fclose(f)) return *text;
-    free(*text);
-    return sc_fail("out of memory"), NULL;
 }
 
 /* ==== PNG and JPEG files ======================================================================
@@ -348,8 +363,8 @@ bool sc_picture_save(const sc_picture *p, const char *path, const char *paramete
     return ok;
 }
 
-/* The parameters in a PNG that sc_picture_save wrote, malloced: they stand behind the signature and
- * IHDR. NULL: there are none. */
+/* The parameters in a PNG that sc_picture_save wrote: they stand behind the signature and IHDR.
+ * NULL: there are none. */
 char *sc_picture_parameters(const char *path) {
     uint8_t head[41];
     char *text = NULL;
@@ -358,13 +373,10 @@ char *sc_picture_parameters(const char *path) {
     bool utf8 = png && !memcmp(head + 37, "iTXt", 4);
     size_t n = png ? big_endian(head + 33, 4) : 0, start = utf8 ? 15 : 11;
     if ((utf8 || (png && !memcmp(head + 37, "tEXt", 4))) && n >= start && n < 1 << 26)
-        text = (char *)allocate(n + 1, 1);
+        text = kept((char *)allocate(n + 1, 1));
     bool found = text && fread(text, 1, n, f) == n && !memcmp(text, "parameters", 11);
-    if (found) memmove(text, text + start, n + 1 - start);
     if (f) fclose(f);
-    if (found) return text;
-    free(text);
-    return NULL;
+    return found ? text + start : NULL;
 }
 
 /* ==== Files that are written ==================================================================
@@ -378,10 +390,10 @@ static const char *name_in(const char *path) {
     return slash ? slash + 1 : path;
 }
 
-/* The folder of a file, malloced; NULL: no memory. */
-static char *folder_of(const char *path) {
-    size_t n = (size_t)(name_in(path) - path);
-    return n ? strndup(path, n > 1 ? n - 1 : n) : strdup(".");
+/* The folder of a file. */
+static const char *folder_of(const char *path) {
+    int n = (int)(name_in(path) - path);
+    return n ? formatted("%.*s", n > 1 ? n - 1 : n, path) : ".";
 }
 
 static bool same_file(const char *a, const char *b) {
@@ -392,21 +404,16 @@ static bool same_file(const char *a, const char *b) {
 /* One file or folder under two names; if neither is there yet, one name in one folder. */
 static bool same_place(const char *a, const char *b) {
     if (exists(a) || exists(b)) return same_file(a, b);
-    char *folder_a = folder_of(a), *folder_b = folder_of(b);
-    bool same = folder_a && folder_b && same_file(folder_a, folder_b);
-    free(folder_a), free(folder_b);
-    return same && !strcmp(name_in(a), name_in(b));
+    return same_file(folder_of(a), folder_of(b)) && !strcmp(name_in(a), name_in(b));
 }
 
 /* Not what is read as `input` (a file, its shards, or a folder; NULL: nothing), under any name. */
 bool sc_apart(const char *out, const char *input) {
     bool same = input && same_place(out, input);
     sc_file *file = input && !same && exists(out) ? sc_file_open(input) : NULL;
-    char *part = NULL;
-    for (int64_t i = 0; file && (part = sc_file_part(file, i)); i++) {
+    const char *part = NULL;
+    for (int64_t i = 0; file && (part = kept(sc_file_part(file, i))); i++)
         same = same || same_file(out, part);
-        free(part);
-    }
     sc_file_close(file);
     return !same || sc_fail("%s: this is %s, which is read or written too: choose another place",
                             out, input);
@@ -417,7 +424,7 @@ bool sc_apart(const char *out, const char *input) {
 
 /* Whether a PNG is this program's, as its parameters say: ./sample's, or those of SC_MADE_BY. */
 static bool drew(const char *path) {
-    char *text = sc_picture_parameters(path);
+    const char *text = sc_picture_parameters(path);
     const char *settings = text ? strstr(text, "\nSteps: ") : NULL;
     int end = 0;
     if (settings)
@@ -425,9 +432,7 @@ static bool drew(const char *path) {
                "\nSteps: %*d, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: %*f, Seed: %*u, "
                "Size: %*dx%*d, Shift: %*f, Model:%n",
                &end);
-    bool drawn = end || (text && !strncmp(text, SC_MADE_BY, strlen(SC_MADE_BY)));
-    free(text);
-    return drawn;
+    return end || (text && !strncmp(text, SC_MADE_BY, strlen(SC_MADE_BY)));
 }
 
 /* The same of any file: safetensors say it with the command, loss.csv with its heading. */
@@ -470,13 +475,12 @@ static bool ends_in(const char *path, const char *endings) {
 }
 
 /* FILE:SCALE, or FILE: then what it recommends for `steps`: the scale and, if it does, a guidance
- * (else *guidance stays; it may be NULL). The file's path, malloced; NULL with the error set. */
-char *sc_lora_argument(const char *argument, int steps, float *scale, float *guidance) {
-    char *end = NULL, *path = strdup(argument), *colon = path ? strrchr(path, ':') : NULL;
+ * (else *guidance stays; it may be NULL). The file's path. */
+const char *sc_lora_argument(const char *argument, int steps, float *scale, float *guidance) {
+    char *end = NULL, *path = formatted("%s", argument), *colon = strrchr(path, ':');
     *scale = colon ? strtof(colon + 1, &end) : 0;
     if (colon && end != colon + 1 && !*end && isfinite(*scale) && !exists(path)) *colon = 0;
-    else if (path) *scale = sc_lora_scale(path, steps, guidance);
-    else sc_fail("out of memory");
+    else *scale = sc_lora_scale(path, steps, guidance);
     return path;
 }
 
@@ -490,27 +494,19 @@ bool sc_check_out(const char *out, const char *endings, bool named, const char *
         ok = sc_fail("%s: this is written as %.*s only: let its name end so", out,
                      (int)strcspn(endings + 1, ".") + 1, endings);
     ok = ok && (named || sc_may_replace(out));
-    for (int part = 0; ok && exists(out) && part < SC_PARTS; part++) {
-        char *path = sc_part_path(model, (sc_part)part);
-        ok = sc_apart(out, path);
-        free(path);
-    }
-    for (int i = 0; ok && i < 8 && loras[i]; i++) {
-        float scale;
-        char *path = sc_lora_argument(loras[i], 1, &scale, NULL);
-        ok = path && sc_apart(out, path);
-        free(path);
-    }
+    for (int part = 0; ok && exists(out) && part < SC_PARTS; part++)
+        ok = sc_apart(out, kept(sc_part_path(model, (sc_part)part)));
+    float scale;
+    for (int i = 0; ok && i < 8 && loras[i]; i++)
+        ok = sc_apart(out, sc_lora_argument(loras[i], 1, &scale, NULL));
     return ok;
 }
 
 /* No loss if a transformer's config.json stays as it is. */
 static bool may_replace_config(const sc_flux *flux, const char *path) {
     size_t size;
-    char *text = exists(path) ? sc_read_file(path, &size) : NULL;
-    bool same = text && !strcmp(text, sc_flux_config_text(flux));
-    free(text);
-    return same || sc_may_replace(path);
+    const char *text = exists(path) ? kept(sc_read_file(path, &size)) : NULL;
+    return (text && !strcmp(text, sc_flux_config_text(flux))) || sc_may_replace(path);
 }
 
 /* The folder of a transformer that sc_flux_save can write: a new one, or with what this program
@@ -521,16 +517,14 @@ bool sc_can_write_model(const sc_flux *flux, const char *folder) {
     if (ends_in(folder, SC_WEIGHTS) && (!exists(folder) || is_file(folder)))
         return sc_fail("%s: this will be a folder: do not let its name end as a file's", folder);
     if (!exists(folder)) return sc_can_write(folder);
-    char *weights = joined(folder, "diffusion_pytorch_model.safetensors");
-    char *config = joined(folder, "config.json"), *beside = input ? folder_of(input) : NULL;
-    bool ok = weights && config && sc_apart(folder, beside) && sc_apart(weights, input) &&
-              sc_may_replace(weights) && sc_can_write(weights) && sc_can_write(config) &&
-              (exists(weights) || may_replace_config(flux, config));
-    free(weights), free(config), free(beside);
-    return ok;
+    const char *weights = formatted("%s/diffusion_pytorch_model.safetensors", folder);
+    const char *config = formatted("%s/config.json", folder);
+    return sc_apart(folder, input ? folder_of(input) : NULL) && sc_apart(weights, input) &&
+           sc_may_replace(weights) && sc_can_write(weights) && sc_can_write(config) &&
+           (exists(weights) || may_replace_config(flux, config));
 }
 
-static char *lock_path;
+static const char *lock_path;
 
 /* One process at a time writes into a folder; false says which. The kernel ends the lock with the
  * process, however that ends. */
@@ -538,28 +532,24 @@ bool sc_lock(const char *folder, const char *command) {
     char holder[256] = "", since[32] = "";
     struct stat mine;
     time_t now = time(NULL);
-    char *path = joined(folder, ".shortcut-lock");
-    int fd = path ? open(path, O_RDWR | O_CREAT, 0666) : -1;
-    bool ok = fd >= 0 || (path && sc_fail("%s: cannot write: %s", path, strerror(errno)));
-    bool busy = ok && flock(fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK;
-    if (ok && (busy || fstat(fd, &mine) || !mine.st_nlink || ftruncate(fd, 0))) {
+    const char *path = formatted("%s/.shortcut-lock", folder);
+    int fd = open(path, O_RDWR | O_CREAT, 0666);
+    if (fd < 0) return sc_fail("%s: cannot write: %s", path, strerror(errno));
+    bool busy = flock(fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK;
+    if (busy || fstat(fd, &mine) || !mine.st_nlink || ftruncate(fd, 0)) {
         ssize_t n = read(fd, holder, sizeof holder - 1);
-        ok = sc_fail("%s: %s is writing there: wait for it, or choose another folder", folder,
-                     n > 0 ? holder : "another process");
         close(fd);
+        return sc_fail("%s: %s is writing there: wait for it, or choose another folder", folder,
+                       n > 0 ? holder : "another process");
     }
-    if (ok) {
-        strftime(since, sizeof since, "%Y-%m-%d %H:%M", localtime(&now));
-        dprintf(fd, "process %ld (since %s: %s)", (long)getpid(), since, command);
-        lock_path = path;
-    } else free(path);
-    return ok;
+    strftime(since, sizeof since, "%Y-%m-%d %H:%M", localtime(&now));
+    dprintf(fd, "process %ld (since %s: %s)", (long)getpid(), since, command);
+    lock_path = path;
+    return true;
 }
 
 void sc_unlock(void) {
     if (lock_path) remove(lock_path);
-    free(lock_path);
-    lock_path = NULL;
 }
 
 /* ==== The program: start, interrupt, clock, device ============================================ */
@@ -598,13 +588,11 @@ bool sc_not_interrupted(void *user, int step, int steps) {
     return !sc_interrupted;
 }
 
-/* The command line, malloced; NULL with the error set. */
-char *sc_command(int argc, char *const *argv) {
-    size_t size;
-    char *text = NULL;
-    FILE *f = open_memstream(&text, &size);
-    for (int i = 0; f && i < argc; i++) fprintf(f, "%s%s", i ? " " : "", argv[i]);
-    return finished(f, &text);
+/* The command line. */
+const char *sc_command(int argc, char **argv) {
+    const char *text = argv[0];
+    for (int i = 1; i < argc; i++) text = formatted("%s %s", text, argv[i]);
+    return text;
 }
 
 double sc_seconds(void) {
@@ -623,16 +611,14 @@ void sc_print_text(FILE *to, const char *heading, const char *text) {
 /* Loads a LoRA; prints "applied n/N" and the rest. *guidance as for sc_lora_argument. */
 bool sc_load_lora_argument(sc_flux *flux, const char *argument, int steps, float *guidance) {
     float scale;
-    char *path = sc_lora_argument(argument, steps, &scale, guidance);
+    const char *path = sc_lora_argument(argument, steps, &scale, guidance);
     sc_lora_report report = {0};
-    bool ok = path && sc_lora_load(flux, path, scale, &report);
-    if (ok)
-        fprintf(stderr, "%s: applied %d/%d, scale %g%s\n", path, report.applied, report.total,
-                scale, strcmp(path, argument) ? "" : " (FILE:SCALE to change)");
-    if (ok && report.applied < report.total)
+    if (!sc_lora_load(flux, path, scale, &report)) return false;
+    fprintf(stderr, "%s: applied %d/%d, scale %g%s\n", path, report.applied, report.total, scale,
+            strcmp(path, argument) ? "" : " (FILE:SCALE to change)");
+    if (report.applied < report.total)
         sc_print_text(stderr, "warning: these fit no layer: ", report.missed);
-    free(path);
-    return ok;
+    return true;
 }
 
 /* lora.safetensors of this folder, where it is there and was made for this model; else NULL. */
@@ -886,11 +872,10 @@ const char *sc_given(int argc, char **argv, const char *name) {
  * or flags, or paths: a model from elsewhere does not say which files are read and written here. */
 bool sc_parse_recipe(const sc_option *options, int count, const char *model, const char *section) {
     static sc_json *recipe; /* kept: string options point into it */
-    char *path = joined(model, "recipe.json");
-    bool there = path && exists(path), ok = path != NULL;
-    sc_json_free(recipe);
-    recipe = there ? sc_json_load(path) : NULL;
-    if (there) ok = recipe != NULL;
+    const char *path = formatted("%s/recipe.json", model);
+    if (!exists(path)) return true;
+    recipe = sc_json_load(path);
+    bool ok = recipe != NULL;
     const sc_json *values = sc_json_get(recipe, section);
     for (int64_t i = 0; ok && i < sc_json_length(values); i++) {
         const sc_json *value = sc_json_value(values, i);
@@ -905,19 +890,18 @@ bool sc_parse_recipe(const sc_option *options, int count, const char *model, con
         else if ((words && !string) || !set_option(o, string ? string : text))
             ok = sc_fail("%s: '%s' has a wrong value", path, key);
     }
-    free(path);
     return ok;
 }
 
-/* The lines of a file that are not empty, in *text; both malloced. NULL with the error set. */
-char **sc_load_prompts(const char *path, char **text, int64_t *count) {
+/* The lines of a file that are not empty, to be freed; NULL with the error set. */
+char **sc_load_prompts(const char *path, int64_t *count) {
     size_t most = 1;
+    char *text = kept(sc_text_load(path));
+    for (const char *c = text; c && *c; c++) most += *c == '\n' || *c == '\r';
+    char **lines = text ? (char **)allocate(most, sizeof *lines) : NULL;
     *count = 0;
-    *text = sc_text_load(path);
-    for (const char *c = *text; c && *c; c++) most += *c == '\n' || *c == '\r';
-    char **lines = *text ? (char **)allocate(most, sizeof *lines) : NULL;
-    char *line = lines ? strtok(*text, "\r\n") : NULL;
-    for (; line; line = strtok(NULL, "\r\n")) lines[(*count)++] = line;
+    for (char *line = lines ? strtok(text, "\r\n") : NULL; line; line = strtok(NULL, "\r\n"))
+        lines[(*count)++] = line;
     if (!lines || *count) return lines;
     free(lines);
     return sc_fail("%s: no prompts", path), NULL;
@@ -925,7 +909,8 @@ char **sc_load_prompts(const char *path, char **text, int64_t *count) {
 
 /* Tells what no part of a model reads of its files. A part that cannot be opened says why later. */
 static void warn_unread(const sc_pipeline *p) {
-    char names[512], *path = sc_part_path(p->folder, SC_VAE);
+    char names[512];
+    const char *path = kept(sc_part_path(p->folder, SC_VAE));
     sc_vae *vae = path ? sc_vae_open(NULL, path, false) : NULL;
     sc_text_encoders *text = sc_text_encoders_open(NULL, p->folder);
     const sc_net *const nets[] = {sc_flux_net(p->flux), sc_vae_net(vae), sc_text_net(text, SC_CLIP),
@@ -937,7 +922,6 @@ static void warn_unread(const sc_pipeline *p) {
     }
     sc_text_encoders_close(text);
     sc_vae_close(vae);
-    free(path);
 }
 
 /* sc_pipeline_open, with what to do where the folder is not there. */
