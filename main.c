@@ -767,18 +767,18 @@ int main(int argc, char **argv) {
          "contact sheet [sheet.png]; merge: the folder [merged] or file"},
         {"--kohya", SC_FLAG, &o.kohya, NULL, "merge: write one LoRA file in kohya's names instead"},
         {"--batch", SC_INT, &o.batch, "N", "pictures drawn at once"},
-        {"--weights", SC_CHOICE, &o.weights, "auto|fp8",
+        {"--weights", SC_STRING, &o.weights, "auto|fp8",
          "matrices: as in the file, or fp8, half of bf16"},
-        {"--weights-on", SC_CHOICE, &o.weights_on, "device|host",
+        {"--weights-on", SC_STRING, &o.weights_on, "device|host",
          "matrices: in host memory they are streamed, for GPUs that are too small"},
-        {"--device", SC_CHOICE, &o.device, SC_DEVICES, "what computes"},
+        {"--device", SC_STRING, &o.device, SC_DEVICES, "what computes"},
         {"--threads", SC_INT, &o.threads, "N", "CPU threads (0: OMP_NUM_THREADS, or all cores)"},
         {"--seed", SC_SEED, &o.seed, "N", "noise of the first picture"},
     };
     const char *words[2] = {NULL, NULL};
     const int options_count = sizeof table / sizeof *table;
     const char *model = sc_given(argc, argv, "--model");
-    if (!sc_parse_recipe(table, options_count, model ? model : o.model, "sample")) return sc_die();
+    sc_parse_recipe(table, options_count, model ? model : o.model, "sample");
     int count = sc_parse(usage, table, options_count, argc, argv, words, 2);
     o.guided = sc_given(argc, argv, "--guidance") != NULL;
     sc_set_threads(o.threads);

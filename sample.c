@@ -263,16 +263,16 @@ static int read_options(options *o, int argc, char **argv, const char **words) {
         {"--noise", SC_STRING, &o->noise, "FILE",
          "start from the tensor 'noise' in this safetensors file"},
         {"--latents", SC_STRING, &o->latents, "FILE", "also write the final packed latents"},
-        {"--weights", SC_CHOICE, &o->weights, "auto|fp8",
+        {"--weights", SC_STRING, &o->weights, "auto|fp8",
          "matrices: as in the file, or fp8, half of bf16"},
-        {"--weights-on", SC_CHOICE, &o->weights_on, "device|host",
+        {"--weights-on", SC_STRING, &o->weights_on, "device|host",
          "matrices: in host memory they are streamed, for GPUs that are too small"},
-        {"--device", SC_CHOICE, &o->device, SC_DEVICES, "what computes"},
+        {"--device", SC_STRING, &o->device, SC_DEVICES, "what computes"},
         {"--threads", SC_INT, &o->threads, "N", "CPU threads (0: OMP_NUM_THREADS, or all cores)"},
     };
     const int count = sizeof table / sizeof *table;
     const char *model = sc_given(argc, argv, "--model");
-    if (!sc_parse_recipe(table, count, model ? model : o->model, "sample")) return -1;
+    sc_parse_recipe(table, count, model ? model : o->model, "sample");
     o->guided = sc_given(argc, argv, "--guidance") != NULL;
     o->named = sc_given(argc, argv, "--out") != NULL;
     return sc_parse(usage, table, count, argc, argv, words, 2);
@@ -330,7 +330,6 @@ int main(int argc, char **argv) {
                  .weights_on = "device", .guidance = 3.5f, .count = 1,       .seed = 1};
     const char *words[2] = {NULL, NULL};
     int count = read_options(&o, argc, argv, words);
-    if (count < 0) return sc_die();
     const char *prompt = o.prompts ? NULL : words[0], *steps = o.prompts ? words[0] : words[1];
     if ((!prompt && !o.prompts) || (o.prompts && (!o.out_dir || count > 1))) {
         fprintf(stderr, "%s\n\nerror: %s (see %s --help)\n", usage,

@@ -704,49 +704,20 @@ void sc_progress(const char *label, int64_t first, int64_t done, int64_t total, 
 
 typedef enum {
     SC_FLAG,
-    SC_INT,
-    SC_SEED,
-    SC_FLOAT,
-    SC_RANGE,
-    SC_STRING,
+    SC_STRING, /* of those in `argument` one, if it has several: "auto|fp8" */
     SC_STRINGS,
+    SC_SEED,
+    SC_INT,
     SC_INTS,
-    SC_CHOICE /* a string, one of those in `argument`: "auto|fp8" */
+    SC_FLOAT,
+    SC_RANGE
 } sc_option_kind;
 typedef struct sc_option {
     const char *name; /* "--steps"; NULL: a heading in the help */
     sc_option_kind kind;
-    void *value; /* bool, int, uint64_t, float, float[2], char *, char *[8], int[8], char * */
+    void *value; /* bool, char *, char *[8], uint64_t, int, int[8] up to a 0, float, float[2] */
     const char *argument, *help;
 } sc_option;
-
-static bool is_whole(const sc_option *o) { return o->kind == SC_INT || o->kind == SC_INTS; }
-
-/* How many numbers it takes. */
-static int numbers_of(const sc_option *o) {
-    static const int most[] = {
-        [SC_INT] = 1, [SC_FLOAT] = 1, [SC_RANGE] = 2, [SC_INTS] = 7, [SC_CHOICE] = 0};
-    return most[o->kind];
-}
-
-/* Numbers separated by commas, as many as the option takes at most. */
-static bool set_numbers(const sc_option *o, const char *text) {
-    int *whole = (int *)o->value, count = 0;
-    float *real = (float *)o->value;
-    char *end = NULL;
-    for (const char *at = text; !end || *end; at = end + 1) {
-        double x = strtod(at, &end);
-        if (end == at || (*end && *end != ',') || !isfinite(x) || count == numbers_of(o))
-            return sc_fail("%s takes %s, not '%s'", o->name, o->argument, text);
-        if (is_whole(o) && (x != floor(x) || fabs(x) > INT_MAX))
-            return sc_fail("%s takes whole numbers, not '%s'", o->name, text);
-        if (is_whole(o)) whole[count++] = (int)x;
-        else real[count++] = (float)x;
-    }
-    if (o->kind == SC_RANGE && count == 1) real[1] = real[0];
-    if (o->kind == SC_INTS) memset(whole + count, 0, (size_t)(8 - count) * sizeof *whole);
-    return true;
-}
 
 /* Is `text` one of "this|that"? */
 static bool is_listed(const char *list, const char *text) {
@@ -756,17 +727,30 @@ static bool is_listed(const char *list, const char *text) {
     return false;
 }
 
-static bool set_option(const sc_option *o, const char *text) {
+/* Numbers separated by commas, as many as the option takes at most. */
+static bool set_numbers(const sc_option *o, const char *text) {
+    bool whole = o->kind == SC_INT || o->kind == SC_INTS;
+    int count = 0, most = o->kind == SC_INTS ? 7 : o->kind == SC_RANGE ? 2 : 1;
     char *end = NULL;
-    if (o->kind == SC_CHOICE && !is_listed(o->argument, text))
-        return sc_fail("%s takes %s, not '%s'", o->name, o->argument, text);
-    if (o->kind == SC_STRING || o->kind == SC_CHOICE) return *(const char **)o->value = text, true;
-    if (o->kind == SC_STRINGS) {
-        const char **list = (const char **)o->value;
-        for (int i = 0; i < 8; i++)
-            if (!list[i]) return list[i] = text, true;
-        return sc_fail("%s can be given at most 8 times", o->name);
+    for (const char *at = text; !end || *end; at = end + 1, count++) {
+        double x = strtod(at, &end);
+        if (end == at || (*end && *end != ',') || !isfinite(x) || count == most)
+            return sc_fail("%s takes %s, not '%s'", o->name, o->argument, text);
+        if (whole && (x != floor(x) || fabs(x) > INT_MAX))
+            return sc_fail("%s takes whole numbers, not '%s'", o->name, text);
+        if (whole) ((int *)o->value)[count] = (int)x;
+        else ((float *)o->value)[count] = (float)x;
     }
+    if (o->kind == SC_INTS) ((int *)o->value)[count] = 0;
+    if (o->kind == SC_RANGE && count == 1) ((float *)o->value)[1] = *(float *)o->value;
+    return true;
+}
+
+static bool set_option(const sc_option *o, const char *text) {
+    const char **strings = (const char **)o->value;
+    char *end = NULL;
+    int i = 0;
+    if (o->kind > SC_SEED) return set_numbers(o, text);
     if (o->kind == SC_SEED) { /* exactly: no double holds all of them */
         errno = 0;
         uint64_t seed = strtoull(text, &end, 10);
@@ -775,32 +759,36 @@ static bool set_option(const sc_option *o, const char *text) {
                            o->name, o->argument, text);
         return *(uint64_t *)o->value = seed, true;
     }
-    return set_numbers(o, text);
+    if (strchr(o->argument, '|') && !is_listed(o->argument, text))
+        return sc_fail("%s takes %s, not '%s'", o->name, o->argument, text);
+    while (o->kind == SC_STRINGS && i < 8 && strings[i]) i++;
+    if (i == 8) return sc_fail("%s can be given at most 8 times", o->name);
+    return strings[i] = text, true;
 }
 
 /* The value; "" where there is none. */
-static const char *option_text(const sc_option *o, char text[128]) {
-    const int *whole = (const int *)o->value;
+static const char *option_text(const sc_option *o) {
     const float *real = (const float *)o->value;
-    const char *string = "";
-    size_t used = 0;
-    text[0] = 0;
-    if (o->kind == SC_FLAG) return *(bool *)o->value ? "yes" : "no";
-    if (o->kind == SC_STRING || o->kind == SC_CHOICE) string = *(const char **)o->value;
-    if (o->kind == SC_SEED) snprintf(text, 128, "%llu", (unsigned long long)*(uint64_t *)o->value);
-    for (int i = 0; i < numbers_of(o) && (o->kind != SC_INTS || whole[i]); i++) {
-        const char *comma = i ? "," : "";
-        if (is_whole(o)) snprintf(text + used, 128 - used, "%s%d", comma, whole[i]);
-        else snprintf(text + used, 128 - used, "%s%g", comma, real[i]);
-        used = strlen(text);
+    const char *text = "";
+    switch (o->kind) {
+    case SC_FLAG: return *(bool *)o->value ? "yes" : "no";
+    case SC_STRING: return *(char **)o->value ? *(char **)o->value : "";
+    case SC_STRINGS: return "";
+    case SC_SEED: return formatted("%llu", (unsigned long long)*(uint64_t *)o->value);
+    case SC_INT: return formatted("%d", *(int *)o->value);
+    case SC_INTS:
+        for (const int *x = (const int *)o->value; *x; x++)
+            text = formatted("%s%s%d", text, *text ? "," : "", *x);
+        return text;
+    case SC_FLOAT: return formatted("%g", *real);
+    case SC_RANGE: return formatted("%g,%g", real[0], real[1]);
     }
-    return string && *string ? string : text;
+    return "";
 }
 
 void sc_print_options(const sc_option *options, int count) {
     for (int i = 0; i < count; i++) {
-        char text[128];
-        const char *value = options[i].name ? option_text(&options[i], text) : "";
+        const char *value = options[i].name ? option_text(&options[i]) : "";
         if (*value) printf(" %s %s", options[i].name, value);
     }
     printf("\n");
@@ -808,16 +796,13 @@ void sc_print_options(const sc_option *options, int count) {
 
 static void print_help(const char *usage, const sc_option *options, int count) {
     printf("%s\n", usage);
-    for (int i = 0; i < count; i++) {
-        const sc_option *o = &options[i];
-        char left[64], text[128];
+    for (const sc_option *o = options; o < options + count; o++) {
         if (!o->name) {
             printf("\n%s\n", o->help);
             continue;
         }
-        snprintf(left, sizeof left, "%s %s", o->name, o->argument ? o->argument : "");
-        printf("  %-26s %s", left, o->help);
-        const char *value = o->kind == SC_FLAG ? "" : option_text(o, text);
+        const char *value = o->kind == SC_FLAG ? "" : option_text(o);
+        printf("  %-26s %s", formatted("%s %s", o->name, o->argument ? o->argument : ""), o->help);
         printf(*value ? " [%s]\n" : "%s\n", value);
     }
 }
@@ -837,18 +822,15 @@ int sc_parse(const char *usage, const sc_option *options, int count, int argc, c
     bool literal = false, ok = true; /* literal: after "--" */
     for (int i = 1; ok && i < argc; i++) {
         const char *word = argv[i];
-        if (!literal && (!strcmp(word, "--help") || !strcmp(word, "-h"))) {
-            print_help(usage, options, count);
-            exit(0);
-        }
+        const sc_option *o;
+        if (!literal && (!strcmp(word, "--help") || !strcmp(word, "-h")))
+            print_help(usage, options, count), exit(0);
         if (literal || strncmp(word, "--", 2)) {
             if (found < limit) positional[found++] = word;
             else ok = sc_fail("unexpected argument '%s'", word);
-            continue;
-        }
-        const sc_option *o = find_option(options, count, word + 2);
-        if (!word[2]) literal = true;
-        else if (!o) ok = sc_fail("unknown option '%s'", word);
+        } else if (!word[2]) literal = true;
+        else if (!(o = find_option(options, count, word + 2)))
+            ok = sc_fail("unknown option '%s'", word);
         else if (o->kind == SC_FLAG) *(bool *)o->value = true;
         else if (i + 1 == argc) ok = sc_fail("%s needs a value: %s", o->name, o->argument);
         else ok = set_option(o, argv[++i]);
@@ -868,29 +850,27 @@ const char *sc_given(int argc, char **argv, const char *name) {
 }
 
 /* Values from the object `section` of MODEL/recipe.json, where there is one: the defaults measured
- * for this model. Its keys are option names without "--"; false, the error set, if it has others,
- * or flags, or paths: a model from elsewhere does not say which files are read and written here. */
-bool sc_parse_recipe(const sc_option *options, int count, const char *model, const char *section) {
+ * for this model. Its keys are option names without "--". The program ends if it has others, or
+ * flags, or paths: a model from elsewhere does not say which files are read and written here. */
+void sc_parse_recipe(const sc_option *options, int count, const char *model, const char *section) {
     static sc_json *recipe; /* kept: string options point into it */
     const char *path = formatted("%s/recipe.json", model);
-    if (!exists(path)) return true;
+    if (!exists(path)) return;
     recipe = sc_json_load(path);
-    bool ok = recipe != NULL;
+    if (!recipe) exit(sc_die());
     const sc_json *values = sc_json_get(recipe, section);
-    for (int64_t i = 0; ok && i < sc_json_length(values); i++) {
+    for (int64_t i = 0; i < sc_json_length(values); i++) {
         const sc_json *value = sc_json_value(values, i);
-        const char *key = sc_json_key(values, i), *string = sc_json_string(value, NULL);
+        const char *key = sc_json_key(values, i), *text = sc_json_string(value, NULL);
         const sc_option *o = key ? find_option(options, count, key) : NULL;
-        char text[32];
-        if (!string) snprintf(text, sizeof text, "%.17g", sc_json_number(value, NAN));
-        bool words = o && (o->kind == SC_STRING || o->kind == SC_CHOICE);
-        if (!o || o->kind == SC_FLAG || o->kind == SC_STRINGS ||
-            (o->kind == SC_STRING && is_listed("DIR|FILE|PATH", o->argument)))
-            ok = sc_fail("%s: '%s' is no option that a recipe may set", path, key ? key : section);
-        else if ((words && !string) || !set_option(o, string ? string : text))
+        bool ok = o && o->kind != SC_FLAG && o->kind != SC_STRINGS &&
+                  !is_listed("DIR|FILE|PATH", o->argument);
+        if (!ok) sc_fail("%s: '%s' is no option that a recipe may set", path, key ? key : section);
+        else if ((o->kind == SC_STRING && !text) ||
+                 !set_option(o, text ? text : formatted("%.17g", sc_json_number(value, NAN))))
             ok = sc_fail("%s: '%s' has a wrong value", path, key);
+        if (!ok) exit(sc_die());
     }
-    return ok;
 }
 
 /* The lines of a file that are not empty, to be freed; NULL with the error set. */

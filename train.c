@@ -89,8 +89,8 @@ static const sc_option table[] = {
     {"--text-tokens", SC_INT, &o.text_tokens, "N", "T5 tokens of a caption (0: the model's)"},
     {"--checkpointing", SC_FLAG, &o.checkpointing, NULL,
      "recompute all blocks in the backward pass: less memory (on a GPU: as many as needed)"},
-    {"--weights", SC_CHOICE, &o.weights, "auto|fp8", "frozen matrices: as in the file, or fp8"},
-    {"--weights-on", SC_CHOICE, &o.weights_on, "device|host",
+    {"--weights", SC_STRING, &o.weights, "auto|fp8", "frozen matrices: as in the file, or fp8"},
+    {"--weights-on", SC_STRING, &o.weights_on, "device|host",
      "frozen matrices: in host memory they are streamed, for GPUs that are too small"},
     {"--no-cache", SC_FLAG, &o.no_cache, NULL, "do not keep latents and embeddings in DATA"},
     {NULL, SC_FLAG, NULL, NULL, "Running:"},
@@ -101,7 +101,7 @@ static const sc_option table[] = {
     {"--preview", SC_INT, &o.preview, "N", "a preview picture every N steps (0: none)"},
     {"--save", SC_INT, &o.save, "N", "save result and state every N steps (0: at the end)"},
     {"--stop-after", SC_INT, &o.stop_after, "N", "save and stop after step N (0: go through)"},
-    {"--device", SC_CHOICE, &o.device, SC_DEVICES, "what computes"},
+    {"--device", SC_STRING, &o.device, SC_DEVICES, "what computes"},
     {"--threads", SC_INT, &o.threads, "N", "CPU threads (0: OMP_NUM_THREADS, or all cores)"},
     {"--seed", SC_SEED, &o.seed, "N", "of everything random"},
 };
@@ -767,8 +767,7 @@ static void read_options(int argc, char **argv) {
     const char *model = sc_given(argc, argv, "--model");
     bool whole = sc_given(argc, argv, "--pretrain") || sc_given(argc, argv, "--full") ||
                  sc_given(argc, argv, "--distill-guidance");
-    if (!whole && !sc_parse_recipe(table, OPTIONS, model ? model : o.model, "train"))
-        exit(sc_die());
+    if (!whole) sc_parse_recipe(table, OPTIONS, model ? model : o.model, "train");
     if (sc_given(argc, argv, "--pretrain")) { /* there is no teacher */
         o.fm_ratio = 1;
         o.teacher_ratio = 0;
