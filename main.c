@@ -548,15 +548,14 @@ static bool load_real(experiment *x) {
 
 static int experiment_main(const options *o) {
     experiment x = {.o = *o};
-    const sc_backend *be = sc_device(o->device);
     x.o.command = formatted(SC_MADE_BY " %s", o->command);
     if (!x.o.lora[0]) x.o.lora[0] = sc_own_lora(o->model);
     const sc_pipeline_options how = {.fp8 = !strcmp(o->weights, "fp8"),
                                      .streamed = !strcmp(o->weights_on, "host")};
-    bool ok = be && sc_apart(o->out, o->prompts) &&
+    bool ok = sc_apart(o->out, o->prompts) &&
               sc_check_out(o->out, ".png", o->named, o->model, x.o.lora) &&
-              (x.p = sc_open_model(be, o->model, &how)) &&
-              evaluator_open(&x.judge, be, o->evaluator);
+              (x.p = sc_open_model(o->model, o->device, how)) &&
+              evaluator_open(&x.judge, x.p->backend, o->evaluator);
     if (ok && o->resolution) x.p->resolution = o->resolution;
     if (ok && (x.p->resolution % x.p->token_pixels || x.p->resolution > 1 << 14))
         ok = sc_fail("--resolution is a multiple of %d pixels, not %d", x.p->token_pixels,
@@ -777,10 +776,9 @@ int main(int argc, char **argv) {
     };
     const char *words[2] = {NULL, NULL};
     const int options_count = sizeof table / sizeof *table;
-    const char *model = sc_given(argc, argv, "--model");
-    sc_parse_recipe(table, options_count, model ? model : o.model, "sample");
+    sc_parse_recipe(table, options_count, sc_given(argc, argv, "--model", o.model), "sample");
     int count = sc_parse(usage, table, options_count, argc, argv, words, 2);
-    o.guided = sc_given(argc, argv, "--guidance") != NULL;
+    o.guided = sc_given(argc, argv, "--guidance", NULL) != NULL;
     sc_set_threads(o.threads);
     sc_catch_interrupt();
     bool merge = count && !strcmp(words[0], "merge");

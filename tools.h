@@ -840,10 +840,8 @@ int sc_parse(const char *usage, const sc_option *options, int count, int argc, c
     exit(2);
 }
 
-/* What follows the last argument `name`; NULL: it is not there (for what must be known before
- * sc_parse). */
-const char *sc_given(int argc, char **argv, const char *name) {
-    const char *value = NULL;
+/* What follows the last argument `name`, else `value` (for what must be known before sc_parse). */
+const char *sc_given(int argc, char **argv, const char *name, const char *value) {
     for (int i = 1; i < argc; i++)
         if (!strcmp(argv[i], name)) value = i + 1 < argc ? argv[i + 1] : "";
     return value;
@@ -904,16 +902,15 @@ static void warn_unread(const sc_pipeline *p) {
     sc_vae_close(vae);
 }
 
-/* sc_pipeline_open, with what to do where the folder is not there. */
-sc_pipeline *sc_open_model(const sc_backend *be, const char *model,
-                           const sc_pipeline_options *how) {
-    if (!exists(model))
-        return sc_fail("%s: No such file or directory: --model takes a model's folder or file "
-                       "(data/tiny-flux is in the programs' folder)",
-                       model),
-               NULL;
-    sc_pipeline *p = sc_pipeline_open(be, model, how);
+/* sc_pipeline_open on one of SC_DEVICES, with what to do where the folder is not there. */
+sc_pipeline *sc_open_model(const char *model, const char *device, sc_pipeline_options how) {
+    const sc_backend *be = sc_device(device);
+    sc_pipeline *p = be && exists(model) ? sc_pipeline_open(be, model, &how) : NULL;
     if (p) warn_unread(p);
+    else if (be && !exists(model))
+        sc_fail("%s: No such file or directory: --model takes a model's folder or file "
+                "(data/tiny-flux is in the programs' folder)",
+                model);
     return p;
 }
 

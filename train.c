@@ -634,12 +634,12 @@ static bool check_options(void) {
 }
 
 static bool open_model(training *t) {
-    const sc_backend *be = sc_device(o.device);
     sc_pipeline_options how = {.widen = all_weights(), .fp8 = !strcmp(o.weights, "fp8"),
                                .streamed = !strcmp(o.weights_on, "host"),
                                .random = o.pretrain && !o.transformer, .seed = o.seed,
                                .transformer = o.transformer};
-    if (!be || !(t->pipeline = sc_open_model(be, o.model, &how))) return false;
+    t->pipeline = sc_open_model(o.model, o.device, how);
+    if (!t->pipeline) return false;
     if (o.text_tokens) t->pipeline->text_tokens = o.text_tokens;
     if (o.resolution) t->pipeline->resolution = o.resolution;
     sc_flux_checkpointing(t->pipeline->flux, o.checkpointing);
@@ -764,11 +764,11 @@ static void close_training(training *t) {
 
 /* The options, the model's recipe first. Whatever is wrong with them ends the program. */
 static void read_options(int argc, char **argv) {
-    const char *model = sc_given(argc, argv, "--model");
-    bool whole = sc_given(argc, argv, "--pretrain") || sc_given(argc, argv, "--full") ||
-                 sc_given(argc, argv, "--distill-guidance");
-    if (!whole) sc_parse_recipe(table, OPTIONS, model ? model : o.model, "train");
-    if (sc_given(argc, argv, "--pretrain")) { /* there is no teacher */
+    bool pretrain = sc_given(argc, argv, "--pretrain", NULL) != NULL;
+    if (!pretrain && !sc_given(argc, argv, "--full", NULL) &&
+        !sc_given(argc, argv, "--distill-guidance", NULL))
+        sc_parse_recipe(table, OPTIONS, sc_given(argc, argv, "--model", o.model), "train");
+    if (pretrain) { /* there is no teacher */
         o.fm_ratio = 1;
         o.teacher_ratio = 0;
         o.caption_dropout = 0.1f;
