@@ -16,14 +16,44 @@ static const char usage[] =
     "(gradient energy over the 32-step pictures'); how often the evaluator recognises the prompt;\n"
     "seconds per picture.";
 
-typedef struct options {
+static struct options {
     const char *model, *lora[8], *prompts, *evaluator, *real, *out, *device, *weights, *weights_on;
     float guidance, shift;
     bool full, kohya, guided, named; /* guided: by --guidance; named: by --out */
     int count, threads, batch, resolution;
     uint64_t seed;
     const char *command;
-} options;
+} o = {.model = "data/tiny-flux", .prompts = "data/prompts.txt", .evaluator = "data/evaluator",
+       .device = "auto", .weights = "auto", .weights_on = "device", .guidance = 3.5f, .batch = 8,
+       .seed = 1};
+
+static const sc_option table[] = {
+    {NULL, SC_FLAG, NULL, NULL, "Options:"},
+    {"--model", SC_STRING, &o.model, "DIR", "FLUX pipeline folder"},
+    {"--lora", SC_STRINGS, o.lora, "FILE[:SCALE]",
+     "LoRA to compare, repeatable [lora.safetensors, if it is there and of this model]"},
+    {"--prompts", SC_STRING, &o.prompts, "FILE", "one prompt a line"},
+    {"--evaluator", SC_STRING, &o.evaluator, "DIR", "the network that judges"},
+    {"--real", SC_STRING, &o.real, "DIR", "real pictures: also compare distances to them"},
+    {"--full", SC_FLAG, &o.full, NULL, "1026 pictures a row, as in the README, not 108"},
+    {"--count", SC_INT, &o.count, "N", "pictures a row (0: 108, or --full's)"},
+    {"--guidance", SC_FLOAT, &o.guidance, "G",
+     "guidance scale; given, also of LoRAs that recommend another"},
+    {"--shift", SC_FLOAT, &o.shift, "S", "time shift of the LoRAs' pictures (0: the model's)"},
+    {"--resolution", SC_INT, &o.resolution, "N", "side of the pictures (0: the model's)"},
+    {"--out", SC_STRING, &o.out, "PATH",
+     "contact sheet [sheet.png]; merge: the folder [merged] or file"},
+    {"--kohya", SC_FLAG, &o.kohya, NULL, "merge: write one LoRA file in kohya's names instead"},
+    {"--batch", SC_INT, &o.batch, "N", "pictures drawn at once"},
+    {"--weights", SC_STRING, &o.weights, "auto|fp8",
+     "matrices: as in the file, or fp8, half of bf16"},
+    {"--weights-on", SC_STRING, &o.weights_on, "device|host",
+     "matrices: in host memory they are streamed, for GPUs that are too small"},
+    {"--device", SC_STRING, &o.device, SC_DEVICES, "what computes"},
+    {"--threads", SC_INT, &o.threads, "N", "CPU threads (0: OMP_NUM_THREADS, or all cores)"},
+    {"--seed", SC_SEED, &o.seed, "N", "noise of the first picture"},
+};
+enum { OPTIONS = sizeof table / sizeof *table };
 
 /* ---- The evaluator: a small convolutional classifier (data/train_evaluator.py) ---- */
 
@@ -228,18 +258,19 @@ typedef struct measures {
 } measures;
 
 typedef struct experiment {
-    options o;
     sc_pipeline *p;
     evaluator judge;
-    int *class_of;                   /* of each prompt; -1: none */
-    float *context, *pooled;         /* [prompts, T, text_channels], [prompts, pooled_channels] */
-    int prompt_count, count, shown;  /* pictures in all, and those on the sheet */
+    int *class_of;                  /* of each prompt; -1: none */
+    float *context, *pooled;        /* [prompts, T, text_channels], [prompts, pooled_channels] */
+    int prompt_count, count, shown; /* pictures in all, and those on the sheet */
+    int loras;
     int64_t pixels;                  /* numbers of a picture */
     float *base;                     /* [count, pixels]: the base's 32-step pictures */
     float *base_features, *features; /* [count, features] */
     float *real;                     /* features of real pictures */
     int64_t real_count;
     double base_sharpness, base_real;
+    measures few;            /* the base's, at as many steps as the LoRAs' next */
     float *sheet;            /* a strip of titles, then a row for each prompt shown */
     int columns, column;     /* the column that is next: 0, the base's 32 steps */
     int cell, strip, height; /* pixels: a picture's side, of the strip, of the whole */
@@ -256,12 +287,6 @@ static double gradient_energy(const float *rgb, int side) {
     return sum;
 }
 
-static bool use_lora(experiment *x, const setting *s) {
-    sc_lora_report report;
-    sc_lora_unload(x->p->flux);
-    return !s->lora || s->scale == 0 || sc_lora_load(x->p->flux, s->lora, s->scale, &report);
-}
-
 /* Draws pictures [first, first + n) of the experiment: prompt i of the list, noise of seed + i. */
 static bool draw_batch(experiment *x, const setting *s, int first, int n, float *rgb) {
     sc_pipeline *p = x->p;
@@ -275,7 +300,7 @@ static bool draw_batch(experiment *x, const setting *s, int first, int n, float 
     float *latents = memory, *context = latents + n * size, *pooled = context + n * text;
     for (int i = 0; i < n; i++) {
         int prompt = (first + i) % x->prompt_count;
-        sc_rng rng = {x->o.seed + (uint64_t)(first + i)};
+        sc_rng rng = {o.seed + (uint64_t)(first + i)};
         sc_normal(&rng, latents + i * size, size);
         memcpy(context + i * text, x->context + prompt * text, (size_t)text * 4);
         memcpy(pooled + (int64_t)i * c->pooled_channels,
@@ -323,12 +348,15 @@ static bool judge(experiment *x, const float *rgb, float *features, int *class_o
 static bool run_setting(experiment *x, const setting *s, int count, bool show, measures *m) {
     bool base = show && x->column == 0;
     int d = x->judge.features, side = x->p->resolution, right = 0, known = 0;
-    float *rgb = (float *)allocate((size_t)(x->o.batch * x->pixels), sizeof *rgb);
+    float *rgb = (float *)allocate((size_t)(o.batch * x->pixels), sizeof *rgb);
     double started = sc_seconds(), drawing = 0, squares = 0, energy = 0;
-    bool ok = rgb && use_lora(x, s);
+    sc_lora_report report;
+    sc_lora_unload(x->p->flux);
+    bool ok =
+        rgb && (!s->lora || !s->scale || sc_lora_load(x->p->flux, s->lora, s->scale, &report));
     *m = (measures){0};
-    for (int first = 0; ok && first < count; first += x->o.batch) {
-        int n = count - first < x->o.batch ? count - first : x->o.batch, class_of;
+    for (int first = 0; ok && first < count; first += o.batch) {
+        int n = count - first < o.batch ? count - first : o.batch, class_of;
         double before = sc_seconds();
         ok = draw_batch(x, s, first, n, rgb);
         drawing += sc_seconds() - before;
@@ -373,14 +401,12 @@ static void print_number(int width, int digits, double value, const char *unit) 
     else printf("%*s ", width, "-");
 }
 
-/* `base`: the base's measures at as many steps, of which the gap is a share; NULL: none. */
-static void print_row(const experiment *x, const setting *s, const measures *m,
-                      const measures *base) {
+static void print_row(const experiment *x, const setting *s, const measures *m) {
     printf("%-30.30s %5d %5.2f %5.2f ", s->label, s->steps, s->shift, s->guidance);
     print_number(6, 2, s->lora ? s->scale : NAN, "");
     print_number(8, 4, m->rmse, "");
     print_number(9, 4, m->frechet, "");
-    print_number(6, 0, base ? 100 * (1 - m->frechet / base->frechet) : NAN, "%");
+    print_number(6, 0, s->lora ? 100 * (1 - m->frechet / x->few.frechet) : NAN, "%");
     print_number(6, 2, m->sharpness, "");
     print_number(6, 1, 100 * m->recognition, "%");
     print_number(7, 3, fabs(m->real - x->base_real), "");
@@ -411,60 +437,53 @@ static void draw_text(experiment *x, const char *text) {
     }
 }
 
-/* Of shifts[n] the one at which the base's pictures come nearest to its 32-step ones,
- * into *s; the runner-up too. */
-static bool try_shifts(experiment *x, setting *s, const float *shifts, int n, int count,
-                       float *second) {
-    double best[2] = {INFINITY, INFINITY};
-    float chosen[2] = {shifts[0], shifts[0]};
-    for (int i = 0; i < n; i++) {
+/* Sorts shifts[n]: first that at which the base's pictures come nearest to its 32-step ones. */
+static bool sort_shifts(experiment *x, setting *s, float *shifts, int n, int count) {
+    double distances[8];
+    for (int i = 0, j; i < n; i++) {
         measures m;
         s->shift = shifts[i];
         if (!run_setting(x, s, count, false, &m)) return false;
-        int place = m.frechet < best[0] ? 0 : 1;
-        if (m.frechet >= best[place]) continue;
-        if (place == 0) best[1] = best[0], chosen[1] = chosen[0];
-        best[place] = m.frechet, chosen[place] = s->shift;
+        for (j = i; j > 0 && m.frechet < distances[j - 1]; j--)
+            distances[j] = distances[j - 1], shifts[j] = shifts[j - 1];
+        distances[j] = m.frechet, shifts[j] = s->shift;
     }
-    s->shift = chosen[0];
-    *second = chosen[1];
+    s->shift = shifts[0];
     return true;
 }
 
 /* The distance depends on the number of pictures: --full compares the two best shifts of a quarter
  * of the pictures again with all of them. */
 static bool best_shift(experiment *x, setting *s) {
-    static const float shifts[] = {2, 3, 4, 5, 6, 7, 8};
-    float second;
-    int few = x->count / (x->o.full ? 4 : 2);
-    if (!try_shifts(x, s, shifts, 7, few < 2 ? 2 : few, &second)) /* one has no distance */
-        return false;
-    return !x->o.full || try_shifts(x, s, (float[]){s->shift, second}, 2, x->count, &second);
+    float shifts[] = {2, 3, 4, 5, 6, 7, 8};
+    int few = x->count / (o.full ? 4 : 2);
+    return sort_shifts(x, s, shifts, 7, few < 2 ? 2 : few) && /* one has no distance */
+           (!o.full || sort_shifts(x, s, shifts, 2, x->count));
 }
 
 /* A row of the table, and the next column of the sheet. */
-static bool show_setting(experiment *x, const setting *s, const char *title, const measures *base,
-                         measures *m) {
+static bool show_setting(experiment *x, const setting *s) {
+    measures m;
+    const char *title = !s->lora ? "BASE" : x->loras == 1 ? "SCFM" : "LORA";
     draw_text(x, formatted("%s %d", title, s->steps));
-    if (!run_setting(x, s, x->count, true, m)) return false;
-    if (x->column == 0) x->base_real = m->real;
-    print_row(x, s, m, base);
+    if (!run_setting(x, s, x->count, true, &m)) return false;
+    if (x->column == 0) x->base_real = m.real;
+    if (!s->lora) x->few = m;
+    print_row(x, s, &m);
     x->column++;
     return true;
 }
 
-static bool show_lora(experiment *x, const char *argument, int steps, float shift,
-                      const char *title, const measures *base) {
-    measures m;
-    setting s = {.steps = steps, .shift = shift, .guidance = x->o.guidance};
-    s.lora = sc_lora_argument(argument, steps, &s.scale, x->o.guided ? NULL : &s.guidance);
+static bool show_lora(experiment *x, const char *argument, int steps, float shift) {
+    setting s = {.steps = steps, .shift = shift, .guidance = o.guidance};
+    s.lora = sc_lora_argument(argument, steps, &s.scale, o.guided ? NULL : &s.guidance);
     s.label = formatted("%.60s", s.lora);
-    return show_setting(x, &s, title, base, &m);
+    return show_setting(x, &s);
 }
 
-static bool new_sheet(experiment *x, int loras) {
+static bool new_sheet(experiment *x) {
     int side = x->p->resolution < 256 ? x->p->resolution : 256;
-    x->columns = 1 + 3 * (1 + loras);
+    x->columns = 1 + 3 * (1 + x->loras);
     x->cell = side;
     x->strip = 7 * (side / 64 > 0 ? side / 64 : 1);
     x->height = x->strip + side * x->shown;
@@ -476,29 +495,24 @@ static bool new_sheet(experiment *x, int loras) {
 
 static bool run_experiment(experiment *x) {
     static const int few[] = {3, 4, 8};
-    const options *o = &x->o;
-    int loras = 0, tokens = x->p->resolution / x->p->token_pixels;
-    while (loras < 8 && o->lora[loras]) loras++;
-    const char *title = loras == 1 ? "SCFM" : "LORA";
+    int tokens = x->p->resolution / x->p->token_pixels;
     float shift = sc_pipeline_shift(x->p, (int64_t)tokens * tokens);
-    setting s = {.steps = 32, .shift = shift, .guidance = o->guidance, .label = "base"};
-    measures base;
-    if (!new_sheet(x, loras)) return false;
+    setting s = {.steps = 32, .shift = shift, .guidance = o.guidance, .label = "base"};
+    if (!new_sheet(x)) return false;
     print_head();
-    if (!show_setting(x, &s, "BASE", NULL, &base)) return false;
+    if (!show_setting(x, &s)) return false;
     s.label = "base, best shift";
     for (int i = 0; i < 3; i++) {
         s.steps = few[i];
-        if (!best_shift(x, &s) || !show_setting(x, &s, "BASE", NULL, &base)) return false;
-        for (int j = 0; j < loras; j++)
-            if (!show_lora(x, o->lora[j], few[i], o->shift > 0 ? o->shift : shift, title, &base))
-                return false;
+        if (!best_shift(x, &s) || !show_setting(x, &s)) return false;
+        for (int j = 0; j < x->loras; j++)
+            if (!show_lora(x, o.lora[j], few[i], o.shift > 0 ? o.shift : shift)) return false;
     }
-    if (!sc_picture_save(&(sc_picture){x->cell * x->columns, x->height, x->sheet}, o->out,
-                         o->command))
+    if (!sc_picture_save(&(sc_picture){x->cell * x->columns, x->height, x->sheet}, o.out,
+                         formatted(SC_MADE_BY " %s", o.command)))
         return false;
     printf("%d pictures a row of the table, from the same noise; contact sheet: %s\n", x->count,
-           o->out);
+           o.out);
     return true;
 }
 
@@ -507,7 +521,7 @@ static bool run_experiment(experiment *x) {
 static bool load_prompts(experiment *x) {
     int64_t text_size = (int64_t)x->p->text_tokens * sc_flux_config_of(x->p->flux)->text_channels;
     int64_t pooled_size = sc_flux_config_of(x->p->flux)->pooled_channels, count;
-    char **lines = sc_load_prompts(x->o.prompts, &count);
+    char **lines = sc_load_prompts(o.prompts, &count);
     size_t n = (size_t)count;
     bool ok = lines && (x->class_of = (int *)allocate(n, sizeof *x->class_of)) &&
               (x->context = (float *)allocate(n * (size_t)text_size, sizeof *x->context)) &&
@@ -525,7 +539,7 @@ static bool load_prompts(experiment *x) {
 
 /* Features of the pictures in a folder, cut and scaled to the evaluator's size. */
 static bool load_real(experiment *x) {
-    sc_dataset *data = sc_dataset_open(x->o.real);
+    sc_dataset *data = sc_dataset_open(o.real);
     bool ok = data && (x->real = (float *)allocate((size_t)(data->count * x->judge.features),
                                                    sizeof *x->real));
     double started = sc_seconds();
@@ -533,7 +547,7 @@ static bool load_real(experiment *x) {
     for (int64_t i = 0; ok && i < data->count; i++, x->real_count++) {
         sc_picture picture = {0}, fitted = {0};
         int class_of;
-        ok = sc_apart(x->o.out, data->pairs[i].path) &&
+        ok = sc_apart(o.out, data->pairs[i].path) &&
              sc_picture_load(&picture, data->pairs[i].path) &&
              sc_picture_fit(&fitted, &picture, x->judge.side, x->judge.side) &&
              evaluate(&x->judge, fitted.rgb, x->real + i * x->judge.features, &class_of) &&
@@ -546,26 +560,24 @@ static bool load_real(experiment *x) {
     return ok;
 }
 
-static int experiment_main(const options *o) {
-    experiment x = {.o = *o};
-    x.o.command = formatted(SC_MADE_BY " %s", o->command);
-    if (!x.o.lora[0]) x.o.lora[0] = sc_own_lora(o->model);
-    const sc_pipeline_options how = {.fp8 = !strcmp(o->weights, "fp8"),
-                                     .streamed = !strcmp(o->weights_on, "host")};
-    bool ok = sc_apart(o->out, o->prompts) &&
-              sc_check_out(o->out, ".png", o->named, o->model, x.o.lora) &&
-              (x.p = sc_open_model(o->model, o->device, how)) &&
-              evaluator_open(&x.judge, x.p->backend, o->evaluator);
-    if (ok && o->resolution) x.p->resolution = o->resolution;
+static int experiment_main(void) {
+    experiment x = {0};
+    if (!o.lora[0]) o.lora[0] = sc_own_lora(o.model);
+    const sc_pipeline_options how = {.fp8 = !strcmp(o.weights, "fp8"),
+                                     .streamed = !strcmp(o.weights_on, "host")};
+    bool ok = sc_apart(o.out, o.prompts) && sc_check_out(o.out, ".png", o.named, o.model, o.lora) &&
+              (x.p = sc_open_model(o.model, o.device, how)) &&
+              evaluator_open(&x.judge, x.p->backend, o.evaluator);
+    if (ok && o.resolution) x.p->resolution = o.resolution;
     if (ok && (x.p->resolution % x.p->token_pixels || x.p->resolution > 1 << 14))
         ok = sc_fail("--resolution is a multiple of %d pixels, not %d", x.p->token_pixels,
                      x.p->resolution);
-    for (int i = 0; ok && i < 8 && x.o.lora[i]; i++) /* now, not after minutes of base pictures */
-        ok = sc_load_lora_argument(x.p->flux, x.o.lora[i], 3, NULL);
+    for (; ok && x.loras < 8 && o.lora[x.loras]; x.loras++) /* now, not after minutes of drawing */
+        ok = sc_load_lora_argument(x.p->flux, o.lora[x.loras], 3, NULL);
     if (ok) sc_lora_unload(x.p->flux);
-    ok = ok && load_prompts(&x) && (!o->real || load_real(&x));
+    ok = ok && load_prompts(&x) && (!o.real || load_real(&x));
     if (ok) {
-        x.count = o->count ? o->count : o->full ? 1026 : 108;
+        x.count = o.count ? o.count : o.full ? 1026 : 108;
         x.shown = x.prompt_count < 10 ? x.prompt_count : 10;
         if (x.shown > x.count) x.shown = x.count;
         x.pixels = (int64_t)3 * x.p->resolution * x.p->resolution;
@@ -707,22 +719,22 @@ static int info_main(const char *path) {
 }
 
 /* LoRAs folded into a copy of the transformer, or, with --kohya, into one file of kohya's names. */
-static int merge_main(const options *o) {
-    const char *path = kept(sc_part_path(o->model, SC_TRANSFORMER));
+static int merge_main(void) {
+    const char *path = kept(sc_part_path(o.model, SC_TRANSFORMER));
     sc_flux *flux = path ? sc_flux_open(sc_cpu(), path, false, false, 0) : NULL;
     float guidance = NAN; /* that of 3 steps, as the scale: weights cannot keep it */
-    bool ok = flux && (o->lora[0] || sc_fail("merge needs --lora FILE[:SCALE]")) &&
-              (o->kohya ? sc_check_out(o->out, SC_WEIGHTS, o->named, o->model, o->lora)
-                        : sc_can_write_model(flux, o->out));
-    for (int i = 0; ok && i < 8 && o->lora[i]; i++)
-        ok = sc_load_lora_argument(flux, o->lora[i], 3, &guidance);
-    const char *metadata[] = {"format", "pt", "command", o->command, NULL};
+    bool ok = flux && (o.lora[0] || sc_fail("merge needs --lora FILE[:SCALE]")) &&
+              (o.kohya ? sc_check_out(o.out, SC_WEIGHTS, o.named, o.model, o.lora)
+                       : sc_can_write_model(flux, o.out));
+    for (int i = 0; ok && i < 8 && o.lora[i]; i++)
+        ok = sc_load_lora_argument(flux, o.lora[i], 3, &guidance);
+    const char *metadata[] = {"format", "pt", "command", o.command, NULL};
     sc_dtype type = ok ? sc_flux_net(flux)->weights[0]->source.dtype : SC_BF16;
     if (type != SC_F32 && type != SC_F16) type = SC_BF16;
-    if (ok && o->kohya) ok = sc_lora_save_kohya(flux, o->out, metadata);
-    else if (ok) ok = sc_flux_save(flux, o->out, type, metadata);
-    const char *what = o->kohya ? "" : ": a transformer folder, to put in place of the model's";
-    if (ok) printf("wrote %s%s\n", o->out, what);
+    if (ok && o.kohya) ok = sc_lora_save_kohya(flux, o.out, metadata);
+    else if (ok) ok = sc_flux_save(flux, o.out, type, metadata);
+    const char *what = o.kohya ? "" : ": a transformer folder, to put in place of the model's";
+    if (ok) printf("wrote %s%s\n", o.out, what);
     if (ok && isfinite(guidance)) printf("for 3 steps the LoRA asks for guidance %g\n", guidance);
     sc_flux_close(flux);
     return ok ? 0 : sc_die();
@@ -739,45 +751,9 @@ static int wrong_words(const char *command, int count, const char *program) {
 
 int main(int argc, char **argv) {
     sc_start(argv);
-    options o = {"data/tiny-flux",
-                 .prompts = "data/prompts.txt",
-                 .evaluator = "data/evaluator",
-                 .device = "auto",
-                 .weights = "auto",
-                 .weights_on = "device",
-                 .guidance = 3.5f,
-                 .batch = 8,
-                 .seed = 1};
-    const sc_option table[] = {
-        {NULL, SC_FLAG, NULL, NULL, "Options:"},
-        {"--model", SC_STRING, &o.model, "DIR", "FLUX pipeline folder"},
-        {"--lora", SC_STRINGS, o.lora, "FILE[:SCALE]",
-         "LoRA to compare, repeatable [lora.safetensors, if it is there and of this model]"},
-        {"--prompts", SC_STRING, &o.prompts, "FILE", "one prompt a line"},
-        {"--evaluator", SC_STRING, &o.evaluator, "DIR", "the network that judges"},
-        {"--real", SC_STRING, &o.real, "DIR", "real pictures: also compare distances to them"},
-        {"--full", SC_FLAG, &o.full, NULL, "1026 pictures a row, as in the README, not 108"},
-        {"--count", SC_INT, &o.count, "N", "pictures a row (0: 108, or --full's)"},
-        {"--guidance", SC_FLOAT, &o.guidance, "G",
-         "guidance scale; given, also of LoRAs that recommend another"},
-        {"--shift", SC_FLOAT, &o.shift, "S", "time shift of the LoRAs' pictures (0: the model's)"},
-        {"--resolution", SC_INT, &o.resolution, "N", "side of the pictures (0: the model's)"},
-        {"--out", SC_STRING, &o.out, "PATH",
-         "contact sheet [sheet.png]; merge: the folder [merged] or file"},
-        {"--kohya", SC_FLAG, &o.kohya, NULL, "merge: write one LoRA file in kohya's names instead"},
-        {"--batch", SC_INT, &o.batch, "N", "pictures drawn at once"},
-        {"--weights", SC_STRING, &o.weights, "auto|fp8",
-         "matrices: as in the file, or fp8, half of bf16"},
-        {"--weights-on", SC_STRING, &o.weights_on, "device|host",
-         "matrices: in host memory they are streamed, for GPUs that are too small"},
-        {"--device", SC_STRING, &o.device, SC_DEVICES, "what computes"},
-        {"--threads", SC_INT, &o.threads, "N", "CPU threads (0: OMP_NUM_THREADS, or all cores)"},
-        {"--seed", SC_SEED, &o.seed, "N", "noise of the first picture"},
-    };
     const char *words[2] = {NULL, NULL};
-    const int options_count = sizeof table / sizeof *table;
-    sc_parse_recipe(table, options_count, sc_given(argc, argv, "--model", o.model), "sample");
-    int count = sc_parse(usage, table, options_count, argc, argv, words, 2);
+    sc_parse_recipe(table, OPTIONS, sc_given(argc, argv, "--model", o.model), "sample");
+    int count = sc_parse(usage, table, OPTIONS, argc, argv, words, 2);
     o.guided = sc_given(argc, argv, "--guidance", NULL) != NULL;
     sc_set_threads(o.threads);
     sc_catch_interrupt();
@@ -787,7 +763,7 @@ int main(int argc, char **argv) {
     if (!o.out) o.out = !merge ? "sheet.png" : o.kohya ? "lora-kohya.safetensors" : "merged";
     if (o.batch < 1 || o.count < 0 || o.count == 1 || o.resolution < 0 || o.shift < 0)
         return sc_fail("--batch from 1, --count from 2 up, no negative numbers"), sc_die(), 2;
-    if (count == 0) return experiment_main(&o);
+    if (count == 0) return experiment_main();
     if (count == 2 && !strcmp(words[0], "info")) return info_main(words[1]);
-    return merge && count == 1 ? merge_main(&o) : wrong_words(words[0], count, argv[0]);
+    return merge && count == 1 ? merge_main() : wrong_words(words[0], count, argv[0]);
 }
