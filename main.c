@@ -619,9 +619,8 @@ static bool info_file(const char *path) {
     static const char *const keys[] = {"base_model", "method", "rank",   "alpha",
                                        "steps",      "seed",   "scales", "command"};
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
-        if (!sc_file_metadata(file, keys[i])) continue;
-        printf("  %s", keys[i]);
-        sc_print_text(stdout, ": ", sc_file_metadata(file, keys[i]));
+        const char *value = sc_file_metadata(file, keys[i]);
+        if (value) sc_print_text(stdout, formatted("  %s: ", keys[i]), value);
     }
     sc_file_close(file);
     return true;
@@ -741,12 +740,11 @@ static int merge_main(void) {
 }
 
 static int wrong_words(const char *command, int count, const char *program) {
-    fprintf(stderr, "%s\n\nerror: ", usage);
-    if (!strcmp(command, "merge")) fprintf(stderr, "merge takes --lora FILE[:SCALE]\n");
+    if (!strcmp(command, "merge")) sc_fail("merge takes --lora FILE[:SCALE]");
     else if (count == 1 && !strcmp(command, "info"))
-        fprintf(stderr, "info of what? A model folder or a safetensors file\n");
-    else fprintf(stderr, "'%s' is neither info nor merge (see %s --help)\n", command, program);
-    return 2;
+        sc_fail("info of what? A model folder or a safetensors file");
+    else sc_fail("'%s' is neither info nor merge (see %s --help)", command, program);
+    return sc_bad_usage(usage);
 }
 
 int main(int argc, char **argv) {

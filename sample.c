@@ -307,15 +307,12 @@ int main(int argc, char **argv) {
     sc_parse_recipe(table, OPTIONS, sc_given(argc, argv, "--model", o.model), "sample");
     int count = sc_parse(usage, table, OPTIONS, argc, argv, words, 2);
     const char *prompt = o.prompts ? NULL : words[0], *steps = o.prompts ? words[0] : words[1];
-    if ((!prompt && !o.prompts) || (o.prompts && (!o.out_dir || count > 1))) {
-        fprintf(stderr, "%s\n\nerror: %s (see %s --help)\n", usage,
-                !o.prompts  ? "which prompt?"
-                : o.out_dir ? "PROMPT and --prompts exclude each other"
-                            : "--prompts needs --out-dir DIR",
-                argv[0]);
-        return 2;
-    }
-    if (!check_options(steps)) return sc_die(), 2;
+    const char *wrong = !o.prompts && !prompt     ? "which prompt?"
+                        : o.prompts && !o.out_dir ? "--prompts needs --out-dir DIR"
+                        : o.prompts && count > 1  ? "PROMPT and --prompts exclude each other"
+                                                  : NULL;
+    if (wrong) sc_fail("%s (see %s --help)", wrong, argv[0]);
+    if (wrong || !check_options(steps)) return sc_bad_usage(wrong ? usage : NULL);
     sc_set_threads(o.threads);
     sc_catch_interrupt();
     sc_pipeline_options how = {.fp8 = !strcmp(o.weights, "fp8"),

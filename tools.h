@@ -204,8 +204,7 @@ static const char *png_about(about *a, const uint8_t *bytes, size_t size) {
     const uint8_t *p;
     size_t n = 0;
     while ((p = picture_chunk(bytes, size, &a->at, NULL, &n))) {
-        if (png_crc(p - 4, n + 4) != big_endian(p + n, 4))
-            return "damaged PNG (wrong checksum)";
+        if (png_crc(p - 4, n + 4) != big_endian(p + n, 4)) return "damaged PNG (wrong checksum)";
         if (!memcmp(p - 4, "IEND", 4)) return NULL;
         if (!memcmp(p - 4, "IDAT", 4)) a->pixels = true;
         if (!memcmp(p - 4, "CgBI", 4)) return "a PNG for iPhones alone (CgBI)" CONVERT_IT;
@@ -254,10 +253,8 @@ static const char *jpeg_about(about *a, const uint8_t *bytes, size_t size) {
     if (a->components == 3 && a->named && (a->jfif || a->transform > 0))
         return "a JPEG that says both RGB and YCbCr of its colours" CONVERT_IT;
     if (a->components == 4) { /* libjpeg takes CMYK as if it had Adobe's marker, stb does not */
-        a->missing = a->transform > 0 ? "\xff\xee\0\x0e"
-                                        "Adobe\0\x64\0\0\0\0\2"
-                                      : "\xff\xee\0\x0e"
-                                        "Adobe\0\x64\0\0\0\0";
+        a->missing = a->transform > 0 ? "\377\356\0\16Adobe\0\144\0\0\0\0\2"
+                                      : "\377\356\0\16Adobe\0\144\0\0\0\0";
         a->missing_size = 16;
     }
     return NULL;
@@ -422,23 +419,19 @@ bool sc_apart(const char *out, const char *input) {
 #define SC_MADE_BY "made by shortcut:" /* so begin the parameters of other pictures */
 #define SC_LOSS_COLUMNS "step,loss,gradient_norm,learning_rate\n"
 
-/* Whether a PNG is this program's, as its parameters say: ./sample's, or those of SC_MADE_BY. */
-static bool drew(const char *path) {
+/* Whether a file is this program's: a PNG says so in its parameters, which are ./sample's or begin
+ * with SC_MADE_BY; safetensors say it with the command, loss.csv with its heading. */
+static bool wrote(const char *path) {
     const char *text = sc_picture_parameters(path);
     const char *settings = text ? strstr(text, "\nSteps: ") : NULL;
+    char line[sizeof SC_LOSS_COLUMNS] = "";
     int end = 0;
     if (settings)
         sscanf(settings,
                "\nSteps: %*d, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: %*f, Seed: %*u, "
                "Size: %*dx%*d, Shift: %*f, Model:%n",
                &end);
-    return end || (text && !strncmp(text, SC_MADE_BY, strlen(SC_MADE_BY)));
-}
-
-/* The same of any file: safetensors say it with the command, loss.csv with its heading. */
-static bool wrote(const char *path) {
-    char line[sizeof SC_LOSS_COLUMNS] = "";
-    if (drew(path)) return true;
+    if (end || (text && !strncmp(text, SC_MADE_BY, strlen(SC_MADE_BY)))) return true;
     FILE *f = fopen(path, "rb");
     bool losses = f && fgets(line, sizeof line, f) && !strcmp(line, SC_LOSS_COLUMNS);
     if (f) fclose(f);
@@ -502,16 +495,10 @@ bool sc_check_out(const char *out, const char *endings, bool named, const char *
     return ok;
 }
 
-/* No loss if a transformer's config.json stays as it is. */
-static bool may_replace_config(const sc_flux *flux, const char *path) {
-    size_t size;
-    const char *text = exists(path) ? kept(sc_read_file(path, &size)) : NULL;
-    return (text && !strcmp(text, sc_flux_config_text(flux))) || sc_may_replace(path);
-}
-
 /* The folder of a transformer that sc_flux_save can write: a new one, or with what this program
- * wrote and does not read now. */
+ * wrote and does not read now; a config.json of its own may be there. */
 bool sc_can_write_model(const sc_flux *flux, const char *folder) {
+    size_t size;
     const sc_file *file = sc_flux_net(flux)->file;
     const char *input = file ? sc_file_path(file) : NULL;
     if (ends_in(folder, SC_WEIGHTS) && (!exists(folder) || is_file(folder)))
@@ -519,9 +506,11 @@ bool sc_can_write_model(const sc_flux *flux, const char *folder) {
     if (!exists(folder)) return sc_can_write(folder);
     const char *weights = formatted("%s/diffusion_pytorch_model.safetensors", folder);
     const char *config = formatted("%s/config.json", folder);
+    const char *text = exists(config) ? kept(sc_read_file(config, &size)) : NULL;
     return sc_apart(folder, input ? folder_of(input) : NULL) && sc_apart(weights, input) &&
            sc_may_replace(weights) && sc_can_write(weights) && sc_can_write(config) &&
-           (exists(weights) || may_replace_config(flux, config));
+           (exists(weights) || (text && !strcmp(text, sc_flux_config_text(flux))) ||
+            sc_may_replace(config));
 }
 
 static const char *lock_path;
@@ -627,10 +616,8 @@ const char *sc_own_lora(const char *model) {
     sc_file *file = exists(path) ? sc_file_open(path) : NULL;
     const char *base = file ? sc_file_metadata(file, "base_model") : NULL;
     bool own = exists(path) && (!base || same_place(base, model));
-    if (base && !own) {
-        fprintf(stderr, "%s is not used, it", path);
-        sc_print_text(stderr, " was made for ", base);
-    }
+    if (base && !own)
+        sc_print_text(stderr, formatted("%s is not used, it was made for ", path), base);
     sc_file_close(file);
     return own ? path : NULL; /* where it cannot be read, loading it says why */
 }
@@ -651,21 +638,26 @@ int sc_die(void) {
     return 1;
 }
 
+/* The same of bad usage, below `usage` where all of it is needed. */
+int sc_bad_usage(const char *usage) {
+    if (usage) fprintf(stderr, "%s\n\n", usage);
+    return sc_die(), 2;
+}
+
 #define SC_DEVICES "auto|cpu|cuda"
 
 /* One of SC_DEVICES; NULL with the error set. */
 const sc_backend *sc_device(const char *name) {
-    const sc_backend *cuda = NULL;
     if (!strcmp(name, "cpu")) return sc_cpu();
 #ifdef SHORTCUT_CUDA
-    cuda = sc_cuda();
-#else
-    sc_fail("this program was built without CUDA: run make where nvcc is installed");
-#endif
+    const sc_backend *cuda = sc_cuda();
     if (cuda || !strcmp(name, "cuda")) return cuda;
-#ifdef SHORTCUT_CUDA
     if (!strstr(sc_error(), "no NVIDIA driver")) /* there seems to be a GPU */
         fprintf(stderr, "note: %s; using the CPU\n", sc_error());
+#else
+    if (!strcmp(name, "cuda"))
+        return sc_fail("this program was built without CUDA: run make where nvcc is installed"),
+               NULL;
 #endif
     return sc_cpu();
 }
@@ -721,10 +713,7 @@ typedef struct sc_option {
 
 /* Is `text` one of "this|that"? */
 static bool is_listed(const char *list, const char *text) {
-    size_t n = strlen(text);
-    for (; list; list = strchr(list, '|') ? strchr(list, '|') + 1 : NULL)
-        if (!strncmp(list, text, n) && (!list[n] || list[n] == '|')) return true;
-    return false;
+    return strstr(formatted("|%s|", list), formatted("|%s|", text)) != NULL;
 }
 
 /* Numbers separated by commas, as many as the option takes at most. */
@@ -894,10 +883,8 @@ static void warn_unread(const sc_pipeline *p) {
     const sc_net *const nets[] = {sc_flux_net(p->flux), sc_vae_net(vae), sc_text_net(text, SC_CLIP),
                                   sc_text_net(text, SC_T5)};
     long long unread = sc_net_unread(nets, 4, names, sizeof names);
-    if (unread) {
-        fprintf(stderr, "warning: %lld tensors of %s are not used", unread, p->folder);
-        sc_print_text(stderr, ": ", names);
-    }
+    const char *what = formatted("warning: %lld tensors of %s are not used: ", unread, p->folder);
+    if (unread) sc_print_text(stderr, what, names);
     sc_text_encoders_close(text);
     sc_vae_close(vae);
 }

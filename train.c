@@ -774,14 +774,8 @@ static void read_options(int argc, char **argv) {
         o.caption_dropout = 0.1f;
     }
     sc_parse(usage, table, OPTIONS, argc, argv, &o.data, 1);
-    if (!o.data) {
-        fprintf(stderr, "%s\n\nerror: which folder of pictures? (see %s --help)\n", usage, argv[0]);
-        exit(2);
-    }
-    if (!check_options()) {
-        sc_die();
-        exit(2);
-    }
+    if (!o.data) sc_fail("which folder of pictures? (see %s --help)", argv[0]);
+    if (!o.data || !check_options()) exit(sc_bad_usage(o.data ? NULL : usage));
 }
 
 int main(int argc, char **argv) {
