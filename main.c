@@ -675,7 +675,9 @@ static void info_tokenizer(const char *model, const char *name) {
     sc_tokenizer_close(t);
 }
 
-static int info_model(const char *model) {
+static int info_main(const char *model) {
+    if (!is_model(model)) return info_file(model) ? 0 : sc_die();
+    printf("%s:\n", model);
     sc_flux *flux = info_flux(model);
     sc_text_encoders *text = sc_text_encoders_open(NULL, model);
     if (!text) printf("  text encoders: %s\n", sc_error());
@@ -709,12 +711,6 @@ static int info_model(const char *model) {
     sc_vae_close(vae);
     if (!ok) sc_fail("%s: a part is not whole, or not one that is read here", model);
     return ok ? 0 : sc_die();
-}
-
-static int info_main(const char *path) {
-    if (!is_model(path)) return info_file(path) ? 0 : sc_die();
-    printf("%s:\n", path);
-    return info_model(path);
 }
 
 /* LoRAs folded into a copy of the transformer, or, with --kohya, into one file of kohya's names. */

@@ -34,20 +34,15 @@ int sc_die(void);
 
 /* Texts such as paths are small, and live as long as the program: nobody frees them. */
 char *kept(char *text) {
-    static struct link {
-        struct link *next;
-        char *text;
-    } *all;
-    struct link *first = (struct link *)allocate(1, sizeof *first);
-    if (!first) exit(sc_die());
-    *first = (struct link){all, text};
-    all = first;
-    return text;
+    static char **all;
+    static size_t count;
+    all = (char **)realloc(all, (count + 1) * sizeof *all);
+    if (!all) sc_fail("out of memory"), exit(sc_die());
+    return all[count++] = text;
 }
 
 /* As printf's; without memory for it the program ends. */
-char *formatted(const char *format, ...) SC_PRINTF(1, 2);
-char *formatted(const char *format, ...) {
+SC_PRINTF(1, 2) char *formatted(const char *format, ...) {
     char *text = NULL;
     size_t size;
     va_list values;

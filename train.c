@@ -2,13 +2,6 @@
  *
  * This file is the driver: options, data, progress, files. The method itself is in shortcut.h. */
 #define _POSIX_C_SOURCE 200809L
-#include <errno.h>
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 #include "shortcut.h"
 #include "tools.h"
 
