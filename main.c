@@ -22,7 +22,6 @@ static struct options {
     bool full, kohya, guided, named; /* guided: by --guidance; named: by --out */
     int count, threads, batch, resolution;
     uint64_t seed;
-    const char *command;
 } o = {.model = "data/tiny-flux", .prompts = "data/prompts.txt", .evaluator = "data/evaluator",
        .device = "auto", .weights = "auto", .weights_on = "device", .guidance = 3.5f, .batch = 8,
        .seed = 1};
@@ -509,7 +508,7 @@ static bool run_experiment(experiment *x) {
             if (!show_lora(x, o.lora[j], few[i], o.shift > 0 ? o.shift : shift)) return false;
     }
     if (!sc_picture_save(&(sc_picture){x->cell * x->columns, x->height, x->sheet}, o.out,
-                         formatted(SC_MADE_BY " %s", o.command)))
+                         formatted(SC_MADE_BY " %s", sc_command)))
         return false;
     printf("%d pictures a row of the table, from the same noise; contact sheet: %s\n", x->count,
            o.out);
@@ -723,7 +722,7 @@ static int merge_main(void) {
                        : sc_can_write_model(flux, o.out));
     for (int i = 0; ok && i < 8 && o.lora[i]; i++)
         ok = sc_load_lora_argument(flux, o.lora[i], 3, &guidance);
-    const char *metadata[] = {"format", "pt", "command", o.command, NULL};
+    const char *metadata[] = {"format", "pt", "command", sc_command, NULL};
     sc_dtype type = ok ? sc_flux_net(flux)->weights[0]->source.dtype : SC_BF16;
     if (type != SC_F32 && type != SC_F16) type = SC_BF16;
     if (ok && o.kohya) ok = sc_lora_save_kohya(flux, o.out, metadata);
@@ -753,7 +752,6 @@ int main(int argc, char **argv) {
     sc_catch_interrupt();
     bool merge = count && !strcmp(words[0], "merge");
     o.named = o.out != NULL;
-    o.command = sc_command(argc, argv);
     if (!o.out) o.out = !merge ? "sheet.png" : o.kohya ? "lora-kohya.safetensors" : "merged";
     if (o.batch < 1 || o.count < 0 || o.count == 1 || o.resolution < 0 || o.shift < 0)
         return sc_fail("--batch from 1, --count from 2 up, no negative numbers"), sc_die(), 2;

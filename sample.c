@@ -23,7 +23,6 @@ static struct options {
     uint64_t seed;
     int count, threads, steps, width, height;
     bool guided, named; /* by --guidance: then a LoRA has no say in it; by --out */
-    const char *command;
 } o = {.model = "data/tiny-flux", .out = "out.png", .device = "auto", .weights = "auto",
        .weights_on = "device", .guidance = 3.5f, .count = 1, .seed = 1};
 
@@ -239,7 +238,7 @@ static bool draw_list(sc_pipeline *p) {
     prompts = sc_load_prompts(o.prompts, &pictures);
     pictures *= o.count;
     bool made = false, ok = prompts && make_folder(o.out_dir, &made) &&
-                            sc_lock(o.out_dir, o.command) && check_folder(metadata);
+                            sc_lock(o.out_dir) && check_folder(metadata);
     while (ok && done < pictures && !sc_interrupted)
         if ((ok = draw_next(p, done, metadata))) done++;
     sc_unlock();
@@ -303,7 +302,6 @@ int main(int argc, char **argv) {
     const char *words[2] = {NULL, NULL};
     o.guided = sc_given(argc, argv, "--guidance", NULL) != NULL;
     o.named = sc_given(argc, argv, "--out", NULL) != NULL;
-    o.command = sc_command(argc, argv);
     sc_parse_recipe(table, OPTIONS, sc_given(argc, argv, "--model", o.model), "sample");
     int count = sc_parse(usage, table, OPTIONS, argc, argv, words, 2);
     const char *prompt = o.prompts ? NULL : words[0], *steps = o.prompts ? words[0] : words[1];

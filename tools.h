@@ -31,6 +31,7 @@ void *allocate(size_t count, size_t size) {
 }
 
 int sc_die(void);
+const char *sc_command; /* the command line, from sc_start on */
 
 /* Texts such as paths are small, and live as long as the program: nobody frees them. */
 char *kept(char *text) {
@@ -512,7 +513,7 @@ static const char *lock_path;
 
 /* One process at a time writes into a folder; false says which. The kernel ends the lock with the
  * process, however that ends. */
-bool sc_lock(const char *folder, const char *command) {
+bool sc_lock(const char *folder) {
     char holder[256] = "", since[32] = "";
     struct stat mine;
     time_t now = time(NULL);
@@ -527,7 +528,7 @@ bool sc_lock(const char *folder, const char *command) {
                        n > 0 ? holder : "another process");
     }
     strftime(since, sizeof since, "%Y-%m-%d %H:%M", localtime(&now));
-    dprintf(fd, "process %ld (since %s: %s)", (long)getpid(), since, command);
+    dprintf(fd, "process %ld (since %s: %s)", (long)getpid(), since, sc_command);
     lock_path = path;
     return true;
 }
@@ -543,6 +544,8 @@ void sc_unlock(void) {
  * sleeping at once, 1.7. libgomp reads this when it is loaded: start once again. A reader that went
  * away, and a limit on the size of files, make a write fail; they do not end the program. */
 void sc_start(char **argv) {
+    sc_command = argv[0];
+    for (int i = 1; argv[i]; i++) sc_command = formatted("%s %s", sc_command, argv[i]);
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);
     if (getenv("OMP_WAIT_POLICY")) return;
@@ -570,13 +573,6 @@ void sc_catch_interrupt(void) {
 bool sc_not_interrupted(void *user, int step, int steps) {
     (void)user, (void)step, (void)steps;
     return !sc_interrupted;
-}
-
-/* The command line. */
-const char *sc_command(int argc, char **argv) {
-    const char *text = argv[0];
-    for (int i = 1; i < argc; i++) text = formatted("%s %s", text, argv[i]);
-    return text;
 }
 
 double sc_seconds(void) {

@@ -121,10 +121,9 @@ typedef struct training {
     int pairs;
     sc_batch batch;
     float *batch_memory;
+    const char *state, *losses, *picture, *cache; /* paths */
     int64_t step;
     bool saved; /* the run folder has a state of this run */
-    const char *command;
-    const char *state, *losses, *picture, *cache; /* paths */
 } training;
 
 /* One text's part of CONTEXT or POOLED. */
@@ -169,7 +168,7 @@ static bool save_state(const training *t) {
     const char *metadata[] = {"step", formatted("%lld", (long long)t->step),
                               "steps", formatted("%d", o.steps),
                               "rng", formatted("%llu", (unsigned long long)t->rng.state),
-                              "command", t->command, NULL};
+                              "command", sc_command, NULL};
     return sc_params_save(t->params, t->state, metadata);
 }
 
@@ -192,7 +191,7 @@ static bool load_state(training *t) {
     }
     if (ok && command) { /* with other options it would be another run */
         sc_print_text(stderr, "resumed; this run was saved by: ", command);
-        t->command = formatted("%s && %s", command, t->command);
+        sc_command = formatted("%s && %s", command, sc_command);
     }
     sc_file_close(file);
     return ok;
@@ -217,7 +216,7 @@ static bool save_result(const training *t) {
     const char *seed = formatted("%llu", (unsigned long long)o.seed);
     const char *base = o.transformer ? o.transformer : o.model;
     const char *metadata[] = {"base_model", base, "method", "SCFM", "rank", rank, "alpha", rank,
-                              "steps", steps, "seed", seed, "command", t->command, "format", "pt",
+                              "steps", steps, "seed", seed, "command", sc_command, "format", "pt",
                               o.scales ? "scales" : NULL, o.scales, NULL};
     if (t->params->adapters) return sc_lora_save(t->params, SC_STUDENT, o.out, metadata);
     sc_params_use(t->params, SC_SLOW);
@@ -262,7 +261,7 @@ static bool preview(training *t) {
     sc_pipeline_release(p);
     ok = sc_tape_reserve(p->tape, held) && ok;
     sc_picture picture = {panels * (int)row, (int)rows / 3, sheet};
-    ok = ok && sc_picture_save(&picture, t->picture, formatted(SC_MADE_BY " %s", t->command));
+    ok = ok && sc_picture_save(&picture, t->picture, formatted(SC_MADE_BY " %s", sc_command));
     free(latents);
     return ok;
 }
@@ -737,7 +736,7 @@ static bool dry_run(training *t) {
 static bool check_places(const training *t, bool named, bool *made) {
     const char *const loras[] = {o.start ? o.start : o.teacher, o.start ? o.teacher : NULL, NULL};
     const char *const others[] = {o.transformer, t->state, t->losses, t->picture, t->cache};
-    bool ok = make_folder(o.run, made) && sc_lock(o.run, t->command) &&
+    bool ok = make_folder(o.run, made) && sc_lock(o.run) &&
               (o.resume || (check_unfinished(t) && sc_may_replace(t->state))) &&
               sc_can_write(t->state) && sc_may_replace(t->losses) && sc_can_write(t->losses);
     if (!ok || all_weights()) return ok;
@@ -778,8 +777,7 @@ int main(int argc, char **argv) {
     if (!o.out) o.out = all_weights() ? "transformer" : "lora.safetensors";
     sc_set_threads(o.threads);
     sc_catch_interrupt();
-    training t = {.command = sc_command(argc, argv),
-                  .state = formatted("%s/state.safetensors", o.run),
+    training t = {.state = formatted("%s/state.safetensors", o.run),
                   .losses = formatted("%s/loss.csv", o.run),
                   .picture = formatted("%s/preview.png", o.run),
                   .cache = formatted("%s/.shortcut-cache.safetensors", o.data)};
