@@ -16,14 +16,43 @@ static const char usage[] =
     "(gradient energy over the 32-step pictures'); how often the evaluator recognises the prompt;\n"
     "seconds per picture.";
 
-typedef struct options {
+static struct options {
     const char *model, *lora[8], *prompts, *evaluator, *real, *out, *device, *weights, *weights_on;
     float guidance, shift;
     bool full, kohya, guided, named; /* guided: by --guidance; named: by --out */
     int count, threads, batch, resolution;
     uint64_t seed;
-    char *command;
-} options;
+} o = {.model = "data/tiny-flux", .prompts = "data/prompts.txt", .evaluator = "data/evaluator",
+       .device = "auto", .weights = "auto", .weights_on = "device", .guidance = 3.5f, .batch = 8,
+       .seed = 1};
+
+static const sc_option table[] = {
+    {NULL, SC_FLAG, NULL, NULL, "Options:"},
+    {"--model", SC_STRING, &o.model, "DIR", "FLUX pipeline folder"},
+    {"--lora", SC_STRINGS, o.lora, "FILE[:SCALE]",
+     "LoRA to compare, repeatable [lora.safetensors, if it is there and of this model]"},
+    {"--prompts", SC_STRING, &o.prompts, "FILE", "one prompt a line"},
+    {"--evaluator", SC_STRING, &o.evaluator, "DIR", "the network that judges"},
+    {"--real", SC_STRING, &o.real, "DIR", "real pictures: also compare distances to them"},
+    {"--full", SC_FLAG, &o.full, NULL, "1026 pictures a row, as in the README, not 108"},
+    {"--count", SC_INT, &o.count, "N", "pictures a row (0: 108, or --full's)"},
+    {"--guidance", SC_FLOAT, &o.guidance, "G",
+     "guidance scale; given, also of LoRAs that recommend another"},
+    {"--shift", SC_FLOAT, &o.shift, "S", "time shift of the LoRAs' pictures (0: the model's)"},
+    {"--resolution", SC_INT, &o.resolution, "N", "side of the pictures (0: the model's)"},
+    {"--out", SC_STRING, &o.out, "PATH",
+     "contact sheet [sheet.png]; merge: the folder [merged] or file"},
+    {"--kohya", SC_FLAG, &o.kohya, NULL, "merge: write one LoRA file in kohya's names instead"},
+    {"--batch", SC_INT, &o.batch, "N", "pictures drawn at once"},
+    {"--weights", SC_STRING, &o.weights, "auto|fp8",
+     "matrices: as in the file, or fp8, half of bf16"},
+    {"--weights-on", SC_STRING, &o.weights_on, "device|host",
+     "matrices: in host memory they are streamed, for GPUs that are too small"},
+    {"--device", SC_STRING, &o.device, SC_DEVICES, "what computes"},
+    {"--threads", SC_INT, &o.threads, "N", "CPU threads (0: OMP_NUM_THREADS, or all cores)"},
+    {"--seed", SC_SEED, &o.seed, "N", "noise of the first picture"},
+};
+enum { OPTIONS = sizeof table / sizeof *table };
 
 /* ---- The evaluator: a small convolutional classifier (data/train_evaluator.py) ---- */
 
@@ -68,8 +97,8 @@ static bool conv_open(sc_net *net, conv *c, const char *kind, int level, int64_t
 }
 
 static bool evaluator_open(evaluator *e, const sc_backend *be, const char *folder) {
-    char *path = joined(folder, "config.json");
-    sc_json *json = path ? sc_json_load(path) : NULL;
+    const char *path = formatted("%s/config.json", folder);
+    sc_json *json = sc_json_load(path);
     const sc_json *channels = sc_json_get(json, "channels");
     int count[MAX_LEVELS], in = 3;
     *e = (evaluator){.json = json, .captions = sc_json_get(json, "captions")};
@@ -87,7 +116,6 @@ static bool evaluator_open(evaluator *e, const sc_backend *be, const char *folde
         ok = count[i] && count[i] % e->groups == 0;
     }
     if (!ok && json) sc_fail("%s: not an evaluator's", path);
-    free(path);
     ok = ok && (e->net = sc_net_open(be, folder, true)) && (e->tape = sc_tape_new(be));
     for (int i = 0; ok && i < e->levels; in = count[i++])
         ok = conv_open(e->net, &e->down[i], "down", i, in, count[i]) &&
@@ -218,10 +246,10 @@ static double frechet(const float *a, int64_t na, const float *b, int64_t nb, in
 /* ---- Pictures of one setting ---- */
 
 typedef struct setting {
-    char *lora; /* its path; NULL: none */
+    const char *lora; /* its path; NULL: none */
     int steps;
     float shift, guidance, scale;
-    char label[64];
+    const char *label;
 } setting;
 
 typedef struct measures {
@@ -229,18 +257,19 @@ typedef struct measures {
 } measures;
 
 typedef struct experiment {
-    options o;
     sc_pipeline *p;
     evaluator judge;
-    int *class_of;                   /* of each prompt; -1: none */
-    float *context, *pooled;         /* [prompts, T, text_channels], [prompts, pooled_channels] */
-    int prompt_count, count, shown;  /* pictures in all, and those on the sheet */
+    int *class_of;                  /* of each prompt; -1: none */
+    float *context, *pooled;        /* [prompts, T, text_channels], [prompts, pooled_channels] */
+    int prompt_count, count, shown; /* pictures in all, and those on the sheet */
+    int loras;
     int64_t pixels;                  /* numbers of a picture */
     float *base;                     /* [count, pixels]: the base's 32-step pictures */
     float *base_features, *features; /* [count, features] */
     float *real;                     /* features of real pictures */
     int64_t real_count;
     double base_sharpness, base_real;
+    measures few;            /* the base's, at as many steps as the LoRAs' next */
     float *sheet;            /* a strip of titles, then a row for each prompt shown */
     int columns, column;     /* the column that is next: 0, the base's 32 steps */
     int cell, strip, height; /* pixels: a picture's side, of the strip, of the whole */
@@ -257,12 +286,6 @@ static double gradient_energy(const float *rgb, int side) {
     return sum;
 }
 
-static bool use_lora(experiment *x, const setting *s) {
-    sc_lora_report report;
-    sc_lora_unload(x->p->flux);
-    return !s->lora || s->scale == 0 || sc_lora_load(x->p->flux, s->lora, s->scale, &report);
-}
-
 /* Draws pictures [first, first + n) of the experiment: prompt i of the list, noise of seed + i. */
 static bool draw_batch(experiment *x, const setting *s, int first, int n, float *rgb) {
     sc_pipeline *p = x->p;
@@ -276,7 +299,7 @@ static bool draw_batch(experiment *x, const setting *s, int first, int n, float 
     float *latents = memory, *context = latents + n * size, *pooled = context + n * text;
     for (int i = 0; i < n; i++) {
         int prompt = (first + i) % x->prompt_count;
-        sc_rng rng = {x->o.seed + (uint64_t)(first + i)};
+        sc_rng rng = {o.seed + (uint64_t)(first + i)};
         sc_normal(&rng, latents + i * size, size);
         memcpy(context + i * text, x->context + prompt * text, (size_t)text * 4);
         memcpy(pooled + (int64_t)i * c->pooled_channels,
@@ -324,12 +347,15 @@ static bool judge(experiment *x, const float *rgb, float *features, int *class_o
 static bool run_setting(experiment *x, const setting *s, int count, bool show, measures *m) {
     bool base = show && x->column == 0;
     int d = x->judge.features, side = x->p->resolution, right = 0, known = 0;
-    float *rgb = (float *)allocate((size_t)(x->o.batch * x->pixels), sizeof *rgb);
+    float *rgb = (float *)allocate((size_t)(o.batch * x->pixels), sizeof *rgb);
     double started = sc_seconds(), drawing = 0, squares = 0, energy = 0;
-    bool ok = rgb && use_lora(x, s);
+    sc_lora_report report;
+    sc_lora_unload(x->p->flux);
+    bool ok =
+        rgb && (!s->lora || !s->scale || sc_lora_load(x->p->flux, s->lora, s->scale, &report));
     *m = (measures){0};
-    for (int first = 0; ok && first < count; first += x->o.batch) {
-        int n = count - first < x->o.batch ? count - first : x->o.batch, class_of;
+    for (int first = 0; ok && first < count; first += o.batch) {
+        int n = count - first < o.batch ? count - first : o.batch, class_of;
         double before = sc_seconds();
         ok = draw_batch(x, s, first, n, rgb);
         drawing += sc_seconds() - before;
@@ -374,14 +400,12 @@ static void print_number(int width, int digits, double value, const char *unit) 
     else printf("%*s ", width, "-");
 }
 
-/* `base`: the base's measures at as many steps, of which the gap is a share; NULL: none. */
-static void print_row(const experiment *x, const setting *s, const measures *m,
-                      const measures *base) {
+static void print_row(const experiment *x, const setting *s, const measures *m) {
     printf("%-30.30s %5d %5.2f %5.2f ", s->label, s->steps, s->shift, s->guidance);
     print_number(6, 2, s->lora ? s->scale : NAN, "");
     print_number(8, 4, m->rmse, "");
     print_number(9, 4, m->frechet, "");
-    print_number(6, 0, base ? 100 * (1 - m->frechet / base->frechet) : NAN, "%");
+    print_number(6, 0, s->lora ? 100 * (1 - m->frechet / x->few.frechet) : NAN, "%");
     print_number(6, 2, m->sharpness, "");
     print_number(6, 1, 100 * m->recognition, "%");
     print_number(7, 3, fabs(m->real - x->base_real), "");
@@ -412,64 +436,53 @@ static void draw_text(experiment *x, const char *text) {
     }
 }
 
-/* Of shifts[n] the one at which the base's pictures come nearest to its 32-step ones,
- * into *s; the runner-up too. */
-static bool try_shifts(experiment *x, setting *s, const float *shifts, int n, int count,
-                       float *second) {
-    double best[2] = {INFINITY, INFINITY};
-    float chosen[2] = {shifts[0], shifts[0]};
-    for (int i = 0; i < n; i++) {
+/* Sorts shifts[n]: first that at which the base's pictures come nearest to its 32-step ones. */
+static bool sort_shifts(experiment *x, setting *s, float *shifts, int n, int count) {
+    double distances[8];
+    for (int i = 0, j; i < n; i++) {
         measures m;
         s->shift = shifts[i];
         if (!run_setting(x, s, count, false, &m)) return false;
-        int place = m.frechet < best[0] ? 0 : 1;
-        if (m.frechet >= best[place]) continue;
-        if (place == 0) best[1] = best[0], chosen[1] = chosen[0];
-        best[place] = m.frechet, chosen[place] = s->shift;
+        for (j = i; j > 0 && m.frechet < distances[j - 1]; j--)
+            distances[j] = distances[j - 1], shifts[j] = shifts[j - 1];
+        distances[j] = m.frechet, shifts[j] = s->shift;
     }
-    s->shift = chosen[0];
-    *second = chosen[1];
+    s->shift = shifts[0];
     return true;
 }
 
 /* The distance depends on the number of pictures: --full compares the two best shifts of a quarter
  * of the pictures again with all of them. */
 static bool best_shift(experiment *x, setting *s) {
-    static const float shifts[] = {2, 3, 4, 5, 6, 7, 8};
-    float second;
-    int few = x->count / (x->o.full ? 4 : 2);
-    if (!try_shifts(x, s, shifts, 7, few < 2 ? 2 : few, &second)) /* one has no distance */
-        return false;
-    return !x->o.full || try_shifts(x, s, (float[]){s->shift, second}, 2, x->count, &second);
+    float shifts[] = {2, 3, 4, 5, 6, 7, 8};
+    int few = x->count / (o.full ? 4 : 2);
+    return sort_shifts(x, s, shifts, 7, few < 2 ? 2 : few) && /* one has no distance */
+           (!o.full || sort_shifts(x, s, shifts, 2, x->count));
 }
 
 /* A row of the table, and the next column of the sheet. */
-static bool show_setting(experiment *x, const setting *s, const char *title, const measures *base,
-                         measures *m) {
-    char heading[32];
-    snprintf(heading, sizeof heading, "%s %d", title, s->steps);
-    draw_text(x, heading);
-    if (!run_setting(x, s, x->count, true, m)) return false;
-    if (x->column == 0) x->base_real = m->real;
-    print_row(x, s, m, base);
+static bool show_setting(experiment *x, const setting *s) {
+    measures m;
+    const char *title = !s->lora ? "BASE" : x->loras == 1 ? "SCFM" : "LORA";
+    draw_text(x, formatted("%s %d", title, s->steps));
+    if (!run_setting(x, s, x->count, true, &m)) return false;
+    if (x->column == 0) x->base_real = m.real;
+    if (!s->lora) x->few = m;
+    print_row(x, s, &m);
     x->column++;
     return true;
 }
 
-static bool show_lora(experiment *x, const char *argument, int steps, float shift,
-                      const char *title, const measures *base) {
-    measures m;
-    setting s = {.steps = steps, .shift = shift, .guidance = x->o.guidance};
-    s.lora = sc_lora_argument(argument, steps, &s.scale, x->o.guided ? NULL : &s.guidance);
-    snprintf(s.label, sizeof s.label, "%.60s", s.lora ? s.lora : "");
-    bool ok = s.lora && show_setting(x, &s, title, base, &m);
-    free(s.lora);
-    return ok;
+static bool show_lora(experiment *x, const char *argument, int steps, float shift) {
+    setting s = {.steps = steps, .shift = shift, .guidance = o.guidance};
+    s.lora = sc_lora_argument(argument, steps, &s.scale, o.guided ? NULL : &s.guidance);
+    s.label = formatted("%.60s", s.lora);
+    return show_setting(x, &s);
 }
 
-static bool new_sheet(experiment *x, int loras) {
+static bool new_sheet(experiment *x) {
     int side = x->p->resolution < 256 ? x->p->resolution : 256;
-    x->columns = 1 + 3 * (1 + loras);
+    x->columns = 1 + 3 * (1 + x->loras);
     x->cell = side;
     x->strip = 7 * (side / 64 > 0 ? side / 64 : 1);
     x->height = x->strip + side * x->shown;
@@ -481,29 +494,24 @@ static bool new_sheet(experiment *x, int loras) {
 
 static bool run_experiment(experiment *x) {
     static const int few[] = {3, 4, 8};
-    const options *o = &x->o;
-    int loras = 0, tokens = x->p->resolution / x->p->token_pixels;
-    while (loras < 8 && o->lora[loras]) loras++;
-    const char *title = loras == 1 ? "SCFM" : "LORA";
+    int tokens = x->p->resolution / x->p->token_pixels;
     float shift = sc_pipeline_shift(x->p, (int64_t)tokens * tokens);
-    setting s = {.steps = 32, .shift = shift, .guidance = o->guidance, .label = "base"};
-    measures base;
-    if (!new_sheet(x, loras)) return false;
+    setting s = {.steps = 32, .shift = shift, .guidance = o.guidance, .label = "base"};
+    if (!new_sheet(x)) return false;
     print_head();
-    if (!show_setting(x, &s, "BASE", NULL, &base)) return false;
-    snprintf(s.label, sizeof s.label, "base, best shift");
+    if (!show_setting(x, &s)) return false;
+    s.label = "base, best shift";
     for (int i = 0; i < 3; i++) {
         s.steps = few[i];
-        if (!best_shift(x, &s) || !show_setting(x, &s, "BASE", NULL, &base)) return false;
-        for (int j = 0; j < loras; j++)
-            if (!show_lora(x, o->lora[j], few[i], o->shift > 0 ? o->shift : shift, title, &base))
-                return false;
+        if (!best_shift(x, &s) || !show_setting(x, &s)) return false;
+        for (int j = 0; j < x->loras; j++)
+            if (!show_lora(x, o.lora[j], few[i], o.shift > 0 ? o.shift : shift)) return false;
     }
-    if (!sc_picture_save(&(sc_picture){x->cell * x->columns, x->height, x->sheet}, o->out,
-                         o->command))
+    if (!sc_picture_save(&(sc_picture){x->cell * x->columns, x->height, x->sheet}, o.out,
+                         formatted(SC_MADE_BY " %s", sc_command)))
         return false;
     printf("%d pictures a row of the table, from the same noise; contact sheet: %s\n", x->count,
-           o->out);
+           o.out);
     return true;
 }
 
@@ -512,7 +520,7 @@ static bool run_experiment(experiment *x) {
 static bool load_prompts(experiment *x) {
     int64_t text_size = (int64_t)x->p->text_tokens * sc_flux_config_of(x->p->flux)->text_channels;
     int64_t pooled_size = sc_flux_config_of(x->p->flux)->pooled_channels, count;
-    char *text, **lines = sc_load_prompts(x->o.prompts, &text, &count);
+    char **lines = sc_load_prompts(o.prompts, &count);
     size_t n = (size_t)count;
     bool ok = lines && (x->class_of = (int *)allocate(n, sizeof *x->class_of)) &&
               (x->context = (float *)allocate(n * (size_t)text_size, sizeof *x->context)) &&
@@ -524,13 +532,13 @@ static bool load_prompts(experiment *x) {
                               x->pooled + i * pooled_size) &&
              (!sc_interrupted || sc_fail("stopped"));
     }
-    free(lines), free(text);
+    free(lines);
     return ok;
 }
 
 /* Features of the pictures in a folder, cut and scaled to the evaluator's size. */
 static bool load_real(experiment *x) {
-    sc_dataset *data = sc_dataset_open(x->o.real);
+    sc_dataset *data = sc_dataset_open(o.real);
     bool ok = data && (x->real = (float *)allocate((size_t)(data->count * x->judge.features),
                                                    sizeof *x->real));
     double started = sc_seconds();
@@ -538,7 +546,7 @@ static bool load_real(experiment *x) {
     for (int64_t i = 0; ok && i < data->count; i++, x->real_count++) {
         sc_picture picture = {0}, fitted = {0};
         int class_of;
-        ok = sc_apart(x->o.out, data->pairs[i].path) &&
+        ok = sc_apart(o.out, data->pairs[i].path) &&
              sc_picture_load(&picture, data->pairs[i].path) &&
              sc_picture_fit(&fitted, &picture, x->judge.side, x->judge.side) &&
              evaluate(&x->judge, fitted.rgb, x->real + i * x->judge.features, &class_of) &&
@@ -551,27 +559,24 @@ static bool load_real(experiment *x) {
     return ok;
 }
 
-static int experiment_main(const options *o) {
-    experiment x = {.o = *o};
-    const sc_backend *be = sc_device(o->device);
-    x.o.command = sc_command(2, (char *[]){SC_MADE_BY, o->command});
-    if (!x.o.lora[0]) x.o.lora[0] = sc_own_lora(o->model);
-    const sc_pipeline_options how = {.flux.fp8 = !strcmp(o->weights, "fp8"),
-                                     .flux.streamed = !strcmp(o->weights_on, "host")};
-    bool ok = be && x.o.command && sc_apart(o->out, o->prompts) &&
-              sc_check_out(o->out, ".png", o->named, o->model, x.o.lora) &&
-              (x.p = sc_open_model(be, o->model, &how)) &&
-              evaluator_open(&x.judge, be, o->evaluator);
-    if (ok && o->resolution) x.p->resolution = o->resolution;
+static int experiment_main(void) {
+    experiment x = {0};
+    if (!o.lora[0]) o.lora[0] = sc_own_lora(o.model);
+    const sc_pipeline_options how = {.flux.fp8 = !strcmp(o.weights, "fp8"),
+                                     .flux.streamed = !strcmp(o.weights_on, "host")};
+    bool ok = sc_apart(o.out, o.prompts) && sc_check_out(o.out, ".png", o.named, o.model, o.lora) &&
+              (x.p = sc_open_model(o.model, o.device, how)) &&
+              evaluator_open(&x.judge, x.p->backend, o.evaluator);
+    if (ok && o.resolution) x.p->resolution = o.resolution;
     if (ok && (x.p->resolution % x.p->token_pixels || x.p->resolution > 1 << 14))
         ok = sc_fail("--resolution is a multiple of %d pixels, not %d", x.p->token_pixels,
                      x.p->resolution);
-    for (int i = 0; ok && i < 8 && x.o.lora[i]; i++) /* now, not after minutes of base pictures */
-        ok = sc_load_lora_argument(x.p->flux, x.o.lora[i], 3, NULL);
+    for (; ok && x.loras < 8 && o.lora[x.loras]; x.loras++) /* now, not after minutes of drawing */
+        ok = sc_load_lora_argument(x.p->flux, o.lora[x.loras], 3, NULL);
     if (ok) sc_lora_unload(x.p->flux);
-    ok = ok && load_prompts(&x) && (!o->real || load_real(&x));
+    ok = ok && load_prompts(&x) && (!o.real || load_real(&x));
     if (ok) {
-        x.count = o->count ? o->count : o->full ? 1026 : 108;
+        x.count = o.count ? o.count : o.full ? 1026 : 108;
         x.shown = x.prompt_count < 10 ? x.prompt_count : 10;
         if (x.shown > x.count) x.shown = x.count;
         x.pixels = (int64_t)3 * x.p->resolution * x.p->resolution;
@@ -581,8 +586,7 @@ static int experiment_main(const options *o) {
         x.features = x.base_features + features;
         ok = x.base && run_experiment(&x);
     }
-    free(x.class_of), free(x.context), free(x.pooled), free(x.base), free(x.real), free(x.sheet),
-        free(x.o.command);
+    free(x.class_of), free(x.context), free(x.pooled), free(x.base), free(x.real), free(x.sheet);
     evaluator_close(&x.judge);
     sc_pipeline_close(x.p);
     return ok ? 0 : sc_die();
@@ -614,9 +618,8 @@ static bool info_file(const char *path) {
     static const char *const keys[] = {"base_model", "method", "rank",   "alpha",
                                        "steps",      "seed",   "scales", "command"};
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
-        if (!sc_file_metadata(file, keys[i])) continue;
-        printf("  %s", keys[i]);
-        sc_print_text(stdout, ": ", sc_file_metadata(file, keys[i]));
+        const char *value = sc_file_metadata(file, keys[i]);
+        if (value) sc_print_text(stdout, formatted("  %s: ", keys[i]), value);
     }
     sc_file_close(file);
     return true;
@@ -641,19 +644,12 @@ static bool info_net(const char *what, const sc_net *net) {
     return missing == 0;
 }
 
-static bool is_absent(const char *model, sc_part part) {
-    char *path = sc_part_path(model, part);
-    bool absent = !path;
-    free(path);
-    return absent;
-}
+static bool is_absent(const char *model, sc_part part) { return !kept(sc_part_path(model, part)); }
 
 /* Whether this is a model: diffusers' folder, or something that holds a part. A file beside one is
  * none. */
 static bool is_model(const char *path) {
-    char *index = joined(path, "model_index.json");
-    bool found = index && exists(index);
-    free(index);
+    bool found = exists(formatted("%s/model_index.json", path));
     for (int part = 0; !found && part < SC_PARTS; part++)
         found = is_file(path) ? sc_part_in_file(path, (sc_part)part) > 0
                               : !is_absent(path, (sc_part)part);
@@ -663,28 +659,29 @@ static bool is_model(const char *path) {
 /* The transformer's plan: from its file, or, where that is not there or broken, from config.json.
  */
 static sc_flux *info_flux(const char *model) {
-    char *path = sc_part_path(model, SC_TRANSFORMER), *folder = joined(model, "transformer");
+    const char *path = kept(sc_part_path(model, SC_TRANSFORMER));
     sc_flux *flux = path ? sc_flux_open(NULL, path, NULL) : NULL;
-    if (!flux) printf("  transformer: %s\n", sc_error());
-    if (!flux && folder) flux = sc_flux_open(NULL, folder, &(sc_flux_options){.random = true});
-    free(path), free(folder);
-    return flux;
+    if (flux) return flux;
+    printf("  transformer: %s\n", sc_error());
+    const sc_flux_options plan = {.random = true};
+    return sc_flux_open(NULL, formatted("%s/transformer", model), &plan);
 }
 
 static void info_tokenizer(const char *model, const char *name) {
-    char *folder = sc_model_folder(model), *path = folder ? joined(folder, name) : NULL;
-    sc_tokenizer *t = path ? sc_tokenizer_open(path) : NULL;
+    const char *folder = kept(sc_model_folder(model));
+    sc_tokenizer *t = folder ? sc_tokenizer_open(formatted("%s/%s", folder, name)) : NULL;
     if (t) printf("  %s: %d tokens of a prompt\n", name, sc_tokenizer_length(t));
     else printf("  %s: %s\n", name, sc_error());
     sc_tokenizer_close(t);
-    free(folder), free(path);
 }
 
-static int info_model(const char *model) {
+static int info_main(const char *model) {
+    if (!is_model(model)) return info_file(model) ? 0 : sc_die();
+    printf("%s:\n", model);
     sc_flux *flux = info_flux(model);
     sc_text_encoders *text = sc_text_encoders_open(NULL, model);
     if (!text) printf("  text encoders: %s\n", sc_error());
-    char *path = sc_part_path(model, SC_VAE);
+    const char *path = kept(sc_part_path(model, SC_VAE));
     sc_vae *vae = path ? sc_vae_open(NULL, path, false) : NULL;
     if (!vae) printf("  vae: %s\n", sc_error());
     static const char *const names[] = {"transformer", "text_encoder", "text_encoder_2", "vae"};
@@ -712,106 +709,54 @@ static int info_model(const char *model) {
     sc_flux_close(flux);
     sc_text_encoders_close(text);
     sc_vae_close(vae);
-    free(path);
     if (!ok) sc_fail("%s: a part is not whole, or not one that is read here", model);
     return ok ? 0 : sc_die();
 }
 
-static int info_main(const char *path) {
-    if (!is_model(path)) return info_file(path) ? 0 : sc_die();
-    printf("%s:\n", path);
-    return info_model(path);
-}
-
 /* LoRAs folded into a copy of the transformer, or, with --kohya, into one file of kohya's names. */
-static int merge_main(const options *o) {
-    char *path = sc_part_path(o->model, SC_TRANSFORMER);
+static int merge_main(void) {
+    const char *path = kept(sc_part_path(o.model, SC_TRANSFORMER));
     sc_flux *flux = path ? sc_flux_open(sc_cpu(), path, NULL) : NULL;
     float guidance = NAN; /* that of 3 steps, as the scale: weights cannot keep it */
-    bool ok = flux && (o->lora[0] || sc_fail("merge needs --lora FILE[:SCALE]")) &&
-              (o->kohya ? sc_check_out(o->out, SC_WEIGHTS, o->named, o->model, o->lora)
-                        : sc_can_write_model(flux, o->out));
-    for (int i = 0; ok && i < 8 && o->lora[i]; i++)
-        ok = sc_load_lora_argument(flux, o->lora[i], 3, &guidance);
-    const char *metadata[] = {"format", "pt", "command", o->command, NULL};
+    bool ok = flux && (o.lora[0] || sc_fail("merge needs --lora FILE[:SCALE]")) &&
+              (o.kohya ? sc_check_out(o.out, SC_WEIGHTS, o.named, o.model, o.lora)
+                       : sc_can_write_model(flux, o.out));
+    for (int i = 0; ok && i < 8 && o.lora[i]; i++)
+        ok = sc_load_lora_argument(flux, o.lora[i], 3, &guidance);
+    const char *metadata[] = {"format", "pt", "command", sc_command, NULL};
     sc_dtype type = ok ? sc_flux_net(flux)->weights[0]->source.dtype : SC_BF16;
     if (type != SC_F32 && type != SC_F16) type = SC_BF16;
-    if (ok && o->kohya) ok = sc_lora_save_kohya(flux, o->out, metadata);
-    else if (ok) ok = sc_flux_save(flux, o->out, type, metadata);
-    const char *what = o->kohya ? "" : ": a transformer folder, to put in place of the model's";
-    if (ok) printf("wrote %s%s\n", o->out, what);
+    if (ok && o.kohya) ok = sc_lora_save_kohya(flux, o.out, metadata);
+    else if (ok) ok = sc_flux_save(flux, o.out, type, metadata);
+    const char *what = o.kohya ? "" : ": a transformer folder, to put in place of the model's";
+    if (ok) printf("wrote %s%s\n", o.out, what);
     if (ok && isfinite(guidance)) printf("for 3 steps the LoRA asks for guidance %g\n", guidance);
     sc_flux_close(flux);
-    free(path);
     return ok ? 0 : sc_die();
 }
 
 static int wrong_words(const char *command, int count, const char *program) {
-    fprintf(stderr, "%s\n\nerror: ", usage);
-    if (!strcmp(command, "merge")) fprintf(stderr, "merge takes --lora FILE[:SCALE]\n");
+    if (!strcmp(command, "merge")) sc_fail("merge takes --lora FILE[:SCALE]");
     else if (count == 1 && !strcmp(command, "info"))
-        fprintf(stderr, "info of what? A model folder or a safetensors file\n");
-    else fprintf(stderr, "'%s' is neither info nor merge (see %s --help)\n", command, program);
-    return 2;
+        sc_fail("info of what? A model folder or a safetensors file");
+    else sc_fail("'%s' is neither info nor merge (see %s --help)", command, program);
+    return sc_bad_usage(usage);
 }
 
 int main(int argc, char **argv) {
     sc_start(argv);
-    options o = {"data/tiny-flux",
-                 .prompts = "data/prompts.txt",
-                 .evaluator = "data/evaluator",
-                 .device = "auto",
-                 .weights = "auto",
-                 .weights_on = "device",
-                 .guidance = 3.5f,
-                 .batch = 8,
-                 .seed = 1};
-    const sc_option table[] = {
-        {NULL, SC_FLAG, NULL, NULL, "Options:"},
-        {"--model", SC_STRING, &o.model, "DIR", "FLUX pipeline folder"},
-        {"--lora", SC_STRINGS, o.lora, "FILE[:SCALE]",
-         "LoRA to compare, repeatable [lora.safetensors, if it is there and of this model]"},
-        {"--prompts", SC_STRING, &o.prompts, "FILE", "one prompt a line"},
-        {"--evaluator", SC_STRING, &o.evaluator, "DIR", "the network that judges"},
-        {"--real", SC_STRING, &o.real, "DIR", "real pictures: also compare distances to them"},
-        {"--full", SC_FLAG, &o.full, NULL, "1026 pictures a row, as in the README, not 108"},
-        {"--count", SC_INT, &o.count, "N", "pictures a row (0: 108, or --full's)"},
-        {"--guidance", SC_FLOAT, &o.guidance, "G",
-         "guidance scale; given, also of LoRAs that recommend another"},
-        {"--shift", SC_FLOAT, &o.shift, "S", "time shift of the LoRAs' pictures (0: the model's)"},
-        {"--resolution", SC_INT, &o.resolution, "N", "side of the pictures (0: the model's)"},
-        {"--out", SC_STRING, &o.out, "PATH",
-         "contact sheet [sheet.png]; merge: the folder [merged] or file"},
-        {"--kohya", SC_FLAG, &o.kohya, NULL, "merge: write one LoRA file in kohya's names instead"},
-        {"--batch", SC_INT, &o.batch, "N", "pictures drawn at once"},
-        {"--weights", SC_CHOICE, &o.weights, "auto|fp8",
-         "matrices: as in the file, or fp8, half of bf16"},
-        {"--weights-on", SC_CHOICE, &o.weights_on, "device|host",
-         "matrices: in host memory they are streamed, for GPUs that are too small"},
-        {"--device", SC_CHOICE, &o.device, SC_DEVICES, "what computes"},
-        {"--threads", SC_INT, &o.threads, "N", "CPU threads (0: OMP_NUM_THREADS, or all cores)"},
-        {"--seed", SC_SEED, &o.seed, "N", "noise of the first picture"},
-    };
     const char *words[2] = {NULL, NULL};
-    const int options_count = sizeof table / sizeof *table;
-    const char *model = sc_given(argc, argv, "--model");
-    if (!sc_parse_recipe(table, options_count, model ? model : o.model, "sample")) return sc_die();
-    int count = sc_parse(usage, table, options_count, argc, argv, words, 2);
-    o.guided = sc_given(argc, argv, "--guidance") != NULL;
+    sc_parse_recipe(table, OPTIONS, sc_given(argc, argv, "--model", o.model), "sample");
+    int count = sc_parse(usage, table, OPTIONS, argc, argv, words, 2);
+    o.guided = sc_given(argc, argv, "--guidance", NULL) != NULL;
     sc_set_threads(o.threads);
     sc_catch_interrupt();
     bool merge = count && !strcmp(words[0], "merge");
     o.named = o.out != NULL;
-    o.command = sc_command(argc, argv);
-    if (!o.command) return sc_die();
     if (!o.out) o.out = !merge ? "sheet.png" : o.kohya ? "lora-kohya.safetensors" : "merged";
     if (o.batch < 1 || o.count < 0 || o.count == 1 || o.resolution < 0 || o.shift < 0)
-        return sc_fail("--batch from 1, --count from 2 up, no negative numbers"), sc_die(),
-               free(o.command), 2;
-    int status = count == 0                                ? experiment_main(&o)
-                 : count == 2 && !strcmp(words[0], "info") ? info_main(words[1])
-                 : merge && count == 1                     ? merge_main(&o)
-                                                           : wrong_words(words[0], count, argv[0]);
-    free(o.command);
-    return status;
+        return sc_fail("--batch from 1, --count from 2 up, no negative numbers"), sc_die(), 2;
+    if (count == 0) return experiment_main();
+    if (count == 2 && !strcmp(words[0], "info")) return info_main(words[1]);
+    return merge && count == 1 ? merge_main() : wrong_words(words[0], count, argv[0]);
 }

@@ -15,18 +15,48 @@ static const char usage[] =
     "  ./sample \"a lighthouse\" 4 --model FLUX.1-dev --lora mine.safetensors:1.2\n"
     "  ./sample --prompts prompts.txt 32 --out-dir pictures      a training set, resumable";
 
-typedef struct options {
+static struct options {
     const char *model, *lora[8], *size, *shift, *out, *out_dir, *prompts, *noise, *latents, *device,
         *weights, *weights_on;
     bool no_lora;
     float guidance;
-    bool guided; /* by --guidance: then a LoRA has no say in it */
-    bool named;  /* by --out */
     uint64_t seed;
-    int count, threads;
-    int steps, width, height;
-    char *command;
-} options;
+    int count, threads, steps, width, height;
+    bool guided, named; /* by --guidance: then a LoRA has no say in it; by --out */
+} o = {.model = "data/tiny-flux", .out = "out.png", .device = "auto", .weights = "auto",
+       .weights_on = "device", .guidance = 3.5f, .count = 1, .seed = 1};
+
+static const sc_option table[] = {
+    {NULL, SC_FLAG, NULL, NULL, "Options:"},
+    {"--model", SC_STRING, &o.model, "DIR", "FLUX pipeline folder"},
+    {"--lora", SC_STRINGS, o.lora, "FILE[:SCALE]",
+     "LoRA, repeatable; without SCALE, the scale and guidance it recommends for STEPS "
+     "[lora.safetensors, if it is there and of this model]"},
+    {"--no-lora", SC_FLAG, &o.no_lora, NULL, "the bare model"},
+    {"--guidance", SC_FLOAT, &o.guidance, "G",
+     "guidance scale (default: what the LoRA recommends for STEPS, else the model's)"},
+    {"--shift", SC_STRING, &o.shift, "S", "time shift, or auto (default: the model's)"},
+    {"--size", SC_STRING, &o.size, "WxH", "pixels (default: the model's)"},
+    {"--seed", SC_SEED, &o.seed, "N", "of the noise; the next pictures count on from it"},
+    {"--count", SC_INT, &o.count, "N", "pictures of a prompt"},
+    {"--out", SC_STRING, &o.out, "FILE", "PNG to write"},
+    {"--prompts", SC_STRING, &o.prompts, "FILE", "one prompt a line"},
+    {"--out-dir", SC_STRING, &o.out_dir, "DIR",
+     "folder for --prompts' pictures and metadata.jsonl"},
+    {"--noise", SC_STRING, &o.noise, "FILE",
+     "start from the tensor 'noise' in this safetensors file"},
+    {"--latents", SC_STRING, &o.latents, "FILE", "also write the final packed latents"},
+    {"--weights", SC_STRING, &o.weights, "auto|fp8",
+     "matrices: as in the file, or fp8, half of bf16"},
+    {"--weights-on", SC_STRING, &o.weights_on, "device|host",
+     "matrices: in host memory they are streamed, for GPUs that are too small"},
+    {"--device", SC_STRING, &o.device, SC_DEVICES, "what computes"},
+    {"--threads", SC_INT, &o.threads, "N", "CPU threads (0: OMP_NUM_THREADS, or all cores)"},
+};
+enum { OPTIONS = sizeof table / sizeof *table };
+
+static const char *loras = ""; /* of a picture's parameters */
+static time_t newest_lora;
 
 /* ---- One picture ---- */
 
@@ -51,361 +81,243 @@ static bool save_latents(const char *path, float *latents, int64_t tokens, int64
     return sc_file_save(path, &named, 1, NULL);
 }
 
-static float time_shift(const sc_pipeline *p, const options *o, int64_t tokens) {
-    if (!o->shift) return sc_pipeline_shift(p, tokens);
-    float shift = strtof(o->shift, NULL); /* 0: auto */
+static float time_shift(const sc_pipeline *p, int64_t tokens) {
+    if (!o.shift) return sc_pipeline_shift(p, tokens);
+    float shift = strtof(o.shift, NULL); /* 0: auto */
     return shift > 0 ? shift : sc_dynamic_shift(&p->mu, tokens);
 }
 
-/* The settings as the usual picture tools read them: the prompt, then "Key: value, ..."; malloced.
- */
-static char *parameters_of(const options *o, const char *prompt, uint64_t seed, float shift) {
-    char *text = NULL, *path;
-    size_t size;
-    FILE *f = open_memstream(&text, &size);
-    if (!f) return finished(f, &text);
-    fprintf(f,
-            "%s\nSteps: %d, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: %g, Seed: %llu, "
-            "Size: %dx%d, Shift: %g, Model: %s",
-            prompt, o->steps, o->guidance, (unsigned long long)seed, o->width, o->height, shift,
-            o->model);
-    for (int i = 0; !o->no_lora && i < 8 && o->lora[i]; i++) {
-        float scale;
-        path = sc_lora_argument(o->lora[i], o->steps, &scale, NULL);
-        if (!path) return fclose(f), free(text), NULL;
-        fprintf(f, "%s%s:%g", i ? " " : ", Lora: ", path, scale);
-        free(path);
-    }
-    if (!strcmp(o->weights, "fp8")) fprintf(f, ", Weights: fp8");
-    if (o->noise) fprintf(f, ", Noise: %s", o->noise);
-    return finished(f, &text);
+/* The settings as the usual picture tools read them: the prompt, then "Key: value, ...". */
+static const char *parameters_of(const char *prompt, uint64_t seed, float shift) {
+    return formatted(
+        "%s\nSteps: %d, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: %g, Seed: %llu, "
+        "Size: %dx%d, Shift: %g, Model: %s%s%s%s%s",
+        prompt, o.steps, o.guidance, (unsigned long long)seed, o.width, o.height, shift, o.model,
+        loras, strcmp(o.weights, "fp8") ? "" : ", Weights: fp8", o.noise ? ", Noise: " : "",
+        o.noise ? o.noise : "");
 }
 
 /* Whether the PNG at `path` was drawn with just these parameters, and no LoRA written after it. */
-static bool drawn(const options *o, const char *path, const char *parameters) {
-    struct stat picture, lora;
-    float scale;
-    char *text = sc_picture_parameters(path);
-    bool same = text && !strcmp(text, parameters) && !stat(path, &picture);
-    for (int i = 0; same && !o->no_lora && i < 8 && o->lora[i]; i++) {
-        char *file = sc_lora_argument(o->lora[i], o->steps, &scale, NULL);
-        same = file && !stat(file, &lora) && lora.st_mtime <= picture.st_mtime;
-        free(file);
-    }
-    free(text);
-    return same;
+static bool drawn(const char *path, const char *parameters) {
+    struct stat picture;
+    const char *text = sc_picture_parameters(path);
+    return text && !strcmp(text, parameters) && !stat(path, &picture) &&
+           newest_lora <= picture.st_mtime;
 }
 
 /* Draws one picture and prints how long its parts took. */
-static bool draw(sc_pipeline *p, const options *o, const char *prompt, uint64_t seed,
-                 const char *path) {
+static bool draw(sc_pipeline *p, const char *prompt, uint64_t seed, const char *path) {
     const sc_flux_config *c = sc_flux_config_of(p->flux);
-    int h = o->height / p->token_pixels, w = o->width / p->token_pixels;
+    int h = o.height / p->token_pixels, w = o.width / p->token_pixels;
     int64_t tokens = (int64_t)h * w, n = tokens * c->in_channels;
-    int64_t pixels = (int64_t)3 * o->width * o->height;
+    int64_t pixels = (int64_t)3 * o.width * o.height;
     int64_t context_size = (int64_t)p->text_tokens * c->text_channels;
-    float shift = time_shift(p, o, tokens);
-    char shown[201];
-    char *parameters = parameters_of(o, prompt, seed, shift);
-    if (!parameters) return false;
-    if (o->prompts && drawn(o, path, parameters)) return free(parameters), true;
+    float shift = time_shift(p, tokens);
+    const char *parameters = parameters_of(prompt, seed, shift);
+    if (o.prompts && drawn(path, parameters)) return true;
     float *memory =
         (float *)allocate((size_t)(n + pixels + context_size + c->pooled_channels), sizeof *memory);
     float *latents = memory, *rgb = latents + n, *context = rgb + pixels;
     float *pooled = context + context_size;
     sc_rng rng = {seed};
     double times[4] = {sc_seconds()};
-    sc_sampling s = {o->steps, shift, o->guidance, h, w, .progress = progress, .user = &times[1]};
+    sc_sampling s = {o.steps, shift, o.guidance, h, w, .progress = progress, .user = &times[1]};
     bool ok = memory != NULL;
     if (ok) sc_normal(&rng, latents, n);
-    ok = ok && (!o->noise || load_noise(o->noise, latents, n)) &&
+    ok = ok && (!o.noise || load_noise(o.noise, latents, n)) &&
          sc_pipeline_text(p, prompt, context, pooled);
     if (ok && p->cut)
         fprintf(stderr, "warning: the prompt has more than %d tokens: its end is left out\n",
                 p->text_tokens);
     times[1] = sc_seconds();
     ok = ok && sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, context, pooled, latents) &&
-         (!o->latents || save_latents(o->latents, latents, tokens, c->in_channels));
+         (!o.latents || save_latents(o.latents, latents, tokens, c->in_channels));
     times[2] = sc_seconds();
     ok = ok && sc_pipeline_decode(p, latents, 1, h, w, rgb);
     times[3] = sc_seconds();
-    ok = ok && sc_picture_save(&(sc_picture){o->width, o->height, rgb}, path, parameters);
-    snprintf(shown, sizeof shown, "%s", prompt);
+    ok = ok && sc_picture_save(&(sc_picture){o.width, o.height, rgb}, path, parameters);
+    char *shown = formatted("%.200s", prompt);
     for (char *c = shown; *c; c++)
         if (iscntrl((unsigned char)*c)) *c = '?';
     if (ok)
         printf("%s: \"%s\", %d step%s, seed %llu (text %.1f s, steps %.1f s, VAE %.1f s)\n", path,
-               shown, o->steps, o->steps == 1 ? "" : "s", (unsigned long long)seed,
+               shown, o.steps, o.steps == 1 ? "" : "s", (unsigned long long)seed,
                times[1] - times[0], times[2] - times[1], times[3] - times[2]);
-    free(parameters);
     free(memory);
     return ok;
 }
 
-/* "name.png" for the first of several, then "name-2.png" ...; malloced. */
-static char *numbered(const char *out, int index) {
+/* "name.png" for the first of several, then "name-2.png" ... */
+static const char *numbered(const char *out, int index) {
     const char *ending = sc_ending(out);
-    size_t n = strlen(out) + 16;
-    char *path = (char *)allocate(n, 1);
-    if (path && index == 0) snprintf(path, n, "%s", out);
-    else if (path) snprintf(path, n, "%.*s-%d%s", (int)(ending - out), out, index + 1, ending);
-    return path;
+    return index ? formatted("%.*s-%d%s", (int)(ending - out), out, index + 1, ending) : out;
 }
 
 /* What --out and --latents name, and the names that follow from --out's. */
-static bool check_files(const options *o) {
-    bool ok = sc_check_out(o->out, ".png", o->named, o->model, o->lora) &&
-              sc_apart(o->out, o->noise) && sc_apart(o->out, o->latents);
-    if (ok && o->latents)
-        ok = sc_check_out(o->latents, SC_WEIGHTS, true, o->model, o->lora) &&
-             sc_apart(o->latents, o->noise);
-    for (int i = 1; ok && i < o->count; i++) {
-        char *path = numbered(o->out, i);
-        ok = path && sc_may_replace(path);
-        free(path);
-    }
+static bool check_files(void) {
+    bool ok = sc_check_out(o.out, ".png", o.named, o.model, o.lora) && sc_apart(o.out, o.noise) &&
+              sc_apart(o.out, o.latents);
+    if (ok && o.latents)
+        ok = sc_check_out(o.latents, SC_WEIGHTS, true, o.model, o.lora) &&
+             sc_apart(o.latents, o.noise);
+    for (int i = 1; ok && i < o.count; i++) ok = sc_may_replace(numbered(o.out, i));
     return ok;
 }
 
-static bool draw_all(sc_pipeline *p, const options *o, const char *prompt) {
-    bool ok = check_files(o);
-    for (int i = 0; ok && i < o->count; i++) {
-        char *path = numbered(o->out, i);
-        ok = path && draw(p, o, prompt, o->seed + (uint64_t)i, path);
-        free(path);
-    }
+static bool draw_all(sc_pipeline *p, const char *prompt) {
+    bool ok = check_files();
+    for (int i = 0; ok && i < o.count; i++)
+        ok = draw(p, prompt, o.seed + (uint64_t)i, numbered(o.out, i));
     return ok;
 }
 
 /* ---- A training set from the model itself ---- */
 
-typedef struct list {
-    const options *o;
-    char *text, **prompts, *metadata; /* the file, its lines, the path of metadata.jsonl */
-    int64_t count;                    /* pictures: o->count of each prompt */
-} list;
+static char **prompts;
+static int64_t pictures; /* o.count of each prompt */
 
-static bool open_list(list *l, const options *o) {
-    *l = (list){.o = o, .metadata = joined(o->out_dir, "metadata.jsonl")};
-    l->prompts = l->metadata ? sc_load_prompts(o->prompts, &l->text, &l->count) : NULL;
-    l->count *= o->count;
-    return l->prompts != NULL;
+static const char *prompt_of(int64_t index) { return prompts[index / o.count]; }
+
+static const char *path_of(int64_t index) {
+    return formatted("%s/%06lld.png", o.out_dir, (long long)index);
 }
 
-static void close_list(list *l) { free(l->text), free(l->prompts), free(l->metadata); }
-
-static const char *prompt_of(const list *l, int64_t index) {
-    return l->prompts[index / l->o->count];
-}
-
-static char *path_of(const list *l, int64_t index) {
-    char name[32];
-    snprintf(name, sizeof name, "%06lld.png", (long long)index);
-    return joined(l->o->out_dir, name);
-}
-
-static void write_quoted(FILE *f, const char *key, const char *text) {
-    fprintf(f, "\"%s\": \"", key);
-    for (; *text; text++)
-        if ((unsigned char)*text < ' ') fprintf(f, "\\u%04x", (unsigned)*text);
-        else fprintf(f, "%s%c", *text == '"' || *text == '\\' ? "\\" : "", *text);
-    fputc('"', f);
-}
-
-/* The picture's line of metadata.jsonl; malloced. */
-static char *line_of(const char *name, const char *prompt) {
-    char *text = NULL;
-    size_t size;
-    FILE *f = open_memstream(&text, &size);
-    if (!f) return finished(f, &text);
-    fputc('{', f);
-    write_quoted(f, "file_name", name);
-    fputs(", ", f);
-    write_quoted(f, "prompt", prompt);
-    fputc('}', f);
-    return finished(f, &text);
+/* The picture's line of metadata.jsonl. */
+static const char *line_of(int64_t index, const char *prompt) {
+    char *quoted = formatted("%*s", 6 * (int)strlen(prompt), ""), *at = quoted; /* room */
+    for (; *prompt; prompt++)
+        if ((unsigned char)*prompt < ' ') at += sprintf(at, "\\u%04x", (unsigned)*prompt);
+        else at += sprintf(at, "%s%c", strchr("\"\\", *prompt) ? "\\" : "", *prompt);
+    *at = 0;
+    return formatted("{\"file_name\": \"%06lld.png\", \"prompt\": \"%s\"}", (long long)index,
+                     quoted);
 }
 
 /* Whether nothing is lost with a line of an old metadata.jsonl: its picture says the same, or it
  * will stand there again. */
-static bool known_line(const list *l, const char *line) {
+static bool known_line(const char *line) {
     long long index = -1;
-    bool known = false;
     sscanf(line, "{\"file_name\": \"%lld.png\"", &index);
-    char *path = index >= 0 ? path_of(l, index) : NULL;
-    char *text = path ? sc_picture_parameters(path) : NULL;
+    if (index < 0) return false;
+    char *text = sc_picture_parameters(path_of(index));
     if (text) text[strcspn(text, "\n")] = 0;
-    const char *prompts[] = {text, path && index < l->count ? prompt_of(l, index) : NULL};
-    for (int i = 0; i < 2; i++) {
-        char *same = prompts[i] ? line_of(strrchr(path, '/') + 1, prompts[i]) : NULL;
-        known = known || (same && !strcmp(same, line));
-        free(same);
-    }
-    free(text), free(path);
-    return known;
+    return (text && !strcmp(line, line_of(index, text))) ||
+           (index < pictures && !strcmp(line, line_of(index, prompt_of(index))));
 }
 
 /* A folder may hold pictures of the user's, under such names too. */
-static bool check_folder(const list *l) {
+static bool check_folder(const char *metadata) {
     size_t length;
-    bool ok = sc_apart(l->metadata, l->o->prompts), old = exists(l->metadata);
-    for (int64_t i = 0; ok && i < l->count; i++) {
-        char *path = path_of(l, i);
-        ok = path && sc_may_replace(path);
-        free(path);
-    }
-    char *text = ok && old ? sc_read_file(l->metadata, &length) : NULL;
+    bool ok = sc_apart(metadata, o.prompts), old = exists(metadata);
+    for (int64_t i = 0; ok && i < pictures; i++) ok = sc_may_replace(path_of(i));
+    char *text = ok && old ? kept(sc_read_file(metadata, &length)) : NULL;
     ok = ok && (text || !old);
     char *line = text ? strtok(text, "\r\n") : NULL;
     for (; ok && line; line = strtok(NULL, "\r\n"))
-        ok = known_line(l, line) ||
+        ok = known_line(line) ||
              sc_fail("%s has lines that are not this program's: choose another folder: %s",
-                     l->metadata, line);
-    free(text);
-    return ok && sc_can_write(l->metadata);
+                     metadata, line);
+    return ok && sc_can_write(metadata);
 }
 
 /* Draws a picture of the list and writes its line; the first starts metadata.jsonl anew. */
-static bool draw_next(sc_pipeline *p, const list *l, int64_t index, FILE **metadata) {
-    const char *prompt = prompt_of(l, index);
-    char *path = path_of(l, index), *line = path ? line_of(strrchr(path, '/') + 1, prompt) : NULL;
-    bool ok = line && draw(p, l->o, prompt, l->o->seed + (uint64_t)index, path);
-    if (ok && !*metadata) *metadata = fopen(l->metadata, "w");
-    if (ok && (!*metadata || fprintf(*metadata, "%s\n", line) < 0 || fflush(*metadata)))
-        ok = sc_fail("%s: cannot write: %s", l->metadata, strerror(errno));
-    free(line), free(path);
-    return ok;
+static bool draw_next(sc_pipeline *p, int64_t index, const char *metadata) {
+    const char *prompt = prompt_of(index);
+    if (!draw(p, prompt, o.seed + (uint64_t)index, path_of(index))) return false;
+    FILE *f = fopen(metadata, index ? "a" : "w");
+    bool written = f && fprintf(f, "%s\n", line_of(index, prompt)) > 0;
+    if (f && !fclose(f) && written) return true;
+    return sc_fail("%s: cannot write: %s", metadata, strerror(errno));
 }
 
 /* Pictures that are there with the same settings are not drawn again, so a run that was stopped
  * goes on where it was. */
-static bool draw_list(sc_pipeline *p, const options *o) {
-    list l;
-    FILE *metadata = NULL;
+static bool draw_list(sc_pipeline *p) {
+    const char *metadata = formatted("%s/metadata.jsonl", o.out_dir);
     int64_t done = 0;
-    bool made = false, ok = open_list(&l, o) && make_folder(o->out_dir, &made) &&
-                            sc_lock(o->out_dir, o->command) && check_folder(&l);
-    while (ok && done < l.count && !sc_interrupted)
-        if ((ok = draw_next(p, &l, done, &metadata))) done++;
-    if (metadata) fclose(metadata);
+    prompts = sc_load_prompts(o.prompts, &pictures);
+    pictures *= o.count;
+    bool made = false, ok = prompts && make_folder(o.out_dir, &made) &&
+                            sc_lock(o.out_dir) && check_folder(metadata);
+    while (ok && done < pictures && !sc_interrupted)
+        if ((ok = draw_next(p, done, metadata))) done++;
     sc_unlock();
     if (sc_interrupted)
         ok = sc_fail("stopped after %lld pictures; the same command goes on from there",
                      (long long)done);
-    if (made && !done) rmdir(o->out_dir);
-    if (ok) printf("%s: %lld pictures and metadata.jsonl\n", o->out_dir, (long long)done);
-    close_list(&l);
+    if (made && !done) rmdir(o.out_dir);
+    if (ok) printf("%s: %lld pictures and metadata.jsonl\n", o.out_dir, (long long)done);
+    free(prompts);
     return ok;
 }
 
 /* ---- The command line ---- */
 
-static int read_options(options *o, int argc, char **argv, const char **words) {
-    const sc_option table[] = {
-        {NULL, SC_FLAG, NULL, NULL, "Options:"},
-        {"--model", SC_STRING, &o->model, "DIR", "FLUX pipeline folder"},
-        {"--lora", SC_STRINGS, o->lora, "FILE[:SCALE]",
-         "LoRA, repeatable; without SCALE, the scale and guidance it recommends for STEPS "
-         "[lora.safetensors, if it is there and of this model]"},
-        {"--no-lora", SC_FLAG, &o->no_lora, NULL, "the bare model"},
-        {"--guidance", SC_FLOAT, &o->guidance, "G",
-         "guidance scale (default: what the LoRA recommends for STEPS, else the model's)"},
-        {"--shift", SC_STRING, &o->shift, "S", "time shift, or auto (default: the model's)"},
-        {"--size", SC_STRING, &o->size, "WxH", "pixels (default: the model's)"},
-        {"--seed", SC_SEED, &o->seed, "N", "of the noise; the next pictures count on from it"},
-        {"--count", SC_INT, &o->count, "N", "pictures of a prompt"},
-        {"--out", SC_STRING, &o->out, "FILE", "PNG to write"},
-        {"--prompts", SC_STRING, &o->prompts, "FILE", "one prompt a line"},
-        {"--out-dir", SC_STRING, &o->out_dir, "DIR",
-         "folder for --prompts' pictures and metadata.jsonl"},
-        {"--noise", SC_STRING, &o->noise, "FILE",
-         "start from the tensor 'noise' in this safetensors file"},
-        {"--latents", SC_STRING, &o->latents, "FILE", "also write the final packed latents"},
-        {"--weights", SC_CHOICE, &o->weights, "auto|fp8",
-         "matrices: as in the file, or fp8, half of bf16"},
-        {"--weights-on", SC_CHOICE, &o->weights_on, "device|host",
-         "matrices: in host memory they are streamed, for GPUs that are too small"},
-        {"--device", SC_CHOICE, &o->device, SC_DEVICES, "what computes"},
-        {"--threads", SC_INT, &o->threads, "N", "CPU threads (0: OMP_NUM_THREADS, or all cores)"},
-    };
-    const int count = sizeof table / sizeof *table;
-    const char *model = sc_given(argc, argv, "--model");
-    if (!sc_parse_recipe(table, count, model ? model : o->model, "sample")) return -1;
-    o->guided = sc_given(argc, argv, "--guidance") != NULL;
-    o->named = sc_given(argc, argv, "--out") != NULL;
-    return sc_parse(usage, table, count, argc, argv, words, 2);
-}
-
 /* False with the error set where a value makes no sense; `steps` may be NULL. */
-static bool check_options(options *o, const char *steps) {
+static bool check_options(const char *steps) {
     char *end = NULL, more;
-    o->steps = steps ? (int)strtol(steps, &end, 10) : 3;
-    if (o->steps < 1 || o->steps > 1000 || (end && *end))
+    o.steps = steps ? (int)strtol(steps, &end, 10) : 3;
+    if (o.steps < 1 || o.steps > 1000 || (end && *end))
         return sc_fail("STEPS is a number from 1 to 1000, not '%s'", steps);
-    if (o->count < 1) return sc_fail("--count is a number from 1 up, not %d", o->count);
-    if (o->latents && (o->prompts || o->count > 1))
+    if (o.count < 1) return sc_fail("--count is a number from 1 up, not %d", o.count);
+    if (o.latents && (o.prompts || o.count > 1))
         return sc_fail("--latents takes those of one picture");
-    float shift = o->shift && strcmp(o->shift, "auto") ? strtof(o->shift, &end) : 1;
+    float shift = o.shift && strcmp(o.shift, "auto") ? strtof(o.shift, &end) : 1;
     if (!(shift > 0 && isfinite(shift)) || (end && *end))
-        return sc_fail("--shift is a positive number or auto, not '%s'", o->shift);
-    if (o->size && (sscanf(o->size, "%dx%d%c", &o->width, &o->height, &more) != 2 || o->width < 1 ||
-                    o->height < 1 || o->width > 1 << 14 || o->height > 1 << 14))
-        return sc_fail("--size is WxH, sides up to %d pixels, not '%s'", 1 << 14, o->size);
+        return sc_fail("--shift is a positive number or auto, not '%s'", o.shift);
+    if (o.size && (sscanf(o.size, "%dx%d%c", &o.width, &o.height, &more) != 2 || o.width < 1 ||
+                   o.height < 1 || o.width > 1 << 14 || o.height > 1 << 14))
+        return sc_fail("--size is WxH, sides up to %d pixels, not '%s'", 1 << 14, o.size);
     return true;
 }
 
-static sc_pipeline *open_model(const options *o) {
-    const sc_backend *be = sc_device(o->device);
-    const sc_pipeline_options how = {.flux.fp8 = !strcmp(o->weights, "fp8"),
-                                     .flux.streamed = !strcmp(o->weights_on, "host")};
-    return be ? sc_open_model(be, o->model, &how) : NULL;
-}
-
 /* The size that is given must suit the model, or it is the model's. */
-static bool take_size(const sc_pipeline *p, options *o) {
+static bool take_size(const sc_pipeline *p) {
     int side = p->token_pixels;
-    if (!o->size) o->width = o->height = p->resolution;
-    return (o->width % side == 0 && o->height % side == 0) ||
-           sc_fail("--size is WxH in multiples of %d pixels, not '%s'", side, o->size);
+    if (!o.size) o.width = o.height = p->resolution;
+    return (o.width % side == 0 && o.height % side == 0) ||
+           sc_fail("--size is WxH in multiples of %d pixels, not '%s'", side, o.size);
 }
 
-static bool load_loras(sc_pipeline *p, options *o) {
-    float guidance = o->guidance;
-    if (!o->lora[0] && !o->no_lora) o->lora[0] = sc_own_lora(o->model);
-    for (int i = 0; !o->no_lora && i < 8 && o->lora[i]; i++)
-        if (!sc_load_lora_argument(p->flux, o->lora[i], o->steps, o->guided ? NULL : &guidance))
+static bool load_loras(sc_pipeline *p) {
+    float guidance = o.guidance, scale;
+    if (!o.lora[0] && !o.no_lora) o.lora[0] = sc_own_lora(o.model);
+    for (int i = 0; !o.no_lora && i < 8 && o.lora[i]; i++) {
+        const char *path = sc_lora_argument(o.lora[i], o.steps, &scale, NULL);
+        struct stat s;
+        if (!sc_load_lora_argument(p->flux, o.lora[i], o.steps, o.guided ? NULL : &guidance))
             return false;
-    if (guidance == o->guidance) return true;
-    o->guidance = guidance;
+        loras = formatted("%s%s%s:%g", loras, i ? " " : ", Lora: ", path, scale);
+        if (!stat(path, &s) && s.st_mtime > newest_lora) newest_lora = s.st_mtime;
+    }
+    if (guidance == o.guidance) return true;
+    o.guidance = guidance;
     fprintf(stderr, "guidance %g, the LoRA's for %d step%s (--guidance to change)\n", guidance,
-            o->steps, o->steps == 1 ? "" : "s");
+            o.steps, o.steps == 1 ? "" : "s");
     return true;
 }
 
 int main(int argc, char **argv) {
     sc_start(argv);
-    options o = {"data/tiny-flux",       .out = "out.png", .device = "auto", .weights = "auto",
-                 .weights_on = "device", .guidance = 3.5f, .count = 1,       .seed = 1};
     const char *words[2] = {NULL, NULL};
-    int count = read_options(&o, argc, argv, words);
-    if (count < 0) return sc_die();
+    o.guided = sc_given(argc, argv, "--guidance", NULL) != NULL;
+    o.named = sc_given(argc, argv, "--out", NULL) != NULL;
+    sc_parse_recipe(table, OPTIONS, sc_given(argc, argv, "--model", o.model), "sample");
+    int count = sc_parse(usage, table, OPTIONS, argc, argv, words, 2);
     const char *prompt = o.prompts ? NULL : words[0], *steps = o.prompts ? words[0] : words[1];
-    if ((!prompt && !o.prompts) || (o.prompts && (!o.out_dir || count > 1))) {
-        fprintf(stderr, "%s\n\nerror: %s (see %s --help)\n", usage,
-                !o.prompts  ? "which prompt?"
-                : o.out_dir ? "PROMPT and --prompts exclude each other"
-                            : "--prompts needs --out-dir DIR",
-                argv[0]);
-        return 2;
-    }
-    if (!check_options(&o, steps)) return sc_die(), 2;
+    const char *wrong = !o.prompts && !prompt     ? "which prompt?"
+                        : o.prompts && !o.out_dir ? "--prompts needs --out-dir DIR"
+                        : o.prompts && count > 1  ? "PROMPT and --prompts exclude each other"
+                                                  : NULL;
+    if (wrong) sc_fail("%s (see %s --help)", wrong, argv[0]);
+    if (wrong || !check_options(steps)) return sc_bad_usage(wrong ? usage : NULL);
     sc_set_threads(o.threads);
     sc_catch_interrupt();
-    sc_pipeline *p = open_model(&o);
-    bool usage_ok = !p || take_size(p, &o);
-    bool ok = p && usage_ok && load_loras(p, &o) && (o.command = sc_command(argc, argv));
-    ok = ok && (o.prompts ? draw_list(p, &o) : draw_all(p, &o, prompt));
-    free(o.command);
+    sc_pipeline_options how = {.flux.fp8 = !strcmp(o.weights, "fp8"),
+                               .flux.streamed = !strcmp(o.weights_on, "host")};
+    sc_pipeline *p = sc_open_model(o.model, o.device, how);
+    bool usage_ok = !p || take_size(p);
+    bool ok = p && usage_ok && load_loras(p) && (o.prompts ? draw_list(p) : draw_all(p, prompt));
     sc_pipeline_close(p);
     if (!ok) sc_die();
     return ok ? 0 : usage_ok ? 1 : 2;

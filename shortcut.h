@@ -402,9 +402,9 @@ typedef struct sc_sampling {
     int steps;
     float shift;                /* of the times, positive */
     float guidance;             /* the model's input, where it has one */
-    float cfg;                  /* true CFG, in two evaluations a step; 0 or 1: one */
-    const float *no_context, *no_pooled; /* for it, one sample: of the negative, or empty, prompt */
     int h, w;                   /* sc_sample: grid of tokens */
+    float cfg;                  /* true CFG, in two evaluations a step; 0 or 1: none */
+    const float *no_context, *no_pooled; /* for it, one sample: of the negative, or empty, prompt */
     const uint8_t *sets;        /* [B] LoRA set of each sample; NULL: the loaded LoRAs, if any */
     /* After each step; false stops. NULL: none. */
     bool (*progress)(void *user, int step, int steps);

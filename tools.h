@@ -11,6 +11,7 @@
 #include <limits.h>
 #include <math.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,12 +30,29 @@ void *allocate(size_t count, size_t size) {
     return p;
 }
 
-/* folder/name; malloced. */
-char *joined(const char *folder, const char *name) {
-    size_t n = strlen(folder) + strlen(name) + 2;
-    char *path = (char *)allocate(n, 1);
-    if (path) snprintf(path, n, "%s/%s", folder, name);
-    return path;
+int sc_die(void);
+const char *sc_command; /* the command line, from sc_start on */
+
+/* Texts such as paths are small, and live as long as the program: nobody frees them. */
+char *kept(char *text) {
+    static char **all;
+    static size_t count;
+    all = (char **)realloc(all, (count + 1) * sizeof *all);
+    if (!all) sc_fail("out of memory"), exit(sc_die());
+    return all[count++] = text;
+}
+
+/* As printf's; without memory for it the program ends. */
+SC_PRINTF(1, 2) char *formatted(const char *format, ...) {
+    char *text = NULL;
+    size_t size;
+    va_list values;
+    FILE *f = open_memstream(&text, &size);
+    va_start(values, format);
+    if (f) vfprintf(f, format, values);
+    va_end(values);
+    if (!f || fclose(f)) sc_fail("out of memory"), exit(sc_die());
+    return kept(text);
 }
 
 bool exists(const char *path) { return !access(path, F_OK); }
@@ -48,13 +66,6 @@ bool is_file(const char *path) {
 bool make_folder(const char *path, bool *made) {
     *made = !mkdir(path, 0777);
     return *made || errno == EEXIST || sc_fail("%s: %s", path, strerror(errno));
-}
-
-/* Ends what open_memstream began in *text, and returns that, malloced; NULL with the error set. */
-char *finished(FILE *f, char **text) {
-    if (f && !fclose(f)) return *text;
-    free(*text);
-    return sc_fail("out of memory"), NULL;
 }
 
 /* ==== PNG and JPEG files ======================================================================
@@ -189,8 +200,7 @@ static const char *png_about(about *a, const uint8_t *bytes, size_t size) {
     const uint8_t *p;
     size_t n = 0;
     while ((p = picture_chunk(bytes, size, &a->at, NULL, &n))) {
-        if (png_crc(p - 4, n + 4) != big_endian(p + n, 4))
-            return "damaged PNG (wrong checksum)";
+        if (png_crc(p - 4, n + 4) != big_endian(p + n, 4)) return "damaged PNG (wrong checksum)";
         if (!memcmp(p - 4, "IEND", 4)) return NULL;
         if (!memcmp(p - 4, "IDAT", 4)) a->pixels = true;
         if (!memcmp(p - 4, "CgBI", 4)) return "a PNG for iPhones alone (CgBI)" CONVERT_IT;
@@ -239,10 +249,8 @@ static const char *jpeg_about(about *a, const uint8_t *bytes, size_t size) {
     if (a->components == 3 && a->named && (a->jfif || a->transform > 0))
         return "a JPEG that says both RGB and YCbCr of its colours" CONVERT_IT;
     if (a->components == 4) { /* libjpeg takes CMYK as if it had Adobe's marker, stb does not */
-        a->missing = a->transform > 0 ? "\xff\xee\0\x0e"
-                                        "Adobe\0\x64\0\0\0\0\2"
-                                      : "\xff\xee\0\x0e"
-                                        "Adobe\0\x64\0\0\0\0";
+        a->missing = a->transform > 0 ? "\377\356\0\16Adobe\0\144\0\0\0\0\2"
+                                      : "\377\356\0\16Adobe\0\144\0\0\0\0";
         a->missing_size = 16;
     }
     return NULL;
@@ -348,8 +356,8 @@ bool sc_picture_save(const sc_picture *p, const char *path, const char *paramete
     return ok;
 }
 
-/* The parameters in a PNG that sc_picture_save wrote, malloced: they stand behind the signature and
- * IHDR. NULL: there are none. */
+/* The parameters in a PNG that sc_picture_save wrote: they stand behind the signature and IHDR.
+ * NULL: there are none. */
 char *sc_picture_parameters(const char *path) {
     uint8_t head[41];
     char *text = NULL;
@@ -358,13 +366,10 @@ char *sc_picture_parameters(const char *path) {
     bool utf8 = png && !memcmp(head + 37, "iTXt", 4);
     size_t n = png ? big_endian(head + 33, 4) : 0, start = utf8 ? 15 : 11;
     if ((utf8 || (png && !memcmp(head + 37, "tEXt", 4))) && n >= start && n < 1 << 26)
-        text = (char *)allocate(n + 1, 1);
+        text = kept((char *)allocate(n + 1, 1));
     bool found = text && fread(text, 1, n, f) == n && !memcmp(text, "parameters", 11);
-    if (found) memmove(text, text + start, n + 1 - start);
     if (f) fclose(f);
-    if (found) return text;
-    free(text);
-    return NULL;
+    return found ? text + start : NULL;
 }
 
 /* ==== Files that are written ==================================================================
@@ -378,10 +383,10 @@ static const char *name_in(const char *path) {
     return slash ? slash + 1 : path;
 }
 
-/* The folder of a file, malloced; NULL: no memory. */
-static char *folder_of(const char *path) {
-    size_t n = (size_t)(name_in(path) - path);
-    return n ? strndup(path, n > 1 ? n - 1 : n) : strdup(".");
+/* The folder of a file. */
+static const char *folder_of(const char *path) {
+    int n = (int)(name_in(path) - path);
+    return n ? formatted("%.*s", n > 1 ? n - 1 : n, path) : ".";
 }
 
 static bool same_file(const char *a, const char *b) {
@@ -392,21 +397,16 @@ static bool same_file(const char *a, const char *b) {
 /* One file or folder under two names; if neither is there yet, one name in one folder. */
 static bool same_place(const char *a, const char *b) {
     if (exists(a) || exists(b)) return same_file(a, b);
-    char *folder_a = folder_of(a), *folder_b = folder_of(b);
-    bool same = folder_a && folder_b && same_file(folder_a, folder_b);
-    free(folder_a), free(folder_b);
-    return same && !strcmp(name_in(a), name_in(b));
+    return same_file(folder_of(a), folder_of(b)) && !strcmp(name_in(a), name_in(b));
 }
 
 /* Not what is read as `input` (a file, its shards, or a folder; NULL: nothing), under any name. */
 bool sc_apart(const char *out, const char *input) {
     bool same = input && same_place(out, input);
     sc_file *file = input && !same && exists(out) ? sc_file_open(input) : NULL;
-    char *part = NULL;
-    for (int64_t i = 0; file && (part = sc_file_part(file, i)); i++) {
+    const char *part = NULL;
+    for (int64_t i = 0; file && (part = kept(sc_file_part(file, i))); i++)
         same = same || same_file(out, part);
-        free(part);
-    }
     sc_file_close(file);
     return !same || sc_fail("%s: this is %s, which is read or written too: choose another place",
                             out, input);
@@ -415,25 +415,19 @@ bool sc_apart(const char *out, const char *input) {
 #define SC_MADE_BY "made by shortcut:" /* so begin the parameters of other pictures */
 #define SC_LOSS_COLUMNS "step,loss,gradient_norm,learning_rate\n"
 
-/* Whether a PNG is this program's, as its parameters say: ./sample's, or those of SC_MADE_BY. */
-static bool drew(const char *path) {
-    char *text = sc_picture_parameters(path);
+/* Whether a file is this program's: a PNG says so in its parameters, which are ./sample's or begin
+ * with SC_MADE_BY; safetensors say it with the command, loss.csv with its heading. */
+static bool wrote(const char *path) {
+    const char *text = sc_picture_parameters(path);
     const char *settings = text ? strstr(text, "\nSteps: ") : NULL;
+    char line[sizeof SC_LOSS_COLUMNS] = "";
     int end = 0;
     if (settings)
         sscanf(settings,
                "\nSteps: %*d, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: %*f, Seed: %*u, "
                "Size: %*dx%*d, Shift: %*f, Model:%n",
                &end);
-    bool drawn = end || (text && !strncmp(text, SC_MADE_BY, strlen(SC_MADE_BY)));
-    free(text);
-    return drawn;
-}
-
-/* The same of any file: safetensors say it with the command, loss.csv with its heading. */
-static bool wrote(const char *path) {
-    char line[sizeof SC_LOSS_COLUMNS] = "";
-    if (drew(path)) return true;
+    if (end || (text && !strncmp(text, SC_MADE_BY, strlen(SC_MADE_BY)))) return true;
     FILE *f = fopen(path, "rb");
     bool losses = f && fgets(line, sizeof line, f) && !strcmp(line, SC_LOSS_COLUMNS);
     if (f) fclose(f);
@@ -470,13 +464,12 @@ static bool ends_in(const char *path, const char *endings) {
 }
 
 /* FILE:SCALE, or FILE: then what it recommends for `steps`: the scale and, if it does, a guidance
- * (else *guidance stays; it may be NULL). The file's path, malloced; NULL with the error set. */
-char *sc_lora_argument(const char *argument, int steps, float *scale, float *guidance) {
-    char *end = NULL, *path = strdup(argument), *colon = path ? strrchr(path, ':') : NULL;
+ * (else *guidance stays; it may be NULL). The file's path. */
+const char *sc_lora_argument(const char *argument, int steps, float *scale, float *guidance) {
+    char *end = NULL, *path = formatted("%s", argument), *colon = strrchr(path, ':');
     *scale = colon ? strtof(colon + 1, &end) : 0;
     if (colon && end != colon + 1 && !*end && isfinite(*scale) && !exists(path)) *colon = 0;
-    else if (path) *scale = sc_lora_scale(path, steps, guidance);
-    else sc_fail("out of memory");
+    else *scale = sc_lora_scale(path, steps, guidance);
     return path;
 }
 
@@ -490,76 +483,58 @@ bool sc_check_out(const char *out, const char *endings, bool named, const char *
         ok = sc_fail("%s: this is written as %.*s only: let its name end so", out,
                      (int)strcspn(endings + 1, ".") + 1, endings);
     ok = ok && (named || sc_may_replace(out));
-    for (int part = 0; ok && exists(out) && part < SC_PARTS; part++) {
-        char *path = sc_part_path(model, (sc_part)part);
-        ok = sc_apart(out, path);
-        free(path);
-    }
-    for (int i = 0; ok && i < 8 && loras[i]; i++) {
-        float scale;
-        char *path = sc_lora_argument(loras[i], 1, &scale, NULL);
-        ok = path && sc_apart(out, path);
-        free(path);
-    }
+    for (int part = 0; ok && exists(out) && part < SC_PARTS; part++)
+        ok = sc_apart(out, kept(sc_part_path(model, (sc_part)part)));
+    float scale;
+    for (int i = 0; ok && i < 8 && loras[i]; i++)
+        ok = sc_apart(out, sc_lora_argument(loras[i], 1, &scale, NULL));
     return ok;
 }
 
-/* No loss if a transformer's config.json stays as it is. */
-static bool may_replace_config(const sc_flux *flux, const char *path) {
-    size_t size;
-    char *text = exists(path) ? sc_read_file(path, &size) : NULL;
-    bool same = text && !strcmp(text, sc_flux_config_text(flux));
-    free(text);
-    return same || sc_may_replace(path);
-}
-
 /* The folder of a transformer that sc_flux_save can write: a new one, or with what this program
- * wrote and does not read now. */
+ * wrote and does not read now; a config.json of its own may be there. */
 bool sc_can_write_model(const sc_flux *flux, const char *folder) {
+    size_t size;
     const sc_file *file = sc_flux_net(flux)->file;
     const char *input = file ? sc_file_path(file) : NULL;
     if (ends_in(folder, SC_WEIGHTS) && (!exists(folder) || is_file(folder)))
         return sc_fail("%s: this will be a folder: do not let its name end as a file's", folder);
     if (!exists(folder)) return sc_can_write(folder);
-    char *weights = joined(folder, "diffusion_pytorch_model.safetensors");
-    char *config = joined(folder, "config.json"), *beside = input ? folder_of(input) : NULL;
-    bool ok = weights && config && sc_apart(folder, beside) && sc_apart(weights, input) &&
-              sc_may_replace(weights) && sc_can_write(weights) && sc_can_write(config) &&
-              (exists(weights) || may_replace_config(flux, config));
-    free(weights), free(config), free(beside);
-    return ok;
+    const char *weights = formatted("%s/diffusion_pytorch_model.safetensors", folder);
+    const char *config = formatted("%s/config.json", folder);
+    const char *text = exists(config) ? kept(sc_read_file(config, &size)) : NULL;
+    return sc_apart(folder, input ? folder_of(input) : NULL) && sc_apart(weights, input) &&
+           sc_may_replace(weights) && sc_can_write(weights) && sc_can_write(config) &&
+           (exists(weights) || (text && !strcmp(text, sc_flux_config_text(flux))) ||
+            sc_may_replace(config));
 }
 
-static char *lock_path;
+static const char *lock_path;
 
 /* One process at a time writes into a folder; false says which. The kernel ends the lock with the
  * process, however that ends. */
-bool sc_lock(const char *folder, const char *command) {
+bool sc_lock(const char *folder) {
     char holder[256] = "", since[32] = "";
     struct stat mine;
     time_t now = time(NULL);
-    char *path = joined(folder, ".shortcut-lock");
-    int fd = path ? open(path, O_RDWR | O_CREAT, 0666) : -1;
-    bool ok = fd >= 0 || (path && sc_fail("%s: cannot write: %s", path, strerror(errno)));
-    bool busy = ok && flock(fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK;
-    if (ok && (busy || fstat(fd, &mine) || !mine.st_nlink || ftruncate(fd, 0))) {
+    const char *path = formatted("%s/.shortcut-lock", folder);
+    int fd = open(path, O_RDWR | O_CREAT, 0666);
+    if (fd < 0) return sc_fail("%s: cannot write: %s", path, strerror(errno));
+    bool busy = flock(fd, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK;
+    if (busy || fstat(fd, &mine) || !mine.st_nlink || ftruncate(fd, 0)) {
         ssize_t n = read(fd, holder, sizeof holder - 1);
-        ok = sc_fail("%s: %s is writing there: wait for it, or choose another folder", folder,
-                     n > 0 ? holder : "another process");
         close(fd);
+        return sc_fail("%s: %s is writing there: wait for it, or choose another folder", folder,
+                       n > 0 ? holder : "another process");
     }
-    if (ok) {
-        strftime(since, sizeof since, "%Y-%m-%d %H:%M", localtime(&now));
-        dprintf(fd, "process %ld (since %s: %s)", (long)getpid(), since, command);
-        lock_path = path;
-    } else free(path);
-    return ok;
+    strftime(since, sizeof since, "%Y-%m-%d %H:%M", localtime(&now));
+    dprintf(fd, "process %ld (since %s: %s)", (long)getpid(), since, sc_command);
+    lock_path = path;
+    return true;
 }
 
 void sc_unlock(void) {
     if (lock_path) remove(lock_path);
-    free(lock_path);
-    lock_path = NULL;
 }
 
 /* ==== The program: start, interrupt, clock, device ============================================ */
@@ -569,6 +544,8 @@ void sc_unlock(void) {
  * sleeping at once, 1.7. libgomp reads this when it is loaded: start once again. A reader that went
  * away, and a limit on the size of files, make a write fail; they do not end the program. */
 void sc_start(char **argv) {
+    sc_command = argv[0];
+    for (int i = 1; argv[i]; i++) sc_command = formatted("%s %s", sc_command, argv[i]);
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);
     if (getenv("OMP_WAIT_POLICY")) return;
@@ -598,15 +575,6 @@ bool sc_not_interrupted(void *user, int step, int steps) {
     return !sc_interrupted;
 }
 
-/* The command line, malloced; NULL with the error set. */
-char *sc_command(int argc, char *const *argv) {
-    size_t size;
-    char *text = NULL;
-    FILE *f = open_memstream(&text, &size);
-    for (int i = 0; f && i < argc; i++) fprintf(f, "%s%s", i ? " " : "", argv[i]);
-    return finished(f, &text);
-}
-
 double sc_seconds(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -623,16 +591,14 @@ void sc_print_text(FILE *to, const char *heading, const char *text) {
 /* Loads a LoRA; prints "applied n/N" and the rest. *guidance as for sc_lora_argument. */
 bool sc_load_lora_argument(sc_flux *flux, const char *argument, int steps, float *guidance) {
     float scale;
-    char *path = sc_lora_argument(argument, steps, &scale, guidance);
+    const char *path = sc_lora_argument(argument, steps, &scale, guidance);
     sc_lora_report report = {0};
-    bool ok = path && sc_lora_load(flux, path, scale, &report);
-    if (ok)
-        fprintf(stderr, "%s: applied %d/%d, scale %g%s\n", path, report.applied, report.total,
-                scale, strcmp(path, argument) ? "" : " (FILE:SCALE to change)");
-    if (ok && report.applied < report.total)
+    if (!sc_lora_load(flux, path, scale, &report)) return false;
+    fprintf(stderr, "%s: applied %d/%d, scale %g%s\n", path, report.applied, report.total, scale,
+            strcmp(path, argument) ? "" : " (FILE:SCALE to change)");
+    if (report.applied < report.total)
         sc_print_text(stderr, "warning: these fit no layer: ", report.missed);
-    free(path);
-    return ok;
+    return true;
 }
 
 /* lora.safetensors of this folder, where it is there and was made for this model; else NULL. */
@@ -641,10 +607,8 @@ const char *sc_own_lora(const char *model) {
     sc_file *file = exists(path) ? sc_file_open(path) : NULL;
     const char *base = file ? sc_file_metadata(file, "base_model") : NULL;
     bool own = exists(path) && (!base || same_place(base, model));
-    if (base && !own) {
-        fprintf(stderr, "%s is not used, it", path);
-        sc_print_text(stderr, " was made for ", base);
-    }
+    if (base && !own)
+        sc_print_text(stderr, formatted("%s is not used, it was made for ", path), base);
     sc_file_close(file);
     return own ? path : NULL; /* where it cannot be read, loading it says why */
 }
@@ -665,21 +629,26 @@ int sc_die(void) {
     return 1;
 }
 
+/* The same of bad usage, below `usage` where all of it is needed. */
+int sc_bad_usage(const char *usage) {
+    if (usage) fprintf(stderr, "%s\n\n", usage);
+    return sc_die(), 2;
+}
+
 #define SC_DEVICES "auto|cpu|cuda"
 
 /* One of SC_DEVICES; NULL with the error set. */
 const sc_backend *sc_device(const char *name) {
-    const sc_backend *cuda = NULL;
     if (!strcmp(name, "cpu")) return sc_cpu();
 #ifdef SHORTCUT_CUDA
-    cuda = sc_cuda();
-#else
-    sc_fail("this program was built without CUDA: run make where nvcc is installed");
-#endif
+    const sc_backend *cuda = sc_cuda();
     if (cuda || !strcmp(name, "cuda")) return cuda;
-#ifdef SHORTCUT_CUDA
     if (!strstr(sc_error(), "no NVIDIA driver")) /* there seems to be a GPU */
         fprintf(stderr, "note: %s; using the CPU\n", sc_error());
+#else
+    if (!strcmp(name, "cuda"))
+        return sc_fail("this program was built without CUDA: run make where nvcc is installed"),
+               NULL;
 #endif
     return sc_cpu();
 }
@@ -718,69 +687,50 @@ void sc_progress(const char *label, int64_t first, int64_t done, int64_t total, 
 
 typedef enum {
     SC_FLAG,
-    SC_INT,
-    SC_SEED,
-    SC_FLOAT,
-    SC_RANGE,
-    SC_STRING,
+    SC_STRING, /* of those in `argument` one, if it has several: "auto|fp8" */
     SC_STRINGS,
+    SC_SEED,
+    SC_INT,
     SC_INTS,
-    SC_CHOICE /* a string, one of those in `argument`: "auto|fp8" */
+    SC_FLOAT,
+    SC_RANGE
 } sc_option_kind;
 typedef struct sc_option {
     const char *name; /* "--steps"; NULL: a heading in the help */
     sc_option_kind kind;
-    void *value; /* bool, int, uint64_t, float, float[2], char *, char *[8], int[8], char * */
+    void *value; /* bool, char *, char *[8], uint64_t, int, int[8] up to a 0, float, float[2] */
     const char *argument, *help;
 } sc_option;
 
-static bool is_whole(const sc_option *o) { return o->kind == SC_INT || o->kind == SC_INTS; }
-
-/* How many numbers it takes. */
-static int numbers_of(const sc_option *o) {
-    static const int most[] = {
-        [SC_INT] = 1, [SC_FLOAT] = 1, [SC_RANGE] = 2, [SC_INTS] = 7, [SC_CHOICE] = 0};
-    return most[o->kind];
+/* Is `text` one of "this|that"? */
+static bool is_listed(const char *list, const char *text) {
+    return strstr(formatted("|%s|", list), formatted("|%s|", text)) != NULL;
 }
 
 /* Numbers separated by commas, as many as the option takes at most. */
 static bool set_numbers(const sc_option *o, const char *text) {
-    int *whole = (int *)o->value, count = 0;
-    float *real = (float *)o->value;
+    bool whole = o->kind == SC_INT || o->kind == SC_INTS;
+    int count = 0, most = o->kind == SC_INTS ? 7 : o->kind == SC_RANGE ? 2 : 1;
     char *end = NULL;
-    for (const char *at = text; !end || *end; at = end + 1) {
+    for (const char *at = text; !end || *end; at = end + 1, count++) {
         double x = strtod(at, &end);
-        if (end == at || (*end && *end != ',') || !isfinite(x) || count == numbers_of(o))
+        if (end == at || (*end && *end != ',') || !isfinite(x) || count == most)
             return sc_fail("%s takes %s, not '%s'", o->name, o->argument, text);
-        if (is_whole(o) && (x != floor(x) || fabs(x) > INT_MAX))
+        if (whole && (x != floor(x) || fabs(x) > INT_MAX))
             return sc_fail("%s takes whole numbers, not '%s'", o->name, text);
-        if (is_whole(o)) whole[count++] = (int)x;
-        else real[count++] = (float)x;
+        if (whole) ((int *)o->value)[count] = (int)x;
+        else ((float *)o->value)[count] = (float)x;
     }
-    if (o->kind == SC_RANGE && count == 1) real[1] = real[0];
-    if (o->kind == SC_INTS) memset(whole + count, 0, (size_t)(8 - count) * sizeof *whole);
+    if (o->kind == SC_INTS) ((int *)o->value)[count] = 0;
+    if (o->kind == SC_RANGE && count == 1) ((float *)o->value)[1] = *(float *)o->value;
     return true;
 }
 
-/* Is `text` one of "this|that"? */
-static bool is_listed(const char *list, const char *text) {
-    size_t n = strlen(text);
-    for (; list; list = strchr(list, '|') ? strchr(list, '|') + 1 : NULL)
-        if (!strncmp(list, text, n) && (!list[n] || list[n] == '|')) return true;
-    return false;
-}
-
 static bool set_option(const sc_option *o, const char *text) {
+    const char **strings = (const char **)o->value;
     char *end = NULL;
-    if (o->kind == SC_CHOICE && !is_listed(o->argument, text))
-        return sc_fail("%s takes %s, not '%s'", o->name, o->argument, text);
-    if (o->kind == SC_STRING || o->kind == SC_CHOICE) return *(const char **)o->value = text, true;
-    if (o->kind == SC_STRINGS) {
-        const char **list = (const char **)o->value;
-        for (int i = 0; i < 8; i++)
-            if (!list[i]) return list[i] = text, true;
-        return sc_fail("%s can be given at most 8 times", o->name);
-    }
+    int i = 0;
+    if (o->kind > SC_SEED) return set_numbers(o, text);
     if (o->kind == SC_SEED) { /* exactly: no double holds all of them */
         errno = 0;
         uint64_t seed = strtoull(text, &end, 10);
@@ -789,32 +739,36 @@ static bool set_option(const sc_option *o, const char *text) {
                            o->name, o->argument, text);
         return *(uint64_t *)o->value = seed, true;
     }
-    return set_numbers(o, text);
+    if (strchr(o->argument, '|') && !is_listed(o->argument, text))
+        return sc_fail("%s takes %s, not '%s'", o->name, o->argument, text);
+    while (o->kind == SC_STRINGS && i < 8 && strings[i]) i++;
+    if (i == 8) return sc_fail("%s can be given at most 8 times", o->name);
+    return strings[i] = text, true;
 }
 
 /* The value; "" where there is none. */
-static const char *option_text(const sc_option *o, char text[128]) {
-    const int *whole = (const int *)o->value;
+static const char *option_text(const sc_option *o) {
     const float *real = (const float *)o->value;
-    const char *string = "";
-    size_t used = 0;
-    text[0] = 0;
-    if (o->kind == SC_FLAG) return *(bool *)o->value ? "yes" : "no";
-    if (o->kind == SC_STRING || o->kind == SC_CHOICE) string = *(const char **)o->value;
-    if (o->kind == SC_SEED) snprintf(text, 128, "%llu", (unsigned long long)*(uint64_t *)o->value);
-    for (int i = 0; i < numbers_of(o) && (o->kind != SC_INTS || whole[i]); i++) {
-        const char *comma = i ? "," : "";
-        if (is_whole(o)) snprintf(text + used, 128 - used, "%s%d", comma, whole[i]);
-        else snprintf(text + used, 128 - used, "%s%g", comma, real[i]);
-        used = strlen(text);
+    const char *text = "";
+    switch (o->kind) {
+    case SC_FLAG: return *(bool *)o->value ? "yes" : "no";
+    case SC_STRING: return *(char **)o->value ? *(char **)o->value : "";
+    case SC_STRINGS: return "";
+    case SC_SEED: return formatted("%llu", (unsigned long long)*(uint64_t *)o->value);
+    case SC_INT: return formatted("%d", *(int *)o->value);
+    case SC_INTS:
+        for (const int *x = (const int *)o->value; *x; x++)
+            text = formatted("%s%s%d", text, *text ? "," : "", *x);
+        return text;
+    case SC_FLOAT: return formatted("%g", *real);
+    case SC_RANGE: return formatted("%g,%g", real[0], real[1]);
     }
-    return string && *string ? string : text;
+    return "";
 }
 
 void sc_print_options(const sc_option *options, int count) {
     for (int i = 0; i < count; i++) {
-        char text[128];
-        const char *value = options[i].name ? option_text(&options[i], text) : "";
+        const char *value = options[i].name ? option_text(&options[i]) : "";
         if (*value) printf(" %s %s", options[i].name, value);
     }
     printf("\n");
@@ -822,16 +776,13 @@ void sc_print_options(const sc_option *options, int count) {
 
 static void print_help(const char *usage, const sc_option *options, int count) {
     printf("%s\n", usage);
-    for (int i = 0; i < count; i++) {
-        const sc_option *o = &options[i];
-        char left[64], text[128];
+    for (const sc_option *o = options; o < options + count; o++) {
         if (!o->name) {
             printf("\n%s\n", o->help);
             continue;
         }
-        snprintf(left, sizeof left, "%s %s", o->name, o->argument ? o->argument : "");
-        printf("  %-26s %s", left, o->help);
-        const char *value = o->kind == SC_FLAG ? "" : option_text(o, text);
+        const char *value = o->kind == SC_FLAG ? "" : option_text(o);
+        printf("  %-26s %s", formatted("%s %s", o->name, o->argument ? o->argument : ""), o->help);
         printf(*value ? " [%s]\n" : "%s\n", value);
     }
 }
@@ -851,18 +802,15 @@ int sc_parse(const char *usage, const sc_option *options, int count, int argc, c
     bool literal = false, ok = true; /* literal: after "--" */
     for (int i = 1; ok && i < argc; i++) {
         const char *word = argv[i];
-        if (!literal && (!strcmp(word, "--help") || !strcmp(word, "-h"))) {
-            print_help(usage, options, count);
-            exit(0);
-        }
+        const sc_option *o;
+        if (!literal && (!strcmp(word, "--help") || !strcmp(word, "-h")))
+            print_help(usage, options, count), exit(0);
         if (literal || strncmp(word, "--", 2)) {
             if (found < limit) positional[found++] = word;
             else ok = sc_fail("unexpected argument '%s'", word);
-            continue;
-        }
-        const sc_option *o = find_option(options, count, word + 2);
-        if (!word[2]) literal = true;
-        else if (!o) ok = sc_fail("unknown option '%s'", word);
+        } else if (!word[2]) literal = true;
+        else if (!(o = find_option(options, count, word + 2)))
+            ok = sc_fail("unknown option '%s'", word);
         else if (o->kind == SC_FLAG) *(bool *)o->value = true;
         else if (i + 1 == argc) ok = sc_fail("%s needs a value: %s", o->name, o->argument);
         else ok = set_option(o, argv[++i]);
@@ -872,52 +820,46 @@ int sc_parse(const char *usage, const sc_option *options, int count, int argc, c
     exit(2);
 }
 
-/* What follows the last argument `name`; NULL: it is not there (for what must be known before
- * sc_parse). */
-const char *sc_given(int argc, char **argv, const char *name) {
-    const char *value = NULL;
+/* What follows the last argument `name`, else `value` (for what must be known before sc_parse). */
+const char *sc_given(int argc, char **argv, const char *name, const char *value) {
     for (int i = 1; i < argc; i++)
         if (!strcmp(argv[i], name)) value = i + 1 < argc ? argv[i + 1] : "";
     return value;
 }
 
 /* Values from the object `section` of MODEL/recipe.json, where there is one: the defaults measured
- * for this model. Its keys are option names without "--"; false, the error set, if it has others,
- * or flags, or paths: a model from elsewhere does not say which files are read and written here. */
-bool sc_parse_recipe(const sc_option *options, int count, const char *model, const char *section) {
+ * for this model. Its keys are option names without "--". The program ends if it has others, or
+ * flags, or paths: a model from elsewhere does not say which files are read and written here. */
+void sc_parse_recipe(const sc_option *options, int count, const char *model, const char *section) {
     static sc_json *recipe; /* kept: string options point into it */
-    char *path = joined(model, "recipe.json");
-    bool there = path && exists(path), ok = path != NULL;
-    sc_json_free(recipe);
-    recipe = there ? sc_json_load(path) : NULL;
-    if (there) ok = recipe != NULL;
+    const char *path = formatted("%s/recipe.json", model);
+    if (!exists(path)) return;
+    recipe = sc_json_load(path);
+    if (!recipe) exit(sc_die());
     const sc_json *values = sc_json_get(recipe, section);
-    for (int64_t i = 0; ok && i < sc_json_length(values); i++) {
+    for (int64_t i = 0; i < sc_json_length(values); i++) {
         const sc_json *value = sc_json_value(values, i);
-        const char *key = sc_json_key(values, i), *string = sc_json_string(value, NULL);
+        const char *key = sc_json_key(values, i), *text = sc_json_string(value, NULL);
         const sc_option *o = key ? find_option(options, count, key) : NULL;
-        char text[32];
-        if (!string) snprintf(text, sizeof text, "%.17g", sc_json_number(value, NAN));
-        bool words = o && (o->kind == SC_STRING || o->kind == SC_CHOICE);
-        if (!o || o->kind == SC_FLAG || o->kind == SC_STRINGS ||
-            (o->kind == SC_STRING && is_listed("DIR|FILE|PATH", o->argument)))
-            ok = sc_fail("%s: '%s' is no option that a recipe may set", path, key ? key : section);
-        else if ((words && !string) || !set_option(o, string ? string : text))
+        bool ok = o && o->kind != SC_FLAG && o->kind != SC_STRINGS &&
+                  !is_listed("DIR|FILE|PATH", o->argument);
+        if (!ok) sc_fail("%s: '%s' is no option that a recipe may set", path, key ? key : section);
+        else if ((o->kind == SC_STRING && !text) ||
+                 !set_option(o, text ? text : formatted("%.17g", sc_json_number(value, NAN))))
             ok = sc_fail("%s: '%s' has a wrong value", path, key);
+        if (!ok) exit(sc_die());
     }
-    free(path);
-    return ok;
 }
 
-/* The lines of a file that are not empty, in *text; both malloced. NULL with the error set. */
-char **sc_load_prompts(const char *path, char **text, int64_t *count) {
+/* The lines of a file that are not empty, to be freed; NULL with the error set. */
+char **sc_load_prompts(const char *path, int64_t *count) {
     size_t most = 1;
+    char *text = kept(sc_text_load(path));
+    for (const char *c = text; c && *c; c++) most += *c == '\n' || *c == '\r';
+    char **lines = text ? (char **)allocate(most, sizeof *lines) : NULL;
     *count = 0;
-    *text = sc_text_load(path);
-    for (const char *c = *text; c && *c; c++) most += *c == '\n' || *c == '\r';
-    char **lines = *text ? (char **)allocate(most, sizeof *lines) : NULL;
-    char *line = lines ? strtok(*text, "\r\n") : NULL;
-    for (; line; line = strtok(NULL, "\r\n")) lines[(*count)++] = line;
+    for (char *line = lines ? strtok(text, "\r\n") : NULL; line; line = strtok(NULL, "\r\n"))
+        lines[(*count)++] = line;
     if (!lines || *count) return lines;
     free(lines);
     return sc_fail("%s: no prompts", path), NULL;
@@ -925,31 +867,28 @@ char **sc_load_prompts(const char *path, char **text, int64_t *count) {
 
 /* Tells what no part of a model reads of its files. A part that cannot be opened says why later. */
 static void warn_unread(const sc_pipeline *p) {
-    char names[512], *path = sc_part_path(p->folder, SC_VAE);
+    char names[512];
+    const char *path = kept(sc_part_path(p->folder, SC_VAE));
     sc_vae *vae = path ? sc_vae_open(NULL, path, false) : NULL;
     sc_text_encoders *text = sc_text_encoders_open(NULL, p->folder);
     const sc_net *const nets[] = {sc_flux_net(p->flux), sc_vae_net(vae), sc_text_net(text, SC_CLIP),
                                   sc_text_net(text, SC_T5)};
     long long unread = sc_net_unread(nets, 4, names, sizeof names);
-    if (unread) {
-        fprintf(stderr, "warning: %lld tensors of %s are not used", unread, p->folder);
-        sc_print_text(stderr, ": ", names);
-    }
+    const char *what = formatted("warning: %lld tensors of %s are not used: ", unread, p->folder);
+    if (unread) sc_print_text(stderr, what, names);
     sc_text_encoders_close(text);
     sc_vae_close(vae);
-    free(path);
 }
 
-/* sc_pipeline_open, with what to do where the folder is not there. */
-sc_pipeline *sc_open_model(const sc_backend *be, const char *model,
-                           const sc_pipeline_options *how) {
-    if (!exists(model))
-        return sc_fail("%s: No such file or directory: --model takes a model's folder or file "
-                       "(data/tiny-flux is in the programs' folder)",
-                       model),
-               NULL;
-    sc_pipeline *p = sc_pipeline_open(be, model, how);
+/* sc_pipeline_open on one of SC_DEVICES, with what to do where the folder is not there. */
+sc_pipeline *sc_open_model(const char *model, const char *device, sc_pipeline_options how) {
+    const sc_backend *be = sc_device(device);
+    sc_pipeline *p = be && exists(model) ? sc_pipeline_open(be, model, &how) : NULL;
     if (p) warn_unread(p);
+    else if (be && !exists(model))
+        sc_fail("%s: No such file or directory: --model takes a model's folder or file "
+                "(data/tiny-flux is in the programs' folder)",
+                model);
     return p;
 }
 

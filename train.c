@@ -2,13 +2,6 @@
  *
  * This file is the driver: options, data, progress, files. The method itself is in shortcut.h. */
 #define _POSIX_C_SOURCE 200809L
-#include <errno.h>
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 #include "shortcut.h"
 #include "tools.h"
 
@@ -89,8 +82,8 @@ static const sc_option table[] = {
     {"--text-tokens", SC_INT, &o.text_tokens, "N", "T5 tokens of a caption (0: the model's)"},
     {"--checkpointing", SC_FLAG, &o.checkpointing, NULL,
      "recompute all blocks in the backward pass: less memory (on a GPU: as many as needed)"},
-    {"--weights", SC_CHOICE, &o.weights, "auto|fp8", "frozen matrices: as in the file, or fp8"},
-    {"--weights-on", SC_CHOICE, &o.weights_on, "device|host",
+    {"--weights", SC_STRING, &o.weights, "auto|fp8", "frozen matrices: as in the file, or fp8"},
+    {"--weights-on", SC_STRING, &o.weights_on, "device|host",
      "frozen matrices: in host memory they are streamed, for GPUs that are too small"},
     {"--no-cache", SC_FLAG, &o.no_cache, NULL, "do not keep latents and embeddings in DATA"},
     {NULL, SC_FLAG, NULL, NULL, "Running:"},
@@ -101,7 +94,7 @@ static const sc_option table[] = {
     {"--preview", SC_INT, &o.preview, "N", "a preview picture every N steps (0: none)"},
     {"--save", SC_INT, &o.save, "N", "save result and state every N steps (0: at the end)"},
     {"--stop-after", SC_INT, &o.stop_after, "N", "save and stop after step N (0: go through)"},
-    {"--device", SC_CHOICE, &o.device, SC_DEVICES, "what computes"},
+    {"--device", SC_STRING, &o.device, SC_DEVICES, "what computes"},
     {"--threads", SC_INT, &o.threads, "N", "CPU threads (0: OMP_NUM_THREADS, or all cores)"},
     {"--seed", SC_SEED, &o.seed, "N", "of everything random"},
 };
@@ -128,10 +121,9 @@ typedef struct training {
     int pairs;
     sc_batch batch;
     float *batch_memory;
+    const char *state, *losses, *picture, *cache; /* paths */
     int64_t step;
     bool saved; /* the run folder has a state of this run */
-    char *command;
-    char *state, *losses, *picture, *cache; /* paths */
 } training;
 
 /* One text's part of CONTEXT or POOLED. */
@@ -173,12 +165,10 @@ static void draw_batch(training *t) {
 /* ---- The state: enough to go on bit for bit ---- */
 
 static bool save_state(const training *t) {
-    char step[32], steps[32], rng[32];
-    snprintf(step, sizeof step, "%lld", (long long)t->step);
-    snprintf(steps, sizeof steps, "%d", o.steps);
-    snprintf(rng, sizeof rng, "%llu", (unsigned long long)t->rng.state);
-    const char *metadata[] = {"step", step,      "steps",    steps, "rng",
-                              rng,    "command", t->command, NULL};
+    const char *metadata[] = {"step", formatted("%lld", (long long)t->step),
+                              "steps", formatted("%d", o.steps),
+                              "rng", formatted("%llu", (unsigned long long)t->rng.state),
+                              "command", sc_command, NULL};
     return sc_params_save(t->params, t->state, metadata);
 }
 
@@ -201,10 +191,7 @@ static bool load_state(training *t) {
     }
     if (ok && command) { /* with other options it would be another run */
         sc_print_text(stderr, "resumed; this run was saved by: ", command);
-        char *both = sc_command(3, (char *[]){(char *)command, "&&", t->command});
-        free(t->command);
-        t->command = both;
-        ok = both != NULL;
+        sc_command = formatted("%s && %s", command, sc_command);
     }
     sc_file_close(file);
     return ok;
@@ -225,13 +212,11 @@ static bool check_unfinished(const training *t) {
 
 /* The slow average of all weights, or the student's LoRA: what the run is for. */
 static bool save_result(const training *t) {
-    char steps[32], rank[32], seed[32];
-    snprintf(steps, sizeof steps, "%lld", (long long)t->step);
-    snprintf(rank, sizeof rank, "%d", o.rank);
-    snprintf(seed, sizeof seed, "%llu", (unsigned long long)o.seed);
+    const char *rank = formatted("%d", o.rank), *steps = formatted("%lld", (long long)t->step);
+    const char *seed = formatted("%llu", (unsigned long long)o.seed);
     const char *base = o.transformer ? o.transformer : o.model;
     const char *metadata[] = {"base_model", base, "method", "SCFM", "rank", rank, "alpha", rank,
-                              "steps", steps, "seed", seed, "command", t->command, "format", "pt",
+                              "steps", steps, "seed", seed, "command", sc_command, "format", "pt",
                               o.scales ? "scales" : NULL, o.scales, NULL};
     if (t->params->adapters) return sc_lora_save(t->params, SC_STUDENT, o.out, metadata);
     sc_params_use(t->params, SC_SLOW);
@@ -275,10 +260,8 @@ static bool preview(training *t) {
     if (!t->params->adapters) sc_params_use(t->params, SC_STUDENT);
     sc_pipeline_release(p);
     ok = sc_tape_reserve(p->tape, held) && ok;
-    char *made_by = sc_command(2, (char *[]){SC_MADE_BY, t->command});
     sc_picture picture = {panels * (int)row, (int)rows / 3, sheet};
-    ok = ok && made_by && sc_picture_save(&picture, t->picture, made_by);
-    free(made_by);
+    ok = ok && sc_picture_save(&picture, t->picture, formatted(SC_MADE_BY " %s", sc_command));
     free(latents);
     return ok;
 }
@@ -400,11 +383,9 @@ static bool train(training *t) {
  * The data's tensors, in f32: a cached run equals the first bit for bit. The metadata's fingerprint
  * says what they were made from. */
 
-static const char *data_name(int i, char text[32]) {
+static const char *data_name(int i) {
     static const char *const names[] = {"caption", "context", "pooled"};
-    if (i < LATENTS) return names[i];
-    snprintf(text, 32, "latents.%d", i - LATENTS);
-    return text;
+    return i < LATENTS ? names[i] : formatted("latents.%d", i - LATENTS);
 }
 
 static bool new_tensor(sc_tensor *x, sc_dtype dtype, int ndim, const int64_t *shape) {
@@ -433,12 +414,11 @@ static void forget_data(training *t) {
 /* Maps the cache if it is there, whole and made from the same things; false says nothing. */
 static bool load_cache(training *t, const char *fingerprint) {
     const sc_flux_config *c = t->config;
-    char name[32];
     t->cached = exists(t->cache) ? sc_file_open(t->cache) : NULL;
     const char *made_from = t->cached ? sc_file_metadata(t->cached, "fingerprint") : NULL;
     if (!made_from || strcmp(made_from, fingerprint)) return false;
     for (int i = 0; i < LATENTS + t->pairs; i++) {
-        const sc_tensor *x = sc_file_find(t->cached, data_name(i, name));
+        const sc_tensor *x = sc_file_find(t->cached, data_name(i));
         if (!x) return false;
         t->data[i] = *x;
         if (i >= LATENTS && !fits(x, SC_F32, 4, (int64_t[]){2, 0, 0, c->in_channels})) return false;
@@ -456,14 +436,11 @@ static bool load_cache(training *t, const char *fingerprint) {
 static bool save_cache(const training *t, const char *fingerprint) {
     size_t n = (size_t)(LATENTS + t->pairs);
     sc_named *named = allocate(n, sizeof *named);
-    char(*names)[32] = allocate(n, sizeof *names);
-    bool ok = named && names;
-    for (size_t i = 0; ok && i < n; i++)
-        named[i] = (sc_named){data_name((int)i, names[i]), &t->data[i], t->data[i].dtype};
-    ok = ok && sc_file_save(t->cache, named, (int64_t)n,
-                            (const char *[]){"fingerprint", fingerprint, NULL});
+    for (size_t i = 0; named && i < n; i++)
+        named[i] = (sc_named){data_name((int)i), &t->data[i], t->data[i].dtype};
+    bool ok = named && sc_file_save(t->cache, named, (int64_t)n,
+                                    (const char *[]){"fingerprint", fingerprint, NULL});
     free(named);
-    free(names);
     return ok;
 }
 
@@ -475,29 +452,25 @@ static uint64_t mix(uint64_t hash, const void *data, size_t n) { /* FNV-1a */
     return hash;
 }
 
-/* path: freed, and may be NULL. */
-static uint64_t mix_file(uint64_t hash, char *path) {
-    struct stat s = {0};
-    if (path && !stat(path, &s)) {
-        int64_t facts[3] = {s.st_size, s.st_mtim.tv_sec, s.st_mtim.tv_nsec};
-        hash = mix(hash, facts, sizeof facts);
-    }
-    free(path);
-    return hash;
+static uint64_t mix_file(uint64_t hash, const char *path) {
+    struct stat s;
+    if (stat(path, &s)) return hash;
+    int64_t facts[3] = {s.st_size, s.st_mtim.tv_sec, s.st_mtim.tv_nsec};
+    return mix(hash, facts, sizeof facts);
 }
 
 /* The files of a part's weights: all shards, wherever they are. */
 static uint64_t mix_part(uint64_t hash, sc_part part) {
-    char *path = sc_part_path(o.model, part), *shard;
+    const char *path = kept(sc_part_path(o.model, part)), *shard;
     sc_file *file = path ? sc_file_open(path) : NULL;
-    for (int64_t i = 0; file && (shard = sc_file_part(file, i)); i++) hash = mix_file(hash, shard);
+    for (int64_t i = 0; file && (shard = kept(sc_file_part(file, i))); i++)
+        hash = mix_file(hash, shard);
     sc_file_close(file);
-    free(path);
     return hash;
 }
 
 /* What the cache depends on: pictures, captions, sizes, and the networks that encode them. */
-static void fingerprint_of(const training *t, const sc_dataset *data, char text[32]) {
+static const char *fingerprint_of(const training *t, const sc_dataset *data) {
     static const char *const files[] = {
         "vae/config.json",           "text_encoder/config.json", "text_encoder_2/config.json",
         "tokenizer/vocab.json",      "tokenizer/merges.txt",     "tokenizer/tokenizer_config.json",
@@ -507,16 +480,15 @@ static void fingerprint_of(const training *t, const sc_dataset *data, char text[
         const sc_pair *pair = &data->pairs[i];
         hash = mix(hash, pair->path, strlen(pair->path) + 1);
         hash = mix(hash, pair->caption, strlen(pair->caption) + 1);
-        hash = mix_file(hash, strdup(pair->path));
+        hash = mix_file(hash, pair->path);
     }
-    char *folder = sc_model_folder(o.model);
+    const char *folder = kept(sc_model_folder(o.model));
     for (size_t i = 0; folder && i < sizeof files / sizeof *files; i++)
-        hash = mix_file(hash, joined(folder, files[i]));
-    free(folder);
+        hash = mix_file(hash, formatted("%s/%s", folder, files[i]));
     for (int part = SC_VAE; part < SC_PARTS; part++) hash = mix_part(hash, (sc_part)part);
     int sizes[2] = {t->pipeline->resolution, t->pipeline->text_tokens};
     hash = mix(hash, sizes, sizeof sizes);
-    snprintf(text, 32, "%016llx", (unsigned long long)hash);
+    return formatted("%016llx", (unsigned long long)hash);
 }
 
 /* Each caption once; the pairs' indices into `texts` [pairs + 1]. Returns how many there are. */
@@ -593,11 +565,10 @@ static bool encode(training *t, const sc_dataset *data, const char *fingerprint)
 }
 
 static bool load_data(training *t) {
-    char fingerprint[32];
     sc_dataset *data = sc_dataset_open(o.data);
     if (!data) return false;
     if (data->unused) sc_print_text(stderr, "warning: ", data->unused);
-    fingerprint_of(t, data, fingerprint);
+    const char *fingerprint = fingerprint_of(t, data);
     t->pairs = (int)data->count;
     t->data = allocate((size_t)(LATENTS + t->pairs), sizeof *t->data);
     bool ok = t->data != NULL;
@@ -655,12 +626,12 @@ static bool check_options(void) {
 }
 
 static bool open_model(training *t) {
-    const sc_backend *be = sc_device(o.device);
     sc_pipeline_options how = {.flux.widen = all_weights(), .flux.fp8 = !strcmp(o.weights, "fp8"),
                                .flux.streamed = !strcmp(o.weights_on, "host"),
                                .flux.random = o.pretrain && !o.transformer, .flux.seed = o.seed,
                                .transformer = o.transformer};
-    if (!be || !(t->pipeline = sc_open_model(be, o.model, &how))) return false;
+    t->pipeline = sc_open_model(o.model, o.device, how);
+    if (!t->pipeline) return false;
     if (o.text_tokens) t->pipeline->text_tokens = o.text_tokens;
     if (o.resolution) t->pipeline->resolution = o.resolution;
     sc_flux_checkpointing(t->pipeline->flux, o.checkpointing);
@@ -679,10 +650,8 @@ static bool start_lora(training *t) {
     if (!t->params) return false;
     if (o.teacher && !sc_load_lora_argument(flux, o.teacher, o.teacher_steps, NULL)) return false;
     if (o.start || !o.teacher) return !o.start || sc_lora_start(t->params, o.start, 1);
-    char *path = sc_lora_argument(o.teacher, o.teacher_steps, &scale, NULL);
-    bool ok = path && sc_lora_start(t->params, path, scale);
-    free(path);
-    return ok;
+    const char *path = sc_lora_argument(o.teacher, o.teacher_steps, &scale, NULL);
+    return sc_lora_start(t->params, path, scale);
 }
 
 static void set_recipe(training *t) {
@@ -767,7 +736,7 @@ static bool dry_run(training *t) {
 static bool check_places(const training *t, bool named, bool *made) {
     const char *const loras[] = {o.start ? o.start : o.teacher, o.start ? o.teacher : NULL, NULL};
     const char *const others[] = {o.transformer, t->state, t->losses, t->picture, t->cache};
-    bool ok = make_folder(o.run, made) && sc_lock(o.run, t->command) &&
+    bool ok = make_folder(o.run, made) && sc_lock(o.run) &&
               (o.resume || (check_unfinished(t) && sc_may_replace(t->state))) &&
               sc_can_write(t->state) && sc_may_replace(t->losses) && sc_can_write(t->losses);
     if (!ok || all_weights()) return ok;
@@ -777,45 +746,28 @@ static bool check_places(const training *t, bool named, bool *made) {
     return ok;
 }
 
-static bool set_paths(training *t, int argc, char **argv) {
-    t->command = sc_command(argc, argv);
-    t->state = joined(o.run, "state.safetensors");
-    t->losses = joined(o.run, "loss.csv");
-    t->picture = joined(o.run, "preview.png");
-    t->cache = joined(o.data, ".shortcut-cache.safetensors");
-    return t->command && t->state && t->losses && t->picture && t->cache;
-}
-
 static void close_training(training *t) {
     forget_data(t);
     free(t->data), free(t->batch_memory);
     sc_params_free(t->params);
     sc_pipeline_close(t->pipeline);
-    free(t->command), free(t->state), free(t->losses), free(t->picture), free(t->cache);
     sc_unlock();
 }
 
 /* The options, the model's recipe first. Whatever is wrong with them ends the program. */
 static void read_options(int argc, char **argv) {
-    const char *model = sc_given(argc, argv, "--model");
-    bool whole = sc_given(argc, argv, "--pretrain") || sc_given(argc, argv, "--full") ||
-                 sc_given(argc, argv, "--distill-guidance");
-    if (!whole && !sc_parse_recipe(table, OPTIONS, model ? model : o.model, "train"))
-        exit(sc_die());
-    if (sc_given(argc, argv, "--pretrain")) { /* there is no teacher */
+    bool pretrain = sc_given(argc, argv, "--pretrain", NULL) != NULL;
+    if (!pretrain && !sc_given(argc, argv, "--full", NULL) &&
+        !sc_given(argc, argv, "--distill-guidance", NULL))
+        sc_parse_recipe(table, OPTIONS, sc_given(argc, argv, "--model", o.model), "train");
+    if (pretrain) { /* there is no teacher */
         o.fm_ratio = 1;
         o.teacher_ratio = 0;
         o.caption_dropout = 0.1f;
     }
     sc_parse(usage, table, OPTIONS, argc, argv, &o.data, 1);
-    if (!o.data) {
-        fprintf(stderr, "%s\n\nerror: which folder of pictures? (see %s --help)\n", usage, argv[0]);
-        exit(2);
-    }
-    if (!check_options()) {
-        sc_die();
-        exit(2);
-    }
+    if (!o.data) sc_fail("which folder of pictures? (see %s --help)", argv[0]);
+    if (!o.data || !check_options()) exit(sc_bad_usage(o.data ? NULL : usage));
 }
 
 int main(int argc, char **argv) {
@@ -825,9 +777,11 @@ int main(int argc, char **argv) {
     if (!o.out) o.out = all_weights() ? "transformer" : "lora.safetensors";
     sc_set_threads(o.threads);
     sc_catch_interrupt();
-    training t = {0};
-    bool ok = set_paths(&t, argc, argv) && (o.dry_run || check_places(&t, named, &made)) &&
-              open_model(&t) &&
+    training t = {.state = formatted("%s/state.safetensors", o.run),
+                  .losses = formatted("%s/loss.csv", o.run),
+                  .picture = formatted("%s/preview.png", o.run),
+                  .cache = formatted("%s/.shortcut-cache.safetensors", o.data)};
+    bool ok = (o.dry_run || check_places(&t, named, &made)) && open_model(&t) &&
               (o.dry_run || !all_weights() || sc_can_write_model(t.pipeline->flux, o.out)) &&
               load_data(&t) && open_params(&t);
     if (ok) {
