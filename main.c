@@ -17,9 +17,10 @@ static const char usage[] =
     "seconds per picture.";
 
 static struct options {
-    const char *model, *lora[8], *prompts, *evaluator, *real, *out, *device, *weights, *weights_on;
-    float guidance, shift;
-    bool full, kohya, guided, named; /* guided: by --guidance; named: by --out */
+    const char *model, *transformer, *lora[8], *prompts, *evaluator, *real, *out, *device, *weights,
+        *weights_on;
+    float guidance, cfg, shift;
+    bool full, kohya, cfg_loras, guided, named; /* guided: by --guidance; named: by --out */
     int count, threads, batch, resolution;
     uint64_t seed;
 } o = {.model = "data/tiny-flux", .prompts = "data/prompts.txt", .evaluator = "data/evaluator",
@@ -29,6 +30,7 @@ static struct options {
 static const sc_option table[] = {
     {NULL, SC_FLAG, NULL, NULL, "Options:"},
     {"--model", SC_STRING, &o.model, "DIR", "FLUX pipeline folder"},
+    {"--transformer", SC_STRING, &o.transformer, "DIR", "take the transformer from this folder"},
     {"--lora", SC_STRINGS, o.lora, "FILE[:SCALE]",
      "LoRA to compare, repeatable [lora.safetensors, if it is there and of this model]"},
     {"--prompts", SC_STRING, &o.prompts, "FILE", "one prompt a line"},
@@ -38,6 +40,8 @@ static const sc_option table[] = {
     {"--count", SC_INT, &o.count, "N", "pictures a row (0: 108, or --full's)"},
     {"--guidance", SC_FLOAT, &o.guidance, "G",
      "guidance scale; given, also of LoRAs that recommend another"},
+    {"--cfg", SC_FLOAT, &o.cfg, "G", "true CFG of the base's pictures (0: none)"},
+    {"--cfg-loras", SC_FLAG, &o.cfg_loras, NULL, "and of the LoRAs', into which it is not folded"},
     {"--shift", SC_FLOAT, &o.shift, "S", "time shift of the LoRAs' pictures (0: the model's)"},
     {"--resolution", SC_INT, &o.resolution, "N", "side of the pictures (0: the model's)"},
     {"--out", SC_STRING, &o.out, "PATH",
@@ -260,7 +264,8 @@ typedef struct experiment {
     sc_pipeline *p;
     evaluator judge;
     int *class_of;                  /* of each prompt; -1: none */
-    float *context, *pooled;        /* [prompts, T, text_channels], [prompts, pooled_channels] */
+    float *context, *pooled;        /* [prompts + 1, ...]: T x text_channels, pooled_channels; the
+                                     * last is without text */
     int prompt_count, count, shown; /* pictures in all, and those on the sheet */
     int loras;
     int64_t pixels;                  /* numbers of a picture */
@@ -305,7 +310,10 @@ static bool draw_batch(experiment *x, const setting *s, int first, int n, float 
         memcpy(pooled + (int64_t)i * c->pooled_channels,
                x->pooled + (int64_t)prompt * c->pooled_channels, (size_t)c->pooled_channels * 4);
     }
-    sc_sampling sampling = {s->steps, s->shift, s->guidance, h, h, .progress = sc_not_interrupted};
+    sc_sampling sampling = {s->steps, s->shift, s->guidance, h, h, .progress = sc_not_interrupted,
+                            .cfg = !s->lora || o.cfg_loras ? o.cfg : 0,
+                            .no_context = x->context + x->prompt_count * text,
+                            .no_pooled = x->pooled + x->prompt_count * c->pooled_channels};
     bool ok = sc_sample(p->flux, p->tape, &sampling, n, p->text_tokens, context, pooled, latents) &&
               sc_pipeline_decode(p, latents, n, h, h, rgb);
     free(memory);
@@ -521,14 +529,15 @@ static bool load_prompts(experiment *x) {
     int64_t text_size = (int64_t)x->p->text_tokens * sc_flux_config_of(x->p->flux)->text_channels;
     int64_t pooled_size = sc_flux_config_of(x->p->flux)->pooled_channels, count;
     char **lines = sc_load_prompts(o.prompts, &count);
-    size_t n = (size_t)count;
+    size_t n = (size_t)count + 1;
     bool ok = lines && (x->class_of = (int *)allocate(n, sizeof *x->class_of)) &&
               (x->context = (float *)allocate(n * (size_t)text_size, sizeof *x->context)) &&
               (x->pooled = (float *)allocate(n * (size_t)pooled_size, sizeof *x->pooled));
     x->prompt_count = (int)count;
-    for (int64_t i = 0; ok && i < count; i++) {
-        x->class_of[i] = class_named(&x->judge, lines[i]);
-        ok = sc_pipeline_text(x->p, lines[i], x->context + i * text_size,
+    for (int64_t i = 0; ok && i <= count; i++) {
+        const char *line = i < count ? lines[i] : "";
+        x->class_of[i] = class_named(&x->judge, line);
+        ok = sc_pipeline_text(x->p, line, x->context + i * text_size,
                               x->pooled + i * pooled_size) &&
              (!sc_interrupted || sc_fail("stopped"));
     }
@@ -563,7 +572,8 @@ static int experiment_main(void) {
     experiment x = {0};
     if (!o.lora[0]) o.lora[0] = sc_own_lora(o.model);
     const sc_pipeline_options how = {.flux.fp8 = !strcmp(o.weights, "fp8"),
-                                     .flux.streamed = !strcmp(o.weights_on, "host")};
+                                     .flux.streamed = !strcmp(o.weights_on, "host"),
+                                     .transformer = o.transformer};
     bool ok = sc_apart(o.out, o.prompts) && sc_check_out(o.out, ".png", o.named, o.model, o.lora) &&
               (x.p = sc_open_model(o.model, o.device, how)) &&
               evaluator_open(&x.judge, x.p->backend, o.evaluator);

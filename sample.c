@@ -16,10 +16,10 @@ static const char usage[] =
     "  ./sample --prompts prompts.txt 32 --out-dir pictures      a training set, resumable";
 
 static struct options {
-    const char *model, *lora[8], *size, *shift, *out, *out_dir, *prompts, *noise, *latents, *device,
-        *weights, *weights_on;
+    const char *model, *transformer, *lora[8], *size, *shift, *out, *out_dir, *prompts, *noise,
+        *latents, *negative, *device, *weights, *weights_on;
     bool no_lora;
-    float guidance;
+    float guidance, cfg;
     uint64_t seed;
     int count, threads, steps, width, height;
     bool guided, named; /* by --guidance: then a LoRA has no say in it; by --out */
@@ -29,12 +29,15 @@ static struct options {
 static const sc_option table[] = {
     {NULL, SC_FLAG, NULL, NULL, "Options:"},
     {"--model", SC_STRING, &o.model, "DIR", "FLUX pipeline folder"},
+    {"--transformer", SC_STRING, &o.transformer, "DIR", "take the transformer from this folder"},
     {"--lora", SC_STRINGS, o.lora, "FILE[:SCALE]",
      "LoRA, repeatable; without SCALE, the scale and guidance it recommends for STEPS "
      "[lora.safetensors, if it is there and of this model]"},
     {"--no-lora", SC_FLAG, &o.no_lora, NULL, "the bare model"},
     {"--guidance", SC_FLOAT, &o.guidance, "G",
      "guidance scale (default: what the LoRA recommends for STEPS, else the model's)"},
+    {"--cfg", SC_FLOAT, &o.cfg, "G", "true CFG, in two evaluations a step (0: none)"},
+    {"--negative", SC_STRING, &o.negative, "TEXT", "what --cfg leads away from [no text]"},
     {"--shift", SC_STRING, &o.shift, "S", "time shift, or auto (default: the model's)"},
     {"--size", SC_STRING, &o.size, "WxH", "pixels (default: the model's)"},
     {"--seed", SC_SEED, &o.seed, "N", "of the noise; the next pictures count on from it"},
@@ -90,11 +93,13 @@ static float time_shift(const sc_pipeline *p, int64_t tokens) {
 /* The settings as the usual picture tools read them: the prompt, then "Key: value, ...". */
 static const char *parameters_of(const char *prompt, uint64_t seed, float shift) {
     return formatted(
-        "%s\nSteps: %d, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: %g, Seed: %llu, "
-        "Size: %dx%d, Shift: %g, Model: %s%s%s%s%s",
-        prompt, o.steps, o.guidance, (unsigned long long)seed, o.width, o.height, shift, o.model,
-        loras, strcmp(o.weights, "fp8") ? "" : ", Weights: fp8", o.noise ? ", Noise: " : "",
-        o.noise ? o.noise : "");
+        "%s\n%s%s%sSteps: %d, Sampler: Euler, CFG scale: %g, Distilled CFG Scale: %g, Seed: %llu, "
+        "Size: %dx%d, Shift: %g, Model: %s%s%s%s%s%s%s",
+        prompt, o.negative ? "Negative prompt: " : "", o.negative ? o.negative : "",
+        o.negative ? "\n" : "", o.steps, o.cfg ? o.cfg : 1, o.guidance, (unsigned long long)seed,
+        o.width, o.height, shift, o.model, o.transformer ? ", Transformer: " : "",
+        o.transformer ? o.transformer : "", loras, strcmp(o.weights, "fp8") ? "" : ", Weights: fp8",
+        o.noise ? ", Noise: " : "", o.noise ? o.noise : "");
 }
 
 /* Whether the PNG at `path` was drawn with just these parameters, and no LoRA written after it. */
@@ -103,6 +108,17 @@ static bool drawn(const char *path, const char *parameters) {
     const char *text = sc_picture_parameters(path);
     return text && !strcmp(text, parameters) && !stat(path, &picture) &&
            newest_lora <= picture.st_mtime;
+}
+
+/* For true CFG the negative prompt's vectors, context and behind it pooled, made once. */
+static const float *negative_text(sc_pipeline *p) {
+    static float *text;
+    const sc_flux_config *c = sc_flux_config_of(p->flux);
+    size_t context = (size_t)p->text_tokens * (size_t)c->text_channels;
+    if (text) return text;
+    text = allocate(context + (size_t)c->pooled_channels, sizeof *text); /* until the end */
+    const char *prompt = o.negative ? o.negative : "";
+    return text && sc_pipeline_text(p, prompt, text, text + context) ? text : NULL;
 }
 
 /* Draws one picture and prints how long its parts took. */
@@ -122,7 +138,9 @@ static bool draw(sc_pipeline *p, const char *prompt, uint64_t seed, const char *
     sc_rng rng = {seed};
     double times[4] = {sc_seconds()};
     sc_sampling s = {o.steps, shift, o.guidance, h, w, .progress = progress, .user = &times[1]};
-    bool ok = memory != NULL;
+    if (o.cfg) s.cfg = o.cfg, s.no_context = negative_text(p);
+    if (s.no_context) s.no_pooled = s.no_context + context_size;
+    bool ok = memory && (!o.cfg || s.no_context);
     if (ok) sc_normal(&rng, latents, n);
     ok = ok && (!o.noise || load_noise(o.noise, latents, n)) &&
          sc_pipeline_text(p, prompt, context, pooled);
@@ -260,6 +278,8 @@ static bool check_options(const char *steps) {
     if (o.steps < 1 || o.steps > 1000 || (end && *end))
         return sc_fail("STEPS is a number from 1 to 1000, not '%s'", steps);
     if (o.count < 1) return sc_fail("--count is a number from 1 up, not %d", o.count);
+    if (!(o.cfg >= 0 && isfinite(o.cfg))) return sc_fail("--cfg is a number from 0 up");
+    if (o.negative && !o.cfg) return sc_fail("--negative needs --cfg G: without, nothing reads it");
     if (o.latents && (o.prompts || o.count > 1))
         return sc_fail("--latents takes those of one picture");
     float shift = o.shift && strcmp(o.shift, "auto") ? strtof(o.shift, &end) : 1;
@@ -314,7 +334,8 @@ int main(int argc, char **argv) {
     sc_set_threads(o.threads);
     sc_catch_interrupt();
     sc_pipeline_options how = {.flux.fp8 = !strcmp(o.weights, "fp8"),
-                               .flux.streamed = !strcmp(o.weights_on, "host")};
+                               .flux.streamed = !strcmp(o.weights_on, "host"),
+                               .transformer = o.transformer};
     sc_pipeline *p = sc_open_model(o.model, o.device, how);
     bool usage_ok = !p || take_size(p);
     bool ok = p && usage_ok && load_loras(p) && (o.prompts ? draw_list(p) : draw_all(p, prompt));

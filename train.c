@@ -23,10 +23,11 @@ static struct options {
     const char *data, *model, *out, *run, *device, *weights, *weights_on;
     const char *transformer, *start, *teacher, *scales;
     bool full, pretrain, distill_guidance; /* default: SCFM with a LoRA */
+    bool cfg_student;
     bool resume, dry_run, no_cache, checkpointing;
     int rank, steps, batch, warmup, ema_restart, teacher_steps, self_steps[8];
     float alpha, lr, final_lr, weight_decay, beta2, clip, fast, slow;
-    float teacher_ratio, shift[2], dynamic_shift, guidance[2], fm_ratio, caption_dropout;
+    float teacher_ratio, shift[2], dynamic_shift, guidance[2], cfg, fm_ratio, caption_dropout;
     int resolution, text_tokens, threads, preview, save, stop_after;
     uint64_t seed;
 } o = {.model = "data/tiny-flux", .run = "run", .device = "auto", .weights = "auto",
@@ -71,6 +72,10 @@ static const sc_option table[] = {
     {"--shift", SC_RANGE, &o.shift, "A,B", "time shift, uniform between these"},
     {"--dynamic-shift", SC_FLOAT, &o.dynamic_shift, "X", "samples with FLUX's dynamic shift"},
     {"--guidance", SC_RANGE, &o.guidance, "A,B", "guidance, uniform between these"},
+    {"--cfg", SC_FLOAT, &o.cfg, "G",
+     "true CFG of the teacher, folded into the student (0: none)"},
+    {"--cfg-student", SC_FLAG, &o.cfg_student, NULL,
+     "guide student and averages, too: then sample with --cfg"},
     {"--fm-ratio", SC_FLOAT, &o.fm_ratio, "X", "samples of plain flow matching (--pretrain: 1)"},
     {"--caption-dropout", SC_FLOAT, &o.caption_dropout, "X",
      "captions left empty (--pretrain: 0.1)"},
@@ -244,11 +249,13 @@ static bool preview(training *t) {
     float *panel = latents + n, *sheet = panel + rows * row;
     sc_sampling s = {.shift = sc_pipeline_shift(p, h * w), .h = (int)h, .w = (int)w,
                      .guidance = 0.5f * (o.guidance[0] + o.guidance[1]),
-                     .progress = sc_not_interrupted};
+                     .progress = sc_not_interrupted, .no_context = t->batch.no_context,
+                     .no_pooled = t->batch.no_pooled};
     size_t held = sc_tape_bytes(p->tape); /* given back while the VAE works */
     for (int i = 0; ok && i < panels; i++) {
         s.steps = steps[i];
         s.sets = &sets[i];
+        s.cfg = sets[i] == SC_TEACHER || o.cfg_student ? o.cfg : 0;
         if (!t->params->adapters) sc_params_use(t->params, (sc_set)sets[i]);
         sc_normal(&(sc_rng){o.seed}, latents, n);
         ok = sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, text_row(&t->data[CONTEXT], text),
@@ -607,6 +614,10 @@ static bool check_options(void) {
              is_part(o.dynamic_shift),
          "--teacher-ratio, --fm-ratio, --caption-dropout and --dynamic-shift lie between 0 and 1"},
         {o.lr > 0 && isfinite(o.lr), "--lr is a positive number"},
+        {o.cfg >= 0 && isfinite(o.cfg), "--cfg is a number from 0 up"},
+        {o.cfg || !o.cfg_student, "--cfg-student needs --cfg G"},
+        {!o.cfg || !(o.pretrain || o.distill_guidance),
+         "--cfg is for SCFM, not for --pretrain or --distill-guidance"},
         {is_decay(o.beta2) && is_decay(o.fast) && is_decay(o.slow),
          "--beta2, --fast and --slow lie from 0 to below 1"},
         {o.full + o.pretrain + o.distill_guidance <= 1,
@@ -658,7 +669,8 @@ static void set_recipe(training *t) {
     t->recipe = (sc_recipe){.teacher_ratio = o.teacher_ratio, .teacher_steps = o.teacher_steps,
                             .shift = {o.shift[0], o.shift[1]},
                             .dynamic_shift_ratio = o.dynamic_shift, .mu = t->pipeline->mu,
-                            .guidance = {o.guidance[0], o.guidance[1]}, .fm_ratio = o.fm_ratio,
+                            .guidance = {o.guidance[0], o.guidance[1]}, .cfg = o.cfg,
+                            .cfg_student = o.cfg_student, .fm_ratio = o.fm_ratio,
                             .caption_dropout = o.distill_guidance ? 0 : o.caption_dropout,
                             .distil_guidance = o.distill_guidance};
     memcpy(t->recipe.self_steps, o.self_steps, sizeof o.self_steps);
