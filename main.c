@@ -532,7 +532,6 @@ static bool load_prompts(experiment *x) {
                               x->pooled + i * pooled_size) &&
              (!sc_interrupted || sc_fail("stopped"));
     }
-    free(lines);
     return ok;
 }
 
