@@ -541,7 +541,6 @@ static bool load_prompts(experiment *x) {
                               x->pooled + i * pooled_size) &&
              (!sc_interrupted || sc_fail("stopped"));
     }
-    free(lines);
     return ok;
 }
 

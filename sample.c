@@ -265,7 +265,6 @@ static bool draw_list(sc_pipeline *p) {
                      (long long)done);
     if (made && !done) rmdir(o.out_dir);
     if (ok) printf("%s: %lld pictures and metadata.jsonl\n", o.out_dir, (long long)done);
-    free(prompts);
     return ok;
 }
 

@@ -34,10 +34,10 @@ int sc_die(void);
 const char *sc_command; /* the command line, from sc_start on */
 
 /* Texts such as paths are small, and live as long as the program: nobody frees them. */
-char *kept(char *text) {
-    static char **all;
+void *kept(void *text) {
+    static void **all;
     static size_t count;
-    all = (char **)realloc(all, (count + 1) * sizeof *all);
+    all = (void **)realloc(all, (count + 1) * sizeof *all);
     if (!all) sc_fail("out of memory"), exit(sc_die());
     return all[count++] = text;
 }
@@ -366,7 +366,7 @@ char *sc_picture_parameters(const char *path) {
     bool utf8 = png && !memcmp(head + 37, "iTXt", 4);
     size_t n = png ? big_endian(head + 33, 4) : 0, start = utf8 ? 15 : 11;
     if ((utf8 || (png && !memcmp(head + 37, "tEXt", 4))) && n >= start && n < 1 << 26)
-        text = kept((char *)allocate(n + 1, 1));
+        text = kept(allocate(n + 1, 1));
     bool found = text && fread(text, 1, n, f) == n && !memcmp(text, "parameters", 11);
     if (f) fclose(f);
     return found ? text + start : NULL;
@@ -831,10 +831,9 @@ const char *sc_given(int argc, char **argv, const char *name, const char *value)
  * for this model. Its keys are option names without "--". The program ends if it has others, or
  * flags, or paths: a model from elsewhere does not say which files are read and written here. */
 void sc_parse_recipe(const sc_option *options, int count, const char *model, const char *section) {
-    static sc_json *recipe; /* kept: string options point into it */
     const char *path = formatted("%s/recipe.json", model);
     if (!exists(path)) return;
-    recipe = sc_json_load(path);
+    const sc_json *recipe = kept(sc_json_load(path)); /* string options point into it */
     if (!recipe) exit(sc_die());
     const sc_json *values = sc_json_get(recipe, section);
     for (int64_t i = 0; i < sc_json_length(values); i++) {
@@ -851,17 +850,16 @@ void sc_parse_recipe(const sc_option *options, int count, const char *model, con
     }
 }
 
-/* The lines of a file that are not empty, to be freed; NULL with the error set. */
+/* The lines of a file that are not empty; NULL with the error set. */
 char **sc_load_prompts(const char *path, int64_t *count) {
     size_t most = 1;
     char *text = kept(sc_text_load(path));
     for (const char *c = text; c && *c; c++) most += *c == '\n' || *c == '\r';
-    char **lines = text ? (char **)allocate(most, sizeof *lines) : NULL;
+    char **lines = text ? kept(allocate(most, sizeof *lines)) : NULL;
     *count = 0;
     for (char *line = lines ? strtok(text, "\r\n") : NULL; line; line = strtok(NULL, "\r\n"))
         lines[(*count)++] = line;
     if (!lines || *count) return lines;
-    free(lines);
     return sc_fail("%s: no prompts", path), NULL;
 }
 
