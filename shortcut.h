@@ -6100,20 +6100,32 @@ int sc_vae_factor(const sc_vae *v) { return 1 << (v->config.levels - 1); }
 
 /* ---- Opening ---- */
 
+/* Whether the config says `wanted` under `key`, maybe several times in a list, or nothing there;
+ * false with the error set. */
+static bool sc__config_is(const sc_json *config, const char *path, const char *key,
+                          const char *wanted) {
+    const sc_json *said = sc_json_get(config, key);
+    for (int64_t i = 0; i == 0 || i < sc_json_length(said); i++) {
+        const sc_json *item = sc_json_at(said, i);
+        const char *found = sc_json_string(item ? item : said, wanted);
+        if (strcmp(found, wanted))
+            return sc_fail("%s: %s must be %s, not '%s'", path, key, wanted, found);
+    }
+    return true;
+}
+
 /* json NULL: by the shapes of net's weights. */
 static bool sc__vae_read_config(sc_vae_config *c, const sc_net *net, const sc_json *json,
                                 const char *path) {
-    const char *class_name = sc_json_string(sc_json_get(json, "_class_name"), "AutoencoderKL");
-    const char *activation = sc_json_string(sc_json_get(json, "act_fn"), "silu");
     const sc_json *channels = sc_json_get(json, "block_out_channels");
     static const char first_convs[] = "encoder.down_blocks.%d.resnets.0.conv1.weight";
     int pixels_in, pixels_out, latents = sc__side(net, "decoder.conv_in.weight", 1, 4);
     int layers = sc__count_layers(net, "encoder.down_blocks.0.resnets.%d.conv1.weight", 1);
-    if (strcmp(class_name, "AutoencoderKL"))
-        return sc_fail("%s: this is a %s, not an AutoencoderKL", path, class_name);
-    if (strcmp(activation, "silu"))
-        return sc_fail("%s: act_fn must be silu, not '%s'", path, activation);
-    if (!sc__config_int(json, path, "in_channels", 3, &pixels_in) ||
+    if (!sc__config_is(json, path, "_class_name", "AutoencoderKL") ||
+        !sc__config_is(json, path, "act_fn", "silu") ||
+        !sc__config_is(json, path, "down_block_types", "DownEncoderBlock2D") ||
+        !sc__config_is(json, path, "up_block_types", "UpDecoderBlock2D") ||
+        !sc__config_int(json, path, "in_channels", 3, &pixels_in) ||
         !sc__config_int(json, path, "out_channels", 3, &pixels_out) ||
         !sc__config_int(json, path, "latent_channels", json ? 4 : latents, &c->latent_channels) ||
         !sc__config_int(json, path, "layers_per_block", json ? 1 : layers, &c->layers) ||
@@ -6137,13 +6149,6 @@ static bool sc__vae_read_config(sc_vae_config *c, const sc_net *net, const sc_js
                             path, c->groups);
         c->channels[i] = (int)n;
     }
-    for (int i = 0; i < 2 * c->levels; i++) {
-        const char *key = i % 2 ? "up_block_types" : "down_block_types";
-        const char *kind = i % 2 ? "UpDecoderBlock2D" : "DownEncoderBlock2D";
-        const char *found = sc_json_string(sc_json_at(sc_json_get(json, key), i / 2), kind);
-        if (strcmp(found, kind))
-            return sc_fail("%s: %s must be %s, not '%s'", path, key, kind, found);
-    }
     c->attention = sc_json_bool(sc_json_get(json, "mid_block_add_attention"), true);
     c->quant = sc_json_bool(sc_json_get(json, "use_quant_conv"),
                             json || sc__side(net, "quant_conv.weight", 0, 0));
@@ -6151,9 +6156,8 @@ static bool sc__vae_read_config(sc_vae_config *c, const sc_net *net, const sc_js
                                  json || sc__side(net, "post_quant_conv.weight", 0, 0));
     c->scale = (float)sc_json_number(sc_json_get(json, "scaling_factor"), json ? 0.18215 : 0.3611);
     c->shift = (float)sc_json_number(sc_json_get(json, "shift_factor"), json ? 0 : 0.1159);
-    if (!(c->scale > 0) || !isfinite(c->scale) || !isfinite(c->shift))
-        return sc_fail("%s: scaling_factor must be positive", path);
-    return true;
+    return (c->scale > 0 && isfinite(c->scale) && isfinite(c->shift)) ||
+           sc_fail("%s: scaling_factor must be positive", path);
 }
 
 /* prefix + name: weight [out, in, kernel, kernel] (kernel 0, a norm: [out]) and bias [out]. */
@@ -8077,15 +8081,9 @@ static bool sc__read_scheduler(sc_pipeline *p, const sc_json *json, const char *
     static const char *const refused[] = {"shift_terminal", "use_karras_sigmas", "use_beta_sigmas",
                                           "use_exponential_sigmas", "invert_sigmas",
                                           "stochastic_sampling"};
-    static const char *const expected[][2] = {{"_class_name", "FlowMatchEulerDiscreteScheduler"},
-                                              {"time_shift_type", "exponential"}};
     double value, dynamic, shift, base, max;
-    for (int i = 0; i < 2; i++) {
-        const char *known = expected[i][1];
-        const char *found = sc_json_string(sc_json_get(json, expected[i][0]), known);
-        if (strcmp(found, known))
-            return sc_fail("%s: %s is '%s'; expected '%s'", path, expected[i][0], found, known);
-    }
+    if (!sc__config_is(json, path, "_class_name", "FlowMatchEulerDiscreteScheduler") ||
+        !sc__config_is(json, path, "time_shift_type", "exponential")) return false;
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
         if (!sc__config_number(json, path, refused[i], 0, &value)) return false;
         if (value) return sc_fail("%s: '%s' is not supported", path, refused[i]);
