@@ -6075,11 +6075,14 @@ typedef struct sc__vae_step {
     sc__affine conv1, norm1;        /* all but an attention have conv1; OUT is norm, SiLU, conv */
     sc__affine norm2, conv2;        /* of a residual block */
     sc__affine shortcut;            /* 1x1, where a residual block changes the channels */
-    sc_linear_layer q, k, v, o;     /* of an attention, [C, C] */
+    sc_linear_layer linear[4];      /* of an attention, [C, C]: q, k, v, and out */
 } sc__vae_step;
 
+static int sc__vae_norms(sc__vae_kind kind) {
+    return kind == SC__RESNET ? 2 : kind == SC__OUT || kind == SC__ATTENTION;
+}
+
 typedef struct sc__vae_half {       /* the encoder or the decoder */
-    const char *name;               /* "encoder." */
     sc__vae_step steps[SC_VAE_LEVELS * (SC_VAE_LAYERS + 1) + 6];
     int count;
 } sc__vae_half;
@@ -6161,88 +6164,78 @@ static bool sc__vae_read_config(sc_vae_config *c, const sc_net *net, const sc_js
 }
 
 /* prefix + name: weight [out, in, kernel, kernel] (kernel 0, a norm: [out]) and bias [out]. */
-static bool sc__vae_affine(sc_vae *v, sc__affine *a, const char *prefix, const char *name,
-                           int64_t out, int64_t in, int64_t kernel) {
+static bool sc__open_affine(sc_net *net, sc__affine *a, const char *prefix, const char *name,
+                            int64_t out, int64_t in, int64_t kernel, bool biased) {
     char full[2 * SC_MAX_NAME];
     snprintf(full, sizeof full, "%s%s.weight", prefix, name);
     const int64_t shape[] = {out, in, kernel, kernel};
-    a->weight = sc_net_weight(v->net, full, kernel ? 4 : 1, shape);
+    a->weight = sc_net_weight(net, full, kernel ? 4 : 1, shape);
+    if (!a->weight || !biased) return a->weight != NULL;
     snprintf(full, sizeof full, "%s%s.bias", prefix, name);
-    a->bias = a->weight ? sc_net_weight(v->net, full, 1, &out) : NULL;
-    return a->bias != NULL;
+    return (a->bias = sc_net_weight(net, full, 1, &out)) != NULL;
 }
 
-static sc__vae_step *sc__vae_add(sc__vae_half *h, sc__vae_kind kind, int64_t in, int64_t out) {
+/* Adds a step, whose weights are at the path. */
+static bool sc__vae_add(sc_vae *v, sc__vae_half *h, sc__vae_kind kind, int64_t in, int64_t out,
+                        int64_t kernel, const char *format, ...) {
+    static const char *const names[4] = {"to_q", "to_k", "to_v", "to_out.0"};
     sc__vae_step *s = &h->steps[h->count++];
     int64_t side = h->count > 1 ? s[-1].out_side : s->in_side;
+    bool resnet = kind == SC__RESNET, attention = kind == SC__ATTENTION;
+    const char *conv = resnet ? ".conv1" : kind == SC__OUT ? "_out" : "";
+    const char *norm = resnet ? ".norm1" : attention ? ".group_norm" : "_norm_out";
+    char path[SC_MAX_NAME], name[SC_MAX_NAME + 16];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(path, sizeof path, format, args);
+    va_end(args);
     *s = (sc__vae_step){.kind = kind, .in = in, .out = out, .in_side = side, .out_side = side};
     if (kind == SC__UP) s->out_side = 2 * side;
     if (kind == SC__DOWN) s->out_side = side / 2;
-    return s;
-}
-
-static bool sc__vae_conv(sc_vae *v, sc__vae_half *h, sc__vae_kind kind, const char *prefix,
-                         const char *name, int64_t out, int64_t in, int64_t kernel) {
-    sc__vae_step *s = sc__vae_add(h, kind, in, out);
-    return sc__vae_affine(v, &s->conv1, prefix, name, out, in, kernel) &&
-           (kind != SC__OUT || sc__vae_affine(v, &s->norm1, prefix, "conv_norm_out", in, 0, 0));
-}
-
-static bool sc__vae_resnet(sc_vae *v, sc__vae_half *h, const char *where, int index, int64_t in,
-                           int64_t out) {
-    sc__vae_step *s = sc__vae_add(h, SC__RESNET, in, out);
-    char prefix[SC_MAX_NAME];
-    snprintf(prefix, sizeof prefix, "%s%s.resnets.%d.", h->name, where, index);
-    return sc__vae_affine(v, &s->norm1, prefix, "norm1", in, 0, 0) &&
-           sc__vae_affine(v, &s->conv1, prefix, "conv1", out, in, 3) &&
-           sc__vae_affine(v, &s->norm2, prefix, "norm2", out, 0, 0) &&
-           sc__vae_affine(v, &s->conv2, prefix, "conv2", out, out, 3) &&
-           (in == out || sc__vae_affine(v, &s->shortcut, prefix, "conv_shortcut", out, in, 1));
-}
-
-static bool sc__vae_attention(sc_vae *v, sc__vae_half *h, int64_t c) {
-    static const char *const names[4] = {"to_q", "to_k", "to_v", "to_out.0"};
-    sc__vae_step *s = sc__vae_add(h, SC__ATTENTION, c, c);
-    sc_linear_layer *layers[4] = {&s->q, &s->k, &s->v, &s->o};
-    char name[SC_MAX_NAME];
-    for (int i = 0; i < 4; i++) {
-        snprintf(name, sizeof name, "%smid_block.attentions.0.%s", h->name, names[i]);
-        if (!sc_net_linear(v->net, layers[i], name, c, c, true)) return false;
+    for (int i = 0; attention && i < 4; i++) {
+        snprintf(name, sizeof name, "%s.%s", path, names[i]);
+        if (!sc_net_linear(v->net, &s->linear[i], name, out, in, true)) return false;
     }
-    return sc__vae_affine(v, &s->norm1, h->name, "mid_block.attentions.0.group_norm", c, 0, 0);
+    return (attention || sc__open_affine(v->net, &s->conv1, path, conv, out, in, kernel, true)) &&
+           (!sc__vae_norms(kind) ||
+            sc__open_affine(v->net, &s->norm1, path, norm, in, 0, 0, true)) &&
+           (!resnet || (sc__open_affine(v->net, &s->norm2, path, ".norm2", out, 0, 0, true) &&
+                        sc__open_affine(v->net, &s->conv2, path, ".conv2", out, out, 3, true))) &&
+           (!resnet || in == out ||
+            sc__open_affine(v->net, &s->shortcut, path, ".conv_shortcut", out, in, 1, true));
 }
 
-static bool sc__vae_middle(sc_vae *v, sc__vae_half *h) {
+static bool sc__vae_middle(sc_vae *v, sc__vae_half *h, const char *half) {
     int64_t c = v->config.channels[v->config.levels - 1];
-    return sc__vae_resnet(v, h, "mid_block", 0, c, c) &&
-           (!v->config.attention || sc__vae_attention(v, h, c)) &&
-           sc__vae_resnet(v, h, "mid_block", 1, c, c);
+    return sc__vae_add(v, h, SC__RESNET, c, c, 3, "%s.mid_block.resnets.0", half) &&
+           (!v->config.attention ||
+            sc__vae_add(v, h, SC__ATTENTION, c, c, 0, "%s.mid_block.attentions.0", half)) &&
+           sc__vae_add(v, h, SC__RESNET, c, c, 3, "%s.mid_block.resnets.1", half);
 }
 
 static bool sc__vae_steps(sc_vae *v, sc__vae_half *h, bool encoder) {
     const sc_vae_config *c = &v->config;
+    const char *half = encoder ? "encoder" : "decoder", *way = encoder ? "down" : "up";
     int64_t latents = c->latent_channels * (encoder ? 2 : 1);
     int64_t width = c->channels[encoder ? 0 : c->levels - 1];
-    h->name = encoder ? "encoder." : "decoder.";
     h->steps[0].in_side = encoder ? sc_vae_factor(v) : 1;
     bool ok = (encoder || !c->post_quant ||
-               sc__vae_conv(v, h, SC__CONV, "", "post_quant_conv", latents, latents, 1)) &&
-              sc__vae_conv(v, h, SC__CONV, h->name, "conv_in", width, encoder ? 3 : latents, 3) &&
-              (encoder || sc__vae_middle(v, h));
+               sc__vae_add(v, h, SC__CONV, latents, latents, 1, "post_quant_conv")) &&
+              sc__vae_add(v, h, SC__CONV, encoder ? 3 : latents, width, 3, "%s.conv_in", half) &&
+              (encoder || sc__vae_middle(v, h, half));
     for (int i = 0; ok && i < c->levels; i++) {
         int64_t out = c->channels[encoder ? i : c->levels - 1 - i];
-        char where[64], resample[SC_MAX_NAME];
-        snprintf(where, sizeof where, "%s_blocks.%d", encoder ? "down" : "up", i);
         for (int j = 0; ok && j < c->layers + !encoder; j++, width = out)
-            ok = sc__vae_resnet(v, h, where, j, width, out);
-        snprintf(resample, sizeof resample, "%s.%ssamplers.0.conv", where, encoder ? "down" : "up");
+            ok = sc__vae_add(v, h, SC__RESNET, width, out, 3, "%s.%s_blocks.%d.resnets.%d", half,
+                             way, i, j);
         if (ok && i + 1 < c->levels)
-            ok = sc__vae_conv(v, h, encoder ? SC__DOWN : SC__UP, h->name, resample, out, out, 3);
+            ok = sc__vae_add(v, h, encoder ? SC__DOWN : SC__UP, out, out, 3,
+                             "%s.%s_blocks.%d.%ssamplers.0.conv", half, way, i, way);
     }
-    return ok && (!encoder || sc__vae_middle(v, h)) &&
-           sc__vae_conv(v, h, SC__OUT, h->name, "conv_out", encoder ? latents : 3, width, 3) &&
+    return ok && (!encoder || sc__vae_middle(v, h, half)) &&
+           sc__vae_add(v, h, SC__OUT, width, encoder ? latents : 3, 3, "%s.conv", half) &&
            (!encoder || !c->quant ||
-            sc__vae_conv(v, h, SC__CONV, "", "quant_conv", latents, latents, 1));
+            sc__vae_add(v, h, SC__CONV, latents, latents, 1, "quant_conv"));
 }
 
 sc_vae *sc_vae_open(const sc_backend *backend, const char *path, bool widen) {
@@ -6311,7 +6304,7 @@ static sc__vae_run sc__vae_plan(const sc__vae_step *s, int count, int64_t h, siz
         int64_t n = (s[i].in > s[i].out ? s[i].in : s[i].out) * side * side;
         if (kind == SC__ATTENTION && count > 1) n *= 5; /* sc__vae_do knows better if alone */
         largest = n > largest ? n : largest;
-        r.norms += kind == SC__RESNET ? 2 : kind == SC__OUT || kind == SC__ATTENTION;
+        r.norms += sc__vae_norms(kind);
         if (kind == SC__UP) wrong *= 2;
         wrong += kind == SC__RESNET ? 2 : 1;
         if (kind == SC__DOWN) wrong = (wrong + 1) / 2;
@@ -6400,10 +6393,10 @@ static sc_tensor *sc__vae_attention_forward(sc_vae *v, sc__vae_run *r, sc_tensor
     float scale = 1.f / sqrtf((float)shape[1]);
     sc_tensor *n = sc__vae_norm(v, r, once, x, &s->norm1, false);
     n = sc_swap_axes(t, sc_reshape(once, n, 3, shape));
-    sc_tensor *q = sc_linear(t, n, &s->q), *k = sc_linear(t, n, &s->k);
-    n = sc_linear(t, n, &s->v);
+    sc_tensor *q = sc_linear(t, n, &s->linear[0]), *k = sc_linear(t, n, &s->linear[1]);
+    n = sc_linear(t, n, &s->linear[2]);
     sc_tape_reset(once);
-    n = sc_linear(t, sc_attention(once, q, k, n, 1, scale, NULL, false), &s->o);
+    n = sc_linear(t, sc_attention(once, q, k, n, 1, scale, NULL, false), &s->linear[3]);
     sc_tape_reset(once);
     return sc__vae_sum(v, x, sc_swap_axes(once, n));
 }
@@ -7330,10 +7323,8 @@ static const sc__encoder_names sc__t5_names = {
     "1.DenseReluDense.wi", "1.DenseReluDense.wi_0", "1.DenseReluDense.wi_1",
     "1.DenseReluDense.wo", 6, 32, 32128, 1, 1e-6f};
 
-typedef struct sc__text_norm { sc_tensor *weight, *bias; } sc__text_norm; /* T5's has no bias */
-
 typedef struct sc__text_layer { /* y = down(f(gate x) * up x), or without up */
-    sc__text_norm norm[2];      /* before attention, before the MLP */
+    sc__affine norm[2];         /* before attention, before the MLP */
     sc_linear_layer q, k, v, out, gate, up, down;
 } sc__text_layer;
 
@@ -7347,7 +7338,7 @@ typedef struct sc__encoder {
     sc_activation activation;
     sc_tensor *tokens;          /* [vocabulary, width] */
     sc_tensor *position;        /* CLIP: [rows, width] for each place; T5: [rows, heads] */
-    sc__text_norm last;
+    sc__affine last;
     sc__text_layer *layer;
 } sc__encoder;
 
@@ -7446,17 +7437,6 @@ static bool sc__t5_config(sc_text_encoders *t, const sc_json *json, const char *
     return sc__activation_named(activation, path, &e->activation);
 }
 
-static bool sc__open_norm(const sc__encoder *e, sc__text_norm *norm, const char *prefix,
-                          const char *name) {
-    char full[SC_MAX_NAME];
-    const int64_t width = e->width;
-    snprintf(full, sizeof full, "%s%s.weight", prefix, name);
-    norm->weight = sc_net_weight(e->net, full, 1, &width);
-    if (!norm->weight || !e->biased) return norm->weight != NULL;
-    snprintf(full, sizeof full, "%s%s.bias", prefix, name);
-    return (norm->bias = sc_net_weight(e->net, full, 1, &width)) != NULL;
-}
-
 static bool sc__open_layer(sc__encoder *e, int index) {
     const sc__encoder_names *n = e->names;
     sc__text_layer *l = &e->layer[index];
@@ -7469,7 +7449,8 @@ static bool sc__open_layer(sc__encoder *e, int index) {
         {&l->up, n->up, hidden, c}};
     snprintf(prefix, sizeof prefix, "%s%d%s", n->layer, index, n->inside);
     for (int i = 0; i < 2; i++)
-        if (!sc__open_norm(e, &l->norm[i], prefix, n->norm[i])) return false;
+        if (!sc__open_affine(e->net, &l->norm[i], prefix, n->norm[i], c, 0, 0, e->biased))
+            return false;
     for (int i = 0; i < (e->gated ? 7 : 6); i++) {
         snprintf(name, sizeof name, "%s%s", prefix, linears[i].name);
         if (!sc_net_linear(e->net, linears[i].layer, name, linears[i].out, linears[i].in,
@@ -7484,7 +7465,7 @@ static bool sc__encoder_weights(sc__encoder *e) {
     bool ok = (e->layer = (sc__text_layer *)sc__alloc((size_t)e->layers, sizeof *e->layer)) &&
               (e->tokens = sc_net_weight(e->net, e->names->tokens, 2, tokens)) &&
               (e->position = sc_net_weight(e->net, e->names->position, 2, position)) &&
-              sc__open_norm(e, &e->last, "", e->names->last);
+              sc__open_affine(e->net, &e->last, "", e->names->last, e->width, 0, 0, e->biased);
     for (int i = 0; ok && i < e->layers; i++) ok = sc__open_layer(e, i);
     return ok && sc__net_complete(e->net) && sc_net_load(e->net);
 }
@@ -7544,7 +7525,7 @@ sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *m
 
 /* A layer norm, or without a bias T5's, which only scales. */
 static sc_tensor *sc__normed(sc_tape *t, const sc__encoder *e, const sc_tensor *x,
-                             const sc__text_norm *norm) {
+                             const sc__affine *norm) {
     return norm->bias ? sc_layer_norm(t, x, norm->weight, norm->bias, e->eps)
                       : sc_rms_norm(t, x, norm->weight, e->eps);
 }
