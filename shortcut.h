@@ -6417,10 +6417,9 @@ static sc_tensor *sc__vae_forward(sc_vae *v, sc__vae_run *r, sc_tensor *x, const
 /* Rows [first, first + rows) of x to those from `at` on of y. */
 static void sc__vae_rows(sc_vae *v, sc_tensor *y, int64_t at, const sc_tensor *x, int64_t first,
                          int64_t rows) {
-    int64_t width = x->shape[3], size = width * sc_dtype_size(x->dtype);
-    v->net->backend->copy_block((char *)y->data + at * size, y->shape[2] * width,
-                                (char *)x->data + first * size, x->shape[2] * width,
-                                x->shape[0] * x->shape[1], rows * width, x->dtype, false);
+    int64_t w = x->shape[3];
+    sc__copy_columns(v->tapes[0], y->data, y->shape[2] * w, at * w, x->data, x->shape[2] * w,
+                     first * w, x->shape[0] * x->shape[1], rows * w, false);
 }
 
 /* One strip of this sweep: from the input to a norm's sums, or to its rows of the result. */
@@ -7590,27 +7589,18 @@ static int sc__t5_bucket(int distance, int buckets, int largest) {
 }
 
 /* The bias for each head and pair of tokens, [H, T, T]: a learned number for the bucket of their
- * distance. */
+ * distance. A query's row is a part of the numbers for all distances. */
 static sc_tensor *sc__t5_position_bias(sc_text_encoders *s, int tokens) {
-    int64_t heads = s->t5.heads, n = s->t5.rows * heads, size = heads * tokens * tokens;
-    size_t bytes = (size_t)n * (size_t)sc_dtype_size(s->t5.position->dtype);
-    float *bias = (float *)sc__alloc((size_t)(size + n), sizeof *bias);
-    void *raw = sc__alloc(bytes, 1);
-    sc_tensor *x = NULL;
-    if (bias && raw && s->backend->download(raw, s->t5.position->data, bytes)) {
-        float *table = bias + size; /* [buckets, H] */
-        sc_to_f32(table, raw, s->t5.position->dtype, n);
-        for (int distance = 1 - tokens; distance < tokens; distance++) {
-            int bucket = sc__t5_bucket(distance, s->t5.rows, s->t5_distance);
-            for (int q = distance < 0 ? -distance : 0; q < tokens && q + distance < tokens; q++)
-                for (int64_t h = 0; h < heads; h++)
-                    bias[(h * tokens + q) * tokens + q + distance] = table[bucket * heads + h];
-        }
-        x = sc_from(s->tape, 3, (const int64_t[]){heads, tokens, tokens}, bias);
-    }
-    SC_FREE(raw);
-    SC_FREE(bias);
-    return x;
+    sc_tape *t = s->tape;
+    int32_t buckets[2 * SC__MAX_TOKENS];
+    int64_t n = tokens, all = 2 * n - 1, heads = s->t5.heads;
+    for (int i = 0; i < all; i++)
+        buckets[i] = sc__t5_bucket(i + 1 - tokens, s->t5.rows, s->t5_distance);
+    sc_tensor *bias = sc_new(t, 3, (const int64_t[]){heads, n, n});
+    sc_tensor *x = sc_swap_axes(t, sc_embed_tokens(t, s->t5.position, buckets, 1, all));
+    for (int64_t q = 0; bias && x && q < n; q++)
+        sc__copy_columns(t, bias->data, n * n, q * n, x->data, all, n - 1 - q, heads, n, false);
+    return x ? bias : NULL;
 }
 
 /* ids [tokens] -> context [tokens, t5_width]. */
