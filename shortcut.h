@@ -6788,7 +6788,7 @@ typedef struct sc__cut { double score; size_t start; int32_t id; } sc__cut;
  * be the unknown token, 10 below the worst score; neighbours of that kind are one token. */
 static bool sc__unigram_word(const sc_tokenizer *t, const char *s, size_t n, sc__ids *out) {
     sc__cut *best = (sc__cut *)sc__alloc(n + 1, sizeof *best);
-    for (size_t i = 1; best && i <= n; i++) best[i].start = SIZE_MAX;
+    for (size_t i = 1; best && i <= n; i++) best[i].score = -INFINITY;
     for (size_t i = 0, size; best && i < n; i += size) {
         size_t low = 0, high = t->count;
         bool known = false;
@@ -6796,14 +6796,13 @@ static bool sc__unigram_word(const sc_tokenizer *t, const char *s, size_t n, sc_
         for (size_t k = 0; i + k < n && low < high; k++) {
             sc__narrow(t, &low, &high, k, (unsigned char)s[i + k]);
             if (low == high || t->words[low].text[k + 1]) continue; /* no word ends here */
-            sc__cut *end = &best[i + k + 1];
             double score = best[i].score + t->words[low].score;
-            if (end->start == SIZE_MAX || score > end->score)
-                *end = (sc__cut){score, i, t->words[low].id};
+            if (score > best[i + k + 1].score)
+                best[i + k + 1] = (sc__cut){score, i, t->words[low].id};
             known = known || k + 1 == size;
         }
         double score = best[i].score + t->worst - 10;
-        if (!known && (best[i + size].start == SIZE_MAX || score > best[i + size].score))
+        if (!known && score > best[i + size].score)
             best[i + size] = (sc__cut){score, i, t->unknown};
     }
     int32_t *ids = (int32_t *)sc__alloc(n, sizeof *ids);
