@@ -6873,13 +6873,9 @@ static void sc__step_apply(const sc_tokenizer *t, const sc__step *step, const ui
     while (step->right && n && sc__is_space(s[n - 1])) n--;
     for (; step->left && n && sc__is_space(*s); n--) s++;
     for (size_t i = 0, end; i < n; i = end) {
-        for (end = i; end < n && s[end] == ' ';) end++;
-        if (step->spaces && end - i > 1) {
-            sc__codes_add_text(out, step->spaces);
-            continue;
-        }
-        end = i + 1;
-        sc__codes_add(out, s[i]);
+        for (end = i + 1; step->spaces && s[i] == ' ' && end < n && s[end] == ' ';) end++;
+        if (end > i + 1) sc__codes_add_text(out, step->spaces);
+        else sc__codes_add(out, s[i]);
     }
 }
 
@@ -6901,10 +6897,9 @@ static const sc__special *sc__special_at(const sc_tokenizer *t, const uint32_t *
     const sc__special *best = NULL;
     for (size_t i = 0; i < t->special_count; i++) {
         const sc__special *x = &t->special[i];
-        size_t same = 0;
-        if (x->normalized != normalized || (best && x->text.count <= best->text.count)) continue;
-        while (same < x->text.count && same < n && s[same] == x->text.code[same]) same++;
-        if (same == x->text.count) best = x;
+        size_t length = x->text.count;
+        if (x->normalized == normalized && length <= n && (!best || length > best->text.count) &&
+            *s == *x->text.code && !memcmp(s, x->text.code, length * sizeof *s)) best = x;
     }
     return best;
 }
@@ -6912,14 +6907,13 @@ static const sc__special *sc__special_at(const sc_tokenizer *t, const uint32_t *
 /* How many of the n code points at s are a word. Unigram: those before the next `space`. BPE: 's 't
  * 're 've 'm 'll 'd, letters, one number, or other signs; a space is for itself. */
 static size_t sc__word_length(const sc_tokenizer *t, const uint32_t *s, size_t n) {
-    static const char *const endings[] = {"s", "t", "re", "ve", "m", "ll", "d"};
     size_t i = 1;
     while (t->unigram && i < n && s[i] != t->space) i++;
     if (t->unigram) return i;
-    for (size_t e = 0; *s == '\'' && e < sizeof endings / sizeof *endings; e++) {
-        size_t length = strlen(endings[e]), same = 0;
-        while (same < length && same + 1 < n && s[same + 1] == (uint32_t)endings[e][same]) same++;
-        if (same == length) return length + 1;
+    if (*s == '\'' && n > 1) {
+        uint32_t a = s[1], b = n > 2 ? s[2] : 0;
+        if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
+        if ((b == 'e' && (a == 'r' || a == 'v')) || (b == 'l' && a == 'l')) return 3;
     }
     int kind = sc__word_kind(t->unicode, *s);
     if (kind == SC__DIGIT || sc__is_space(*s)) return 1;
