@@ -6879,12 +6879,11 @@ static void sc__step_apply(const sc_tokenizer *t, const sc__step *step, const ui
     }
 }
 
-static void sc__normalise(const sc_tokenizer *t, const uint32_t *s, size_t n, sc__codes *out) {
-    for (size_t i = 0; i < n; i++) sc__codes_add(out, s[i]);
-    for (size_t i = 0; i < t->step_count && !out->failed; i++) {
-        sc__codes before = *out;
-        *out = (sc__codes){0};
-        sc__step_apply(t, &t->steps[i], before.code, before.count, out);
+static void sc__normalise(const sc_tokenizer *t, sc__codes *text) {
+    for (size_t i = 0; i < t->step_count && !text->failed; i++) {
+        sc__codes before = *text;
+        *text = (sc__codes){0};
+        sc__step_apply(t, &t->steps[i], before.code, before.count, text);
         SC_FREE(before.code);
     }
 }
@@ -6955,12 +6954,14 @@ static bool sc__emit_text(const sc_tokenizer *t, const uint32_t *s, size_t n, bo
     for (size_t i = 0; ok && i <= n && out->count < out->limit; i++) {
         const sc__special *special = i < n ? sc__special_at(t, s + i, n - i, clean) : NULL;
         sc__codes normal = {0};
+        bool at_start = first && !from;
         if (i < n && !special) continue;
-        if (i > from && clean) ok = sc__emit_words(t, s + from, i - from, first && !from, out);
+        if (i > from && clean) ok = sc__emit_words(t, s + from, i - from, at_start, out);
         else if (i > from) {
-            sc__normalise(t, s + from, i - from, &normal);
+            while (from < i) sc__codes_add(&normal, s[from++]);
+            sc__normalise(t, &normal);
             ok = !normal.failed &&
-                 sc__emit_text(t, normal.code, normal.count, true, first && !from, out);
+                 sc__emit_text(t, normal.code, normal.count, true, at_start, out);
             SC_FREE(normal.code);
         }
         if (!special) break;
@@ -7030,12 +7031,7 @@ static bool sc__add_special(sc_tokenizer *t, const char *text, int32_t id, const
     x->normalized = sc_json_bool(sc_json_get(flags, "normalized"), true);
     t->largest = id > t->largest ? id : t->largest;
     sc__codes_add_text(&x->text, text);
-    if (x->normalized) {
-        sc__codes plain = x->text;
-        x->text = (sc__codes){0};
-        sc__normalise(t, plain.code, plain.count, &x->text);
-        SC_FREE(plain.code);
-    }
+    if (x->normalized) sc__normalise(t, &x->text);
     if (x->text.failed) return sc_fail("out of memory for special tokens");
     return x->text.count || sc_fail("%s: added token '%s' is empty when normalised", path, text);
 }
