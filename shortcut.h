@@ -7053,22 +7053,27 @@ static bool sc__read_special(sc_tokenizer *t, const sc_json *list, const char *p
     return t->special != NULL;
 }
 
-/* ---- Opening: CLIP ---- */
-
-static bool sc__bpe_read_words(sc_tokenizer *t, const char *path) {
-    t->json = sc_json_load(path);
-    if (!t->json) return false;
-    t->count = (size_t)sc_json_length(t->json);
-    t->words = (sc__word *)sc__alloc(t->count, sizeof *t->words);
-    for (size_t i = 0; t->words && i < t->count; i++) {
-        const char *text = sc_json_key(t->json, (int64_t)i);
-        int32_t id = sc__json_id(sc_json_value(t->json, (int64_t)i));
-        if (!text || id < 0) return sc_fail("%s: must be an object of tokens and ids", path);
-        t->words[i] = (sc__word){text, id, 0};
+/* Of BPE an object of tokens and ids, of Unigram a list of tokens and scores. */
+static bool sc__read_words(sc_tokenizer *t, const sc_json *list, const char *path) {
+    int64_t n = sc_json_length(list);
+    t->words = (sc__word *)sc__alloc((size_t)n, sizeof *t->words);
+    for (int64_t i = 0; t->words && i < n; i++) {
+        const sc_json *word = sc_json_at(list, i);
+        const char *text = t->unigram ? sc_json_string(sc_json_at(word, 0), NULL)
+                                      : sc_json_key(list, i);
+        double score = t->unigram ? sc_json_number(sc_json_at(word, 1), NAN) : 0;
+        int32_t id = t->unigram ? (int32_t)i : sc__json_id(sc_json_value(list, i));
+        if (!text || id < 0 || isnan(score))
+            return sc_fail("%s: the vocabulary must be %s", path,
+                            t->unigram ? "a list of [token, score]" : "an object of token: id");
+        t->words[t->count++] = (sc__word){text, id, score};
+        t->worst = i && t->worst < score ? t->worst : score;
     }
     if (t->words) sc__sort_words(t);
     return t->words != NULL;
 }
+
+/* ---- Opening: CLIP ---- */
 
 /* merges.txt: one line of version, then two tokens a line in the order of their ranks. As in the
  * original, merges above the size of CLIP's vocabulary do not count. */
@@ -7133,7 +7138,8 @@ static bool sc__bpe_open(sc_tokenizer *t, const char *folder, const sc_json *con
     t->space = ' ';
     t->steps[t->step_count++].fold = true;
     char *merges = path ? sc_read_file(path, &length) : NULL;
-    bool ok = vocab && merges && sc__bpe_read_words(t, vocab) &&
+    bool ok = vocab && merges && (t->json = sc_json_load(vocab)) &&
+              sc__read_words(t, t->json, vocab) &&
               sc__bpe_read_merges(t, merges, path) && sc__bpe_read_special(t, config, folder);
     if (ok) sc__bpe_letters(t);
     SC_FREE(vocab);
@@ -7221,25 +7227,15 @@ static bool sc__unigram_read_frame(sc_tokenizer *t, const char *path) {
 static bool sc__unigram_open(sc_tokenizer *t, const char *path, const sc_json *config) {
     t->json = sc_json_load(path);
     const sc_json *model = sc_json_get(t->json, "model"), *words = sc_json_get(model, "vocab");
-    int64_t n = sc_json_length(words);
     if (!t->json) return false;
     t->unigram = true;
     if (strcmp(sc_json_string(sc_json_get(model, "type"), ""), "Unigram") ||
         sc_json_bool(sc_json_get(model, "byte_fallback"), false))
         return sc_fail("%s: the model must be a Unigram without byte_fallback", path);
-    t->words = (sc__word *)sc__alloc((size_t)n, sizeof *t->words);
-    if (!t->words) return false;
-    for (; t->count < (size_t)n; t->count++) {
-        const sc_json *word = sc_json_at(words, (int64_t)t->count);
-        const char *text = sc_json_string(sc_json_at(word, 0), NULL);
-        double score = sc_json_number(sc_json_at(word, 1), NAN);
-        if (!text || isnan(score)) return sc_fail("%s: vocab must list [token, score]", path);
-        t->words[t->count] = (sc__word){text, (int32_t)t->count, score};
-        t->worst = t->count && t->worst < score ? t->worst : score;
-    }
-    sc__sort_words(t);
+    if (!sc__read_words(t, words, path)) return false;
     t->unknown = sc__json_id(sc_json_get(model, "unk_id"));
-    if (t->unknown < 0 || t->unknown >= n) return sc_fail("%s: unk_id is not in the vocab", path);
+    if (t->unknown < 0 || t->unknown >= sc_json_length(words))
+        return sc_fail("%s: unk_id is not in the vocab", path);
     return sc__token_id(t, config, path, "pad_token", "<pad>", &t->pad) &&
            sc__unigram_read_steps(t, sc_json_get(t->json, "normalizer"), path) &&
            sc__unigram_read_frame(t, path) &&
