@@ -8446,48 +8446,41 @@ static uint32_t sc__compose(const sc__unicode *u, uint32_t a, uint32_t b) {
     return 0;
 }
 
-/* NFC of s[n]: all is decomposed, marks that follow each other are sorted by their classes, and a
- * mark joins the last starter (class 0) unless one in between has the same class or a higher. */
-static void sc__nfc(const sc__unicode *u, const uint32_t *s, size_t n, sc__codes *out) {
-    sc__codes parts = {0};
-    for (size_t i = 0; i < n; i++) sc__decompose(u, s[i], &parts);
-    for (size_t i = 0; i < parts.count; i++) {
-        uint32_t c = parts.code[i];
+/* Appends NFC of s[n], then lower case: of U+0130 two code points, of all others one. NFC: all is
+ * decomposed, marks that follow each other are sorted by their classes, and a mark joins the last
+ * starter (class 0) unless one in between has the same class or a higher. */
+static void sc__fold(const sc__unicode *u, const uint32_t *s, size_t n, sc__codes *out) {
+    sc__codes x = {0};
+    for (size_t i = 0; i < n; i++) sc__decompose(u, s[i], &x);
+    for (size_t i = 0; i < x.count; i++) {
+        uint32_t c = x.code[i];
         size_t at = i;
-        for (; sc__class(u, c) && at && sc__class(u, parts.code[at - 1]) > sc__class(u, c); at--)
-            parts.code[at] = parts.code[at - 1];
-        parts.code[at] = c;
+        for (; sc__class(u, c) && at && sc__class(u, x.code[at - 1]) > sc__class(u, c); at--)
+            x.code[at] = x.code[at - 1];
+        x.code[at] = c;
     }
-    size_t starter = SIZE_MAX;
+    size_t starter = SIZE_MAX, count = 0;
     int last = 0; /* class of the last mark behind the starter */
-    for (size_t i = 0; i < parts.count; i++) {
-        uint32_t c = parts.code[i], whole = 0;
+    for (size_t i = 0; i < x.count; i++) {
+        uint32_t c = x.code[i], whole = 0;
         int class_ = sc__class(u, c);
-        if (starter < out->count && (out->count == starter + 1 || last < class_))
-            whole = sc__compose(u, out->code[starter], c);
+        if (starter < count && (count == starter + 1 || last < class_))
+            whole = sc__compose(u, x.code[starter], c);
         if (whole) {
-            out->code[starter] = whole;
+            x.code[starter] = whole;
             continue;
         }
-        if (class_ == 0) starter = out->count;
+        if (class_ == 0) starter = count;
         last = class_;
-        sc__codes_add(out, c);
+        x.code[count++] = c;
     }
-    out->failed = out->failed || parts.failed;
-    SC_FREE(parts.code);
-}
-
-/* NFC, then lower case: of U+0130 two code points, of all others one. */
-static void sc__fold(const sc__unicode *u, const uint32_t *s, size_t n, sc__codes *out) {
-    sc__codes composed = {0};
-    sc__nfc(u, s, n, &composed);
-    for (size_t i = 0; i < composed.count; i++) {
-        uint32_t c = composed.code[i];
+    for (size_t i = 0; i < count; i++) {
+        uint32_t c = x.code[i];
         if (c == 0x130) sc__codes_add_text(out, "i\xcc\x87");
         else sc__codes_add(out, c + (uint32_t)sc__facts(u, c)[SC__LOWER]);
     }
-    out->failed = out->failed || composed.failed;
-    SC_FREE(composed.code);
+    out->failed = out->failed || x.failed;
+    SC_FREE(x.code);
 }
 
 /* ---- Graphemes (UAX 29) ---- */
