@@ -7514,10 +7514,11 @@ static sc_tensor *sc__normed(sc_tape *t, const sc__encoder *e, const sc_tensor *
                       : sc_rms_norm(t, x, norm->weight, e->eps);
 }
 
-/* x [1, T, C] through the layers, in place; CLIP's attention is causal, T5's has a bias [H, T, T].
- * What a layer made is given back before the next. */
-static bool sc__encoder_layers(sc_tape *t, const sc__encoder *e, sc_tensor *x,
-                               const sc_tensor *bias) {
+/* x [1, T, C] through the layers, in place, and of the last norm of it `count` tokens from `first`
+ * on; CLIP's attention is causal, T5's has a bias [H, T, T]. What a layer made is given back before
+ * the next. */
+static bool sc__encoder_run(sc_tape *t, const sc__encoder *e, sc_tensor *x, const sc_tensor *bias,
+                            int64_t first, int64_t count, float *out) {
     float scale = bias ? 1 : 1.f / sqrtf((float)e->size);
     sc_mark mark = sc_tape_mark(t);
     for (int i = 0; i < e->layers; i++) {
@@ -7531,22 +7532,19 @@ static bool sc__encoder_layers(sc_tape *t, const sc__encoder *e, sc_tensor *x,
         if (e->gated) h = sc_multiply(t, h, sc_linear(t, n, &l->up));
         y = sc_add(t, y, sc_linear(t, h, &l->down));
         if (!x || !y) return false;
-        int64_t size = sc_count(x);
-        t->be->copy_block(x->data, size, y->data, size, 1, size, x->dtype, false);
+        sc_copy(t, x, y);
         sc_tape_rewind(t, mark);
     }
-    return true;
+    return sc_read(t, sc__normed(t, e, sc_slice_tokens(t, x, first, count), &e->last), out);
 }
 
 /* Where the pooled vector is: at the first end token, which for the config's 2 is the highest id.
  */
 static int sc__clip_end(const sc_text_encoders *s, const int32_t *ids) {
-    int32_t wanted = s->clip_end;
     int end = 0;
-    for (int i = 0; s->clip_end == 2 && i < s->clip_length; i++)
-        wanted = i == 0 || ids[i] > wanted ? ids[i] : wanted;
-    while (end < s->clip_length && ids[end] != wanted) end++;
-    return end < s->clip_length ? end : 0;
+    for (int i = s->clip_length - 1; i >= 0; i--)
+        if (s->clip_end == 2 ? ids[i] >= ids[end] : ids[i] == s->clip_end) end = i;
+    return end;
 }
 
 /* ids [clip_length] -> the pooled vector [clip_width]. */
@@ -7558,9 +7556,7 @@ static bool sc__clip_encode(sc_text_encoders *s, const int32_t *ids, float *pool
     sc_tape_reset(t);
     sc_tensor *x = sc_add(t, sc_embed_tokens(t, s->clip.tokens, ids, 1, length),
                           sc_embed_tokens(t, s->clip.position, places, 1, length));
-    if (!sc__encoder_layers(t, &s->clip, x, NULL)) return false;
-    x = sc_slice_tokens(t, x, sc__clip_end(s, ids), 1);
-    return sc_read(t, sc__normed(t, &s->clip, x, &s->clip.last), pooled);
+    return sc__encoder_run(t, &s->clip, x, NULL, sc__clip_end(s, ids), 1, pooled);
 }
 
 /* Half of the buckets for keys behind the query; of each half, half for exact distances, the rest
@@ -7594,8 +7590,7 @@ static bool sc__t5_encode(sc_text_encoders *s, const int32_t *ids, int tokens, f
     sc_tape_reset(t);
     sc_tensor *x = sc_embed_tokens(t, s->t5.tokens, ids, 1, tokens);
     sc_tensor *bias = sc__t5_position_bias(s, tokens);
-    if (!bias || !sc__encoder_layers(t, &s->t5, x, bias)) return false;
-    return sc_read(t, sc__normed(t, &s->t5, x, &s->t5.last), context);
+    return bias && sc__encoder_run(t, &s->t5, x, bias, 0, tokens, context);
 }
 
 const sc_net *sc_text_net(const sc_text_encoders *t, sc_part part) {
