@@ -7120,14 +7120,13 @@ static void sc__bpe_letters(sc_tokenizer *t) {
 /* The special tokens are those of tokenizer_config.json, or else the usual two. */
 static bool sc__bpe_read_special(sc_tokenizer *t, const sc_json *config, const char *path) {
     static const char start[] = "<|startoftext|>", end[] = "<|endoftext|>";
-    const sc_json *added = sc_json_get(config, "added_tokens_decoder");
     const char *first = sc__token_text(config, "bos_token", start);
     const char *last = sc__token_text(config, "eos_token", end);
     return sc__token_id(t, config, path, "bos_token", start, &t->begin) &&
            sc__token_id(t, config, path, "eos_token", end, &t->end) &&
            sc__token_id(t, config, path, "unk_token", end, &t->unknown) &&
            sc__token_id(t, config, path, "pad_token", end, &t->pad) &&
-           sc__read_special(t, added, path) &&
+           sc__read_special(t, sc_json_get(config, "added_tokens_decoder"), path) &&
            (t->special_count || (sc__add_special(t, first, t->begin, NULL, path) &&
                                  sc__add_special(t, last, t->end, NULL, path)));
 }
@@ -8385,11 +8384,11 @@ static void sc__unpack_facts(sc__unicode *u, sc__packed *p) {
     }
 }
 
-static void sc__add_pair(sc__unicode *u, sc__pair p, bool composed) {
-    p.next = composed ? u->joined[p.first] : 0;
-    u->pairs[++u->count] = p;
-    u->split[p.whole] = (uint16_t)u->count;
-    if (composed) u->joined[p.first] = (uint16_t)u->count;
+static void sc__add_pair(sc__unicode *u, uint32_t whole, uint32_t first, uint32_t second,
+                         bool composed) {
+    u->pairs[++u->count] = (sc__pair){whole, first, second, u->joined[first]};
+    u->split[whole] = (uint16_t)u->count;
+    if (composed) u->joined[first] = (uint16_t)u->count;
 }
 
 /* Decompositions into one code point (kind 0), or two (1), or two that NFC composes again (2), all
@@ -8401,7 +8400,7 @@ static void sc__unpack_pairs(sc__unicode *u, sc__packed *p) {
         uint32_t step = (uint32_t)sc__unpack(p, 6 + kind);
         first[kind] += step;
         if (kind) second += (uint32_t)sc__unpack(p, 9 + kind + 100 * step);
-        sc__add_pair(u, (sc__pair){whole, first[kind], kind ? second : 0, 0}, kind == 2);
+        sc__add_pair(u, whole, first[kind], kind ? second : 0, kind == 2);
     }
 }
 
@@ -8417,9 +8416,8 @@ static sc__unicode *sc__unicode_open(void) {
     SC_FREE(p);
     for (uint32_t i = 0; i < SC__SYLLABLES; i++) {
         uint32_t c = SC__HANGUL + i, final = i % 28;
-        const sc__pair two = {c, 0x1100 + i / 588, 0x1161 + i % 588 / 28, 0};
-        const sc__pair three = {c, c - final, 0x11a7 + final, 0};
-        sc__add_pair(u, final ? three : two, true);
+        uint32_t first = final ? c - final : 0x1100 + i / 588;
+        sc__add_pair(u, c, first, final ? 0x11a7 + final : 0x1161 + i % 588 / 28, true);
     }
     return u;
 }
