@@ -7131,17 +7131,16 @@ static bool sc__bpe_read_special(sc_tokenizer *t, const sc_json *config, const c
                                  sc__add_special(t, last, t->end, NULL, path)));
 }
 
-static bool sc__bpe_open(sc_tokenizer *t, const char *folder, const sc_json *config) {
-    char *vocab = sc__join(folder, "vocab.json"), *path = sc__join(folder, "merges.txt");
+static bool sc__bpe_open(sc_tokenizer *t, const char *folder, const char *vocab,
+                         const sc_json *config) {
+    char *path = sc__join(folder, "merges.txt");
     size_t length = 0;
     t->space = ' ';
     t->steps[t->step_count++].fold = true;
     char *merges = path ? sc_read_file(path, &length) : NULL;
-    bool ok = vocab && merges && (t->json = sc_json_load(vocab)) &&
-              sc__read_words(t, t->json, vocab) &&
+    bool ok = merges && (t->json = sc_json_load(vocab)) && sc__read_words(t, t->json, vocab) &&
               sc__bpe_read_merges(t, merges, path) && sc__bpe_read_special(t, config, folder);
     if (ok) sc__bpe_letters(t);
-    SC_FREE(vocab);
     SC_FREE(path);
     SC_FREE(merges);
     return ok;
@@ -7248,7 +7247,7 @@ sc_tokenizer *sc_tokenizer_open(const char *folder) {
     sc_json *config = NULL;
     bool ok = t && vocab && unigram && (t->unicode = sc__unicode_open()) &&
               sc__load_settings(folder, "tokenizer_config.json", &path, &config);
-    if (ok && sc__exists(vocab)) ok = sc__bpe_open(t, folder, config);
+    if (ok && sc__exists(vocab)) ok = sc__bpe_open(t, folder, vocab, config);
     else if (ok && sc__exists(unigram)) ok = sc__unigram_open(t, unigram, config);
     else if (ok)
         ok = sc_fail("%s: no tokenizer here; copy CLIP's vocab.json and merges.txt, or T5's "
