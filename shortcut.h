@@ -8477,18 +8477,12 @@ static void sc__fold(const sc__unicode *u, const uint32_t *s, size_t n, sc__code
 
 /* ---- Graphemes (UAX 29) ---- */
 
-enum { SC__L = 1, SC__V, SC__T, SC__LV, SC__LVT }; /* jamo and syllables */
-
-static int sc__hangul(uint32_t c) {
-    if (c - SC__HANGUL < SC__SYLLABLES) return (c - SC__HANGUL) % 28 ? SC__LVT : SC__LV;
-    if ((c >= 0x1100 && c < 0x1160) || (c >= 0xa960 && c < 0xa97d)) return SC__L;
-    if ((c >= 0x1160 && c < 0x11a8) || (c >= 0xd7b0 && c < 0xd7c7)) return SC__V;
-    return (c >= 0x11a8 && c < 0x1200) || (c >= 0xd7cb && c < 0xd7fc) ? SC__T : 0;
-}
-
-static bool sc__hangul_joins(int a, int b) {
-    if (a == SC__L) return b && b != SC__T;
-    return ((a == SC__V || a == SC__LV) && b == SC__V) || (a && b == SC__T);
+/* Which jamo c is: 1 initial, 2 vowel, 3 final, 0 none; of a syllable the first one, or the last. */
+static int sc__jamo(uint32_t c, bool last) {
+    if (c - SC__HANGUL < SC__SYLLABLES) return !last ? 1 : (c - SC__HANGUL) % 28 ? 3 : 2;
+    if ((c >= 0x1100 && c < 0x1160) || (c >= 0xa960 && c < 0xa97d)) return 1;
+    if ((c >= 0x1160 && c < 0x11a8) || (c >= 0xd7b0 && c < 0xd7c7)) return 2;
+    return (c >= 0x11a8 && c < 0x1200) || (c >= 0xd7cb && c < 0xd7fc) ? 3 : 0;
 }
 
 /* How many of the n code points at s are the first grapheme. */
@@ -8505,9 +8499,10 @@ static size_t sc__grapheme(const sc__unicode *u, const uint32_t *s, size_t n) {
         if (a < 0x80 && b < 0x80) break;
         kind = sc__facts(u, b)[SC__KIND];
         flag = !flag && a - FLAGS < 26 && b - FLAGS < 26; /* letters of flags go in pairs */
+        int end = sc__jamo(a, true), step = sc__jamo(b, false) - end; /* 0, 1: the same or the next */
         bool joins = (kind & (SC__EXTEND | SC__SPACING)) || (before & SC__PREPEND) || flag ||
                      (glued && (kind & SC__PICTURE)) || (linked && (kind & SC__CONSONANT)) ||
-                     sc__hangul_joins(sc__hangul(a), sc__hangul(b));
+                     (end && (step == 0 || step == 1));
         if (((before | kind) & SC__CONTROL) || !joins) break;
         bool extends = kind & SC__EXTEND;
         bool extends_conjunct = extends ? b != NON_JOINER : b == JOINER;
