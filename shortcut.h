@@ -6552,16 +6552,12 @@ void sc_sample_posterior(sc_rng *rng, int64_t n, const float *mean, const float 
 /* tokens[b, i/2, j/2, (c, i%2, j%2)] <-> latents[b, c, i, j] */
 static void sc__pack(int64_t batch, int64_t channels, int64_t h, int64_t w, float *tokens,
                      float *latents, bool pack) {
-    for (int64_t plane = 0; plane < batch * channels; plane++) {
-        int64_t b = plane / channels, c = plane % channels;
-        for (int64_t i = 0; i < h; i++)
-            for (int64_t j = 0; j < w; j++) {
-                int64_t token = (b * (h / 2) + i / 2) * (w / 2) + j / 2;
-                float *packed = tokens + (token * channels + c) * 4 + i % 2 * 2 + j % 2;
-                float *latent = latents + (plane * h + i) * w + j;
-                if (pack) *packed = *latent;
-                else *latent = *packed;
-            }
+    for (int64_t at = 0; at < batch * channels * h * w; at++) {
+        int64_t plane = at / (h * w), i = at / w % h, j = at % w;
+        int64_t token = (plane / channels * (h / 2) + i / 2) * (w / 2) + j / 2;
+        float *packed = tokens + (token * channels + plane % channels) * 4 + i % 2 * 2 + j % 2;
+        if (pack) *packed = latents[at];
+        else latents[at] = *packed;
     }
 }
 
