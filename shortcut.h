@@ -8473,7 +8473,7 @@ static void sc__fold(const sc__unicode *u, const uint32_t *s, size_t n, sc__code
 
 /* ---- Graphemes (UAX 29) ---- */
 
-/* Which jamo c is: 1 initial, 2 vowel, 3 final, 0 none; of a syllable the first one, or the last. */
+/* Of jamo: 1 initial, 2 vowel, 3 final, 0: c is none; of a syllable the first or last. */
 static int sc__jamo(uint32_t c, bool last) {
     if (c - SC__HANGUL < SC__SYLLABLES) return !last ? 1 : (c - SC__HANGUL) % 28 ? 3 : 2;
     if ((c >= 0x1100 && c < 0x1160) || (c >= 0xa960 && c < 0xa97d)) return 1;
@@ -8495,7 +8495,7 @@ static size_t sc__grapheme(const sc__unicode *u, const uint32_t *s, size_t n) {
         if (a < 0x80 && b < 0x80) break;
         kind = sc__facts(u, b)[SC__KIND];
         flag = !flag && a - FLAGS < 26 && b - FLAGS < 26; /* letters of flags go in pairs */
-        int end = sc__jamo(a, true), step = sc__jamo(b, false) - end; /* 0, 1: the same or the next */
+        int end = sc__jamo(a, true), step = sc__jamo(b, false) - end; /* 1: the next kind */
         bool joins = (kind & (SC__EXTEND | SC__SPACING)) || (before & SC__PREPEND) || flag ||
                      (glued && (kind & SC__PICTURE)) || (linked && (kind & SC__CONSONANT)) ||
                      (end && (step == 0 || step == 1));
