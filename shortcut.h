@@ -6078,10 +6078,6 @@ typedef struct sc__vae_step {
     sc_linear_layer linear[4];      /* of an attention, [C, C]: q, k, v, and out */
 } sc__vae_step;
 
-static int sc__vae_norms(sc__vae_kind kind) {
-    return kind == SC__RESNET ? 2 : kind == SC__OUT || kind == SC__ATTENTION;
-}
-
 typedef struct sc__vae_half {       /* the encoder or the decoder */
     sc__vae_step steps[SC_VAE_LEVELS * (SC_VAE_LAYERS + 1) + 6];
     int count;
@@ -6181,6 +6177,7 @@ static bool sc__vae_add(sc_vae *v, sc__vae_half *h, sc__vae_kind kind, int64_t i
     static const char *const names[4] = {"to_q", "to_k", "to_v", "to_out.0"};
     sc__vae_step *s = &h->steps[h->count++];
     int64_t side = h->count > 1 ? s[-1].out_side : s->in_side;
+    int64_t out_side = kind == SC__UP ? 2 * side : kind == SC__DOWN ? side / 2 : side;
     bool resnet = kind == SC__RESNET, attention = kind == SC__ATTENTION;
     const char *conv = resnet ? ".conv1" : kind == SC__OUT ? "_out" : "";
     const char *norm = resnet ? ".norm1" : attention ? ".group_norm" : "_norm_out";
@@ -6189,15 +6186,13 @@ static bool sc__vae_add(sc_vae *v, sc__vae_half *h, sc__vae_kind kind, int64_t i
     va_start(args, format);
     vsnprintf(path, sizeof path, format, args);
     va_end(args);
-    *s = (sc__vae_step){.kind = kind, .in = in, .out = out, .in_side = side, .out_side = side};
-    if (kind == SC__UP) s->out_side = 2 * side;
-    if (kind == SC__DOWN) s->out_side = side / 2;
+    *s = (sc__vae_step){.kind = kind, .in = in, .out = out, .in_side = side, .out_side = out_side};
     for (int i = 0; attention && i < 4; i++) {
         snprintf(name, sizeof name, "%s.%s", path, names[i]);
         if (!sc_net_linear(v->net, &s->linear[i], name, out, in, true)) return false;
     }
     return (attention || sc__open_affine(v->net, &s->conv1, path, conv, out, in, kernel, true)) &&
-           (!sc__vae_norms(kind) ||
+           (!(resnet || attention || kind == SC__OUT) ||
             sc__open_affine(v->net, &s->norm1, path, norm, in, 0, 0, true)) &&
            (!resnet || (sc__open_affine(v->net, &s->norm2, path, ".norm2", out, 0, 0, true) &&
                         sc__open_affine(v->net, &s->conv2, path, ".conv2", out, out, 3, true))) &&
@@ -6304,7 +6299,7 @@ static sc__vae_run sc__vae_plan(const sc__vae_step *s, int count, int64_t h, siz
         int64_t n = (s[i].in > s[i].out ? s[i].in : s[i].out) * side * side;
         if (kind == SC__ATTENTION && count > 1) n *= 5; /* sc__vae_do knows better if alone */
         largest = n > largest ? n : largest;
-        r.norms += sc__vae_norms(kind);
+        r.norms += kind == SC__RESNET ? 2 : kind == SC__OUT || kind == SC__ATTENTION;
         if (kind == SC__UP) wrong *= 2;
         wrong += kind == SC__RESNET ? 2 : 1;
         if (kind == SC__DOWN) wrong = (wrong + 1) / 2;
@@ -7525,8 +7520,7 @@ static bool sc__encoder_run(sc_tape *t, const sc__encoder *e, sc_tensor *x, cons
         sc_tensor *h = sc_activate(t, e->activation, sc_linear(t, n, &l->gate));
         if (e->gated) h = sc_multiply(t, h, sc_linear(t, n, &l->up));
         y = sc_add(t, y, sc_linear(t, h, &l->down));
-        if (!x || !y) return false;
-        sc_copy(t, x, y);
+        if (!sc_copy(t, x, y)) return false;
         sc_tape_rewind(t, mark);
     }
     return sc_read(t, sc__normed(t, e, sc_slice_tokens(t, x, first, count), &e->last), out);
