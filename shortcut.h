@@ -8096,8 +8096,7 @@ sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *model,
     if (p->folder && path) p->flux = sc_flux_open(backend, path, widen, o->random, o->seed);
     SC_FREE(path);
     if (p->flux && o->streamed) sc_flux_streamed(p->flux);
-    bool ok = p->flux && (!o->fp8 || sc_flux_fp8(p->flux)) &&
-              sc__pipeline_settings(p) &&
+    bool ok = p->flux && (!o->fp8 || sc_flux_fp8(p->flux)) && sc__pipeline_settings(p) &&
               (p->tape = sc_tape_new(backend));
     if (ok) return p;
     sc_pipeline_close(p);
@@ -8475,7 +8474,6 @@ static int sc__jamo(uint32_t c, bool last) {
     return (c >= 0x11a8 && c < 0x1200) || (c >= 0xd7cb && c < 0xd7fc) ? 3 : 0;
 }
 
-/* How many of the n code points at s are the first grapheme. */
 static size_t sc__grapheme(const sc__unicode *u, const uint32_t *s, size_t n) {
     enum { JOINER = 0x200d, NON_JOINER = 0x200c, FLAGS = 0x1f1e6 };
     int kind = sc__facts(u, *s)[SC__KIND];
