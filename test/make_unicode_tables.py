@@ -31,12 +31,12 @@ def precompiled(key):
 
 def read_kinds():
     """{code point: flags} for the split into words, and for graphemes (UAX 29)."""
-    word, kind = dict.fromkeys(CODES, 0), dict.fromkeys(CODES, 0)
+    kind = dict.fromkeys(CODES, 0)
     for flag, pattern in (LETTER, r"\p{L}"), (NUMBER, r"\p{N}"):
         replace = normalizers.Replace(Regex(pattern), "")
         for c in CODES:
             if not replace.normalize_str(chr(c)):
-                word[c] |= flag
+                kind[c] |= flag
     a, trademark, qa = precompiled("a"), precompiled("\u2122"), precompiled("\u0958")
     for c in CODES:
         s = chr(c)
@@ -54,7 +54,7 @@ def read_kinds():
         if unicodedata.category(s) in ("Cf", "Lo", "Cn", "Mc") and not kind[c] & (EXTEND | CONTROL):
             if precompiled(s)(s + "a") == "Z":
                 kind[c] |= PREPEND
-    return word, kind
+    return kind
 
 
 def read_lower():
@@ -72,76 +72,98 @@ def read_classes():
 
 
 def read_pairs():
-    """Canonical decompositions, less Hangul's: pairs (code point, first, second) that NFC composes
-    again, pairs that it does not, and single code points for others."""
+    """Canonical decompositions, less Hangul's: (code point, kind, first, second); kind 0: into one
+    code point, 1: into two, 2: into two that NFC composes again."""
     nfd, nfc = normalizers.NFD().normalize_str, normalizers.NFC().normalize_str
-    composed, split, replaced = [], [], []
+    pairs = []
     for c in CODES:
         if nfd(chr(c)) == chr(c) or 0xAC00 <= c <= 0xD7A3:
             continue
         parts = [int(x, 16) for x in unicodedata.decomposition(chr(c)).split()]
         text = "".join(map(chr, parts))
         assert nfd(chr(c)) == nfd(text)
-        kind = replaced if len(parts) == 1 else composed if nfc(text) == chr(c) else split
-        kind.append((c, *parts))
-    return composed, split, replaced
+        pairs.append((c, len(parts) - 1 + (len(parts) == 2 and nfc(text) == chr(c)),
+                      *parts, *[0] * (2 - len(parts))))
+    return pairs
 
 
 # ---- Packing ----
 
-def pack(numbers):
-    """Digits of base 21, offset by 70, and a last one of base 70; printed from "#" on without '\\'."""
-    text = ""
-    for n in numbers:
-        digits = [n % 70]
-        n //= 70
-        while n:
-            n, digit = divmod(n, 21)
-            digits.append(70 + digit)
-        text += "".join(chr(d + 35 + (d + 35 >= 92)) for d in reversed(digits))
-    return text
+class Packer:
+    """What sc__unpack reads: range and seen are the same here and there."""
+
+    def __init__(self):
+        self.low, self.range, self.digits, self.seen = 0, 1, 0, {}
+
+    def bit(self, bit, context):
+        seen = self.seen.setdefault((context * 0x9E3779B1 & 0xFFFFFFFF) >> 14, [0, 0])
+        while self.range < 1 << 25:
+            self.range, self.low, self.digits = self.range * 92, self.low * 92, self.digits + 1
+        zeros = self.range // (2 * sum(seen) + 2) * (2 * seen[0] + 1)
+        self.low += zeros * bit
+        self.range = self.range - zeros if bit else zeros
+        seen[bit] += 1
+        if seen[bit] == 24:
+            seen[:] = seen[0] // 2, seen[1] // 2
+
+    def number(self, n, context):
+        n = 2 * n + 1 if n >= 0 else -2 * n
+        context = context * 0x85EBCA6B
+        bits = n.bit_length() - 1
+        for i in range(bits):
+            self.bit(1, context + i)
+        self.bit(0, context + bits)
+        for i in range(bits, 0, -1):
+            self.bit(n >> i - 1 & 1, context + 32 * (n >> i) + i)
+
+    def show(self, name):
+        alphabet = [chr(c) for c in range(32, 127) if chr(c) not in '"?\\']
+        text = ""
+        for _ in range(self.digits):
+            self.low, digit = divmod(self.low, 92)
+            text = alphabet[digit] + text
+        print(f"static const char {name}[] =")
+        for i in range(0, len(text), 94):
+            print(f'    "{text[i:i + 94]}"' + ";" * (i + 94 >= len(text)))
 
 
-def zigzag(n):
-    return 2 * n if n >= 0 else -2 * n - 1
+def pack_facts(facts):
+    """Runs of code points with the same facts: these, and the length - 1."""
+    packer, before, c = Packer(), (0, 0, 0), 0
+    while c < 0x110000:
+        row, end, context = facts[c], c, 0
+        while end < 0x110000 and facts[end] == row:
+            end += 1
+        for i in range(3):
+            packer.number(row[i], 4 * (context + before[i]) + i)
+            context = 1009 * (context + row[i])
+        packer.number(end - c - 1, 4 * context + 3)
+        before, c = row, end
+    return packer
 
 
-def runs(values):
-    """{code point: value} -> gap, 2 * (count - 1) + (1 if every other code point), value, ..."""
-    codes, result, end, i = sorted(c for c in values if values[c]), [], 0, 0
-    while i < len(codes):
-        c = codes[i]
-        stride = 2 if values.get(c + 2) == values[c] and not values.get(c + 1) else 1
-        n = 1
-        while (values.get(c + n * stride) == values[c]
-               and (stride == 1 or not values.get(c + n * stride - 1))):
-            n += 1
-        result += [c - end, 2 * (n - 1) + stride - 1, zigzag(values[c])]
-        i, end = i + n, c + (n - 1) * stride
-    return result
-
-
-def differences(rows):
-    """Each number less the one above it."""
-    above = [[0] * len(row) for row in rows[:1]] + rows
-    return [zigzag(x - y) for row, before in zip(rows, above) for x, y in zip(row, before)]
-
-
-def show(name, numbers):
-    text = pack(numbers)
-    print(f"static const char {name}[] =")
-    for i in range(0, len(text), 92):                       # '??' would begin a trigraph
-        print('    "' + text[i:i + 92].replace("??", '?""?')
-              + ('"' if i + 92 < len(text) else '";'))
+def pack_pairs(pairs):
+    """The code point, less the one before; kind; first, less the one before of this kind; second,
+    less the one before, where there is one."""
+    packer, code, kind, first, second = Packer(), 0, 0, [0, 0, 0], 0
+    for pair in pairs:
+        packer.number(pair[0] - code, kind)
+        packer.number(pair[1], 3 + kind)
+        code, kind = pair[:2]
+        step = pair[2] - first[kind]
+        packer.number(step, 6 + kind)
+        first[kind] = pair[2]
+        if kind:
+            packer.number(pair[3] - second, 9 + kind + 100 * step)
+            second = pair[3]
+    packer.number(0x110000 - code, kind)                    # the end
+    return packer
 
 
 if __name__ == "__main__":
     print(f"/* Packed by test/make_unicode_tables.py, as tokenizers {tokenizers.__version__}"
           " has them. */")
-    for table, values in zip(("sc__word_table", "sc__grapheme_table"), read_kinds()):
-        show(table, runs(values))
-    show("sc__lower_table", runs(read_lower()))
-    show("sc__class_table", runs(read_classes()))
-    for table, rows in zip(("sc__composed_table", "sc__split_table", "sc__replaced_table"),
-                           read_pairs()):
-        show(table, differences(rows))
+    kinds, classes, lower = read_kinds(), read_classes(), read_lower()
+    pack_facts([(kinds.get(c, 0), classes.get(c, 0), lower.get(c, 0))
+                for c in range(0x110000)]).show("sc__facts_text")
+    pack_pairs(read_pairs()).show("sc__pairs_text")
