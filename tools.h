@@ -704,7 +704,7 @@ typedef struct sc_option {
 
 /* Is `text` one of "this|that"? */
 static bool is_listed(const char *list, const char *text) {
-    return strstr(formatted("|%s|", list), formatted("|%s|", text)) != NULL;
+    return !strchr(text, '|') && strstr(formatted("|%s|", list), formatted("|%s|", text));
 }
 
 /* Numbers separated by commas, as many as the option takes at most. */

@@ -40,10 +40,16 @@ fails 2 "merge takes --lora" ./shortcut merge lora.safetensors
 fails 2 "from 1 to" train --rank 0
 fails 2 "takes N,N" train --self-steps 4,a
 fails 2 "even" train --self-steps 3
+fails 2 "even" train --self-steps 0
 fails 2 "3:1@1.5 8:0.5" train --scales "3:1 8:.5"
 fails 2 "3:1@1.5 8:0.5" train --scales "3:1@ 8:0.5"
 fails 2 "auto|cpu|cuda" sample --device tpu
 fails 2 "auto|cpu|cuda" ./shortcut --device ""
+fails 2 "auto|cpu|cuda" sample --device "auto|cpu"
+fails 2 "from 0 up" sample --cfg -1
+fails 2 "needs --cfg" sample --negative y
+fails 2 "needs --cfg" train --cfg-student
+fails 2 "not for --pretrain" train --pretrain --cfg 2
 fails 2 "auto|fp8" train --weights fp
 fails 2 "multiples of 16" sample --size 100x100
 fails 2 "WxH" sample --size 128x128x

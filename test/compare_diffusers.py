@@ -19,31 +19,35 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 MODEL, TEXT_TOKENS, ALLOWED = "data/tiny-flux", 16, 2
-CASES = [  # prompt, steps, guidance, shift
-    ("a red apple", 3, 2.0, 4.0),
-    ("an elephant", 8, 3.5, 3.0),
-    ("a Snowman, in the  RAIN \u2603 caf\u00e9", 4, 1.0, 1.0),
-    ("", 2, 5.0, 2.0),
+CASES = [  # prompt, steps, guidance, shift, true CFG, negative prompt
+    ("a red apple", 3, 2.0, 4.0, 0, None),
+    ("an elephant", 8, 3.5, 3.0, 0, None),
+    ("a Snowman, in the  RAIN \u2603 caf\u00e9", 4, 1.0, 1.0, 0, None),
+    ("", 2, 5.0, 2.0, 0, None),
+    ("a rocket", 4, 1.5, 3.0, 2.5, "a guitar"),
 ]
 
 
 def ours(folder, case, noise, lora):
-    prompt, steps, guidance, shift = case
+    prompt, steps, guidance, shift, cfg, negative = case
     files = {name: os.path.join(folder, name) for name in ("noise.safetensors", "latents.safetensors", "ours.png")}
     save_file({"noise": noise}, files["noise.safetensors"])
     subprocess.run(["./sample", prompt, str(steps), "--model", MODEL, "--guidance", str(guidance), "--shift", str(shift),
                     "--noise", files["noise.safetensors"], "--latents", files["latents.safetensors"],
                     "--out", files["ours.png"], "--device", "cpu"]
+                   + (["--cfg", str(cfg), "--negative", negative] if cfg else [])
                    + (["--lora", f"{lora}:1"] if lora else ["--no-lora"]), check=True, capture_output=True)
     return (np.asarray(Image.open(files["ours.png"]).convert("RGB")).astype(int),
             load_file(files["latents.safetensors"])["latents"])
 
 
 def theirs(pipe, case, noise):
-    prompt, steps, guidance, shift = case
+    prompt, steps, guidance, shift, cfg, negative = case
     pipe.scheduler.set_shift(shift)
     arguments = dict(prompt=prompt, num_inference_steps=steps, guidance_scale=guidance, latents=noise.clone(),
                      height=128, width=128, max_sequence_length=TEXT_TOKENS)
+    if cfg:
+        arguments.update(true_cfg_scale=cfg, negative_prompt=negative)
     latents = pipe(**arguments, output_type="latent").images
     picture = pipe(**arguments, output_type="np").images[0]
     return np.rint(picture * 255).astype(int), latents

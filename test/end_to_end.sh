@@ -34,7 +34,7 @@ check "resumed LoRA is the same but for its command line" quiet ./shortcut info 
 tail -c 100000 "$dir/lora.safetensors" >"$dir/x"
 tail -c 100000 "$dir/six.safetensors" >"$dir/y"
 check "resumed training equals uninterrupted training bit for bit" same "$dir/x" "$dir/y"
-for mode in "--fm-ratio 0.5" "--full --ema-restart 2" "--pretrain" "--pretrain --fm-ratio 0.5" "--distill-guidance"; do
+for mode in "--fm-ratio 0.5" "--cfg 2" "--cfg 2 --cfg-student --fm-ratio .5" "--full --ema-restart 2" "--pretrain" "--pretrain --fm-ratio 0.5" "--distill-guidance"; do
     all="$dir/pairs --steps 4 --batch 2 $mode --save 0 --preview 0 --out $dir/whole"
     check "$mode" quiet ./train $all --run "$dir/run1"
     check "$mode, interrupted" quiet ./train $all --run "$dir/run2" --stop-after 2
@@ -46,6 +46,12 @@ for mode in "--fm-ratio 0.5" "--full --ema-restart 2" "--pretrain" "--pretrain -
     check "$mode: so does its loss.csv" same "$dir/run1/loss.csv" "$dir/run2/loss.csv"
     rm -rf "$dir/run1" "$dir/run2" "$dir/whole"
 done
+check "true CFG" quiet ./sample "a red apple" 3 --no-lora --cfg 2 --negative "a banana" --out "$dir/e.png"
+check "changes the picture" differ "$dir/a.png" "$dir/e.png"
+check "is in it" grep -qa "Negative prompt: a banana" "$dir/e.png"
+check "with 1" quiet ./sample "a red apple" 3 --no-lora --cfg 1 --latents "$dir/l0" --out "$dir/e.png"
+check "without" quiet ./sample "a red apple" 3 --no-lora --latents "$dir/l1" --out "$dir/e.png"
+check "are equal" same "$dir/l0" "$dir/l1"
 check "LoRA" quiet ./sample "a red apple" 3 --lora "$dir/lora.safetensors" --out "$dir/e.png"
 check "changes the picture" differ "$dir/a.png" "$dir/e.png"
 check "with scale 0" quiet ./sample "a red apple" 3 --lora "$dir/lora.safetensors:0" --latents "$dir/l0" --out "$dir/f.png"
