@@ -592,18 +592,8 @@ bool sc_vae_encode(sc_vae *vae, int64_t batch, int64_t height, int64_t width,
 bool sc_vae_decode(sc_vae *vae, int64_t batch, int64_t height, int64_t width,
                    const float *latents, float *pictures, size_t memory);
 
-/* In place, n values: mean becomes (mean - shift) * scale, logvar its std deviation * scale. */
-void sc_vae_normalise(const sc_vae *vae, int64_t n, float *mean, float *logvar);
-void sc_vae_unnormalise(const sc_vae *vae, int64_t n, float *latents);
 /* z[n] ~ N(mean, std^2), for normalised latents, packed or not. */
 void sc_sample_posterior(sc_rng *rng, int64_t n, const float *mean, const float *std, float *z);
-
-/* Latents [B,C,h,w] <-> FLUX's tokens [B, h/2 * w/2, 4C], h and w even: a token is a 2x2 square,
- * channel by channel (diffusers: FluxPipeline._pack_latents). */
-void sc_pack_latents(int64_t batch, int64_t channels, int64_t h, int64_t w, const float *latents,
-                     float *tokens);
-void sc_unpack_latents(int64_t batch, int64_t channels, int64_t h, int64_t w, const float *tokens,
-                       float *latents);
 
 /* ==== Text encoders: CLIP (pooled vector) and T5 (a vector for each token) ==== */
 typedef struct sc_text_encoders sc_text_encoders;
@@ -632,10 +622,10 @@ typedef struct sc_picture {
     float *rgb;                 /* [3, height, width] in [-1, 1]; freed by sc_picture_free */
 } sc_picture;
 
-/* From decoded pixels, row by row: 1 to 4 channels (grey, grey + alpha, RGB, RGBA) of 8 or 16 bits.
+/* From decoded pixels, row by row: 1 to 4 channels (grey, grey + alpha, RGB, RGBA) of 16 bits.
  * Alpha is composited on white; `orientation` is EXIF's, 1 to 8. */
-bool sc_picture_from_pixels(sc_picture *p, const void *pixels, int width, int height, int channels,
-                            int bits, int orientation);
+bool sc_picture_from_pixels(sc_picture *p, const uint16_t *pixels, int width, int height,
+                            int channels, int orientation);
 /* To 8-bit pixels [height, width, 3]. */
 void sc_picture_to_pixels(const sc_picture *p, uint8_t *pixels);
 void sc_picture_free(sc_picture *p);
@@ -959,10 +949,10 @@ bool sc_euler(const sc_model *model, sc_tape *t, const sc_sampling *s, int ndim,
                        (long long)batch);
     if (!(s->shift > 0))
         return sc_fail("a sample with a time shift of %g: it must be positive", (double)s->shift);
-    float *times = sc__floats(t, s->steps + 1, 0), *time = sc__floats(t, batch, 0);
-    float *guidance = sc__floats(t, batch, s->guidance), *cfg = sc__floats(t, batch, s->cfg);
-    float *one = sc__floats(t, batch, 1), *delta = sc__floats(t, batch, 0);
-    if (!times || !time || !guidance || !cfg || !one || !delta) return false;
+    float *times = sc__floats(t, s->steps + 1, 0), *guidance = sc__floats(t, batch, s->guidance);
+    float *cfg = sc__floats(t, batch, s->cfg), *one = sc__floats(t, 3 * batch, 1);
+    float *time = one + batch, *delta = time + batch;
+    if (!times || !guidance || !cfg || !one) return false;
     const sc_query query = {0, s->sets, time, guidance, s->cfg ? cfg : NULL};
     sc_schedule(times, s->steps, s->shift);
     sc_mark mark = sc_tape_mark(t); /* each step's tensors are given back after it */
@@ -1059,15 +1049,10 @@ bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int
     sc_mark mark = sc_tape_mark(t);
     sc_tensor *x = sc_samples(t, x_of_all, from, n);
     sc_tensor *target = sc_samples(t, target_of_all, from, n);
-    float *t0 = sc__floats(t, n, 0), *t1 = sc__floats(t, n, 0), *g = sc__floats(t, n, 0);
-    float *one = sc__floats(t, n, 1), *minus_d1 = sc__floats(t, n, 0);
-    float *part1 = sc__floats(t, n, 0), *part2 = sc__floats(t, n, 0);
-    float *cfg1 = sc__floats(t, n, 1), *cfg2 = sc__floats(t, n, 1);
-    uint8_t *set1 = (uint8_t *)sc_tape_host(t, (size_t)n);
-    uint8_t *set2 = (uint8_t *)sc_tape_host(t, (size_t)n);
-    if (!x || !target || !t0 || !t1 || !g || !one || !minus_d1 || !part1 || !part2 || !cfg1 ||
-        !cfg2 || !set1 || !set2)
-        return false;
+    float *one = sc__floats(t, 9 * n, 1), *t0 = one + n, *t1 = t0 + n, *g = t1 + n, *cfg1 = g + n;
+    float *cfg2 = cfg1 + n, *minus_d1 = cfg2 + n, *part1 = minus_d1 + n, *part2 = part1 + n;
+    uint8_t *set1 = (uint8_t *)sc_tape_host(t, (size_t)(2 * n)), *set2 = set1 + n;
+    if (!x || !target || !one || !set1) return false;
     for (int64_t i = 0; i < n; i++) {
         const sc_draw *d = &draws[from + i];
         float d1 = d->t[0] - d->t[1], d2 = d->t[1] - d->t[2];
@@ -1410,10 +1395,10 @@ static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x,
         return sc_fail("true CFG without an empty or negative prompt"), NULL;
     bool recording = sc_tape_record(t, false);
     if (recording) guided = n;
-    float *time = sc__floats(t, n + guided, 0), *guidance = sc__floats(t, n + guided, 0);
-    float *rest = sc__floats(t, guided, 1);
+    float *rest = sc__floats(t, guided + 2 * (n + guided), 1), *time = rest + guided;
+    float *guidance = time + n + guided;
     uint8_t *sets = (uint8_t *)sc_tape_host(t, (size_t)(n + guided));
-    if (!time || !guidance || !rest || !sets) return NULL;
+    if (!rest || !sets) return NULL;
     for (int64_t i = 0; i < n + guided; i++) {
         int64_t j = i < n ? i : i - n;
         time[i] = q->time[j], guidance[i] = q->guidance[j], sets[i] = q->sets ? q->sets[j] : 0;
@@ -1470,11 +1455,9 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     sc_tape_reset(t);
     sc_tape_record(t, false);
     sc_draw *draws = (sc_draw *)sc_tape_host(t, (size_t)n * sizeof *draws);
-    float *time = sc__floats(t, n, 0), *guidance = sc__floats(t, n, 0), *cfg = sc__floats(t, n, 1);
-    float *one = sc__floats(t, n, 1);
-    uint8_t *student = (uint8_t *)sc_tape_host(t, (size_t)n);
-    uint8_t *teacher = (uint8_t *)sc_tape_host(t, (size_t)n);
-    if (!draws || !time || !guidance || !cfg || !one || !student || !teacher) return false;
+    float *one = sc__floats(t, 4 * n, 1), *time = one + n, *guidance = time + n, *cfg = time + 2 * n;
+    uint8_t *student = (uint8_t *)sc_tape_host(t, (size_t)(2 * n)), *teacher = student + n;
+    if (!draws || !one || !student) return false;
     /* Steps 2 to 4: chance. Flow matching comes first, then the teacher's case, then the student's
      * own: neighbours with the same set share their matrix products. Only the draws are sorted, not
      * the pictures, on which they do not depend. */
@@ -6422,7 +6405,8 @@ bool sc_vae_decode(sc_vae *v, int64_t batch, int64_t h, int64_t w, const float *
 
 /* ---- Latents ---- */
 
-void sc_vae_normalise(const sc_vae *v, int64_t n, float *mean, float *logvar) {
+/* In place: mean becomes (mean - shift) * scale, logvar its std deviation * scale. */
+static void sc__vae_normalise(const sc_vae *v, int64_t n, float *mean, float *logvar) {
     float scale = v->config.scale, shift = v->config.shift;
     for (int64_t i = 0; i < n; i++) {
         mean[i] = (mean[i] - shift) * scale;
@@ -6430,7 +6414,7 @@ void sc_vae_normalise(const sc_vae *v, int64_t n, float *mean, float *logvar) {
     }
 }
 
-void sc_vae_unnormalise(const sc_vae *v, int64_t n, float *latents) {
+static void sc__vae_unnormalise(const sc_vae *v, int64_t n, float *latents) {
     for (int64_t i = 0; i < n; i++) latents[i] = latents[i] / v->config.scale + v->config.shift;
 }
 
@@ -6439,7 +6423,8 @@ void sc_sample_posterior(sc_rng *rng, int64_t n, const float *mean, const float 
     for (int64_t i = 0; i < n; i++) z[i] = mean[i] + std[i] * z[i];
 }
 
-/* tokens[b, i/2, j/2, (c, i%2, j%2)] <-> latents[b, c, i, j] */
+/* Latents [B,C,h,w], h and w even <-> FLUX's tokens [B, h/2 * w/2, 4C], 2x2 squares, channel by
+ * channel: tokens[b, i/2, j/2, (c, i%2, j%2)] (diffusers: FluxPipeline._pack_latents). */
 static void sc__pack(int64_t batch, int64_t channels, int64_t h, int64_t w, float *tokens,
                      float *latents, bool pack) {
     for (int64_t at = 0; at < batch * channels * h * w; at++) {
@@ -6449,15 +6434,6 @@ static void sc__pack(int64_t batch, int64_t channels, int64_t h, int64_t w, floa
         if (pack) *packed = latents[at];
         else latents[at] = *packed;
     }
-}
-
-void sc_pack_latents(int64_t batch, int64_t channels, int64_t h, int64_t w, const float *latents,
-                     float *tokens) {
-    sc__pack(batch, channels, h, w, tokens, (float *)latents, true);
-}
-void sc_unpack_latents(int64_t batch, int64_t channels, int64_t h, int64_t w, const float *tokens,
-                       float *latents) {
-    sc__pack(batch, channels, h, w, (float *)tokens, latents, false);
 }
 
 /* ==== Tokenizers ============================================================= >>tokens =======
@@ -7514,27 +7490,21 @@ static bool sc__picture_new(sc_picture *p, int64_t width, int64_t height) {
 }
 
 /* EXIF orientations: 5 to 8 swap the axes; some axes of the stored picture run backwards. */
-bool sc_picture_from_pixels(sc_picture *p, const void *pixels, int width, int height, int channels,
-                            int bits, int orientation) {
-    bool swap = orientation > 4, wide = bits == 16;
+bool sc_picture_from_pixels(sc_picture *p, const uint16_t *pixels, int width, int height,
+                            int channels, int orientation) {
+    bool swap = orientation > 4;
     bool flip_x = orientation == 2 || orientation == 3 || orientation == 7 || orientation == 8;
     bool flip_y = orientation == 3 || orientation == 4 || orientation == 6 || orientation == 7;
-    if (channels < 1 || channels > 4 || (bits != 8 && bits != 16))
-        return sc_fail("pixels have %d channels of %d bits; 1 to 4 of 8 or 16 are supported",
-                        channels, bits);
+    if (channels < 1 || channels > 4) return sc_fail("%d channels of pixels, not 1 to 4", channels);
     if (!sc__picture_new(p, swap ? height : width, swap ? width : height)) return false;
     int64_t area = (int64_t)width * height;
-    const uint8_t *bytes = (const uint8_t *)pixels;
-    const uint16_t *words = (const uint16_t *)pixels;
     for (int64_t i = 0; i < area; i++) {
         int64_t x = i % p->width, y = i / p->width, sx = swap ? y : x, sy = swap ? x : y;
         if (flip_x) sx = width - 1 - sx;
         if (flip_y) sy = height - 1 - sy;
         float value[4];
-        for (int c = 0; c < channels; c++) {
-            int64_t at = (sy * width + sx) * channels + c;
-            value[c] = wide ? (float)words[at] / 65535 : (float)bytes[at] / 255;
-        }
+        for (int c = 0; c < channels; c++)
+            value[c] = (float)pixels[(sy * width + sx) * channels + c] / 65535;
         float alpha = channels % 2 == 0 ? value[channels - 1] : 1;
         for (int c = 0; c < 3; c++)
             p->rgb[c * area + i] = 2 * (value[channels > 2 ? c : 0] * alpha + 1 - alpha) - 1;
@@ -8063,9 +8033,9 @@ bool sc_pipeline_encode(sc_pipeline *p, const float *rgb, int width, int height,
     bool ok = latents && sc_vae_encode(p->vae, 1, height, width, rgb, latents, latents + n,
                                        sc__vae_memory(p));
     if (ok) {
-        sc_vae_normalise(p->vae, n, latents, latents + n);
-        sc_pack_latents(1, channels, h, w, latents, mean);
-        sc_pack_latents(1, channels, h, w, latents + n, std);
+        sc__vae_normalise(p->vae, n, latents, latents + n);
+        sc__pack(1, channels, h, w, mean, latents, true);
+        sc__pack(1, channels, h, w, std, latents + n, true);
     }
     SC_FREE(latents);
     return ok;
@@ -8079,8 +8049,8 @@ bool sc_pipeline_decode(sc_pipeline *p, const float *tokens, int batch, int h, i
     float *latents = (float *)sc__alloc((size_t)n, sizeof *latents);
     if (!latents) return false;
     if (!p->backend->on_host) sc_tape_reserve(p->tape, 0); /* its memory is the VAE's now */
-    sc_unpack_latents(batch, channels, 2 * h, 2 * w, tokens, latents);
-    sc_vae_unnormalise(p->vae, n, latents);
+    sc__pack(batch, channels, 2 * h, 2 * w, (float *)tokens, latents, false);
+    sc__vae_unnormalise(p->vae, n, latents);
     bool ok = sc_vae_decode(p->vae, batch, 2 * h, 2 * w, latents, rgb, sc__vae_memory(p));
     SC_FREE(latents);
     return ok;

@@ -278,7 +278,7 @@ bool sc_picture_load(sc_picture *p, const char *path) {
     size_t size = 0;
     int width, height, channels;
     uint8_t *bytes = (uint8_t *)sc_read_file(path, &size), *more;
-    void *pixels = NULL;
+    uint16_t *pixels = NULL; /* 8 bits times 257: the same part of the largest number */
     *p = (sc_picture){0};
     if (!bytes) return false;
     const char *fault = "not a PNG or JPEG picture" CONVERT_IT;
@@ -298,15 +298,10 @@ bool sc_picture_load(sc_picture *p, const char *path) {
         (int64_t)width * height > MAX_PIXELS)
         ok = sc_fail("%s: %d x %d pixels; at most %d million are supported", path, width, height,
                      MAX_PIXELS / 1000000);
-    bool deep = ok && stbi_is_16_bit_from_memory(bytes, (int)size);
-    if (ok && deep)
-        pixels = stbi_load_16_from_memory(bytes, (int)size, &width, &height, &channels, 0);
-    if (ok && !deep)
-        pixels = stbi_load_from_memory(bytes, (int)size, &width, &height, &channels, 0);
+    if (ok) pixels = stbi_load_16_from_memory(bytes, (int)size, &width, &height, &channels, 0);
     if (ok && !pixels)
         ok = sc_fail("%s: cannot decode: %s%s", path, stbi_failure_reason(), CONVERT_IT);
-    ok = ok && sc_picture_from_pixels(p, pixels, width, height, channels, deep ? 16 : 8,
-                                      orientation_of(&a));
+    ok = ok && sc_picture_from_pixels(p, pixels, width, height, channels, orientation_of(&a));
     stbi_image_free(pixels);
     free(a.exif.data);
     free(a.raw.data);
