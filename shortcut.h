@@ -1455,7 +1455,7 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     sc_tape_reset(t);
     sc_tape_record(t, false);
     sc_draw *draws = (sc_draw *)sc_tape_host(t, (size_t)n * sizeof *draws);
-    float *one = sc__floats(t, 4 * n, 1), *time = one + n, *guidance = time + n, *cfg = time + 2 * n;
+    float *one = sc__floats(t, 4 * n, 1), *time = one + n, *cfg = time + n, *guidance = cfg + n;
     uint8_t *student = (uint8_t *)sc_tape_host(t, (size_t)(2 * n)), *teacher = student + n;
     if (!draws || !one || !student) return false;
     /* Steps 2 to 4: chance. Flow matching comes first, then the teacher's case, then the student's
