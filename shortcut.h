@@ -2935,12 +2935,8 @@ static sc_matrix sc__part(const sc_tensor *x, const void *values, int64_t first,
     return sc__matrix((const char *)values + skip, x->dtype, ld, transposed);
 }
 
-/* The next run of samples from *sample on that use the same set: its set, its samples. */
-static sc_set sc__next_run(const sc_tape *t, int64_t batch, int64_t *sample, int64_t *count) {
-    sc_set set = t->sets ? (sc_set)t->sets[*sample] : SC_TEACHER;
-    for (*count = 1; *sample + *count < batch; ++*count)
-        if (t->sets && t->sets[*sample + *count] != set) break;
-    return set;
+static sc_set sc__set_of(const sc_tape *t, int64_t sample) {
+    return t->sets ? (sc_set)t->sets[sample] : SC_TEACHER;
 }
 
 static void sc__lora_backward(sc_tape *t, sc__op *op) {
@@ -2978,15 +2974,11 @@ static void sc__linear_backward(sc_tape *t, sc__op *op) {
     if (bias && bias->grad) t->be->column_sum((float *)bias->grad, y->grad, rows, out);
 }
 
-/* What a layer computes: y[:, at ...] = sum, or gelu(sum). sum is y itself, or the tensor that the
- * gradient in front of the GELU belongs to, or NULL: a GELU that is not recorded. */
-typedef struct sc__linear_output { sc_tensor *y; int64_t at; sc_tensor *sum; } sc__linear_output;
-
-/* Sets the rows of one run of samples with one set to the adapters' part, and records it. */
-static bool sc__linear_lora(sc_tape *t, sc_tensor *x, const sc__linear_output *o,
-                            const sc_linear_layer *l, sc_set set, int64_t first, int64_t rows) {
+/* Sets the rows of a run of samples with one set, in y's columns from `at` on, to the adapters'
+ * part, and records it as a part of `sum`, whose gradient is that of the layer's output. */
+static bool sc__linear_lora(sc_tape *t, sc_tensor *x, const sc_linear_layer *l, sc_tensor *y,
+                            int64_t at, sc_tensor *sum, sc_set set, int64_t first, int64_t rows) {
     int64_t in = sc__last(x), out = l->weight->shape[0];
-    sc_matrix y = sc__part(o->y, o->y->data, first, o->at, false);
     float beta = 0;
     for (const sc_adapter *lora = l->adapters; lora; lora = lora->next) {
         if (!lora->a[set]) continue;
@@ -2995,40 +2987,16 @@ static bool sc__linear_lora(sc_tape *t, sc_tensor *x, const sc__linear_output *o
         t->be->gemm(rows, lora->rank, in, 1, sc__part(x, x->data, first, 0, false),
                     sc__whole(lora->a[set], true), 0, sc__whole(u, false), NULL);
         t->be->gemm(rows, out, lora->rank, lora->scale, sc__whole(u, false),
-                    sc__whole(lora->b[set], true), beta, y, NULL);
+                    sc__whole(lora->b[set], true), beta, sc__part(y, y->data, first, at, false),
+                    NULL);
         beta = 1;
         sc__record(t, (sc__op){sc__lora_backward, NULL, {x, lora->a[set], lora->b[set], u},
-                               {o->sum}, {first, set}, 0, lora});
+                               {sum}, {first, set}, 0, lora});
     }
     if (beta == 0) { /* this set adds nothing; the other columns are not written yet */
-        int64_t size = sc__last(o->y) * sc_dtype_size(y.dtype);
-        t->be->zero((char *)o->y->data + first * size, (size_t)(rows * size));
+        int64_t size = sc__last(y) * sc_dtype_size(y->dtype);
+        t->be->zero((char *)y->data + first * size, (size_t)(rows * size));
     }
-    return true;
-}
-
-static bool sc__linear(sc_tape *t, sc_tensor *x, const sc_linear_layer *l, sc__linear_output o) {
-    int64_t in = sc__last(x), out = l->weight->shape[0], rows = sc__rows(x), batch = x->shape[0];
-    bool adapted = false;
-    for (int64_t sample = 0, count; sample < batch; sample += count) {
-        sc_set set = sc__next_run(t, batch, &sample, &count);
-        for (const sc_adapter *a = l->adapters; a; a = a->next) adapted = adapted || a->a[set];
-    }
-    for (int64_t sample = 0, count; adapted && sample < batch; sample += count) {
-        sc_set set = sc__next_run(t, batch, &sample, &count);
-        int64_t each = rows / batch;
-        if (!sc__linear_lora(t, x, &o, l, set, sample * each, count * each)) return false;
-    }
-    float beta = adapted ? 1.f : 0.f;
-    sc_matrix left = sc__whole(x, false), right = sc__whole(l->weight, true);
-    sc_matrix y = sc__part(o.y, o.y->data, 0, o.at, false);
-    static SC_THREAD_LOCAL uint64_t contents;
-    if (t->input != x) t->input = x, t->content = ++contents; /* no tensor is written twice */
-    left.content = t->content;
-    if (o.sum == o.y) t->be->gemm(rows, out, in, 1, left, right, beta, y, l->bias);
-    else t->be->gemm_gelu(rows, out, in, left, right, beta, y, l->bias, o.sum);
-    sc__record(t, (sc__op){sc__linear_backward, NULL, {x, l->weight, l->bias}, {o.sum}, {0}, 0,
-                           NULL});
     return true;
 }
 
@@ -3048,11 +3016,6 @@ static sc_tensor *sc__linear_new(sc_tape *t, const sc_tensor *x, const sc_linear
     return sc__new(t, cheap, x->ndim, shape);
 }
 
-sc_tensor *sc_linear(sc_tape *t, const sc_tensor *x, const sc_linear_layer *l) {
-    sc_tensor *y = sc__linear_new(t, x, l, 0, false);
-    return y && sc__linear(t, (sc_tensor *)x, l, (sc__linear_output){y, 0, y}) ? y : NULL;
-}
-
 static void sc__activate_forward(sc_tape *t, sc__op *op) {
     t->be->activate((sc_activation)op->n[0], op->out[0], op->n[1], op->in[0]);
 }
@@ -3064,20 +3027,43 @@ static sc__op sc__activation(sc_activation kind, sc_tensor *y, int64_t at, sc_te
     return (sc__op){sc__activate_backward, sc__activate_forward, {x}, {y}, {kind, at}, 0, NULL};
 }
 
-/* y[:, at ...] = gelu(linear(x)); what goes into the GELU is kept only while recording. */
-static bool sc__linear_gelu(sc_tape *t, sc_tensor *x, const sc_linear_layer *l, sc_tensor *y,
-                            int64_t at) {
-    sc_tensor *sum = t->recording ? sc__linear_new(t, x, l, 0, false) : NULL;
-    if (t->recording && !sum) return false;
-    if (!sc__linear(t, x, l, (sc__linear_output){y, at, sum})) return false;
-    if (sum) /* the product has applied the GELU */
-        sc__record(t, sc__activation(SC_GELU_TANH, y, at, sum));
-    return true;
+/* A new y with y[:, at ...] = linear(x), or gelu(linear(x)); what goes into the GELU is kept only
+ * while recording. */
+static sc_tensor *sc__linear(sc_tape *t, const sc_tensor *input, const sc_linear_layer *l,
+                             int64_t at, bool gelu) {
+    sc_tensor *x = (sc_tensor *)input, *y = sc__linear_new(t, x, l, at, gelu), *sum = y;
+    if (y && gelu) sum = t->recording ? sc__linear_new(t, x, l, 0, false) : NULL;
+    if (!y || (t->recording && !sum)) return NULL;
+    int64_t in = sc__last(x), out = l->weight->shape[0], rows = sc__rows(x), batch = x->shape[0];
+    bool adapted = false;
+    for (int64_t i = 0; i < batch; i++)
+        for (const sc_adapter *a = l->adapters; a; a = a->next)
+            adapted = adapted || a->a[sc__set_of(t, i)];
+    for (int64_t i = 0, end; adapted && i < batch; i = end) {
+        int64_t each = rows / batch;
+        sc_set set = sc__set_of(t, i);
+        for (end = i + 1; end < batch && sc__set_of(t, end) == set; end++) {}
+        if (!sc__linear_lora(t, x, l, y, at, sum, set, i * each, (end - i) * each)) return NULL;
+    }
+    float beta = adapted ? 1.f : 0.f;
+    sc_matrix left = sc__whole(x, false), right = sc__whole(l->weight, true);
+    sc_matrix to = sc__part(y, y->data, 0, at, false);
+    static SC_THREAD_LOCAL uint64_t contents;
+    if (t->input != x) t->input = x, t->content = ++contents; /* no tensor is written twice */
+    left.content = t->content;
+    if (gelu) t->be->gemm_gelu(rows, out, in, left, right, beta, to, l->bias, sum);
+    else t->be->gemm(rows, out, in, 1, left, right, beta, to, l->bias);
+    sc__record(t, (sc__op){sc__linear_backward, NULL, {x, l->weight, l->bias}, {sum}, {0}, 0,
+                           NULL});
+    if (gelu) sc__record(t, sc__activation(SC_GELU_TANH, y, at, sum));
+    return y;
 }
 
+sc_tensor *sc_linear(sc_tape *t, const sc_tensor *x, const sc_linear_layer *l) {
+    return sc__linear(t, x, l, 0, false);
+}
 sc_tensor *sc_linear_gelu(sc_tape *t, const sc_tensor *x, const sc_linear_layer *l) {
-    sc_tensor *y = sc__linear_new(t, x, l, 0, true);
-    return y && sc__linear_gelu(t, (sc_tensor *)x, l, y, 0) ? y : NULL;
+    return sc__linear(t, x, l, 0, true);
 }
 
 /* ---- The other operations: allocate, call the backend, record ---- */
@@ -3143,10 +3129,7 @@ sc_tensor *sc_concat_channels(sc_tape *t, sc_tensor *a, sc_tensor *b) {
 }
 
 sc_tensor *sc_concat_gelu(sc_tape *t, sc_tensor *a, const sc_tensor *x, const sc_linear_layer *l) {
-    int64_t width = a ? sc__last(a) : 0;
-    sc_tensor *y = a ? sc__linear_new(t, x, l, width, true) : NULL;
-    if (!y || !sc__linear_gelu(t, (sc_tensor *)x, l, y, width)) return NULL;
-    return sc__copy(t, a, y, sc__rows(a), 0, false);
+    return a ? sc__copy(t, a, sc__linear(t, x, l, sc__last(a), true), sc__rows(a), 0, false) : NULL;
 }
 
 sc_tensor *sc_slice_tokens(sc_tape *t, sc_tensor *x, int64_t from, int64_t count) {
