@@ -2592,25 +2592,18 @@ static void sc__cpu_swap_axes(sc_tensor *y, const sc_tensor *x) {
     }
 }
 
+#define SC__CPU(operation) .operation = sc__cpu_##operation
 static const sc_backend sc__cpu_backend = {
-    .name = "cpu", .activation = SC_F32, .on_host = true, .alloc = sc__cpu_alloc,
-    .release = sc__cpu_release, .memory_left = sc__cpu_memory_left, .upload = sc__cpu_upload,
-    .download = sc__cpu_download, .post = sc__cpu_post, .collect = sc__cpu_collect,
-    .zero = sc__cpu_zero, .gemm = sc__cpu_gemm, .gemm_gelu = sc__cpu_gemm_gelu,
-    .quantize = sc__cpu_quantize, .copy_block = sc__cpu_copy_block,
-    .column_sum = sc__cpu_column_sum, .blend = sc__cpu_blend,
-    .embed_timestep = sc__cpu_embed_timestep, .activate = sc__cpu_activate,
-    .activate_backward = sc__cpu_activate_backward, .multiply = sc__cpu_multiply,
-    .ln_modulate = sc__cpu_ln_modulate, .ln_modulate_backward = sc__cpu_ln_modulate_backward,
-    .gated_residual = sc__cpu_gated_residual,
-    .gated_residual_backward = sc__cpu_gated_residual_backward, .norm_rope = sc__cpu_norm_rope,
-    .norm_rope_backward = sc__cpu_norm_rope_backward, .attention = sc__cpu_attention,
-    .attention_backward = sc__cpu_attention_backward, .layer_norm = sc__cpu_layer_norm,
-    .rms_norm = sc__cpu_rms_norm, .embed_tokens = sc__cpu_embed_tokens,
-    .group_sums = sc__cpu_group_sums, .group_norm = sc__cpu_group_norm, .conv2d = sc__cpu_conv2d,
-    .upsample = sc__cpu_upsample, .swap_axes = sc__cpu_swap_axes, .mse = sc__cpu_mse,
-    .mse_backward = sc__cpu_mse_backward,
-    .update = sc__cpu_update,
+    .name = "cpu", .activation = SC_F32, .on_host = true,
+    SC__CPU(alloc), SC__CPU(release), SC__CPU(memory_left), SC__CPU(upload), SC__CPU(download),
+    SC__CPU(post), SC__CPU(collect), SC__CPU(zero), SC__CPU(gemm), SC__CPU(gemm_gelu),
+    SC__CPU(quantize), SC__CPU(copy_block), SC__CPU(column_sum), SC__CPU(blend),
+    SC__CPU(embed_timestep), SC__CPU(activate), SC__CPU(activate_backward), SC__CPU(multiply),
+    SC__CPU(ln_modulate), SC__CPU(ln_modulate_backward), SC__CPU(gated_residual),
+    SC__CPU(gated_residual_backward), SC__CPU(norm_rope), SC__CPU(norm_rope_backward),
+    SC__CPU(attention), SC__CPU(attention_backward), SC__CPU(layer_norm), SC__CPU(rms_norm),
+    SC__CPU(embed_tokens), SC__CPU(group_sums), SC__CPU(group_norm), SC__CPU(conv2d),
+    SC__CPU(upsample), SC__CPU(swap_axes), SC__CPU(mse), SC__CPU(mse_backward), SC__CPU(update),
 };
 
 const sc_backend *sc_cpu(void) {
