@@ -3066,22 +3066,15 @@ sc_tensor *sc_activate(sc_tape *t, sc_activation kind, sc_tensor *x) {
     return sc__run_op(t, sc__activation(kind, y, 0, x));
 }
 
-/* A block of `rows` rows: dst[r, dst_at ...] (+)= src[r, src_at ...], in the activations' type. */
-static void sc__copy_columns(sc_tape *t, void *dst, int64_t dst_ld, int64_t dst_at, const void *src,
-                             int64_t src_ld, int64_t src_at, int64_t rows, int64_t columns,
-                             bool add) {
-    int64_t size = sc_dtype_size(t->be->activation);
-    t->be->copy_block((char *)dst + dst_at * size, dst_ld, (const char *)src + src_at * size,
-                      src_ld, rows, columns, t->be->activation, add);
-}
-
 /* `rows` rows of x and of y, of which one may be wider: its part begins at column `at`. */
 static void sc__copy_rows(sc_tape *t, const sc__op *op, bool back, bool add) {
     const sc_tensor *x = op->in[0], *y = op->out[0];
-    int64_t rows = op->n[0], at = op->n[1], wx = sc_count(x) / rows, wy = sc_count(y) / rows;
-    int64_t x_at = wx > wy ? at : 0, y_at = wx > wy ? 0 : at, width = wx < wy ? wx : wy;
-    if (back) sc__copy_columns(t, x->grad, wx, x_at, y->grad, wy, y_at, rows, width, add);
-    else sc__copy_columns(t, y->data, wy, y_at, x->data, wx, x_at, rows, width, add);
+    int64_t rows = op->n[0], wx = sc_count(x) / rows, wy = sc_count(y) / rows;
+    int64_t skip = op->n[1] * sc_dtype_size(x->dtype), width = wx < wy ? wx : wy;
+    char *px = (char *)(back ? x->grad : x->data) + (wx > wy ? skip : 0);
+    char *py = (char *)(back ? y->grad : y->data) + (wx > wy ? 0 : skip);
+    if (back) t->be->copy_block(px, wx, py, wy, rows, width, x->dtype, add);
+    else t->be->copy_block(py, wy, px, wx, rows, width, x->dtype, add);
 }
 static void sc__copy_forward(sc_tape *t, sc__op *op) { sc__copy_rows(t, op, false, op->n[2]); }
 static void sc__copy_backward(sc_tape *t, sc__op *op) {
