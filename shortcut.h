@@ -1800,31 +1800,29 @@ static void sc__sgemm(bool ta, bool tb, int m, int n, int k, float alpha, const 
 }
 #endif
 
-/* The f32 values of a stored [rows, cols] matrix: itself, or widened into `buffer`. */
-static const float *sc__widen(sc_matrix a, int64_t rows, int64_t columns, float *buffer) {
-    if (a.dtype == SC_F32) return (const float *)a.data;
+/* A stored [rows, columns] matrix in f32: itself, or widened into *buffer, which then moves on. */
+static sc_matrix sc__widen(sc_matrix a, int64_t rows, int64_t columns, float **buffer) {
+    if (a.dtype == SC_F32) return a;
     int64_t size = sc_dtype_size(a.dtype);
+    float *wide = *buffer;
     SC_PARALLEL_FOR
     for (int64_t r = 0; r < rows; r++) {
-        float *to = buffer + r * columns;
+        float *to = wide + r * columns;
         sc_to_f32(to, (const char *)a.data + r * a.ld * size, a.dtype, columns);
         if (a.scale) SC_SIMD for (int64_t c = 0; c < columns; c++) to[c] *= a.scale[r];
     }
-    return buffer;
+    *buffer += rows * columns;
+    return (sc_matrix){wide, SC_F32, columns, a.transposed, NULL, 0};
 }
 
 static void sc__cpu_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, sc_matrix b,
                          float beta, sc_matrix c, const sc_tensor *bias) {
-    int64_t a_rows = a.transposed ? k : m, a_columns = a.transposed ? m : k;
-    int64_t b_rows = b.transposed ? n : k, b_columns = b.transposed ? k : n;
-    int64_t a_wide = a.dtype != SC_F32 ? a_rows * a_columns : 0,
-            b_wide = b.dtype != SC_F32 ? b_rows * b_columns : 0;
-    float *buffer = a_wide + b_wide ? sc__scratch(a_wide + b_wide) : NULL;
-    if (a_wide + b_wide && !buffer) return;
-    const float *pa = sc__widen(a, a_rows, a_columns, buffer);
-    const float *pb = sc__widen(b, b_rows, b_columns, buffer ? buffer + a_wide : NULL);
-    if (pa != a.data) a.ld = a_columns;
-    if (pb != b.data) b.ld = b_columns;
+    int64_t wide = (a.dtype != SC_F32 ? m * k : 0) + (b.dtype != SC_F32 ? n * k : 0);
+    float *buffer = sc__scratch(wide);
+    if (wide && !buffer) return;
+    a = sc__widen(a, a.transposed ? k : m, a.transposed ? m : k, &buffer);
+    b = sc__widen(b, b.transposed ? n : k, b.transposed ? k : n, &buffer);
+    const float *pa = (const float *)a.data, *pb = (const float *)b.data;
     float *pc = (float *)c.data;
     const float *add = bias ? sc__f(bias) : NULL;
     /* Cut the longer side of C into one slice per thread, in multiples of 16. */
