@@ -1774,27 +1774,29 @@ static float *sc__scratch(int64_t floats) {
 /* C = alpha op(A) op(B) + beta C on this thread; row-major, op(A) [m,k], op(B) [k,n]. */
 #ifdef SHORTCUT_OPENBLAS
 #include <cblas.h>
-static void sc__sgemm(bool ta, bool tb, int m, int n, int k, float alpha, const float *a, int lda,
-                      const float *b, int ldb, float beta, float *c, int ldc) {
-    cblas_sgemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, m, n,
-                k, alpha, a, lda, b, ldb, beta, c, ldc);
+static void sc__sgemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, float alpha,
+                      const float *a, int64_t lda, const float *b, int64_t ldb, float beta,
+                      float *c, int64_t ldc) {
+    cblas_sgemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans,
+                (int)m, (int)n, (int)k, alpha, a, (int)lda, b, (int)ldb, beta, c, (int)ldc);
 }
 #else
-static void sc__sgemm(bool ta, bool tb, int m, int n, int k, float alpha, const float *a, int lda,
-                      const float *b, int ldb, float beta, float *c, int ldc) {
+static void sc__sgemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, float alpha,
+                      const float *a, int64_t lda, const float *b, int64_t ldb, float beta,
+                      float *c, int64_t ldc) {
     int64_t along = ta ? lda : 1; /* from one element of a row of op(A) to the next */
-    for (int i = 0; i < m; i++) {
-        float *row = c + (int64_t)i * ldc;
-        const float *ai = a + (ta ? i : (int64_t)i * lda), *bp = b;
-        for (int j = 0; j < n; j++) row[j] = beta == 0 ? 0 : beta * row[j];
-        for (int j = 0; tb && j < n; j++, bp += ldb) {
+    for (int64_t i = 0; i < m; i++) {
+        float *row = c + i * ldc;
+        const float *ai = a + (ta ? i : i * lda), *bp = b;
+        for (int64_t j = 0; j < n; j++) row[j] = beta == 0 ? 0 : beta * row[j];
+        for (int64_t j = 0; tb && j < n; j++, bp += ldb) {
             float sum = 0;
-            SC_SIMD_SUM(sum) for (int p = 0; p < k; p++) sum += ai[p * along] * bp[p];
+            SC_SIMD_SUM(sum) for (int64_t p = 0; p < k; p++) sum += ai[p * along] * bp[p];
             row[j] += alpha * sum;
         }
-        for (int p = 0; !tb && p < k; p++, bp += ldb) {
+        for (int64_t p = 0; !tb && p < k; p++, bp += ldb) {
             float s = alpha * ai[p * along];
-            SC_SIMD for (int j = 0; j < n; j++) row[j] += s * bp[j];
+            SC_SIMD for (int64_t j = 0; j < n; j++) row[j] += s * bp[j];
         }
     }
 }
@@ -1839,10 +1841,10 @@ static void sc__cpu_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix
             if (beta == 0) memcpy(row, add + j0, (size_t)columns * 4);
             else SC_SIMD for (int64_t j = 0; j < columns; j++) row[j] = beta * row[j] + add[j0 + j];
         }
-        sc__sgemm(a.transposed, b.transposed, (int)rows, (int)columns, (int)k, alpha,
-                  pa + (a.transposed ? i0 : i0 * a.ld), (int)a.ld,
-                  pb + (b.transposed ? j0 * b.ld : j0), (int)b.ld, add ? 1.f : beta,
-                  pc + i0 * c.ld + j0, (int)c.ld);
+        sc__sgemm(a.transposed, b.transposed, rows, columns, k, alpha,
+                  pa + (a.transposed ? i0 : i0 * a.ld), a.ld,
+                  pb + (b.transposed ? j0 * b.ld : j0), b.ld, add ? 1.f : beta,
+                  pc + i0 * c.ld + j0, c.ld);
     }
 }
 
@@ -2191,8 +2193,7 @@ static int64_t sc__attention_rows(int64_t tokens) { /* rows of a block of scores
 static void sc__softmax_scores(float *p, float *lse, const float *q, const float *k, int64_t rows,
                                int64_t tokens, int64_t size, int64_t ld, float scale,
                                const float *bias, bool causal, int64_t first) {
-    sc__sgemm(false, true, (int)rows, (int)tokens, (int)size, scale, q, (int)ld, k, (int)ld, 0, p,
-              (int)tokens);
+    sc__sgemm(false, true, rows, tokens, size, scale, q, ld, k, ld, 0, p, tokens);
     for (int64_t r = 0; r < rows; r++) {
         float *row = p + r * tokens, top = -INFINITY;
         double sum = 0; /* of parts: hundreds of equal values, as of padding, all round one way */
@@ -2217,7 +2218,7 @@ static void sc__softmax_scores(float *p, float *lse, const float *q, const float
 static void sc__cpu_attention(sc_tensor *o, float *lse, const sc_tensor *q, const sc_tensor *k,
                               const sc_tensor *v, int heads, float scale, const sc_tensor *bias,
                               bool causal) {
-    int64_t channels = q->shape[2], size = channels / heads, nq = q->shape[1], nk = k->shape[1];
+    int64_t ld = q->shape[2], d = ld / heads, nq = q->shape[1], nk = k->shape[1];
     int64_t block = sc__attention_rows(nk), blocks = (nq + block - 1) / block;
     float *scratch = sc__scratch(sc__threads() * block * nk);
     if (!scratch) return;
@@ -2227,12 +2228,11 @@ static void sc__cpu_attention(sc_tensor *o, float *lse, const sc_tensor *q, cons
                 first = task % blocks * block;
         int64_t rows = nq - first < block ? nq - first : block;
         float *p = scratch + sc__thread() * block * nk;
-        int64_t query = (b * nq + first) * channels + h * size, key = b * nk * channels + h * size;
+        int64_t query = (b * nq + first) * ld + h * d, key = b * nk * ld + h * d;
         float *sums = lse ? lse + (b * heads + h) * nq + first : NULL;
-        sc__softmax_scores(p, sums, sc__f(q) + query, sc__f(k) + key, rows, nk, size, channels,
-                           scale, bias ? sc__f(bias) + (h * nq + first) * nk : NULL, causal, first);
-        sc__sgemm(false, false, (int)rows, (int)size, (int)nk, 1, p, (int)nk, sc__f(v) + key,
-                  (int)channels, 0, sc__f(o) + query, (int)channels);
+        sc__softmax_scores(p, sums, sc__f(q) + query, sc__f(k) + key, rows, nk, d, ld, scale,
+                           bias ? sc__f(bias) + (h * nq + first) * nk : NULL, causal, first);
+        sc__sgemm(false, false, rows, d, nk, 1, p, nk, sc__f(v) + key, ld, 0, sc__f(o) + query, ld);
     }
 }
 
@@ -2240,35 +2240,31 @@ static void sc__cpu_attention(sc_tensor *o, float *lse, const sc_tensor *q, cons
 static void sc__cpu_attention_backward(const sc_tensor *o, const float *lse, sc_tensor *q,
                                        sc_tensor *k, sc_tensor *v, int heads, float scale) {
     (void)lse;
-    int64_t channels = q->shape[2], size = channels / heads, nq = q->shape[1], nk = k->shape[1];
-    int64_t block = sc__attention_rows(nk);
-    int ld = (int)channels, n = (int)nk, d = (int)size;
-    float *scratch = sc__scratch(2 * sc__threads() * block * nk);
+    int64_t ld = q->shape[2], d = ld / heads, nq = q->shape[1], n = k->shape[1];
+    int64_t block = sc__attention_rows(n);
+    float *scratch = sc__scratch(2 * sc__threads() * block * n);
     if (!scratch) return;
     float *dq = sc__sum(q), *dk = sc__sum(k), *dv = sc__sum(v);
     SC_PARALLEL_FOR
     for (int64_t task = 0; task < q->shape[0] * heads; task++) { /* a head owns its dK and dV */
-        int64_t b = task / heads, h = task % heads, key = b * nk * channels + h * size;
-        float *p = scratch + 2 * sc__thread() * block * nk, *dp = p + block * nk;
+        int64_t b = task / heads, h = task % heads, key = b * n * ld + h * d;
+        const float *pk = sc__f(k) + key, *pv = sc__f(v) + key;
+        float *p = scratch + 2 * sc__thread() * block * n, *dp = p + block * n;
         for (int64_t first = 0; first < nq; first += block) {
-            int rows = (int)(nq - first < block ? nq - first : block);
-            int64_t query = (b * nq + first) * channels + h * size;
-            const float *out = sc__f(o) + query, *dout = sc__g(o) + query;
-            sc__softmax_scores(p, NULL, sc__f(q) + query, sc__f(k) + key, rows, nk, size, channels,
-                               scale, NULL, false, first);
+            int64_t rows = nq - first < block ? nq - first : block;
+            int64_t query = (b * nq + first) * ld + h * d;
+            const float *pq = sc__f(q) + query, *out = sc__f(o) + query, *dout = sc__g(o) + query;
+            sc__softmax_scores(p, NULL, pq, pk, rows, n, d, ld, scale, NULL, false, first);
             sc__sgemm(true, false, n, d, rows, 1, p, n, dout, ld, 1, dv + key, ld);
-            sc__sgemm(false, true, rows, n, d, 1, dout, ld, sc__f(v) + key, ld, 0, dp, n);
+            sc__sgemm(false, true, rows, n, d, 1, dout, ld, pv, ld, 0, dp, n);
             for (int64_t r = 0; r < rows; r++) {
                 float dot = 0;
                 SC_SIMD_SUM(dot)
-                for (int64_t c = 0; c < size; c++) dot += out[r * ld + c] * dout[r * ld + c];
-                SC_SIMD for (int64_t c = 0; c < nk; c++) dp[r * nk + c] =
-                    p[r * nk + c] * (dp[r * nk + c] - dot);
+                for (int64_t c = 0; c < d; c++) dot += out[r * ld + c] * dout[r * ld + c];
+                SC_SIMD for (int64_t c = r * n; c < (r + 1) * n; c++) dp[c] = p[c] * (dp[c] - dot);
             }
-            sc__sgemm(false, false, rows, d, n, scale, dp, n, sc__f(k) + key, ld, 1,
-                      dq + query, ld);
-            sc__sgemm(true, false, n, d, rows, scale, dp, n, sc__f(q) + query, ld, 1,
-                      dk + key, ld);
+            sc__sgemm(false, false, rows, d, n, scale, dp, n, pk, ld, 1, dq + query, ld);
+            sc__sgemm(true, false, n, d, rows, scale, dp, n, pq, ld, 1, dk + key, ld);
         }
     }
 }
