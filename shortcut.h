@@ -1671,30 +1671,23 @@ static inline uint8_t sc__f32_to_f8(float f) {
     return (uint8_t)(sign | (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1)) >> 20);
 }
 
-/* dst[n] (f32) <- src[n] of any type. Files may have it at an odd address: then in slices. */
-void sc_to_f32(float *dst, const void *src, sc_dtype dtype, int64_t n) {
-    double aligned[512];
-    int64_t size = sc_dtype_size(dtype), slice = (int64_t)sizeof aligned / size;
-    if ((uintptr_t)src % (uintptr_t)size) {
-        for (int64_t i = 0; i < n; i += slice) {
-            int64_t count = n - i < slice ? n - i : slice;
-            memcpy(aligned, (const char *)src + i * size, (size_t)(count * size));
-            sc_to_f32(dst + i, aligned, dtype, count);
-        }
-        return;
+/* Element by element through memcpy: files may have them at an odd address. */
+#define SC__EACH(type, to_f32) \
+    for (int64_t i = 0; i < n; i++) { \
+        type value; \
+        memcpy(&value, (const char *)src + i * (int64_t)sizeof value, sizeof value); \
+        dst[i] = to_f32(value); \
     }
-    const uint16_t *half = (const uint16_t *)src;
+void sc_to_f32(float *restrict dst, const void *restrict src, sc_dtype dtype, int64_t n) {
     switch (dtype) {
     case SC_F32: memcpy(dst, src, (size_t)n * 4); break;
-    case SC_BF16: for (int64_t i = 0; i < n; i++) dst[i] = sc__bf16_to_f32(half[i]); break;
-    case SC_F16: for (int64_t i = 0; i < n; i++) dst[i] = sc__f16_to_f32(half[i]); break;
-    case SC_F8_E4M3:
-        for (int64_t i = 0; i < n; i++) dst[i] = sc__f8_to_f32(((const uint8_t *)src)[i]);
-        break;
-    case SC_F64: for (int64_t i = 0; i < n; i++) dst[i] = (float)((const double *)src)[i]; break;
-    case SC_I64: for (int64_t i = 0; i < n; i++) dst[i] = (float)((const int64_t *)src)[i]; break;
-    case SC_I32: for (int64_t i = 0; i < n; i++) dst[i] = (float)((const int32_t *)src)[i]; break;
-    case SC_U8: for (int64_t i = 0; i < n; i++) dst[i] = (float)((const uint8_t *)src)[i]; break;
+    case SC_BF16: SC__EACH(uint16_t, sc__bf16_to_f32) break;
+    case SC_F16: SC__EACH(uint16_t, sc__f16_to_f32) break;
+    case SC_F8_E4M3: SC__EACH(uint8_t, sc__f8_to_f32) break;
+    case SC_F64: SC__EACH(double, (float)) break;
+    case SC_I64: SC__EACH(int64_t, (float)) break;
+    case SC_I32: SC__EACH(int32_t, (float)) break;
+    case SC_U8: SC__EACH(uint8_t, (float)) break;
     }
 }
 
