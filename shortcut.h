@@ -1545,18 +1545,13 @@ const char *sc_error(void) { return sc__message[0] ? sc__message : "no error"; }
 
 /* Text that comes from files or the command line may hold control characters, which a terminal
  * obeys: they become ?, so that it stays one harmless line. */
-static char *sc__plain(char *text) {
-    for (char *c = text; *c; c++)
-        if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
-    return text;
-}
-
 bool sc_fail(const char *format, ...) {
     va_list args;
     va_start(args, format);
     vsnprintf(sc__message, sizeof sc__message, format, args);
     va_end(args);
-    sc__plain(sc__message);
+    for (char *c = sc__message; *c; c++)
+        if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
     return false;
 }
 
@@ -1858,10 +1853,8 @@ static void sc__cpu_quantize(uint8_t *to, float *scale, const void *from, int64_
 
 static void *sc__cpu_alloc(size_t bytes) {
     void *p = NULL;
-    if (posix_memalign(&p, 64, bytes ? bytes : 64)) {
-        sc_fail("out of memory: %zu bytes", bytes);
-        return NULL;
-    }
+    if (posix_memalign(&p, 64, bytes ? bytes : 64))
+        return sc_fail("out of memory: %zu bytes", bytes), NULL;
     return p;
 }
 static void sc__cpu_release(void *p) { free(p); }
@@ -2654,10 +2647,8 @@ static bool sc__arena_add(sc__arena *a, size_t size) {
 }
 
 static void *sc__arena_take(sc__arena *a, size_t bytes) {
-    if (bytes > SIZE_MAX / 8) {
-        sc_fail("out of memory: %zu bytes for one tensor", bytes);
-        return NULL;
-    }
+    if (bytes > SIZE_MAX / 8)
+        return sc_fail("out of memory: %zu bytes for one tensor", bytes), NULL;
     bytes = (bytes + 255) & ~(size_t)255;
     while (a->current < a->count && a->used + bytes > a->chunks[a->current].size) {
         a->current++;
@@ -2986,11 +2977,9 @@ static sc_tensor *sc__linear_new(sc_tape *t, const sc_tensor *x, const sc_linear
                                  int64_t more, bool cheap) {
     if (!x) return NULL;
     int64_t shape[SC_MAX_DIMS], in = sc__last(x);
-    if (in != l->weight->shape[1]) {
-        sc_fail("linear layer takes %lld channels, was given %lld", (long long)l->weight->shape[1],
-                 (long long)in);
-        return NULL;
-    }
+    if (in != l->weight->shape[1])
+        return sc_fail("linear layer takes %lld channels, was given %lld",
+                       (long long)l->weight->shape[1], (long long)in), NULL;
     memcpy(shape, x->shape, sizeof shape);
     shape[x->ndim - 1] = l->weight->shape[0] + more;
     return sc__new(t, cheap, x->ndim, shape);
@@ -3246,11 +3235,9 @@ sc_tensor *sc_embed_tokens(sc_tape *t, const sc_tensor *table, const int32_t *id
                            int64_t tokens) {
     sc_tensor *y = sc_new(t, 3, (const int64_t[]){batch, tokens, table->shape[1]});
     for (int64_t i = 0; i < batch * tokens; i++)
-        if (ids[i] < 0 || ids[i] >= table->shape[0]) {
-            sc_fail("token id %d is outside the table of %lld embeddings", (int)ids[i],
-                     (long long)table->shape[0]);
-            return NULL;
-        }
+        if (ids[i] < 0 || ids[i] >= table->shape[0])
+            return sc_fail("token id %d is outside the table of %lld embeddings", (int)ids[i],
+                           (long long)table->shape[0]), NULL;
     if (y) t->be->embed_tokens(y, table, ids);
     return y;
 }
@@ -3259,13 +3246,11 @@ sc_tensor *sc_conv2d(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const s
                      int stride, int pad_before) {
     if (!x) return NULL;
     const int64_t shape[] = {x->shape[0], w->shape[0], x->shape[2] / stride, x->shape[3] / stride};
-    if (w->shape[1] != x->shape[1] || w->shape[2] > 5 || shape[2] < 1 || shape[3] < 1) {
-        sc_fail("convolution: %lld channels of %lld x %lld pixels, a kernel of %lld channels, "
-                 "%lld x %lld", (long long)x->shape[1], (long long)x->shape[2],
-                 (long long)x->shape[3], (long long)w->shape[1], (long long)w->shape[2],
-                 (long long)w->shape[3]);
-        return NULL;
-    }
+    if (w->shape[1] != x->shape[1] || w->shape[2] > 5 || shape[2] < 1 || shape[3] < 1)
+        return sc_fail("convolution: %lld channels of %lld x %lld pixels, a kernel of %lld "
+                       "channels, %lld x %lld", (long long)x->shape[1], (long long)x->shape[2],
+                       (long long)x->shape[3], (long long)w->shape[1], (long long)w->shape[2],
+                       (long long)w->shape[3]), NULL;
     sc_tensor *y = sc_new(t, 4, shape);
     if (y) t->be->conv2d(y, x, w, b, stride, pad_before);
     return y;
