@@ -2878,14 +2878,7 @@ static bool sc__backward_from(sc_tape *t, int64_t first) {
     }
     return !t->failed;
 }
-
-bool sc_backward(sc_tape *t) {
-    bool recording = t->recording;
-    t->recording = true; /* for blocks that run again */
-    bool ok = sc__backward_from(t, 0);
-    t->recording = recording;
-    return ok;
-}
+bool sc_backward(sc_tape *t) { return sc__backward_from(t, 0); }
 
 /* ---- Linear layers, and LoRA: y = x W^T + bias + scale (x A^T) B^T ---- >>linear
  * The only place where LoRA exists. The thin products come first: samples next to each other with
@@ -3337,23 +3330,24 @@ typedef struct sc__block_call {
     sc_block block;
     const void *context;
     const uint8_t *sets;
-    int inputs;
-    int64_t first;              /* of a kept block: its first operation on the tape; -1 */
 } sc__block_call;
 
-/* The block's operations: those that were kept on the tape, or made now; backwards, between a mark
- * and its release. */
+/* The block's operations: those that were kept on the tape from n[1] on, or, where that is -1, made
+ * now; backwards, between a mark and its release. */
 static void sc__block_backward(sc_tape *t, sc__op *op) {
     const sc__block_call *c = (const sc__block_call *)op->extra;
-    for (int i = 0; i < c->inputs; i++) sc__grad(t, op->in[i]);
+    for (int i = 0; i < op->n[0]; i++) sc__grad(t, op->in[i]);
     sc_mark mark = sc_tape_mark(t);
-    int64_t first = c->first < 0 ? t->count : c->first;
-    if (c->first < 0) {
+    int64_t first = op->n[1];
+    if (first < 0) {
         const uint8_t *sets = t->sets;
+        bool recording = sc_tape_record(t, true);
         sc_tensor *out[2] = {NULL, NULL};
-        t->sets = c->sets;
+        first = t->count;
+        sc_tape_use(t, c->sets);
         if (!sc__run_recorded(t, c->block, c->context, op->in, out)) t->failed = true;
-        t->sets = sets;
+        sc_tape_use(t, sets);
+        sc_tape_record(t, recording);
         if (t->sizes)
             *t->sizes++ = (sc__block_bytes){t->device.taken - mark.device_taken, t->shared.taken};
         for (int i = 0; i < 2 && out[i]; i++) out[i]->grad = op->out[i]->grad;
@@ -3370,13 +3364,13 @@ bool sc_run_block(sc_tape *t, sc_block block, const void *context, sc_tensor **i
     if (!t->recording) return true;
     for (int64_t i = first; keep && i < t->count; i++)
         t->ops[i].out[0]->stale = t->ops[i].out[0]->shared;
-    sc__block_call *c = (sc__block_call *)sc__arena_take(&t->host, sizeof *c);
+    sc__block_call *c = (sc__block_call *)sc_tape_host(t, sizeof *c);
     if (!c) return false;
-    *c = (sc__block_call){block, context, t->sets, inputs, first};
+    *c = (sc__block_call){block, context, t->sets};
     /* weights inside may need a gradient where no input does */
     sc_tensor yes = {.needs_grad = true};
-    sc__op *op = sc__record(t, (sc__op){sc__block_backward, NULL, {&yes}, {out[0], out[1]}, {0}, 0,
-                                        c});
+    sc__op *op = sc__record(t, (sc__op){sc__block_backward, NULL, {&yes}, {out[0], out[1]},
+                                        {inputs, first}, 0, c});
     if (!op) return false;
     for (int i = 0; i < inputs; i++) op->in[i] = in[i];
     if (out[1]) out[1]->needs_grad = true;
