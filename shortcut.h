@@ -2608,7 +2608,7 @@ typedef struct sc__arena {
     const sc_backend *backend;  /* NULL: host memory */
     struct { char *base; size_t size; } chunks[64];
     int count, current;
-    size_t used;                /* of chunks[current] */
+    size_t held, used;          /* of all chunks; of chunks[current] */
     size_t taken, peak;         /* by all tensors now, and at most */
 } sc__arena;
 
@@ -2643,6 +2643,7 @@ static bool sc__arena_add(sc__arena *a, size_t size) {
     if (!base) return false;
     a->chunks[a->count].base = base;
     a->chunks[a->count++].size = size;
+    a->held += size;
     return true;
 }
 
@@ -2655,9 +2656,8 @@ static void *sc__arena_take(sc__arena *a, size_t bytes) {
         a->used = 0;
     }
     if (a->current == a->count) { /* no chunk has room: add one */
-        size_t size = (size_t)1 << 20, held = 0;
-        for (int i = 0; i < a->count; i++) held += a->chunks[i].size;
-        while (size < held / 8) size *= 2; /* few chunks, little waste */
+        size_t size = (size_t)1 << 20;
+        while (size < a->held / 8) size *= 2; /* few chunks, little waste */
         if (!sc__arena_add(a, size < bytes ? bytes : size)) return NULL;
         a->used = 0;
     }
@@ -2675,8 +2675,7 @@ static void sc__arena_free(sc__arena *a) {
         if (a->backend) a->backend->release(a->chunks[i].base);
         else SC_FREE(a->chunks[i].base);
     }
-    a->count = 0;
-    sc__arena_reset(a);
+    *a = (sc__arena){.backend = a->backend, .peak = a->peak};
 }
 
 sc_tape *sc_tape_new(const sc_backend *backend) {
@@ -2711,13 +2710,7 @@ bool sc_tape_record(sc_tape *t, bool recording) {
 }
 void sc_tape_use(sc_tape *t, const uint8_t *set_of_sample) { t->sets = set_of_sample; }
 
-size_t sc_tape_bytes(const sc_tape *t) {
-    size_t bytes = 0;
-    for (int i = 0; i < t->device.count; i++) bytes += t->device.chunks[i].size;
-    for (int i = 0; i < t->shared.count; i++) bytes += t->shared.chunks[i].size;
-    return bytes;
-}
-
+size_t sc_tape_bytes(const sc_tape *t) { return t->device.held + t->shared.held; }
 size_t sc_tape_peak(const sc_tape *t) { return t->device.peak + t->shared.peak; }
 
 bool sc_tape_reserve(sc_tape *t, size_t bytes) {
