@@ -2406,20 +2406,17 @@ static void sc__conv_gather(const sc__conv *g, float *strip, const float *x, int
     int64_t s = g->stride, height = rows + (g->kernel - 1) / s;
     for (int64_t plane = 0; plane < g->in * s * s; plane++) {
         const float *channel = x + plane / (s * s) * g->in_height * g->in_width;
-        int64_t u = plane / s % s, shift = plane % s - g->pad; /* row and column of this phase */
-        int64_t begin = shift < 0 ? (-shift + s - 1) / s : 0;
-        int64_t end = (g->in_width - shift + s - 1) / s;
+        int64_t u = plane / s % s - g->pad, v = plane % s - g->pad; /* where this phase begins */
+        int64_t begin = v < 0 ? (-v + s - 1) / s : 0, end = (g->in_width - v + s - 1) / s;
         if (end > g->pitch) end = g->pitch;
         for (int64_t r = 0; r < height; r++) {
             float *to = strip + plane * g->plane + r * g->pitch;
-            int64_t row = (first + r) * s + u - g->pad;
-            bool inside = row >= 0 && row < g->in_height;
-            const float *from = channel + row * g->in_width + shift;
-            if (!inside || begin > 0) memset(to, 0, (size_t)(inside ? begin : g->pitch) * 4);
-            if (!inside) continue;
+            int64_t row = (first + r) * s + u;
+            const float *from = channel + row * g->in_width + v;
+            memset(to, 0, (size_t)g->pitch * 4);
+            if (row < 0 || row >= g->in_height) continue;
             if (s == 1) memcpy(to + begin, from + begin, (size_t)(end - begin) * 4);
             else for (int64_t j = begin; j < end; j++) to[j] = from[j * s];
-            if (end < g->pitch) memset(to + end, 0, (size_t)(g->pitch - end) * 4);
         }
     }
 }
