@@ -2954,20 +2954,6 @@ static bool sc__linear_lora(sc_tape *t, sc_tensor *x, const sc_linear_layer *l, 
     return true;
 }
 
-/* A new tensor for the layer's output, `more` columns wider; NULL if x does not fit. cheap: for the
- * activation that follows. */
-static sc_tensor *sc__linear_new(sc_tape *t, const sc_tensor *x, const sc_linear_layer *l,
-                                 int64_t more, bool cheap) {
-    if (!x) return NULL;
-    int64_t shape[SC_MAX_DIMS], in = sc__last(x);
-    if (in != l->weight->shape[1])
-        return sc_fail("linear layer takes %lld channels, was given %lld",
-                       (long long)l->weight->shape[1], (long long)in), NULL;
-    memcpy(shape, x->shape, sizeof shape);
-    shape[x->ndim - 1] = l->weight->shape[0] + more;
-    return sc__new(t, cheap, x->ndim, shape);
-}
-
 static void sc__activate_forward(sc_tape *t, sc__op *op) {
     t->be->activate((sc_activation)op->n[0], op->out[0], op->n[1], op->in[0]);
 }
@@ -2979,14 +2965,23 @@ static sc__op sc__activation(sc_activation kind, sc_tensor *y, int64_t at, sc_te
     return (sc__op){sc__activate_backward, sc__activate_forward, {x}, {y}, {kind, at}, 0, NULL};
 }
 
-/* A new y with y[:, at ...] = linear(x), or gelu(linear(x)); what goes into the GELU is kept only
- * while recording. */
+/* A new y with y[:, at ...] = linear(x), or gelu(linear(x)); `sum`, what goes into the GELU, is kept
+ * only while recording. */
 static sc_tensor *sc__linear(sc_tape *t, const sc_tensor *input, const sc_linear_layer *l,
                              int64_t at, bool gelu) {
-    sc_tensor *x = (sc_tensor *)input, *y = sc__linear_new(t, x, l, at, gelu), *sum = y;
-    if (y && gelu) sum = t->recording ? sc__linear_new(t, x, l, 0, false) : NULL;
-    if (!y || (t->recording && !sum)) return NULL;
+    if (!input) return NULL;
+    sc_tensor *x = (sc_tensor *)input;
     int64_t in = sc__last(x), out = l->weight->shape[0], rows = sc__rows(x), batch = x->shape[0];
+    if (in != l->weight->shape[1])
+        return sc_fail("linear layer takes %lld channels, was given %lld",
+                       (long long)l->weight->shape[1], (long long)in), NULL;
+    int64_t shape[SC_MAX_DIMS];
+    memcpy(shape, x->shape, sizeof shape);
+    shape[x->ndim - 1] = out + at;
+    sc_tensor *y = sc__new(t, gelu, x->ndim, shape), *sum = y;
+    shape[x->ndim - 1] = out;
+    if (y && gelu) sum = t->recording ? sc_new(t, x->ndim, shape) : NULL;
+    if (!y || (t->recording && !sum)) return NULL;
     bool adapted = false;
     for (int64_t i = 0; i < batch; i++)
         for (const sc_adapter *a = l->adapters; a; a = a->next)
