@@ -2618,6 +2618,8 @@ struct sc__op {
     int64_t n[3];
     float scale;
     const void *extra;
+    sc_block block;             /* of a block that was run: the context is `extra` */
+    const uint8_t *sets;
 };
 
 struct sc_tape {
@@ -2944,8 +2946,8 @@ static bool sc__linear_lora(sc_tape *t, sc_tensor *x, const sc_linear_layer *l, 
                     sc__whole(lora->b[set], true), beta, sc__part(y, y->data, first, at, false),
                     NULL);
         beta = 1;
-        sc__record(t, (sc__op){sc__lora_backward, NULL, {x, lora->a[set], lora->b[set], u},
-                               {sum}, {first, set}, 0, lora});
+        sc__record(t, (sc__op){.backward = sc__lora_backward, .out = {sum}, .n = {first, set},
+                               .in = {x, lora->a[set], lora->b[set], u}, .extra = lora});
     }
     if (beta == 0) { /* this set adds nothing; the other columns are not written yet */
         int64_t size = sc__last(y) * sc_dtype_size(y->dtype);
@@ -2962,10 +2964,11 @@ static void sc__activate_backward(sc_tape *t, sc__op *op) {
         t->be->activate_backward((sc_activation)op->n[0], op->out[0], op->n[1], op->in[0]);
 }
 static sc__op sc__activation(sc_activation kind, sc_tensor *y, int64_t at, sc_tensor *x) {
-    return (sc__op){sc__activate_backward, sc__activate_forward, {x}, {y}, {kind, at}, 0, NULL};
+    return (sc__op){.backward = sc__activate_backward, .forward = sc__activate_forward,
+                    .in = {x}, .out = {y}, .n = {kind, at}};
 }
 
-/* A new y with y[:, at ...] = linear(x), or gelu(linear(x)); `sum`, what goes into the GELU, is kept
+/* A new y with y[:, at ...] = linear(x), or gelu(linear(x)); what goes into the GELU (sum) is kept
  * only while recording. */
 static sc_tensor *sc__linear(sc_tape *t, const sc_tensor *input, const sc_linear_layer *l,
                              int64_t at, bool gelu) {
@@ -3000,8 +3003,8 @@ static sc_tensor *sc__linear(sc_tape *t, const sc_tensor *input, const sc_linear
     left.content = t->content;
     if (gelu) t->be->gemm_gelu(rows, out, in, left, right, beta, to, l->bias, sum);
     else t->be->gemm(rows, out, in, 1, left, right, beta, to, l->bias);
-    sc__record(t, (sc__op){sc__linear_backward, NULL, {x, l->weight, l->bias}, {sum}, {0}, 0,
-                           NULL});
+    sc__record(t, (sc__op){.backward = sc__linear_backward, .in = {x, l->weight, l->bias},
+                           .out = {sum}});
     if (gelu) sc__record(t, sc__activation(SC_GELU_TANH, y, at, sum));
     return y;
 }
@@ -3039,8 +3042,8 @@ static void sc__copy_backward(sc_tape *t, sc__op *op) {
 }
 static sc_tensor *sc__copy(sc_tape *t, sc_tensor *x, sc_tensor *y, int64_t rows, int64_t at,
                            bool add) {
-    return sc__run_op(t, (sc__op){sc__copy_backward, sc__copy_forward, {x}, {y}, {rows, at, add}, 0,
-                               NULL});
+    return sc__run_op(t, (sc__op){.backward = sc__copy_backward, .forward = sc__copy_forward,
+                                  .in = {x}, .out = {y}, .n = {rows, at, add}});
 }
 
 sc_tensor *sc_add(sc_tape *t, sc_tensor *a, sc_tensor *b) { /* not made again: its order matters */
@@ -3091,8 +3094,9 @@ static void sc__ln_modulate_backward(sc_tape *t, sc__op *op) {
 
 sc_tensor *sc_ln_modulate(sc_tape *t, sc_tensor *x, sc_tensor *mod, int shift, int scale) {
     sc_tensor *y = x && mod ? sc__new(t, true, x->ndim, x->shape) : NULL;
-    return sc__run_op(t, (sc__op){sc__ln_modulate_backward, sc__ln_modulate_forward, {x, mod}, {y},
-                               {shift, scale}, 0, NULL});
+    return sc__run_op(t, (sc__op){.backward = sc__ln_modulate_backward,
+                                  .forward = sc__ln_modulate_forward, .in = {x, mod}, .out = {y},
+                                  .n = {shift, scale}});
 }
 
 static void sc__gated_residual_backward(sc_tape *t, sc__op *op) {
@@ -3106,7 +3110,8 @@ sc_tensor *sc_gated_residual(sc_tape *t, sc_tensor *x, sc_tensor *h, sc_tensor *
     sc_tensor *y = h && mod ? sc__new_like(t, x) : NULL;
     if (!y) return NULL;
     t->be->gated_residual(y, x, h, mod, gate);
-    sc__record(t, (sc__op){sc__gated_residual_backward, NULL, {x, h, mod}, {y}, {gate}, 0, NULL});
+    sc__record(t, (sc__op){.backward = sc__gated_residual_backward, .in = {x, h, mod}, .out = {y},
+                           .n = {gate}});
     return y;
 }
 
@@ -3126,8 +3131,8 @@ sc_tensor *sc_norm_rope(sc_tape *t, sc_tensor *text, sc_tensor *image, sc_tensor
     int64_t text_tokens = text ? text->shape[1] : 0, tokens = text_tokens + image->shape[1];
     sc_tensor *y =
         sc__new(t, true, 3, (const int64_t[]){image->shape[0], tokens, image->shape[2]});
-    sc__op op = {sc__norm_rope_backward, sc__norm_rope_forward, {text, text_weight}, {y}, {0}, 0,
-                 rope};
+    sc__op op = {.backward = sc__norm_rope_backward, .forward = sc__norm_rope_forward,
+                 .in = {text, text_weight}, .out = {y}, .extra = rope};
     if (text) sc__run_op(t, op);
     op.in[0] = image, op.in[1] = image_weight, op.n[0] = text_tokens;
     return sc__run_op(t, op);
@@ -3151,9 +3156,10 @@ sc_tensor *sc_attention(sc_tape *t, sc_tensor *q, sc_tensor *k, sc_tensor *v, in
                         float scale, const sc_tensor *bias, bool causal) {
     sc_tensor *o = k && v ? sc__new_like(t, q) : NULL;
     if (!o) return NULL;
-    sc__op *op = bias || causal ? NULL
-                                : sc__record(t, (sc__op){sc__attention_backward, NULL, {q, k, v},
-                                                         {o}, {heads}, scale, NULL});
+    sc__op *op = NULL;
+    if (!bias && !causal)
+        op = sc__record(t, (sc__op){.backward = sc__attention_backward, .in = {q, k, v},
+                                    .out = {o}, .n = {heads}, .scale = scale});
     size_t sums = (size_t)(q->shape[0] * heads * q->shape[1]) * sizeof(float);
     float *lse = op ? (float *)sc__arena_take(&t->device, sums) : NULL;
     if (op && !(op->extra = lse)) return NULL;
@@ -3178,8 +3184,8 @@ sc_tensor *sc_blend(sc_tape *t, const float *p, sc_tensor *u, const float *q, sc
     sc_tensor *y = v ? sc__new_like(t, u) : NULL;
     if (!y) return NULL;
     t->be->blend(y, p, u, q, v);
-    sc__record(t, (sc__op){sc__blend_backward, NULL, {u}, {y}, {0}, 0, p});
-    sc__record(t, (sc__op){sc__blend_backward, NULL, {v}, {y}, {0}, 0, q});
+    sc__record(t, (sc__op){.backward = sc__blend_backward, .in = {u}, .out = {y}, .extra = p});
+    sc__record(t, (sc__op){.backward = sc__blend_backward, .in = {v}, .out = {y}, .extra = q});
     return y;
 }
 
@@ -3190,8 +3196,8 @@ static void sc__mse_backward(sc_tape *t, sc__op *op) {
 bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, double *loss) {
     if (!prediction || !target) return false;
     t->be->mse(loss, prediction, target);
-    if (sc__record(t, (sc__op){sc__mse_backward, NULL, {prediction, (sc_tensor *)target},
-                               {prediction}, {0}, 0, NULL}))
+    if (sc__record(t, (sc__op){.backward = sc__mse_backward, .out = {prediction},
+                               .in = {prediction, (sc_tensor *)target}}))
         sc__grad(t, prediction); /* it exists: the walk back starts here */
     return !t->failed;
 }
@@ -3311,16 +3317,9 @@ static bool sc__run_recorded(sc_tape *t, sc_block block, const void *context, sc
     return ok;
 }
 
-typedef struct sc__block_call {
-    sc_block block;
-    const void *context;
-    const uint8_t *sets;
-} sc__block_call;
-
 /* The block's operations: those that were kept on the tape from n[1] on, or, where that is -1, made
  * now; backwards, between a mark and its release. */
 static void sc__block_backward(sc_tape *t, sc__op *op) {
-    const sc__block_call *c = (const sc__block_call *)op->extra;
     for (int i = 0; i < op->n[0]; i++) sc__grad(t, op->in[i]);
     sc_mark mark = sc_tape_mark(t);
     int64_t first = op->n[1];
@@ -3329,8 +3328,8 @@ static void sc__block_backward(sc_tape *t, sc__op *op) {
         bool recording = sc_tape_record(t, true);
         sc_tensor *out[2] = {NULL, NULL};
         first = t->count;
-        sc_tape_use(t, c->sets);
-        if (!sc__run_recorded(t, c->block, c->context, op->in, out)) t->failed = true;
+        sc_tape_use(t, op->sets);
+        if (!sc__run_recorded(t, op->block, op->extra, op->in, out)) t->failed = true;
         sc_tape_use(t, sets);
         sc_tape_record(t, recording);
         if (t->sizes)
@@ -3349,13 +3348,11 @@ bool sc_run_block(sc_tape *t, sc_block block, const void *context, sc_tensor **i
     if (!t->recording) return true;
     for (int64_t i = first; keep && i < t->count; i++)
         t->ops[i].out[0]->stale = t->ops[i].out[0]->shared;
-    sc__block_call *c = (sc__block_call *)sc_tape_host(t, sizeof *c);
-    if (!c) return false;
-    *c = (sc__block_call){block, context, t->sets};
     /* weights inside may need a gradient where no input does */
     sc_tensor yes = {.needs_grad = true};
-    sc__op *op = sc__record(t, (sc__op){sc__block_backward, NULL, {&yes}, {out[0], out[1]},
-                                        {inputs, first}, 0, c});
+    sc__op *op = sc__record(t, (sc__op){.backward = sc__block_backward, .in = {&yes},
+                                        .out = {out[0], out[1]}, .n = {inputs, first},
+                                        .extra = context, .block = block, .sets = t->sets});
     if (!op) return false;
     for (int i = 0; i < inputs; i++) op->in[i] = in[i];
     if (out[1]) out[1]->needs_grad = true;
