@@ -2140,11 +2140,10 @@ static void sc__cpu_norm_rope_backward(const sc_tensor *y, int64_t offset, sc_te
     if (partial) memset(partial, 0, (size_t)(batch * size) * 4);
     SC_PARALLEL_FOR
     for (int64_t b = 0; b < batch; b++)
-        for (int64_t i = 0; i < tokens * (channels / size); i++) {
-            int64_t t = i / (channels / size), h = i % (channels / size) * size;
-            const float *px = sc__f(x) + (b * tokens + t) * channels + h;
-            const float *dy = sc__g(y) + (b * y->shape[1] + offset + t) * channels + h;
-            const float *turn = sc__f(rope) + (offset + t) * size;
+        for (int64_t i = 0; i < tokens * channels; i += size) { /* a head of a token */
+            const float *px = sc__f(x) + b * tokens * channels + i;
+            const float *dy = sc__g(y) + (b * y->shape[1] + offset) * channels + i;
+            const float *turn = sc__f(rope) + (offset + i / channels) * size;
             float inverse = sc__inverse_rms(px, size, 1e-6f), g[256], dot = 0;
             SC_SIMD for (int64_t d = 0; d < size; d += 2) {
                 g[d] = dy[d] * turn[d] + dy[d + 1] * turn[d + 1];
@@ -2156,7 +2155,7 @@ static void sc__cpu_norm_rope_backward(const sc_tensor *y, int64_t offset, sc_te
             if (!sum) continue;
             SC_SIMD_SUM(dot)
             for (int64_t d = 0; d < size; d++) dot += w[d] * g[d] * px[d] * inverse;
-            float *dx = sum + (b * tokens + t) * channels + h;
+            float *dx = sum + b * tokens * channels + i;
             dot /= (float)size;
             SC_SIMD for (int64_t d = 0; d < size; d++)
                 dx[d] += (w[d] * g[d] - px[d] * inverse * dot) * inverse;
@@ -2817,10 +2816,8 @@ static sc__op *sc__record(sc_tape *t, sc__op op) {
     for (int i = 0; i < 3; i++) needed = needed || (op.in[i] && op.in[i]->needs_grad);
     if (!t->recording || !(needed || op.out[0]->shared)) return NULL;
     sc__op *ops = (sc__op *)sc__grow(t->ops, t->count, sizeof *ops);
-    if (!ops) {
-        t->failed = true;
-        return NULL;
-    }
+    t->failed = t->failed || !ops;
+    if (!ops) return NULL;
     t->ops = ops;
     if (needed) op.out[0]->needs_grad = true;
     t->ops[t->count] = op;
