@@ -1528,18 +1528,13 @@ const char *sc_error(void) { return sc__message[0] ? sc__message : "no error"; }
 
 /* Text that comes from files or the command line may hold control characters, which a terminal
  * obeys: they become ?, so that it stays one harmless line. */
-static char *sc__plain(char *text) {
-    for (char *c = text; *c; c++)
-        if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
-    return text;
-}
-
 bool sc_fail(const char *format, ...) {
     va_list args;
     va_start(args, format);
     vsnprintf(sc__message, sizeof sc__message, format, args);
     va_end(args);
-    sc__plain(sc__message);
+    for (char *c = sc__message; *c; c++)
+        if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
     return false;
 }
 
@@ -1654,30 +1649,23 @@ static inline uint8_t sc__f32_to_f8(float f) {
     return (uint8_t)(sign | (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1)) >> 20);
 }
 
-/* dst[n] (f32) <- src[n] of any type. Files may have it at an odd address: then in slices. */
-void sc_to_f32(float *dst, const void *src, sc_dtype dtype, int64_t n) {
-    double aligned[512];
-    int64_t size = sc_dtype_size(dtype), slice = (int64_t)sizeof aligned / size;
-    if ((uintptr_t)src % (uintptr_t)size) {
-        for (int64_t i = 0; i < n; i += slice) {
-            int64_t count = n - i < slice ? n - i : slice;
-            memcpy(aligned, (const char *)src + i * size, (size_t)(count * size));
-            sc_to_f32(dst + i, aligned, dtype, count);
-        }
-        return;
+/* Element by element through memcpy: files may have them at an odd address. */
+#define SC__EACH(type, to_f32) \
+    for (int64_t i = 0; i < n; i++) { \
+        type value; \
+        memcpy(&value, (const char *)src + i * (int64_t)sizeof value, sizeof value); \
+        dst[i] = to_f32(value); \
     }
-    const uint16_t *half = (const uint16_t *)src;
+void sc_to_f32(float *restrict dst, const void *restrict src, sc_dtype dtype, int64_t n) {
     switch (dtype) {
     case SC_F32: memcpy(dst, src, (size_t)n * 4); break;
-    case SC_BF16: for (int64_t i = 0; i < n; i++) dst[i] = sc__bf16_to_f32(half[i]); break;
-    case SC_F16: for (int64_t i = 0; i < n; i++) dst[i] = sc__f16_to_f32(half[i]); break;
-    case SC_F8_E4M3:
-        for (int64_t i = 0; i < n; i++) dst[i] = sc__f8_to_f32(((const uint8_t *)src)[i]);
-        break;
-    case SC_F64: for (int64_t i = 0; i < n; i++) dst[i] = (float)((const double *)src)[i]; break;
-    case SC_I64: for (int64_t i = 0; i < n; i++) dst[i] = (float)((const int64_t *)src)[i]; break;
-    case SC_I32: for (int64_t i = 0; i < n; i++) dst[i] = (float)((const int32_t *)src)[i]; break;
-    case SC_U8: for (int64_t i = 0; i < n; i++) dst[i] = (float)((const uint8_t *)src)[i]; break;
+    case SC_BF16: SC__EACH(uint16_t, sc__bf16_to_f32) break;
+    case SC_F16: SC__EACH(uint16_t, sc__f16_to_f32) break;
+    case SC_F8_E4M3: SC__EACH(uint8_t, sc__f8_to_f32) break;
+    case SC_F64: SC__EACH(double, (float)) break;
+    case SC_I64: SC__EACH(int64_t, (float)) break;
+    case SC_I32: SC__EACH(int32_t, (float)) break;
+    case SC_U8: SC__EACH(uint8_t, (float)) break;
     }
 }
 
@@ -1757,57 +1745,57 @@ static float *sc__scratch(int64_t floats) {
 /* C = alpha op(A) op(B) + beta C on this thread; row-major, op(A) [m,k], op(B) [k,n]. */
 #ifdef SHORTCUT_OPENBLAS
 #include <cblas.h>
-static void sc__sgemm(bool ta, bool tb, int m, int n, int k, float alpha, const float *a, int lda,
-                      const float *b, int ldb, float beta, float *c, int ldc) {
-    cblas_sgemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans, m, n,
-                k, alpha, a, lda, b, ldb, beta, c, ldc);
+static void sc__sgemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, float alpha,
+                      const float *a, int64_t lda, const float *b, int64_t ldb, float beta,
+                      float *c, int64_t ldc) {
+    cblas_sgemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans,
+                (int)m, (int)n, (int)k, alpha, a, (int)lda, b, (int)ldb, beta, c, (int)ldc);
 }
 #else
-static void sc__sgemm(bool ta, bool tb, int m, int n, int k, float alpha, const float *a, int lda,
-                      const float *b, int ldb, float beta, float *c, int ldc) {
+static void sc__sgemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, float alpha,
+                      const float *a, int64_t lda, const float *b, int64_t ldb, float beta,
+                      float *c, int64_t ldc) {
     int64_t along = ta ? lda : 1; /* from one element of a row of op(A) to the next */
-    for (int i = 0; i < m; i++) {
-        float *row = c + (int64_t)i * ldc;
-        const float *ai = a + (ta ? i : (int64_t)i * lda), *bp = b;
-        for (int j = 0; j < n; j++) row[j] = beta == 0 ? 0 : beta * row[j];
-        for (int j = 0; tb && j < n; j++, bp += ldb) {
+    for (int64_t i = 0; i < m; i++) {
+        float *row = c + i * ldc;
+        const float *ai = a + (ta ? i : i * lda), *bp = b;
+        for (int64_t j = 0; j < n; j++) row[j] = beta == 0 ? 0 : beta * row[j];
+        for (int64_t j = 0; tb && j < n; j++, bp += ldb) {
             float sum = 0;
-            SC_SIMD_SUM(sum) for (int p = 0; p < k; p++) sum += ai[p * along] * bp[p];
+            SC_SIMD_SUM(sum) for (int64_t p = 0; p < k; p++) sum += ai[p * along] * bp[p];
             row[j] += alpha * sum;
         }
-        for (int p = 0; !tb && p < k; p++, bp += ldb) {
+        for (int64_t p = 0; !tb && p < k; p++, bp += ldb) {
             float s = alpha * ai[p * along];
-            SC_SIMD for (int j = 0; j < n; j++) row[j] += s * bp[j];
+            SC_SIMD for (int64_t j = 0; j < n; j++) row[j] += s * bp[j];
         }
     }
 }
 #endif
 
-/* The f32 values of a stored [rows, cols] matrix: itself, or widened into `buffer`. */
-static const float *sc__widen(sc_matrix a, int64_t rows, int64_t columns, float *buffer) {
-    if (a.dtype == SC_F32) return (const float *)a.data;
+/* A stored [rows, columns] matrix in f32: itself, or widened into *buffer, which then moves on. */
+static sc_matrix sc__widen(sc_matrix a, int64_t rows, int64_t columns, float **buffer) {
+    if (a.dtype == SC_F32) return a;
     int64_t size = sc_dtype_size(a.dtype);
+    float *wide = *buffer;
     SC_PARALLEL_FOR
     for (int64_t r = 0; r < rows; r++) {
-        float *to = buffer + r * columns;
+        float *to = wide + r * columns;
         sc_to_f32(to, (const char *)a.data + r * a.ld * size, a.dtype, columns);
         if (a.scale) SC_SIMD for (int64_t c = 0; c < columns; c++) to[c] *= a.scale[r];
     }
-    return buffer;
+    *buffer += rows * columns;
+    return (sc_matrix){wide, SC_F32, columns, a.transposed, NULL, 0};
 }
 
 static void sc__cpu_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, sc_matrix b,
                          float beta, sc_matrix c, const sc_tensor *bias) {
-    int64_t a_rows = a.transposed ? k : m, a_columns = a.transposed ? m : k;
-    int64_t b_rows = b.transposed ? n : k, b_columns = b.transposed ? k : n;
-    int64_t a_wide = a.dtype != SC_F32 ? a_rows * a_columns : 0,
-            b_wide = b.dtype != SC_F32 ? b_rows * b_columns : 0;
-    float *buffer = a_wide + b_wide ? sc__scratch(a_wide + b_wide) : NULL;
-    if (a_wide + b_wide && !buffer) return;
-    const float *pa = sc__widen(a, a_rows, a_columns, buffer);
-    const float *pb = sc__widen(b, b_rows, b_columns, buffer ? buffer + a_wide : NULL);
-    if (pa != a.data) a.ld = a_columns;
-    if (pb != b.data) b.ld = b_columns;
+    int64_t wide = (a.dtype != SC_F32 ? m * k : 0) + (b.dtype != SC_F32 ? n * k : 0);
+    float *buffer = sc__scratch(wide);
+    if (wide && !buffer) return;
+    a = sc__widen(a, a.transposed ? k : m, a.transposed ? m : k, &buffer);
+    b = sc__widen(b, b.transposed ? n : k, b.transposed ? k : n, &buffer);
+    const float *pa = (const float *)a.data, *pb = (const float *)b.data;
     float *pc = (float *)c.data;
     const float *add = bias ? sc__f(bias) : NULL;
     /* Cut the longer side of C into one slice per thread, in multiples of 16. */
@@ -1824,10 +1812,10 @@ static void sc__cpu_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix
             if (beta == 0) memcpy(row, add + j0, (size_t)columns * 4);
             else SC_SIMD for (int64_t j = 0; j < columns; j++) row[j] = beta * row[j] + add[j0 + j];
         }
-        sc__sgemm(a.transposed, b.transposed, (int)rows, (int)columns, (int)k, alpha,
-                  pa + (a.transposed ? i0 : i0 * a.ld), (int)a.ld,
-                  pb + (b.transposed ? j0 * b.ld : j0), (int)b.ld, add ? 1.f : beta,
-                  pc + i0 * c.ld + j0, (int)c.ld);
+        sc__sgemm(a.transposed, b.transposed, rows, columns, k, alpha,
+                  pa + (a.transposed ? i0 : i0 * a.ld), a.ld,
+                  pb + (b.transposed ? j0 * b.ld : j0), b.ld, add ? 1.f : beta,
+                  pc + i0 * c.ld + j0, c.ld);
     }
 }
 
@@ -1848,10 +1836,8 @@ static void sc__cpu_quantize(uint8_t *to, float *scale, const void *from, int64_
 
 static void *sc__cpu_alloc(size_t bytes) {
     void *p = NULL;
-    if (posix_memalign(&p, 64, bytes ? bytes : 64)) {
-        sc_fail("out of memory: %zu bytes", bytes);
-        return NULL;
-    }
+    if (posix_memalign(&p, 64, bytes ? bytes : 64))
+        return sc_fail("out of memory: %zu bytes", bytes), NULL;
     return p;
 }
 static void sc__cpu_release(void *p) { free(p); }
@@ -2137,11 +2123,10 @@ static void sc__cpu_norm_rope_backward(const sc_tensor *y, int64_t offset, sc_te
     if (partial) memset(partial, 0, (size_t)(batch * size) * 4);
     SC_PARALLEL_FOR
     for (int64_t b = 0; b < batch; b++)
-        for (int64_t i = 0; i < tokens * (channels / size); i++) {
-            int64_t t = i / (channels / size), h = i % (channels / size) * size;
-            const float *px = sc__f(x) + (b * tokens + t) * channels + h;
-            const float *dy = sc__g(y) + (b * y->shape[1] + offset + t) * channels + h;
-            const float *turn = sc__f(rope) + (offset + t) * size;
+        for (int64_t i = 0; i < tokens * channels; i += size) { /* a head of a token */
+            const float *px = sc__f(x) + b * tokens * channels + i;
+            const float *dy = sc__g(y) + (b * y->shape[1] + offset) * channels + i;
+            const float *turn = sc__f(rope) + (offset + i / channels) * size;
             float inverse = sc__inverse_rms(px, size, 1e-6f), g[256], dot = 0;
             SC_SIMD for (int64_t d = 0; d < size; d += 2) {
                 g[d] = dy[d] * turn[d] + dy[d + 1] * turn[d + 1];
@@ -2153,7 +2138,7 @@ static void sc__cpu_norm_rope_backward(const sc_tensor *y, int64_t offset, sc_te
             if (!sum) continue;
             SC_SIMD_SUM(dot)
             for (int64_t d = 0; d < size; d++) dot += w[d] * g[d] * px[d] * inverse;
-            float *dx = sum + (b * tokens + t) * channels + h;
+            float *dx = sum + b * tokens * channels + i;
             dot /= (float)size;
             SC_SIMD for (int64_t d = 0; d < size; d++)
                 dx[d] += (w[d] * g[d] - px[d] * inverse * dot) * inverse;
@@ -2176,8 +2161,7 @@ static int64_t sc__attention_rows(int64_t tokens) { /* rows of a block of scores
 static void sc__softmax_scores(float *p, float *lse, const float *q, const float *k, int64_t rows,
                                int64_t tokens, int64_t size, int64_t ld, float scale,
                                const float *bias, bool causal, int64_t first) {
-    sc__sgemm(false, true, (int)rows, (int)tokens, (int)size, scale, q, (int)ld, k, (int)ld, 0, p,
-              (int)tokens);
+    sc__sgemm(false, true, rows, tokens, size, scale, q, ld, k, ld, 0, p, tokens);
     for (int64_t r = 0; r < rows; r++) {
         float *row = p + r * tokens, top = -INFINITY;
         double sum = 0; /* of parts: hundreds of equal values, as of padding, all round one way */
@@ -2202,7 +2186,7 @@ static void sc__softmax_scores(float *p, float *lse, const float *q, const float
 static void sc__cpu_attention(sc_tensor *o, float *lse, const sc_tensor *q, const sc_tensor *k,
                               const sc_tensor *v, int heads, float scale, const sc_tensor *bias,
                               bool causal) {
-    int64_t channels = q->shape[2], size = channels / heads, nq = q->shape[1], nk = k->shape[1];
+    int64_t ld = q->shape[2], d = ld / heads, nq = q->shape[1], nk = k->shape[1];
     int64_t block = sc__attention_rows(nk), blocks = (nq + block - 1) / block;
     float *scratch = sc__scratch(sc__threads() * block * nk);
     if (!scratch) return;
@@ -2212,12 +2196,11 @@ static void sc__cpu_attention(sc_tensor *o, float *lse, const sc_tensor *q, cons
                 first = task % blocks * block;
         int64_t rows = nq - first < block ? nq - first : block;
         float *p = scratch + sc__thread() * block * nk;
-        int64_t query = (b * nq + first) * channels + h * size, key = b * nk * channels + h * size;
+        int64_t query = (b * nq + first) * ld + h * d, key = b * nk * ld + h * d;
         float *sums = lse ? lse + (b * heads + h) * nq + first : NULL;
-        sc__softmax_scores(p, sums, sc__f(q) + query, sc__f(k) + key, rows, nk, size, channels,
-                           scale, bias ? sc__f(bias) + (h * nq + first) * nk : NULL, causal, first);
-        sc__sgemm(false, false, (int)rows, (int)size, (int)nk, 1, p, (int)nk, sc__f(v) + key,
-                  (int)channels, 0, sc__f(o) + query, (int)channels);
+        sc__softmax_scores(p, sums, sc__f(q) + query, sc__f(k) + key, rows, nk, d, ld, scale,
+                           bias ? sc__f(bias) + (h * nq + first) * nk : NULL, causal, first);
+        sc__sgemm(false, false, rows, d, nk, 1, p, nk, sc__f(v) + key, ld, 0, sc__f(o) + query, ld);
     }
 }
 
@@ -2225,35 +2208,31 @@ static void sc__cpu_attention(sc_tensor *o, float *lse, const sc_tensor *q, cons
 static void sc__cpu_attention_backward(const sc_tensor *o, const float *lse, sc_tensor *q,
                                        sc_tensor *k, sc_tensor *v, int heads, float scale) {
     (void)lse;
-    int64_t channels = q->shape[2], size = channels / heads, nq = q->shape[1], nk = k->shape[1];
-    int64_t block = sc__attention_rows(nk);
-    int ld = (int)channels, n = (int)nk, d = (int)size;
-    float *scratch = sc__scratch(2 * sc__threads() * block * nk);
+    int64_t ld = q->shape[2], d = ld / heads, nq = q->shape[1], n = k->shape[1];
+    int64_t block = sc__attention_rows(n);
+    float *scratch = sc__scratch(2 * sc__threads() * block * n);
     if (!scratch) return;
     float *dq = sc__sum(q), *dk = sc__sum(k), *dv = sc__sum(v);
     SC_PARALLEL_FOR
     for (int64_t task = 0; task < q->shape[0] * heads; task++) { /* a head owns its dK and dV */
-        int64_t b = task / heads, h = task % heads, key = b * nk * channels + h * size;
-        float *p = scratch + 2 * sc__thread() * block * nk, *dp = p + block * nk;
+        int64_t b = task / heads, h = task % heads, key = b * n * ld + h * d;
+        const float *pk = sc__f(k) + key, *pv = sc__f(v) + key;
+        float *p = scratch + 2 * sc__thread() * block * n, *dp = p + block * n;
         for (int64_t first = 0; first < nq; first += block) {
-            int rows = (int)(nq - first < block ? nq - first : block);
-            int64_t query = (b * nq + first) * channels + h * size;
-            const float *out = sc__f(o) + query, *dout = sc__g(o) + query;
-            sc__softmax_scores(p, NULL, sc__f(q) + query, sc__f(k) + key, rows, nk, size, channels,
-                               scale, NULL, false, first);
+            int64_t rows = nq - first < block ? nq - first : block;
+            int64_t query = (b * nq + first) * ld + h * d;
+            const float *pq = sc__f(q) + query, *out = sc__f(o) + query, *dout = sc__g(o) + query;
+            sc__softmax_scores(p, NULL, pq, pk, rows, n, d, ld, scale, NULL, false, first);
             sc__sgemm(true, false, n, d, rows, 1, p, n, dout, ld, 1, dv + key, ld);
-            sc__sgemm(false, true, rows, n, d, 1, dout, ld, sc__f(v) + key, ld, 0, dp, n);
+            sc__sgemm(false, true, rows, n, d, 1, dout, ld, pv, ld, 0, dp, n);
             for (int64_t r = 0; r < rows; r++) {
                 float dot = 0;
                 SC_SIMD_SUM(dot)
-                for (int64_t c = 0; c < size; c++) dot += out[r * ld + c] * dout[r * ld + c];
-                SC_SIMD for (int64_t c = 0; c < nk; c++) dp[r * nk + c] =
-                    p[r * nk + c] * (dp[r * nk + c] - dot);
+                for (int64_t c = 0; c < d; c++) dot += out[r * ld + c] * dout[r * ld + c];
+                SC_SIMD for (int64_t c = r * n; c < (r + 1) * n; c++) dp[c] = p[c] * (dp[c] - dot);
             }
-            sc__sgemm(false, false, rows, d, n, scale, dp, n, sc__f(k) + key, ld, 1,
-                      dq + query, ld);
-            sc__sgemm(true, false, n, d, rows, scale, dp, n, sc__f(q) + query, ld, 1,
-                      dk + key, ld);
+            sc__sgemm(false, false, rows, d, n, scale, dp, n, pk, ld, 1, dq + query, ld);
+            sc__sgemm(true, false, n, d, rows, scale, dp, n, pq, ld, 1, dk + key, ld);
         }
     }
 }
@@ -2409,20 +2388,17 @@ static void sc__conv_gather(const sc__conv *g, float *strip, const float *x, int
     int64_t s = g->stride, height = rows + (g->kernel - 1) / s;
     for (int64_t plane = 0; plane < g->in * s * s; plane++) {
         const float *channel = x + plane / (s * s) * g->in_height * g->in_width;
-        int64_t u = plane / s % s, shift = plane % s - g->pad; /* row and column of this phase */
-        int64_t begin = shift < 0 ? (-shift + s - 1) / s : 0;
-        int64_t end = (g->in_width - shift + s - 1) / s;
+        int64_t u = plane / s % s - g->pad, v = plane % s - g->pad; /* where this phase begins */
+        int64_t begin = v < 0 ? (-v + s - 1) / s : 0, end = (g->in_width - v + s - 1) / s;
         if (end > g->pitch) end = g->pitch;
         for (int64_t r = 0; r < height; r++) {
             float *to = strip + plane * g->plane + r * g->pitch;
-            int64_t row = (first + r) * s + u - g->pad;
-            bool inside = row >= 0 && row < g->in_height;
-            const float *from = channel + row * g->in_width + shift;
-            if (!inside || begin > 0) memset(to, 0, (size_t)(inside ? begin : g->pitch) * 4);
-            if (!inside) continue;
+            int64_t row = (first + r) * s + u;
+            const float *from = channel + row * g->in_width + v;
+            memset(to, 0, (size_t)g->pitch * 4);
+            if (row < 0 || row >= g->in_height) continue;
             if (s == 1) memcpy(to + begin, from + begin, (size_t)(end - begin) * 4);
             else for (int64_t j = begin; j < end; j++) to[j] = from[j * s];
-            if (end < g->pitch) memset(to + end, 0, (size_t)(g->pitch - end) * 4);
         }
     }
 }
@@ -2575,25 +2551,18 @@ static void sc__cpu_swap_axes(sc_tensor *y, const sc_tensor *x) {
     }
 }
 
+#define SC__CPU(operation) .operation = sc__cpu_##operation
 static const sc_backend sc__cpu_backend = {
-    .name = "cpu", .activation = SC_F32, .on_host = true, .alloc = sc__cpu_alloc,
-    .release = sc__cpu_release, .memory_left = sc__cpu_memory_left, .upload = sc__cpu_upload,
-    .download = sc__cpu_download, .post = sc__cpu_post, .collect = sc__cpu_collect,
-    .zero = sc__cpu_zero, .gemm = sc__cpu_gemm, .gemm_gelu = sc__cpu_gemm_gelu,
-    .quantize = sc__cpu_quantize, .copy_block = sc__cpu_copy_block,
-    .column_sum = sc__cpu_column_sum, .blend = sc__cpu_blend,
-    .embed_timestep = sc__cpu_embed_timestep, .activate = sc__cpu_activate,
-    .activate_backward = sc__cpu_activate_backward, .multiply = sc__cpu_multiply,
-    .ln_modulate = sc__cpu_ln_modulate, .ln_modulate_backward = sc__cpu_ln_modulate_backward,
-    .gated_residual = sc__cpu_gated_residual,
-    .gated_residual_backward = sc__cpu_gated_residual_backward, .norm_rope = sc__cpu_norm_rope,
-    .norm_rope_backward = sc__cpu_norm_rope_backward, .attention = sc__cpu_attention,
-    .attention_backward = sc__cpu_attention_backward, .layer_norm = sc__cpu_layer_norm,
-    .rms_norm = sc__cpu_rms_norm, .embed_tokens = sc__cpu_embed_tokens,
-    .group_sums = sc__cpu_group_sums, .group_norm = sc__cpu_group_norm, .conv2d = sc__cpu_conv2d,
-    .upsample = sc__cpu_upsample, .swap_axes = sc__cpu_swap_axes, .mse = sc__cpu_mse,
-    .mse_backward = sc__cpu_mse_backward,
-    .update = sc__cpu_update,
+    .name = "cpu", .activation = SC_F32, .on_host = true,
+    SC__CPU(alloc), SC__CPU(release), SC__CPU(memory_left), SC__CPU(upload), SC__CPU(download),
+    SC__CPU(post), SC__CPU(collect), SC__CPU(zero), SC__CPU(gemm), SC__CPU(gemm_gelu),
+    SC__CPU(quantize), SC__CPU(copy_block), SC__CPU(column_sum), SC__CPU(blend),
+    SC__CPU(embed_timestep), SC__CPU(activate), SC__CPU(activate_backward), SC__CPU(multiply),
+    SC__CPU(ln_modulate), SC__CPU(ln_modulate_backward), SC__CPU(gated_residual),
+    SC__CPU(gated_residual_backward), SC__CPU(norm_rope), SC__CPU(norm_rope_backward),
+    SC__CPU(attention), SC__CPU(attention_backward), SC__CPU(layer_norm), SC__CPU(rms_norm),
+    SC__CPU(embed_tokens), SC__CPU(group_sums), SC__CPU(group_norm), SC__CPU(conv2d),
+    SC__CPU(upsample), SC__CPU(swap_axes), SC__CPU(mse), SC__CPU(mse_backward), SC__CPU(update),
 };
 
 const sc_backend *sc_cpu(void) {
@@ -2618,7 +2587,7 @@ typedef struct sc__arena {
     const sc_backend *backend;  /* NULL: host memory */
     struct { char *base; size_t size; } chunks[64];
     int count, current;
-    size_t used;                /* of chunks[current] */
+    size_t held, used;          /* of all chunks; of chunks[current] */
     size_t taken, peak;         /* by all tensors now, and at most */
 } sc__arena;
 
@@ -2631,6 +2600,8 @@ struct sc__op {
     int64_t n[3];
     float scale;
     const void *extra;
+    sc_block block;             /* of a block that was run: the context is `extra` */
+    const uint8_t *sets;
 };
 
 struct sc_tape {
@@ -2653,23 +2624,21 @@ static bool sc__arena_add(sc__arena *a, size_t size) {
     if (!base) return false;
     a->chunks[a->count].base = base;
     a->chunks[a->count++].size = size;
+    a->held += size;
     return true;
 }
 
 static void *sc__arena_take(sc__arena *a, size_t bytes) {
-    if (bytes > SIZE_MAX / 8) {
-        sc_fail("out of memory: %zu bytes for one tensor", bytes);
-        return NULL;
-    }
+    if (bytes > SIZE_MAX / 8)
+        return sc_fail("out of memory: %zu bytes for one tensor", bytes), NULL;
     bytes = (bytes + 255) & ~(size_t)255;
     while (a->current < a->count && a->used + bytes > a->chunks[a->current].size) {
         a->current++;
         a->used = 0;
     }
     if (a->current == a->count) { /* no chunk has room: add one */
-        size_t size = (size_t)1 << 20, held = 0;
-        for (int i = 0; i < a->count; i++) held += a->chunks[i].size;
-        while (size < held / 8) size *= 2; /* few chunks, little waste */
+        size_t size = (size_t)1 << 20;
+        while (size < a->held / 8) size *= 2; /* few chunks, little waste */
         if (!sc__arena_add(a, size < bytes ? bytes : size)) return NULL;
         a->used = 0;
     }
@@ -2687,8 +2656,7 @@ static void sc__arena_free(sc__arena *a) {
         if (a->backend) a->backend->release(a->chunks[i].base);
         else SC_FREE(a->chunks[i].base);
     }
-    a->count = 0;
-    sc__arena_reset(a);
+    *a = (sc__arena){.backend = a->backend, .peak = a->peak};
 }
 
 sc_tape *sc_tape_new(const sc_backend *backend) {
@@ -2723,13 +2691,7 @@ bool sc_tape_record(sc_tape *t, bool recording) {
 }
 void sc_tape_use(sc_tape *t, const uint8_t *set_of_sample) { t->sets = set_of_sample; }
 
-size_t sc_tape_bytes(const sc_tape *t) {
-    size_t bytes = 0;
-    for (int i = 0; i < t->device.count; i++) bytes += t->device.chunks[i].size;
-    for (int i = 0; i < t->shared.count; i++) bytes += t->shared.chunks[i].size;
-    return bytes;
-}
-
+size_t sc_tape_bytes(const sc_tape *t) { return t->device.held + t->shared.held; }
 size_t sc_tape_peak(const sc_tape *t) { return t->device.peak + t->shared.peak; }
 
 bool sc_tape_reserve(sc_tape *t, size_t bytes) {
@@ -2837,10 +2799,8 @@ static sc__op *sc__record(sc_tape *t, sc__op op) {
     for (int i = 0; i < 3; i++) needed = needed || (op.in[i] && op.in[i]->needs_grad);
     if (!t->recording || !(needed || op.out[0]->shared)) return NULL;
     sc__op *ops = (sc__op *)sc__grow(t->ops, t->count, sizeof *ops);
-    if (!ops) {
-        t->failed = true;
-        return NULL;
-    }
+    t->failed = t->failed || !ops;
+    if (!ops) return NULL;
     t->ops = ops;
     if (needed) op.out[0]->needs_grad = true;
     t->ops[t->count] = op;
@@ -2890,14 +2850,7 @@ static bool sc__backward_from(sc_tape *t, int64_t first) {
     }
     return !t->failed;
 }
-
-bool sc_backward(sc_tape *t) {
-    bool recording = t->recording;
-    t->recording = true; /* for blocks that run again */
-    bool ok = sc__backward_from(t, 0);
-    t->recording = recording;
-    return ok;
-}
+bool sc_backward(sc_tape *t) { return sc__backward_from(t, 0); }
 
 /* ---- Linear layers, and LoRA: y = x W^T + bias + scale (x A^T) B^T ---- >>linear
  * The only place where LoRA exists. The thin products come first: samples next to each other with
@@ -2918,12 +2871,8 @@ static sc_matrix sc__part(const sc_tensor *x, const void *values, int64_t first,
     return sc__matrix((const char *)values + skip, x->dtype, ld, transposed);
 }
 
-/* The next run of samples from *sample on that use the same set: its set, its samples. */
-static sc_set sc__next_run(const sc_tape *t, int64_t batch, int64_t *sample, int64_t *count) {
-    sc_set set = t->sets ? (sc_set)t->sets[*sample] : SC_TEACHER;
-    for (*count = 1; *sample + *count < batch; ++*count)
-        if (t->sets && t->sets[*sample + *count] != set) break;
-    return set;
+static sc_set sc__set_of(const sc_tape *t, int64_t sample) {
+    return t->sets ? (sc_set)t->sets[sample] : SC_TEACHER;
 }
 
 static void sc__lora_backward(sc_tape *t, sc__op *op) {
@@ -2961,15 +2910,11 @@ static void sc__linear_backward(sc_tape *t, sc__op *op) {
     if (bias && bias->grad) t->be->column_sum((float *)bias->grad, y->grad, rows, out);
 }
 
-/* What a layer computes: y[:, at ...] = sum, or gelu(sum). sum is y itself, or the tensor that the
- * gradient in front of the GELU belongs to, or NULL: a GELU that is not recorded. */
-typedef struct sc__linear_output { sc_tensor *y; int64_t at; sc_tensor *sum; } sc__linear_output;
-
-/* Sets the rows of one run of samples with one set to the adapters' part, and records it. */
-static bool sc__linear_lora(sc_tape *t, sc_tensor *x, const sc__linear_output *o,
-                            const sc_linear_layer *l, sc_set set, int64_t first, int64_t rows) {
+/* Sets the rows of a run of samples with one set, in y's columns from `at` on, to the adapters'
+ * part, and records it as a part of `sum`, whose gradient is that of the layer's output. */
+static bool sc__linear_lora(sc_tape *t, sc_tensor *x, const sc_linear_layer *l, sc_tensor *y,
+                            int64_t at, sc_tensor *sum, sc_set set, int64_t first, int64_t rows) {
     int64_t in = sc__last(x), out = l->weight->shape[0];
-    sc_matrix y = sc__part(o->y, o->y->data, first, o->at, false);
     float beta = 0;
     for (const sc_adapter *lora = l->adapters; lora; lora = lora->next) {
         if (!lora->a[set]) continue;
@@ -2978,62 +2923,17 @@ static bool sc__linear_lora(sc_tape *t, sc_tensor *x, const sc__linear_output *o
         t->be->gemm(rows, lora->rank, in, 1, sc__part(x, x->data, first, 0, false),
                     sc__whole(lora->a[set], true), 0, sc__whole(u, false), NULL);
         t->be->gemm(rows, out, lora->rank, lora->scale, sc__whole(u, false),
-                    sc__whole(lora->b[set], true), beta, y, NULL);
+                    sc__whole(lora->b[set], true), beta, sc__part(y, y->data, first, at, false),
+                    NULL);
         beta = 1;
-        sc__record(t, (sc__op){sc__lora_backward, NULL, {x, lora->a[set], lora->b[set], u},
-                               {o->sum}, {first, set}, 0, lora});
+        sc__record(t, (sc__op){.backward = sc__lora_backward, .out = {sum}, .n = {first, set},
+                               .in = {x, lora->a[set], lora->b[set], u}, .extra = lora});
     }
     if (beta == 0) { /* this set adds nothing; the other columns are not written yet */
-        int64_t size = sc__last(o->y) * sc_dtype_size(y.dtype);
-        t->be->zero((char *)o->y->data + first * size, (size_t)(rows * size));
+        int64_t size = sc__last(y) * sc_dtype_size(y->dtype);
+        t->be->zero((char *)y->data + first * size, (size_t)(rows * size));
     }
     return true;
-}
-
-static bool sc__linear(sc_tape *t, sc_tensor *x, const sc_linear_layer *l, sc__linear_output o) {
-    int64_t in = sc__last(x), out = l->weight->shape[0], rows = sc__rows(x), batch = x->shape[0];
-    bool adapted = false;
-    for (int64_t sample = 0, count; sample < batch; sample += count) {
-        sc_set set = sc__next_run(t, batch, &sample, &count);
-        for (const sc_adapter *a = l->adapters; a; a = a->next) adapted = adapted || a->a[set];
-    }
-    for (int64_t sample = 0, count; adapted && sample < batch; sample += count) {
-        sc_set set = sc__next_run(t, batch, &sample, &count);
-        int64_t each = rows / batch;
-        if (!sc__linear_lora(t, x, &o, l, set, sample * each, count * each)) return false;
-    }
-    float beta = adapted ? 1.f : 0.f;
-    sc_matrix left = sc__whole(x, false), right = sc__whole(l->weight, true);
-    sc_matrix y = sc__part(o.y, o.y->data, 0, o.at, false);
-    static SC_THREAD_LOCAL uint64_t contents;
-    if (t->input != x) t->input = x, t->content = ++contents; /* no tensor is written twice */
-    left.content = t->content;
-    if (o.sum == o.y) t->be->gemm(rows, out, in, 1, left, right, beta, y, l->bias);
-    else t->be->gemm_gelu(rows, out, in, left, right, beta, y, l->bias, o.sum);
-    sc__record(t, (sc__op){sc__linear_backward, NULL, {x, l->weight, l->bias}, {o.sum}, {0}, 0,
-                           NULL});
-    return true;
-}
-
-/* A new tensor for the layer's output, `more` columns wider; NULL if x does not fit. cheap: for the
- * activation that follows. */
-static sc_tensor *sc__linear_new(sc_tape *t, const sc_tensor *x, const sc_linear_layer *l,
-                                 int64_t more, bool cheap) {
-    if (!x) return NULL;
-    int64_t shape[SC_MAX_DIMS], in = sc__last(x);
-    if (in != l->weight->shape[1]) {
-        sc_fail("linear layer takes %lld channels, was given %lld", (long long)l->weight->shape[1],
-                 (long long)in);
-        return NULL;
-    }
-    memcpy(shape, x->shape, sizeof shape);
-    shape[x->ndim - 1] = l->weight->shape[0] + more;
-    return sc__new(t, cheap, x->ndim, shape);
-}
-
-sc_tensor *sc_linear(sc_tape *t, const sc_tensor *x, const sc_linear_layer *l) {
-    sc_tensor *y = sc__linear_new(t, x, l, 0, false);
-    return y && sc__linear(t, (sc_tensor *)x, l, (sc__linear_output){y, 0, y}) ? y : NULL;
 }
 
 static void sc__activate_forward(sc_tape *t, sc__op *op) {
@@ -3044,23 +2944,56 @@ static void sc__activate_backward(sc_tape *t, sc__op *op) {
         t->be->activate_backward((sc_activation)op->n[0], op->out[0], op->n[1], op->in[0]);
 }
 static sc__op sc__activation(sc_activation kind, sc_tensor *y, int64_t at, sc_tensor *x) {
-    return (sc__op){sc__activate_backward, sc__activate_forward, {x}, {y}, {kind, at}, 0, NULL};
+    return (sc__op){.backward = sc__activate_backward, .forward = sc__activate_forward,
+                    .in = {x}, .out = {y}, .n = {kind, at}};
 }
 
-/* y[:, at ...] = gelu(linear(x)); what goes into the GELU is kept only while recording. */
-static bool sc__linear_gelu(sc_tape *t, sc_tensor *x, const sc_linear_layer *l, sc_tensor *y,
-                            int64_t at) {
-    sc_tensor *sum = t->recording ? sc__linear_new(t, x, l, 0, false) : NULL;
-    if (t->recording && !sum) return false;
-    if (!sc__linear(t, x, l, (sc__linear_output){y, at, sum})) return false;
-    if (sum) /* the product has applied the GELU */
-        sc__record(t, sc__activation(SC_GELU_TANH, y, at, sum));
-    return true;
+/* A new y with y[:, at ...] = linear(x), or gelu(linear(x)); what goes into the GELU (sum) is kept
+ * only while recording. */
+static sc_tensor *sc__linear(sc_tape *t, const sc_tensor *input, const sc_linear_layer *l,
+                             int64_t at, bool gelu) {
+    if (!input) return NULL;
+    sc_tensor *x = (sc_tensor *)input;
+    int64_t in = sc__last(x), out = l->weight->shape[0], rows = sc__rows(x), batch = x->shape[0];
+    if (in != l->weight->shape[1])
+        return sc_fail("linear layer takes %lld channels, was given %lld",
+                       (long long)l->weight->shape[1], (long long)in), NULL;
+    int64_t shape[SC_MAX_DIMS];
+    memcpy(shape, x->shape, sizeof shape);
+    shape[x->ndim - 1] = out + at;
+    sc_tensor *y = sc__new(t, gelu, x->ndim, shape), *sum = y;
+    shape[x->ndim - 1] = out;
+    if (y && gelu) sum = t->recording ? sc_new(t, x->ndim, shape) : NULL;
+    if (!y || (t->recording && !sum)) return NULL;
+    bool adapted = false;
+    for (int64_t i = 0; i < batch; i++)
+        for (const sc_adapter *a = l->adapters; a; a = a->next)
+            adapted = adapted || a->a[sc__set_of(t, i)];
+    for (int64_t i = 0, end; adapted && i < batch; i = end) {
+        int64_t each = rows / batch;
+        sc_set set = sc__set_of(t, i);
+        for (end = i + 1; end < batch && sc__set_of(t, end) == set; end++) {}
+        if (!sc__linear_lora(t, x, l, y, at, sum, set, i * each, (end - i) * each)) return NULL;
+    }
+    float beta = adapted ? 1.f : 0.f;
+    sc_matrix left = sc__whole(x, false), right = sc__whole(l->weight, true);
+    sc_matrix to = sc__part(y, y->data, 0, at, false);
+    static SC_THREAD_LOCAL uint64_t contents;
+    if (t->input != x) t->input = x, t->content = ++contents; /* no tensor is written twice */
+    left.content = t->content;
+    if (gelu) t->be->gemm_gelu(rows, out, in, left, right, beta, to, l->bias, sum);
+    else t->be->gemm(rows, out, in, 1, left, right, beta, to, l->bias);
+    sc__record(t, (sc__op){.backward = sc__linear_backward, .in = {x, l->weight, l->bias},
+                           .out = {sum}});
+    if (gelu) sc__record(t, sc__activation(SC_GELU_TANH, y, at, sum));
+    return y;
 }
 
+sc_tensor *sc_linear(sc_tape *t, const sc_tensor *x, const sc_linear_layer *l) {
+    return sc__linear(t, x, l, 0, false);
+}
 sc_tensor *sc_linear_gelu(sc_tape *t, const sc_tensor *x, const sc_linear_layer *l) {
-    sc_tensor *y = sc__linear_new(t, x, l, 0, true);
-    return y && sc__linear_gelu(t, (sc_tensor *)x, l, y, 0) ? y : NULL;
+    return sc__linear(t, x, l, 0, true);
 }
 
 /* ---- The other operations: allocate, call the backend, record ---- */
@@ -3070,22 +3003,15 @@ sc_tensor *sc_activate(sc_tape *t, sc_activation kind, sc_tensor *x) {
     return sc__run_op(t, sc__activation(kind, y, 0, x));
 }
 
-/* A block of `rows` rows: dst[r, dst_at ...] (+)= src[r, src_at ...], in the activations' type. */
-static void sc__copy_columns(sc_tape *t, void *dst, int64_t dst_ld, int64_t dst_at, const void *src,
-                             int64_t src_ld, int64_t src_at, int64_t rows, int64_t columns,
-                             bool add) {
-    int64_t size = sc_dtype_size(t->be->activation);
-    t->be->copy_block((char *)dst + dst_at * size, dst_ld, (const char *)src + src_at * size,
-                      src_ld, rows, columns, t->be->activation, add);
-}
-
 /* `rows` rows of x and of y, of which one may be wider: its part begins at column `at`. */
 static void sc__copy_rows(sc_tape *t, const sc__op *op, bool back, bool add) {
     const sc_tensor *x = op->in[0], *y = op->out[0];
-    int64_t rows = op->n[0], at = op->n[1], wx = sc_count(x) / rows, wy = sc_count(y) / rows;
-    int64_t x_at = wx > wy ? at : 0, y_at = wx > wy ? 0 : at, width = wx < wy ? wx : wy;
-    if (back) sc__copy_columns(t, x->grad, wx, x_at, y->grad, wy, y_at, rows, width, add);
-    else sc__copy_columns(t, y->data, wy, y_at, x->data, wx, x_at, rows, width, add);
+    int64_t rows = op->n[0], wx = sc_count(x) / rows, wy = sc_count(y) / rows;
+    int64_t skip = op->n[1] * sc_dtype_size(x->dtype), width = wx < wy ? wx : wy;
+    char *px = (char *)(back ? x->grad : x->data) + (wx > wy ? skip : 0);
+    char *py = (char *)(back ? y->grad : y->data) + (wx > wy ? 0 : skip);
+    if (back) t->be->copy_block(px, wx, py, wy, rows, width, x->dtype, add);
+    else t->be->copy_block(py, wy, px, wx, rows, width, x->dtype, add);
 }
 static void sc__copy_forward(sc_tape *t, sc__op *op) { sc__copy_rows(t, op, false, op->n[2]); }
 static void sc__copy_backward(sc_tape *t, sc__op *op) {
@@ -3096,8 +3022,8 @@ static void sc__copy_backward(sc_tape *t, sc__op *op) {
 }
 static sc_tensor *sc__copy(sc_tape *t, sc_tensor *x, sc_tensor *y, int64_t rows, int64_t at,
                            bool add) {
-    return sc__run_op(t, (sc__op){sc__copy_backward, sc__copy_forward, {x}, {y}, {rows, at, add}, 0,
-                               NULL});
+    return sc__run_op(t, (sc__op){.backward = sc__copy_backward, .forward = sc__copy_forward,
+                                  .in = {x}, .out = {y}, .n = {rows, at, add}});
 }
 
 sc_tensor *sc_add(sc_tape *t, sc_tensor *a, sc_tensor *b) { /* not made again: its order matters */
@@ -3126,10 +3052,7 @@ sc_tensor *sc_concat_channels(sc_tape *t, sc_tensor *a, sc_tensor *b) {
 }
 
 sc_tensor *sc_concat_gelu(sc_tape *t, sc_tensor *a, const sc_tensor *x, const sc_linear_layer *l) {
-    int64_t width = a ? sc__last(a) : 0;
-    sc_tensor *y = a ? sc__linear_new(t, x, l, width, true) : NULL;
-    if (!y || !sc__linear_gelu(t, (sc_tensor *)x, l, y, width)) return NULL;
-    return sc__copy(t, a, y, sc__rows(a), 0, false);
+    return a ? sc__copy(t, a, sc__linear(t, x, l, sc__last(a), true), sc__rows(a), 0, false) : NULL;
 }
 
 sc_tensor *sc_slice_tokens(sc_tape *t, sc_tensor *x, int64_t from, int64_t count) {
@@ -3151,8 +3074,9 @@ static void sc__ln_modulate_backward(sc_tape *t, sc__op *op) {
 
 sc_tensor *sc_ln_modulate(sc_tape *t, sc_tensor *x, sc_tensor *mod, int shift, int scale) {
     sc_tensor *y = x && mod ? sc__new(t, true, x->ndim, x->shape) : NULL;
-    return sc__run_op(t, (sc__op){sc__ln_modulate_backward, sc__ln_modulate_forward, {x, mod}, {y},
-                               {shift, scale}, 0, NULL});
+    return sc__run_op(t, (sc__op){.backward = sc__ln_modulate_backward,
+                                  .forward = sc__ln_modulate_forward, .in = {x, mod}, .out = {y},
+                                  .n = {shift, scale}});
 }
 
 static void sc__gated_residual_backward(sc_tape *t, sc__op *op) {
@@ -3166,7 +3090,8 @@ sc_tensor *sc_gated_residual(sc_tape *t, sc_tensor *x, sc_tensor *h, sc_tensor *
     sc_tensor *y = h && mod ? sc__new_like(t, x) : NULL;
     if (!y) return NULL;
     t->be->gated_residual(y, x, h, mod, gate);
-    sc__record(t, (sc__op){sc__gated_residual_backward, NULL, {x, h, mod}, {y}, {gate}, 0, NULL});
+    sc__record(t, (sc__op){.backward = sc__gated_residual_backward, .in = {x, h, mod}, .out = {y},
+                           .n = {gate}});
     return y;
 }
 
@@ -3186,8 +3111,8 @@ sc_tensor *sc_norm_rope(sc_tape *t, sc_tensor *text, sc_tensor *image, sc_tensor
     int64_t text_tokens = text ? text->shape[1] : 0, tokens = text_tokens + image->shape[1];
     sc_tensor *y =
         sc__new(t, true, 3, (const int64_t[]){image->shape[0], tokens, image->shape[2]});
-    sc__op op = {sc__norm_rope_backward, sc__norm_rope_forward, {text, text_weight}, {y}, {0}, 0,
-                 rope};
+    sc__op op = {.backward = sc__norm_rope_backward, .forward = sc__norm_rope_forward,
+                 .in = {text, text_weight}, .out = {y}, .extra = rope};
     if (text) sc__run_op(t, op);
     op.in[0] = image, op.in[1] = image_weight, op.n[0] = text_tokens;
     return sc__run_op(t, op);
@@ -3211,9 +3136,10 @@ sc_tensor *sc_attention(sc_tape *t, sc_tensor *q, sc_tensor *k, sc_tensor *v, in
                         float scale, const sc_tensor *bias, bool causal) {
     sc_tensor *o = k && v ? sc__new_like(t, q) : NULL;
     if (!o) return NULL;
-    sc__op *op = bias || causal ? NULL
-                                : sc__record(t, (sc__op){sc__attention_backward, NULL, {q, k, v},
-                                                         {o}, {heads}, scale, NULL});
+    sc__op *op = NULL;
+    if (!bias && !causal)
+        op = sc__record(t, (sc__op){.backward = sc__attention_backward, .in = {q, k, v},
+                                    .out = {o}, .n = {heads}, .scale = scale});
     size_t sums = (size_t)(q->shape[0] * heads * q->shape[1]) * sizeof(float);
     float *lse = op ? (float *)sc__arena_take(&t->device, sums) : NULL;
     if (op && !(op->extra = lse)) return NULL;
@@ -3238,8 +3164,8 @@ sc_tensor *sc_blend(sc_tape *t, const float *p, sc_tensor *u, const float *q, sc
     sc_tensor *y = v ? sc__new_like(t, u) : NULL;
     if (!y) return NULL;
     t->be->blend(y, p, u, q, v);
-    sc__record(t, (sc__op){sc__blend_backward, NULL, {u}, {y}, {0}, 0, p});
-    sc__record(t, (sc__op){sc__blend_backward, NULL, {v}, {y}, {0}, 0, q});
+    sc__record(t, (sc__op){.backward = sc__blend_backward, .in = {u}, .out = {y}, .extra = p});
+    sc__record(t, (sc__op){.backward = sc__blend_backward, .in = {v}, .out = {y}, .extra = q});
     return y;
 }
 
@@ -3250,8 +3176,8 @@ static void sc__mse_backward(sc_tape *t, sc__op *op) {
 bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, double *loss) {
     if (!prediction || !target) return false;
     t->be->mse(loss, prediction, target);
-    if (sc__record(t, (sc__op){sc__mse_backward, NULL, {prediction, (sc_tensor *)target},
-                               {prediction}, {0}, 0, NULL}))
+    if (sc__record(t, (sc__op){.backward = sc__mse_backward, .out = {prediction},
+                               .in = {prediction, (sc_tensor *)target}}))
         sc__grad(t, prediction); /* it exists: the walk back starts here */
     return !t->failed;
 }
@@ -3273,11 +3199,9 @@ sc_tensor *sc_embed_tokens(sc_tape *t, const sc_tensor *table, const int32_t *id
                            int64_t tokens) {
     sc_tensor *y = sc_new(t, 3, (const int64_t[]){batch, tokens, table->shape[1]});
     for (int64_t i = 0; i < batch * tokens; i++)
-        if (ids[i] < 0 || ids[i] >= table->shape[0]) {
-            sc_fail("token id %d is outside the table of %lld embeddings", (int)ids[i],
-                     (long long)table->shape[0]);
-            return NULL;
-        }
+        if (ids[i] < 0 || ids[i] >= table->shape[0])
+            return sc_fail("token id %d is outside the table of %lld embeddings", (int)ids[i],
+                           (long long)table->shape[0]), NULL;
     if (y) t->be->embed_tokens(y, table, ids);
     return y;
 }
@@ -3286,13 +3210,11 @@ sc_tensor *sc_conv2d(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const s
                      int stride, int pad_before) {
     if (!x) return NULL;
     const int64_t shape[] = {x->shape[0], w->shape[0], x->shape[2] / stride, x->shape[3] / stride};
-    if (w->shape[1] != x->shape[1] || w->shape[2] > 5 || shape[2] < 1 || shape[3] < 1) {
-        sc_fail("convolution: %lld channels of %lld x %lld pixels, a kernel of %lld channels, "
-                 "%lld x %lld", (long long)x->shape[1], (long long)x->shape[2],
-                 (long long)x->shape[3], (long long)w->shape[1], (long long)w->shape[2],
-                 (long long)w->shape[3]);
-        return NULL;
-    }
+    if (w->shape[1] != x->shape[1] || w->shape[2] > 5 || shape[2] < 1 || shape[3] < 1)
+        return sc_fail("convolution: %lld channels of %lld x %lld pixels, a kernel of %lld "
+                       "channels, %lld x %lld", (long long)x->shape[1], (long long)x->shape[2],
+                       (long long)x->shape[3], (long long)w->shape[1], (long long)w->shape[2],
+                       (long long)w->shape[3]), NULL;
     sc_tensor *y = sc_new(t, 4, shape);
     if (y) t->be->conv2d(y, x, w, b, stride, pad_before);
     return y;
@@ -3375,27 +3297,21 @@ static bool sc__run_recorded(sc_tape *t, sc_block block, const void *context, sc
     return ok;
 }
 
-typedef struct sc__block_call {
-    sc_block block;
-    const void *context;
-    const uint8_t *sets;
-    int inputs;
-    int64_t first;              /* of a kept block: its first operation on the tape; -1 */
-} sc__block_call;
-
-/* The block's operations: those that were kept on the tape, or made now; backwards, between a mark
- * and its release. */
+/* The block's operations: those that were kept on the tape from n[1] on, or, where that is -1, made
+ * now; backwards, between a mark and its release. */
 static void sc__block_backward(sc_tape *t, sc__op *op) {
-    const sc__block_call *c = (const sc__block_call *)op->extra;
-    for (int i = 0; i < c->inputs; i++) sc__grad(t, op->in[i]);
+    for (int i = 0; i < op->n[0]; i++) sc__grad(t, op->in[i]);
     sc_mark mark = sc_tape_mark(t);
-    int64_t first = c->first < 0 ? t->count : c->first;
-    if (c->first < 0) {
+    int64_t first = op->n[1];
+    if (first < 0) {
         const uint8_t *sets = t->sets;
+        bool recording = sc_tape_record(t, true);
         sc_tensor *out[2] = {NULL, NULL};
-        t->sets = c->sets;
-        if (!sc__run_recorded(t, c->block, c->context, op->in, out)) t->failed = true;
-        t->sets = sets;
+        first = t->count;
+        sc_tape_use(t, op->sets);
+        if (!sc__run_recorded(t, op->block, op->extra, op->in, out)) t->failed = true;
+        sc_tape_use(t, sets);
+        sc_tape_record(t, recording);
         if (t->sizes)
             *t->sizes++ = (sc__block_bytes){t->device.taken - mark.device_taken, t->shared.taken};
         for (int i = 0; i < 2 && out[i]; i++) out[i]->grad = op->out[i]->grad;
@@ -3412,13 +3328,11 @@ bool sc_run_block(sc_tape *t, sc_block block, const void *context, sc_tensor **i
     if (!t->recording) return true;
     for (int64_t i = first; keep && i < t->count; i++)
         t->ops[i].out[0]->stale = t->ops[i].out[0]->shared;
-    sc__block_call *c = (sc__block_call *)sc__arena_take(&t->host, sizeof *c);
-    if (!c) return false;
-    *c = (sc__block_call){block, context, t->sets, inputs, first};
     /* weights inside may need a gradient where no input does */
     sc_tensor yes = {.needs_grad = true};
-    sc__op *op = sc__record(t, (sc__op){sc__block_backward, NULL, {&yes}, {out[0], out[1]}, {0}, 0,
-                                        c});
+    sc__op *op = sc__record(t, (sc__op){.backward = sc__block_backward, .in = {&yes},
+                                        .out = {out[0], out[1]}, .n = {inputs, first},
+                                        .extra = context, .block = block, .sets = t->sets});
     if (!op) return false;
     for (int i = 0; i < inputs; i++) op->in[i] = in[i];
     if (out[1]) out[1]->needs_grad = true;
