@@ -3610,26 +3610,14 @@ static char *sc__join(const char *folder, const char *name) {
     return path;
 }
 
-static bool sc__exists(const char *path) {
+/* What is there, as stat says it; 0: nothing. */
+static mode_t sc__mode(const char *path) {
     struct stat s;
-    return stat(path, &s) == 0;
+    return stat(path, &s) ? 0 : s.st_mode;
 }
-
-static bool sc__is_file(const char *path) {
-    struct stat s;
-    return stat(path, &s) == 0 && S_ISREG(s.st_mode);
-}
-
-static bool sc__is_folder(const char *path) {
-    struct stat s;
-    return stat(path, &s) == 0 && S_ISDIR(s.st_mode);
-}
-
-/* `made`: it was not there before. */
-static bool sc__make_folder(const char *path, bool *made) {
-    *made = !mkdir(path, 0777);
-    return *made || errno == EEXIST || sc_fail("%s: %s", path, strerror(errno));
-}
+static bool sc__exists(const char *path) { return sc__mode(path) != 0; }
+static bool sc__is_file(const char *path) { return S_ISREG(sc__mode(path)); }
+static bool sc__is_folder(const char *path) { return S_ISDIR(sc__mode(path)); }
 
 /* The size of a regular file that can be read; -1 with the error set. Asking before opening keeps
  * a pipe from blocking. */
@@ -5266,8 +5254,8 @@ bool sc_flux_save(const sc_flux *f, const char *folder, sc_dtype dtype,
     char *config = sc__join(folder, "config.json");
     char *weights = sc__join(folder, "diffusion_pytorch_model.safetensors");
     sc_named *named = (sc_named *)sc__alloc((size_t)net->count, sizeof *named);
-    bool ok = config && weights && named && sc_net_load(net), made = false;
-    if (ok) ok = sc__make_folder(folder, &made);
+    bool ok = config && weights && named && sc_net_load(net), made = ok && !mkdir(folder, 0777);
+    if (ok && !made && errno != EEXIST) ok = sc_fail("%s: %s", folder, strerror(errno));
     char *there = ok && !made ? sc__weights_in(folder) : NULL;
     if (there && !fnmatch("*.json", there, 0))
         ok = sc_fail("%s: these shards would be read instead: write to another folder", there);
