@@ -3851,18 +3851,13 @@ static bool sc__json_number(sc__json_parser *p, double *value) {
 
 static bool sc__json_read(sc__json_parser *p, sc_json *v);
 
-static sc_json *sc__json_push(sc_json *v) {
-    sc_json *items = (sc_json *)sc__grow(v->u.items, v->count, sizeof *items);
-    if (!items) return NULL;
-    v->u.items = items;
-    v->u.items[v->count] = (sc_json){0};
-    return &v->u.items[v->count++];
-}
-
 /* Key and value of an object's next item, or the value of an array's. */
 static bool sc__json_item(sc__json_parser *p, sc_json *v) {
-    sc_json *item = sc__json_push(v);
-    if (!item) return false;
+    sc_json *items = (sc_json *)sc__grow(v->u.items, v->count, sizeof *items), *item;
+    if (!items) return false;
+    v->u.items = items;
+    item = &items[v->count++];
+    *item = (sc_json){0};
     if (v->type == SC__OBJECT) {
         if (sc__json_peek(p) != '"') return sc__json_fail(p, "expected a key in quotes");
         if (!sc__json_string(p, &item->key)) return false;
@@ -3932,25 +3927,19 @@ sc_json *sc_json_parse(const char *text, size_t length, const char *name) {
     return NULL;
 }
 
-/* *text: the file, the caller's. A server's answer may have been saved in its place. */
-static sc_json *sc__json_load(const char *path, char **text) {
+/* A server's answer may have been saved in the file's place. */
+sc_json *sc_json_load(const char *path) {
     size_t length = 0;
-    *text = sc_read_file(path, &length);
-    sc_json *root = *text ? sc_json_parse(*text, length, path) : NULL;
-    const char *what = *text && !root ? sc__foreign(*text, length) : NULL;
+    char *text = sc_read_file(path, &length);
+    sc_json *root = text ? sc_json_parse(text, length, path) : NULL;
+    const char *what = text && !root ? sc__foreign(text, length) : NULL;
     const char *answer = sc_json_string(sc_json_get(root, "error"), NULL);
+    SC_FREE(text);
     if (what) sc_fail("%s: %s", path, what);
     if (!answer) return root;
     sc_fail("%s: a server's answer, '%s': download the file again", path, answer);
     sc_json_free(root);
     return NULL;
-}
-
-sc_json *sc_json_load(const char *path) {
-    char *text;
-    sc_json *root = sc__json_load(path, &text);
-    SC_FREE(text);
-    return root;
 }
 
 static bool sc__json_is(const sc_json *v, sc__json_type type) { return v && v->type == type; }
@@ -4941,18 +4930,6 @@ static int sc__count_layers(const sc_net *net, const char *format, int fallback)
     }
 }
 
-/* The config.json beside a part's weights, parsed, its text and its name; json is NULL where there
- * is none. False if it cannot be read. */
-static bool sc__read_config(const char *path, sc_json **json, char **name, char **text) {
-    bool folder = sc__is_folder(path);
-    *name = folder ? sc__join(path, "config.json") : sc__strdup(path);
-    *json = NULL;
-    *text = NULL;
-    if (!*name || !folder || !sc__exists(*name)) return *name != NULL;
-    *json = sc__json_load(*name, text);
-    return *json && ((*json)->type == SC__OBJECT || sc_fail("%s: not a JSON object", *name));
-}
-
 /* folder/name, parsed, and its path; *json is NULL where there is no such file. False if it is
  * broken. */
 static bool sc__load_settings(const char *folder, const char *name, char **path, sc_json **json) {
@@ -4960,6 +4937,16 @@ static bool sc__load_settings(const char *folder, const char *name, char **path,
     bool there = *path && sc__exists(*path);
     *json = there ? sc_json_load(*path) : NULL;
     return *path && (*json || !there);
+}
+
+/* The same of the config.json beside a part's weights, an object, with its text. */
+static bool sc__read_config(const char *path, sc_json **json, char **name, char **text) {
+    size_t length;
+    *json = NULL, *text = NULL;
+    if (!sc__is_folder(path)) return (*name = sc__strdup(path)) != NULL;
+    if (!sc__load_settings(path, "config.json", name, json)) return false;
+    if (*json && (*json)->type != SC__OBJECT) return sc_fail("%s: not a JSON object", *name);
+    return !*json || (*text = sc_read_file(*name, &length));
 }
 
 /* A number from a config, or a truth value as 1 or 0; absent or null: the fallback. False with the
