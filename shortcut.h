@@ -4146,9 +4146,8 @@ static bool sc__map_part(sc_file *f, const char *path, const sc_json *map, const
     int64_t size = sc__file_size(path);
     if (size < 0) return false;
     if (size == 0) return sc__no_safetensors(path, "", 0); /* and could not be mapped */
-    size_t room = (size_t)f->part_count + 1;
-    sc__mapping *parts = (sc__mapping *)SC_REALLOC(f->parts, room * sizeof *parts);
-    if (!parts) return sc_fail("%s: out of memory", path);
+    sc__mapping *parts = (sc__mapping *)sc__grow(f->parts, f->part_count, sizeof *parts);
+    if (!parts) return false;
     f->parts = parts;
     int descriptor = open(path, O_RDONLY);
     if (descriptor < 0) return sc_fail("%s: %s", path, strerror(errno));
@@ -4551,9 +4550,8 @@ static sc__entry *sc__find_as(const sc_file *f, const char *const *prefixes, con
 static bool sc__take_rows(sc_tensor *x, const sc__slice *rows) {
     if (!rows->whole) return true;
     if (x->ndim < 1 || x->shape[0] % rows->whole) return false;
-    int64_t row = x->shape[0] ? sc_count(x) / x->shape[0] : 0, part = x->shape[0] / rows->whole;
-    x->data = (char *)x->data + rows->first * part * row * sc_dtype_size(x->dtype);
-    x->shape[0] = rows->parts * part;
+    x->data = (char *)x->data + sc_count(x) / rows->whole * rows->first * sc_dtype_size(x->dtype);
+    x->shape[0] = x->shape[0] / rows->whole * rows->parts;
     return true;
 }
 
@@ -4864,6 +4862,7 @@ static bool sc__net_complete(const sc_net *net) {
     const sc_file *f = net->backend ? net->file : NULL;
     for (int64_t i = 0; f && i < f->count; i++) {
         const char *name = f->entries[i].name, *dot = strrchr(name, '.');
+        char weight[512];
         if (f->entries[i].used) continue;
         for (const char *at = name; (at = strchr(at, '.')); at++) {
             size_t n = (size_t)(at + 1 - name), digits = strspn(at + 1, "0123456789");
@@ -4871,15 +4870,13 @@ static bool sc__net_complete(const sc_net *net) {
                 !sc__used_below(f, name, n + digits + 1))
                 return sc_fail("%s: '%s' is of a block that the model does not have: is "
                                 "config.json that of another one?", f->path, name);
-        }
-        for (int64_t j = 0; dot && j < f->count; j++) {
-            const sc__entry *e = &f->entries[j];
-            size_t n = sc__stem(e->name, ".weight");
-            if (e->used && e->tensor.dtype == SC_F8_E4M3 && n && !strncmp(name, e->name, n + 1) &&
-                !strstr(name + n, "input") && strcmp(dot, ".comfy_quant") && strcmp(dot, ".bias"))
+            snprintf(weight, sizeof weight, "%.*sweight", (int)n, name);
+            const sc__entry *e = sc__find_entry(f, weight);
+            if (e && e->used && e->tensor.dtype == SC_F8_E4M3 && !strstr(at, "input") &&
+                strcmp(dot, ".comfy_quant") && strcmp(dot, ".bias"))
                 return sc_fail("%s: '%s' is not understood beside the 8-bit '%s': scales are read "
                                 "as .weight_scale or .scale_weight, one number or one a row",
-                                f->path, name, e->name);
+                                f->path, name, weight);
         }
     }
     return true;
@@ -4920,12 +4917,11 @@ static int sc__side(const sc_net *net, const char *name, int dim, int fallback) 
     return (int)x.shape[dim];
 }
 
-/* How many weights "before%dafter" there are, counted from 0. */
+/* How many weights there are with names of this format, which has one %d, counted from 0. */
 static int sc__count_layers(const sc_net *net, const char *format, int fallback) {
     char name[SC_MAX_NAME];
     for (int n = 0;; n++) {
-        const char *at = strstr(format, "%d");
-        snprintf(name, sizeof name, "%.*s%d%s", (int)(at - format), format, n, at + 2);
+        snprintf(name, sizeof name, format, n);
         if (!sc__side(net, name, 0, 0)) return n ? n : fallback;
     }
 }
@@ -5867,29 +5863,27 @@ int sc_part_in_file(const char *path, sc_part part) {
  * its download had stopped, may be what is missing. */
 static char *sc__part_file(const char *folder, sc_part part) {
     const char *kind = sc__parts[part].folder;
-    char *found = NULL, broken[sizeof sc__message] = "";
-    bool several = false;
+    char *found = NULL, *second = NULL, broken[sizeof sc__message] = "";
     DIR *list = opendir(folder);
     if (!list) return sc_fail("%s: %s", folder, strerror(errno)), NULL;
-    for (struct dirent *entry; !several && (entry = readdir(list));) {
+    for (struct dirent *entry; !second && (entry = readdir(list));) {
         bool named = *entry->d_name != '.' && (!fnmatch("*.safetensors", entry->d_name, 0) ||
                                                !fnmatch("*.sft", entry->d_name, 0));
         char *path = named ? sc__join(folder, entry->d_name) : NULL;
         int has = path ? sc_part_in_file(path, part) : 0;
         if (has < 0) snprintf(broken, sizeof broken, "%s", sc_error());
-        several = has > 0 && found;
-        if (several)
-            sc_fail("%s and %s both hold a %s: leave one of them in this folder", found, path,
-                     kind);
-        if (has > 0 && !found) found = path;
+        if (has > 0) *(found ? &second : &found) = path;
         else SC_FREE(path);
     }
     closedir(list);
-    if (found && !several) return found;
-    if (!found && *broken) sc_fail("%s (and no other file there holds a %s)", broken, kind);
-    else if (!found)
+    if (found && !second) return found;
+    if (second)
+        sc_fail("%s and %s both hold a %s: leave one of them in this folder", found, second, kind);
+    else if (*broken) sc_fail("%s (and no other file there holds a %s)", broken, kind);
+    else
         sc_fail("%s: no %s here: neither a folder of that name with weights nor a file such as %s",
                  folder, kind, sc__parts[part].file);
+    SC_FREE(second);
     SC_FREE(found);
     return NULL;
 }
