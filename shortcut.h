@@ -4622,12 +4622,12 @@ size_t sc_net_waiting(const sc_net *net) {
 /* Where a weight's values are: x has the rows that are wanted, as they are stored. */
 typedef struct sc__source {
     sc_tensor x;
-    sc_tensor scales;           /* of 8 bits: one number, or [rows]; else data is NULL */
+    float *scales;              /* of 8 bits: [rows], yours; NULL: none */
     bool swapped;               /* the halves of the rows are exchanged */
 } sc__source;
 
-/* The scale that an 8-bit weight is stored with. Files without any are plain casts; one that
- * announces scales (ComfyUI's mark `scaled_fp8`) must have them. */
+/* The scales of the rows s->x of an 8-bit weight, which has one or one a row. Files without any are
+ * plain casts; one that announces scales (ComfyUI's mark `scaled_fp8`) must have them. */
 static bool sc__read_scale(const sc_file *f, const sc__entry *weight, const sc__slice *rows,
                            sc__source *s) {
     static const char *const forms[] = {"weight_scale", "scale_weight"};
@@ -4648,30 +4648,23 @@ static bool sc__read_scale(const sc_file *f, const sc__entry *weight, const sc__
     if (!found) return !mark || sc_fail("%s: '%s' is an 8-bit weight without its '.scale_weight'; "
                                          "the file says that it has them", f->path, weight->name);
     found->used = true;
-    int64_t n = sc_count(&found->tensor);
+    sc_tensor x = found->tensor;
+    int64_t n = sc_count(&x), count = s->x.shape[0], i = 0;
     bool vector = true; /* [rows, 1] and [1, rows] are seen */
-    for (int i = 0; i < found->tensor.ndim; i++)
-        vector = vector && (found->tensor.shape[i] == 1 || found->tensor.shape[i] == n);
-    if (!vector || (n != 1 && n != weight->tensor.shape[0]) || found->tensor.dtype > SC_F64)
+    for (int k = 0; k < x.ndim; k++) vector = vector && (x.shape[k] == 1 || x.shape[k] == n);
+    if (!vector || (n != 1 && n != weight->tensor.shape[0]) || x.dtype > SC_F64)
         return sc_fail("%s: '%s' must be one number, or one a row", f->path, found->name);
-    s->scales = found->tensor;
-    s->scales.ndim = 1;
-    s->scales.shape[0] = n;
-    return n == 1 || sc__take_rows(&s->scales, rows);
-}
-
-/* The scales of a source's rows, [rows]. */
-static float *sc__row_scales(const sc__source *s, const char *name) {
-    int64_t rows = s->x.shape[0], n = sc_count(&s->scales);
-    float *scales = (float *)sc__alloc((size_t)rows, sizeof *scales);
-    if (!scales) return NULL;
-    sc_to_f32(scales, s->scales.data, s->scales.dtype, n);
-    for (int64_t i = n; i < rows; i++) scales[i] = scales[0];
-    bool ok = true;
-    for (int64_t i = 0; i < rows; i++) ok = ok && isfinite(scales[i]) && scales[i] > 0;
-    if (ok) return scales;
+    x.ndim = 1;
+    x.shape[0] = n;
+    if (n > 1) sc__take_rows(&x, rows); /* as many as the weight */
+    float *scales = (float *)sc__alloc((size_t)count, sizeof *scales);
+    if (!scales) return false;
+    sc_to_f32(scales, x.data, x.dtype, x.shape[0]);
+    for (int64_t k = x.shape[0]; k < count; k++) scales[k] = scales[0];
+    while (i < count && isfinite(scales[i]) && scales[i] > 0) i++;
+    if (i == count) return s->scales = scales, true;
     SC_FREE(scales);
-    return sc_fail("the scale of '%s' is not a positive number", name), NULL;
+    return sc_fail("%s: the scale '%s' is not a positive number", f->path, found->name);
 }
 
 /* Finds the weight `name` of the shape that `want` has. */
@@ -4697,8 +4690,8 @@ static bool sc__find_weight(const sc_net *net, const char *name, const sc_tensor
 
 /* Values of w's rows [first, first + rows) as f32, scaled; where it has no source, random ones:
  * Xavier for matrices, 0 for biases, 1 for the weights of norms. */
-static bool sc__weight_rows(sc_net *net, const sc_weight *w, const sc__source *s,
-                            const float *scales, int64_t first, int64_t rows, float *to) {
+static bool sc__weight_rows(sc_net *net, const sc_weight *w, const sc__source *s, int64_t first,
+                            int64_t rows, float *to) {
     const sc_tensor *x = &w->tensor;
     int64_t all = x->shape[0], columns = sc_count(x) / all, n = rows * columns;
     if (!s->x.data) {
@@ -4710,7 +4703,7 @@ static bool sc__weight_rows(sc_net *net, const sc_weight *w, const sc__source *s
     if (s->swapped) first = (first + all / 2) % all;
     sc_to_f32(to, (const char *)s->x.data + first * columns * sc_dtype_size(s->x.dtype),
               s->x.dtype, n);
-    for (int64_t i = 0; scales && i < n; i++) to[i] *= scales[first + i / columns];
+    for (int64_t i = 0; s->scales && i < n; i++) to[i] *= s->scales[first + i / columns];
     for (int64_t i = 0; i < n; i++)
         if (!isfinite(to[i])) return sc_fail("'%s' holds a value that is %g", w->name, to[i]);
     return true;
@@ -4729,17 +4722,16 @@ static bool sc__load_weight(sc_net *net, sc_weight *w, const sc__source *s) {
     int64_t uploaded = narrow ? sc_dtype_size(be->activation) : size; /* bytes of a value */
     slice = slice < 1 ? 1 : slice > limit ? limit : slice;
     float *wide = (float *)sc__alloc((size_t)(slice * columns), sizeof *wide);
-    float *scales = wide && s->scales.data ? sc__row_scales(s, w->name) : NULL;
     void *staged = narrow ? be->alloc((size_t)(slice * columns * uploaded)) : NULL;
     if (narrow && !x->scale) x->scale = (float *)be->alloc((size_t)rows * 4);
-    bool ok = wide && (!s->scales.data || scales) && (!narrow || (staged && x->scale));
+    bool ok = wide && (!narrow || (staged && x->scale));
     if (ok) x->data = (streamed ? be->alloc_streamed : be->alloc)((size_t)(rows * columns * size));
     ok = ok && x->data;
     for (int64_t r = 0; ok && r < rows; r += slice) {
         int64_t count = rows - r < slice ? rows - r : slice, n = count * columns;
         char *to = (char *)x->data + r * columns * size;
         if (!raw && (r == 0 || !repeated)) {
-            ok = sc__weight_rows(net, w, s, scales, r, count, wide);
+            ok = sc__weight_rows(net, w, s, r, count, wide);
             for (int64_t i = 0; uploaded == 2 && i < n; i++) { /* in place */
                 uint16_t half = sc__f32_to_bf16(wide[i]);
                 memcpy((char *)wide + 2 * i, &half, 2);
@@ -4751,7 +4743,6 @@ static bool sc__load_weight(sc_net *net, sc_weight *w, const sc__source *s) {
     }
     if (!ok && x->data) be->release(x->data), x->data = NULL;
     if (staged) be->release(staged);
-    SC_FREE(scales);
     SC_FREE(wide);
     w->waiting = w->waiting && !ok;
     return ok;
@@ -4777,17 +4768,6 @@ static sc_weight *sc__keep_weight(sc_net *net, sc_weight weight) {
     return (w->name = sc__strdup(weight.name)) ? w : NULL;
 }
 
-/* Puts an 8-bit source's scales beside the weight that keeps its bits. */
-static bool sc__keep_scales(const sc_net *net, const sc__source *s, sc_weight *w) {
-    sc_tensor *x = &w->tensor;
-    size_t bytes = (size_t)x->shape[0] * sizeof(float);
-    float *scales = sc__row_scales(s, w->name);
-    x->scale = scales ? (float *)net->backend->alloc(bytes) : NULL;
-    if (x->scale) net->backend->upload(x->scale, scales, bytes);
-    SC_FREE(scales);
-    return x->scale != NULL;
-}
-
 /* product: only products read the weight, so it may stay in 8 bits with scales beside it. */
 static sc_tensor *sc__net_weight(sc_net *net, const char *name, int ndim, const int64_t *shape,
                                  bool product) {
@@ -4801,7 +4781,7 @@ static sc_tensor *sc__net_weight(sc_net *net, const char *name, int ndim, const 
     const sc_backend *be = net->backend;
     if (be && w.missing) return NULL;
     sc_dtype stored = s.x.dtype;
-    bool wide = ndim == 1 || net->widen || s.swapped || (s.scales.data && !product) ||
+    bool wide = ndim == 1 || net->widen || s.swapped || (s.scales && !product) ||
                 (found && stored == SC_F64);
     bool narrow = net->fp8 && ndim == 2 && (!found || sc_dtype_size(stored) > 1);
     bool aligned = (uintptr_t)s.x.data % (uintptr_t)sc_dtype_size(stored) == 0;
@@ -4813,7 +4793,12 @@ static sc_tensor *sc__net_weight(sc_net *net, const char *name, int ndim, const 
     if (be) x->dtype = as_stored ? stored : wide ? SC_F32 : narrow ? SC_F8_E4M3 : be->activation;
     sc_weight *kept = sc__keep_weight(net, w);
     bool loaded = kept && (!w.owned || w.waiting || sc__load_weight(net, kept, &s));
-    if (loaded && be && !wide && s.scales.data) loaded = sc__keep_scales(net, &s, kept);
+    if (loaded && be && !wide && s.scales) { /* they go beside the bits */
+        size_t bytes = (size_t)shape[0] * sizeof(float);
+        loaded = (kept->tensor.scale = (float *)be->alloc(bytes)) != NULL;
+        if (loaded) be->upload(kept->tensor.scale, s.scales, bytes);
+    }
+    SC_FREE(s.scales);
     return loaded ? &kept->tensor : NULL;
 }
 
