@@ -4555,15 +4555,6 @@ static bool sc__take_rows(sc_tensor *x, const sc__slice *rows) {
     return true;
 }
 
-/* Exchanges the first and the second half of `bytes`. */
-static void sc__swap_halves(void *data, size_t bytes) {
-    char *x = (char *)data, *y = x + bytes / 2;
-    for (size_t i = 0; i < bytes / 2; i++) {
-        char c = x[i];
-        x[i] = y[i], y[i] = c;
-    }
-}
-
 /* The length of `name` without `end`; 0 if it does not end so. */
 static size_t sc__stem(const char *name, const char *end) {
     size_t n = strlen(name), m = strlen(end);
@@ -5312,8 +5303,15 @@ enum { SC__LORA_ENDS = (int)(sizeof sc__lora_ends / sizeof *sc__lora_ends) };
 typedef struct sc__factors {    /* of one LoRA on one layer; a NULL: it has none */
     int64_t rank;
     float *a, *b;               /* [rank, in], [out, rank]; b has the file's own scale in it */
-    float *bias;                /* [out], likewise; NULL: none. All three are a's memory. */
+    float *bias;                /* [out], likewise; NULL: none */
 } sc__factors;
+
+static void sc__factors_free(sc__factors *x) {
+    SC_FREE(x->a);
+    SC_FREE(x->b);
+    SC_FREE(x->bias);
+    *x = (sc__factors){0};
+}
 
 /* A LoRA file, and the config of PEFT that goes with it, or NULL: diffusers writes it into the
  * file's metadata, PEFT beside adapter_model.safetensors. */
@@ -5403,29 +5401,28 @@ static bool sc__lora_own_scale(const sc__lora *l, const char *module, const char
     return isfinite(alpha) || sc_fail("%s: '%s' is %g", l->file->path, name, alpha);
 }
 
-/* n values as f32, times `scale`; false with the error set: one is not finite. */
-static bool sc__lora_to_f32(const sc__lora *l, const char *name, const sc_tensor *x, float scale,
-                            float *to) {
-    int64_t n = sc_count(x), i = 0;
-    sc_to_f32(to, x->data, x->dtype, n);
-    while (i < n && isfinite(to[i])) to[i++] *= scale;
-    return i == n || sc_fail("%s: '%s' holds NaN or infinity", l->file->path, name);
-}
-
-/* The tensor `name` [rows, columns], of which this is the part; false with the error set. */
-static bool sc__lora_take(const sc__lora *l, sc__entry *e, const sc__slice *part,
-                          const char *module, int64_t rows, int64_t columns, sc_tensor *x) {
-    sc_tensor want = {.ndim = 2, .shape = {rows, columns}};
-    *x = e->tensor;
-    e->used = true;
-    if (sc__take_rows(x, part) && sc__same_shape(x, &want) && rows > 0 && x->dtype <= SC_F64)
-        return true;
+/* A tensor's part for `module`, [rows, columns], as f32 times `scale`; yours. NULL with the error
+ * set. */
+static float *sc__lora_take(const sc__lora *l, sc__entry *e, const sc__slice *part,
+                            const char *module, int64_t rows, int64_t columns, float scale) {
+    sc_tensor x = e->tensor, want = {.ndim = 2, .shape = {rows, columns}};
     char shape[96];
-    return sc_fail("%s: '%s' of shape %s does not fit '%s', where it must be %lld x %lld: is this "
-                    "LoRA for another model?", l->file->path, e->name,
-                    sc__shape_text(&e->tensor, shape), module,
-                    (long long)(rows * (part->whole ? part->whole / part->parts : 1)),
-                    (long long)columns);
+    e->used = true;
+    if (!sc__take_rows(&x, part) || !sc__same_shape(&x, &want) || rows < 1 || x.dtype > SC_F64)
+        return sc_fail("%s: '%s' of shape %s does not fit '%s', where it must be %lld x %lld: is "
+                        "this LoRA for another model?", l->file->path, e->name,
+                        sc__shape_text(&e->tensor, shape), module,
+                        (long long)(rows * (part->whole ? part->whole / part->parts : 1)),
+                        (long long)columns), NULL;
+    int64_t n = rows * columns, from = part->swapped ? n / 2 : 0, i = 0; /* the second half first */
+    float *to = (float *)sc__alloc((size_t)n, sizeof *to);
+    if (!to) return NULL;
+    sc_to_f32(to, (char *)x.data + from * sc_dtype_size(x.dtype), x.dtype, n - from);
+    sc_to_f32(to + n - from, x.data, x.dtype, from);
+    while (i < n && isfinite(to[i])) to[i++] *= scale;
+    if (i == n) return to;
+    SC_FREE(to);
+    return sc_fail("%s: '%s' holds NaN or infinity", l->file->path, e->name), NULL;
 }
 
 /* The factors of `module`, whose weight is w [out, in], if the file has any. */
@@ -5434,7 +5431,6 @@ static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor
     const sc_file *file = l->file;
     sc__slice part, whole = {0, 0, 0, false};
     sc__entry *a = NULL, *b, *c;
-    sc_tensor down, up, bias = {0};
     char name[512];
     float scale;
     int end = -1;
@@ -5448,24 +5444,13 @@ static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor
     if (!b) return sc_fail("%s: '%s' has no partner '%s'", file->path, a->name, name);
     snprintf(name + n - 6, 8, "bias"); /* in place of "weight" */
     c = sc__find_entry(file, name);
-    x->rank = a->tensor.shape[0];
-    int64_t out = w->shape[0], in = w->shape[1], na = x->rank * in, nb = x->rank * out;
-    if (!sc__lora_take(l, a, &whole, module, x->rank, in, &down) ||
-        !sc__lora_take(l, b, &part, module, out, x->rank, &up) ||
-        (c && !sc__lora_take(l, c, &part, module, out, 1, &bias)) ||
-        !sc__lora_own_scale(l, module, a->name, stem, x->rank, &scale) ||
-        !(x->a = (float *)sc__alloc((size_t)(na + nb + (c ? out : 0)), sizeof *x->a)))
-        return false;
-    x->b = x->a + na;
-    x->bias = c ? x->b + nb : NULL;
-    bool ok = sc__lora_to_f32(l, a->name, &down, 1, x->a) &&
-              sc__lora_to_f32(l, b->name, &up, scale, x->b) &&
-              (!c || sc__lora_to_f32(l, c->name, &bias, scale, x->bias));
-    if (part.swapped) sc__swap_halves(x->b, (size_t)nb * sizeof *x->b);
-    if (part.swapped && c) sc__swap_halves(x->bias, (size_t)out * sizeof *x->b);
-    if (ok) return true;
-    SC_FREE(x->a);
-    *x = (sc__factors){0};
+    int64_t out = w->shape[0], in = w->shape[1], rank = x->rank = a->tensor.shape[0];
+    if ((x->a = sc__lora_take(l, a, &whole, module, rank, in, 1)) &&
+        sc__lora_own_scale(l, module, a->name, stem, rank, &scale) &&
+        (x->b = sc__lora_take(l, b, &part, module, out, rank, scale)) &&
+        (!c || (x->bias = sc__lora_take(l, c, &part, module, out, 1, scale))))
+        return true;
+    sc__factors_free(x);
     return false;
 }
 
@@ -5550,22 +5535,17 @@ static bool sc__lora_vector(sc_flux *f, const sc__lora *l, const sc_weight *w, f
         {w->name, ""}, {w->name, ".diff"}, {stem, bias ? ".diff_b" : ".diff"}};
     for (int i = 0; ok && i < 3; i++) {
         sc__slice part;
-        sc_tensor x;
         sc__entry *e = sc__find_as(l->file, sc__lora_prefixes, forms[i][0], forms[i][1], 0, &part);
         if (!e) continue;
-        int64_t n = sc_count(&w->tensor);
-        float *values = (float *)sc__alloc((size_t)n, sizeof *values);
-        ok = values && sc__lora_take(l, e, &part, w->name, n, 1, &x) &&
-             sc__lora_to_f32(l, e->name, &x, 1, values);
-        if (ok && part.swapped) sc__swap_halves(values, (size_t)n * 4);
-        ok = ok && sc__lora_shift(f, &w->tensor, values, scale, i == 0);
+        float *values = sc__lora_take(l, e, &part, w->name, sc_count(&w->tensor), 1, 1);
+        ok = values && sc__lora_shift(f, &w->tensor, values, scale, i == 0);
         SC_FREE(values);
         report->applied++, report->total++;
     }
     return ok;
 }
 
-/* Both factors lie in one piece of memory, as in sc__factors. */
+/* Both factors lie in one piece of memory. */
 static void sc__lora_free(const sc_backend *be, sc_adapter *lora) {
     sc_tensor *a = lora->a[SC_TEACHER];
     if (a && a->data) be->release(a->data);
@@ -5594,18 +5574,19 @@ void sc_lora_unload(sc_flux *f) {
 static bool sc__lora_add(const sc_backend *be, sc_linear_layer *layer, const sc__factors *x,
                          float scale) {
     int64_t out = layer->weight->shape[0], in = layer->weight->shape[1];
-    size_t bytes = (size_t)(x->rank * (in + out)) * sizeof *x->a;
+    size_t na = (size_t)(x->rank * in) * sizeof *x->a, nb = (size_t)(x->rank * out) * sizeof *x->b;
     sc_adapter *lora = (sc_adapter *)sc__alloc(1, sizeof *lora);
     if (!lora) return false;
     *lora = (sc_adapter){.rank = (int)x->rank, .scale = scale, .loaded = true};
     sc_tensor *a = lora->a[SC_TEACHER] = sc__factor(NULL, x->rank, in);
     sc_tensor *b = lora->b[SC_TEACHER] = sc__factor(NULL, out, x->rank);
-    if (!a || !b || !(a->data = be->alloc(bytes))) {
+    if (!a || !b || !(a->data = be->alloc(na + nb))) {
         sc__lora_free(be, lora);
         return false;
     }
     b->data = (float *)a->data + x->rank * in;
-    be->upload(a->data, x->a, bytes);
+    be->upload(a->data, x->a, na);
+    be->upload(b->data, x->b, nb);
     lora->next = layer->adapters;
     layer->adapters = lora;
     return true;
@@ -5622,7 +5603,7 @@ bool sc_lora_load(sc_flux *f, const char *path, float scale, sc_lora_report *rep
         if (!ok || !x.a) continue;
         ok = sc__lora_add(f->net->backend, layer, &x, scale) &&
              (!x.bias || sc__lora_shift(f, layer->bias, x.bias, scale, false));
-        SC_FREE(x.a);
+        sc__factors_free(&x);
     }
     for (int64_t i = 0; ok && i < f->net->count; i++)
         if (f->net->weights[i]->tensor.ndim == 1)
@@ -5649,7 +5630,7 @@ static bool sc__bfl_name(const char *module, char other[256], sc__slice *rows) {
  * and columns; their data is NULL without LoRAs. */
 static bool sc__fuse(const sc_flux *f, int first, int count, bool swapped, sc_tensor *a_of,
                      sc_tensor *b_of) {
-    int64_t rank = 0, rows = 0, row = 0, r = 0, in = f->modules[first].layer->weight->shape[1];
+    int64_t rank = 0, rows = 0, r = 0, in = f->modules[first].layer->weight->shape[1];
     for (int i = first; i < first + count; i++) {
         rows += f->modules[i].layer->weight->shape[0];
         for (const sc_adapter *l = f->modules[i].layer->adapters; l; l = l->next)
@@ -5662,6 +5643,7 @@ static bool sc__fuse(const sc_flux *f, int first, int count, bool swapped, sc_te
     a_of->data = a;
     b_of->data = b = (float *)sc__alloc((size_t)(rows * rank), sizeof *b);
     bool ok = a && b;
+    int64_t row = swapped ? rows / 2 : 0; /* of B: of a part's first */
     for (int i = first; i < first + count; i++) {
         int64_t height = f->modules[i].layer->weight->shape[0];
         for (const sc_adapter *l = f->modules[i].layer->adapters; ok && l; l = l->next) {
@@ -5669,13 +5651,13 @@ static bool sc__fuse(const sc_flux *f, int first, int count, bool swapped, sc_te
             ok = (own = sc__lora_values(f->net->backend, l)) != NULL;
             if (ok) memcpy(a + r * in, own, (size_t)(l->rank * in) * 4);
             for (int64_t j = 0; ok && j < height * l->rank; j++)
-                b[(row + j / l->rank) * rank + r + j % l->rank] = l->scale * own[l->rank * in + j];
+                b[(row + j / l->rank) % rows * rank + r + j % l->rank] =
+                    l->scale * own[l->rank * in + j];
             SC_FREE(own);
             r += l->rank;
         }
         row += height;
     }
-    if (ok && swapped) sc__swap_halves(b, (size_t)(rows * rank) * sizeof *b);
     return ok;
 }
 
@@ -5757,7 +5739,7 @@ bool sc_lora_start(sc_params *p, const char *path, float scale) {
             p->backend->upload(p->adapters[i].a[s]->data, x.a, na * sizeof *x.a);
             p->backend->upload(p->adapters[i].b[s]->data, x.b, nb * sizeof *x.b);
         }
-        SC_FREE(x.a);
+        sc__factors_free(&x);
     }
     ok = ok && sc__lora_count(file.file, &(sc_lora_report){0});
     sc__lora_close(&file);
