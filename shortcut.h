@@ -4355,13 +4355,13 @@ static bool sc__write_tensor(sc__writer *w, const sc_named *x) {
     return true;
 }
 
-/* Makes a tensor's values when their turn has come, in memory that is freed afterwards. */
-typedef bool (*sc__fill)(const void *user, const sc_named *x, sc_tensor *host);
+static float *sc__merged_values(const sc_flux *f, const sc_tensor *w); /* >>open */
 
 /* Wider types go first, so that each tensor is aligned to its type; else the given order stays.
- * metadata: key, value, key, value, ..., NULL; or NULL. fill NULL: the values are on the host. */
+ * metadata: key, value, key, value, ..., NULL; or NULL. flux NULL: the values are on the host, else
+ * where it computes, from where they come one tensor at a time: the host never holds more. */
 static bool sc__save(const char *path, const sc_named *tensors, int64_t count,
-                     const char *const *metadata, sc__fill fill, const void *user) {
+                     const char *const *metadata, const sc_flux *flux) {
     sc_named *sorted = (sc_named *)sc__alloc((size_t)count, sizeof *sorted);
     sc__text header = {0};
     sc__writer w;
@@ -4377,8 +4377,9 @@ static bool sc__save(const char *path, const sc_named *tensors, int64_t count,
         for (int64_t i = 0; ok && i < count; i++) {
             sc_tensor host = *sorted[i].tensor;
             sc_named x = {sorted[i].name, &host, sorted[i].dtype};
-            ok = (!fill || fill(user, &sorted[i], &host)) && sc__write_tensor(&w, &x);
-            if (fill) SC_FREE(host.data);
+            if (flux) host.dtype = SC_F32, host.data = sc__merged_values(flux, sorted[i].tensor);
+            ok = (!flux || host.data) && sc__write_tensor(&w, &x);
+            if (flux) SC_FREE(host.data);
         }
         ok = sc__write_end(&w, ok);
     }
@@ -4389,7 +4390,7 @@ static bool sc__save(const char *path, const sc_named *tensors, int64_t count,
 
 bool sc_file_save(const char *path, const sc_named *tensors, int64_t count,
                   const char *const *metadata) {
-    return sc__save(path, tensors, count, metadata, NULL, NULL);
+    return sc__save(path, tensors, count, metadata, NULL);
 }
 
 /* ==== Names =================================================================== >>names =======
@@ -5174,14 +5175,15 @@ static float *sc__lora_values(const sc_backend *be, const sc_adapter *l) {
     return NULL;
 }
 
-/* Downloads a weight as f32, with its scale and with the loaded LoRAs: W + sum scale B A. */
-static bool sc__merged_values(const sc_flux *f, const sc_tensor *w, float *values) {
+/* A weight on the host as f32, with its scale and the loaded LoRAs: W + sum scale B A; yours. */
+static float *sc__merged_values(const sc_flux *f, const sc_tensor *w) {
     const sc_backend *be = f->net->backend;
     const sc_linear_layer *layer = NULL;
     int64_t n = sc_count(w);
     for (int i = 0; i < f->module_count; i++)
         if (f->modules[i].layer->weight == w) layer = f->modules[i].layer;
-    bool ok = sc__download(be, w, values);
+    float *values = (float *)sc__alloc((size_t)n, sizeof *values);
+    bool ok = values && sc__download(be, w, values);
     float *scales = ok && w->scale ? (float *)sc__alloc((size_t)w->shape[0], sizeof *scales) : NULL;
     if (w->scale) ok = scales && be->download(scales, w->scale, (size_t)w->shape[0] * 4);
     for (int64_t i = 0; ok && scales && i < n; i++) values[i] *= scales[i / w->shape[1]];
@@ -5196,15 +5198,9 @@ static bool sc__merged_values(const sc_flux *f, const sc_tensor *w, float *value
         ok = a || !l->loaded;
         SC_FREE(a);
     }
-    return ok;
-}
-
-/* One weight at a time: the host never holds more. */
-static bool sc__flux_fill(const void *user, const sc_named *x, sc_tensor *host) {
-    *host = *x->tensor;
-    host->dtype = SC_F32;
-    host->data = sc__alloc((size_t)sc_count(host), sizeof(float));
-    return host->data && sc__merged_values((const sc_flux *)user, x->tensor, (float *)host->data);
+    if (ok) return values;
+    SC_FREE(values);
+    return NULL;
 }
 
 bool sc_flux_save(const sc_flux *f, const char *folder, sc_dtype dtype,
@@ -5221,7 +5217,7 @@ bool sc_flux_save(const sc_flux *f, const char *folder, sc_dtype dtype,
     SC_FREE(there);
     for (int64_t i = 0; ok && i < net->count; i++)
         named[i] = (sc_named){net->weights[i]->name, &net->weights[i]->tensor, dtype};
-    ok = ok && sc__save(weights, named, net->count, metadata, sc__flux_fill, f) &&
+    ok = ok && sc__save(weights, named, net->count, metadata, f) &&
          sc_write_file(config, f->config_text, strlen(f->config_text));
     if (!ok && made) rmdir(folder); /* if it is empty */
     SC_FREE(named);
@@ -5367,20 +5363,17 @@ static bool sc__lora_open(sc__lora *l, const char *path) {
  * that fits counts: the end of a name from a dot on or, behind a ^, the whole of it. */
 static bool sc__lora_config_alpha(const sc__lora *l, const char *module, float *alpha) {
     const sc_json *patterns = sc__lora_setting(l, "alpha_pattern");
+    bool found = false;
     *alpha = (float)sc_json_number(sc__lora_setting(l, "lora_alpha"), *alpha);
-    for (int64_t i = 0; i < sc_json_length(patterns); i++) {
-        const char *pattern = sc_json_key(patterns, i);
-        if (!pattern) break;
-        bool whole = *pattern == '^';
-        const char *name = pattern + whole;
+    for (int64_t i = 0; !found && i < sc_json_length(patterns) && sc_json_key(patterns, i); i++) {
+        const char *pattern = sc_json_key(patterns, i), *name = pattern + (*pattern == '^');
         size_t n = strlen(module), m = strlen(name);
         if (strpbrk(name, "*+?()[]{}|^$\\"))
             return sc_fail("%s: the alpha_pattern '%s' is a regular expression; only names are "
                             "read here", l->file->path, pattern);
-        if (m > n || strcmp(module + n - m, name)) continue;
-        if (m < n && (whole || module[n - m - 1] != '.')) continue;
-        *alpha = (float)sc_json_number(sc_json_value(patterns, i), *alpha);
-        break;
+        found = m <= n && !strcmp(module + n - m, name) &&
+                (m == n || (name == pattern && module[n - m - 1] == '.'));
+        if (found) *alpha = (float)sc_json_number(sc_json_value(patterns, i), *alpha);
     }
     return true;
 }
@@ -5766,18 +5759,11 @@ static int sc__state_arrays(const sc_params *p, sc_named named[6], sc_tensor ten
     return n;
 }
 
-/* One array at a time: the host never holds more. */
-static bool sc__fill_state(const void *user, const sc_named *x, sc_tensor *host) {
-    const sc_params *p = (const sc_params *)user;
-    host->data = sc__alloc((size_t)p->count, sizeof(float));
-    return host->data && p->backend->download(host->data, x->tensor->data, (size_t)p->count * 4);
-}
-
 bool sc_params_save(const sc_params *p, const char *path, const char *const *metadata) {
     sc_named named[6];
     sc_tensor tensors[6];
     int n = sc__state_arrays(p, named, tensors);
-    return sc__save(path, named, n, metadata, sc__fill_state, p);
+    return sc__save(path, named, n, metadata, p->flux);
 }
 
 bool sc_params_load(sc_params *p, const sc_file *file) {

@@ -244,8 +244,8 @@ static sc_flux *open_as(const tensors *t, const char *name) {
 
 static float *merged_weight(const sc_flux *f, int i) {
     const sc_tensor *w = &f->net->weights[i]->tensor;
-    float *v = malloc((size_t)sc_count(w) * 4);
-    CHECK(sc__merged_values(f, w, v));
+    float *v = sc__merged_values(f, w);
+    CHECK(v);
     return v;
 }
 
@@ -535,8 +535,8 @@ static double merged_error(const sc_flux *f, const sc_flux *base, float **w) {
     for (int i = 0; i < f->module_count; i++) {
         const sc_tensor *x = f->modules[i].layer->weight, *y = base->modules[i].layer->weight;
         int64_t n = sc_count(x);
-        float *a = malloc((size_t)n * 4), *b = malloc((size_t)n * 4);
-        CHECK(sc__merged_values(f, x, a) && sc__merged_values(base, y, b));
+        float *a = sc__merged_values(f, x), *b = sc__merged_values(base, y);
+        CHECK(a && b);
         for (int64_t j = 0; j < n; j++) {
             worst = fmax(worst, fabs((double)a[j] - b[j] - w[i][j]));
             largest = fmax(largest, fabs(w[i][j]));
