@@ -4971,39 +4971,25 @@ int64_t sc_flux_parameters(const sc_flux *flux) {
 
 /* ---- Opening ---- */
 
-/* The numbers come from config.json, what it lacks is as in FLUX.1-dev; where there is none they
- * are read off the shapes of the weights, with FLUX.1's proportions of RoPE axes: 1/8, 7/16, 7/16.
- */
-static bool sc__flux_read_config(sc_flux_config *c, const sc_net *net, const sc_json *json,
-                                 const char *path) {
-    const sc_json *axes = sc_json_get(json, "axes_dims_rope");
-    const char *class_name =
-        sc_json_string(sc_json_get(json, "_class_name"), "FluxTransformer2DModel");
-    if (strcmp(class_name, "FluxTransformer2DModel"))
-        return sc_fail("%s: this is a %s; only FLUX.1 (FluxTransformer2DModel) is supported", path,
-                        class_name);
-    int in = sc__side(net, "x_embedder.weight", 1, 64),
-        out = sc__side(net, "proj_out.weight", 0, in);
-    int width = sc__side(net, "x_embedder.weight", 0, 3072);
-    int layers = sc__count_layers(net, "transformer_blocks.%d.attn.to_q.weight", 19);
-    int singles = sc__count_layers(net, "single_transformer_blocks.%d.attn.to_q.weight", 38);
-    int size = sc__side(net, "transformer_blocks.0.attn.norm_q.weight", 0, 128);
-    int text = sc__side(net, "context_embedder.weight", 1, 4096);
-    int pooled = sc__side(net, "time_text_embed.text_embedder.linear_1.weight", 1, 768);
-    if (!sc__config_int(json, path, "in_channels", in, &c->in_channels) ||
-        !sc__config_int(json, path, "out_channels", json ? c->in_channels : out,
-                        &c->out_channels) ||
-        !sc__config_from(0, json, path, "num_layers", layers, &c->layers) ||
-        !sc__config_from(0, json, path, "num_single_layers", singles, &c->single_layers) ||
-        !sc__config_int(json, path, "attention_head_dim", size, &c->head_size) ||
-        !sc__config_int(json, path, "num_attention_heads", width / c->head_size, &c->heads) ||
-        !sc__config_int(json, path, "joint_attention_dim", text, &c->text_channels) ||
-        !sc__config_int(json, path, "pooled_projection_dim", pooled, &c->pooled_channels))
+/* What config.json lacks is as in FLUX.1-dev. */
+static bool sc__flux_read_config(sc_flux_config *c, const sc_json *json, const char *path) {
+    static const char flux[] = "FluxTransformer2DModel";
+    const char *class_name = sc_json_string(sc_json_get(json, "_class_name"), flux);
+    if (strcmp(class_name, flux))
+        return sc_fail("%s: this is a %s; only FLUX.1 (%s) is supported", path, class_name, flux);
+    if (!sc__config_int(json, path, "in_channels", 64, &c->in_channels) ||
+        !sc__config_int(json, path, "out_channels", c->in_channels, &c->out_channels) ||
+        !sc__config_from(0, json, path, "num_layers", 19, &c->layers) ||
+        !sc__config_from(0, json, path, "num_single_layers", 38, &c->single_layers) ||
+        !sc__config_int(json, path, "attention_head_dim", 128, &c->head_size) ||
+        !sc__config_int(json, path, "num_attention_heads", 3072 / c->head_size, &c->heads) ||
+        !sc__config_int(json, path, "joint_attention_dim", 4096, &c->text_channels) ||
+        !sc__config_int(json, path, "pooled_projection_dim", 768, &c->pooled_channels))
         return false;
     int sum = 0;
     for (int i = 0; i < 3; i++) {
         int usual = i ? c->head_size * 7 / 16 : c->head_size / 8;
-        double axis = sc_json_number(sc_json_at(axes, i), usual);
+        double axis = sc_json_number(sc_json_at(sc_json_get(json, "axes_dims_rope"), i), usual);
         if (!(axis >= 2 && axis <= 256 && axis == 2 * floor(axis / 2)))
             return sc_fail("%s: axes_dims_rope must be even numbers up to 256", path);
         sum += c->rope_axes[i] = (int)axis;
@@ -5013,13 +4999,16 @@ static bool sc__flux_read_config(sc_flux_config *c, const sc_net *net, const sc_
                         path, sum, c->head_size);
     if ((int64_t)c->heads * c->head_size > 1 << 20)
         return sc_fail("%s: %d heads of %d is too wide", path, c->heads, c->head_size);
-    int guided = sc__side(net, "time_text_embed.guidance_embedder.linear_1.weight", 0, 0);
-    c->guidance = sc_json_bool(sc_json_get(json, "guidance_embeds"), !json && guided);
+    c->guidance = sc_json_bool(sc_json_get(json, "guidance_embeds"), false);
     return true;
 }
 
-/* config.json for a model that was read without one. */
-static char *sc__flux_config_text(const sc_flux_config *c) {
+/* The config.json of weights that come without one, by their shapes, with FLUX.1's proportions of
+ * RoPE axes: 1/8, 7/16, 7/16. */
+static char *sc__flux_config_text(const sc_net *net) {
+    static const char guidance[] = "time_text_embed.guidance_embedder.linear_1.weight";
+    int size = sc__side(net, "transformer_blocks.0.attn.norm_q.weight", 0, 128);
+    int in = sc__side(net, "x_embedder.weight", 1, 64);
     char text[1024];
     snprintf(text, sizeof text,
              "{\n  \"_class_name\": \"FluxTransformer2DModel\",\n  \"attention_head_dim\": %d,\n"
@@ -5027,9 +5016,14 @@ static char *sc__flux_config_text(const sc_flux_config *c) {
              "  \"in_channels\": %d,\n  \"joint_attention_dim\": %d,\n"
              "  \"num_attention_heads\": %d,\n  \"num_layers\": %d,\n  \"num_single_layers\": %d,\n"
              "  \"out_channels\": %d,\n  \"patch_size\": 1,\n  \"pooled_projection_dim\": %d\n}\n",
-             c->head_size, c->rope_axes[0], c->rope_axes[1], c->rope_axes[2],
-             c->guidance ? "true" : "false", c->in_channels, c->text_channels, c->heads, c->layers,
-             c->single_layers, c->out_channels, c->pooled_channels);
+             size, size / 8, size * 7 / 16, size * 7 / 16,
+             sc__side(net, guidance, 0, 0) ? "true" : "false", in,
+             sc__side(net, "context_embedder.weight", 1, 4096),
+             sc__side(net, "x_embedder.weight", 0, 3072) / (size ? size : 1),
+             sc__count_layers(net, "transformer_blocks.%d.attn.to_q.weight", 19),
+             sc__count_layers(net, "single_transformer_blocks.%d.attn.to_q.weight", 38),
+             sc__side(net, "proj_out.weight", 0, in),
+             sc__side(net, "time_text_embed.text_embedder.linear_1.weight", 1, 768));
     return sc__strdup(text);
 }
 
@@ -5048,70 +5042,62 @@ static bool sc__flux_norm(sc_flux *f, sc_tensor **weight, const char *prefix, co
            NULL;
 }
 
-static bool sc__flux_stream(sc_flux *f, sc__stream *s, const char *prefix, bool text) {
-    static const char *const names[2][9] = {
-        {"norm1.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj",
-         "ff.net.2", "attn.norm_q", "attn.norm_k"},
-        {"norm1_context.linear", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
-         "attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2", "attn.norm_added_q",
-         "attn.norm_added_k"}};
-    const char *const *name = names[text];
-    int64_t c = (int64_t)f->config.heads * f->config.head_size;
-    return sc__flux_linear(f, &s->mod, prefix, name[0], 6 * c, c) &&
-           sc__flux_linear(f, &s->q, prefix, name[1], c, c) &&
-           sc__flux_linear(f, &s->k, prefix, name[2], c, c) &&
-           sc__flux_linear(f, &s->v, prefix, name[3], c, c) &&
-           sc__flux_linear(f, &s->out, prefix, name[4], c, c) &&
-           sc__flux_linear(f, &s->up, prefix, name[5], 4 * c, c) &&
-           sc__flux_linear(f, &s->down, prefix, name[6], c, 4 * c) &&
-           sc__flux_norm(f, &s->norm_q, prefix, name[7]) &&
-           sc__flux_norm(f, &s->norm_k, prefix, name[8]);
+static bool sc__flux_stream(sc_flux *f, sc__stream *s, const char *p, int64_t c, bool text) {
+    const char *mod = text ? "norm1_context.linear" : "norm1.linear";
+    const char *up = text ? "ff_context.net.0.proj" : "ff.net.0.proj";
+    return sc__flux_linear(f, &s->mod, p, mod, 6 * c, c) &&
+           sc__flux_linear(f, &s->q, p, text ? "attn.add_q_proj" : "attn.to_q", c, c) &&
+           sc__flux_linear(f, &s->k, p, text ? "attn.add_k_proj" : "attn.to_k", c, c) &&
+           sc__flux_linear(f, &s->v, p, text ? "attn.add_v_proj" : "attn.to_v", c, c) &&
+           sc__flux_linear(f, &s->out, p, text ? "attn.to_add_out" : "attn.to_out.0", c, c) &&
+           sc__flux_linear(f, &s->up, p, up, 4 * c, c) &&
+           sc__flux_linear(f, &s->down, p, text ? "ff_context.net.2" : "ff.net.2", c, 4 * c) &&
+           sc__flux_norm(f, &s->norm_q, p, text ? "attn.norm_added_q" : "attn.norm_q") &&
+           sc__flux_norm(f, &s->norm_k, p, text ? "attn.norm_added_k" : "attn.norm_k");
 }
 
-static bool sc__flux_single(sc_flux *f, sc__single_block *s, const char *prefix) {
-    int64_t c = (int64_t)f->config.heads * f->config.head_size;
+static bool sc__flux_single(sc_flux *f, sc__single_block *s, const char *p, int64_t c) {
     s->flux = f;
-    return sc__flux_linear(f, &s->mod, prefix, "norm.linear", 3 * c, c) &&
-           sc__flux_linear(f, &s->q, prefix, "attn.to_q", c, c) &&
-           sc__flux_linear(f, &s->k, prefix, "attn.to_k", c, c) &&
-           sc__flux_linear(f, &s->v, prefix, "attn.to_v", c, c) &&
-           sc__flux_linear(f, &s->up, prefix, "proj_mlp", 4 * c, c) &&
-           sc__flux_linear(f, &s->out, prefix, "proj_out", c, 5 * c) &&
-           sc__flux_norm(f, &s->norm_q, prefix, "attn.norm_q") &&
-           sc__flux_norm(f, &s->norm_k, prefix, "attn.norm_k");
+    return sc__flux_linear(f, &s->mod, p, "norm.linear", 3 * c, c) &&
+           sc__flux_linear(f, &s->q, p, "attn.to_q", c, c) &&
+           sc__flux_linear(f, &s->k, p, "attn.to_k", c, c) &&
+           sc__flux_linear(f, &s->v, p, "attn.to_v", c, c) &&
+           sc__flux_linear(f, &s->up, p, "proj_mlp", 4 * c, c) &&
+           sc__flux_linear(f, &s->out, p, "proj_out", c, 5 * c) &&
+           sc__flux_norm(f, &s->norm_q, p, "attn.norm_q") &&
+           sc__flux_norm(f, &s->norm_k, p, "attn.norm_k");
 }
 
-static bool sc__flux_embedder(sc_flux *f, sc__embedder *e, const char *name, int64_t in) {
-    int64_t c = (int64_t)f->config.heads * f->config.head_size;
-    char prefix[SC_MAX_NAME];
-    snprintf(prefix, sizeof prefix, "time_text_embed.%s_embedder.", name);
+static bool sc__flux_embedder(sc_flux *f, sc__embedder *e, const char *prefix, int64_t c,
+                              int64_t in) {
     return sc__flux_linear(f, &e->first, prefix, "linear_1", c, in) &&
            sc__flux_linear(f, &e->second, prefix, "linear_2", c, c);
 }
 
+/* All of it, in an order that decides what a seed draws. c: the width. */
 static bool sc__flux_weights(sc_flux *f) {
-    const sc_flux_config *c = &f->config;
-    int64_t width = (int64_t)c->heads * c->head_size;
-    char prefix[SC_MAX_NAME];
-    if (!sc__flux_linear(f, &f->x_embedder, "", "x_embedder", width, c->in_channels) ||
-        !sc__flux_linear(f, &f->context_embedder, "", "context_embedder", width,
-                         c->text_channels) ||
-        !sc__flux_embedder(f, &f->time, "timestep", 256) ||
-        (c->guidance && !sc__flux_embedder(f, &f->guidance, "guidance", 256)) ||
-        !sc__flux_embedder(f, &f->pooled, "text", c->pooled_channels))
-        return false;
-    for (int i = 0; i < c->layers; i++) {
-        snprintf(prefix, sizeof prefix, "transformer_blocks.%d.", i);
+    const sc_flux_config *o = &f->config;
+    int64_t c = (int64_t)o->heads * o->head_size;
+    char p[SC_MAX_NAME];
+    bool ok =
+        sc__flux_linear(f, &f->x_embedder, "", "x_embedder", c, o->in_channels) &&
+        sc__flux_linear(f, &f->context_embedder, "", "context_embedder", c, o->text_channels) &&
+        sc__flux_embedder(f, &f->time, "time_text_embed.timestep_embedder.", c, 256) &&
+        (!o->guidance ||
+         sc__flux_embedder(f, &f->guidance, "time_text_embed.guidance_embedder.", c, 256)) &&
+        sc__flux_embedder(f, &f->pooled, "time_text_embed.text_embedder.", c, o->pooled_channels);
+    for (int i = 0; ok && i < o->layers; i++) {
+        snprintf(p, sizeof p, "transformer_blocks.%d.", i);
         f->double_blocks[i].flux = f;
-        if (!sc__flux_stream(f, &f->double_blocks[i].image, prefix, false) ||
-            !sc__flux_stream(f, &f->double_blocks[i].text, prefix, true)) return false;
+        ok = sc__flux_stream(f, &f->double_blocks[i].image, p, c, false) &&
+             sc__flux_stream(f, &f->double_blocks[i].text, p, c, true);
     }
-    for (int i = 0; i < c->single_layers; i++) {
-        snprintf(prefix, sizeof prefix, "single_transformer_blocks.%d.", i);
-        if (!sc__flux_single(f, &f->single_blocks[i], prefix)) return false;
+    for (int i = 0; ok && i < o->single_layers; i++) {
+        snprintf(p, sizeof p, "single_transformer_blocks.%d.", i);
+        ok = sc__flux_single(f, &f->single_blocks[i], p, c);
     }
-    return sc__flux_linear(f, &f->norm_out, "", "norm_out.linear", 2 * width, width) &&
-           sc__flux_linear(f, &f->proj_out, "", "proj_out", c->out_channels, width);
+    return ok && sc__flux_linear(f, &f->norm_out, "", "norm_out.linear", 2 * c, c) &&
+           sc__flux_linear(f, &f->proj_out, "", "proj_out", o->out_channels, c);
 }
 
 /* A new model starts as the identity: modulations and the last layer are zero (adaLN-Zero). */
@@ -5133,12 +5119,13 @@ sc_flux *sc_flux_open(const sc_backend *backend, const char *path, const sc_flux
     bool ok = (!o.fp8 || !o.widen || sc_fail("weights that are f32 cannot become fp8")) &&
               sc__read_config(path, &json, &name, &f->config_text);
     if (ok && o.random && !json) ok = sc_fail("%s: No such file", name);
-    ok = ok && (!json || sc__flux_read_config(&f->config, &(sc_net){0}, json, name)) &&
-         (f->net = sc_net_open(backend, o.random ? NULL : path, o.widen)) &&
-         (json || sc__flux_read_config(&f->config, f->net, json, name));
+    ok = ok && (f->net = sc_net_open(backend, o.random ? NULL : path, o.widen));
+    if (ok && !json)
+        ok = (f->config_text = sc__flux_config_text(f->net)) &&
+             (json = sc_json_parse(f->config_text, strlen(f->config_text), name));
+    ok = ok && sc__flux_read_config(&f->config, json, name);
     sc_json_free(json);
     SC_FREE(name);
-    if (ok && !f->config_text) ok = (f->config_text = sc__flux_config_text(&f->config)) != NULL;
     if (ok) {
         size_t doubles = (size_t)f->config.layers, singles = (size_t)f->config.single_layers;
         f->double_blocks = (sc__double_block *)sc__alloc(doubles, sizeof *f->double_blocks);
