@@ -4505,17 +4505,16 @@ static const char *const sc__weight_prefixes[] = {"", "model.diffusion_model.", 
 static bool sc__translate(const sc__alias *alias, const char *name, int levels, char other[256],
                           sc__slice *rows) {
     const char *word[4], *p;
-    int length[4], words = 0, next = 0, n = 0, part = 0;
-    *rows = alias->rows;
-    for (p = alias->name; *p; p++) {
-        bool letter = *p == '?', wild = letter || *p == '*' || *p == '~';
-        if (letter && (!*name || !strchr("qkv", *name))) return false;
-        if (letter) part = *name == 'q' ? 0 : *name == 'k' ? 1 : 2;
-        if (!wild && *p != *name) return false;
-        if (wild && !letter) word[words] = name, length[words] = (int)strcspn(name, ".");
-        name += wild && !letter ? length[words++] : 1;
+    int length[4], words = 0, next = 0, n = 0, part = 0, size;
+    for (p = alias->name; *p; p++, name += size) {
+        bool wild = *p == '*' || *p == '~';
+        size = wild ? (int)strcspn(name, ".") : 1;
+        if (wild) word[words] = name, length[words++] = size;
+        if (*p == '?') part = *name == 'q' ? 0 : *name == 'k' ? 1 : *name == 'v' ? 2 : -1;
+        if (part < 0 || (!wild && *p != '?' && *p != *name)) return false;
     }
     if (alias->name[0] && *name && *name != '.') return false;
+    *rows = alias->rows;
     rows->first += rows->whole ? part : 0;
     for (p = alias->other; *p && n < 200; p++) {
         if (*p == '*')
@@ -4523,9 +4522,8 @@ static bool sc__translate(const sc__alias *alias, const char *name, int levels, 
         else if (*p == '~') n += snprintf(other + n, 32, "%d", levels - 1 - atoi(word[next]));
         else other[n++] = *p == '?' ? (char)('0' + part) : *p;
         next += *p == '*' || *p == '~';
-        if (n > 200) return false;
     }
-    return n + snprintf(other + n, (size_t)(256 - n), "%s", name) < 256;
+    return n < 200 && n + snprintf(other + n, (size_t)(256 - n), "%s", name) < 256;
 }
 
 /* The tensor of `f` that holds `name` followed by `end`: under its own name or another, behind any
@@ -5486,19 +5484,15 @@ static bool sc__lora_count(const sc_file *file, sc_lora_report *report) {
 /* x + scale (values - x), or x + scale values; what x was is kept for sc_lora_unload. */
 static bool sc__lora_shift(sc_flux *f, const sc_tensor *x, const float *values, float scale,
                            bool instead) {
-    const sc_backend *be = f->net->backend;
     int64_t i = 0, n = sc_count(x);
     while (&f->net->weights[i]->tensor != x) i++;
     sc_weight *w = f->net->weights[i];
-    float *now = (float *)sc__alloc((size_t)n, sizeof *now);
-    bool ok = now && be->download(now, x->data, (size_t)n * 4);
-    if (ok && !w->before) {
-        ok = (w->before = (float *)sc__alloc((size_t)n, sizeof *now)) != NULL;
-        if (ok) memcpy(w->before, now, (size_t)n * 4);
-    }
+    float *now = sc__merged_values(f, x);
+    if (!w->before) w->before = sc__merged_values(f, x);
+    bool ok = now && w->before;
     for (int64_t j = 0; ok && j < n; j++)
         now[j] = (instead ? (1 - scale) * now[j] : now[j]) + scale * values[j];
-    if (ok) be->upload(x->data, now, (size_t)n * 4);
+    if (ok) f->net->backend->upload(x->data, now, (size_t)n * 4);
     SC_FREE(now);
     return ok;
 }
