@@ -4297,13 +4297,10 @@ static void sc__text_quote(sc__text *t, const char *s) {
     for (int size; *s; s += size ? size : 1) {
         char code[8];
         size = sc__utf8_size(s);
-        if (!size || (unsigned char)*s < 0x20) {
-            snprintf(code, sizeof code, "\\u%04x", size ? (unsigned)*s : 0xfffdu);
-            sc__text_add(t, code, 6);
-            continue;
-        }
+        bool plain = size && (unsigned char)*s >= 0x20;
+        if (!plain) snprintf(code, sizeof code, "\\u%04x", size ? (unsigned)*s : 0xfffdu);
         if (*s == '"' || *s == '\\') sc__text_add(t, "\\", 1);
-        sc__text_add(t, s, (size_t)size);
+        sc__text_add(t, plain ? s : code, plain ? (size_t)size : 6);
     }
     sc__text_add(t, "\"", 1);
 }
@@ -4417,6 +4414,7 @@ typedef struct sc__slice {
 typedef struct sc__alias { const char *name, *other; sc__slice rows; } sc__alias;
 
 #define SC__SAME(name, other) {name, other, {0, 0, 0, false}}
+#define SC__THIRD(name, other) {name, other, {0, 1, 3, false}}
 #define SC__DOUBLE(name, other) SC__SAME("transformer_blocks.*." name, "double_blocks.*." other)
 #define SC__SINGLE(name, other) \
     SC__SAME("single_transformer_blocks.*." name, "single_blocks.*." other)
@@ -4433,14 +4431,14 @@ static const sc__alias sc__aliases[] = {
     SC__SAME("time_text_embed.text_embedder.linear_1", "vector_in.in_layer"),
     SC__SAME("time_text_embed.text_embedder.linear_2", "vector_in.out_layer"),
     SC__DOUBLE("norm1.linear", "img_mod.lin"),
-    {"transformer_blocks.*.attn.to_?", "double_blocks.*.img_attn.qkv", {0, 1, 3, false}},
+    SC__THIRD("transformer_blocks.*.attn.to_?", "double_blocks.*.img_attn.qkv"),
     SC__DOUBLE("attn.norm_q.weight", "img_attn.norm.query_norm.scale"),
     SC__DOUBLE("attn.norm_k.weight", "img_attn.norm.key_norm.scale"),
     SC__DOUBLE("attn.to_out.0", "img_attn.proj"),
     SC__DOUBLE("ff.net.0.proj", "img_mlp.0"),
     SC__DOUBLE("ff.net.2", "img_mlp.2"),
     SC__DOUBLE("norm1_context.linear", "txt_mod.lin"),
-    {"transformer_blocks.*.attn.add_?_proj", "double_blocks.*.txt_attn.qkv", {0, 1, 3, false}},
+    SC__THIRD("transformer_blocks.*.attn.add_?_proj", "double_blocks.*.txt_attn.qkv"),
     SC__DOUBLE("attn.norm_added_q.weight", "txt_attn.norm.query_norm.scale"),
     SC__DOUBLE("attn.norm_added_k.weight", "txt_attn.norm.key_norm.scale"),
     SC__DOUBLE("attn.to_add_out", "txt_attn.proj"),
@@ -4468,13 +4466,11 @@ static const sc__alias sc__aliases[] = {
     SC__SINGLE("attn.to_?", "linear1.?"),
     SC__SINGLE("proj_mlp", "linear1.3"),
     /* LoRA files of XLabs: 1 is the picture's stream, 2 the text's. */
-    {"transformer_blocks.*.attn.to_?", "double_blocks.*.processor.qkv_lora1", {0, 1, 3, false}},
+    SC__THIRD("transformer_blocks.*.attn.to_?", "double_blocks.*.processor.qkv_lora1"),
     SC__DOUBLE("attn.to_out.0", "processor.proj_lora1"),
-    {"transformer_blocks.*.attn.add_?_proj", "double_blocks.*.processor.qkv_lora2",
-     {0, 1, 3, false}},
+    SC__THIRD("transformer_blocks.*.attn.add_?_proj", "double_blocks.*.processor.qkv_lora2"),
     SC__DOUBLE("attn.to_add_out", "processor.proj_lora2"),
-    {"single_transformer_blocks.*.attn.to_?", "single_blocks.*.processor.qkv_lora",
-     {0, 1, 3, false}},
+    SC__THIRD("single_transformer_blocks.*.attn.to_?", "single_blocks.*.processor.qkv_lora"),
     SC__SINGLE("proj_out", "processor.proj_lora"),
     /* The VAE: ae.safetensors. */
     SC__SAME("encoder.down_blocks.*.resnets.*.conv_shortcut",
