@@ -3507,26 +3507,14 @@ static char *sc__join(const char *folder, const char *name) {
     return path;
 }
 
-static bool sc__exists(const char *path) {
+/* What is there, as stat says it; 0: nothing. */
+static mode_t sc__mode(const char *path) {
     struct stat s;
-    return stat(path, &s) == 0;
+    return stat(path, &s) ? 0 : s.st_mode;
 }
-
-static bool sc__is_file(const char *path) {
-    struct stat s;
-    return stat(path, &s) == 0 && S_ISREG(s.st_mode);
-}
-
-static bool sc__is_folder(const char *path) {
-    struct stat s;
-    return stat(path, &s) == 0 && S_ISDIR(s.st_mode);
-}
-
-/* `made`: it was not there before. */
-static bool sc__make_folder(const char *path, bool *made) {
-    *made = !mkdir(path, 0777);
-    return *made || errno == EEXIST || sc_fail("%s: %s", path, strerror(errno));
-}
+static bool sc__exists(const char *path) { return sc__mode(path) != 0; }
+static bool sc__is_file(const char *path) { return S_ISREG(sc__mode(path)); }
+static bool sc__is_folder(const char *path) { return S_ISDIR(sc__mode(path)); }
 
 /* The size of a regular file that can be read; -1 with the error set. Asking before opening keeps
  * a pipe from blocking. */
@@ -3760,18 +3748,13 @@ static bool sc__json_number(sc__json_parser *p, double *value) {
 
 static bool sc__json_read(sc__json_parser *p, sc_json *v);
 
-static sc_json *sc__json_push(sc_json *v) {
-    sc_json *items = (sc_json *)sc__grow(v->u.items, v->count, sizeof *items);
-    if (!items) return NULL;
-    v->u.items = items;
-    v->u.items[v->count] = (sc_json){0};
-    return &v->u.items[v->count++];
-}
-
 /* Key and value of an object's next item, or the value of an array's. */
 static bool sc__json_item(sc__json_parser *p, sc_json *v) {
-    sc_json *item = sc__json_push(v);
-    if (!item) return false;
+    sc_json *items = (sc_json *)sc__grow(v->u.items, v->count, sizeof *items), *item;
+    if (!items) return false;
+    v->u.items = items;
+    item = &items[v->count++];
+    *item = (sc_json){0};
     if (v->type == SC__OBJECT) {
         if (sc__json_peek(p) != '"') return sc__json_fail(p, "expected a key in quotes");
         if (!sc__json_string(p, &item->key)) return false;
@@ -3841,25 +3824,19 @@ sc_json *sc_json_parse(const char *text, size_t length, const char *name) {
     return NULL;
 }
 
-/* *text: the file, the caller's. A server's answer may have been saved in its place. */
-static sc_json *sc__json_load(const char *path, char **text) {
+/* A server's answer may have been saved in the file's place. */
+sc_json *sc_json_load(const char *path) {
     size_t length = 0;
-    *text = sc_read_file(path, &length);
-    sc_json *root = *text ? sc_json_parse(*text, length, path) : NULL;
-    const char *what = *text && !root ? sc__foreign(*text, length) : NULL;
+    char *text = sc_read_file(path, &length);
+    sc_json *root = text ? sc_json_parse(text, length, path) : NULL;
+    const char *what = text && !root ? sc__foreign(text, length) : NULL;
     const char *answer = sc_json_string(sc_json_get(root, "error"), NULL);
+    SC_FREE(text);
     if (what) sc_fail("%s: %s", path, what);
     if (!answer) return root;
     sc_fail("%s: a server's answer, '%s': download the file again", path, answer);
     sc_json_free(root);
     return NULL;
-}
-
-sc_json *sc_json_load(const char *path) {
-    char *text;
-    sc_json *root = sc__json_load(path, &text);
-    SC_FREE(text);
-    return root;
 }
 
 static bool sc__json_is(const sc_json *v, sc__json_type type) { return v && v->type == type; }
@@ -4066,9 +4043,8 @@ static bool sc__map_part(sc_file *f, const char *path, const sc_json *map, const
     int64_t size = sc__file_size(path);
     if (size < 0) return false;
     if (size == 0) return sc__no_safetensors(path, "", 0); /* and could not be mapped */
-    size_t room = (size_t)f->part_count + 1;
-    sc__mapping *parts = (sc__mapping *)SC_REALLOC(f->parts, room * sizeof *parts);
-    if (!parts) return sc_fail("%s: out of memory", path);
+    sc__mapping *parts = (sc__mapping *)sc__grow(f->parts, f->part_count, sizeof *parts);
+    if (!parts) return false;
     f->parts = parts;
     int descriptor = open(path, O_RDONLY);
     if (descriptor < 0) return sc_fail("%s: %s", path, strerror(errno));
@@ -4218,13 +4194,10 @@ static void sc__text_quote(sc__text *t, const char *s) {
     for (int size; *s; s += size ? size : 1) {
         char code[8];
         size = sc__utf8_size(s);
-        if (!size || (unsigned char)*s < 0x20) {
-            snprintf(code, sizeof code, "\\u%04x", size ? (unsigned)*s : 0xfffdu);
-            sc__text_add(t, code, 6);
-            continue;
-        }
+        bool plain = size && (unsigned char)*s >= 0x20;
+        if (!plain) snprintf(code, sizeof code, "\\u%04x", size ? (unsigned)*s : 0xfffdu);
         if (*s == '"' || *s == '\\') sc__text_add(t, "\\", 1);
-        sc__text_add(t, s, (size_t)size);
+        sc__text_add(t, plain ? s : code, plain ? (size_t)size : 6);
     }
     sc__text_add(t, "\"", 1);
 }
@@ -4276,13 +4249,13 @@ static bool sc__write_tensor(sc__writer *w, const sc_named *x) {
     return true;
 }
 
-/* Makes a tensor's values when their turn has come, in memory that is freed afterwards. */
-typedef bool (*sc__fill)(const void *user, const sc_named *x, sc_tensor *host);
+static float *sc__merged_values(const sc_flux *f, const sc_tensor *w); /* >>open */
 
 /* Wider types go first, so that each tensor is aligned to its type; else the given order stays.
- * metadata: key, value, key, value, ..., NULL; or NULL. fill NULL: the values are on the host. */
+ * metadata: key, value, key, value, ..., NULL; or NULL. flux NULL: the values are on the host, else
+ * where it computes, from where they come one tensor at a time: the host never holds more. */
 static bool sc__save(const char *path, const sc_named *tensors, int64_t count,
-                     const char *const *metadata, sc__fill fill, const void *user) {
+                     const char *const *metadata, const sc_flux *flux) {
     sc_named *sorted = (sc_named *)sc__alloc((size_t)count, sizeof *sorted);
     sc__text header = {0};
     sc__writer w;
@@ -4298,8 +4271,9 @@ static bool sc__save(const char *path, const sc_named *tensors, int64_t count,
         for (int64_t i = 0; ok && i < count; i++) {
             sc_tensor host = *sorted[i].tensor;
             sc_named x = {sorted[i].name, &host, sorted[i].dtype};
-            ok = (!fill || fill(user, &sorted[i], &host)) && sc__write_tensor(&w, &x);
-            if (fill) SC_FREE(host.data);
+            if (flux) host.dtype = SC_F32, host.data = sc__merged_values(flux, sorted[i].tensor);
+            ok = (!flux || host.data) && sc__write_tensor(&w, &x);
+            if (flux) SC_FREE(host.data);
         }
         ok = sc__write_end(&w, ok);
     }
@@ -4310,7 +4284,7 @@ static bool sc__save(const char *path, const sc_named *tensors, int64_t count,
 
 bool sc_file_save(const char *path, const sc_named *tensors, int64_t count,
                   const char *const *metadata) {
-    return sc__save(path, tensors, count, metadata, NULL, NULL);
+    return sc__save(path, tensors, count, metadata, NULL);
 }
 
 /* ==== Names =================================================================== >>names =======
@@ -4337,6 +4311,7 @@ typedef struct sc__slice {
 typedef struct sc__alias { const char *name, *other; sc__slice rows; } sc__alias;
 
 #define SC__SAME(name, other) {name, other, {0, 0, 0, false}}
+#define SC__THIRD(name, other) {name, other, {0, 1, 3, false}}
 #define SC__DOUBLE(name, other) SC__SAME("transformer_blocks.*." name, "double_blocks.*." other)
 #define SC__SINGLE(name, other) \
     SC__SAME("single_transformer_blocks.*." name, "single_blocks.*." other)
@@ -4353,14 +4328,14 @@ static const sc__alias sc__aliases[] = {
     SC__SAME("time_text_embed.text_embedder.linear_1", "vector_in.in_layer"),
     SC__SAME("time_text_embed.text_embedder.linear_2", "vector_in.out_layer"),
     SC__DOUBLE("norm1.linear", "img_mod.lin"),
-    {"transformer_blocks.*.attn.to_?", "double_blocks.*.img_attn.qkv", {0, 1, 3, false}},
+    SC__THIRD("transformer_blocks.*.attn.to_?", "double_blocks.*.img_attn.qkv"),
     SC__DOUBLE("attn.norm_q.weight", "img_attn.norm.query_norm.scale"),
     SC__DOUBLE("attn.norm_k.weight", "img_attn.norm.key_norm.scale"),
     SC__DOUBLE("attn.to_out.0", "img_attn.proj"),
     SC__DOUBLE("ff.net.0.proj", "img_mlp.0"),
     SC__DOUBLE("ff.net.2", "img_mlp.2"),
     SC__DOUBLE("norm1_context.linear", "txt_mod.lin"),
-    {"transformer_blocks.*.attn.add_?_proj", "double_blocks.*.txt_attn.qkv", {0, 1, 3, false}},
+    SC__THIRD("transformer_blocks.*.attn.add_?_proj", "double_blocks.*.txt_attn.qkv"),
     SC__DOUBLE("attn.norm_added_q.weight", "txt_attn.norm.query_norm.scale"),
     SC__DOUBLE("attn.norm_added_k.weight", "txt_attn.norm.key_norm.scale"),
     SC__DOUBLE("attn.to_add_out", "txt_attn.proj"),
@@ -4388,13 +4363,11 @@ static const sc__alias sc__aliases[] = {
     SC__SINGLE("attn.to_?", "linear1.?"),
     SC__SINGLE("proj_mlp", "linear1.3"),
     /* LoRA files of XLabs: 1 is the picture's stream, 2 the text's. */
-    {"transformer_blocks.*.attn.to_?", "double_blocks.*.processor.qkv_lora1", {0, 1, 3, false}},
+    SC__THIRD("transformer_blocks.*.attn.to_?", "double_blocks.*.processor.qkv_lora1"),
     SC__DOUBLE("attn.to_out.0", "processor.proj_lora1"),
-    {"transformer_blocks.*.attn.add_?_proj", "double_blocks.*.processor.qkv_lora2",
-     {0, 1, 3, false}},
+    SC__THIRD("transformer_blocks.*.attn.add_?_proj", "double_blocks.*.processor.qkv_lora2"),
     SC__DOUBLE("attn.to_add_out", "processor.proj_lora2"),
-    {"single_transformer_blocks.*.attn.to_?", "single_blocks.*.processor.qkv_lora",
-     {0, 1, 3, false}},
+    SC__THIRD("single_transformer_blocks.*.attn.to_?", "single_blocks.*.processor.qkv_lora"),
     SC__SINGLE("proj_out", "processor.proj_lora"),
     /* The VAE: ae.safetensors. */
     SC__SAME("encoder.down_blocks.*.resnets.*.conv_shortcut",
@@ -4425,17 +4398,16 @@ static const char *const sc__weight_prefixes[] = {"", "model.diffusion_model.", 
 static bool sc__translate(const sc__alias *alias, const char *name, int levels, char other[256],
                           sc__slice *rows) {
     const char *word[4], *p;
-    int length[4], words = 0, next = 0, n = 0, part = 0;
-    *rows = alias->rows;
-    for (p = alias->name; *p; p++) {
-        bool letter = *p == '?', wild = letter || *p == '*' || *p == '~';
-        if (letter && (!*name || !strchr("qkv", *name))) return false;
-        if (letter) part = *name == 'q' ? 0 : *name == 'k' ? 1 : 2;
-        if (!wild && *p != *name) return false;
-        if (wild && !letter) word[words] = name, length[words] = (int)strcspn(name, ".");
-        name += wild && !letter ? length[words++] : 1;
+    int length[4], words = 0, next = 0, n = 0, part = 0, size;
+    for (p = alias->name; *p; p++, name += size) {
+        bool wild = *p == '*' || *p == '~';
+        size = wild ? (int)strcspn(name, ".") : 1;
+        if (wild) word[words] = name, length[words++] = size;
+        if (*p == '?') part = *name == 'q' ? 0 : *name == 'k' ? 1 : *name == 'v' ? 2 : -1;
+        if (part < 0 || (!wild && *p != '?' && *p != *name)) return false;
     }
     if (alias->name[0] && *name && *name != '.') return false;
+    *rows = alias->rows;
     rows->first += rows->whole ? part : 0;
     for (p = alias->other; *p && n < 200; p++) {
         if (*p == '*')
@@ -4443,9 +4415,8 @@ static bool sc__translate(const sc__alias *alias, const char *name, int levels, 
         else if (*p == '~') n += snprintf(other + n, 32, "%d", levels - 1 - atoi(word[next]));
         else other[n++] = *p == '?' ? (char)('0' + part) : *p;
         next += *p == '*' || *p == '~';
-        if (n > 200) return false;
     }
-    return n + snprintf(other + n, (size_t)(256 - n), "%s", name) < 256;
+    return n < 200 && n + snprintf(other + n, (size_t)(256 - n), "%s", name) < 256;
 }
 
 /* The tensor of `f` that holds `name` followed by `end`: under its own name or another, behind any
@@ -4471,19 +4442,9 @@ static sc__entry *sc__find_as(const sc_file *f, const char *const *prefixes, con
 static bool sc__take_rows(sc_tensor *x, const sc__slice *rows) {
     if (!rows->whole) return true;
     if (x->ndim < 1 || x->shape[0] % rows->whole) return false;
-    int64_t row = x->shape[0] ? sc_count(x) / x->shape[0] : 0, part = x->shape[0] / rows->whole;
-    x->data = (char *)x->data + rows->first * part * row * sc_dtype_size(x->dtype);
-    x->shape[0] = rows->parts * part;
+    x->data = (char *)x->data + sc_count(x) / rows->whole * rows->first * sc_dtype_size(x->dtype);
+    x->shape[0] = x->shape[0] / rows->whole * rows->parts;
     return true;
-}
-
-/* Exchanges the first and the second half of `bytes`. */
-static void sc__swap_halves(void *data, size_t bytes) {
-    char *x = (char *)data, *y = x + bytes / 2;
-    for (size_t i = 0; i < bytes / 2; i++) {
-        char c = x[i];
-        x[i] = y[i], y[i] = c;
-    }
 }
 
 /* The length of `name` without `end`; 0 if it does not end so. */
@@ -4544,12 +4505,12 @@ size_t sc_net_waiting(const sc_net *net) {
 /* Where a weight's values are: x has the rows that are wanted, as they are stored. */
 typedef struct sc__source {
     sc_tensor x;
-    sc_tensor scales;           /* of 8 bits: one number, or [rows]; else data is NULL */
+    float *scales;              /* of 8 bits: [rows], yours; NULL: none */
     bool swapped;               /* the halves of the rows are exchanged */
 } sc__source;
 
-/* The scale that an 8-bit weight is stored with. Files without any are plain casts; one that
- * announces scales (ComfyUI's mark `scaled_fp8`) must have them. */
+/* The scales of the rows s->x of an 8-bit weight, which has one or one a row. Files without any are
+ * plain casts; one that announces scales (ComfyUI's mark `scaled_fp8`) must have them. */
 static bool sc__read_scale(const sc_file *f, const sc__entry *weight, const sc__slice *rows,
                            sc__source *s) {
     static const char *const forms[] = {"weight_scale", "scale_weight"};
@@ -4570,30 +4531,23 @@ static bool sc__read_scale(const sc_file *f, const sc__entry *weight, const sc__
     if (!found) return !mark || sc_fail("%s: '%s' is an 8-bit weight without its '.scale_weight'; "
                                          "the file says that it has them", f->path, weight->name);
     found->used = true;
-    int64_t n = sc_count(&found->tensor);
+    sc_tensor x = found->tensor;
+    int64_t n = sc_count(&x), count = s->x.shape[0], i = 0;
     bool vector = true; /* [rows, 1] and [1, rows] are seen */
-    for (int i = 0; i < found->tensor.ndim; i++)
-        vector = vector && (found->tensor.shape[i] == 1 || found->tensor.shape[i] == n);
-    if (!vector || (n != 1 && n != weight->tensor.shape[0]) || found->tensor.dtype > SC_F64)
+    for (int k = 0; k < x.ndim; k++) vector = vector && (x.shape[k] == 1 || x.shape[k] == n);
+    if (!vector || (n != 1 && n != weight->tensor.shape[0]) || x.dtype > SC_F64)
         return sc_fail("%s: '%s' must be one number, or one a row", f->path, found->name);
-    s->scales = found->tensor;
-    s->scales.ndim = 1;
-    s->scales.shape[0] = n;
-    return n == 1 || sc__take_rows(&s->scales, rows);
-}
-
-/* The scales of a source's rows, [rows]. */
-static float *sc__row_scales(const sc__source *s, const char *name) {
-    int64_t rows = s->x.shape[0], n = sc_count(&s->scales);
-    float *scales = (float *)sc__alloc((size_t)rows, sizeof *scales);
-    if (!scales) return NULL;
-    sc_to_f32(scales, s->scales.data, s->scales.dtype, n);
-    for (int64_t i = n; i < rows; i++) scales[i] = scales[0];
-    bool ok = true;
-    for (int64_t i = 0; i < rows; i++) ok = ok && isfinite(scales[i]) && scales[i] > 0;
-    if (ok) return scales;
+    x.ndim = 1;
+    x.shape[0] = n;
+    if (n > 1) sc__take_rows(&x, rows); /* as many as the weight */
+    float *scales = (float *)sc__alloc((size_t)count, sizeof *scales);
+    if (!scales) return false;
+    sc_to_f32(scales, x.data, x.dtype, x.shape[0]);
+    for (int64_t k = x.shape[0]; k < count; k++) scales[k] = scales[0];
+    while (i < count && isfinite(scales[i]) && scales[i] > 0) i++;
+    if (i == count) return s->scales = scales, true;
     SC_FREE(scales);
-    return sc_fail("the scale of '%s' is not a positive number", name), NULL;
+    return sc_fail("%s: the scale '%s' is not a positive number", f->path, found->name);
 }
 
 /* Finds the weight `name` of the shape that `want` has. */
@@ -4619,8 +4573,8 @@ static bool sc__find_weight(const sc_net *net, const char *name, const sc_tensor
 
 /* Values of w's rows [first, first + rows) as f32, scaled; where it has no source, random ones:
  * Xavier for matrices, 0 for biases, 1 for the weights of norms. */
-static bool sc__weight_rows(sc_net *net, const sc_weight *w, const sc__source *s,
-                            const float *scales, int64_t first, int64_t rows, float *to) {
+static bool sc__weight_rows(sc_net *net, const sc_weight *w, const sc__source *s, int64_t first,
+                            int64_t rows, float *to) {
     const sc_tensor *x = &w->tensor;
     int64_t all = x->shape[0], columns = sc_count(x) / all, n = rows * columns;
     if (!s->x.data) {
@@ -4632,7 +4586,7 @@ static bool sc__weight_rows(sc_net *net, const sc_weight *w, const sc__source *s
     if (s->swapped) first = (first + all / 2) % all;
     sc_to_f32(to, (const char *)s->x.data + first * columns * sc_dtype_size(s->x.dtype),
               s->x.dtype, n);
-    for (int64_t i = 0; scales && i < n; i++) to[i] *= scales[first + i / columns];
+    for (int64_t i = 0; s->scales && i < n; i++) to[i] *= s->scales[first + i / columns];
     for (int64_t i = 0; i < n; i++)
         if (!isfinite(to[i])) return sc_fail("'%s' holds a value that is %g", w->name, to[i]);
     return true;
@@ -4651,17 +4605,16 @@ static bool sc__load_weight(sc_net *net, sc_weight *w, const sc__source *s) {
     int64_t uploaded = narrow ? sc_dtype_size(be->activation) : size; /* bytes of a value */
     slice = slice < 1 ? 1 : slice > limit ? limit : slice;
     float *wide = (float *)sc__alloc((size_t)(slice * columns), sizeof *wide);
-    float *scales = wide && s->scales.data ? sc__row_scales(s, w->name) : NULL;
     void *staged = narrow ? be->alloc((size_t)(slice * columns * uploaded)) : NULL;
     if (narrow && !x->scale) x->scale = (float *)be->alloc((size_t)rows * 4);
-    bool ok = wide && (!s->scales.data || scales) && (!narrow || (staged && x->scale));
+    bool ok = wide && (!narrow || (staged && x->scale));
     if (ok) x->data = (streamed ? be->alloc_streamed : be->alloc)((size_t)(rows * columns * size));
     ok = ok && x->data;
     for (int64_t r = 0; ok && r < rows; r += slice) {
         int64_t count = rows - r < slice ? rows - r : slice, n = count * columns;
         char *to = (char *)x->data + r * columns * size;
         if (!raw && (r == 0 || !repeated)) {
-            ok = sc__weight_rows(net, w, s, scales, r, count, wide);
+            ok = sc__weight_rows(net, w, s, r, count, wide);
             for (int64_t i = 0; uploaded == 2 && i < n; i++) { /* in place */
                 uint16_t half = sc__f32_to_bf16(wide[i]);
                 memcpy((char *)wide + 2 * i, &half, 2);
@@ -4673,7 +4626,6 @@ static bool sc__load_weight(sc_net *net, sc_weight *w, const sc__source *s) {
     }
     if (!ok && x->data) be->release(x->data), x->data = NULL;
     if (staged) be->release(staged);
-    SC_FREE(scales);
     SC_FREE(wide);
     w->waiting = w->waiting && !ok;
     return ok;
@@ -4699,17 +4651,6 @@ static sc_weight *sc__keep_weight(sc_net *net, sc_weight weight) {
     return (w->name = sc__strdup(weight.name)) ? w : NULL;
 }
 
-/* Puts an 8-bit source's scales beside the weight that keeps its bits. */
-static bool sc__keep_scales(const sc_net *net, const sc__source *s, sc_weight *w) {
-    sc_tensor *x = &w->tensor;
-    size_t bytes = (size_t)x->shape[0] * sizeof(float);
-    float *scales = sc__row_scales(s, w->name);
-    x->scale = scales ? (float *)net->backend->alloc(bytes) : NULL;
-    if (x->scale) net->backend->upload(x->scale, scales, bytes);
-    SC_FREE(scales);
-    return x->scale != NULL;
-}
-
 /* product: only products read the weight, so it may stay in 8 bits with scales beside it. */
 static sc_tensor *sc__net_weight(sc_net *net, const char *name, int ndim, const int64_t *shape,
                                  bool product) {
@@ -4723,7 +4664,7 @@ static sc_tensor *sc__net_weight(sc_net *net, const char *name, int ndim, const 
     const sc_backend *be = net->backend;
     if (be && w.missing) return NULL;
     sc_dtype stored = s.x.dtype;
-    bool wide = ndim == 1 || net->widen || s.swapped || (s.scales.data && !product) ||
+    bool wide = ndim == 1 || net->widen || s.swapped || (s.scales && !product) ||
                 (found && stored == SC_F64);
     bool narrow = net->fp8 && ndim == 2 && (!found || sc_dtype_size(stored) > 1);
     bool aligned = (uintptr_t)s.x.data % (uintptr_t)sc_dtype_size(stored) == 0;
@@ -4735,7 +4676,12 @@ static sc_tensor *sc__net_weight(sc_net *net, const char *name, int ndim, const 
     if (be) x->dtype = as_stored ? stored : wide ? SC_F32 : narrow ? SC_F8_E4M3 : be->activation;
     sc_weight *kept = sc__keep_weight(net, w);
     bool loaded = kept && (!w.owned || w.waiting || sc__load_weight(net, kept, &s));
-    if (loaded && be && !wide && s.scales.data) loaded = sc__keep_scales(net, &s, kept);
+    if (loaded && be && !wide && s.scales) { /* they go beside the bits */
+        size_t bytes = (size_t)shape[0] * sizeof(float);
+        loaded = (kept->tensor.scale = (float *)be->alloc(bytes)) != NULL;
+        if (loaded) be->upload(kept->tensor.scale, s.scales, bytes);
+    }
+    SC_FREE(s.scales);
     return loaded ? &kept->tensor : NULL;
 }
 
@@ -4784,6 +4730,7 @@ static bool sc__net_complete(const sc_net *net) {
     const sc_file *f = net->backend ? net->file : NULL;
     for (int64_t i = 0; f && i < f->count; i++) {
         const char *name = f->entries[i].name, *dot = strrchr(name, '.');
+        char weight[512];
         if (f->entries[i].used) continue;
         for (const char *at = name; (at = strchr(at, '.')); at++) {
             size_t n = (size_t)(at + 1 - name), digits = strspn(at + 1, "0123456789");
@@ -4791,15 +4738,13 @@ static bool sc__net_complete(const sc_net *net) {
                 !sc__used_below(f, name, n + digits + 1))
                 return sc_fail("%s: '%s' is of a block that the model does not have: is "
                                 "config.json that of another one?", f->path, name);
-        }
-        for (int64_t j = 0; dot && j < f->count; j++) {
-            const sc__entry *e = &f->entries[j];
-            size_t n = sc__stem(e->name, ".weight");
-            if (e->used && e->tensor.dtype == SC_F8_E4M3 && n && !strncmp(name, e->name, n + 1) &&
-                !strstr(name + n, "input") && strcmp(dot, ".comfy_quant") && strcmp(dot, ".bias"))
+            snprintf(weight, sizeof weight, "%.*sweight", (int)n, name);
+            const sc__entry *e = sc__find_entry(f, weight);
+            if (e && e->used && e->tensor.dtype == SC_F8_E4M3 && !strstr(at, "input") &&
+                strcmp(dot, ".comfy_quant") && strcmp(dot, ".bias"))
                 return sc_fail("%s: '%s' is not understood beside the 8-bit '%s': scales are read "
                                 "as .weight_scale or .scale_weight, one number or one a row",
-                                f->path, name, e->name);
+                                f->path, name, weight);
         }
     }
     return true;
@@ -4840,26 +4785,13 @@ static int sc__side(const sc_net *net, const char *name, int dim, int fallback) 
     return (int)x.shape[dim];
 }
 
-/* How many weights "before%dafter" there are, counted from 0. */
+/* How many weights there are with names of this format, which has one %d, counted from 0. */
 static int sc__count_layers(const sc_net *net, const char *format, int fallback) {
     char name[SC_MAX_NAME];
     for (int n = 0;; n++) {
-        const char *at = strstr(format, "%d");
-        snprintf(name, sizeof name, "%.*s%d%s", (int)(at - format), format, n, at + 2);
+        snprintf(name, sizeof name, format, n);
         if (!sc__side(net, name, 0, 0)) return n ? n : fallback;
     }
-}
-
-/* The config.json beside a part's weights, parsed, its text and its name; json is NULL where there
- * is none. False if it cannot be read. */
-static bool sc__read_config(const char *path, sc_json **json, char **name, char **text) {
-    bool folder = sc__is_folder(path);
-    *name = folder ? sc__join(path, "config.json") : sc__strdup(path);
-    *json = NULL;
-    *text = NULL;
-    if (!*name || !folder || !sc__exists(*name)) return *name != NULL;
-    *json = sc__json_load(*name, text);
-    return *json && ((*json)->type == SC__OBJECT || sc_fail("%s: not a JSON object", *name));
 }
 
 /* folder/name, parsed, and its path; *json is NULL where there is no such file. False if it is
@@ -4869,6 +4801,16 @@ static bool sc__load_settings(const char *folder, const char *name, char **path,
     bool there = *path && sc__exists(*path);
     *json = there ? sc_json_load(*path) : NULL;
     return *path && (*json || !there);
+}
+
+/* The same of the config.json beside a part's weights, an object, with its text. */
+static bool sc__read_config(const char *path, sc_json **json, char **name, char **text) {
+    size_t length;
+    *json = NULL, *text = NULL;
+    if (!sc__is_folder(path)) return (*name = sc__strdup(path)) != NULL;
+    if (!sc__load_settings(path, "config.json", name, json)) return false;
+    if (*json && (*json)->type != SC__OBJECT) return sc_fail("%s: not a JSON object", *name);
+    return !*json || (*text = sc_read_file(*name, &length));
 }
 
 /* A number from a config, or a truth value as 1 or 0; absent or null: the fallback. False with the
@@ -4920,39 +4862,25 @@ int64_t sc_flux_parameters(const sc_flux *flux) {
 
 /* ---- Opening ---- */
 
-/* The numbers come from config.json, what it lacks is as in FLUX.1-dev; where there is none they
- * are read off the shapes of the weights, with FLUX.1's proportions of RoPE axes: 1/8, 7/16, 7/16.
- */
-static bool sc__flux_read_config(sc_flux_config *c, const sc_net *net, const sc_json *json,
-                                 const char *path) {
-    const sc_json *axes = sc_json_get(json, "axes_dims_rope");
-    const char *class_name =
-        sc_json_string(sc_json_get(json, "_class_name"), "FluxTransformer2DModel");
-    if (strcmp(class_name, "FluxTransformer2DModel"))
-        return sc_fail("%s: this is a %s; only FLUX.1 (FluxTransformer2DModel) is supported", path,
-                        class_name);
-    int in = sc__side(net, "x_embedder.weight", 1, 64),
-        out = sc__side(net, "proj_out.weight", 0, in);
-    int width = sc__side(net, "x_embedder.weight", 0, 3072);
-    int layers = sc__count_layers(net, "transformer_blocks.%d.attn.to_q.weight", 19);
-    int singles = sc__count_layers(net, "single_transformer_blocks.%d.attn.to_q.weight", 38);
-    int size = sc__side(net, "transformer_blocks.0.attn.norm_q.weight", 0, 128);
-    int text = sc__side(net, "context_embedder.weight", 1, 4096);
-    int pooled = sc__side(net, "time_text_embed.text_embedder.linear_1.weight", 1, 768);
-    if (!sc__config_int(json, path, "in_channels", in, &c->in_channels) ||
-        !sc__config_int(json, path, "out_channels", json ? c->in_channels : out,
-                        &c->out_channels) ||
-        !sc__config_from(0, json, path, "num_layers", layers, &c->layers) ||
-        !sc__config_from(0, json, path, "num_single_layers", singles, &c->single_layers) ||
-        !sc__config_int(json, path, "attention_head_dim", size, &c->head_size) ||
-        !sc__config_int(json, path, "num_attention_heads", width / c->head_size, &c->heads) ||
-        !sc__config_int(json, path, "joint_attention_dim", text, &c->text_channels) ||
-        !sc__config_int(json, path, "pooled_projection_dim", pooled, &c->pooled_channels))
+/* What config.json lacks is as in FLUX.1-dev. */
+static bool sc__flux_read_config(sc_flux_config *c, const sc_json *json, const char *path) {
+    static const char flux[] = "FluxTransformer2DModel";
+    const char *class_name = sc_json_string(sc_json_get(json, "_class_name"), flux);
+    if (strcmp(class_name, flux))
+        return sc_fail("%s: this is a %s; only FLUX.1 (%s) is supported", path, class_name, flux);
+    if (!sc__config_int(json, path, "in_channels", 64, &c->in_channels) ||
+        !sc__config_int(json, path, "out_channels", c->in_channels, &c->out_channels) ||
+        !sc__config_from(0, json, path, "num_layers", 19, &c->layers) ||
+        !sc__config_from(0, json, path, "num_single_layers", 38, &c->single_layers) ||
+        !sc__config_int(json, path, "attention_head_dim", 128, &c->head_size) ||
+        !sc__config_int(json, path, "num_attention_heads", 3072 / c->head_size, &c->heads) ||
+        !sc__config_int(json, path, "joint_attention_dim", 4096, &c->text_channels) ||
+        !sc__config_int(json, path, "pooled_projection_dim", 768, &c->pooled_channels))
         return false;
     int sum = 0;
     for (int i = 0; i < 3; i++) {
         int usual = i ? c->head_size * 7 / 16 : c->head_size / 8;
-        double axis = sc_json_number(sc_json_at(axes, i), usual);
+        double axis = sc_json_number(sc_json_at(sc_json_get(json, "axes_dims_rope"), i), usual);
         if (!(axis >= 2 && axis <= 256 && axis == 2 * floor(axis / 2)))
             return sc_fail("%s: axes_dims_rope must be even numbers up to 256", path);
         sum += c->rope_axes[i] = (int)axis;
@@ -4962,13 +4890,16 @@ static bool sc__flux_read_config(sc_flux_config *c, const sc_net *net, const sc_
                         path, sum, c->head_size);
     if ((int64_t)c->heads * c->head_size > 1 << 20)
         return sc_fail("%s: %d heads of %d is too wide", path, c->heads, c->head_size);
-    int guided = sc__side(net, "time_text_embed.guidance_embedder.linear_1.weight", 0, 0);
-    c->guidance = sc_json_bool(sc_json_get(json, "guidance_embeds"), !json && guided);
+    c->guidance = sc_json_bool(sc_json_get(json, "guidance_embeds"), false);
     return true;
 }
 
-/* config.json for a model that was read without one. */
-static char *sc__flux_config_text(const sc_flux_config *c) {
+/* The config.json of weights that come without one, by their shapes, with FLUX.1's proportions of
+ * RoPE axes: 1/8, 7/16, 7/16. */
+static char *sc__flux_config_text(const sc_net *net) {
+    static const char guidance[] = "time_text_embed.guidance_embedder.linear_1.weight";
+    int size = sc__side(net, "transformer_blocks.0.attn.norm_q.weight", 0, 128);
+    int in = sc__side(net, "x_embedder.weight", 1, 64);
     char text[1024];
     snprintf(text, sizeof text,
              "{\n  \"_class_name\": \"FluxTransformer2DModel\",\n  \"attention_head_dim\": %d,\n"
@@ -4976,9 +4907,14 @@ static char *sc__flux_config_text(const sc_flux_config *c) {
              "  \"in_channels\": %d,\n  \"joint_attention_dim\": %d,\n"
              "  \"num_attention_heads\": %d,\n  \"num_layers\": %d,\n  \"num_single_layers\": %d,\n"
              "  \"out_channels\": %d,\n  \"patch_size\": 1,\n  \"pooled_projection_dim\": %d\n}\n",
-             c->head_size, c->rope_axes[0], c->rope_axes[1], c->rope_axes[2],
-             c->guidance ? "true" : "false", c->in_channels, c->text_channels, c->heads, c->layers,
-             c->single_layers, c->out_channels, c->pooled_channels);
+             size, size / 8, size * 7 / 16, size * 7 / 16,
+             sc__side(net, guidance, 0, 0) ? "true" : "false", in,
+             sc__side(net, "context_embedder.weight", 1, 4096),
+             sc__side(net, "x_embedder.weight", 0, 3072) / (size ? size : 1),
+             sc__count_layers(net, "transformer_blocks.%d.attn.to_q.weight", 19),
+             sc__count_layers(net, "single_transformer_blocks.%d.attn.to_q.weight", 38),
+             sc__side(net, "proj_out.weight", 0, in),
+             sc__side(net, "time_text_embed.text_embedder.linear_1.weight", 1, 768));
     return sc__strdup(text);
 }
 
@@ -4997,70 +4933,62 @@ static bool sc__flux_norm(sc_flux *f, sc_tensor **weight, const char *prefix, co
            NULL;
 }
 
-static bool sc__flux_stream(sc_flux *f, sc__stream *s, const char *prefix, bool text) {
-    static const char *const names[2][9] = {
-        {"norm1.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj",
-         "ff.net.2", "attn.norm_q", "attn.norm_k"},
-        {"norm1_context.linear", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
-         "attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2", "attn.norm_added_q",
-         "attn.norm_added_k"}};
-    const char *const *name = names[text];
-    int64_t c = (int64_t)f->config.heads * f->config.head_size;
-    return sc__flux_linear(f, &s->mod, prefix, name[0], 6 * c, c) &&
-           sc__flux_linear(f, &s->q, prefix, name[1], c, c) &&
-           sc__flux_linear(f, &s->k, prefix, name[2], c, c) &&
-           sc__flux_linear(f, &s->v, prefix, name[3], c, c) &&
-           sc__flux_linear(f, &s->out, prefix, name[4], c, c) &&
-           sc__flux_linear(f, &s->up, prefix, name[5], 4 * c, c) &&
-           sc__flux_linear(f, &s->down, prefix, name[6], c, 4 * c) &&
-           sc__flux_norm(f, &s->norm_q, prefix, name[7]) &&
-           sc__flux_norm(f, &s->norm_k, prefix, name[8]);
+static bool sc__flux_stream(sc_flux *f, sc__stream *s, const char *p, int64_t c, bool text) {
+    const char *mod = text ? "norm1_context.linear" : "norm1.linear";
+    const char *up = text ? "ff_context.net.0.proj" : "ff.net.0.proj";
+    return sc__flux_linear(f, &s->mod, p, mod, 6 * c, c) &&
+           sc__flux_linear(f, &s->q, p, text ? "attn.add_q_proj" : "attn.to_q", c, c) &&
+           sc__flux_linear(f, &s->k, p, text ? "attn.add_k_proj" : "attn.to_k", c, c) &&
+           sc__flux_linear(f, &s->v, p, text ? "attn.add_v_proj" : "attn.to_v", c, c) &&
+           sc__flux_linear(f, &s->out, p, text ? "attn.to_add_out" : "attn.to_out.0", c, c) &&
+           sc__flux_linear(f, &s->up, p, up, 4 * c, c) &&
+           sc__flux_linear(f, &s->down, p, text ? "ff_context.net.2" : "ff.net.2", c, 4 * c) &&
+           sc__flux_norm(f, &s->norm_q, p, text ? "attn.norm_added_q" : "attn.norm_q") &&
+           sc__flux_norm(f, &s->norm_k, p, text ? "attn.norm_added_k" : "attn.norm_k");
 }
 
-static bool sc__flux_single(sc_flux *f, sc__single_block *s, const char *prefix) {
-    int64_t c = (int64_t)f->config.heads * f->config.head_size;
+static bool sc__flux_single(sc_flux *f, sc__single_block *s, const char *p, int64_t c) {
     s->flux = f;
-    return sc__flux_linear(f, &s->mod, prefix, "norm.linear", 3 * c, c) &&
-           sc__flux_linear(f, &s->q, prefix, "attn.to_q", c, c) &&
-           sc__flux_linear(f, &s->k, prefix, "attn.to_k", c, c) &&
-           sc__flux_linear(f, &s->v, prefix, "attn.to_v", c, c) &&
-           sc__flux_linear(f, &s->up, prefix, "proj_mlp", 4 * c, c) &&
-           sc__flux_linear(f, &s->out, prefix, "proj_out", c, 5 * c) &&
-           sc__flux_norm(f, &s->norm_q, prefix, "attn.norm_q") &&
-           sc__flux_norm(f, &s->norm_k, prefix, "attn.norm_k");
+    return sc__flux_linear(f, &s->mod, p, "norm.linear", 3 * c, c) &&
+           sc__flux_linear(f, &s->q, p, "attn.to_q", c, c) &&
+           sc__flux_linear(f, &s->k, p, "attn.to_k", c, c) &&
+           sc__flux_linear(f, &s->v, p, "attn.to_v", c, c) &&
+           sc__flux_linear(f, &s->up, p, "proj_mlp", 4 * c, c) &&
+           sc__flux_linear(f, &s->out, p, "proj_out", c, 5 * c) &&
+           sc__flux_norm(f, &s->norm_q, p, "attn.norm_q") &&
+           sc__flux_norm(f, &s->norm_k, p, "attn.norm_k");
 }
 
-static bool sc__flux_embedder(sc_flux *f, sc__embedder *e, const char *name, int64_t in) {
-    int64_t c = (int64_t)f->config.heads * f->config.head_size;
-    char prefix[SC_MAX_NAME];
-    snprintf(prefix, sizeof prefix, "time_text_embed.%s_embedder.", name);
+static bool sc__flux_embedder(sc_flux *f, sc__embedder *e, const char *prefix, int64_t c,
+                              int64_t in) {
     return sc__flux_linear(f, &e->first, prefix, "linear_1", c, in) &&
            sc__flux_linear(f, &e->second, prefix, "linear_2", c, c);
 }
 
+/* All of it, in an order that decides what a seed draws. c: the width. */
 static bool sc__flux_weights(sc_flux *f) {
-    const sc_flux_config *c = &f->config;
-    int64_t width = (int64_t)c->heads * c->head_size;
-    char prefix[SC_MAX_NAME];
-    if (!sc__flux_linear(f, &f->x_embedder, "", "x_embedder", width, c->in_channels) ||
-        !sc__flux_linear(f, &f->context_embedder, "", "context_embedder", width,
-                         c->text_channels) ||
-        !sc__flux_embedder(f, &f->time, "timestep", 256) ||
-        (c->guidance && !sc__flux_embedder(f, &f->guidance, "guidance", 256)) ||
-        !sc__flux_embedder(f, &f->pooled, "text", c->pooled_channels))
-        return false;
-    for (int i = 0; i < c->layers; i++) {
-        snprintf(prefix, sizeof prefix, "transformer_blocks.%d.", i);
+    const sc_flux_config *o = &f->config;
+    int64_t c = (int64_t)o->heads * o->head_size;
+    char p[SC_MAX_NAME];
+    bool ok =
+        sc__flux_linear(f, &f->x_embedder, "", "x_embedder", c, o->in_channels) &&
+        sc__flux_linear(f, &f->context_embedder, "", "context_embedder", c, o->text_channels) &&
+        sc__flux_embedder(f, &f->time, "time_text_embed.timestep_embedder.", c, 256) &&
+        (!o->guidance ||
+         sc__flux_embedder(f, &f->guidance, "time_text_embed.guidance_embedder.", c, 256)) &&
+        sc__flux_embedder(f, &f->pooled, "time_text_embed.text_embedder.", c, o->pooled_channels);
+    for (int i = 0; ok && i < o->layers; i++) {
+        snprintf(p, sizeof p, "transformer_blocks.%d.", i);
         f->double_blocks[i].flux = f;
-        if (!sc__flux_stream(f, &f->double_blocks[i].image, prefix, false) ||
-            !sc__flux_stream(f, &f->double_blocks[i].text, prefix, true)) return false;
+        ok = sc__flux_stream(f, &f->double_blocks[i].image, p, c, false) &&
+             sc__flux_stream(f, &f->double_blocks[i].text, p, c, true);
     }
-    for (int i = 0; i < c->single_layers; i++) {
-        snprintf(prefix, sizeof prefix, "single_transformer_blocks.%d.", i);
-        if (!sc__flux_single(f, &f->single_blocks[i], prefix)) return false;
+    for (int i = 0; ok && i < o->single_layers; i++) {
+        snprintf(p, sizeof p, "single_transformer_blocks.%d.", i);
+        ok = sc__flux_single(f, &f->single_blocks[i], p, c);
     }
-    return sc__flux_linear(f, &f->norm_out, "", "norm_out.linear", 2 * width, width) &&
-           sc__flux_linear(f, &f->proj_out, "", "proj_out", c->out_channels, width);
+    return ok && sc__flux_linear(f, &f->norm_out, "", "norm_out.linear", 2 * c, c) &&
+           sc__flux_linear(f, &f->proj_out, "", "proj_out", o->out_channels, c);
 }
 
 /* A new model starts as the identity: modulations and the last layer are zero (adaLN-Zero). */
@@ -5082,12 +5010,13 @@ sc_flux *sc_flux_open(const sc_backend *backend, const char *path, const sc_flux
     bool ok = (!o.fp8 || !o.widen || sc_fail("weights that are f32 cannot become fp8")) &&
               sc__read_config(path, &json, &name, &f->config_text);
     if (ok && o.random && !json) ok = sc_fail("%s: No such file", name);
-    ok = ok && (!json || sc__flux_read_config(&f->config, &(sc_net){0}, json, name)) &&
-         (f->net = sc_net_open(backend, o.random ? NULL : path, o.widen)) &&
-         (json || sc__flux_read_config(&f->config, f->net, json, name));
+    ok = ok && (f->net = sc_net_open(backend, o.random ? NULL : path, o.widen));
+    if (ok && !json)
+        ok = (f->config_text = sc__flux_config_text(f->net)) &&
+             (json = sc_json_parse(f->config_text, strlen(f->config_text), name));
+    ok = ok && sc__flux_read_config(&f->config, json, name);
     sc_json_free(json);
     SC_FREE(name);
-    if (ok && !f->config_text) ok = (f->config_text = sc__flux_config_text(&f->config)) != NULL;
     if (ok) {
         size_t doubles = (size_t)f->config.layers, singles = (size_t)f->config.single_layers;
         f->double_blocks = (sc__double_block *)sc__alloc(doubles, sizeof *f->double_blocks);
@@ -5124,14 +5053,15 @@ static float *sc__lora_values(const sc_backend *be, const sc_adapter *l) {
     return NULL;
 }
 
-/* Downloads a weight as f32, with its scale and with the loaded LoRAs: W + sum scale B A. */
-static bool sc__merged_values(const sc_flux *f, const sc_tensor *w, float *values) {
+/* A weight on the host as f32, with its scale and the loaded LoRAs: W + sum scale B A; yours. */
+static float *sc__merged_values(const sc_flux *f, const sc_tensor *w) {
     const sc_backend *be = f->net->backend;
     const sc_linear_layer *layer = NULL;
     int64_t n = sc_count(w);
     for (int i = 0; i < f->module_count; i++)
         if (f->modules[i].layer->weight == w) layer = f->modules[i].layer;
-    bool ok = sc__download(be, w, values);
+    float *values = (float *)sc__alloc((size_t)n, sizeof *values);
+    bool ok = values && sc__download(be, w, values);
     float *scales = ok && w->scale ? (float *)sc__alloc((size_t)w->shape[0], sizeof *scales) : NULL;
     if (w->scale) ok = scales && be->download(scales, w->scale, (size_t)w->shape[0] * 4);
     for (int64_t i = 0; ok && scales && i < n; i++) values[i] *= scales[i / w->shape[1]];
@@ -5146,15 +5076,9 @@ static bool sc__merged_values(const sc_flux *f, const sc_tensor *w, float *value
         ok = a || !l->loaded;
         SC_FREE(a);
     }
-    return ok;
-}
-
-/* One weight at a time: the host never holds more. */
-static bool sc__flux_fill(const void *user, const sc_named *x, sc_tensor *host) {
-    *host = *x->tensor;
-    host->dtype = SC_F32;
-    host->data = sc__alloc((size_t)sc_count(host), sizeof(float));
-    return host->data && sc__merged_values((const sc_flux *)user, x->tensor, (float *)host->data);
+    if (ok) return values;
+    SC_FREE(values);
+    return NULL;
 }
 
 bool sc_flux_save(const sc_flux *f, const char *folder, sc_dtype dtype,
@@ -5163,15 +5087,15 @@ bool sc_flux_save(const sc_flux *f, const char *folder, sc_dtype dtype,
     char *config = sc__join(folder, "config.json");
     char *weights = sc__join(folder, "diffusion_pytorch_model.safetensors");
     sc_named *named = (sc_named *)sc__alloc((size_t)net->count, sizeof *named);
-    bool ok = config && weights && named && sc_net_load(net), made = false;
-    if (ok) ok = sc__make_folder(folder, &made);
+    bool ok = config && weights && named && sc_net_load(net), made = ok && !mkdir(folder, 0777);
+    if (ok && !made && errno != EEXIST) ok = sc_fail("%s: %s", folder, strerror(errno));
     char *there = ok && !made ? sc__weights_in(folder) : NULL;
     if (there && !fnmatch("*.json", there, 0))
         ok = sc_fail("%s: these shards would be read instead: write to another folder", there);
     SC_FREE(there);
     for (int64_t i = 0; ok && i < net->count; i++)
         named[i] = (sc_named){net->weights[i]->name, &net->weights[i]->tensor, dtype};
-    ok = ok && sc__save(weights, named, net->count, metadata, sc__flux_fill, f) &&
+    ok = ok && sc__save(weights, named, net->count, metadata, f) &&
          sc_write_file(config, f->config_text, strlen(f->config_text));
     if (!ok && made) rmdir(folder); /* if it is empty */
     SC_FREE(named);
@@ -5253,8 +5177,15 @@ enum { SC__LORA_ENDS = (int)(sizeof sc__lora_ends / sizeof *sc__lora_ends) };
 typedef struct sc__factors {    /* of one LoRA on one layer; a NULL: it has none */
     int64_t rank;
     float *a, *b;               /* [rank, in], [out, rank]; b has the file's own scale in it */
-    float *bias;                /* [out], likewise; NULL: none. All three are a's memory. */
+    float *bias;                /* [out], likewise; NULL: none */
 } sc__factors;
+
+static void sc__factors_free(sc__factors *x) {
+    SC_FREE(x->a);
+    SC_FREE(x->b);
+    SC_FREE(x->bias);
+    *x = (sc__factors){0};
+}
 
 /* A LoRA file, and the config of PEFT that goes with it, or NULL: diffusers writes it into the
  * file's metadata, PEFT beside adapter_model.safetensors. */
@@ -5310,20 +5241,17 @@ static bool sc__lora_open(sc__lora *l, const char *path) {
  * that fits counts: the end of a name from a dot on or, behind a ^, the whole of it. */
 static bool sc__lora_config_alpha(const sc__lora *l, const char *module, float *alpha) {
     const sc_json *patterns = sc__lora_setting(l, "alpha_pattern");
+    bool found = false;
     *alpha = (float)sc_json_number(sc__lora_setting(l, "lora_alpha"), *alpha);
-    for (int64_t i = 0; i < sc_json_length(patterns); i++) {
-        const char *pattern = sc_json_key(patterns, i);
-        if (!pattern) break;
-        bool whole = *pattern == '^';
-        const char *name = pattern + whole;
+    for (int64_t i = 0; !found && i < sc_json_length(patterns) && sc_json_key(patterns, i); i++) {
+        const char *pattern = sc_json_key(patterns, i), *name = pattern + (*pattern == '^');
         size_t n = strlen(module), m = strlen(name);
         if (strpbrk(name, "*+?()[]{}|^$\\"))
             return sc_fail("%s: the alpha_pattern '%s' is a regular expression; only names are "
                             "read here", l->file->path, pattern);
-        if (m > n || strcmp(module + n - m, name)) continue;
-        if (m < n && (whole || module[n - m - 1] != '.')) continue;
-        *alpha = (float)sc_json_number(sc_json_value(patterns, i), *alpha);
-        break;
+        found = m <= n && !strcmp(module + n - m, name) &&
+                (m == n || (name == pattern && module[n - m - 1] == '.'));
+        if (found) *alpha = (float)sc_json_number(sc_json_value(patterns, i), *alpha);
     }
     return true;
 }
@@ -5344,29 +5272,28 @@ static bool sc__lora_own_scale(const sc__lora *l, const char *module, const char
     return isfinite(alpha) || sc_fail("%s: '%s' is %g", l->file->path, name, alpha);
 }
 
-/* n values as f32, times `scale`; false with the error set: one is not finite. */
-static bool sc__lora_to_f32(const sc__lora *l, const char *name, const sc_tensor *x, float scale,
-                            float *to) {
-    int64_t n = sc_count(x), i = 0;
-    sc_to_f32(to, x->data, x->dtype, n);
-    while (i < n && isfinite(to[i])) to[i++] *= scale;
-    return i == n || sc_fail("%s: '%s' holds NaN or infinity", l->file->path, name);
-}
-
-/* The tensor `name` [rows, columns], of which this is the part; false with the error set. */
-static bool sc__lora_take(const sc__lora *l, sc__entry *e, const sc__slice *part,
-                          const char *module, int64_t rows, int64_t columns, sc_tensor *x) {
-    sc_tensor want = {.ndim = 2, .shape = {rows, columns}};
-    *x = e->tensor;
-    e->used = true;
-    if (sc__take_rows(x, part) && sc__same_shape(x, &want) && rows > 0 && x->dtype <= SC_F64)
-        return true;
+/* A tensor's part for `module`, [rows, columns], as f32 times `scale`; yours. NULL with the error
+ * set. */
+static float *sc__lora_take(const sc__lora *l, sc__entry *e, const sc__slice *part,
+                            const char *module, int64_t rows, int64_t columns, float scale) {
+    sc_tensor x = e->tensor, want = {.ndim = 2, .shape = {rows, columns}};
     char shape[96];
-    return sc_fail("%s: '%s' of shape %s does not fit '%s', where it must be %lld x %lld: is this "
-                    "LoRA for another model?", l->file->path, e->name,
-                    sc__shape_text(&e->tensor, shape), module,
-                    (long long)(rows * (part->whole ? part->whole / part->parts : 1)),
-                    (long long)columns);
+    e->used = true;
+    if (!sc__take_rows(&x, part) || !sc__same_shape(&x, &want) || rows < 1 || x.dtype > SC_F64)
+        return sc_fail("%s: '%s' of shape %s does not fit '%s', where it must be %lld x %lld: is "
+                        "this LoRA for another model?", l->file->path, e->name,
+                        sc__shape_text(&e->tensor, shape), module,
+                        (long long)(rows * (part->whole ? part->whole / part->parts : 1)),
+                        (long long)columns), NULL;
+    int64_t n = rows * columns, from = part->swapped ? n / 2 : 0, i = 0; /* the second half first */
+    float *to = (float *)sc__alloc((size_t)n, sizeof *to);
+    if (!to) return NULL;
+    sc_to_f32(to, (char *)x.data + from * sc_dtype_size(x.dtype), x.dtype, n - from);
+    sc_to_f32(to + n - from, x.data, x.dtype, from);
+    while (i < n && isfinite(to[i])) to[i++] *= scale;
+    if (i == n) return to;
+    SC_FREE(to);
+    return sc_fail("%s: '%s' holds NaN or infinity", l->file->path, e->name), NULL;
 }
 
 /* The factors of `module`, whose weight is w [out, in], if the file has any. */
@@ -5375,7 +5302,6 @@ static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor
     const sc_file *file = l->file;
     sc__slice part, whole = {0, 0, 0, false};
     sc__entry *a = NULL, *b, *c;
-    sc_tensor down, up, bias = {0};
     char name[512];
     float scale;
     int end = -1;
@@ -5389,24 +5315,13 @@ static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor
     if (!b) return sc_fail("%s: '%s' has no partner '%s'", file->path, a->name, name);
     snprintf(name + n - 6, 8, "bias"); /* in place of "weight" */
     c = sc__find_entry(file, name);
-    x->rank = a->tensor.shape[0];
-    int64_t out = w->shape[0], in = w->shape[1], na = x->rank * in, nb = x->rank * out;
-    if (!sc__lora_take(l, a, &whole, module, x->rank, in, &down) ||
-        !sc__lora_take(l, b, &part, module, out, x->rank, &up) ||
-        (c && !sc__lora_take(l, c, &part, module, out, 1, &bias)) ||
-        !sc__lora_own_scale(l, module, a->name, stem, x->rank, &scale) ||
-        !(x->a = (float *)sc__alloc((size_t)(na + nb + (c ? out : 0)), sizeof *x->a)))
-        return false;
-    x->b = x->a + na;
-    x->bias = c ? x->b + nb : NULL;
-    bool ok = sc__lora_to_f32(l, a->name, &down, 1, x->a) &&
-              sc__lora_to_f32(l, b->name, &up, scale, x->b) &&
-              (!c || sc__lora_to_f32(l, c->name, &bias, scale, x->bias));
-    if (part.swapped) sc__swap_halves(x->b, (size_t)nb * sizeof *x->b);
-    if (part.swapped && c) sc__swap_halves(x->bias, (size_t)out * sizeof *x->b);
-    if (ok) return true;
-    SC_FREE(x->a);
-    *x = (sc__factors){0};
+    int64_t out = w->shape[0], in = w->shape[1], rank = x->rank = a->tensor.shape[0];
+    if ((x->a = sc__lora_take(l, a, &whole, module, rank, in, 1)) &&
+        sc__lora_own_scale(l, module, a->name, stem, rank, &scale) &&
+        (x->b = sc__lora_take(l, b, &part, module, out, rank, scale)) &&
+        (!c || (x->bias = sc__lora_take(l, c, &part, module, out, 1, scale))))
+        return true;
+    sc__factors_free(x);
     return false;
 }
 
@@ -5462,19 +5377,15 @@ static bool sc__lora_count(const sc_file *file, sc_lora_report *report) {
 /* x + scale (values - x), or x + scale values; what x was is kept for sc_lora_unload. */
 static bool sc__lora_shift(sc_flux *f, const sc_tensor *x, const float *values, float scale,
                            bool instead) {
-    const sc_backend *be = f->net->backend;
     int64_t i = 0, n = sc_count(x);
     while (&f->net->weights[i]->tensor != x) i++;
     sc_weight *w = f->net->weights[i];
-    float *now = (float *)sc__alloc((size_t)n, sizeof *now);
-    bool ok = now && be->download(now, x->data, (size_t)n * 4);
-    if (ok && !w->before) {
-        ok = (w->before = (float *)sc__alloc((size_t)n, sizeof *now)) != NULL;
-        if (ok) memcpy(w->before, now, (size_t)n * 4);
-    }
+    float *now = sc__merged_values(f, x);
+    if (!w->before) w->before = sc__merged_values(f, x);
+    bool ok = now && w->before;
     for (int64_t j = 0; ok && j < n; j++)
         now[j] = (instead ? (1 - scale) * now[j] : now[j]) + scale * values[j];
-    if (ok) be->upload(x->data, now, (size_t)n * 4);
+    if (ok) f->net->backend->upload(x->data, now, (size_t)n * 4);
     SC_FREE(now);
     return ok;
 }
@@ -5491,22 +5402,17 @@ static bool sc__lora_vector(sc_flux *f, const sc__lora *l, const sc_weight *w, f
         {w->name, ""}, {w->name, ".diff"}, {stem, bias ? ".diff_b" : ".diff"}};
     for (int i = 0; ok && i < 3; i++) {
         sc__slice part;
-        sc_tensor x;
         sc__entry *e = sc__find_as(l->file, sc__lora_prefixes, forms[i][0], forms[i][1], 0, &part);
         if (!e) continue;
-        int64_t n = sc_count(&w->tensor);
-        float *values = (float *)sc__alloc((size_t)n, sizeof *values);
-        ok = values && sc__lora_take(l, e, &part, w->name, n, 1, &x) &&
-             sc__lora_to_f32(l, e->name, &x, 1, values);
-        if (ok && part.swapped) sc__swap_halves(values, (size_t)n * 4);
-        ok = ok && sc__lora_shift(f, &w->tensor, values, scale, i == 0);
+        float *values = sc__lora_take(l, e, &part, w->name, sc_count(&w->tensor), 1, 1);
+        ok = values && sc__lora_shift(f, &w->tensor, values, scale, i == 0);
         SC_FREE(values);
         report->applied++, report->total++;
     }
     return ok;
 }
 
-/* Both factors lie in one piece of memory, as in sc__factors. */
+/* Both factors lie in one piece of memory. */
 static void sc__lora_free(const sc_backend *be, sc_adapter *lora) {
     sc_tensor *a = lora->a[SC_TEACHER];
     if (a && a->data) be->release(a->data);
@@ -5535,18 +5441,19 @@ void sc_lora_unload(sc_flux *f) {
 static bool sc__lora_add(const sc_backend *be, sc_linear_layer *layer, const sc__factors *x,
                          float scale) {
     int64_t out = layer->weight->shape[0], in = layer->weight->shape[1];
-    size_t bytes = (size_t)(x->rank * (in + out)) * sizeof *x->a;
+    size_t na = (size_t)(x->rank * in) * sizeof *x->a, nb = (size_t)(x->rank * out) * sizeof *x->b;
     sc_adapter *lora = (sc_adapter *)sc__alloc(1, sizeof *lora);
     if (!lora) return false;
     *lora = (sc_adapter){.rank = (int)x->rank, .scale = scale, .loaded = true};
     sc_tensor *a = lora->a[SC_TEACHER] = sc__factor(NULL, x->rank, in);
     sc_tensor *b = lora->b[SC_TEACHER] = sc__factor(NULL, out, x->rank);
-    if (!a || !b || !(a->data = be->alloc(bytes))) {
+    if (!a || !b || !(a->data = be->alloc(na + nb))) {
         sc__lora_free(be, lora);
         return false;
     }
     b->data = (float *)a->data + x->rank * in;
-    be->upload(a->data, x->a, bytes);
+    be->upload(a->data, x->a, na);
+    be->upload(b->data, x->b, nb);
     lora->next = layer->adapters;
     layer->adapters = lora;
     return true;
@@ -5563,7 +5470,7 @@ bool sc_lora_load(sc_flux *f, const char *path, float scale, sc_lora_report *rep
         if (!ok || !x.a) continue;
         ok = sc__lora_add(f->net->backend, layer, &x, scale) &&
              (!x.bias || sc__lora_shift(f, layer->bias, x.bias, scale, false));
-        SC_FREE(x.a);
+        sc__factors_free(&x);
     }
     for (int64_t i = 0; ok && i < f->net->count; i++)
         if (f->net->weights[i]->tensor.ndim == 1)
@@ -5590,7 +5497,7 @@ static bool sc__bfl_name(const char *module, char other[256], sc__slice *rows) {
  * and columns; their data is NULL without LoRAs. */
 static bool sc__fuse(const sc_flux *f, int first, int count, bool swapped, sc_tensor *a_of,
                      sc_tensor *b_of) {
-    int64_t rank = 0, rows = 0, row = 0, r = 0, in = f->modules[first].layer->weight->shape[1];
+    int64_t rank = 0, rows = 0, r = 0, in = f->modules[first].layer->weight->shape[1];
     for (int i = first; i < first + count; i++) {
         rows += f->modules[i].layer->weight->shape[0];
         for (const sc_adapter *l = f->modules[i].layer->adapters; l; l = l->next)
@@ -5603,6 +5510,7 @@ static bool sc__fuse(const sc_flux *f, int first, int count, bool swapped, sc_te
     a_of->data = a;
     b_of->data = b = (float *)sc__alloc((size_t)(rows * rank), sizeof *b);
     bool ok = a && b;
+    int64_t row = swapped ? rows / 2 : 0; /* of B: of a part's first */
     for (int i = first; i < first + count; i++) {
         int64_t height = f->modules[i].layer->weight->shape[0];
         for (const sc_adapter *l = f->modules[i].layer->adapters; ok && l; l = l->next) {
@@ -5610,13 +5518,13 @@ static bool sc__fuse(const sc_flux *f, int first, int count, bool swapped, sc_te
             ok = (own = sc__lora_values(f->net->backend, l)) != NULL;
             if (ok) memcpy(a + r * in, own, (size_t)(l->rank * in) * 4);
             for (int64_t j = 0; ok && j < height * l->rank; j++)
-                b[(row + j / l->rank) * rank + r + j % l->rank] = l->scale * own[l->rank * in + j];
+                b[(row + j / l->rank) % rows * rank + r + j % l->rank] =
+                    l->scale * own[l->rank * in + j];
             SC_FREE(own);
             r += l->rank;
         }
         row += height;
     }
-    if (ok && swapped) sc__swap_halves(b, (size_t)(rows * rank) * sizeof *b);
     return ok;
 }
 
@@ -5698,7 +5606,7 @@ bool sc_lora_start(sc_params *p, const char *path, float scale) {
             p->backend->upload(p->adapters[i].a[s]->data, x.a, na * sizeof *x.a);
             p->backend->upload(p->adapters[i].b[s]->data, x.b, nb * sizeof *x.b);
         }
-        SC_FREE(x.a);
+        sc__factors_free(&x);
     }
     ok = ok && sc__lora_count(file.file, &(sc_lora_report){0});
     sc__lora_close(&file);
@@ -5725,18 +5633,11 @@ static int sc__state_arrays(const sc_params *p, sc_named named[6], sc_tensor ten
     return n;
 }
 
-/* One array at a time: the host never holds more. */
-static bool sc__fill_state(const void *user, const sc_named *x, sc_tensor *host) {
-    const sc_params *p = (const sc_params *)user;
-    host->data = sc__alloc((size_t)p->count, sizeof(float));
-    return host->data && p->backend->download(host->data, x->tensor->data, (size_t)p->count * 4);
-}
-
 bool sc_params_save(const sc_params *p, const char *path, const char *const *metadata) {
     sc_named named[6];
     sc_tensor tensors[6];
     int n = sc__state_arrays(p, named, tensors);
-    return sc__save(path, named, n, metadata, sc__fill_state, p);
+    return sc__save(path, named, n, metadata, p->flux);
 }
 
 bool sc_params_load(sc_params *p, const sc_file *file) {
@@ -5789,29 +5690,27 @@ int sc_part_in_file(const char *path, sc_part part) {
  * its download had stopped, may be what is missing. */
 static char *sc__part_file(const char *folder, sc_part part) {
     const char *kind = sc__parts[part].folder;
-    char *found = NULL, broken[sizeof sc__message] = "";
-    bool several = false;
+    char *found = NULL, *second = NULL, broken[sizeof sc__message] = "";
     DIR *list = opendir(folder);
     if (!list) return sc_fail("%s: %s", folder, strerror(errno)), NULL;
-    for (struct dirent *entry; !several && (entry = readdir(list));) {
+    for (struct dirent *entry; !second && (entry = readdir(list));) {
         bool named = *entry->d_name != '.' && (!fnmatch("*.safetensors", entry->d_name, 0) ||
                                                !fnmatch("*.sft", entry->d_name, 0));
         char *path = named ? sc__join(folder, entry->d_name) : NULL;
         int has = path ? sc_part_in_file(path, part) : 0;
         if (has < 0) snprintf(broken, sizeof broken, "%s", sc_error());
-        several = has > 0 && found;
-        if (several)
-            sc_fail("%s and %s both hold a %s: leave one of them in this folder", found, path,
-                     kind);
-        if (has > 0 && !found) found = path;
+        if (has > 0) *(found ? &second : &found) = path;
         else SC_FREE(path);
     }
     closedir(list);
-    if (found && !several) return found;
-    if (!found && *broken) sc_fail("%s (and no other file there holds a %s)", broken, kind);
-    else if (!found)
+    if (found && !second) return found;
+    if (second)
+        sc_fail("%s and %s both hold a %s: leave one of them in this folder", found, second, kind);
+    else if (*broken) sc_fail("%s (and no other file there holds a %s)", broken, kind);
+    else
         sc_fail("%s: no %s here: neither a folder of that name with weights nor a file such as %s",
                  folder, kind, sc__parts[part].file);
+    SC_FREE(second);
     SC_FREE(found);
     return NULL;
 }
