@@ -6103,9 +6103,10 @@ static sc_tensor *sc__vae_forward(sc_vae *v, sc__vae_run *r, sc_tensor *x, const
 /* Rows [first, first + rows) of x to those from `at` on of y. */
 static void sc__vae_rows(sc_vae *v, sc_tensor *y, int64_t at, const sc_tensor *x, int64_t first,
                          int64_t rows) {
-    int64_t w = x->shape[3];
-    sc__copy_columns(v->tapes[0], y->data, y->shape[2] * w, at * w, x->data, x->shape[2] * w,
-                     first * w, x->shape[0] * x->shape[1], rows * w, false);
+    int64_t w = x->shape[3], size = w * sc_dtype_size(x->dtype);
+    char *to = (char *)y->data + at * size, *from = (char *)x->data + first * size;
+    v->net->backend->copy_block(to, y->shape[2] * w, from, x->shape[2] * w,
+                                x->shape[0] * x->shape[1], rows * w, x->dtype, false);
 }
 
 /* One strip of this sweep: from the input to a norm's sums, or to its rows of the result. */
@@ -7251,8 +7252,10 @@ static sc_tensor *sc__t5_position_bias(sc_text_encoders *s, int tokens) {
         buckets[i] = sc__t5_bucket(i + 1 - tokens, s->t5.rows, s->t5_distance);
     sc_tensor *bias = sc_new(t, 3, (const int64_t[]){heads, n, n});
     sc_tensor *x = sc_swap_axes(t, sc_embed_tokens(t, s->t5.position, buckets, 1, all));
+    int64_t size = sc_dtype_size(t->be->activation);
     for (int64_t q = 0; bias && x && q < n; q++)
-        sc__copy_columns(t, bias->data, n * n, q * n, x->data, all, n - 1 - q, heads, n, false);
+        t->be->copy_block((char *)bias->data + q * n * size, n * n,
+                          (char *)x->data + (n - 1 - q) * size, all, heads, n, x->dtype, false);
     return x ? bias : NULL;
 }
 
