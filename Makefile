@@ -83,9 +83,9 @@ build/test_cuda: test/test_cuda.c test/test.h shortcut.h $(CUDA_OBJECT) | build
 build/emulated.o: shortcut_cuda.cu shortcut.h $(wildcard test/emulation/*.h) | build
 	$(CXX) -std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas $(filter -fsanitize% -fno-sanitize%,$(CFLAGS)) -Itest/emulation -I. -x c++ -c $< -o $@
 build/test_cuda_emulated: test/test_cuda.c test/test.h shortcut.h build/emulated.o
-	$(CC) $(BASE) -Wno-unused-function -DEMULATED $(CFLAGS) $< build/emulated.o -o $@ -lstdc++ $(LIBS)
+	$(CC) $(BASE) -Wno-unused-function -DEMULATED $(CFLAGS) $< build/emulated.o -o $@ -lstdc++ -lpthread $(LIBS)
 emulated: clean
-	$(MAKE) --no-print-directory CUDA_OBJECT=build/emulated.o CUDA_LINK='-DSHORTCUT_CUDA build/emulated.o -lstdc++' all
+	$(MAKE) --no-print-directory CUDA_OBJECT=build/emulated.o CUDA_LINK='-DSHORTCUT_CUDA build/emulated.o -lstdc++ -lpthread' all
 
 flow: build/flow
 	build/flow
@@ -99,8 +99,9 @@ check:
 	$(MAKE) --no-print-directory clean
 	ASAN_OPTIONS="intercept_tls_get_addr=0:protect_shadow_gap=0:$$ASAN_OPTIONS" \
 	LSAN_OPTIONS="suppressions=$(CURDIR)/test/leaks.txt:print_suppressions=0:$$LSAN_OPTIONS" \
-	$(MAKE) --no-print-directory CFLAGS="$(SANITIZE)" test
+	EMULATED_SEEDS=8 $(MAKE) --no-print-directory CFLAGS="$(SANITIZE)" test
 	$(MAKE) --no-print-directory clean
+	CC="$(CC)" sh test/faults.sh "$(CXX)"
 	$(MAKE) --no-print-directory all
 
 # The GPU against its ceilings, at FLUX.1-dev's full size, and against PyTorch where it is installed.

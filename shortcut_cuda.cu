@@ -63,7 +63,7 @@ static void launch(const char *name, void (*kernel)(P...), dim3 blocks, int thre
     kernel<<<blocks, threads, shared, gpu.stream>>>((P)args...);
     check(cudaGetLastError(), name);
 #else
-    emulate_launch(name, blocks, threads, shared, [&] { kernel((P)args...); });
+    emulate_launch(name, blocks, threads, shared, gpu.stream, [=] { kernel((P)args...); });
 #endif
 }
 
@@ -317,6 +317,9 @@ static bool give_back(void *p, bool scratch) {
     for (int i = blocks.count - 1; i >= 0; i--) {
         if (blocks.list[i].p != p) continue;
         blocks.list[i].used = false, blocks.list[i].scratch = scratch;
+#ifndef __CUDACC__
+        cudaMemsetAsync(p, 0xff, blocks.list[i].size, gpu.stream); /* late readers get NaN */
+#endif
         return true;
     }
     return false;
