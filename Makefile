@@ -111,6 +111,23 @@ bench-cuda: build/bench_cuda train
 build/bench_cuda: test/bench_cuda.c shortcut.h $(CUDA_OBJECT) | build
 	$(if $(NVCC),,$(error bench-cuda needs nvcc))$(CC) $(BASE) -Wno-unused-function $(CFLAGS) $< -o $@ $(CUDA_LINK) $(LIBS)
 
+# What a machine with a driver and cuBLAS needs, no compiler, stb or network: build/kit, for processors
+# with AVX2, with plain C products and the OpenMP library beside the programs (its glibc must not be
+# older than this one's). There: sh test/cuda_session.sh
+KIT := $(filter-out -DSHORTCUT_OPENBLAS,$(BASE)) -Wno-unused-function -O3 -march=x86-64-v3
+KIT_LINK := $(filter-out -Wl$(comma)-rpath%,$(CUDA_LINK)) -lm -Wl,-rpath,'$$ORIGIN/lib:$$ORIGIN/../lib' -s
+cuda-kit: $(CUDA_OBJECT)
+	$(if $(NVCC),,$(error cuda-kit needs nvcc))rm -rf build/kit
+	mkdir -p build/kit/build build/kit/lib build/kit/test
+	$(CC) $(KIT) -DSHORTCUT_IMPLEMENTATION -x c -c shortcut.h -o build/kit.o
+	for i in train sample main; do $(CC) $(KIT) $$i.c build/kit.o -o build/kit/$$i $(KIT_LINK) || exit 1; done
+	for i in test_cuda bench_cuda; do $(CC) $(KIT) test/$$i.c -o build/kit/build/$$i $(KIT_LINK) || exit 1; done
+	mv build/kit/main build/kit/shortcut
+	ldd build/kit/train | awk '/libgomp|libomp/ {print $$3}' | xargs -r cp -L -t build/kit/lib
+	cp -r data README.md LICENSE build/kit
+	cp test/cuda_session.sh test/bench_cuda.py test/cuda-log.md build/kit/test
+	@du -sm build/kit | awk '{ print "build/kit:", $$1, "MiB"; exit $$1 > 64 }'
+
 bench: $(PROGRAMS)
 	python3 test/bench.py
 
@@ -139,4 +156,4 @@ fuzz: build/fuzz_json build/fuzz_safetensors build/fuzz_tokenizer
 build/fuzz_%: test/fuzz_%.c test/fuzz.h shortcut.h | build
 	clang -std=c99 -g -O1 -fsanitize=fuzzer,address,undefined $< -o $@ -lm
 
-.PHONY: all flow test emulated check compare fuzz bench bench-cuda clean
+.PHONY: all flow test emulated check compare fuzz bench bench-cuda cuda-kit clean

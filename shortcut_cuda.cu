@@ -11,6 +11,8 @@
  * - Every sum has a fixed order (no atomic additions): the same inputs give the same bits.
  * - A matrix is row-major, B batch, T tokens, C channels, H heads, D channels of a head.
  * - Compiled as C++ against test/emulation/ the same file runs on the CPU (test/test_cuda.c).
+ * - Environment: SHORTCUT_CUDA_VERBOSE=1 prints what cuBLASLt refuses and how attention is
+ * computed; SHORTCUT_CUDA_WGMMA=0 leaves wgmma out.
  */
 #include "shortcut.h"
 
@@ -45,6 +47,8 @@ static bool fail(const char *what, const char *why) {
     snprintf(gpu.message, sizeof gpu.message, "GPU: %s: %s", what, why);
     return sc_fail("%s", gpu.message);
 }
+
+static bool verbose() { return getenv("SHORTCUT_CUDA_VERBOSE") != NULL; }
 
 static bool check(cudaError_t status, const char *what) {
     return status == cudaSuccess || fail(what, cudaGetErrorString(status));
@@ -857,14 +861,14 @@ static bool has_gelu(int32_t epilogue) { return (epilogue & CUBLASLT_EPILOGUE_GE
 static bool refused(Plan *p, cublasStatus_t status) {
     const Shape *s = &p->shape;
     p->impossible = s->in == CUDA_R_8F_E4M3 || has_gelu(s->epilogue);
-    if (p->impossible) return false;
     char text[160];
     snprintf(text, sizeof text,
              "no way to multiply [%lld,%lld] by [%lld,%lld] (type %d, epilogue %d, aligned to %d, "
              "%d, %d)",
              (long long)s->m, (long long)s->k, (long long)s->k, (long long)s->n, s->in, s->epilogue,
              s->align_a, s->align_b, s->align_c);
-    return fail(text, lt.GetStatusString(status));
+    if (verbose()) fprintf(stderr, "cuBLASLt: %s: %s\n", text, lt.GetStatusString(status));
+    return !p->impossible && fail(text, lt.GetStatusString(status));
 }
 
 static bool find_algorithm(Plan *p) {
@@ -928,10 +932,10 @@ static bool make_plan(Plan *p, const Epilogue &e, const float *scale_a, const fl
         for (auto name : modes)
             if (ok && lt.MatmulDescSetAttribute(p->matmul, name, &mode, sizeof mode) !=
                           CUBLAS_STATUS_SUCCESS) /* a library older than this program's headers */
-                return p->impossible = true, false;
+                return refused(p, CUBLAS_STATUS_NOT_SUPPORTED);
     }
 #else
-    if (s->scaled) return p->impossible = true, false;
+    if (s->scaled) return refused(p, CUBLAS_STATUS_NOT_SUPPORTED);
 #endif
     if (e.before) ok = ok && set_attribute(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, s->n);
     if (s->in == CUDA_R_8F_E4M3) /* sums with fewer bits, but more than their terms have */
@@ -2360,13 +2364,9 @@ static void flash_backward(Attention a, int64_t batch) {
            dim3((unsigned)(tiles * a.all_heads)), 256, shared, a);
 }
 
-/* Whether this program has wgmma code for the GPU, and attention by wgmma agrees with attention by
- * mma: tried once. */
-extern "C" bool sc_cuda_wgmma(void) {
+/* Whether attention by wgmma agrees with attention by mma. */
+static bool wgmma_agrees() {
     enum { T = 150, HEADS = 2, N = T * HEADS * 128 };
-    static int known = -1;
-    if (known >= 0 || gpu.failed || gpu.capability != 90) return known > 0;
-    known = 0;
     static float values[4 * N];
     static bf16 inputs[4 * N], results[2][4 * N]; /* Q, K, V, dO; O, dQ, dK, dV */
     sc_rng rng = {1};
@@ -2392,10 +2392,20 @@ extern "C" bool sc_cuda_wgmma(void) {
             double x = __bfloat162float(results[0][i]), y = __bfloat162float(results[1][i]);
             difference += (x - y) * (x - y), whole += x * x;
         }
+        if (verbose()) fprintf(stderr, "wgmma, mma: difference %.1e\n", sqrt(difference / whole));
         if (!(difference <= 1e-4 * whole)) return false; /* rounding: 1e-5 */
     }
-    known = 1;
     return true;
+}
+
+/* Whether attention is by wgmma: found out once. */
+extern "C" bool sc_cuda_wgmma(void) {
+    static int known = -1;
+    if (known >= 0 || gpu.failed) return known > 0;
+    const char *wish = getenv("SHORTCUT_CUDA_WGMMA");
+    known = gpu.capability == 90 && (!wish || strcmp(wish, "0")) && wgmma_agrees();
+    if (verbose()) fprintf(stderr, "attention by %s\n", known ? "wgmma" : "mma");
+    return known > 0;
 }
 
 static void cuda_attention(sc_tensor *o, float *lse, const sc_tensor *q, const sc_tensor *k,

@@ -70,6 +70,7 @@ static const char *emulation_kernel; /* the one that runs */
 static inline void emulation_die(const char *why) {
     printf("emulated GPU: %s: %s (block %u,%u,%u thread %u)\n", emulation_kernel, why, blockIdx.x,
            blockIdx.y, blockIdx.z, threadIdx.x);
+    fflush(stdout);
     abort();
 }
 
