@@ -418,8 +418,8 @@ static void cuda_zero(void *p, size_t bytes) {
 
 /* ==== Streamed matrices ======================================================================
  * A model's matrices may stay in pinned host memory. A matmul asks `on_device` for its copy; what
- * follows in the order of the last time is copied meanwhile on a second stream, into a window of
- * device memory from which the copy that was used longest ago goes first. */
+ * comes next is copied meanwhile on a second stream, into a window of device memory from which the
+ * copy that was used longest ago goes first. */
 
 struct Streamed {
     char *host;
@@ -428,13 +428,11 @@ struct Streamed {
     int64_t last_use;
     cudaEvent_t free, copied; /* its memory was free on the main stream; its copy had come */
 };
-enum { HISTORY = 1 << 14 };
 static struct {
-    Streamed *list;
+    Streamed *list; /* about in the order of a forward pass */
     int count, capacity;
-    int order[HISTORY];   /* what was used, the newest at order[(uses - 1) % HISTORY] */
-    int64_t uses, follow; /* follow: where in that history we think we are again; 0: lost */
-    size_t window, held;  /* bytes: allowed, and of all copies */
+    int64_t uses;
+    size_t window, held; /* bytes: allowed, and of all copies */
     cudaStream_t stream;
 } streamed;
 
@@ -515,37 +513,23 @@ static bool start_copy(int i, int64_t keep) {
     return true;
 }
 
-/* Where the history last went from the matrix used before to matrix i; 0: never. */
-static int64_t find_in_history(int i) {
-    int64_t end = streamed.uses, first = end > HISTORY ? end - HISTORY + 1 : 1;
-    for (int64_t at = end - 2; at >= first; at--)
-        if (streamed.order[at % HISTORY] == i &&
-            streamed.order[(at - 1) % HISTORY] == streamed.order[(end - 2) % HISTORY])
-            return at;
-    return 0;
-}
-
-/* The device's copy of a streamed matrix; any other pointer is returned as it is. */
-static const void *on_device(const void *p) {
-    int i = 0;
-    while (i < streamed.count && streamed.list[i].host != p) i++;
-    if (i == streamed.count || gpu.failed) return p;
+/* The device's copy of a streamed matrix; any other pointer is returned as it is. A forward pass
+ * multiplies by transposed matrices, a backward pass goes the other way. */
+static const void *on_device(const sc_matrix &w) {
+    int i = 0, n = streamed.count;
+    while (i < n && streamed.list[i].host != w.data) i++;
+    if (i == n || gpu.failed) return w.data;
     Streamed *s = &streamed.list[i];
-    bool expected = streamed.follow && streamed.order[(streamed.follow + 1) % HISTORY] == i &&
-                    streamed.follow + 1 < streamed.uses;
-    streamed.order[streamed.uses++ % HISTORY] = i;
-    streamed.follow = expected ? streamed.follow + 1 : find_in_history(i);
-    if (streamed.follow <= streamed.uses - HISTORY) streamed.follow = 0;
+    streamed.uses++;
     start_copy(i, streamed.uses);
     s->last_use = streamed.uses;
     check(cudaStreamWaitEvent(gpu.stream, s->copied, 0), "cudaStreamWaitEvent");
-    for (int64_t ahead = 1;
-         streamed.follow && ahead <= 12 && streamed.follow + ahead < streamed.uses; ahead++) {
-        int next = streamed.order[(streamed.follow + ahead) % HISTORY];
-        if (!start_copy(next, streamed.uses)) break; /* only copies for later are left: full */
+    for (int ahead = 1; ahead <= 8; ahead++) {
+        int next = w.transposed ? (i + ahead) % n : i - ahead;
+        if (next < 0 || !start_copy(next, streamed.uses)) break; /* all copies are for later */
         if (streamed.list[next].device) streamed.list[next].last_use = streamed.uses;
     }
-    return s->device ? s->device : p;
+    return s->device ? s->device : w.data;
 }
 
 /* ==== Values, vectors, sums ================================================================== */
@@ -1266,7 +1250,7 @@ static bool multiply(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, 
 
 static void cuda_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, sc_matrix b,
                       float beta, sc_matrix c, const sc_tensor *bias) {
-    b.data = on_device(b.data); /* a layer's weight is always the second matrix */
+    b.data = on_device(b); /* a layer's weight is always the second matrix */
     multiply(m, n, k, alpha, a, b, beta, c, bias, false, NULL);
 }
 
@@ -1430,7 +1414,7 @@ static void cuda_activate_backward(sc_activation kind, const sc_tensor *y, int64
  * bytes; other sizes and chips, and what it refuses, take one pass more. */
 static void cuda_gemm_gelu(int64_t m, int64_t n, int64_t k, sc_matrix a, sc_matrix b, float beta,
                            sc_matrix c, const sc_tensor *bias, sc_tensor *before) {
-    b.data = on_device(b.data);
+    b.data = on_device(b);
     bf16 *y = (bf16 *)c.data;
     if (gpu.capability == 90 && n % 8 == 0 &&
         multiply(m, n, k, 1, a, b, beta, c, bias, true, before ? before->data : NULL))
