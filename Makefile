@@ -34,11 +34,11 @@ else
   $(info OpenMP is missing, using one core; for more install the package libomp-dev)
 endif
 
-# Compute capability 8.x and, where this nvcc knows them, 9.0 (a: with what only this chip has) and
-# 12.0; others by the driver's compiler.
+# Compute capability 8.x and, where this nvcc knows them, 8.9 (it rounds to e4m3), 9.0 (a: with what only
+# this chip has) and 12.0; others by the driver's compiler.
 NVCC ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 chip = $(shell $(NVCC) -gencode arch=compute_$(1),code=sm_$(1) --dryrun -x cu -c /dev/null >/dev/null 2>&1 && echo '-gencode arch=compute_$(1),code=sm_$(1)')
-CUDA_ARCH ?= -gencode arch=compute_80,code=[sm_80,compute_80] $(or $(call chip,90a),$(call chip,90)) $(call chip,120)
+CUDA_ARCH ?= -gencode arch=compute_80,code=[sm_80,compute_80] $(call chip,89) $(or $(call chip,90a),$(call chip,90)) $(call chip,120)
 comma := ,
 ifneq ($(NVCC),)
   # NVIDIA's own packages have lib64, conda's and pip's lib; Debian's are where the linker looks.
