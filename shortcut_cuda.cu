@@ -2745,8 +2745,8 @@ static void cuda_update(const sc_trained *x, const sc_adamw *o, const float deca
     double step = (double)(o->step + 1);
     float rate = (float)(o->lr / (1 - pow(o->beta1, step))),
           root = (float)(1 / sqrt(1 - pow(o->beta2, step)));
-    Step s = {o->beta1, o->beta2,     o->eps,      1 - o->lr * o->weight_decay, rate, root,
-              o->clip,  1 - decay[0], 1 - decay[1]};
+    Step s = {o->beta1, o->beta2, o->eps,  1 - o->lr * o->weight_decay,
+              rate,     root,     o->clip, {1 - decay[0], 1 - decay[1]}};
     sum_squares(norm, Plain{x->grad}, x->count, 1, true);
     launch("update", update_kernel, dim3((unsigned)ceil_div(x->count, 256)), 256, 0, *x,
            (const double *)norm, s);
