@@ -34,11 +34,11 @@ else
   $(info OpenMP is missing, using one core; for more install the package libomp-dev)
 endif
 
-# Compute capability 8.x and, where this nvcc knows them, 9.0 (a: with what only this chip has) and
-# 12.0; others by the driver's compiler.
+# Compute capability 8.x and, where this nvcc knows them, 8.9 (it rounds to e4m3), 9.0 (a: with what only
+# this chip has) and 12.0; others by the driver's compiler.
 NVCC ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc))
 chip = $(shell $(NVCC) -gencode arch=compute_$(1),code=sm_$(1) --dryrun -x cu -c /dev/null >/dev/null 2>&1 && echo '-gencode arch=compute_$(1),code=sm_$(1)')
-CUDA_ARCH ?= -gencode arch=compute_80,code=[sm_80,compute_80] $(or $(call chip,90a),$(call chip,90)) $(call chip,120)
+CUDA_ARCH ?= -gencode arch=compute_80,code=[sm_80,compute_80] $(call chip,89) $(or $(call chip,90a),$(call chip,90)) $(call chip,120)
 comma := ,
 ifneq ($(NVCC),)
   # NVIDIA's own packages have lib64, conda's and pip's lib; Debian's are where the linker looks.
@@ -83,9 +83,9 @@ build/test_cuda: test/test_cuda.c test/test.h shortcut.h $(CUDA_OBJECT) | build
 build/emulated.o: shortcut_cuda.cu shortcut.h $(wildcard test/emulation/*.h) | build
 	$(CXX) -std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas $(filter -fsanitize% -fno-sanitize%,$(CFLAGS)) -Itest/emulation -I. -x c++ -c $< -o $@
 build/test_cuda_emulated: test/test_cuda.c test/test.h shortcut.h build/emulated.o
-	$(CC) $(BASE) -Wno-unused-function -DEMULATED $(CFLAGS) $< build/emulated.o -o $@ -lstdc++ $(LIBS)
+	$(CC) $(BASE) -Wno-unused-function -DEMULATED $(CFLAGS) $< build/emulated.o -o $@ -lstdc++ -lpthread $(LIBS)
 emulated: clean
-	$(MAKE) --no-print-directory CUDA_OBJECT=build/emulated.o CUDA_LINK='-DSHORTCUT_CUDA build/emulated.o -lstdc++' all
+	$(MAKE) --no-print-directory CUDA_OBJECT=build/emulated.o CUDA_LINK='-DSHORTCUT_CUDA build/emulated.o -lstdc++ -lpthread' all
 
 flow: build/flow
 	build/flow
@@ -99,8 +99,9 @@ check:
 	$(MAKE) --no-print-directory clean
 	ASAN_OPTIONS="intercept_tls_get_addr=0:protect_shadow_gap=0:$$ASAN_OPTIONS" \
 	LSAN_OPTIONS="suppressions=$(CURDIR)/test/leaks.txt:print_suppressions=0:$$LSAN_OPTIONS" \
-	$(MAKE) --no-print-directory CFLAGS="$(SANITIZE)" test
+	EMULATED_SEEDS=8 $(MAKE) --no-print-directory CFLAGS="$(SANITIZE)" test
 	$(MAKE) --no-print-directory clean
+	CC="$(CC)" sh test/faults.sh "$(CXX)"
 	$(MAKE) --no-print-directory all
 
 # The GPU against its ceilings, at FLUX.1-dev's full size, and against PyTorch where it is installed.
@@ -109,6 +110,23 @@ bench-cuda: build/bench_cuda train
 	python3 test/bench_cuda.py
 build/bench_cuda: test/bench_cuda.c shortcut.h $(CUDA_OBJECT) | build
 	$(if $(NVCC),,$(error bench-cuda needs nvcc))$(CC) $(BASE) -Wno-unused-function $(CFLAGS) $< -o $@ $(CUDA_LINK) $(LIBS)
+
+# What a machine with a driver and cuBLAS needs, no compiler, stb or network: build/kit, for processors
+# with AVX2, with plain C products and the OpenMP library beside the programs (its glibc must not be
+# older than this one's). There: sh test/cuda_session.sh
+KIT := $(filter-out -DSHORTCUT_OPENBLAS,$(BASE)) -Wno-unused-function -O3 -march=x86-64-v3
+KIT_LINK := $(filter-out -Wl$(comma)-rpath%,$(CUDA_LINK)) -lm -Wl,-rpath,'$$ORIGIN/lib:$$ORIGIN/../lib' -s
+cuda-kit: $(CUDA_OBJECT)
+	$(if $(NVCC),,$(error cuda-kit needs nvcc))rm -rf build/kit
+	mkdir -p build/kit/build build/kit/lib build/kit/test
+	$(CC) $(KIT) -DSHORTCUT_IMPLEMENTATION -x c -c shortcut.h -o build/kit.o
+	for i in train sample main; do $(CC) $(KIT) $$i.c build/kit.o -o build/kit/$$i $(KIT_LINK) || exit 1; done
+	for i in test_cuda bench_cuda; do $(CC) $(KIT) test/$$i.c -o build/kit/build/$$i $(KIT_LINK) || exit 1; done
+	mv build/kit/main build/kit/shortcut
+	ldd build/kit/train | awk '/libgomp|libomp/ {print $$3}' | xargs -r cp -L -t build/kit/lib
+	cp -r data README.md LICENSE build/kit
+	cp test/cuda_session.sh test/bench_cuda.py test/cuda-log.md build/kit/test
+	@du -sm build/kit | awk '{ print "build/kit:", $$1, "MiB"; exit $$1 > 64 }'
 
 bench: $(PROGRAMS)
 	python3 test/bench.py
@@ -138,4 +156,4 @@ fuzz: build/fuzz_json build/fuzz_safetensors build/fuzz_tokenizer
 build/fuzz_%: test/fuzz_%.c test/fuzz.h shortcut.h | build
 	clang -std=c99 -g -O1 -fsanitize=fuzzer,address,undefined $< -o $@ -lm
 
-.PHONY: all flow test emulated check compare fuzz bench bench-cuda clean
+.PHONY: all flow test emulated check compare fuzz bench bench-cuda cuda-kit clean

@@ -782,8 +782,9 @@ struct sc_backend {
     void *(*alloc)(size_t bytes);
     void (*release)(void *p);
     size_t (*memory_left)(void); /* bytes that alloc can still give, about */
-    /* Host memory for a matrix that only products read, copied to the device ahead of each use;
-     * given back by `release`. NULL: memory is the host's anyway. */
+    /* Host memory for a matrix that only products read, copied to the device ahead of each use:
+     * allocated in the order of a forward pass, but for a few; given back by `release`. NULL:
+     * memory is the host's anyway. */
     void *(*alloc_streamed)(size_t bytes);
     void (*upload)(void *device, const void *host, size_t bytes);
     /* Waits for all work. False with the error set if this or any operation before it failed: the

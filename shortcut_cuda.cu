@@ -11,6 +11,8 @@
  * - Every sum has a fixed order (no atomic additions): the same inputs give the same bits.
  * - A matrix is row-major, B batch, T tokens, C channels, H heads, D channels of a head.
  * - Compiled as C++ against test/emulation/ the same file runs on the CPU (test/test_cuda.c).
+ * - Environment: SHORTCUT_CUDA_VERBOSE=1 prints what cuBLASLt refuses and how attention is
+ * computed; SHORTCUT_CUDA_WGMMA=0 leaves wgmma out.
  */
 #include "shortcut.h"
 
@@ -46,6 +48,8 @@ static bool fail(const char *what, const char *why) {
     return sc_fail("%s", gpu.message);
 }
 
+static bool verbose() { return getenv("SHORTCUT_CUDA_VERBOSE") != NULL; }
+
 static bool check(cudaError_t status, const char *what) {
     return status == cudaSuccess || fail(what, cudaGetErrorString(status));
 }
@@ -63,7 +67,7 @@ static void launch(const char *name, void (*kernel)(P...), dim3 blocks, int thre
     kernel<<<blocks, threads, shared, gpu.stream>>>((P)args...);
     check(cudaGetLastError(), name);
 #else
-    emulate_launch(name, blocks, threads, shared, [&] { kernel((P)args...); });
+    emulate_launch(name, blocks, threads, shared, gpu.stream, [=] { kernel((P)args...); });
 #endif
 }
 
@@ -317,6 +321,9 @@ static bool give_back(void *p, bool scratch) {
     for (int i = blocks.count - 1; i >= 0; i--) {
         if (blocks.list[i].p != p) continue;
         blocks.list[i].used = false, blocks.list[i].scratch = scratch;
+#ifndef __CUDACC__
+        cudaMemsetAsync(p, 0xff, blocks.list[i].size, gpu.stream); /* late readers get NaN */
+#endif
         return true;
     }
     return false;
@@ -411,8 +418,8 @@ static void cuda_zero(void *p, size_t bytes) {
 
 /* ==== Streamed matrices ======================================================================
  * A model's matrices may stay in pinned host memory. A matmul asks `on_device` for its copy; what
- * follows in the order of the last time is copied meanwhile on a second stream, into a window of
- * device memory from which the copy that was used longest ago goes first. */
+ * comes next is copied meanwhile on a second stream, into a window of device memory from which the
+ * copy that was used longest ago goes first. */
 
 struct Streamed {
     char *host;
@@ -421,13 +428,11 @@ struct Streamed {
     int64_t last_use;
     cudaEvent_t free, copied; /* its memory was free on the main stream; its copy had come */
 };
-enum { HISTORY = 1 << 14 };
 static struct {
-    Streamed *list;
+    Streamed *list; /* about in the order of a forward pass */
     int count, capacity;
-    int order[HISTORY];   /* what was used, the newest at order[(uses - 1) % HISTORY] */
-    int64_t uses, follow; /* follow: where in that history we think we are again; 0: lost */
-    size_t window, held;  /* bytes: allowed, and of all copies */
+    int64_t uses;
+    size_t window, held; /* bytes: allowed, and of all copies */
     cudaStream_t stream;
 } streamed;
 
@@ -508,37 +513,23 @@ static bool start_copy(int i, int64_t keep) {
     return true;
 }
 
-/* Where the history last went from the matrix used before to matrix i; 0: never. */
-static int64_t find_in_history(int i) {
-    int64_t end = streamed.uses, first = end > HISTORY ? end - HISTORY + 1 : 1;
-    for (int64_t at = end - 2; at >= first; at--)
-        if (streamed.order[at % HISTORY] == i &&
-            streamed.order[(at - 1) % HISTORY] == streamed.order[(end - 2) % HISTORY])
-            return at;
-    return 0;
-}
-
-/* The device's copy of a streamed matrix; any other pointer is returned as it is. */
-static const void *on_device(const void *p) {
-    int i = 0;
-    while (i < streamed.count && streamed.list[i].host != p) i++;
-    if (i == streamed.count || gpu.failed) return p;
+/* The device's copy of a streamed matrix; any other pointer is returned as it is. A forward pass
+ * multiplies by transposed matrices, a backward pass goes the other way. */
+static const void *on_device(const sc_matrix &w) {
+    int i = 0, n = streamed.count;
+    while (i < n && streamed.list[i].host != w.data) i++;
+    if (i == n || gpu.failed) return w.data;
     Streamed *s = &streamed.list[i];
-    bool expected = streamed.follow && streamed.order[(streamed.follow + 1) % HISTORY] == i &&
-                    streamed.follow + 1 < streamed.uses;
-    streamed.order[streamed.uses++ % HISTORY] = i;
-    streamed.follow = expected ? streamed.follow + 1 : find_in_history(i);
-    if (streamed.follow <= streamed.uses - HISTORY) streamed.follow = 0;
+    streamed.uses++;
     start_copy(i, streamed.uses);
     s->last_use = streamed.uses;
     check(cudaStreamWaitEvent(gpu.stream, s->copied, 0), "cudaStreamWaitEvent");
-    for (int64_t ahead = 1;
-         streamed.follow && ahead <= 12 && streamed.follow + ahead < streamed.uses; ahead++) {
-        int next = streamed.order[(streamed.follow + ahead) % HISTORY];
-        if (!start_copy(next, streamed.uses)) break; /* only copies for later are left: full */
+    for (int ahead = 1; ahead <= 8; ahead++) {
+        int next = w.transposed ? (i + ahead) % n : i - ahead;
+        if (next < 0 || !start_copy(next, streamed.uses)) break; /* all copies are for later */
         if (streamed.list[next].device) streamed.list[next].last_use = streamed.uses;
     }
-    return s->device ? s->device : p;
+    return s->device ? s->device : w.data;
 }
 
 /* ==== Values, vectors, sums ================================================================== */
@@ -854,14 +845,14 @@ static bool has_gelu(int32_t epilogue) { return (epilogue & CUBLASLT_EPILOGUE_GE
 static bool refused(Plan *p, cublasStatus_t status) {
     const Shape *s = &p->shape;
     p->impossible = s->in == CUDA_R_8F_E4M3 || has_gelu(s->epilogue);
-    if (p->impossible) return false;
     char text[160];
     snprintf(text, sizeof text,
              "no way to multiply [%lld,%lld] by [%lld,%lld] (type %d, epilogue %d, aligned to %d, "
              "%d, %d)",
              (long long)s->m, (long long)s->k, (long long)s->k, (long long)s->n, s->in, s->epilogue,
              s->align_a, s->align_b, s->align_c);
-    return fail(text, lt.GetStatusString(status));
+    if (verbose()) fprintf(stderr, "cuBLASLt: %s: %s\n", text, lt.GetStatusString(status));
+    return !p->impossible && fail(text, lt.GetStatusString(status));
 }
 
 static bool find_algorithm(Plan *p) {
@@ -925,10 +916,10 @@ static bool make_plan(Plan *p, const Epilogue &e, const float *scale_a, const fl
         for (auto name : modes)
             if (ok && lt.MatmulDescSetAttribute(p->matmul, name, &mode, sizeof mode) !=
                           CUBLAS_STATUS_SUCCESS) /* a library older than this program's headers */
-                return p->impossible = true, false;
+                return refused(p, CUBLAS_STATUS_NOT_SUPPORTED);
     }
 #else
-    if (s->scaled) return p->impossible = true, false;
+    if (s->scaled) return refused(p, CUBLAS_STATUS_NOT_SUPPORTED);
 #endif
     if (e.before) ok = ok && set_attribute(p, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, s->n);
     if (s->in == CUDA_R_8F_E4M3) /* sums with fewer bits, but more than their terms have */
@@ -1259,7 +1250,7 @@ static bool multiply(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, 
 
 static void cuda_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, sc_matrix b,
                       float beta, sc_matrix c, const sc_tensor *bias) {
-    b.data = on_device(b.data); /* a layer's weight is always the second matrix */
+    b.data = on_device(b); /* a layer's weight is always the second matrix */
     multiply(m, n, k, alpha, a, b, beta, c, bias, false, NULL);
 }
 
@@ -1423,7 +1414,7 @@ static void cuda_activate_backward(sc_activation kind, const sc_tensor *y, int64
  * bytes; other sizes and chips, and what it refuses, take one pass more. */
 static void cuda_gemm_gelu(int64_t m, int64_t n, int64_t k, sc_matrix a, sc_matrix b, float beta,
                            sc_matrix c, const sc_tensor *bias, sc_tensor *before) {
-    b.data = on_device(b.data);
+    b.data = on_device(b);
     bf16 *y = (bf16 *)c.data;
     if (gpu.capability == 90 && n % 8 == 0 &&
         multiply(m, n, k, 1, a, b, beta, c, bias, true, before ? before->data : NULL))
@@ -2357,13 +2348,9 @@ static void flash_backward(Attention a, int64_t batch) {
            dim3((unsigned)(tiles * a.all_heads)), 256, shared, a);
 }
 
-/* Whether this program has wgmma code for the GPU, and attention by wgmma agrees with attention by
- * mma: tried once. */
-extern "C" bool sc_cuda_wgmma(void) {
+/* Whether attention by wgmma agrees with attention by mma. */
+static bool wgmma_agrees() {
     enum { T = 150, HEADS = 2, N = T * HEADS * 128 };
-    static int known = -1;
-    if (known >= 0 || gpu.failed || gpu.capability != 90) return known > 0;
-    known = 0;
     static float values[4 * N];
     static bf16 inputs[4 * N], results[2][4 * N]; /* Q, K, V, dO; O, dQ, dK, dV */
     sc_rng rng = {1};
@@ -2389,10 +2376,20 @@ extern "C" bool sc_cuda_wgmma(void) {
             double x = __bfloat162float(results[0][i]), y = __bfloat162float(results[1][i]);
             difference += (x - y) * (x - y), whole += x * x;
         }
+        if (verbose()) fprintf(stderr, "wgmma, mma: difference %.1e\n", sqrt(difference / whole));
         if (!(difference <= 1e-4 * whole)) return false; /* rounding: 1e-5 */
     }
-    known = 1;
     return true;
+}
+
+/* Whether attention is by wgmma: found out once. */
+extern "C" bool sc_cuda_wgmma(void) {
+    static int known = -1;
+    if (known >= 0 || gpu.failed) return known > 0;
+    const char *wish = getenv("SHORTCUT_CUDA_WGMMA");
+    known = gpu.capability == 90 && (!wish || strcmp(wish, "0")) && wgmma_agrees();
+    if (verbose()) fprintf(stderr, "attention by %s\n", known ? "wgmma" : "mma");
+    return known > 0;
 }
 
 static void cuda_attention(sc_tensor *o, float *lse, const sc_tensor *q, const sc_tensor *k,
@@ -2748,8 +2745,8 @@ static void cuda_update(const sc_trained *x, const sc_adamw *o, const float deca
     double step = (double)(o->step + 1);
     float rate = (float)(o->lr / (1 - pow(o->beta1, step))),
           root = (float)(1 / sqrt(1 - pow(o->beta2, step)));
-    Step s = {o->beta1, o->beta2,     o->eps,      1 - o->lr * o->weight_decay, rate, root,
-              o->clip,  1 - decay[0], 1 - decay[1]};
+    Step s = {o->beta1, o->beta2, o->eps,  1 - o->lr * o->weight_decay,
+              rate,     root,     o->clip, {1 - decay[0], 1 - decay[1]}};
     sum_squares(norm, Plain{x->grad}, x->count, 1, true);
     launch("update", update_kernel, dim3((unsigned)ceil_div(x->count, 256)), 256, 0, *x,
            (const double *)norm, s);

@@ -16,7 +16,8 @@ import os, re, shutil, subprocess, sys
 # (kernel, template arguments): HGMMAs, instructions of the loop that holds them, R2UR in it
 WGMMA = {('attention_kernel', '128,1'): (24, 910, 0),
          ('attention_backward_kernel', '128,128,2,1'): (32, 1270, 2)}
-SPILLS = {('sm_90', 'attention_backward_kernel', '128,128,2,0'),  # 12 bytes, wgmma is used
+SPILLS = {('sm_89', 'attention_backward_kernel', '128,128,2,0'),  # never chosen there
+          ('sm_90', 'attention_backward_kernel', '128,128,2,0'),  # 12 bytes, wgmma is used
           ('sm_120', 'attention_backward_kernel', '128,128,2,0')}  # 8 bytes
 # threads of a block, blocks that a processor should hold; others: 256 threads, 4 blocks
 BLOCKS = {'attention_kernel': (128, 2), 'attention_backward_kernel': (256, 1)}

@@ -178,39 +178,29 @@ static inline void emulated_set(void *p, cudaDataType_t type, int64_t i, float x
 }
 
 /* op(X) as f32, row by row. */
-static inline std::vector<float> emulated_matrix(const void *x, cublasLtMatrixLayout_t l, int64_t q,
+static inline std::vector<float> emulated_matrix(const void *x, const emulated_layout &l, int64_t q,
                                                  bool transposed) {
-    int64_t rows = (int64_t)(transposed ? l->columns : l->rows),
-            columns = (int64_t)(transposed ? l->rows : l->columns);
+    int64_t rows = (int64_t)(transposed ? l.columns : l.rows),
+            columns = (int64_t)(transposed ? l.rows : l.columns);
     std::vector<float> m((size_t)(rows * columns));
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < columns; j++)
-            m[(size_t)(i * columns + j)] = emulated_get(
-                x, l->type, q * l->stride + (transposed ? j + i * l->ld : i + j * l->ld));
+            m[(size_t)(i * columns + j)] =
+                emulated_get(x, l.type, q * l.stride + (transposed ? j + i * l.ld : i + j * l.ld));
     return m;
 }
 
 /* D = f(alpha op(A) op(B) + beta C + bias), column-major; a bias has an element for each row. */
-static inline cublasStatus_t
-cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t p, const void *alpha, const void *a,
-               cublasLtMatrixLayout_t la, const void *b, cublasLtMatrixLayout_t lb,
-               const void *beta, const void *c, cublasLtMatrixLayout_t lc, void *d,
-               cublasLtMatrixLayout_t, const cublasLtMatmulAlgo_t *algo, void *, size_t,
-               cudaStream_t) {
-    const void *pointers[4] = {a, b, c, d};
-    for (int i = 0; i < 4; i++)
-        if ((uintptr_t)pointers[i] % (uintptr_t)algo->align[i]) return CUBLAS_STATUS_INVALID_VALUE;
-    bool rare = p->mode[0] == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F ||
-                p->epilogue & CUBLASLT_EPILOGUE_GELU;
-    if (getenv("EMULATED_LATE") && rare && *(const float *)beta != 0)
-        return CUBLAS_STATUS_NOT_SUPPORTED; /* the heuristic was not asked about beta */
-    int64_t inner = (int64_t)(p->ta ? la->rows : la->columns), rows = (int64_t)lc->rows,
-            columns = (int64_t)lc->columns;
-    float s = *(const float *)alpha, t = *(const float *)beta;
+static inline void emulated_matmul(const emulated_product &p, float s, const void *a,
+                                   const emulated_layout &la, const void *b,
+                                   const emulated_layout &lb, float t, const void *c,
+                                   const emulated_layout &lc, void *d) {
+    int64_t inner = (int64_t)(p.ta ? la.rows : la.columns), rows = (int64_t)lc.rows,
+            columns = (int64_t)lc.columns;
     std::vector<float> sums((size_t)columns);
-    for (int64_t q = 0; q < lc->batch; q++) {
-        std::vector<float> ma = emulated_matrix(a, la, q, p->ta),
-                           mb = emulated_matrix(b, lb, q, p->tb);
+    for (int64_t q = 0; q < lc.batch; q++) {
+        std::vector<float> ma = emulated_matrix(a, la, q, p.ta),
+                           mb = emulated_matrix(b, lb, q, p.tb);
         for (int64_t i = 0; i < rows; i++) {
             for (int64_t j = 0; j < columns; j++) sums[(size_t)j] = 0;
             for (int64_t k = 0; k < inner; k++) {
@@ -219,19 +209,39 @@ cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t p, const void *alpha, cons
                 for (int64_t j = 0; j < columns; j++) sums[(size_t)j] += x * row[j];
             }
             for (int64_t j = 0; j < columns; j++) {
-                int64_t at = q * lc->stride + i + j * lc->ld;
+                int64_t at = q * lc.stride + i + j * lc.ld;
                 float sum = sums[(size_t)j];
-                if (p->mode[0] == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F)
-                    sum *= p->scale[0][i] * p->scale[1][j];
-                sum = s * sum + (t == 0 ? 0 : t * emulated_get(c, lc->type, at));
-                if (p->epilogue & CUBLASLT_EPILOGUE_BIAS) sum += emulated_get(p->bias, lc->type, i);
-                if (p->epilogue & 128) emulated_set(p->aux, lc->type, i + j * p->aux_ld, sum);
-                if (p->epilogue & CUBLASLT_EPILOGUE_GELU)
+                if (p.mode[0] == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F)
+                    sum *= p.scale[0][i] * p.scale[1][j];
+                sum = s * sum + (t == 0 ? 0 : t * emulated_get(c, lc.type, at));
+                if (p.epilogue & CUBLASLT_EPILOGUE_BIAS) sum += emulated_get(p.bias, lc.type, i);
+                if (p.epilogue & 128) emulated_set(p.aux, lc.type, i + j * p.aux_ld, sum);
+                if (p.epilogue & CUBLASLT_EPILOGUE_GELU)
                     sum = sum / (1 + expf(-1.5957691f * (sum + 0.044715f * sum * sum * sum)));
-                emulated_set(d, lc->type, at, sum);
+                emulated_set(d, lc.type, at, sum);
             }
         }
     }
+}
+
+/* Pointers and numbers count as they are now, what is there as it is when the stream gets here. */
+static inline cublasStatus_t
+cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t p, const void *alpha, const void *a,
+               cublasLtMatrixLayout_t la, const void *b, cublasLtMatrixLayout_t lb,
+               const void *beta, const void *c, cublasLtMatrixLayout_t lc, void *d,
+               cublasLtMatrixLayout_t, const cublasLtMatmulAlgo_t *algo, void *, size_t,
+               cudaStream_t stream) {
+    const void *pointers[4] = {a, b, c, d};
+    for (int i = 0; i < 4; i++)
+        if ((uintptr_t)pointers[i] % (uintptr_t)algo->align[i]) return CUBLAS_STATUS_INVALID_VALUE;
+    bool rare = p->mode[0] == CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F ||
+                p->epilogue & CUBLASLT_EPILOGUE_GELU;
+    if (getenv("EMULATED_LATE") && rare && *(const float *)beta != 0)
+        return CUBLAS_STATUS_NOT_SUPPORTED; /* the heuristic was not asked about beta */
+    emulation_queue(
+        stream, {},
+        [=, p = *p, la = *la, lb = *lb, lc = *lc, s = *(const float *)alpha,
+         t = *(const float *)beta] { emulated_matmul(p, s, a, la, b, lb, t, c, lc, d); });
     return CUBLAS_STATUS_SUCCESS;
 }
 #endif

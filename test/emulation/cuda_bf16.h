@@ -3,7 +3,9 @@
 #define EMULATED_CUDA_BF16_H
 #include "cuda_runtime.h"
 
-struct __nv_bfloat16 { uint16_t bits; };
+struct __nv_bfloat16 {
+    uint16_t bits;
+};
 
 static inline float __bfloat162float(__nv_bfloat16 x) {
     return __uint_as_float((uint32_t)x.bits << 16);
