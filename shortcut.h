@@ -94,7 +94,7 @@
  *   - Text tokens come before image tokens in attention; RoPE turns pairs (2i, 2i + 1).
  *   - A block's modulation is (shift, scale, gate) twice; norm_out's is (scale, shift), and BFL's
  *     files have those two swapped: rows of W, and of a LoRA's B, never of A.
- *   - In SCFM the second half-step always uses the slow average, and no gradient enters the target.
+ *   - In SCFM the second half-step is the slow average's, and no gradient enters the target.
  *   - CLIP's pooled vector is taken where the highest id first stands (the eos_token_id in its
  *     config.json is wrong); T5's padding is not masked.
  *   - Latents are (z - shift_factor) * scaling_factor, then packed 2x2: channel, row, column.
@@ -197,8 +197,7 @@ sc_tape *sc_tape_new(const sc_backend *backend);
 void sc_tape_free(sc_tape *tape);
 void sc_tape_reset(sc_tape *tape);                       /* forget all tensors, keep the memory */
 bool sc_tape_record(sc_tape *tape, bool recording);      /* returns how it was before */
-/* [B] sc_set each; NULL: all teacher */
-void sc_tape_use(sc_tape *tape, const uint8_t *set_of_sample);
+void sc_tape_use(sc_tape *tape, const uint8_t *set_of_sample); /* [B] sc_set; NULL: all teacher */
 /* Host memory that lives as long as tensors do: for coefficients, times, sets. */
 void *sc_tape_host(sc_tape *tape, size_t bytes);
 /* What is made after sc_tape_mark, and not recorded, is given back by sc_tape_rewind. */
@@ -213,14 +212,13 @@ size_t sc_tape_peak(const sc_tape *tape);                /* most that was in use
 bool sc_tape_reserve(sc_tape *tape, size_t bytes);       /* forget all tensors, hold exactly this */
 bool sc_backward(sc_tape *tape);                         /* from the recorded loss to every leaf */
 
-sc_tensor *sc_new(sc_tape *t, int ndim, const int64_t *shape);     /* activation, not initialised */
-/* upload of f32 */
+/* An activation, not initialised; and one from f32 values. */
+sc_tensor *sc_new(sc_tape *t, int ndim, const int64_t *shape);
 sc_tensor *sc_from(sc_tape *t, int ndim, const int64_t *shape, const float *values);
 bool sc_read(sc_tape *t, const sc_tensor *x, float *values);            /* download as f32 */
 
-/* [..., in] -> [..., out] */
+/* [..., in] -> [..., out]; and gelu of it, tanh form. */
 sc_tensor *sc_linear(sc_tape *t, const sc_tensor *x, const sc_linear_layer *layer);
-/* gelu(linear(x)), tanh form */
 sc_tensor *sc_linear_gelu(sc_tape *t, const sc_tensor *x, const sc_linear_layer *layer);
 sc_tensor *sc_activate(sc_tape *t, sc_activation kind, sc_tensor *x);   /* same shape */
 sc_tensor *sc_add(sc_tape *t, sc_tensor *a, sc_tensor *b);              /* same shape */
@@ -233,13 +231,11 @@ sc_tensor *sc_gated_residual(sc_tape *t, sc_tensor *x, sc_tensor *h, sc_tensor *
  * [D], turned by RoPE's (cos, sin), rope [Tt+Ti,D/2,2]. */
 sc_tensor *sc_norm_rope(sc_tape *t, sc_tensor *text, sc_tensor *image, sc_tensor *text_weight,
                         sc_tensor *image_weight, const sc_tensor *rope);
-/* [B,Ta,C], [B,Tb,C] -> [B,Ta+Tb,C] */
+/* [B,Ta,C], [B,Tb,C] -> [B,Ta+Tb,C]; and back, [B,T,C] -> [B,count,C]. */
 sc_tensor *sc_concat_tokens(sc_tape *t, sc_tensor *a, sc_tensor *b);
-/* [B,T,C] -> [B,count,C] */
 sc_tensor *sc_slice_tokens(sc_tape *t, sc_tensor *x, int64_t from, int64_t count);
-/* [B,T,Ca], [B,T,Cb] -> [B,T,Ca+Cb] */
+/* [B,T,Ca], [B,T,Cb] -> [B,T,Ca+Cb]; and the same of a and gelu(linear(x)). */
 sc_tensor *sc_concat_channels(sc_tape *t, sc_tensor *a, sc_tensor *b);
-/* The same of a and gelu(linear(x)). */
 sc_tensor *sc_concat_gelu(sc_tape *t, sc_tensor *a, const sc_tensor *x,
                           const sc_linear_layer *layer);
 /* softmax(scale q k^T + bias) v, head by head; q [B,Tq,C], k, v [B,T,C]; bias [H,Tq,T] or NULL.
@@ -313,7 +309,6 @@ void sc_net_close(sc_net *net);
 /* Copies what waits in the file to a backend with memory of its own (or, with fp8, to any): at once
  * after opening, or when the network is first used, so that others may use the memory before. */
 bool sc_net_load(sc_net *net);
-size_t sc_net_waiting(const sc_net *net);   /* bytes that sc_net_load will take */
 /* The weight `name` with exactly this shape, under whatever name the file has it (matrices keep
  * their type on disk unless widened, vectors become f32). NULL with the error set, which names the
  * file, what was expected and what found. */
@@ -696,8 +691,7 @@ sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *model,
                               const sc_pipeline_options *options);
 void sc_pipeline_close(sc_pipeline *p);
 float sc_pipeline_shift(const sc_pipeline *p, int64_t tokens); /* of a picture's times */
-/* lets the text encoders and the VAE go until they are needed again */
-void sc_pipeline_release(sc_pipeline *p);
+void sc_pipeline_release(sc_pipeline *p); /* text encoders and VAE go until they are needed again */
 
 /* One prompt: context [text_tokens, text_channels], pooled [pooled_channels], host f32. */
 bool sc_pipeline_text(sc_pipeline *p, const char *prompt, float *context, float *pooled);
@@ -1228,11 +1222,9 @@ static bool sc__flux_block(const sc_flux *f, int index, sc_tape *t, sc_block blo
 sc_tensor *sc_flux_velocity(sc_flux *f, sc_tape *t, const sc_flux_input *in) {
     if (!in->x || !in->context || !in->pooled) return NULL;
     int64_t text_tokens = in->context->shape[1], image_tokens = (int64_t)in->h * in->w;
-    if (in->x->shape[1] != image_tokens) {
-        sc_fail("latent has %lld tokens, the grid is %d x %d", (long long)in->x->shape[1], in->h,
-                in->w);
-        return NULL;
-    }
+    if (in->x->shape[1] != image_tokens)
+        return sc_fail("latent has %lld tokens, the grid is %d x %d", (long long)in->x->shape[1],
+                       in->h, in->w), NULL;
     if (!sc_net_load(f->net) || !sc__rope(f, (int)text_tokens, in->h, in->w)) return NULL;
     sc_tensor *mod = sc__flux_modulation(f, t, in);
     sc_tensor *x[3] = {sc_linear(t, in->x, &f->x_embedder),
@@ -4494,7 +4486,8 @@ void sc_net_close(sc_net *net) {
     SC_FREE(net);
 }
 
-size_t sc_net_waiting(const sc_net *net) {
+/* Bytes that sc_net_load will take. */
+static size_t sc__net_waiting(const sc_net *net) {
     size_t bytes = 0;
     for (int64_t i = 0; i < net->count; i++)
         if (net->weights[i]->waiting && !net->streamed)
@@ -4804,14 +4797,11 @@ static bool sc__load_settings(const char *folder, const char *name, char **path,
     return *path && (*json || !there);
 }
 
-/* The same of the config.json beside a part's weights, an object, with its text. */
-static bool sc__read_config(const char *path, sc_json **json, char **name, char **text) {
-    size_t length;
-    *json = NULL, *text = NULL;
+/* The same of the config.json beside a part's weights, an object. */
+static bool sc__read_config(const char *path, sc_json **json, char **name) {
     if (!sc__is_folder(path)) return (*name = sc__strdup(path)) != NULL;
-    if (!sc__load_settings(path, "config.json", name, json)) return false;
-    if (*json && (*json)->type != SC__OBJECT) return sc_fail("%s: not a JSON object", *name);
-    return !*json || (*text = sc_read_file(*name, &length));
+    return sc__load_settings(path, "config.json", name, json) &&
+           (!*json || (*json)->type == SC__OBJECT || sc_fail("%s: not a JSON object", *name));
 }
 
 /* A number from a config, or a truth value as 1 or 0; absent or null: the fallback. False with the
@@ -4825,8 +4815,8 @@ static bool sc__config_number(const sc_json *config, const char *path, const cha
 }
 
 /* An integer >= least from a config; false with the error set. */
-static bool sc__config_from(int least, const sc_json *config, const char *path, const char *key,
-                            int fallback, int *value) {
+static bool sc__config_int(int least, const sc_json *config, const char *path, const char *key,
+                           int fallback, int *value) {
     double number;
     *value = fallback;
     if (!sc__config_number(config, path, key, fallback, &number)) return false;
@@ -4834,11 +4824,6 @@ static bool sc__config_from(int least, const sc_json *config, const char *path, 
         return sc_fail("%s: '%s' must be a whole number from %d up", path, key, least);
     *value = (int)number;
     return true;
-}
-
-static bool sc__config_int(const sc_json *config, const char *path, const char *key, int fallback,
-                           int *value) {
-    return sc__config_from(1, config, path, key, fallback, value);
 }
 
 /* ==== Opening and saving FLUX ================================================== >>open =======
@@ -4869,14 +4854,14 @@ static bool sc__flux_read_config(sc_flux_config *c, const sc_json *json, const c
     const char *class_name = sc_json_string(sc_json_get(json, "_class_name"), flux);
     if (strcmp(class_name, flux))
         return sc_fail("%s: this is a %s; only FLUX.1 (%s) is supported", path, class_name, flux);
-    if (!sc__config_int(json, path, "in_channels", 64, &c->in_channels) ||
-        !sc__config_int(json, path, "out_channels", c->in_channels, &c->out_channels) ||
-        !sc__config_from(0, json, path, "num_layers", 19, &c->layers) ||
-        !sc__config_from(0, json, path, "num_single_layers", 38, &c->single_layers) ||
-        !sc__config_int(json, path, "attention_head_dim", 128, &c->head_size) ||
-        !sc__config_int(json, path, "num_attention_heads", 3072 / c->head_size, &c->heads) ||
-        !sc__config_int(json, path, "joint_attention_dim", 4096, &c->text_channels) ||
-        !sc__config_int(json, path, "pooled_projection_dim", 768, &c->pooled_channels))
+    if (!sc__config_int(1, json, path, "in_channels", 64, &c->in_channels) ||
+        !sc__config_int(1, json, path, "out_channels", c->in_channels, &c->out_channels) ||
+        !sc__config_int(0, json, path, "num_layers", 19, &c->layers) ||
+        !sc__config_int(0, json, path, "num_single_layers", 38, &c->single_layers) ||
+        !sc__config_int(1, json, path, "attention_head_dim", 128, &c->head_size) ||
+        !sc__config_int(1, json, path, "num_attention_heads", 3072 / c->head_size, &c->heads) ||
+        !sc__config_int(1, json, path, "joint_attention_dim", 4096, &c->text_channels) ||
+        !sc__config_int(1, json, path, "pooled_projection_dim", 768, &c->pooled_channels))
         return false;
     int sum = 0;
     for (int i = 0; i < 3; i++) {
@@ -5009,7 +4994,9 @@ sc_flux *sc_flux_open(const sc_backend *backend, const char *path, const sc_flux
     sc_flux *f = (sc_flux *)sc__alloc(1, sizeof *f);
     if (!f) return NULL;
     bool ok = (!o.fp8 || !o.widen || sc_fail("weights that are f32 cannot become fp8")) &&
-              sc__read_config(path, &json, &name, &f->config_text);
+              sc__read_config(path, &json, &name);
+    size_t length;
+    if (ok && json) ok = (f->config_text = sc_read_file(name, &length)) != NULL;
     if (ok && o.random && !json) ok = sc_fail("%s: No such file", name);
     ok = ok && (f->net = sc_net_open(backend, o.random ? NULL : path, o.widen));
     if (ok && !json)
@@ -5816,12 +5803,12 @@ static bool sc__vae_read_config(sc_vae_config *c, const sc_net *net, const sc_js
         !sc__config_is(json, path, "act_fn", "silu") ||
         !sc__config_is(json, path, "down_block_types", "DownEncoderBlock2D") ||
         !sc__config_is(json, path, "up_block_types", "UpDecoderBlock2D") ||
-        !sc__config_int(json, path, "in_channels", 3, &pixels_in) ||
-        !sc__config_int(json, path, "out_channels", 3, &pixels_out) ||
-        !sc__config_int(json, path, "latent_channels", json ? 4 : latents, &c->latent_channels) ||
-        !sc__config_int(json, path, "layers_per_block", json ? 1 : layers, &c->layers) ||
-        !sc__config_int(json, path, "sample_size", 1024, &c->resolution) ||
-        !sc__config_int(json, path, "norm_num_groups", 32, &c->groups)) return false;
+        !sc__config_int(1, json, path, "in_channels", 3, &pixels_in) ||
+        !sc__config_int(1, json, path, "out_channels", 3, &pixels_out) ||
+        !sc__config_int(1, json, path, "latent_channels", latents, &c->latent_channels) ||
+        !sc__config_int(1, json, path, "layers_per_block", layers, &c->layers) ||
+        !sc__config_int(1, json, path, "sample_size", 1024, &c->resolution) ||
+        !sc__config_int(1, json, path, "norm_num_groups", 32, &c->groups)) return false;
     if (pixels_in != 3 || pixels_out != 3)
         return sc_fail("%s: pictures must have 3 channels", path);
     int64_t levels = json ? sc_json_length(channels) : sc__count_layers(net, first_convs, 0);
@@ -5926,16 +5913,15 @@ static bool sc__vae_steps(sc_vae *v, sc__vae_half *h, bool encoder) {
 }
 
 sc_vae *sc_vae_open(const sc_backend *backend, const char *path, bool widen) {
-    char *name = NULL, *text = NULL;
+    char *name = NULL;
     sc_json *json = NULL;
     sc_vae *v = (sc_vae *)sc__alloc(1, sizeof *v);
-    bool ok = v && sc__read_config(path, &json, &name, &text) &&
+    bool ok = v && sc__read_config(path, &json, &name) &&
               (!json || sc__vae_read_config(&v->config, &(sc_net){0}, json, name)) &&
               (v->net = sc_net_open(backend, path, widen)) &&
               (json || sc__vae_read_config(&v->config, v->net, json, name));
     sc_json_free(json);
     SC_FREE(name);
-    SC_FREE(text);
     if (ok) v->net->levels = v->config.levels;
     for (int i = 0; ok && backend && i < 5; i++) ok = (v->tapes[i] = sc_tape_new(backend)) != NULL;
     ok = ok && sc__vae_steps(v, &v->encoder, true) && sc__vae_steps(v, &v->decoder, false) &&
@@ -7055,7 +7041,7 @@ static bool sc__encoder_config(sc__encoder *e, const sc_json *json, const char *
         {"vocab_size", sc__side(e->net, n->tokens, 0, n->usual_words), &e->vocabulary},
         {n->rows, sc__side(e->net, n->position, 0, n->usual_rows), &e->rows}};
     for (size_t i = 0; i < sizeof sides / sizeof *sides; i++)
-        if (!sc__config_int(json, path, sides[i].key, sides[i].fallback, sides[i].value))
+        if (!sc__config_int(1, json, path, sides[i].key, sides[i].fallback, sides[i].value))
             return false;
     e->eps = (float)sc_json_number(sc_json_get(json, n->eps), n->usual_eps);
     return true;
@@ -7087,8 +7073,8 @@ static bool sc__t5_config(sc_text_encoders *t, const sc_json *json, const char *
     const char *activation = !strcmp(both, "gated-gelu") ? "gelu_new" : gated ? both + 6 : both;
     activation = sc_json_string(sc_json_get(json, "dense_act_fn"), activation);
     e->gated = sc_json_bool(sc_json_get(json, "is_gated_act"), gated);
-    if (!sc__config_int(json, path, "d_kv", json ? 64 : inner / e->heads, &e->size) ||
-        !sc__config_int(json, path, "relative_attention_max_distance", 128, &t->t5_distance))
+    if (!sc__config_int(1, json, path, "d_kv", json ? 64 : inner / e->heads, &e->size) ||
+        !sc__config_int(1, json, path, "relative_attention_max_distance", 128, &t->t5_distance))
         return false;
     if (e->rows < 4 || t->t5_distance <= e->rows / 4)
         return sc_fail("%s: relative_attention_num_buckets must be 4 or more, and less than four "
@@ -7133,11 +7119,11 @@ static bool sc__encoder_weights(sc__encoder *e) {
  * outside of the embedding table would read past its end. */
 static bool sc__encoder_open(sc_text_encoders *t, sc__encoder *e, const char *path) {
     bool clip = e == &t->clip;
-    char *name = NULL, *text = NULL;
+    char *name = NULL;
     sc_json *json = NULL;
     e->names = clip ? &sc__clip_names : &sc__t5_names;
     e->biased = clip;
-    bool ok = sc__read_config(path, &json, &name, &text) &&
+    bool ok = sc__read_config(path, &json, &name) &&
               (e->net = sc_net_open(t->backend, path, sc__small_file(t->backend, path))) &&
               sc__encoder_config(e, json, name) &&
               (clip ? sc__clip_config : sc__t5_config)(t, json, name) && sc__encoder_weights(e);
@@ -7146,7 +7132,6 @@ static bool sc__encoder_open(sc_text_encoders *t, sc__encoder *e, const char *pa
                       (int)e->tokenizer->largest);
     sc_json_free(json);
     SC_FREE(name);
-    SC_FREE(text);
     return ok;
 }
 
@@ -7714,8 +7699,8 @@ static bool sc__read_scheduler(sc_pipeline *p, const sc_json *json, const char *
         !sc__config_number(json, path, "shift", 1, &shift) ||
         !sc__config_number(json, path, "base_shift", 0.5, &base) ||
         !sc__config_number(json, path, "max_shift", 1.15, &max) ||
-        !sc__config_int(json, path, "base_image_seq_len", 256, &p->mu.base_tokens) ||
-        !sc__config_int(json, path, "max_image_seq_len", 4096, &p->mu.max_tokens)) return false;
+        !sc__config_int(1, json, path, "base_image_seq_len", 256, &p->mu.base_tokens) ||
+        !sc__config_int(1, json, path, "max_image_seq_len", 4096, &p->mu.max_tokens)) return false;
     p->mu.base = (float)base;
     p->mu.max = (float)max;
     p->shift = dynamic ? 0 : (float)shift;
@@ -7819,7 +7804,7 @@ bool sc_pipeline_text(sc_pipeline *p, const char *prompt, float *context, float 
                         c->pooled_channels);
     bool ok = sc_text_encode(p->text, prompt, p->text_tokens, context, pooled);
     p->cut = ok && sc__text_is_cut(p->text, prompt, p->text_tokens);
-    if (p->backend->memory_left() < sc_net_waiting(p->flux->net) + ((size_t)8 << 30))
+    if (p->backend->memory_left() < sc__net_waiting(p->flux->net) + ((size_t)8 << 30))
         sc_pipeline_release(p);
     return ok;
 }
