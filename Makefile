@@ -99,7 +99,7 @@ check:
 	$(MAKE) --no-print-directory clean
 	ASAN_OPTIONS="intercept_tls_get_addr=0:protect_shadow_gap=0:$$ASAN_OPTIONS" \
 	LSAN_OPTIONS="suppressions=$(CURDIR)/test/leaks.txt:print_suppressions=0:$$LSAN_OPTIONS" \
-	EMULATED_SEEDS=8 $(MAKE) --no-print-directory CFLAGS="$(SANITIZE)" test
+	EMULATED_SEEDS=4 $(MAKE) --no-print-directory CFLAGS="$(SANITIZE)" test
 	$(MAKE) --no-print-directory clean
 	CC="$(CC)" sh test/faults.sh "$(CXX)"
 	$(MAKE) --no-print-directory all
