@@ -310,7 +310,8 @@ static bool draw_batch(experiment *x, const setting *s, int first, int n, float 
         memcpy(pooled + (int64_t)i * c->pooled_channels,
                x->pooled + (int64_t)prompt * c->pooled_channels, (size_t)c->pooled_channels * 4);
     }
-    sc_sampling sampling = {s->steps, s->shift, s->guidance, h, h, .progress = sc_not_interrupted,
+    sc_sampling sampling = {.steps = s->steps, .shift = s->shift, .guidance = s->guidance,
+                            .h = h, .w = h, .progress = sc_not_interrupted,
                             .cfg = !s->lora || o.cfg_loras ? o.cfg : 0,
                             .no_context = x->context + x->prompt_count * text,
                             .no_pooled = x->pooled + x->prompt_count * c->pooled_channels};
@@ -763,8 +764,10 @@ int main(int argc, char **argv) {
     bool merge = count && !strcmp(words[0], "merge");
     o.named = o.out != NULL;
     if (!o.out) o.out = !merge ? "sheet.png" : o.kohya ? "lora-kohya.safetensors" : "merged";
-    if (o.batch < 1 || o.count < 0 || o.count == 1 || o.resolution < 0 || o.shift < 0)
-        return sc_fail("--batch from 1, --count from 2 up, no negative numbers"), sc_die(), 2;
+    if (o.batch < 1 || o.count < 0 || o.count == 1 || o.resolution < 0 || !(o.shift >= 0) ||
+        !(o.cfg >= 0) || (o.cfg_loras && !o.cfg))
+        return sc_fail("--batch from 1, --count from 2 up, no negative numbers; --cfg-loras needs "
+                       "--cfg"), sc_die(), 2;
     if (count == 0) return experiment_main();
     if (count == 2 && !strcmp(words[0], "info")) return info_main(words[1]);
     return merge && count == 1 ? merge_main() : wrong_words(words[0], count, argv[0]);

@@ -137,7 +137,8 @@ static bool draw(sc_pipeline *p, const char *prompt, uint64_t seed, const char *
     float *pooled = context + context_size;
     sc_rng rng = {seed};
     double times[4] = {sc_seconds()};
-    sc_sampling s = {o.steps, shift, o.guidance, h, w, .progress = progress, .user = &times[1]};
+    sc_sampling s = {.steps = o.steps, .shift = shift, .guidance = o.guidance, .h = h, .w = w,
+                     .progress = progress, .user = &times[1]};
     if (o.cfg) s.cfg = o.cfg, s.no_context = negative_text(p);
     if (s.no_context) s.no_pooled = s.no_context + context_size;
     bool ok = memory && (!o.cfg || s.no_context);

@@ -22,7 +22,7 @@
  *         float *rgb = malloc(sizeof(float) * 3 * p->resolution * p->resolution);
  *         sc_rng rng = {1};                                             // the seed
  *         sc_normal(&rng, latents, h * h * c->in_channels);
- *         sc_sampling s = {.steps = 3, .guidance = 1.2f, .h = h, .w = h,
+ *         sc_sampling s = {.steps = 3, .guidance = 1.5f, .h = h, .w = h,
  *                          .shift = sc_pipeline_shift(p, h * h)};
  *         if (!sc_lora_load(p->flux, "lora.safetensors", 1, &(sc_lora_report){0}) ||
  *             !sc_pipeline_text(p, "a red apple", context, pooled) ||
@@ -94,7 +94,8 @@
  *   - Text tokens come before image tokens in attention; RoPE turns pairs (2i, 2i + 1).
  *   - A block's modulation is (shift, scale, gate) twice; norm_out's is (scale, shift), and BFL's
  *     files have those two swapped: rows of W, and of a LoRA's B, never of A.
- *   - In SCFM the second half-step is the slow average's, and no gradient enters the target.
+ *   - In SCFM the second half-step is the slow average's (the teacher's, where true CFG is folded
+ *     in and the case is its own), and no gradient enters the target.
  *   - CLIP's pooled vector is taken where the highest id first stands (the eos_token_id in its
  *     config.json is wrong); T5's padding is not masked.
  *   - Latents are (z - shift_factor) * scaling_factor, then packed 2x2: channel, row, column.
@@ -464,18 +465,16 @@ bool sc_params_load(sc_params *params, const sc_file *file);
 typedef struct sc_recipe {
     float teacher_ratio;        /* SCFM: how often the first half-step is the teacher's */
     int teacher_steps;          /* N of the teacher case */
-    int self_steps[8];          /* N of the self case: one of these, ended by 0 */
+    int self_steps[8];          /* N of the self case: one of these even numbers, ended by 0 */
     float shift[2];             /* the random time shift: uniform between these */
     float dynamic_shift_ratio;  /* how often the dynamic shift of `mu` is used instead */
     sc_mu mu;
     float guidance[2];          /* uniform between these */
-    float fm_ratio;             /* SCFM: part of the batch with the plain flow-matching target;
-                                 * 1: flow matching alone */
+    float fm_ratio;             /* part of the batch with the plain flow-matching target; 1: all */
     float caption_dropout;      /* how often the caption is left empty */
-    float cfg;                  /* true CFG of the teacher, whose guidance is folded into the */
-    bool cfg_student;           /* student; or the student and its averages are guided, too */
-    bool distil_guidance;       /* instead of all that, the target is the teacher's velocity, guided
-                                 * by its velocity without a caption */
+    float cfg;                  /* true CFG of the teacher; 0 or 1: none */
+    bool cfg_student;           /* of student and averages, too; else the student learns it */
+    bool distil_guidance;       /* instead: the teacher's velocity, with true CFG of `guidance` */
 } sc_recipe;
 
 typedef struct sc_batch {       /* host f32; one text-picture pair per sample */
@@ -483,11 +482,11 @@ typedef struct sc_batch {       /* host f32; one text-picture pair per sample */
     const float *x0, *noise;    /* [B, h*w, in_channels] packed latents; N(0, 1) */
     /* [B, T, text_channels], [B, pooled_channels]: overwritten where a caption is dropped */
     float *context, *pooled;
-    const float *no_context, *no_pooled;    /* the empty caption's, one sample */
+    const float *no_context, *no_pooled;    /* the empty caption's, one sample; for dropout, cfg */
 } sc_batch;
 
 typedef struct sc_draw {        /* what chance decides for one sample */
-    bool teacher;               /* first half-step by the teacher, else by the fast average */
+    bool teacher;               /* the first half-step is the teacher's, else the fast average's */
     bool no_caption;
     int steps, j;               /* N, and the even index into its times */
     float shift, guidance;
@@ -495,7 +494,7 @@ typedef struct sc_draw {        /* what chance decides for one sample */
     float t[3];                 /* t_j, t_j+1, t_j+2 */
 } sc_draw;
 
-/* tokens: of the picture; flow_matching: t[0] is any time, not one of a grid's. */
+/* tokens: of the picture; flow_matching: t[0] is any time, t[1] and t[2] mean nothing, cfg is 1. */
 void sc_draw_sample(const sc_recipe *recipe, sc_rng *rng, int64_t tokens, bool flow_matching,
                     sc_draw *draw);
 
@@ -506,8 +505,8 @@ sc_tensor *sc_noisy(sc_tape *t, const sc_draw *draws, sc_tensor *x0, sc_tensor *
 bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int64_t from,
                     const sc_tensor *x, sc_tensor *target);
 
-/* One training step's gradient: draws, target, student pass, backward. Resets the tape. It may be
- * under way only: sc_params_report has the loss after sc_params_step. */
+/* One training step's gradient: draws, target, student pass, backward. Resets the tape. On a GPU it
+ * may still run on return: sc_params_report has the loss after sc_params_step. */
 bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *recipe,
                        const sc_batch *batch, sc_rng *rng);
 
@@ -974,7 +973,7 @@ bool sc_euler(const sc_model *model, sc_tape *t, const sc_sampling *s, int ndim,
  * scale at once. A step of training, for each sample:
  *
  *  1. x0, c: a picture's latents and its caption; eps ~ N(0, I). These are the caller's.
- *  2. Teacher's case (0.4 of the samples): N = 32. Else its own case: N from {2, 4, 8, 16}.
+ *  2. Teacher's case (0.4 of the samples): N = 32. Else the student's own: N from {2, 4, 8, 16}.
  *  3. Times t_i = shift(1 - i / N), the shift drawn, t_0 = 1 - 1e-5. The guidance g is drawn too:
  *     how strongly the caption is followed, an input of FLUX.
  *  4. j even: the step from t_j down to t_j+2, its halves d1 = t_j - t_j+1, d2 = t_j+1 - t_j+2.
@@ -988,14 +987,13 @@ bool sc_euler(const sc_model *model, sc_tape *t, const sc_sampling *s, int ndim,
  * teacher on the fine grid, which anchors the student to the model it came from, or `fast` on a
  * coarse one. So two steps of the grid of 32 teach one of 16, two of 16 one of 8, and two of 2 the
  * way as a whole. The network is never told the step size, so the only velocity that satisfies all
- * of them is constant along its trajectory: the flow becomes straight, and a few Euler steps follow
- * it.
+ * of them is constant along its trajectory: the flow becomes straight for a few Euler steps.
  *
- * A model without a guidance input is guided by two evaluations (true CFG), v_u + w (v_c - v_u),
- * v_u without the caption. Either only the teacher is, in both halves of its case, and the student,
- * who answers alone, learns the guidance with the flow: sampling then takes one evaluation a step.
- * Or, as in the official SD3.5 trainer, all four are, the gradient goes through both evaluations
- * of the student, and sampling takes two.
+ * A model without a guidance input is guided by two evaluations (true CFG), v_u + cfg (v_c - v_u),
+ * v_u without the caption. Either only the teacher is, who then answers both halves of its case, as
+ * `slow` is not guided; the student answers alone and learns the guidance with the flow: sampling
+ * takes one evaluation a step. Or, as in the official SD3.5 trainer, all four are, the gradient
+ * goes through both evaluations of the student, and sampling takes two.
  */
 
 /* ---- Steps 2 to 4: chance ---- */
@@ -1053,7 +1051,7 @@ bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int
         float d1 = d->t[0] - d->t[1], d2 = d->t[1] - d->t[2];
         t0[i] = d->t[0], t1[i] = d->t[1], g[i] = d->guidance;
         minus_d1[i] = -d1, part1[i] = d1 / (d1 + d2), part2[i] = d2 / (d1 + d2);
-        bool folded = d->teacher && d->cfg[0] != d->cfg[1]; /* the slow average is not guided */
+        bool folded = d->teacher && d->cfg[0] != d->cfg[1]; /* slow is not guided: both halves */
         set1[i] = d->teacher ? SC_TEACHER : SC_FAST, cfg1[i] = d->cfg[!d->teacher];
         set2[i] = folded ? SC_TEACHER : SC_SLOW, cfg2[i] = d->cfg[!folded];
     }
@@ -1339,7 +1337,7 @@ static sc_tensor *sc__flux_samples(const sc__flux_model *m, sc_tape *t, sc_tenso
     return sc_flux_velocity(m->flux, t, &in);
 }
 
-/* One evaluation. With LoRA each sample brings its own set into one pass; with whole weights each
+/* Without true CFG. With LoRA each sample brings its own set into one pass; with whole weights each
  * run of samples that share a set is a pass. */
 static sc_tensor *sc__flux_sets(const sc__flux_model *m, sc_tape *t, sc_tensor *x,
                                 const sc_query *q) {
@@ -1375,16 +1373,17 @@ static sc_tensor *sc__extended(sc_tape *t, sc_tensor *x, sc_tensor *y, int64_t m
     return ok ? both : NULL;
 }
 
-/* sc_model.velocity. For true CFG one evaluation has all samples with their captions and, behind
- * them, the guided ones again, without; they are the first (while recording, all). */
+/* sc_model.velocity. True CFG's two evaluations are one pass: all samples with their captions and,
+ * behind them, those up to the last guided one again, without; while recording all of them, since
+ * there is no way back through sc_copy, which would append the rest. */
 static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x,
                                           const sc_query *q) {
-    sc__flux_model both = *(sc__flux_model *)self;
+    sc__flux_model m = *(sc__flux_model *)self;
     int64_t n = x->shape[0], guided = 0;
     for (int64_t i = 0; q->cfg && i < n; i++)
         if (q->cfg[i] != 1) guided = i + 1;
-    if (!guided) return sc__flux_sets(&both, t, x, q);
-    if (!both.no_context || !both.no_pooled)
+    if (!guided) return sc__flux_sets(&m, t, x, q);
+    if (!m.no_context || !m.no_pooled)
         return sc_fail("true CFG without an empty or negative prompt"), NULL;
     bool recording = sc_tape_record(t, false);
     if (recording) guided = n;
@@ -1397,14 +1396,12 @@ static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x,
         time[i] = q->time[j], guidance[i] = q->guidance[j], sets[i] = q->sets ? q->sets[j] : 0;
         if (i >= n) rest[j] -= q->cfg[j];
     }
-    sc_tensor *context = sc_samples(t, both.context, q->first, n), *twice;
-    sc_tensor *pooled = sc_samples(t, both.pooled, q->first, n);
-    both.context = sc__extended(t, context, both.no_context, guided);
-    both.pooled = sc__extended(t, pooled, both.no_pooled, guided);
-    twice = both.context && both.pooled ? sc__extended(t, x, x, guided) : NULL;
+    m.context = sc__extended(t, sc_samples(t, m.context, q->first, n), m.no_context, guided);
+    m.pooled = sc__extended(t, sc_samples(t, m.pooled, q->first, n), m.no_pooled, guided);
+    sc_tensor *twice = sc__extended(t, x, x, guided);
     sc_tape_record(t, recording);
     const sc_query query = {0, q->sets ? sets : NULL, time, guidance, NULL};
-    sc_tensor *v = twice ? sc__flux_sets(&both, t, twice, &query) : NULL;
+    sc_tensor *v = sc__flux_sets(&m, t, twice, &query);
     sc_tensor *with = sc_samples(t, v, 0, guided), *without = sc_samples(t, v, n, guided);
     sc_tensor *y = sc_blend(t, q->cfg, with, rest, without); /* v_u + cfg (v_c - v_u) */
     return guided < n ? sc__extended(t, y, sc_samples(t, v, guided, n - guided), n - guided) : y;
@@ -1421,7 +1418,8 @@ static bool sc__flux_text(sc__flux_model *m, sc_tape *t, int batch, int text_tok
     text[0] = vector[0] = 1;
     if (no_context) m->no_context = sc_from(t, 3, text, no_context);
     if (no_pooled) m->no_pooled = sc_from(t, 2, vector, no_pooled);
-    return m->context && m->pooled;
+    return m->context && m->pooled && (!no_context || m->no_context) &&
+           (!no_pooled || m->no_pooled);
 }
 
 /* A dropped caption is replaced by the empty one. */
@@ -1452,8 +1450,8 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     uint8_t *student = (uint8_t *)sc_tape_host(t, (size_t)(2 * n)), *teacher = student + n;
     if (!draws || !one || !student) return false;
     /* Steps 2 to 4: chance. Flow matching comes first, then the teacher's case, then the student's
-     * own: neighbours with the same set share their matrix products. Only the draws are sorted, not
-     * the pictures, on which they do not depend. */
+     * own: neighbours with the same set share their matrix products, and true CFG repeats the first
+     * only. Only the draws are sorted, not the pictures, on which they do not depend. */
     int64_t plain = r->distil_guidance ? n : sc__part_of(n, r->fm_ratio, rng);
     for (int64_t i = 0, low = plain, high = n; i < n; i++) {
         sc_draw d;
@@ -1471,7 +1469,8 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     if (!x || !target || !sc__flux_text(&self, t, b->size, b->text_tokens, b->context, b->pooled,
                                         b->no_context, b->no_pooled))
         return false;
-    /* Step 6: target. Guidance distillation: the frozen teacher's guided velocity. */
+    /* Step 6: target. Guidance distillation: the teacher's velocity at guidance 1, with true CFG
+     * of the drawn guidance. */
     bool ok = true;
     if (r->distil_guidance) {
         const sc_query query = {0, teacher, time, one, guidance};

@@ -1,7 +1,7 @@
 /* tools.h: what train.c, sample.c, main.c and the tests share and a library should not hold: PNG
  * and JPEG files through stb, what may be written, options, progress, Ctrl-C. Include it after
- * shortcut.h, of which it takes the API alone, in one .c file. These functions print and may exit;
- * the library's never do. */
+ * shortcut.h, of which it takes the API alone, in one .c file. Its sc_ names are the programs', not
+ * the library's: these functions print and may exit, the library's never do. */
 #ifndef TOOLS_H
 #define TOOLS_H
 
@@ -419,7 +419,7 @@ static bool wrote(const char *path) {
     int end = 0;
     if (settings)
         sscanf(settings,
-               "\nSteps: %*d, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: %*f, Seed: %*u, "
+               "\nSteps: %*d, Sampler: Euler, CFG scale: %*f, Distilled CFG Scale: %*f, Seed: %*u, "
                "Size: %*dx%*d, Shift: %*f, Model:%n",
                &end);
     if (end || (text && !strncmp(text, SC_MADE_BY, strlen(SC_MADE_BY)))) return true;

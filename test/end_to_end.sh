@@ -49,6 +49,10 @@ done
 check "true CFG" quiet ./sample "a red apple" 3 --no-lora --cfg 2 --negative "a banana" --out "$dir/e.png"
 check "changes the picture" differ "$dir/a.png" "$dir/e.png"
 check "is in it" grep -qa "Negative prompt: a banana" "$dir/e.png"
+echo "a red apple" >"$dir/one.txt"
+for again in 1 2; do
+    check "a list with true CFG, $again" quiet ./sample --prompts "$dir/one.txt" 1 --no-lora --cfg 2 --negative "" --out-dir "$dir/listed"
+done
 check "with 1" quiet ./sample "a red apple" 3 --no-lora --cfg 1 --latents "$dir/l0" --out "$dir/e.png"
 check "without" quiet ./sample "a red apple" 3 --no-lora --latents "$dir/l1" --out "$dir/e.png"
 check "are equal" same "$dir/l0" "$dir/l1"
