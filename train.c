@@ -1,7 +1,7 @@
 /* ./train DATA: turn a flow-matching model into a few-step one (SCFM), or train one from nothing.
  *
- * This file is the driver: options, data, progress, files. The method itself is in shortcut.h, whose
- * implementation make compiles once, into build/shortcut.o. */
+ * This file is the driver: options, data, progress, files. The method itself is in shortcut.h,
+ * whose implementation make compiles once, into build/shortcut.o. */
 #define _POSIX_C_SOURCE 200809L
 #include "shortcut.h"
 #include "tools.h"
