@@ -1376,8 +1376,7 @@ static sc_tensor *sc__extended(sc_tape *t, sc_tensor *x, sc_tensor *y, int64_t m
 /* sc_model.velocity. True CFG's two evaluations are one pass: all samples with their captions and,
  * behind them, those up to the last guided one again, without; while recording all of them, since
  * there is no way back through sc_copy, which would append the rest. */
-static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x,
-                                          const sc_query *q) {
+static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x, const sc_query *q) {
     sc__flux_model m = *(sc__flux_model *)self;
     int64_t n = x->shape[0], guided = 0;
     for (int64_t i = 0; q->cfg && i < n; i++)
@@ -3447,6 +3446,8 @@ bool sc_plan_memory(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recip
                     const sc_batch *batch, sc_memory_plan *plan) {
     const size_t spare = (size_t)512 << 20; /* for the backend's own scratch memory to grow */
     sc_rng rng = {1};
+    sc_recipe most = *recipe;
+    if (most.cfg > 0) most.teacher_ratio = 1; /* chance may let all samples be asked twice */
     *plan = (sc_memory_plan){.blocks = flux->config.layers + flux->config.single_layers};
     sc__block_bytes *size = (sc__block_bytes *)sc__alloc((size_t)plan->blocks, sizeof *size);
     if (!size) return false;
@@ -3455,7 +3456,7 @@ bool sc_plan_memory(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recip
     t->sharing = true;
     t->sizes = size; /* the last block's first */
     double loss; /* read so that the step is over, and to learn whether it failed */
-    bool ok = sc_train_gradient(flux, params, t, recipe, batch, &rng) &&
+    bool ok = sc_train_gradient(flux, params, t, &most, batch, &rng) &&
               t->be->download(&loss, params->results, sizeof loss);
     t->sizes = NULL;
     t->be->zero(params->grad, (size_t)params->count * 4);
