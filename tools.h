@@ -20,6 +20,9 @@
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef SHORTCUT_OPENBLAS
+#include <cblas.h>
+#endif
 
 /* ==== Memory, paths, text ==================================================================== */
 
@@ -536,16 +539,22 @@ void sc_unlock(void) {
 
 /* First thing in main: threads that wait spin for some microseconds, the usual time to the next
  * loop, and then sleep. Spinning on costs a program that shares its cores a factor of ten and more;
- * sleeping at once, 1.7. libgomp reads this when it is loaded: start once again. A reader that went
- * away, and a limit on the size of files, make a write fail; they do not end the program. */
+ * sleeping at once, 1.7. And OpenBLAS takes a CPU that is newer than itself for a Prescott of 2004,
+ * a quarter as fast. Both libraries read this when they are loaded: start once again. A reader that
+ * went away, and a limit on the size of files, make a write fail; they do not end the program. */
 void sc_start(char **argv) {
     sc_command = argv[0];
     for (int i = 1; argv[i]; i++) sc_command = formatted("%s %s", sc_command, argv[i]);
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);
-    if (getenv("OMP_WAIT_POLICY")) return;
-    setenv("OMP_WAIT_POLICY", "passive", 1);
-    setenv("GOMP_SPINCOUNT", "10000", 0);
+    if (getenv("SHORTCUT_STARTED")) return;
+    setenv("SHORTCUT_STARTED", "yes", 1);
+    if (!getenv("OMP_WAIT_POLICY")) setenv("GOMP_SPINCOUNT", "10000", 0);
+    setenv("OMP_WAIT_POLICY", "passive", 0);
+#if defined SHORTCUT_OPENBLAS && defined __x86_64__
+    if (!strcmp(openblas_get_corename(), "Prescott") && __builtin_cpu_supports("avx2"))
+        setenv("OPENBLAS_CORETYPE", __builtin_cpu_supports("avx512vl") ? "SkylakeX" : "Haswell", 0);
+#endif
     execv("/proc/self/exe", argv); /* where that fails, go on as we are */
 }
 
