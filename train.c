@@ -222,6 +222,7 @@ static bool save_result(const training *t) {
     const char *rank = formatted("%d", o.rank), *steps = formatted("%lld", (long long)t->step);
     const char *seed = formatted("%llu", (unsigned long long)o.seed);
     const char *base = o.transformer ? o.transformer : o.model;
+    /* alpha is the rank: what --alpha asks for is multiplied into B */
     const char *metadata[] = {"base_model", base, "method", "SCFM", "rank", rank, "alpha", rank,
                               "steps", steps, "seed", seed, "command", sc_command, "format", "pt",
                               o.scales ? "scales" : NULL, o.scales, NULL};
