@@ -263,10 +263,9 @@ typedef struct measures {
 typedef struct experiment {
     sc_pipeline *p;
     evaluator judge;
-    int *class_of;                  /* of each prompt; -1: none */
-    float *context, *pooled;        /* [prompts + 1, ...]: T x text_channels, pooled_channels; the
-                                     * last is without text */
-    int prompt_count, count, shown; /* pictures in all, and those on the sheet */
+    int count, shown;               /* pictures in all, and those on the sheet */
+    int *class_of;                  /* of each one's prompt; -1: none */
+    sc_text *texts, no_text;        /* [count]: the list's again and again; and the empty one */
     int loras;
     int64_t pixels;                  /* numbers of a picture */
     float *base;                     /* [count, pixels]: the base's 32-step pictures */
@@ -291,34 +290,14 @@ static double gradient_energy(const float *rgb, int side) {
     return sum;
 }
 
-/* Draws pictures [first, first + n) of the experiment: prompt i of the list, noise of seed + i. */
+/* Draws pictures [first, first + n) of the experiment, of noise of seed + i. */
 static bool draw_batch(experiment *x, const setting *s, int first, int n, float *rgb) {
-    sc_pipeline *p = x->p;
-    const sc_flux_config *c = sc_flux_config_of(p->flux);
-    int h = p->resolution / p->token_pixels;
-    int64_t size = (int64_t)h * h * c->in_channels,
-            text = (int64_t)p->text_tokens * c->text_channels;
-    float *memory =
-        (float *)allocate((size_t)(n * (size + text + c->pooled_channels)), sizeof *memory);
-    if (!memory) return false;
-    float *latents = memory, *context = latents + n * size, *pooled = context + n * text;
-    for (int i = 0; i < n; i++) {
-        int prompt = (first + i) % x->prompt_count;
-        sc_rng rng = {o.seed + (uint64_t)(first + i)};
-        sc_normal(&rng, latents + i * size, size);
-        memcpy(context + i * text, x->context + prompt * text, (size_t)text * 4);
-        memcpy(pooled + (int64_t)i * c->pooled_channels,
-               x->pooled + (int64_t)prompt * c->pooled_channels, (size_t)c->pooled_channels * 4);
-    }
+    int h = x->p->resolution / x->p->token_pixels;
     sc_sampling sampling = {.steps = s->steps, .shift = s->shift, .guidance = s->guidance,
                             .h = h, .w = h, .progress = sc_not_interrupted,
                             .cfg = !s->lora || o.cfg_loras ? o.cfg : 0,
-                            .no_context = x->context + x->prompt_count * text,
-                            .no_pooled = x->pooled + x->prompt_count * c->pooled_channels};
-    bool ok = sc_sample(p->flux, p->tape, &sampling, n, p->text_tokens, context, pooled, latents) &&
-              sc_pipeline_decode(p, latents, n, h, h, rgb);
-    free(memory);
-    return ok;
+                            .no_text = x->no_text};
+    return sc_pipeline_draw(x->p, &sampling, n, x->texts + first, o.seed + (uint64_t)first, rgb);
 }
 
 /* rgb [3, side, side] as a picture of another side: itself, or `scaled`, which is to be freed.
@@ -373,7 +352,7 @@ static bool run_setting(experiment *x, const setting *s, int count, bool show, m
             float *reference = x->base + (first + i) * x->pixels;
             if (base) memcpy(reference, picture, (size_t)x->pixels * 4);
             ok = judge(x, picture, x->features + (int64_t)(first + i) * d, &class_of);
-            int wanted = x->class_of[(first + i) % x->prompt_count];
+            int wanted = x->class_of[first + i];
             known += wanted >= 0, right += wanted >= 0 && class_of == wanted;
             energy += gradient_energy(picture, side);
             for (int64_t j = 0; j < x->pixels; j++)
@@ -527,20 +506,18 @@ static bool run_experiment(experiment *x) {
 /* ---- Setting the experiment up ---- */
 
 static bool load_prompts(experiment *x) {
-    int64_t text_size = (int64_t)x->p->text_tokens * sc_flux_config_of(x->p->flux)->text_channels;
-    int64_t pooled_size = sc_flux_config_of(x->p->flux)->pooled_channels, count;
+    int64_t count;
     char **lines = sc_load_prompts(o.prompts, &count);
-    size_t n = (size_t)count + 1;
-    bool ok = lines && (x->class_of = (int *)allocate(n, sizeof *x->class_of)) &&
-              (x->context = (float *)allocate(n * (size_t)text_size, sizeof *x->context)) &&
-              (x->pooled = (float *)allocate(n * (size_t)pooled_size, sizeof *x->pooled));
-    x->prompt_count = (int)count;
-    for (int64_t i = 0; ok && i <= count; i++) {
-        const char *line = i < count ? lines[i] : "";
-        x->class_of[i] = class_named(&x->judge, line);
-        ok = sc_pipeline_text(x->p, line, x->context + i * text_size,
-                              x->pooled + i * pooled_size) &&
-             (!sc_interrupted || sc_fail("stopped"));
+    x->count = o.count ? o.count : o.full ? 1026 : 108;
+    x->shown = count < 10 ? (int)count : 10;
+    if (x->shown > x->count) x->shown = x->count;
+    bool ok = lines && (x->class_of = (int *)allocate((size_t)x->count, sizeof *x->class_of)) &&
+              (x->texts = (sc_text *)allocate((size_t)x->count, sizeof *x->texts)) &&
+              kept((x->no_text = sc_pipeline_text(x->p, "")).context);
+    for (int i = 0; ok && i < x->count; i++) {
+        x->class_of[i] = class_named(&x->judge, lines[i % count]);
+        x->texts[i] = i < count ? sc_pipeline_text(x->p, lines[i]) : x->texts[i - count];
+        ok = kept(x->texts[i].context) && (!sc_interrupted || sc_fail("stopped"));
     }
     return ok;
 }
@@ -586,9 +563,6 @@ static int experiment_main(void) {
     if (ok) sc_lora_unload(x.p->flux);
     ok = ok && load_prompts(&x) && (!o.real || load_real(&x));
     if (ok) {
-        x.count = o.count ? o.count : o.full ? 1026 : 108;
-        x.shown = x.prompt_count < 10 ? x.prompt_count : 10;
-        if (x.shown > x.count) x.shown = x.count;
         x.pixels = (int64_t)3 * x.p->resolution * x.p->resolution;
         int64_t features = (int64_t)x.count * x.judge.features;
         x.base = (float *)allocate((size_t)(x.count * x.pixels + 2 * features), sizeof *x.base);
@@ -596,7 +570,7 @@ static int experiment_main(void) {
         x.features = x.base_features + features;
         ok = x.base && run_experiment(&x);
     }
-    free(x.class_of), free(x.context), free(x.pooled), free(x.base), free(x.real), free(x.sheet);
+    free(x.class_of), free(x.texts), free(x.base), free(x.real), free(x.sheet);
     evaluator_close(&x.judge);
     sc_pipeline_close(x.p);
     return ok ? 0 : sc_die();

@@ -110,46 +110,31 @@ static bool drawn(const char *path, const char *parameters) {
            newest_lora <= picture.st_mtime;
 }
 
-/* For true CFG the negative prompt's vectors, context and behind it pooled, made once. */
-static const float *negative_text(sc_pipeline *p) {
-    static float *text;
-    const sc_flux_config *c = sc_flux_config_of(p->flux);
-    size_t context = (size_t)p->text_tokens * (size_t)c->text_channels;
-    if (text) return text;
-    text = allocate(context + (size_t)c->pooled_channels, sizeof *text); /* until the end */
-    const char *prompt = o.negative ? o.negative : "";
-    return text && sc_pipeline_text(p, prompt, text, text + context) ? text : NULL;
-}
-
 /* Draws one picture and prints how long its parts took. */
 static bool draw(sc_pipeline *p, const char *prompt, uint64_t seed, const char *path) {
     const sc_flux_config *c = sc_flux_config_of(p->flux);
     int h = o.height / p->token_pixels, w = o.width / p->token_pixels;
     int64_t tokens = (int64_t)h * w, n = tokens * c->in_channels;
     int64_t pixels = (int64_t)3 * o.width * o.height;
-    int64_t context_size = (int64_t)p->text_tokens * c->text_channels;
     float shift = time_shift(p, tokens);
     const char *parameters = parameters_of(prompt, seed, shift);
     if (o.prompts && drawn(path, parameters)) return true;
-    float *memory =
-        (float *)allocate((size_t)(n + pixels + context_size + c->pooled_channels), sizeof *memory);
-    float *latents = memory, *rgb = latents + n, *context = rgb + pixels;
-    float *pooled = context + context_size;
-    sc_rng rng = {seed};
+    float *latents = (float *)allocate((size_t)(n + pixels), sizeof *latents), *rgb = latents + n;
     double times[4] = {sc_seconds()};
+    sc_text text = sc_pipeline_text(p, prompt);
+    static sc_text negative; /* true CFG's, made once */
+    if (o.cfg && text.context && !negative.context)
+        negative = sc_pipeline_text(p, o.negative ? o.negative : "");
     sc_sampling s = {.steps = o.steps, .shift = shift, .guidance = o.guidance, .h = h, .w = w,
-                     .progress = progress, .user = &times[1]};
-    if (o.cfg) s.cfg = o.cfg, s.no_context = negative_text(p);
-    if (s.no_context) s.no_pooled = s.no_context + context_size;
-    bool ok = memory && (!o.cfg || s.no_context);
-    if (ok) sc_normal(&rng, latents, n);
-    ok = ok && (!o.noise || load_noise(o.noise, latents, n)) &&
-         sc_pipeline_text(p, prompt, context, pooled);
-    if (ok && p->cut)
+                     .progress = progress, .user = &times[1], .cfg = o.cfg, .no_text = negative};
+    bool ok = latents && text.context && (!o.cfg || negative.context);
+    if (ok) sc_normal(&(sc_rng){seed}, latents, n);
+    ok = ok && (!o.noise || load_noise(o.noise, latents, n));
+    if (ok && text.cut)
         fprintf(stderr, "warning: the prompt has more than %d tokens: its end is left out\n",
                 p->text_tokens);
     times[1] = sc_seconds();
-    ok = ok && sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, context, pooled, latents) &&
+    ok = ok && sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, &text, latents) &&
          (!o.latents || save_latents(o.latents, latents, tokens, c->in_channels));
     times[2] = sc_seconds();
     ok = ok && sc_pipeline_decode(p, latents, 1, h, w, rgb);
@@ -162,7 +147,7 @@ static bool draw(sc_pipeline *p, const char *prompt, uint64_t seed, const char *
         printf("%s: \"%s\", %d step%s, seed %llu (text %.1f s, steps %.1f s, VAE %.1f s)\n", path,
                shown, o.steps, o.steps == 1 ? "" : "s", (unsigned long long)seed,
                times[1] - times[0], times[2] - times[1], times[3] - times[2]);
-    free(memory);
+    free(text.context), free(latents);
     return ok;
 }
 

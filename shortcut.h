@@ -14,21 +14,16 @@
  *     int main(void) {
  *         sc_pipeline *p = sc_pipeline_open(sc_cpu(), "data/tiny-flux", &(sc_pipeline_options){0});
  *         if (!p) return puts(sc_error()), 1;
- *         const sc_flux_config *c = sc_flux_config_of(p->flux);
  *         int h = p->resolution / p->token_pixels;                      // a grid of h x h tokens
- *         float *context = malloc(sizeof(float) * p->text_tokens * c->text_channels);
- *         float *pooled = malloc(sizeof(float) * c->pooled_channels);
- *         float *latents = malloc(sizeof(float) * h * h * c->in_channels);
  *         float *rgb = malloc(sizeof(float) * 3 * p->resolution * p->resolution);
- *         sc_rng rng = {1};                                             // the seed
- *         sc_normal(&rng, latents, h * h * c->in_channels);
  *         sc_sampling s = {.steps = 3, .guidance = 1.5f, .h = h, .w = h,
  *                          .shift = sc_pipeline_shift(p, h * h)};
- *         if (!sc_lora_load(p->flux, "lora.safetensors", 1, &(sc_lora_report){0}) ||
- *             !sc_pipeline_text(p, "a red apple", context, pooled) ||
- *             !sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, context, pooled, latents) ||
- *             !sc_pipeline_decode(p, latents, 1, h, h, rgb))            // [3, 128, 128]
+ *         sc_text text = sc_pipeline_text(p, "a red apple");
+ *         if (!text.context ||
+ *             !sc_lora_load(p->flux, "lora.safetensors", 1, &(sc_lora_report){0}) ||
+ *             !sc_pipeline_draw(p, &s, 1, &text, 1, rgb))               // seed 1; [3, 128, 128]
  *             return puts(sc_error()), 1;
+ *         free(text.context);
  *         sc_pipeline_close(p);
  *     }
  * The paper's training, with its settings for FLUX.1-dev (train.c adds data, progress, files):
@@ -394,13 +389,18 @@ typedef struct sc_model {
     void *self;
 } sc_model;
 
+typedef struct sc_text {        /* a prompt as FLUX takes it, host f32 */
+    float *context, *pooled;    /* [T, text_channels], [pooled_channels] */
+    bool cut;                   /* the prompt was longer: its end is lost */
+} sc_text;
+
 typedef struct sc_sampling {
     int steps;
     float shift;                /* of the times, positive */
     float guidance;             /* the model's input, where it has one */
     int h, w;                   /* sc_sample: grid of tokens */
     float cfg;                  /* true CFG, in two evaluations a step; 0 or 1: none */
-    const float *no_context, *no_pooled; /* for it, one sample: of the negative, or empty, prompt */
+    sc_text no_text;            /* for it: the negative, or empty, prompt */
     const uint8_t *sets;        /* [B] LoRA set of each sample; NULL: the loaded LoRAs, if any */
     /* After each step; false stops. NULL: none. */
     bool (*progress)(void *user, int step, int steps);
@@ -411,10 +411,9 @@ typedef struct sc_sampling {
  * the samples after. */
 bool sc_euler(const sc_model *model, sc_tape *tape, const sc_sampling *s, int ndim,
               const int64_t *shape, float *x);
-/* The same of FLUX: latents [B, h*w, in_channels], context [B, T, text_channels], pooled [B,
- * pooled_channels]; resets the tape. */
+/* The same of FLUX: latents [B, h*w, in_channels], texts [B] of text_tokens; resets the tape. */
 bool sc_sample(sc_flux *flux, sc_tape *tape, const sc_sampling *s, int batch, int text_tokens,
-               const float *context, const float *pooled, float *latents);
+               const sc_text *texts, float *latents);
 
 /* ==== What is trained ====
  * All trained numbers lie in one f32 array, in up to four copies (sets), so that a set is chosen by
@@ -678,7 +677,6 @@ typedef struct sc_pipeline {
     int resolution;             /* usual side of a picture, in pixels */
     float shift;                /* of the scheduler; 0: the dynamic one of `mu` */
     sc_mu mu;
-    bool cut;                   /* the last prompt was longer than text_tokens: its end is lost */
 } sc_pipeline;
 
 typedef struct sc_pipeline_options {
@@ -692,8 +690,11 @@ void sc_pipeline_close(sc_pipeline *p);
 float sc_pipeline_shift(const sc_pipeline *p, int64_t tokens); /* of a picture's times */
 void sc_pipeline_release(sc_pipeline *p); /* text encoders and VAE go until they are needed again */
 
-/* One prompt: context [text_tokens, text_channels], pooled [pooled_channels], host f32. */
-bool sc_pipeline_text(sc_pipeline *p, const char *prompt, float *context, float *pooled);
+/* A prompt of text_tokens; context is yours, pooled a part of it. NULL with the error set. */
+sc_text sc_pipeline_text(sc_pipeline *p, const char *prompt);
+/* Pictures of n prompts from the noise of `seed` and those that follow: rgb [n, 3, H, W]. */
+bool sc_pipeline_draw(sc_pipeline *p, const sc_sampling *s, int n, const sc_text *texts,
+                      uint64_t seed, float *rgb);
 /* rgb [3, height, width] in [-1, 1] -> the normalised posterior, packed: mean and std [tokens,
  * in_channels]. */
 bool sc_pipeline_encode(sc_pipeline *p, const float *rgb, int width, int height, float *mean,
@@ -1488,12 +1489,22 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
 }
 
 bool sc_sample(sc_flux *f, sc_tape *t, const sc_sampling *s, int batch, int text_tokens,
-               const float *context, const float *pooled, float *latents) {
-    const int64_t shape[] = {batch, (int64_t)s->h * s->w, sc_flux_config_of(f)->in_channels};
+               const sc_text *texts, float *latents) {
+    const sc_flux_config *c = sc_flux_config_of(f);
+    const int64_t shape[] = {batch, (int64_t)s->h * s->w, c->in_channels};
+    size_t context_size = (size_t)text_tokens * (size_t)c->text_channels * sizeof(float);
+    size_t pooled_size = (size_t)c->pooled_channels * sizeof(float), n = batch > 0 ? batch : 0;
     sc__flux_model self = {.flux = f, .h = s->h, .w = s->w};
     sc_tape_reset(t);
-    bool ok = batch < 1 || sc__flux_text(&self, t, batch, text_tokens, context, pooled,
-                                         s->no_context, s->no_pooled);
+    char *context = (char *)sc_tape_host(t, n * context_size);
+    char *pooled = (char *)sc_tape_host(t, n * pooled_size);
+    for (size_t i = 0; context && pooled && i < n; i++) {
+        memcpy(context + i * context_size, texts[i].context, context_size);
+        memcpy(pooled + i * pooled_size, texts[i].pooled, pooled_size);
+    }
+    bool ok = n == 0 || (context && pooled &&
+                         sc__flux_text(&self, t, batch, text_tokens, (float *)context,
+                                       (float *)pooled, s->no_text.context, s->no_text.pooled));
     ok = ok && sc_euler(&(sc_model){sc__flux_model_velocity, &self}, t, s, 3, shape, latents);
     sc_tape_use(t, NULL);
     return ok;
@@ -7790,23 +7801,29 @@ static bool sc__text_is_cut(const sc_text_encoders *t, const char *prompt, int t
 }
 
 /* Where the transformer and 8 GiB to work with would not fit beside them, the encoders go again. */
-bool sc_pipeline_text(sc_pipeline *p, const char *prompt, float *context, float *pooled) {
+sc_text sc_pipeline_text(sc_pipeline *p, const char *prompt) {
     const char *bad = prompt;
+    const sc_text none = {0};
     while (*bad && sc__utf8_size(bad)) bad += sc__utf8_size(bad);
     if (*bad)
         return sc_fail("the prompt is not UTF-8: byte %d is 0x%02x", (int)(bad - prompt),
-                        (unsigned char)*bad);
-    if (!p->text && !(p->text = sc_text_encoders_open(p->backend, p->folder))) return false;
+                        (unsigned char)*bad), none;
+    if (!p->text && !(p->text = sc_text_encoders_open(p->backend, p->folder))) return none;
     const sc_flux_config *c = sc_flux_config_of(p->flux);
     if (p->text->t5.width != c->text_channels || p->text->clip.width != c->pooled_channels)
         return sc_fail("%s: T5 and CLIP give %d and %d channels, the transformer takes %d and %d",
                         p->folder, p->text->t5.width, p->text->clip.width, c->text_channels,
-                        c->pooled_channels);
-    bool ok = sc_text_encode(p->text, prompt, p->text_tokens, context, pooled);
-    p->cut = ok && sc__text_is_cut(p->text, prompt, p->text_tokens);
+                        c->pooled_channels), none;
+    size_t n = (size_t)p->text_tokens * (size_t)c->text_channels;
+    sc_text x = {(float *)sc__alloc(n + (size_t)c->pooled_channels, sizeof(float)), NULL, false};
+    if (x.context) x.pooled = x.context + n;
+    bool ok = x.context && sc_text_encode(p->text, prompt, p->text_tokens, x.context, x.pooled);
+    x.cut = ok && sc__text_is_cut(p->text, prompt, p->text_tokens);
     if (p->backend->memory_left() < sc__net_waiting(p->flux->net) + ((size_t)8 << 30))
         sc_pipeline_release(p);
-    return ok;
+    if (ok) return x;
+    SC_FREE(x.context);
+    return none;
 }
 
 static bool sc__pipeline_vae(sc_pipeline *p) {
@@ -7854,6 +7871,18 @@ bool sc_pipeline_decode(sc_pipeline *p, const float *tokens, int batch, int h, i
     sc__pack(batch, channels, 2 * h, 2 * w, (float *)tokens, latents, false);
     sc__vae_unnormalise(p->vae, n, latents);
     bool ok = sc_vae_decode(p->vae, batch, 2 * h, 2 * w, latents, rgb, sc__vae_memory(p));
+    SC_FREE(latents);
+    return ok;
+}
+
+bool sc_pipeline_draw(sc_pipeline *p, const sc_sampling *s, int n, const sc_text *texts,
+                      uint64_t seed, float *rgb) {
+    int64_t size = (int64_t)s->h * s->w * p->flux->config.in_channels;
+    float *latents = (float *)sc__alloc((size_t)(n * size), sizeof *latents);
+    for (int i = 0; latents && i < n; i++)
+        sc_normal(&(sc_rng){seed + (uint64_t)i}, latents + i * size, size);
+    bool ok = latents && sc_sample(p->flux, p->tape, s, n, p->text_tokens, texts, latents) &&
+              sc_pipeline_decode(p, latents, n, s->h, s->w, rgb);
     SC_FREE(latents);
     return ok;
 }

@@ -132,9 +132,11 @@ typedef struct training {
     bool saved; /* the run folder has a state of this run */
 } training;
 
-/* One text's part of CONTEXT or POOLED. */
-static const float *text_row(const sc_tensor *x, int64_t text) {
-    return (const float *)x->data + text * (sc_count(x) / x->shape[0]);
+/* A text's rows of CONTEXT and POOLED. */
+static sc_text text_row(const training *t, int64_t text) {
+    const sc_tensor *x = &t->data[CONTEXT], *y = &t->data[POOLED];
+    return (sc_text){.context = (float *)x->data + text * (sc_count(x) / x->shape[0]),
+                     .pooled = (float *)y->data + text * (sc_count(y) / y->shape[0])};
 }
 
 static int text_of(const training *t, int64_t pair) {
@@ -154,11 +156,10 @@ static void draw_batch(training *t) {
                 x = &latents[sc_uniform_int(&t->rng, t->pairs)];
             while (x->shape[1] != first->shape[1] || x->shape[2] != first->shape[2]);
         const float *mean = x->data;
-        int text = text_of(t, x - latents);
+        sc_text text = text_row(t, text_of(t, x - latents));
         sc_sample_posterior(&t->rng, n, mean, mean + n, x0 + b * n);
-        memcpy(t->batch.context + b * text_size, text_row(&t->data[CONTEXT], text),
-               (size_t)text_size * 4);
-        memcpy(t->batch.pooled + b * c->pooled_channels, text_row(&t->data[POOLED], text),
+        memcpy(t->batch.context + b * text_size, text.context, (size_t)text_size * 4);
+        memcpy(t->batch.pooled + b * c->pooled_channels, text.pooled,
                (size_t)c->pooled_channels * 4);
     }
     sc_normal(&t->rng, noise, o.batch * n);
@@ -221,6 +222,7 @@ static bool save_result(const training *t) {
     const char *rank = formatted("%d", o.rank), *steps = formatted("%lld", (long long)t->step);
     const char *seed = formatted("%llu", (unsigned long long)o.seed);
     const char *base = o.transformer ? o.transformer : o.model;
+    /* alpha is the rank: what --alpha asks for is multiplied into B */
     const char *metadata[] = {"base_model", base, "method", "SCFM", "rank", rank, "alpha", rank,
                               "steps", steps, "seed", seed, "command", sc_command, "format", "pt",
                               o.scales ? "scales" : NULL, o.scales, NULL};
@@ -240,28 +242,24 @@ static bool preview(training *t) {
     uint8_t base = has_teacher ? SC_TEACHER : learned;
     const int steps[] = {32, 3, 3};
     const uint8_t sets[] = {base, base, learned};
-    int panels = has_teacher ? 3 : 2, text = text_of(t, 0);
+    int panels = has_teacher ? 3 : 2;
     int64_t h = t->data[LATENTS].shape[1], w = t->data[LATENTS].shape[2];
-    int64_t n = sc_count(&t->data[LATENTS]) / 2, row = w * p->token_pixels;
-    int64_t rows = 3 * h * p->token_pixels; /* of three colours */
+    int64_t row = w * p->token_pixels, rows = 3 * h * p->token_pixels; /* of three colours */
     if (!sc_may_replace(t->picture)) return false;
-    float *latents = allocate((size_t)(n + (1 + panels) * rows * row), sizeof *latents);
-    if (!latents) return false;
-    float *panel = latents + n, *sheet = panel + rows * row;
+    float *panel = allocate((size_t)((1 + panels) * rows * row), sizeof *panel);
+    if (!panel) return false;
+    float *sheet = panel + rows * row;
+    const sc_text text = text_row(t, text_of(t, 0)), empty = text_row(t, 0);
     sc_sampling s = {.shift = sc_pipeline_shift(p, h * w), .h = (int)h, .w = (int)w,
                      .guidance = 0.5f * (o.guidance[0] + o.guidance[1]),
-                     .progress = sc_not_interrupted, .no_context = t->batch.no_context,
-                     .no_pooled = t->batch.no_pooled};
+                     .progress = sc_not_interrupted, .no_text = empty};
     size_t held = sc_tape_bytes(p->tape); /* given back while the VAE works */
     for (int i = 0; ok && i < panels; i++) {
         s.steps = steps[i];
         s.sets = &sets[i];
         s.cfg = sets[i] == SC_TEACHER || o.cfg_student ? o.cfg : 0;
         if (!t->params->adapters) sc_params_use(t->params, (sc_set)sets[i]);
-        sc_normal(&(sc_rng){o.seed}, latents, n);
-        ok = sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, text_row(&t->data[CONTEXT], text),
-                       text_row(&t->data[POOLED], text), latents) &&
-             sc_pipeline_decode(p, latents, 1, s.h, s.w, panel);
+        ok = sc_pipeline_draw(p, &s, 1, &text, o.seed, panel);
         for (int64_t y = 0; ok && y < rows; y++)
             memcpy(sheet + (y * panels + i) * row, panel + y * row, (size_t)row * 4);
     }
@@ -270,7 +268,7 @@ static bool preview(training *t) {
     ok = sc_tape_reserve(p->tape, held) && ok;
     sc_picture picture = {panels * (int)row, (int)rows / 3, sheet};
     ok = ok && sc_picture_save(&picture, t->picture, formatted(SC_MADE_BY " %s", sc_command));
-    free(latents);
+    free(panel);
     return ok;
 }
 
@@ -524,10 +522,12 @@ static bool encode_texts(training *t, const sc_dataset *data) {
          new_tensor(pooled, SC_F32, 2, (int64_t[]){count, t->config->pooled_channels});
     double started = sc_seconds();
     for (int i = 0; ok && i < count; i++) {
-        ok = sc_pipeline_text(p, texts[i], (float *)text_row(context, i),
-                              (float *)text_row(pooled, i)) &&
-             (!sc_interrupted || sc_fail("stopped"));
-        cut += p->cut;
+        sc_text text = sc_pipeline_text(p, texts[i]), row = text_row(t, i);
+        ok = text.context && (!sc_interrupted || sc_fail("stopped"));
+        if (ok) memcpy(row.context, text.context, (size_t)(sc_count(context) / count) * 4);
+        if (ok) memcpy(row.pooled, text.pooled, (size_t)(sc_count(pooled) / count) * 4);
+        free(text.context);
+        cut += text.cut;
         sc_progress("caption", 0, i + 1, count, started, NULL);
     }
     if (ok && cut)
@@ -695,8 +695,7 @@ static bool open_params(training *t) {
     t->batch = (sc_batch){o.batch, (int)largest->shape[1], (int)largest->shape[2],
                           t->pipeline->text_tokens, x, x + b * n, .context = x + 2 * b * n,
                           .pooled = x + b * (2 * n + text),
-                          .no_context = text_row(&t->data[CONTEXT], 0),
-                          .no_pooled = text_row(&t->data[POOLED], 0)};
+                          .no_context = text_row(t, 0).context, .no_pooled = text_row(t, 0).pooled};
     return true;
 }
 

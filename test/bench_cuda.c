@@ -357,11 +357,12 @@ static void measure_sampling(sc_flux *f, const char *weights) {
     float *latents = normal(4096 * 64), *context = normal(512 * 4096), *pooled = normal(768),
           *noise = normal(4096 * 64);
     sc_sampling s = {.steps = 3, .shift = 3.16f, .guidance = 3.5f, .h = 64, .w = 64};
+    const sc_text text = {context, pooled, false};
     double times[5];
     for (int i = -1; i < 5; i++) {
         memcpy(latents, noise, 4096 * 64 * 4);
         double start = seconds();
-        if (!sc_sample(f, t, &s, 1, 512, context, pooled, latents)) stop();
+        if (!sc_sample(f, t, &s, 1, 512, &text, latents)) stop();
         if (i >= 0) times[i] = seconds() - start;
     }
     qsort(times, 5, sizeof *times, ascending);

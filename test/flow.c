@@ -4,7 +4,7 @@
  * a formula, and its paths are curved: three Euler steps along it miss the clusters. A small
  * network learns this velocity, SCFM straightens it, and three steps arrive. The method, its grids,
  * teacher and averages are those for FLUX; only the model is another. Read it in the order of its
- * six sections, with "Tape" and "SCFM" of shortcut.h beside it. */
+ * six sections; in shortcut.h read >>scfm beside it, and >>tape for what the network runs on. */
 #define SHORTCUT_IMPLEMENTATION
 #include "../shortcut.h"
 #include "../tools.h"
@@ -77,7 +77,7 @@ typedef struct network {
     sc_adamw adamw;
 } network;
 
-/* The next rows x columns (0: one) weights of a set as a tensor; the student's have a gradient. */
+/* The next rows x columns (0: a vector) of a set's weights; the student's have a gradient. */
 static sc_tensor next_part(network *n, sc_set set, int *at, int rows, int columns) {
     sc_tensor part = {.data = n->set[set] + *at, .ndim = columns ? 2 : 1, .shape = {rows, columns}};
     part.needs_grad = set == SC_STUDENT;
@@ -129,7 +129,7 @@ enum { WALKERS = 2000, FINE = 256, FEW = 3 };
 
 static bool walk(network *n, sc_set set, sc_tape *tape, int steps, float (*path)[WALKERS][2]) {
     float schedule[FINE + 1], times[WALKERS];
-    sc_schedule(schedule, steps, 1.5f);
+    sc_schedule(schedule, steps, 1.5f); /* the middle of the shifts that SCFM draws below */
     for (int i = 0; i < steps; i++) {
         float *here = path[i][0], *next = path[i + 1][0];
         for (int w = 0; w < WALKERS; w++) times[w] = schedule[i];
@@ -289,7 +289,7 @@ int main(int argc, char **argv) {
     bool ok = run(&e);
     for (int i = 0; i < 3 * p.width * p.height; i++) rgb[i] = 1; /* white */
     draw_panel(&p, 0, "THE EXACT FLOW", e.exact, FINE, e.exact[FINE]);
-    draw_panel(&p, 1, "3 STEPS BEFORE SCFM", e.few, FEW, e.exact[FINE]);
+    draw_panel(&p, 1, "3 STEPS OF THIS FLOW", e.few, FEW, e.exact[FINE]);
     draw_panel(&p, 2, "3 STEPS AFTER SCFM", e.scfm, FEW, e.exact[FINE]);
     if (!ok || !sc_picture_save(&p, path, NULL))
         return fprintf(stderr, "error: %s\n", sc_error()), 1;

@@ -329,12 +329,16 @@ static void test_cfg_sample(void) {
     float *x = load(f.file, "noise"), *expected = load(f.file, "cfg_sample");
     float *no_context = load(f.file, "no_context"), *no_pooled = load(f.file, "no_pooled");
     sc_sampling s = {.steps = 3, .shift = 3, .cfg = 2.5f, .h = f.h, .w = f.w,
-                     .no_context = no_context, .no_pooled = no_pooled};
-    CHECK(sc_sample(f.flux, f.tape, &s, (int)f.batch, (int)f.text, f.context, f.pooled, x));
+                     .no_text = {no_context, no_pooled, false}};
+    sc_text texts[8];
+    for (int64_t i = 0; i < f.batch; i++)
+        texts[i] = (sc_text){f.context + i * f.text * sc_flux_config_of(f.flux)->text_channels,
+                             f.pooled + i * sc_flux_config_of(f.flux)->pooled_channels, false};
+    CHECK(sc_sample(f.flux, f.tape, &s, (int)f.batch, (int)f.text, texts, x));
     CHECK(rel_error(x, expected, f.n) < 1e-5);
     printf("error of a sample with true CFG %.1e\n", rel_error(x, expected, f.n));
-    s.no_context = NULL;
-    CHECK(!sc_sample(f.flux, f.tape, &s, (int)f.batch, (int)f.text, f.context, f.pooled, x) &&
+    s.no_text.context = NULL;
+    CHECK(!sc_sample(f.flux, f.tape, &s, (int)f.batch, (int)f.text, texts, x) &&
           strstr(sc_error(), "negative prompt"));
     free(x), free(expected), free(no_context), free(no_pooled);
     close_fixture(&f);
@@ -421,15 +425,16 @@ static void test_sampling(void) {
     CHECK_CLOSE(sc_dynamic_shift(&flux, 4096), exp(1.15), 1e-6);
     CHECK_CLOSE(sc_dynamic_shift(&other, 200), exp(1.5), 1e-6);
     sc_sampling s = {.steps = 2, .guidance = 2, .h = f.h, .w = f.w, .shift = 3};
+    const sc_text text = {f.context, f.pooled, false};
     memcpy(latents, f.x, (size_t)n * 4);
-    CHECK(sc_sample(f.flux, f.tape, &s, 1, f.text, f.context, f.pooled, latents));
+    CHECK(sc_sample(f.flux, f.tape, &s, 1, f.text, &text, latents));
     CHECK(memcmp(latents, f.x, (size_t)n * 4));
-    CHECK(!sc_sample(f.flux, f.tape, &s, 0, f.text, f.context, f.pooled, latents));
+    CHECK(!sc_sample(f.flux, f.tape, &s, 0, f.text, &text, latents));
     s.steps = 0;
-    CHECK(!sc_sample(f.flux, f.tape, &s, 1, f.text, f.context, f.pooled, latents) &&
+    CHECK(!sc_sample(f.flux, f.tape, &s, 1, f.text, &text, latents) &&
           strstr(sc_error(), "0 steps"));
     s.steps = 2, s.shift = 0;
-    CHECK(!sc_sample(f.flux, f.tape, &s, 1, f.text, f.context, f.pooled, latents) &&
+    CHECK(!sc_sample(f.flux, f.tape, &s, 1, f.text, &text, latents) &&
           strstr(sc_error(), "shift of 0"));
     free(latents);
     close_fixture(&f);

@@ -119,11 +119,8 @@ static void test_drawing(sc_pipeline *p, const sc_file *f, const char *folder, c
     const sc_tensor *noise = find(f, "noise");
     char name[64];
     int h = (int)settings[2], w = (int)settings[3];
-    int64_t n = sc_count(noise), context_size = sc_count(find(f, "context")),
-            pixels = sc_count(find(f, "picture"));
-    float *memory = malloc((size_t)(n + pixels + 2 * context_size) * 4);
-    float *latents = memory, *rgb = latents + n, *context = rgb + pixels,
-          *pooled = context + context_size;
+    int64_t n = sc_count(noise), pixels = sc_count(find(f, "picture"));
+    float *latents = malloc((size_t)(n + pixels) * 4), *rgb = latents + n;
     sc_sampling s = {.steps = (int)settings[0],
                      .guidance = settings[1],
                      .h = h,
@@ -131,8 +128,9 @@ static void test_drawing(sc_pipeline *p, const sc_file *f, const char *folder, c
                      .shift = sc_pipeline_shift(p, (int64_t)h * w)};
     memcpy(latents, noise->data, (size_t)n * 4);
     CHECK(p->shift == settings[5]);
-    CHECK(sc_pipeline_text(p, find(f, "prompts")->data, context, pooled));
-    CHECK(sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, context, pooled, latents));
+    sc_text text = sc_pipeline_text(p, find(f, "prompts")->data);
+    CHECK(text.context != NULL);
+    CHECK(sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, &text, latents));
     CHECK(sc_pipeline_decode(p, latents, 1, h, w, rgb));
     snprintf(name, sizeof name, "%slatents", prefix);
     double a = rel_error(latents, find(f, name)->data, n), b = 0;
@@ -144,7 +142,7 @@ static void test_drawing(sc_pipeline *p, const sc_file *f, const char *folder, c
            b * 127.5);
     CHECK(a < 5e-5);
     CHECK(b * 127.5 < 0.1);
-    free(memory);
+    free(latents), free(text.context);
 }
 
 /* A transformer for other latents than the VAE's would write past the ends of both. */
@@ -240,8 +238,8 @@ static void test_scheduler(void) {
     sc_file *f = open_reference("pipeline_b/reference");
     sc_pipeline *p = sc_pipeline_open(sc_cpu(), copy, &(sc_pipeline_options){0});
     if (!p) printf("%s\n", sc_error()), exit(1);
-    const float *settings = find(f, "settings")->data, *context = find(f, "context")->data,
-                *pooled = find(f, "pooled")->data;
+    const float *settings = find(f, "settings")->data;
+    const sc_text text = {find(f, "context")->data, find(f, "pooled")->data, false};
     sc_sampling s = {.steps = (int)settings[0],
                      .guidance = settings[1],
                      .h = (int)settings[2],
@@ -251,7 +249,7 @@ static void test_scheduler(void) {
     CHECK(sc_count(find(f, "noise")) == 80);
     memcpy(latents, find(f, "noise")->data, sizeof latents);
     CHECK_CLOSE(s.shift, 1.8799590599830809, 1e-6);
-    CHECK(sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, context, pooled, latents));
+    CHECK(sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, &text, latents));
     CHECK(rel_error(latents, expected, 6) < 1e-4);
     sc_recipe r = {.teacher_steps = 2, .shift = {9, 9}, .dynamic_shift_ratio = 1, .mu = p->mu};
     sc_rng rng = {1};
