@@ -4163,60 +4163,40 @@ const char *sc_file_metadata(const sc_file *f, const char *key) {
 
 /* ---- Writing safetensors ---- */
 
-/* Text that grows; running out of memory is noticed once, at its end. */
-typedef struct sc__text { char *data; size_t length, capacity; bool failed; } sc__text;
-
-static void sc__text_add(sc__text *t, const char *s, size_t n) {
-    if (t->failed) return;
-    if (t->length + n >= t->capacity) { /* even for nothing: `data` is never NULL afterwards */
-        size_t capacity = 2 * (t->length + n) + 256;
-        char *data = (char *)SC_REALLOC(t->data, capacity);
-        if (!data) { t->failed = true; return; }
-        t->data = data, t->capacity = capacity;
-    }
-    memcpy(t->data + t->length, s, n);
-    t->length += n;
-}
-
 /* `s` as a JSON string; bytes that are not UTF-8 become U+FFFD. */
-static void sc__text_quote(sc__text *t, const char *s) {
-    sc__text_add(t, "\"", 1);
+static void sc__write_quoted(FILE *f, const char *s) {
+    fputc('"', f);
     for (int size; *s; s += size ? size : 1) {
-        char code[8];
         size = sc__utf8_size(s);
-        bool plain = size && (unsigned char)*s >= 0x20;
-        if (!plain) snprintf(code, sizeof code, "\\u%04x", size ? (unsigned)*s : 0xfffdu);
-        if (*s == '"' || *s == '\\') sc__text_add(t, "\\", 1);
-        sc__text_add(t, plain ? s : code, plain ? (size_t)size : 6);
+        if (*s == '"' || *s == '\\') fputc('\\', f);
+        if (size && (unsigned char)*s >= 0x20) fwrite(s, 1, (size_t)size, f);
+        else fprintf(f, "\\u%04x", size ? (unsigned)*s : 0xfffdu);
     }
-    sc__text_add(t, "\"", 1);
+    fputc('"', f);
 }
 
-static void sc__header_text(sc__text *t, const sc_named *x, int64_t count,
-                            const char *const *metadata) {
-    static const char format[] = ":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%llu,%llu]}";
-    char shape[96], line[256];
+static void sc__write_header(FILE *f, const sc_named *x, int64_t count,
+                             const char *const *metadata) {
+    char shape[96];
     uint64_t at = 0, end;
-    sc__text_add(t, "\0\0\0\0\0\0\0\0{\"__metadata__\":{", 8 + 17); /* first its length */
+    fputs("{\"__metadata__\":{", f);
     for (int i = 0; metadata && metadata[i]; i += 2) {
-        if (i) sc__text_add(t, ",", 1);
-        sc__text_quote(t, metadata[i]);
-        sc__text_add(t, ":", 1);
-        sc__text_quote(t, metadata[i + 1]);
+        if (i) fputc(',', f);
+        sc__write_quoted(f, metadata[i]);
+        fputc(':', f);
+        sc__write_quoted(f, metadata[i + 1]);
     }
-    sc__text_add(t, "}", 1);
+    fputc('}', f);
     for (int64_t i = 0; i < count; i++, at = end) {
         end = at + (uint64_t)sc_count(x[i].tensor) * (uint64_t)sc_dtype_size(x[i].dtype);
-        sc__text_add(t, ",", 1);
-        sc__text_quote(t, x[i].name);
-        int n = snprintf(line, sizeof line, format, sc_dtype_name(x[i].dtype),
-                         sc__shape_text(x[i].tensor, shape), (unsigned long long)at,
-                         (unsigned long long)end);
-        sc__text_add(t, line, (size_t)n);
+        fputc(',', f);
+        sc__write_quoted(f, x[i].name);
+        fprintf(f, ":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%llu,%llu]}",
+                sc_dtype_name(x[i].dtype), sc__shape_text(x[i].tensor, shape),
+                (unsigned long long)at, (unsigned long long)end);
     }
-    sc__text_add(t, "}", 1);
-    while (t->length % 64 && !t->failed) sc__text_add(t, " ", 1); /* data at n * 64 */
-    for (int i = 0; i < 8 && !t->failed; i++) t->data[i] = (char)((t->length - 8) >> (8 * i));
+    fputc('}', f);
+    fprintf(f, "%*s", (int)(56 - ftell(f)) & 63, ""); /* data at n * 64, behind 8 of length */
 }
 
 /* The data of one tensor as its `dtype`; f32 is rounded to bf16 or f16 in slices. */
@@ -4247,17 +4227,20 @@ static float *sc__merged_values(const sc_flux *f, const sc_tensor *w); /* >>open
 static bool sc__save(const char *path, const sc_named *tensors, int64_t count,
                      const char *const *metadata, const sc_flux *flux) {
     sc_named *sorted = (sc_named *)sc__alloc((size_t)count, sizeof *sorted);
-    sc__text header = {0};
+    char *header = NULL, length[8];
+    size_t size;
+    FILE *text = sorted ? open_memstream(&header, &size) : NULL;
     sc__writer w;
     int64_t n = 0;
-    if (!sorted) return false;
-    for (int size = 8; size > 0; size /= 2)
+    for (int bytes = 8; sorted && bytes > 0; bytes /= 2)
         for (int64_t i = 0; i < count; i++)
-            if (sc_dtype_size(tensors[i].dtype) == size) sorted[n++] = tensors[i];
-    sc__header_text(&header, sorted, count, metadata);
-    bool ok = (!header.failed || sc_fail("%s: out of memory", path)) && sc__write_begin(&w, path);
+            if (sc_dtype_size(tensors[i].dtype) == bytes) sorted[n++] = tensors[i];
+    if (text) sc__write_header(text, sorted, count, metadata);
+    bool ok = (text && !fclose(text)) || sc_fail("%s: out of memory", path);
+    ok = ok && sc__write_begin(&w, path);
     if (ok) {
-        ok = sc__write_bytes(&w, header.data, header.length);
+        for (int i = 0; i < 8; i++) length[i] = (char)(size >> (8 * i));
+        ok = sc__write_bytes(&w, length, 8) && sc__write_bytes(&w, header, size);
         for (int64_t i = 0; ok && i < count; i++) {
             sc_tensor host = *sorted[i].tensor;
             sc_named x = {sorted[i].name, &host, sorted[i].dtype};
@@ -4267,7 +4250,7 @@ static bool sc__save(const char *path, const sc_named *tensors, int64_t count,
         }
         ok = sc__write_end(&w, ok);
     }
-    SC_FREE(header.data);
+    free(header); /* the C library's */
     SC_FREE(sorted);
     return ok;
 }
@@ -6585,23 +6568,21 @@ static size_t sc__word_length(const sc_tokenizer *t, const uint32_t *s, size_t n
 static bool sc__emit_words(const sc_tokenizer *t, const uint32_t *s, size_t n, bool first,
                            sc__ids *out) {
     sc__codes line = {0};
-    sc__text word = {0};
     bool prepend = t->prepend == SC__ALWAYS || (t->prepend == SC__FIRST && first);
     if (prepend && n && *s != ' ' && *s != t->space) sc__codes_add(&line, t->space);
     for (size_t i = 0; i < n; i++) sc__codes_add(&line, s[i] == ' ' ? t->space : s[i]);
-    bool ok = !line.failed;
+    char *word = line.failed ? NULL : (char *)sc__alloc(line.count, 4);
+    bool ok = word != NULL;
     for (size_t i = 0, size; ok && i < line.count && out->count < out->limit; i += size) {
-        char bytes[4];
+        size_t length = 0;
         size = sc__word_length(t, line.code + i, line.count - i);
         if (!t->unigram && sc__is_space(line.code[i])) continue;
-        word.length = 0;
         for (size_t k = i; k < i + size; k++)
-            sc__text_add(&word, bytes, (size_t)sc__utf8_encode(line.code[k], bytes));
-        ok = !word.failed && (t->unigram ? sc__unigram_word : sc__bpe_word)(t, word.data,
-                                                                            word.length, out);
+            length += (size_t)sc__utf8_encode(line.code[k], word + length);
+        ok = (t->unigram ? sc__unigram_word : sc__bpe_word)(t, word, length, out);
     }
     SC_FREE(line.code);
-    SC_FREE(word.data);
+    SC_FREE(word);
     return ok;
 }
 

@@ -9,15 +9,12 @@ int main(int argc, char **argv) {
     static sc_named named[2 * MOST];
     static sc_tensor tensors[2 * MOST];
     static char names[2 * MOST][32];
-    sc__text text = {0};
+    char *text = NULL;
+    size_t room = 0;
     int length = argc == 4 ? atoi(argv[2]) : 0, count = 0;
     sc_text_encoders *t = length > 0 ? sc_text_encoders_open(sc_cpu(), argv[1]) : NULL;
     if (!t) return fprintf(stderr, "%s\n", sc_error()), 1;
-    for (int c; (c = getchar()) != EOF && count < 2 * MOST;) {
-        char byte = (char)c;
-        sc__text_add(&text, &byte, 1);
-        if (c) continue;
-        text.length = 0;
+    while (count < 2 * MOST && getdelim(&text, &room, 0, stdin) > 0) {
         int64_t widths[2] = {(int64_t)length * t->t5.width, t->clip.width};
         for (int k = 0; k < 2; k++) {
             sc_tensor *x = &tensors[count + k];
@@ -28,7 +25,7 @@ int main(int argc, char **argv) {
             snprintf(names[count + k], sizeof *names, "%s.%d", k ? "pooled" : "context", count / 2);
             named[count + k] = (sc_named){names[count + k], x, SC_F32};
         }
-        if (!sc_text_encode(t, text.data, length, tensors[count].data, tensors[count + 1].data))
+        if (!sc_text_encode(t, text, length, tensors[count].data, tensors[count + 1].data))
             return fprintf(stderr, "%s\n", sc_error()), 1;
         count += 2;
     }

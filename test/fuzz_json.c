@@ -7,32 +7,36 @@
 #include "fuzz.h"
 
 /* `v` as JSON without white space; -0 keeps its sign, %.17g its bits. */
-static void json_write(sc__text *t, const sc_json *v) {
-    char number[32];
+static void json_write(FILE *f, const sc_json *v) {
     bool object = v->type == SC__OBJECT;
     switch (v->type) {
-    case SC__NULL: sc__text_add(t, "null", 4); break;
-    case SC__BOOL:
-        sc__text_add(t, sc_json_bool(v, false) ? "true" : "false", sc_json_bool(v, false) ? 4 : 5);
-        break;
-    case SC__STRING: sc__text_quote(t, sc_json_string(v, NULL)); break;
-    case SC__NUMBER:
-        sc__text_add(t, number,
-                     (size_t)snprintf(number, sizeof number, "%.17g", sc_json_number(v, NAN)));
-        break;
+    case SC__NULL: fputs("null", f); break;
+    case SC__BOOL: fputs(sc_json_bool(v, false) ? "true" : "false", f); break;
+    case SC__STRING: sc__write_quoted(f, sc_json_string(v, NULL)); break;
+    case SC__NUMBER: fprintf(f, "%.17g", sc_json_number(v, NAN)); break;
     case SC__ARRAY:
     case SC__OBJECT:
-        sc__text_add(t, object ? "{" : "[", 1);
+        fputc(object ? '{' : '[', f);
         for (int64_t i = 0; i < sc_json_length(v); i++) {
-            if (i) sc__text_add(t, ",", 1);
+            if (i) fputc(',', f);
             if (object) {
-                sc__text_quote(t, sc_json_key(v, i));
-                sc__text_add(t, ":", 1);
+                sc__write_quoted(f, sc_json_key(v, i));
+                fputc(':', f);
             }
-            json_write(t, object ? sc_json_value(v, i) : sc_json_at(v, i));
+            json_write(f, object ? sc_json_value(v, i) : sc_json_at(v, i));
         }
-        sc__text_add(t, object ? "}" : "]", 1);
+        fputc(object ? '}' : ']', f);
     }
+}
+
+/* The same in memory; freed by the caller. */
+static char *json_text(const sc_json *v, size_t *length) {
+    char *text = NULL;
+    FILE *f = open_memstream(&text, length);
+    MUST(f);
+    json_write(f, v);
+    MUST(!fclose(f));
+    return text;
 }
 
 /* Each key is found, and the last of equal ones. */
@@ -49,7 +53,8 @@ static void json_check_lookup(const sc_json *v) {
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    sc__text first = {0}, second = {0};
+    char *first = NULL, *second = NULL;
+    size_t first_length, second_length;
     char *text = (char *)malloc(size ? size : 1); /* exactly, so that reading on is noticed */
     MUST(text);
     if (size) memcpy(text, data, size);
@@ -57,15 +62,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     free(text);
     if (root) {
         json_check_lookup(root);
-        json_write(&first, root);
+        first = json_text(root, &first_length);
         sc_json_free(root);
-        root = sc_json_parse(first.data, first.length, "fuzz.json");
+        root = sc_json_parse(first, first_length, "fuzz.json");
         MUST(root);
-        json_write(&second, root);
-        MUST(first.length == second.length && !memcmp(first.data, second.data, first.length));
+        second = json_text(root, &second_length);
+        MUST(first_length == second_length && !memcmp(first, second, first_length));
     } else MUST(!strncmp(sc_error(), "fuzz.json:", 10) && !strpbrk(sc_error(), "\r\n"));
     sc_json_free(root);
-    SC_FREE(first.data);
-    SC_FREE(second.data);
+    free(first);
+    free(second);
     return 0;
 }
