@@ -4768,42 +4768,49 @@ static int sc__count_layers(const sc_net *net, const char *format, int fallback)
     }
 }
 
-/* folder/name, parsed, and its path; *json is NULL where there is no such file. False if it is
- * broken. */
-static bool sc__load_settings(const char *folder, const char *name, char **path, sc_json **json) {
-    *path = sc__join(folder, name);
-    bool there = *path && sc__exists(*path);
-    *json = there ? sc_json_load(*path) : NULL;
-    return *path && (*json || !there);
+/* A file of settings, which may not be there: json is then NULL. */
+typedef struct sc__config {
+    char *path;
+    sc_json *json;
+    bool wrong;                 /* a setting is; the error of the first is set */
+} sc__config;
+
+static void sc__config_close(sc__config *c) {
+    sc_json_free(c->json);
+    SC_FREE(c->path);
 }
 
-/* The same of the config.json beside a part's weights, an object. */
-static bool sc__read_config(const char *path, sc_json **json, char **name) {
-    if (!sc__is_folder(path)) return (*name = sc__strdup(path)) != NULL;
-    return sc__load_settings(path, "config.json", name, json) &&
-           (!*json || (*json)->type == SC__OBJECT || sc_fail("%s: not a JSON object", *name));
+/* folder/name; false if it is broken. */
+static bool sc__config_open(sc__config *c, const char *folder, const char *name) {
+    c->path = sc__join(folder, name);
+    bool there = c->path && sc__exists(c->path);
+    if (there) c->json = sc_json_load(c->path);
+    return c->path && (c->json || !there);
 }
 
-/* A number from a config, or a truth value as 1 or 0; absent or null: the fallback. False with the
- * error set. */
-static bool sc__config_number(const sc_json *config, const char *path, const char *key,
-                              double fallback, double *number) {
-    const sc_json *v = sc_json_get(config, key);
-    bool absent = !v || v->type == SC__NULL, flag = sc__json_is(v, SC__BOOL);
-    *number = absent ? fallback : flag ? sc_json_bool(v, false) : sc_json_number(v, NAN);
-    return !isnan(*number) || sc_fail("%s: '%s' must be a number", path, key);
+/* The config.json beside a part's weights, an object; a single file has none. */
+static bool sc__read_config(sc__config *c, const char *path) {
+    if (!sc__is_folder(path)) return (c->path = sc__strdup(path)) != NULL;
+    return sc__config_open(c, path, "config.json") &&
+           (!c->json || c->json->type == SC__OBJECT || sc_fail("%s: not a JSON object", c->path));
 }
 
-/* An integer >= least from a config; false with the error set. */
-static bool sc__config_int(int least, const sc_json *config, const char *path, const char *key,
-                           int fallback, int *value) {
-    double number;
-    *value = fallback;
-    if (!sc__config_number(config, path, key, fallback, &number)) return false;
-    if (!(number >= least && number <= 1 << 24 && number == floor(number)))
-        return sc_fail("%s: '%s' must be a whole number from %d up", path, key, least);
-    *value = (int)number;
-    return true;
+/* A number, or a truth value as 1 or 0; absent, null or wrong: the fallback. */
+static double sc__config_number(sc__config *c, const char *key, double fallback) {
+    const sc_json *v = sc_json_get(c->json, key);
+    if (!v || v->type == SC__NULL) return fallback;
+    if (v->type == SC__BOOL || v->type == SC__NUMBER) return v->u.number;
+    c->wrong = c->wrong || !sc_fail("%s: '%s' must be a number", c->path, key);
+    return fallback;
+}
+
+/* An integer >= least; wrong: the fallback. */
+static int sc__config_int(sc__config *c, int least, const char *key, int fallback) {
+    double number = sc__config_number(c, key, fallback);
+    if (number >= least && number <= 1 << 24 && number == floor(number)) return (int)number;
+    c->wrong = c->wrong || !sc_fail("%s: '%s' must be a whole number from %d up", c->path, key,
+                                    least);
+    return fallback;
 }
 
 /* ==== Opening and saving FLUX ================================================== >>open =======
@@ -4829,24 +4836,26 @@ int64_t sc_flux_parameters(const sc_flux *flux) {
 /* ---- Opening ---- */
 
 /* What config.json lacks is as in FLUX.1-dev. */
-static bool sc__flux_read_config(sc_flux_config *c, const sc_json *json, const char *path) {
+static bool sc__flux_read_config(sc_flux_config *c, sc__config *from) {
     static const char flux[] = "FluxTransformer2DModel";
-    const char *class_name = sc_json_string(sc_json_get(json, "_class_name"), flux);
+    const char *path = from->path;
+    const char *class_name = sc_json_string(sc_json_get(from->json, "_class_name"), flux);
     if (strcmp(class_name, flux))
         return sc_fail("%s: this is a %s; only FLUX.1 (%s) is supported", path, class_name, flux);
-    if (!sc__config_int(1, json, path, "in_channels", 64, &c->in_channels) ||
-        !sc__config_int(1, json, path, "out_channels", c->in_channels, &c->out_channels) ||
-        !sc__config_int(0, json, path, "num_layers", 19, &c->layers) ||
-        !sc__config_int(0, json, path, "num_single_layers", 38, &c->single_layers) ||
-        !sc__config_int(1, json, path, "attention_head_dim", 128, &c->head_size) ||
-        !sc__config_int(1, json, path, "num_attention_heads", 3072 / c->head_size, &c->heads) ||
-        !sc__config_int(1, json, path, "joint_attention_dim", 4096, &c->text_channels) ||
-        !sc__config_int(1, json, path, "pooled_projection_dim", 768, &c->pooled_channels))
-        return false;
+    c->in_channels = sc__config_int(from, 1, "in_channels", 64);
+    c->out_channels = sc__config_int(from, 1, "out_channels", c->in_channels);
+    c->layers = sc__config_int(from, 0, "num_layers", 19);
+    c->single_layers = sc__config_int(from, 0, "num_single_layers", 38);
+    c->head_size = sc__config_int(from, 1, "attention_head_dim", 128);
+    c->heads = sc__config_int(from, 1, "num_attention_heads", 3072 / c->head_size);
+    c->text_channels = sc__config_int(from, 1, "joint_attention_dim", 4096);
+    c->pooled_channels = sc__config_int(from, 1, "pooled_projection_dim", 768);
+    if (from->wrong) return false;
+    const sc_json *axes = sc_json_get(from->json, "axes_dims_rope");
     int sum = 0;
     for (int i = 0; i < 3; i++) {
         int usual = i ? c->head_size * 7 / 16 : c->head_size / 8;
-        double axis = sc_json_number(sc_json_at(sc_json_get(json, "axes_dims_rope"), i), usual);
+        double axis = sc_json_number(sc_json_at(axes, i), usual);
         if (!(axis >= 2 && axis <= 256 && axis == 2 * floor(axis / 2)))
             return sc_fail("%s: axes_dims_rope must be even numbers up to 256", path);
         sum += c->rope_axes[i] = (int)axis;
@@ -4856,7 +4865,7 @@ static bool sc__flux_read_config(sc_flux_config *c, const sc_json *json, const c
                         path, sum, c->head_size);
     if ((int64_t)c->heads * c->head_size > 1 << 20)
         return sc_fail("%s: %d heads of %d is too wide", path, c->heads, c->head_size);
-    c->guidance = sc_json_bool(sc_json_get(json, "guidance_embeds"), false);
+    c->guidance = sc_json_bool(sc_json_get(from->json, "guidance_embeds"), false);
     return true;
 }
 
@@ -4969,22 +4978,20 @@ static void sc__flux_zero(sc_flux *f) {
 
 sc_flux *sc_flux_open(const sc_backend *backend, const char *path, const sc_flux_options *options) {
     const sc_flux_options o = options ? *options : (sc_flux_options){0};
-    char *name = NULL;
-    sc_json *json = NULL;
+    sc__config c = {0};
     sc_flux *f = (sc_flux *)sc__alloc(1, sizeof *f);
     if (!f) return NULL;
     bool ok = (!o.fp8 || !o.widen || sc_fail("weights that are f32 cannot become fp8")) &&
-              sc__read_config(path, &json, &name);
+              sc__read_config(&c, path);
     size_t length;
-    if (ok && json) ok = (f->config_text = sc_read_file(name, &length)) != NULL;
-    if (ok && o.random && !json) ok = sc_fail("%s: No such file", name);
+    if (ok && c.json) ok = (f->config_text = sc_read_file(c.path, &length)) != NULL;
+    if (ok && o.random && !c.json) ok = sc_fail("%s: No such file", c.path);
     ok = ok && (f->net = sc_net_open(backend, o.random ? NULL : path, o.widen));
-    if (ok && !json)
+    if (ok && !c.json)
         ok = (f->config_text = sc__flux_config_text(f->net)) &&
-             (json = sc_json_parse(f->config_text, strlen(f->config_text), name));
-    ok = ok && sc__flux_read_config(&f->config, json, name);
-    sc_json_free(json);
-    SC_FREE(name);
+             (c.json = sc_json_parse(f->config_text, strlen(f->config_text), c.path));
+    ok = ok && sc__flux_read_config(&f->config, &c);
+    sc__config_close(&c);
     if (ok) {
         size_t doubles = (size_t)f->config.layers, singles = (size_t)f->config.single_layers;
         f->double_blocks = (sc__double_block *)sc__alloc(doubles, sizeof *f->double_blocks);
@@ -5760,35 +5767,35 @@ int sc_vae_factor(const sc_vae *v) { return 1 << (v->config.levels - 1); }
 
 /* Whether the config says `wanted` under `key`, maybe several times in a list, or nothing there;
  * false with the error set. */
-static bool sc__config_is(const sc_json *config, const char *path, const char *key,
-                          const char *wanted) {
-    const sc_json *said = sc_json_get(config, key);
+static bool sc__config_is(const sc__config *c, const char *key, const char *wanted) {
+    const sc_json *said = sc_json_get(c->json, key);
     for (int64_t i = 0; i == 0 || i < sc_json_length(said); i++) {
         const sc_json *item = sc_json_at(said, i);
         const char *found = sc_json_string(item ? item : said, wanted);
         if (strcmp(found, wanted))
-            return sc_fail("%s: %s must be %s, not '%s'", path, key, wanted, found);
+            return sc_fail("%s: %s must be %s, not '%s'", c->path, key, wanted, found);
     }
     return true;
 }
 
-/* json NULL: by the shapes of net's weights. */
-static bool sc__vae_read_config(sc_vae_config *c, const sc_net *net, const sc_json *json,
-                                const char *path) {
-    const sc_json *channels = sc_json_get(json, "block_out_channels");
+/* Without a config.json by the shapes of net's weights. */
+static bool sc__vae_read_config(sc_vae_config *c, const sc_net *net, sc__config *from) {
     static const char first_convs[] = "encoder.down_blocks.%d.resnets.0.conv1.weight";
-    int pixels_in, pixels_out, latents = sc__side(net, "decoder.conv_in.weight", 1, 4);
+    const sc_json *json = from->json, *channels = sc_json_get(json, "block_out_channels");
+    const char *path = from->path;
     int layers = sc__count_layers(net, "encoder.down_blocks.0.resnets.%d.conv1.weight", 1);
-    if (!sc__config_is(json, path, "_class_name", "AutoencoderKL") ||
-        !sc__config_is(json, path, "act_fn", "silu") ||
-        !sc__config_is(json, path, "down_block_types", "DownEncoderBlock2D") ||
-        !sc__config_is(json, path, "up_block_types", "UpDecoderBlock2D") ||
-        !sc__config_int(1, json, path, "in_channels", 3, &pixels_in) ||
-        !sc__config_int(1, json, path, "out_channels", 3, &pixels_out) ||
-        !sc__config_int(1, json, path, "latent_channels", latents, &c->latent_channels) ||
-        !sc__config_int(1, json, path, "layers_per_block", layers, &c->layers) ||
-        !sc__config_int(1, json, path, "sample_size", 1024, &c->resolution) ||
-        !sc__config_int(1, json, path, "norm_num_groups", 32, &c->groups)) return false;
+    if (!sc__config_is(from, "_class_name", "AutoencoderKL") ||
+        !sc__config_is(from, "act_fn", "silu") ||
+        !sc__config_is(from, "down_block_types", "DownEncoderBlock2D") ||
+        !sc__config_is(from, "up_block_types", "UpDecoderBlock2D")) return false;
+    int pixels_in = sc__config_int(from, 1, "in_channels", 3);
+    int pixels_out = sc__config_int(from, 1, "out_channels", 3);
+    int latents = sc__side(net, "decoder.conv_in.weight", 1, 4);
+    c->latent_channels = sc__config_int(from, 1, "latent_channels", latents);
+    c->layers = sc__config_int(from, 1, "layers_per_block", layers);
+    c->resolution = sc__config_int(from, 1, "sample_size", 1024);
+    c->groups = sc__config_int(from, 1, "norm_num_groups", 32);
+    if (from->wrong) return false;
     if (pixels_in != 3 || pixels_out != 3)
         return sc_fail("%s: pictures must have 3 channels", path);
     int64_t levels = json ? sc_json_length(channels) : sc__count_layers(net, first_convs, 0);
@@ -5893,15 +5900,13 @@ static bool sc__vae_steps(sc_vae *v, sc__vae_half *h, bool encoder) {
 }
 
 sc_vae *sc_vae_open(const sc_backend *backend, const char *path, bool widen) {
-    char *name = NULL;
-    sc_json *json = NULL;
+    sc__config c = {0};
     sc_vae *v = (sc_vae *)sc__alloc(1, sizeof *v);
-    bool ok = v && sc__read_config(path, &json, &name) &&
-              (!json || sc__vae_read_config(&v->config, &(sc_net){0}, json, name)) &&
+    bool ok = v && sc__read_config(&c, path) &&
+              (!c.json || sc__vae_read_config(&v->config, &(sc_net){0}, &c)) &&
               (v->net = sc_net_open(backend, path, widen)) &&
-              (json || sc__vae_read_config(&v->config, v->net, json, name));
-    sc_json_free(json);
-    SC_FREE(name);
+              (c.json || sc__vae_read_config(&v->config, v->net, &c));
+    sc__config_close(&c);
     if (ok) v->net->levels = v->config.levels;
     for (int i = 0; ok && backend && i < 5; i++) ok = (v->tapes[i] = sc_tape_new(backend)) != NULL;
     ok = ok && sc__vae_steps(v, &v->encoder, true) && sc__vae_steps(v, &v->decoder, false) &&
@@ -6884,21 +6889,19 @@ static bool sc__unigram_open(sc_tokenizer *t, const char *path, const sc_json *c
 sc_tokenizer *sc_tokenizer_open(const char *folder) {
     sc_tokenizer *t = (sc_tokenizer *)sc__alloc(1, sizeof *t);
     char *vocab = sc__join(folder, "vocab.json"), *unigram = sc__join(folder, "tokenizer.json");
-    char *path = NULL;
-    sc_json *config = NULL;
+    sc__config c = {0};
     bool ok = t && vocab && unigram && (t->unicode = sc__unicode_open()) &&
-              sc__load_settings(folder, "tokenizer_config.json", &path, &config);
-    if (ok && sc__exists(vocab)) ok = sc__bpe_open(t, folder, vocab, config);
-    else if (ok && sc__exists(unigram)) ok = sc__unigram_open(t, unigram, config);
+              sc__config_open(&c, folder, "tokenizer_config.json");
+    if (ok && sc__exists(vocab)) ok = sc__bpe_open(t, folder, vocab, c.json);
+    else if (ok && sc__exists(unigram)) ok = sc__unigram_open(t, unigram, c.json);
     else if (ok)
         ok = sc_fail("%s: no tokenizer here; copy CLIP's vocab.json and merges.txt, or T5's "
                       "tokenizer.json, into this folder", folder);
-    double length = sc_json_number(sc_json_get(config, "model_max_length"), 0);
+    double length = sc_json_number(sc_json_get(c.json, "model_max_length"), 0);
     if (ok) t->length = length >= 1 && length <= 1 << 20 ? (int)length : 0;
-    sc_json_free(config);
+    sc__config_close(&c);
     SC_FREE(vocab);
     SC_FREE(unigram);
-    SC_FREE(path);
     if (ok) return t;
     sc_tokenizer_close(t);
     return NULL;
@@ -7006,43 +7009,43 @@ static int sc__layer_side(const sc__encoder *e, const char *name, int dim, int f
     return sc__side(e->net, full, dim, fallback);
 }
 
-static bool sc__encoder_config(sc__encoder *e, const sc_json *json, const char *path) {
+static bool sc__encoder_config(sc__encoder *e, sc__config *c) {
     const sc__encoder_names *n = e->names;
     char layers[SC_MAX_NAME];
     snprintf(layers, sizeof layers, "%s%%d%s%s.weight", n->layer, n->inside, n->attention[0]);
     int gate = n->gate ? sc__layer_side(e, n->gate, 0, 0) : 0;
-    const struct { const char *key; int fallback, *value; } sides[] = {
-        {n->width, sc__side(e->net, n->tokens, 1, 512), &e->width},
-        {n->heads, json ? 8 : sc__side(e->net, n->position, 1, 512) / n->columns, &e->heads},
-        {n->layers, sc__count_layers(e->net, layers, n->usual_layers), &e->layers},
-        {n->hidden, gate ? gate : sc__layer_side(e, n->plain, 0, 2048), &e->hidden},
-        {"vocab_size", sc__side(e->net, n->tokens, 0, n->usual_words), &e->vocabulary},
-        {n->rows, sc__side(e->net, n->position, 0, n->usual_rows), &e->rows}};
-    for (size_t i = 0; i < sizeof sides / sizeof *sides; i++)
-        if (!sc__config_int(1, json, path, sides[i].key, sides[i].fallback, sides[i].value))
-            return false;
-    e->eps = (float)sc_json_number(sc_json_get(json, n->eps), n->usual_eps);
-    return true;
+    int hidden = gate ? gate : sc__layer_side(e, n->plain, 0, 2048);
+    int heads = c->json ? 8 : sc__side(e->net, n->position, 1, 512) / n->columns;
+    int words = sc__side(e->net, n->tokens, 0, n->usual_words);
+    e->width = sc__config_int(c, 1, n->width, sc__side(e->net, n->tokens, 1, 512));
+    e->heads = sc__config_int(c, 1, n->heads, heads);
+    e->layers = sc__config_int(c, 1, n->layers, sc__count_layers(e->net, layers, n->usual_layers));
+    e->hidden = sc__config_int(c, 1, n->hidden, hidden);
+    e->vocabulary = sc__config_int(c, 1, "vocab_size", words);
+    e->rows = sc__config_int(c, 1, n->rows, sc__side(e->net, n->position, 0, n->usual_rows));
+    e->eps = (float)sc_json_number(sc_json_get(c->json, n->eps), n->usual_eps);
+    return !c->wrong;
 }
 
-static bool sc__clip_config(sc_text_encoders *t, const sc_json *json, const char *path) {
+static bool sc__clip_config(sc_text_encoders *t, sc__config *c) {
     sc__encoder *e = &t->clip;
-    const sc_json *end = sc_json_get(json, "eos_token_id");
-    const char *activation = sc_json_string(sc_json_get(json, "hidden_act"), "quick_gelu");
+    const sc_json *end = sc_json_get(c->json, "eos_token_id");
+    const char *activation = sc_json_string(sc_json_get(c->json, "hidden_act"), "quick_gelu");
     int length = e->tokenizer ? sc_tokenizer_length(e->tokenizer) : 0;
-    t->clip_end = end ? sc__json_id(end) : json ? 49407 : 2;
+    t->clip_end = end ? sc__json_id(end) : c->json ? 49407 : 2;
     t->clip_length = length && length < e->rows ? length : e->rows;
     e->size = e->width / e->heads;
     if (e->width % e->heads)
-        return sc_fail("%s: hidden_size must be a multiple of num_attention_heads", path);
+        return sc_fail("%s: hidden_size must be a multiple of num_attention_heads", c->path);
     if (e->rows < 2 || e->rows > SC__MAX_TOKENS)
-        return sc_fail("%s: max_position_embeddings must be from 2 to %d", path, SC__MAX_TOKENS);
-    return sc__activation_named(activation, path, &e->activation);
+        return sc_fail("%s: max_position_embeddings must be from 2 to %d", c->path, SC__MAX_TOKENS);
+    return sc__activation_named(activation, c->path, &e->activation);
 }
 
 /* Configs have `dense_act_fn` and `is_gated_act`, or `feed_forward_proj`, which means both. */
-static bool sc__t5_config(sc_text_encoders *t, const sc_json *json, const char *path) {
+static bool sc__t5_config(sc_text_encoders *t, sc__config *c) {
     sc__encoder *e = &t->t5;
+    const sc_json *json = c->json;
     bool gate = !json && sc__layer_side(e, e->names->gate, 0, 0);
     int inner = sc__layer_side(e, e->names->attention[0], 0, 512);
     const char *both = sc_json_string(sc_json_get(json, "feed_forward_proj"),
@@ -7051,13 +7054,13 @@ static bool sc__t5_config(sc_text_encoders *t, const sc_json *json, const char *
     const char *activation = !strcmp(both, "gated-gelu") ? "gelu_new" : gated ? both + 6 : both;
     activation = sc_json_string(sc_json_get(json, "dense_act_fn"), activation);
     e->gated = sc_json_bool(sc_json_get(json, "is_gated_act"), gated);
-    if (!sc__config_int(1, json, path, "d_kv", json ? 64 : inner / e->heads, &e->size) ||
-        !sc__config_int(1, json, path, "relative_attention_max_distance", 128, &t->t5_distance))
-        return false;
+    e->size = sc__config_int(c, 1, "d_kv", json ? 64 : inner / e->heads);
+    t->t5_distance = sc__config_int(c, 1, "relative_attention_max_distance", 128);
+    if (c->wrong) return false;
     if (e->rows < 4 || t->t5_distance <= e->rows / 4)
         return sc_fail("%s: relative_attention_num_buckets must be 4 or more, and less than four "
-                        "times relative_attention_max_distance", path);
-    return sc__activation_named(activation, path, &e->activation);
+                        "times relative_attention_max_distance", c->path);
+    return sc__activation_named(activation, c->path, &e->activation);
 }
 
 static bool sc__open_layer(sc__encoder *e, int index) {
@@ -7097,19 +7100,17 @@ static bool sc__encoder_weights(sc__encoder *e) {
  * outside of the embedding table would read past its end. */
 static bool sc__encoder_open(sc_text_encoders *t, sc__encoder *e, const char *path) {
     bool clip = e == &t->clip;
-    char *name = NULL;
-    sc_json *json = NULL;
+    sc__config c = {0};
     e->names = clip ? &sc__clip_names : &sc__t5_names;
     e->biased = clip;
-    bool ok = sc__read_config(path, &json, &name) &&
+    bool ok = sc__read_config(&c, path) &&
               (e->net = sc_net_open(t->backend, path, sc__small_file(t->backend, path))) &&
-              sc__encoder_config(e, json, name) &&
-              (clip ? sc__clip_config : sc__t5_config)(t, json, name) && sc__encoder_weights(e);
+              sc__encoder_config(e, &c) && (clip ? sc__clip_config : sc__t5_config)(t, &c) &&
+              sc__encoder_weights(e);
     if (ok && e->tokenizer && e->tokenizer->largest >= e->vocabulary)
         ok = sc_fail("%s: vocab_size is %d, but the tokenizer has the id %d", path, e->vocabulary,
                       (int)e->tokenizer->largest);
-    sc_json_free(json);
-    SC_FREE(name);
+    sc__config_close(&c);
     return ok;
 }
 
@@ -7661,30 +7662,27 @@ void sc_dataset_close(sc_dataset *d) {
 
 /* The scheduler's time shift. Single files come without a scheduler: then it is FLUX.1-dev's or
  * schnell's. What would give other times, or other steps than Euler's, is refused. */
-static bool sc__read_scheduler(sc_pipeline *p, const sc_json *json, const char *path) {
+static bool sc__read_scheduler(sc_pipeline *p, sc__config *c) {
     static const char *const refused[] = {"shift_terminal", "use_karras_sigmas", "use_beta_sigmas",
                                           "use_exponential_sigmas", "invert_sigmas",
                                           "stochastic_sampling"};
-    double value, dynamic, shift, base, max;
-    if (!sc__config_is(json, path, "_class_name", "FlowMatchEulerDiscreteScheduler") ||
-        !sc__config_is(json, path, "time_shift_type", "exponential")) return false;
-    for (size_t i = 0; i < sizeof refused / sizeof *refused; i++) {
-        if (!sc__config_number(json, path, refused[i], 0, &value)) return false;
-        if (value) return sc_fail("%s: '%s' is not supported", path, refused[i]);
-    }
-    bool guided = !json && p->flux->config.guidance;
-    if (!sc__config_number(json, path, "use_dynamic_shifting", guided, &dynamic) ||
-        !sc__config_number(json, path, "shift", 1, &shift) ||
-        !sc__config_number(json, path, "base_shift", 0.5, &base) ||
-        !sc__config_number(json, path, "max_shift", 1.15, &max) ||
-        !sc__config_int(1, json, path, "base_image_seq_len", 256, &p->mu.base_tokens) ||
-        !sc__config_int(1, json, path, "max_image_seq_len", 4096, &p->mu.max_tokens)) return false;
-    p->mu.base = (float)base;
-    p->mu.max = (float)max;
+    if (!sc__config_is(c, "_class_name", "FlowMatchEulerDiscreteScheduler") ||
+        !sc__config_is(c, "time_shift_type", "exponential")) return false;
+    for (size_t i = 0; i < sizeof refused / sizeof *refused; i++)
+        if (sc__config_number(c, refused[i], 0) && !c->wrong)
+            return sc_fail("%s: '%s' is not supported", c->path, refused[i]);
+    bool guided = !c->json && p->flux->config.guidance;
+    bool dynamic = sc__config_number(c, "use_dynamic_shifting", guided) != 0;
+    double shift = sc__config_number(c, "shift", 1);
+    p->mu.base = (float)sc__config_number(c, "base_shift", 0.5);
+    p->mu.max = (float)sc__config_number(c, "max_shift", 1.15);
+    p->mu.base_tokens = sc__config_int(c, 1, "base_image_seq_len", 256);
+    p->mu.max_tokens = sc__config_int(c, 1, "max_image_seq_len", 4096);
     p->shift = dynamic ? 0 : (float)shift;
+    if (c->wrong) return false;
     if (p->mu.base_tokens == p->mu.max_tokens)
-        return sc_fail("%s: base_image_seq_len and max_image_seq_len must differ", path);
-    return dynamic || shift > 0 || sc_fail("%s: 'shift' must be positive", path);
+        return sc_fail("%s: base_image_seq_len and max_image_seq_len must differ", c->path);
+    return dynamic || shift > 0 || sc_fail("%s: 'shift' must be positive", c->path);
 }
 
 /* What the VAE's config decides: the sides of pictures, and whether the transformer is its own. */
@@ -7703,22 +7701,21 @@ static bool sc__read_sizes(sc_pipeline *p, const sc_vae *plan, const char *path)
 
 /* What decides how the model is used. */
 static bool sc__pipeline_settings(sc_pipeline *p) {
-    char *folder = sc_model_folder(p->folder), *path = NULL, *words = NULL;
+    char *folder = sc_model_folder(p->folder);
     char *vae = folder ? sc_part_path(p->folder, SC_VAE) : NULL;
     sc_vae *plan = vae ? sc_vae_open(NULL, vae, false) : NULL;
-    sc_json *scheduler = NULL, *tokenizer = NULL;
-    double length = 0, usual = p->flux->config.guidance ? 512 : 256;
+    sc__config scheduler = {0}, tokenizer = {0};
+    double usual = p->flux->config.guidance ? 512 : 256;
     bool ok = plan && sc__read_sizes(p, plan, vae) &&
-              sc__load_settings(folder, "scheduler/scheduler_config.json", &path, &scheduler) &&
-              sc__read_scheduler(p, scheduler, path) &&
-              sc__load_settings(folder, "tokenizer_2/tokenizer_config.json", &words, &tokenizer) &&
-              sc__config_number(tokenizer, words, "model_max_length", usual, &length);
+              sc__config_open(&scheduler, folder, "scheduler/scheduler_config.json") &&
+              sc__read_scheduler(p, &scheduler) &&
+              sc__config_open(&tokenizer, folder, "tokenizer_2/tokenizer_config.json");
+    double length = sc__config_number(&tokenizer, "model_max_length", usual);
     p->text_tokens = length >= 1 && length <= 512 ? (int)length : 512;
-    sc_json_free(tokenizer);
-    sc_json_free(scheduler);
+    ok = ok && !tokenizer.wrong;
+    sc__config_close(&tokenizer);
+    sc__config_close(&scheduler);
     sc_vae_close(plan);
-    SC_FREE(words);
-    SC_FREE(path);
     SC_FREE(vae);
     SC_FREE(folder);
     return ok;

@@ -328,7 +328,7 @@ static void test_shapes(void) {
     char *text = sc__flux_config_text(net);
     sc_json *json = sc_json_parse(text, strlen(text), path);
     sc_flux_config c;
-    CHECK(!sc__flux_read_config(&c, json, path));
+    CHECK(!sc__flux_read_config(&c, &(sc__config){.path = (char *)path, .json = json}));
     CHECK(c.layers == 1 && c.single_layers == 2 && c.heads == 2 && c.head_size == 16 &&
           c.in_channels == 16 && c.text_channels == 24 && c.pooled_channels == 20);
     sc_json_free(json);
