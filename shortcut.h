@@ -246,10 +246,10 @@ sc_tensor *sc_blend(sc_tape *t, const float *p, sc_tensor *u, const float *q, sc
 bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, double *loss);
 
 /* Operations of the frozen networks (text encoders, VAE, evaluator); not recorded. Norms are over
- * the last dimension, w and b [C]; ids [batch, tokens] on the host, table [vocabulary, C]. */
+ * the last dimension, w and b [C], or without b RMS norms; ids [batch, tokens] on the host, table
+ * [vocabulary, C]. */
 sc_tensor *sc_layer_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
                          float eps);
-sc_tensor *sc_rms_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, float eps);
 sc_tensor *sc_embed_tokens(sc_tape *t, const sc_tensor *table, const int32_t *ids, int64_t batch,
                            int64_t tokens);
 /* Pictures are [B,C,H,W]. conv2d: w [out,in,k,k], k up to 5, b [out] or NULL; zero padding:
@@ -828,9 +828,9 @@ struct sc_backend {
                       bool causal);
     void (*attention_backward)(const sc_tensor *o, const float *lse, sc_tensor *q, sc_tensor *k,
                                sc_tensor *v, int heads, float scale);
+    /* b NULL: RMS norm, the mean is taken as 0. */
     void (*layer_norm)(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
                        float eps);
-    void (*rms_norm)(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, float eps);
     void (*embed_tokens)(sc_tensor *y, const sc_tensor *table, const int32_t *ids);
     /* Group norm in two parts, so that a picture [B,C,H,W] may come in strips: the values and their
      * squares in `rows` rows from `first` on are added to sums [B, groups, 2], f64; then y, which
@@ -2244,20 +2244,12 @@ static void sc__cpu_layer_norm(sc_tensor *y, const sc_tensor *x, const sc_tensor
     int64_t n = sc__last(x), rows = sc__rows(x);
     SC_PARALLEL_FOR
     for (int64_t r = 0; r < rows; r++) {
-        const float *px = sc__f(x) + r * n, *pw = sc__f(w), *pb = sc__f(b);
-        float *py = sc__f(y) + r * n, mean, inverse;
-        sc__moments(px, n, eps, &mean, &inverse);
-        SC_SIMD for (int64_t c = 0; c < n; c++) py[c] = (px[c] - mean) * inverse * pw[c] + pb[c];
-    }
-}
-
-static void sc__cpu_rms_norm(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, float eps) {
-    int64_t n = sc__last(x), rows = sc__rows(x);
-    SC_PARALLEL_FOR
-    for (int64_t r = 0; r < rows; r++) {
-        const float *px = sc__f(x) + r * n, *pw = sc__f(w);
-        float *py = sc__f(y) + r * n, inverse = sc__inverse_rms(px, n, eps);
-        SC_SIMD for (int64_t c = 0; c < n; c++) py[c] = px[c] * inverse * pw[c];
+        const float *px = sc__f(x) + r * n, *pw = sc__f(w), *pb = b ? sc__f(b) : NULL;
+        float *py = sc__f(y) + r * n, mean = 0, inverse;
+        if (b) sc__moments(px, n, eps, &mean, &inverse);
+        else inverse = sc__inverse_rms(px, n, eps);
+        SC_SIMD for (int64_t c = 0; c < n; c++) py[c] =
+            (px[c] - mean) * inverse * pw[c] + (pb ? pb[c] : 0);
     }
 }
 
@@ -2560,9 +2552,9 @@ static const sc_backend sc__cpu_backend = {
     SC__CPU(embed_timestep), SC__CPU(activate), SC__CPU(activate_backward), SC__CPU(multiply),
     SC__CPU(ln_modulate), SC__CPU(ln_modulate_backward), SC__CPU(gated_residual),
     SC__CPU(gated_residual_backward), SC__CPU(norm_rope), SC__CPU(norm_rope_backward),
-    SC__CPU(attention), SC__CPU(attention_backward), SC__CPU(layer_norm), SC__CPU(rms_norm),
-    SC__CPU(embed_tokens), SC__CPU(group_sums), SC__CPU(group_norm), SC__CPU(conv2d),
-    SC__CPU(upsample), SC__CPU(swap_axes), SC__CPU(mse), SC__CPU(mse_backward), SC__CPU(update),
+    SC__CPU(attention), SC__CPU(attention_backward), SC__CPU(layer_norm), SC__CPU(embed_tokens),
+    SC__CPU(group_sums), SC__CPU(group_norm), SC__CPU(conv2d), SC__CPU(upsample),
+    SC__CPU(swap_axes), SC__CPU(mse), SC__CPU(mse_backward), SC__CPU(update),
 };
 
 const sc_backend *sc_cpu(void) {
@@ -3186,12 +3178,6 @@ sc_tensor *sc_layer_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, con
                          float eps) {
     sc_tensor *y = sc__new_like(t, x);
     if (y) t->be->layer_norm(y, x, w, b, eps);
-    return y;
-}
-
-sc_tensor *sc_rms_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, float eps) {
-    sc_tensor *y = sc__new_like(t, x);
-    if (y) t->be->rms_norm(y, x, w, eps);
     return y;
 }
 
@@ -7146,11 +7132,9 @@ sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *m
 
 /* ---- Forward ---- */
 
-/* A layer norm, or without a bias T5's, which only scales. */
 static sc_tensor *sc__normed(sc_tape *t, const sc__encoder *e, const sc_tensor *x,
                              const sc__affine *norm) {
-    return norm->bias ? sc_layer_norm(t, x, norm->weight, norm->bias, e->eps)
-                      : sc_rms_norm(t, x, norm->weight, e->eps);
+    return sc_layer_norm(t, x, norm->weight, norm->bias, e->eps);
 }
 
 /* x [1, T, C] through the layers, in place, and of the last norm of it `count` tokens from `first`

@@ -2443,9 +2443,6 @@ static void cuda_layer_norm(sc_tensor *y, const sc_tensor *x, const sc_tensor *w
     LAUNCH(wide(n, y->data, x->data), layer_norm_kernel, row_count(x), 128, (bf16 *)y->data,
            bf16_data(x), f32_data(w), f32_data(b), (int)n, eps);
 }
-static void cuda_rms_norm(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, float eps) {
-    cuda_layer_norm(y, x, w, NULL, eps);
-}
 
 template <class T>
 __global__ void embed_kernel(bf16 *y, const T *table, const int32_t *ids, int64_t n) {
@@ -2770,7 +2767,7 @@ static sc_backend make_table() {
     t.gated_residual_backward = cuda_gated_residual_backward;
     t.norm_rope = cuda_norm_rope, t.norm_rope_backward = cuda_norm_rope_backward;
     t.attention = cuda_attention, t.attention_backward = cuda_attention_backward;
-    t.layer_norm = cuda_layer_norm, t.rms_norm = cuda_rms_norm, t.embed_tokens = cuda_embed_tokens;
+    t.layer_norm = cuda_layer_norm, t.embed_tokens = cuda_embed_tokens;
     t.group_sums = cuda_group_sums, t.group_norm = cuda_group_norm, t.conv2d = cuda_conv2d;
     t.upsample = cuda_upsample, t.swap_axes = cuda_swap_axes;
     t.mse = cuda_mse, t.mse_backward = cuda_mse_backward, t.update = cuda_update;
