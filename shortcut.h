@@ -197,10 +197,8 @@ void sc_tape_use(sc_tape *tape, const uint8_t *set_of_sample); /* [B] sc_set; NU
 /* Host memory that lives as long as tensors do: for coefficients, times, sets. */
 void *sc_tape_host(sc_tape *tape, size_t bytes);
 /* What is made after sc_tape_mark, and not recorded, is given back by sc_tape_rewind. */
-typedef struct sc_mark {
-    int host, device;
-    size_t host_used, device_used, device_taken;
-} sc_mark;
+typedef struct sc_place { int chunk; size_t used, taken; } sc_place; /* bytes: of it, of all */
+typedef struct sc_mark { sc_place host, device; } sc_mark;
 sc_mark sc_tape_mark(const sc_tape *tape);
 void sc_tape_rewind(sc_tape *tape, sc_mark mark);
 size_t sc_tape_bytes(const sc_tape *tape);               /* memory held */
@@ -1606,6 +1604,14 @@ int64_t sc_count(const sc_tensor *x) {
 static inline float sc__from_bits(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
 static inline uint32_t sc__to_bits(float f) { uint32_t bits; memcpy(&bits, &f, 4); return bits; }
 
+/* The number in `count` bytes, up to 4. */
+static uint32_t sc__bytes(const void *bytes, int count, bool big_endian) {
+    const uint8_t *p = (const uint8_t *)bytes;
+    uint32_t value = 0;
+    for (int i = 0; i < count; i++) value |= (uint32_t)p[i] << 8 * (big_endian ? count - 1 - i : i);
+    return value;
+}
+
 static inline float sc__bf16_to_f32(uint16_t h) { return sc__from_bits((uint32_t)h << 16); }
 
 /* Round to nearest even; NaN stays NaN. */
@@ -2576,11 +2582,11 @@ const sc_backend *sc_cpu(void) {
  */
 
 typedef struct sc__arena {
-    const sc_backend *backend;  /* NULL: host memory */
+    const sc_backend *backend;  /* whose memory it is */
     struct { char *base; size_t size; } chunks[64];
-    int count, current;
-    size_t held, used;          /* of all chunks; of chunks[current] */
-    size_t taken, peak;         /* by all tensors now, and at most */
+    int count;
+    sc_place at;                /* where the next tensor goes */
+    size_t held, peak;          /* of all chunks; by all tensors at most */
 } sc__arena;
 
 typedef struct sc__block_bytes { size_t own, shared; } sc__block_bytes;
@@ -2612,7 +2618,7 @@ struct sc_tape {
 static bool sc__arena_add(sc__arena *a, size_t size) {
     if (a->count == (int)(sizeof a->chunks / sizeof *a->chunks))
         return sc_fail("out of memory: the arena has %d chunks", a->count);
-    char *base = a->backend ? (char *)a->backend->alloc(size) : (char *)sc__alloc(size, 1);
+    char *base = (char *)a->backend->alloc(size);
     if (!base) return false;
     a->chunks[a->count].base = base;
     a->chunks[a->count++].size = size;
@@ -2624,30 +2630,24 @@ static void *sc__arena_take(sc__arena *a, size_t bytes) {
     if (bytes > SIZE_MAX / 8)
         return sc_fail("out of memory: %zu bytes for one tensor", bytes), NULL;
     bytes = (bytes + 255) & ~(size_t)255;
-    while (a->current < a->count && a->used + bytes > a->chunks[a->current].size) {
-        a->current++;
-        a->used = 0;
+    while (a->at.chunk < a->count && a->at.used + bytes > a->chunks[a->at.chunk].size) {
+        a->at.chunk++;
+        a->at.used = 0;
     }
-    if (a->current == a->count) { /* no chunk has room: add one */
+    if (a->at.chunk == a->count) { /* no chunk has room: add one */
         size_t size = (size_t)1 << 20;
         while (size < a->held / 8) size *= 2; /* few chunks, little waste */
         if (!sc__arena_add(a, size < bytes ? bytes : size)) return NULL;
-        a->used = 0;
     }
-    void *p = a->chunks[a->current].base + a->used;
-    a->used += bytes;
-    a->taken += bytes;
-    if (a->taken > a->peak) a->peak = a->taken;
+    void *p = a->chunks[a->at.chunk].base + a->at.used;
+    a->at.used += bytes;
+    a->at.taken += bytes;
+    if (a->at.taken > a->peak) a->peak = a->at.taken;
     return p;
 }
 
-static void sc__arena_reset(sc__arena *a) { a->current = 0, a->used = a->taken = 0; }
-
 static void sc__arena_free(sc__arena *a) {
-    for (int i = 0; i < a->count; i++) {
-        if (a->backend) a->backend->release(a->chunks[i].base);
-        else SC_FREE(a->chunks[i].base);
-    }
+    for (int i = 0; i < a->count; i++) a->backend->release(a->chunks[i].base);
     *a = (sc__arena){.backend = a->backend, .peak = a->peak};
 }
 
@@ -2655,6 +2655,7 @@ sc_tape *sc_tape_new(const sc_backend *backend) {
     sc_tape *t = (sc_tape *)sc__alloc(1, sizeof *t);
     if (!t) return NULL;
     t->be = t->device.backend = t->shared.backend = backend;
+    t->host.backend = sc_cpu();
     return t;
 }
 
@@ -2670,8 +2671,7 @@ void sc_tape_free(sc_tape *t) {
 
 void sc_tape_reset(sc_tape *t) {
     t->input = NULL;
-    sc__arena_reset(&t->host);
-    sc__arena_reset(&t->device);
+    t->host.at = t->device.at = (sc_place){0};
     t->count = 0;
     t->failed = false;
 }
@@ -2807,14 +2807,11 @@ static sc_tensor *sc__run_op(sc_tape *t, sc__op op) {
     return op.out[0];
 }
 
-sc_mark sc_tape_mark(const sc_tape *t) {
-    return (sc_mark){t->host.current, t->device.current, t->host.used, t->device.used,
-                     t->device.taken};
-}
+sc_mark sc_tape_mark(const sc_tape *t) { return (sc_mark){t->host.at, t->device.at}; }
 void sc_tape_rewind(sc_tape *t, sc_mark m) {
     t->input = NULL;
-    t->host.current = m.host, t->host.used = m.host_used;
-    t->device.current = m.device, t->device.used = m.device_used, t->device.taken = m.device_taken;
+    t->host.at = m.host;
+    t->device.at = m.device;
 }
 
 /* Makes again what the operation reads and other blocks have overwritten. */
@@ -3262,7 +3259,7 @@ static bool sc__run_lean(sc_tape *t, sc_block block, const void *context, sc_ten
 /* Runs a block whose operations are recorded. What is cheap may lie where other blocks' is. */
 static bool sc__run_recorded(sc_tape *t, sc_block block, const void *context, sc_tensor **in,
                              sc_tensor **out) {
-    sc__arena_reset(&t->shared);
+    t->shared.at = (sc_place){0};
     t->in_block = true;
     bool ok = block(t, in, out, context);
     t->in_block = false;
@@ -3287,7 +3284,8 @@ static void sc__block_backward(sc_tape *t, sc__op *op) {
         sc_tape_use(t, sets);
         sc_tape_record(t, recording);
         if (t->sizes)
-            *t->sizes++ = (sc__block_bytes){t->device.taken - mark.device_taken, t->shared.taken};
+            *t->sizes++ = (sc__block_bytes){t->device.at.taken - mark.device.taken,
+                                           t->shared.at.taken};
         for (int i = 0; i < 2 && out[i]; i++) out[i]->grad = op->out[i]->grad;
     }
     sc__backward_from(t, first);
@@ -3662,13 +3660,10 @@ static bool sc__json_take(sc__json_parser *p, char c) {
 }
 
 static bool sc__json_hex(const char *digits, uint32_t *value) {
-    *value = 0;
-    for (int i = 0; i < 4; i++) {
-        char c = digits[i];
-        if (!isxdigit((unsigned char)c)) return false;
-        *value = *value << 4 | (uint32_t)(c <= '9' ? c - '0' : (c | 32) - 'a' + 10);
-    }
-    return true;
+    char text[5] = "";
+    for (int i = 0; i < 4 && isxdigit((unsigned char)digits[i]); i++) text[i] = digits[i];
+    *value = (uint32_t)strtoul(text, NULL, 16);
+    return text[3];
 }
 
 /* One escape. Characters above 0xffff are two \u; a lone half, or NUL, becomes U+FFFD. */
@@ -5005,13 +5000,18 @@ void sc_flux_close(sc_flux *f) {
     SC_FREE(f);
 }
 
-/* The factors of a loaded LoRA on the host, [rank, in] and behind it [out, rank]; yours. */
-static float *sc__lora_values(const sc_backend *be, const sc_adapter *l) {
-    size_t n = (size_t)(sc_count(l->a[SC_TEACHER]) + sc_count(l->b[SC_TEACHER]));
-    float *values = (float *)sc__alloc(n, sizeof *values);
-    if (values && be->download(values, l->a[SC_TEACHER]->data, n * sizeof *values)) return values;
+/* n numbers of the backend's on the host; yours. */
+static float *sc__fetch(const sc_backend *be, const void *from, int64_t n) {
+    float *values = (float *)sc__alloc((size_t)n, sizeof *values);
+    if (values && be->download(values, from, (size_t)n * sizeof *values)) return values;
     SC_FREE(values);
     return NULL;
+}
+
+/* The factors of a loaded LoRA, [rank, in] and behind it [out, rank]; yours. */
+static float *sc__lora_values(const sc_backend *be, const sc_adapter *l) {
+    const sc_tensor *a = l->a[SC_TEACHER];
+    return sc__fetch(be, a->data, sc_count(a) + sc_count(l->b[SC_TEACHER]));
 }
 
 /* A weight on the host as f32, with its scale and the loaded LoRAs: W + sum scale B A; yours. */
@@ -5023,8 +5023,8 @@ static float *sc__merged_values(const sc_flux *f, const sc_tensor *w) {
         if (f->modules[i].layer->weight == w) layer = f->modules[i].layer;
     float *values = (float *)sc__alloc((size_t)n, sizeof *values);
     bool ok = values && sc__download(be, w, values);
-    float *scales = ok && w->scale ? (float *)sc__alloc((size_t)w->shape[0], sizeof *scales) : NULL;
-    if (w->scale) ok = scales && be->download(scales, w->scale, (size_t)w->shape[0] * 4);
+    float *scales = ok && w->scale ? sc__fetch(be, w->scale, w->shape[0]) : NULL;
+    ok = ok && (scales || !w->scale);
     for (int64_t i = 0; ok && scales && i < n; i++) values[i] *= scales[i / w->shape[1]];
     SC_FREE(scales);
     for (const sc_adapter *l = layer ? layer->adapters : NULL; ok && l; l = l->next) {
@@ -5105,8 +5105,8 @@ static bool sc__lora_write(const char *path, const sc__written *factors, int cou
 bool sc_lora_save(const sc_params *p, sc_set set, const char *path, const char *const *metadata) {
     int n = p->flux->module_count;
     sc__written *factors = (sc__written *)sc__alloc((size_t)n * 2, sizeof *factors);
-    float *host = (float *)sc__alloc((size_t)p->count, sizeof *host), *data = host;
-    bool ok = factors && host && p->backend->download(host, p->set[set], (size_t)p->count * 4);
+    float *host = sc__fetch(p->backend, p->set[set], p->count), *data = host;
+    bool ok = factors && host;
     for (int i = 0; ok && i < 2 * n; i++) {
         const sc_tensor *x = i % 2 ? p->adapters[i / 2].b[set] : p->adapters[i / 2].a[set];
         snprintf(factors[i].name, sizeof factors[i].name, "transformer.%s.lora_%c.weight",
@@ -6453,9 +6453,7 @@ static bool sc__unigram_word(const sc_tokenizer *t, const char *s, size_t n, sc_
 
 /* The index-th 32-bit number of a charsmap; 0 behind its end. */
 static uint32_t sc__unit(const sc__charsmap *map, size_t index) {
-    if (index >= map->size / 4) return 0;
-    const unsigned char *p = map->data + 4 * index;
-    return p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+    return index < map->size / 4 ? sc__bytes(map->data + 4 * index, 4, false) : 0;
 }
 
 /* The replacement for the shortest beginning of s[n] that the charsmap has, or NULL. A charsmap is
@@ -7362,12 +7360,6 @@ void sc_bucket(int width, int height, int resolution, int multiple, int *bucket_
 
 /* ---- Orientation: tag 0x0112 of the first directory of a TIFF block; XMP's text ---- */
 
-static uint32_t sc__bytes(const uint8_t *p, int count, bool big_endian) {
-    uint32_t value = 0;
-    for (int i = 0; i < count; i++) value |= (uint32_t)p[i] << 8 * (big_endian ? count - 1 - i : i);
-    return value;
-}
-
 /* 0: the tag is not there. It should be a SHORT; any integer or fraction is taken. */
 static int sc__tiff_orientation(const uint8_t *tiff, size_t size) {
     static const uint8_t sizes[] = {0, 0, 0, 2, 4, 8, 1, 0, 2, 4, 8, 0, 0, 4}; /* by type */
@@ -7400,13 +7392,12 @@ int sc_orientation(const uint8_t *exif, size_t size, const char *xmp) {
 
 /* UTF-16 with its mark as UTF-8, other text as it is; what is no character becomes no UTF-8. */
 static char *sc__to_utf8(char *file, size_t *n) {
-    const uint8_t *s = (const uint8_t *)file;
     bool big = file && !strncmp(file, "\xfe\xff", 2);
     if (!file || (!big && strncmp(file, "\xff\xfe", 2))) return file;
     char *text = (char *)sc__alloc(*n / 2 * 3 + 4, 1), *to = text;
     for (size_t at = 0; text && at < *n; at += 2) {
-        uint32_t c = *n - at < 2 ? 0 : sc__bytes(s + at, 2, big);
-        uint32_t low = *n - at < 4 ? 0 : sc__bytes(s + at + 2, 2, big);
+        uint32_t c = *n - at < 2 ? 0 : sc__bytes(file + at, 2, big);
+        uint32_t low = *n - at < 4 ? 0 : sc__bytes(file + at + 2, 2, big);
         bool pair = c >> 10 == 0xd800 >> 10 && low >> 10 == 0xdc00 >> 10;
         if (pair) c = 0x10000 + ((c & 0x3ff) << 10 | (low & 0x3ff)), at += 2;
         to += sc__utf8_encode(c ? c : 0xd800, to);
@@ -7743,15 +7734,11 @@ void sc_pipeline_close(sc_pipeline *p) {
     SC_FREE(p);
 }
 
-static bool sc__text_is_cut(const sc_text_encoders *t, const char *prompt, int tokens) {
-    int32_t ids[SC__MAX_TOKENS + 1];
-    return sc_tokenize(t->t5.tokenizer, prompt, tokens + 1, ids) > tokens;
-}
-
 /* Where the transformer and 8 GiB to work with would not fit beside them, the encoders go again. */
 sc_text sc_pipeline_text(sc_pipeline *p, const char *prompt) {
     const char *bad = prompt;
     const sc_text none = {0};
+    int32_t ids[SC__MAX_TOKENS + 1]; /* one more than it has to be */
     while (*bad && sc__utf8_size(bad)) bad += sc__utf8_size(bad);
     if (*bad)
         return sc_fail("the prompt is not UTF-8: byte %d is 0x%02x", (int)(bad - prompt),
@@ -7766,7 +7753,8 @@ sc_text sc_pipeline_text(sc_pipeline *p, const char *prompt) {
     sc_text x = {(float *)sc__alloc(n + (size_t)c->pooled_channels, sizeof(float)), NULL, false};
     if (x.context) x.pooled = x.context + n;
     bool ok = x.context && sc_text_encode(p->text, prompt, p->text_tokens, x.context, x.pooled);
-    x.cut = ok && sc__text_is_cut(p->text, prompt, p->text_tokens);
+    int all = ok ? sc_tokenize(p->text->t5.tokenizer, prompt, p->text_tokens + 1, ids) : 0;
+    x.cut = all > p->text_tokens;
     if (p->backend->memory_left() < sc__net_waiting(p->flux->net) + ((size_t)8 << 30))
         sc_pipeline_release(p);
     if (ok) return x;
