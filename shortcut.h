@@ -177,8 +177,8 @@ typedef enum { SC_TEACHER, SC_STUDENT, SC_FAST, SC_SLOW, SC_SETS } sc_set;
 typedef struct sc_adapter {     /* LoRA on one linear layer: W + scale * B A */
     int rank;
     float scale;
-    sc_tensor *a[SC_SETS];      /* [rank, in]; NULL: this set adds nothing */
-    sc_tensor *b[SC_SETS];      /* [out, rank] */
+    sc_tensor a[SC_SETS];       /* [rank, in]; without data this set adds nothing */
+    sc_tensor b[SC_SETS];       /* [out, rank] */
     bool loaded;                /* from a file, for sampling; freed by sc_lora_unload */
     struct sc_adapter *next;    /* another LoRA on the same layer */
 } sc_adapter;
@@ -1251,15 +1251,13 @@ sc_tensor *sc_flux_velocity(sc_flux *f, sc_tape *t, const sc_flux_input *in) {
  * index, its set: nothing is copied or swapped. The teacher of a LoRA has no array: it is the base.
  */
 
-/* An A or B whose numbers lie at `data`, which stays with its owner. */
-static sc_tensor *sc__factor(float *data, int64_t rows, int64_t columns) {
-    sc_tensor *x = (sc_tensor *)sc__alloc(1, sizeof *x);
-    if (x) *x = (sc_tensor){.data = data, .dtype = SC_F32, .ndim = 2, .shape = {rows, columns}};
-    return x;
+/* An A or B whose numbers lie at `data`. */
+static sc_tensor sc__factor(float *data, int64_t rows, int64_t columns) {
+    return (sc_tensor){.data = data, .dtype = SC_F32, .ndim = 2, .shape = {rows, columns}};
 }
 
 /* Points the adapters of every module at their parts of the arrays, and draws A's in `start`. */
-static bool sc__attach(sc_params *p, float scale, sc_rng rng, float *start) {
+static void sc__attach(sc_params *p, float scale, sc_rng rng, float *start) {
     int64_t at = 0;
     for (int i = 0; i < p->flux->module_count; i++) {
         sc_linear_layer *layer = p->flux->modules[i].layer;
@@ -1271,9 +1269,8 @@ static bool sc__attach(sc_params *p, float scale, sc_rng rng, float *start) {
             if (!p->set[s]) continue;
             lora->a[s] = sc__factor(p->set[s] + at, p->rank, in);
             lora->b[s] = sc__factor(p->set[s] + at + n, out, p->rank);
-            if (!lora->a[s] || !lora->b[s]) return false;
         }
-        sc_tensor *a = lora->a[SC_STUDENT], *b = lora->b[SC_STUDENT];
+        sc_tensor *a = &lora->a[SC_STUDENT], *b = &lora->b[SC_STUDENT];
         a->needs_grad = b->needs_grad = true;
         a->grad = p->grad + at;
         b->grad = p->grad + at + n;
@@ -1281,7 +1278,6 @@ static bool sc__attach(sc_params *p, float scale, sc_rng rng, float *start) {
         for (int64_t j = at; j < at + n; j++) start[j] /= (float)p->rank;
         at += n + p->rank * out;
     }
-    return true;
 }
 
 sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed) {
@@ -1297,7 +1293,8 @@ sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed) {
     if (start) p->adapters = (sc_adapter *)sc__alloc(modules, sizeof *p->adapters);
     if (p) p->rank = rank;
     sc_rng own = {sc_random_bits(&(sc_rng){seed})}; /* the seed's own stream is the training's */
-    bool ok = start && p->adapters && sc__attach(p, alpha / (float)rank, own, start);
+    bool ok = start && p->adapters;
+    if (ok) sc__attach(p, alpha / (float)rank, own, start);
     if (ok) sc__params_start(p, start);
     SC_FREE(start);
     if (ok) return p;
@@ -2865,12 +2862,10 @@ static sc_set sc__set_of(const sc_tape *t, int64_t sample) {
 }
 
 static void sc__lora_backward(sc_tape *t, sc__op *op) {
-    sc_tensor *x = op->in[0], *u = op->in[3], *y = op->out[0];
-    const sc_adapter *lora = (const sc_adapter *)op->extra;
-    sc_tensor *a = lora->a[op->n[1]], *b = lora->b[op->n[1]];
-    int64_t first = op->n[0], rows = sc__rows(u), in = sc__last(x), out = sc__last(y),
-            r = lora->rank;
-    float s = lora->scale;
+    sc_tensor *x = op->in[0], *a = op->in[1], *b = op->in[2], *u = op->in[3], *y = op->out[0];
+    int64_t first = op->n[0], rows = sc__rows(u), in = sc__last(x), out = sc__last(y);
+    int64_t r = sc__last(u);
+    float s = op->scale;
     sc_tensor *e = sc__new_like(t, u);
     if (!e) { t->failed = true; return; }
     t->be->gemm(rows, r, out, s, sc__part(y, y->grad, first, 0, false), sc__whole(b, false), 0,
@@ -2905,18 +2900,18 @@ static bool sc__linear_lora(sc_tape *t, sc_tensor *x, const sc_linear_layer *l, 
                             int64_t at, sc_tensor *sum, sc_set set, int64_t first, int64_t rows) {
     int64_t in = sc__last(x), out = l->weight->shape[0];
     float beta = 0;
-    for (const sc_adapter *lora = l->adapters; lora; lora = lora->next) {
-        if (!lora->a[set]) continue;
+    for (sc_adapter *lora = l->adapters; lora; lora = lora->next) {
+        sc_tensor *a = &lora->a[set], *b = &lora->b[set];
+        if (!a->data) continue;
         sc_tensor *u = sc_new(t, 2, (const int64_t[]){rows, lora->rank});
         if (!u) return false;
         t->be->gemm(rows, lora->rank, in, 1, sc__part(x, x->data, first, 0, false),
-                    sc__whole(lora->a[set], true), 0, sc__whole(u, false), NULL);
-        t->be->gemm(rows, out, lora->rank, lora->scale, sc__whole(u, false),
-                    sc__whole(lora->b[set], true), beta, sc__part(y, y->data, first, at, false),
-                    NULL);
+                    sc__whole(a, true), 0, sc__whole(u, false), NULL);
+        t->be->gemm(rows, out, lora->rank, lora->scale, sc__whole(u, false), sc__whole(b, true),
+                    beta, sc__part(y, y->data, first, at, false), NULL);
         beta = 1;
-        sc__record(t, (sc__op){.backward = sc__lora_backward, .out = {sum}, .n = {first, set},
-                               .in = {x, lora->a[set], lora->b[set], u}, .extra = lora});
+        sc__record(t, (sc__op){.backward = sc__lora_backward, .in = {x, a, b, u}, .out = {sum},
+                               .n = {first}, .scale = lora->scale});
     }
     if (beta == 0) { /* this set adds nothing; the other columns are not written yet */
         int64_t size = sc__last(y) * sc_dtype_size(y->dtype);
@@ -2957,7 +2952,7 @@ static sc_tensor *sc__linear(sc_tape *t, const sc_tensor *input, const sc_linear
     bool adapted = false;
     for (int64_t i = 0; i < batch; i++)
         for (const sc_adapter *a = l->adapters; a; a = a->next)
-            adapted = adapted || a->a[sc__set_of(t, i)];
+            adapted = adapted || a->a[sc__set_of(t, i)].data;
     for (int64_t i = 0, end; adapted && i < batch; i = end) {
         int64_t each = rows / batch;
         sc_set set = sc__set_of(t, i);
@@ -3385,10 +3380,6 @@ void sc_params_free(sc_params *p) {
         sc_adapter **link = &p->flux->modules[i].layer->adapters;
         while (*link && *link != &p->adapters[i]) link = &(*link)->next;
         if (*link) *link = p->adapters[i].next;
-        for (int s = 0; s < SC_SETS; s++) {
-            SC_FREE(p->adapters[i].a[s]);
-            SC_FREE(p->adapters[i].b[s]);
-        }
     }
     SC_FREE(p->adapters);
     if (p->grad) p->backend->release(p->grad); /* the first of all arrays */
@@ -5010,8 +5001,8 @@ static float *sc__fetch(const sc_backend *be, const void *from, int64_t n) {
 
 /* The factors of a loaded LoRA, [rank, in] and behind it [out, rank]; yours. */
 static float *sc__lora_values(const sc_backend *be, const sc_adapter *l) {
-    const sc_tensor *a = l->a[SC_TEACHER];
-    return sc__fetch(be, a->data, sc_count(a) + sc_count(l->b[SC_TEACHER]));
+    const sc_tensor *a = &l->a[SC_TEACHER];
+    return sc__fetch(be, a->data, sc_count(a) + sc_count(&l->b[SC_TEACHER]));
 }
 
 /* A weight on the host as f32, with its scale and the loaded LoRAs: W + sum scale B A; yours. */
@@ -5108,13 +5099,14 @@ bool sc_lora_save(const sc_params *p, sc_set set, const char *path, const char *
     float *host = sc__fetch(p->backend, p->set[set], p->count), *data = host;
     bool ok = factors && host;
     for (int i = 0; ok && i < 2 * n; i++) {
-        const sc_tensor *x = i % 2 ? p->adapters[i / 2].b[set] : p->adapters[i / 2].a[set];
+        const sc_adapter *l = &p->adapters[i / 2];
+        const sc_tensor *x = i % 2 ? &l->b[set] : &l->a[set];
         snprintf(factors[i].name, sizeof factors[i].name, "transformer.%s.lora_%c.weight",
                  p->flux->modules[i / 2].name, i % 2 ? 'B' : 'A');
         factors[i].tensor = *x;
         factors[i].tensor.data = data;
         if (i % 2) /* the scale alpha / rank is folded into B */
-            for (int64_t j = 0; j < sc_count(x); j++) data[j] *= p->adapters[i / 2].scale;
+            for (int64_t j = 0; j < sc_count(x); j++) data[j] *= l->scale;
         data += sc_count(x);
     }
     ok = ok && sc__lora_write(path, factors, 2 * n, metadata);
@@ -5373,15 +5365,6 @@ static bool sc__lora_vector(sc_flux *f, const sc__lora *l, const sc_weight *w, f
     return ok;
 }
 
-/* Both factors lie in one piece of memory. */
-static void sc__lora_free(const sc_backend *be, sc_adapter *lora) {
-    sc_tensor *a = lora->a[SC_TEACHER];
-    if (a && a->data) be->release(a->data);
-    SC_FREE(a);
-    SC_FREE(lora->b[SC_TEACHER]);
-    SC_FREE(lora);
-}
-
 void sc_lora_unload(sc_flux *f) {
     for (int64_t i = 0; i < f->net->count; i++) {
         sc_weight *w = f->net->weights[i];
@@ -5395,7 +5378,8 @@ void sc_lora_unload(sc_flux *f) {
             sc_adapter *lora = *link;
             if (!lora->loaded) { link = &lora->next; continue; }
             *link = lora->next;
-            sc__lora_free(f->net->backend, lora);
+            f->net->backend->release(lora->a[SC_TEACHER].data); /* and B's, behind it */
+            SC_FREE(lora);
         }
 }
 
@@ -5405,16 +5389,13 @@ static bool sc__lora_add(const sc_backend *be, sc_linear_layer *layer, const sc_
     size_t na = (size_t)(x->rank * in) * sizeof *x->a, nb = (size_t)(x->rank * out) * sizeof *x->b;
     sc_adapter *lora = (sc_adapter *)sc__alloc(1, sizeof *lora);
     if (!lora) return false;
+    float *a = (float *)be->alloc(na + nb), *b = a + x->rank * in;
+    if (!a) return SC_FREE(lora), false;
     *lora = (sc_adapter){.rank = (int)x->rank, .scale = scale, .loaded = true};
-    sc_tensor *a = lora->a[SC_TEACHER] = sc__factor(NULL, x->rank, in);
-    sc_tensor *b = lora->b[SC_TEACHER] = sc__factor(NULL, out, x->rank);
-    if (!a || !b || !(a->data = be->alloc(na + nb))) {
-        sc__lora_free(be, lora);
-        return false;
-    }
-    b->data = (float *)a->data + x->rank * in;
-    be->upload(a->data, x->a, na);
-    be->upload(b->data, x->b, nb);
+    lora->a[SC_TEACHER] = sc__factor(a, x->rank, in);
+    lora->b[SC_TEACHER] = sc__factor(b, out, x->rank);
+    be->upload(a, x->a, na);
+    be->upload(b, x->b, nb);
     lora->next = layer->adapters;
     layer->adapters = lora;
     return true;
@@ -5564,8 +5545,8 @@ bool sc_lora_start(sc_params *p, const char *path, float scale) {
         size_t na = (size_t)(p->rank * w->shape[1]), nb = (size_t)(p->rank * w->shape[0]);
         for (size_t j = 0; ok && j < nb; j++) x.b[j] *= scale / p->adapters[i].scale;
         for (int s = SC_STUDENT; ok && s < SC_SETS; s++) {
-            p->backend->upload(p->adapters[i].a[s]->data, x.a, na * sizeof *x.a);
-            p->backend->upload(p->adapters[i].b[s]->data, x.b, nb * sizeof *x.b);
+            p->backend->upload(p->adapters[i].a[s].data, x.a, na * sizeof *x.a);
+            p->backend->upload(p->adapters[i].b[s].data, x.b, nb * sizeof *x.b);
         }
         sc__factors_free(&x);
     }

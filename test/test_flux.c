@@ -181,7 +181,7 @@ static void set_factors(fixture *f, sc_params *p) {
         for (int i = 0; i < f->flux->module_count; i++)
             for (int part = 0; part < 2; part++) {
                 sc_tensor *x =
-                    part ? p->adapters[i].b[SC_STUDENT + s] : p->adapters[i].a[SC_STUDENT + s];
+                    part ? &p->adapters[i].b[SC_STUDENT + s] : &p->adapters[i].a[SC_STUDENT + s];
                 snprintf(key, sizeof key, "lora%d.%s.%c", s, f->flux->modules[i].name,
                          part ? 'b' : 'a');
                 float *values = load(f->file, key);
@@ -196,7 +196,7 @@ static void check_gradients(const char *name, const fixture *f, const sc_params 
     int n = f->flux->module_count;
     for (int i = 0; i < 2 * n; i++) {
         const sc_adapter *l = &p->adapters[i / 2];
-        const sc_tensor *x = i % 2 ? l->b[SC_STUDENT] : l->a[SC_STUDENT];
+        const sc_tensor *x = i % 2 ? &l->b[SC_STUDENT] : &l->a[SC_STUDENT];
         char key[192];
         snprintf(key, sizeof key, "%s.%s.%c", prefix, f->flux->modules[i / 2].name, "ab"[i % 2]);
         float *grad = load(f->file, key);
@@ -216,7 +216,7 @@ static void test_lora(const char *name) {
           1e-5); /* B is zero: nothing changes */
     float first; /* of the seed's own stream, which draws the batches */
     sc_normal(&(sc_rng){1}, &first, 1);
-    CHECK(*(float *)p->adapters[0].a[SC_STUDENT]->data != first / 3);
+    CHECK(*(float *)p->adapters[0].a[SC_STUDENT].data != first / 3);
     set_factors(&f, p);
     CHECK(rel_error(run(&f, students, true, &loss), velocity, f.n) < 1e-5);
     check_gradients(name, &f, p, "lora_grad");

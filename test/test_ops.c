@@ -255,8 +255,8 @@ static void check_layer(const char *name, operation op, const uint8_t *of_sample
             .rank = 1 + 2 * i, .scale = 0.7f - (float)i, .next = i ? NULL : &adapters[1]};
         for (int s = SC_STUDENT; s < SC_SETS; s++)
             if (used[s])
-                adapters[i].a[s] = leaf(2, 1 + 2 * i, 5, 0),
-                adapters[i].b[s] = leaf(2, 7, 1 + 2 * i, 0);
+                adapters[i].a[s] = *leaf(2, 1 + 2 * i, 5, 0),
+                adapters[i].b[s] = *leaf(2, 7, 1 + 2 * i, 0);
     }
     sets = of_sample;
     check(name, op);
