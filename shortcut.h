@@ -279,6 +279,8 @@ typedef struct sc_weight {
     char *name;
     sc_tensor tensor;
     sc_tensor source;           /* as its file has it (mapped); data is NULL where it was drawn */
+    bool swapped;               /* the halves of the source's rows are exchanged */
+    float *scales;              /* of a source of 8 bits, [rows], until they are loaded, or NULL */
     bool owned;                 /* its memory is the backend's, not the mapped file's */
     bool waiting;               /* in the file: sc_net_load will copy it to the backend */
     bool missing;               /* of a plan: the file has no such weight, or of another shape */
@@ -4448,17 +4450,10 @@ static size_t sc__net_waiting(const sc_net *net) {
     return bytes;
 }
 
-/* Where a weight's values are: x has the rows that are wanted, as they are stored. */
-typedef struct sc__source {
-    sc_tensor x;
-    float *scales;              /* of 8 bits: [rows], yours; NULL: none */
-    bool swapped;               /* the halves of the rows are exchanged */
-} sc__source;
-
-/* The scales of the rows s->x of an 8-bit weight, which has one or one a row. Files without any are
+/* The scales of these rows of an 8-bit weight, which has one or one a row. Files without any are
  * plain casts; one that announces scales (ComfyUI's mark `scaled_fp8`) must have them. */
 static bool sc__read_scale(const sc_file *f, const sc__entry *weight, const sc__slice *rows,
-                           sc__source *s) {
+                           sc_weight *w) {
     static const char *const forms[] = {"weight_scale", "scale_weight"};
     char name[512];
     sc__entry *found = NULL, *mark = NULL;
@@ -4478,7 +4473,7 @@ static bool sc__read_scale(const sc_file *f, const sc__entry *weight, const sc__
                                          "the file says that it has them", f->path, weight->name);
     found->used = true;
     sc_tensor x = found->tensor;
-    int64_t n = sc_count(&x), count = s->x.shape[0], i = 0;
+    int64_t n = sc_count(&x), count = w->source.shape[0], i = 0;
     bool vector = true; /* [rows, 1] and [1, rows] are seen */
     for (int k = 0; k < x.ndim; k++) vector = vector && (x.shape[k] == 1 || x.shape[k] == n);
     if (!vector || (n != 1 && n != weight->tensor.shape[0]) || x.dtype > SC_F64)
@@ -4491,48 +4486,49 @@ static bool sc__read_scale(const sc_file *f, const sc__entry *weight, const sc__
     sc_to_f32(scales, x.data, x.dtype, x.shape[0]);
     for (int64_t k = x.shape[0]; k < count; k++) scales[k] = scales[0];
     while (i < count && isfinite(scales[i]) && scales[i] > 0) i++;
-    if (i == count) return s->scales = scales, true;
+    if (i == count) return w->scales = scales, true;
     SC_FREE(scales);
     return sc_fail("%s: the scale '%s' is not a positive number", f->path, found->name);
 }
 
-/* Finds the weight `name` of the shape that `want` has. */
-static bool sc__find_weight(const sc_net *net, const char *name, const sc_tensor *want,
-                            sc__source *s) {
+/* Finds the source of a weight, by its name, and of its shape. */
+static bool sc__find_weight(const sc_net *net, sc_weight *w) {
     char expected[96], actual[96];
-    const char *path = sc_file_path(net->file);
+    const char *path = sc_file_path(net->file), *name = w->name;
+    const sc_tensor *want = &w->tensor;
     sc__slice rows;
     sc__entry *e = sc__find_as(net->file, sc__weight_prefixes, name, "", net->levels, &rows);
     if (!e) return sc_fail("%s: tensor '%s' is missing", path, name);
     e->used = true;
-    *s = (sc__source){.x = e->tensor, .swapped = rows.swapped};
+    sc_tensor x = e->tensor;
     if (e->tensor.dtype > SC_F64)
         return sc_fail("%s: tensor '%s' has type %s; weights must be floating point", path,
                         e->name, sc_dtype_name(e->tensor.dtype));
-    if (!sc__take_rows(&s->x, &rows) || !sc__same_shape(&s->x, want))
+    if (!sc__take_rows(&x, &rows) || !sc__same_shape(&x, want))
         return sc_fail("%s: tensor '%s' has shape %s; '%s' must be %s here", path, e->name,
                         sc__shape_text(&e->tensor, actual), name, sc__shape_text(want, expected));
-    s->x.ndim = want->ndim; /* without further sides of 1 */
-    memcpy(s->x.shape, want->shape, sizeof want->shape);
-    return e->tensor.dtype != SC_F8_E4M3 || sc__read_scale(net->file, e, &rows, s);
+    w->source = *want; /* without further sides of 1 */
+    w->source.data = x.data, w->source.dtype = x.dtype;
+    w->swapped = rows.swapped;
+    return x.dtype != SC_F8_E4M3 || sc__read_scale(net->file, e, &rows, w);
 }
 
 /* Values of w's rows [first, first + rows) as f32, scaled; where it has no source, random ones:
  * Xavier for matrices, 0 for biases, 1 for the weights of norms. */
-static bool sc__weight_rows(sc_net *net, const sc_weight *w, const sc__source *s, int64_t first,
-                            int64_t rows, float *to) {
-    const sc_tensor *x = &w->tensor;
+static bool sc__weight_rows(sc_net *net, const sc_weight *w, int64_t first, int64_t rows,
+                            float *to) {
+    const sc_tensor *x = &w->tensor, *from = &w->source;
     int64_t all = x->shape[0], columns = sc_count(x) / all, n = rows * columns;
-    if (!s->x.data) {
+    if (!from->data) {
         float std = sqrtf(2.f / (float)(all + columns)), one = sc__stem(w->name, ".bias") ? 0 : 1;
         if (x->ndim > 1) sc_normal(&net->rng, to, n);
         for (int64_t i = 0; i < n; i++) to[i] = x->ndim > 1 ? to[i] * std : one;
         return true;
     }
-    if (s->swapped) first = (first + all / 2) % all;
-    sc_to_f32(to, (const char *)s->x.data + first * columns * sc_dtype_size(s->x.dtype),
-              s->x.dtype, n);
-    for (int64_t i = 0; s->scales && i < n; i++) to[i] *= s->scales[first + i / columns];
+    if (w->swapped) first = (first + all / 2) % all;
+    sc_to_f32(to, (const char *)from->data + first * columns * sc_dtype_size(from->dtype),
+              from->dtype, n);
+    for (int64_t i = 0; w->scales && i < n; i++) to[i] *= w->scales[first + i / columns];
     for (int64_t i = 0; i < n; i++)
         if (!isfinite(to[i])) return sc_fail("'%s' holds a value that is %g", w->name, to[i]);
     return true;
@@ -4540,14 +4536,14 @@ static bool sc__weight_rows(sc_net *net, const sc_weight *w, const sc__source *s
 
 /* Brings a weight to the backend in the type that its tensor has, some rows at a time. Random
  * matrices that are not widened are for measuring speed: their first rows, repeated. */
-static bool sc__load_weight(sc_net *net, sc_weight *w, const sc__source *s) {
+static bool sc__load_weight(sc_net *net, sc_weight *w) {
     const sc_backend *be = net->backend;
     sc_tensor *x = &w->tensor;
     int64_t rows = x->shape[0], columns = sc_count(x) / rows, size = sc_dtype_size(x->dtype);
-    bool raw = w->waiting && s->x.dtype == x->dtype, narrow = x->dtype == SC_F8_E4M3 && !raw;
+    bool raw = w->waiting && w->source.dtype == x->dtype, narrow = x->dtype == SC_F8_E4M3 && !raw;
     bool streamed = w->waiting && net->streamed && x->ndim == 2 && be->alloc_streamed;
-    bool repeated = !s->x.data && !net->widen;
-    int64_t slice = (repeated ? 1 << 20 : 1 << 22) / columns, limit = s->swapped ? rows / 2 : rows;
+    bool repeated = !w->source.data && !net->widen;
+    int64_t slice = (repeated ? 1 << 20 : 1 << 22) / columns, limit = w->swapped ? rows / 2 : rows;
     int64_t uploaded = narrow ? sc_dtype_size(be->activation) : size; /* bytes of a value */
     slice = slice < 1 ? 1 : slice > limit ? limit : slice;
     float *wide = (float *)sc__alloc((size_t)(slice * columns), sizeof *wide);
@@ -4560,13 +4556,13 @@ static bool sc__load_weight(sc_net *net, sc_weight *w, const sc__source *s) {
         int64_t count = rows - r < slice ? rows - r : slice, n = count * columns;
         char *to = (char *)x->data + r * columns * size;
         if (!raw && (r == 0 || !repeated)) {
-            ok = sc__weight_rows(net, w, s, r, count, wide);
+            ok = sc__weight_rows(net, w, r, count, wide);
             for (int64_t i = 0; uploaded == 2 && i < n; i++) { /* in place */
                 uint16_t half = sc__f32_to_bf16(wide[i]);
                 memcpy((char *)wide + 2 * i, &half, 2);
             }
         }
-        const void *from = raw ? (const char *)s->x.data + r * columns * size : (char *)wide;
+        const char *from = raw ? (char *)w->source.data + r * columns * size : (char *)wide;
         be->upload(narrow ? staged : to, from, (size_t)(n * uploaded));
         if (narrow) be->quantize((uint8_t *)to, x->scale + r, staged, count, columns);
     }
@@ -4580,8 +4576,7 @@ static bool sc__load_weight(sc_net *net, sc_weight *w, const sc__source *s) {
 bool sc_net_load(sc_net *net) {
     bool ok = true;
     for (int64_t i = 0; ok && i < net->count; i++)
-        if (net->weights[i]->waiting)
-            ok = sc__load_weight(net, net->weights[i], &(sc__source){.x = net->weights[i]->source});
+        if (net->weights[i]->waiting) ok = sc__load_weight(net, net->weights[i]);
     return ok;
 }
 
@@ -4602,32 +4597,31 @@ static sc_tensor *sc__net_weight(sc_net *net, const char *name, int ndim, const 
                                  bool product) {
     sc_weight w = {.name = (char *)name, .tensor = {.ndim = ndim, .dtype = SC_F32}};
     sc_tensor *x = &w.tensor;
-    sc__source s = {0};
     for (int i = 0; i < ndim; i++) x->shape[i] = shape[i];
-    bool found = net->file && sc__find_weight(net, name, x, &s);
-    w.source = s.x;
+    bool found = net->file && sc__find_weight(net, &w);
     w.missing = net->file && !found;
     const sc_backend *be = net->backend;
     if (be && w.missing) return NULL;
-    sc_dtype stored = s.x.dtype;
-    bool wide = ndim == 1 || net->widen || s.swapped || (s.scales && !product) ||
+    sc_dtype stored = w.source.dtype;
+    bool wide = ndim == 1 || net->widen || w.swapped || (w.scales && !product) ||
                 (found && stored == SC_F64);
     bool narrow = net->fp8 && ndim == 2 && (!found || sc_dtype_size(stored) > 1);
-    bool aligned = (uintptr_t)s.x.data % (uintptr_t)sc_dtype_size(stored) == 0;
+    bool aligned = (uintptr_t)w.source.data % (uintptr_t)sc_dtype_size(stored) == 0;
     bool mapped = found && !wide && !narrow && aligned && be && be->on_host;
     bool as_stored = mapped || (found && sc_dtype_size(stored) == 1 && !wide);
     w.waiting = be && found && !wide && !mapped;
     w.owned = be && !mapped;
-    if (mapped) x->data = s.x.data;
+    if (mapped) x->data = w.source.data;
     if (be) x->dtype = as_stored ? stored : wide ? SC_F32 : narrow ? SC_F8_E4M3 : be->activation;
     sc_weight *kept = sc__keep_weight(net, w);
-    bool loaded = kept && (!w.owned || w.waiting || sc__load_weight(net, kept, &s));
-    if (loaded && be && !wide && s.scales) { /* they go beside the bits */
+    bool loaded = kept && (!w.owned || w.waiting || sc__load_weight(net, kept));
+    if (loaded && be && !wide && w.scales) { /* they go beside the bits */
         size_t bytes = (size_t)shape[0] * sizeof(float);
         loaded = (kept->tensor.scale = (float *)be->alloc(bytes)) != NULL;
-        if (loaded) be->upload(kept->tensor.scale, s.scales, bytes);
+        if (loaded) be->upload(kept->tensor.scale, w.scales, bytes);
     }
-    SC_FREE(s.scales);
+    SC_FREE(w.scales);
+    if (kept) kept->scales = NULL;
     return loaded ? &kept->tensor : NULL;
 }
 
