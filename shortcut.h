@@ -255,6 +255,8 @@ sc_tensor *sc_embed_tokens(sc_tape *t, const sc_tensor *table, const int32_t *id
  * upsample: nearest, twice the sides. */
 sc_tensor *sc_conv2d(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
                      int stride, int pad_before);
+sc_tensor *sc_group_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
+                         int groups, float eps, bool silu);
 sc_tensor *sc_upsample(sc_tape *t, const sc_tensor *x);
 sc_tensor *sc_swap_axes(sc_tape *t, const sc_tensor *x);  /* [B,M,N] -> [B,N,M] */
 /* Samples [first, first + count) of x, the same memory, of the gradient too. */
@@ -3197,6 +3199,18 @@ sc_tensor *sc_conv2d(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const s
                        (long long)w->shape[3]), NULL;
     sc_tensor *y = sc_new(t, 4, shape);
     if (y) t->be->conv2d(y, x, w, b, stride, pad_before);
+    return y;
+}
+
+sc_tensor *sc_group_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
+                         int groups, float eps, bool silu) {
+    sc_tensor *y = sc__new_like(t, x);
+    size_t bytes = y ? (size_t)(2 * x->shape[0] * groups) * sizeof(double) : 0;
+    double *sums = y ? (double *)sc__arena_take(&t->device, bytes) : NULL;
+    if (!sums) return NULL;
+    t->be->zero(sums, bytes);
+    t->be->group_sums(sums, x, 0, x->shape[2], groups);
+    t->be->group_norm(y, x, sums, sc_count(x) / (x->shape[0] * groups), w, b, groups, eps, silu);
     return y;
 }
 
