@@ -600,13 +600,18 @@ template <bool WGMMA, int PENDING = 0, class... T> static inline void wgmma_wait
             emulation->wgmmas[self][kept++] = *p;
             continue;
         }
-        for (int c = 0; c < 4 * p->n; c++) {
-            int m = row + c / 2 % 2 * 8, n = c / 4 * 8 + self % 4 * 2 + c % 2;
+        float a[2][16];
+        for (int c = 0; c < 32; c++) {
+            int m = row + c / 16 * 8, k = c % 16;
+            a[c / 16][k] = p->packed ? p->rows[c / 16][k]
+                                     : emulation_described(p->a, p->a_m ? k : m, p->a_m ? m : k);
+        }
+        for (int c = 0; c < 2 * p->n; c++) {
+            int n = c / 2 * 8 + self % 4 * 2 + c % 2;
+            float *upper = &p->sum[c / 2][c % 2], *lower = upper + 2;
             for (int k = 0; k < 16; k++) {
-                float a = p->packed ? p->rows[c / 2 % 2][k]
-                                    : emulation_described(p->a, p->a_m ? k : m, p->a_m ? m : k);
-                p->sum[c / 4][c % 4] +=
-                    a * emulation_described(p->b, p->b_n ? k : n, p->b_n ? n : k);
+                float b = emulation_described(p->b, p->b_n ? k : n, p->b_n ? n : k);
+                *upper += a[0][k] * b, *lower += a[1][k] * b;
             }
         }
     }
