@@ -722,6 +722,8 @@ static bool set_numbers(const sc_option *o, const char *text) {
             return sc_fail("%s takes %s, not '%s'", o->name, o->argument, text);
         if (whole && (x != floor(x) || fabs(x) > INT_MAX))
             return sc_fail("%s takes whole numbers, not '%s'", o->name, text);
+        if (o->kind == SC_INTS && x < 1) /* 0 ends the list in memory */
+            return sc_fail("%s takes numbers from 1 up, not '%s'", o->name, text);
         if (whole) ((int *)o->value)[count] = (int)x;
         else ((float *)o->value)[count] = (float)x;
     }

@@ -599,7 +599,7 @@ static bool is_grid(int steps) { return steps >= 2 && steps % 2 == 0; }
 /* Refuses what cannot be meant. */
 static bool check_options(void) {
     double scale, guidance;
-    bool grids = o.self_steps[0] > 0;
+    bool grids = true;
     for (int i = 0; o.self_steps[i]; i++) grids = grids && is_grid(o.self_steps[i]);
     const struct {
         bool holds;
