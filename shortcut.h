@@ -240,8 +240,8 @@ sc_tensor *sc_attention(sc_tape *t, sc_tensor *q, sc_tensor *k, sc_tensor *v, in
 sc_tensor *sc_timestep_embedding(sc_tape *t, const float *times, int64_t batch, int64_t channels);
 /* p[b] u[b] + q[b] v[b]; p and q [B] on the host, as long as tensors live */
 sc_tensor *sc_blend(sc_tape *t, const float *p, sc_tensor *u, const float *q, sc_tensor *v);
-/* Mean square error, into *loss, which is the backend's memory. */
-bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, double *loss);
+/* Mean square error times `part`, into *loss, which is the backend's memory. */
+bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, float part, double *loss);
 
 /* Operations of the frozen networks (text encoders, VAE, evaluator); not recorded. Norms are over
  * the last dimension, w and b [C], or without b RMS norms; ids [batch, tokens] on the host, table
@@ -430,6 +430,8 @@ typedef struct sc_params {
     float *set[SC_SETS];        /* NULL: not there (the teacher of a LoRA is the bare base) */
     float *grad, *m, *v;        /* gradients and Adam's moments */
     double *results;            /* the backend's: loss and gradient's norm of a step */
+    /* Adds the gradient up over all processes, where it lies; NULL: there is only one. */
+    void (*sum)(float *gradient, int64_t count);
     int waiting;                /* steps that were not asked about */
     sc_flux *flux;
     /* one for each of the model's linear layers; NULL: all weights are trained */
@@ -478,6 +480,8 @@ typedef struct sc_recipe {
 
 typedef struct sc_batch {       /* host f32; one text-picture pair per sample */
     int size, h, w, text_tokens;
+    int first, count;           /* samples that this process takes; count 0: all. Loss and gradient
+                                 * are parts of the whole batch's, so those of all samples add up */
     const float *x0, *noise;    /* [B, h*w, in_channels] packed latents; N(0, 1) */
     /* [B, T, text_channels], [B, pooled_channels]: overwritten where a caption is dropped */
     float *context, *pooled;
@@ -846,7 +850,7 @@ struct sc_backend {
     void (*swap_axes)(sc_tensor *y, const sc_tensor *x);
     /* Loss and optimiser, all f32. */
     /* *loss and *norm are the backend's memory. */
-    void (*mse)(double *loss, const sc_tensor *prediction, const sc_tensor *target);
+    void (*mse)(double *loss, const sc_tensor *prediction, const sc_tensor *target, float factor);
     void (*mse_backward)(sc_tensor *prediction, const sc_tensor *target, float factor);
     /* One step: clips, AdamW, moves the averages (average = decay average + (1 - decay) w), clears
      * the gradient. *norm: the gradient's before clipping; not finite: w did not change. */
@@ -1437,9 +1441,10 @@ static int64_t sc__part_of(int64_t n, float part, sc_rng *rng) {
 
 bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *r,
                        const sc_batch *b, sc_rng *rng) {
-    int64_t n = b->size, tokens = (int64_t)b->h * b->w;
+    int64_t n = b->size, tokens = (int64_t)b->h * b->w, first = b->first;
+    int64_t own = b->count ? b->count : n;
     const sc_flux_config *c = sc_flux_config_of(flux);
-    const int64_t shape[] = {n, tokens, c->in_channels};
+    const int64_t shape[] = {own, tokens, c->in_channels}, size = tokens * c->in_channels;
     sc_tape_reset(t);
     sc_tape_record(t, false);
     sc_draw *draws = (sc_draw *)sc_tape_host(t, (size_t)n * sizeof *draws);
@@ -1458,13 +1463,19 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
         student[at] = SC_STUDENT, teacher[at] = SC_TEACHER;
     }
     sc__drop_captions(b, c, draws);
+    /* From here on, of all samples those of this process. */
+    draws += first, time += first, cfg += first, guidance += first;
+    plain = plain < first ? 0 : plain - first < own ? plain - first : own;
     /* Step 5: noisy input. */
     sc__flux_model self = {.flux = flux, .params = params, .h = b->h, .w = b->w};
     sc_model model = {sc__flux_model_velocity, &self};
-    sc_tensor *x0 = sc_from(t, 3, shape, b->x0), *noise = sc_from(t, 3, shape, b->noise);
+    sc_tensor *x0 = sc_from(t, 3, shape, b->x0 + first * size);
+    sc_tensor *noise = sc_from(t, 3, shape, b->noise + first * size);
     sc_tensor *x = sc_noisy(t, draws, x0, noise), *target = sc_new(t, 3, shape);
-    if (!x || !target || !sc__flux_text(&self, t, b->size, b->text_tokens, b->context, b->pooled,
-                                        b->no_context, b->no_pooled))
+    if (!x || !target ||
+        !sc__flux_text(&self, t, (int)own, b->text_tokens,
+                       b->context + first * b->text_tokens * c->text_channels,
+                       b->pooled + first * c->pooled_channels, b->no_context, b->no_pooled))
         return false;
     /* Step 6: target. Guidance distillation: the teacher's velocity at guidance 1, with true CFG
      * of the drawn guidance. */
@@ -1473,13 +1484,13 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
         const sc_query query = {0, teacher, time, one, guidance};
         ok = sc_copy(t, target, sc__flux_model_velocity(&self, t, x, &query));
     } else if (plain) ok = sc__flow_matching_target(t, x0, noise, plain, target);
-    if (ok && plain < n) ok = sc_scfm_target(&model, t, draws, plain, x, target);
+    if (ok && plain < own) ok = sc_scfm_target(&model, t, draws, plain, x, target);
     if (!ok) return false;
     /* Step 7: the student's answer, and the way back. */
     sc_tape_record(t, true);
     const sc_query query = {0, student, time, guidance, cfg};
     sc_tensor *v = sc__flux_model_velocity(&self, t, x, &query);
-    ok = sc_mse(t, v, target, &params->results[0]) && sc_backward(t);
+    ok = sc_mse(t, v, target, (float)own / (float)n, &params->results[0]) && sc_backward(t);
     sc_tape_record(t, false);
     sc_tape_use(t, NULL);
     return ok;
@@ -2283,10 +2294,12 @@ static double sc__sum_of_squares(const float *x, const float *minus, int64_t n) 
     return total;
 }
 
-/* loss = mean((prediction - target)^2);  dprediction += factor * 2 (prediction - target) / n */
-static void sc__cpu_mse(double *loss, const sc_tensor *prediction, const sc_tensor *target) {
+/* loss = factor * mean((prediction - target)^2);
+ * dprediction += factor * 2 (prediction - target) / n */
+static void sc__cpu_mse(double *loss, const sc_tensor *prediction, const sc_tensor *target,
+                        float factor) {
     int64_t n = sc_count(prediction);
-    *loss = sc__sum_of_squares(sc__f(prediction), sc__f(target), n) / (double)n;
+    *loss = factor * sc__sum_of_squares(sc__f(prediction), sc__f(target), n) / (double)n;
 }
 
 static void sc__cpu_mse_backward(sc_tensor *prediction, const sc_tensor *target, float factor) {
@@ -3158,13 +3171,13 @@ sc_tensor *sc_blend(sc_tape *t, const float *p, sc_tensor *u, const float *q, sc
 }
 
 static void sc__mse_backward(sc_tape *t, sc__op *op) {
-    if (sc__grad(t, op->in[0])) t->be->mse_backward(op->in[0], op->in[1], 1);
+    if (sc__grad(t, op->in[0])) t->be->mse_backward(op->in[0], op->in[1], op->scale);
 }
 
-bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, double *loss) {
+bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, float part, double *loss) {
     if (!prediction || !target) return false;
-    t->be->mse(loss, prediction, target);
-    if (sc__record(t, (sc__op){.backward = sc__mse_backward, .out = {prediction},
+    t->be->mse(loss, prediction, target, part);
+    if (sc__record(t, (sc__op){.backward = sc__mse_backward, .out = {prediction}, .scale = part,
                                .in = {prediction, (sc_tensor *)target}}))
         sc__grad(t, prediction); /* it exists: the walk back starts here */
     return !t->failed;
@@ -3406,6 +3419,7 @@ void sc_params_free(sc_params *p) {
 void sc_params_step(sc_params *p, sc_adamw *o, float fast_decay, float slow_decay) {
     const sc_trained x = {
         p->count, p->set[SC_STUDENT], p->grad, p->m, p->v, {p->set[SC_FAST], p->set[SC_SLOW]}};
+    if (p->sum) p->sum(p->grad, p->count);
     p->backend->update(&x, o, (const float[2]){fast_decay, slow_decay}, &p->results[1]);
     double oldest[2]; /* forgotten, where nobody asks */
     if (p->waiting == SC_POSTS) p->backend->collect(oldest, 2), p->waiting--;

@@ -2694,9 +2694,10 @@ static void sum_squares(double *total, F f, int64_t n, double factor, bool root)
            factor, root);
 }
 
-static void cuda_mse(double *loss, const sc_tensor *prediction, const sc_tensor *target) {
+static void cuda_mse(double *loss, const sc_tensor *prediction, const sc_tensor *target,
+                     float factor) {
     int64_t n = sc_count(prediction);
-    sum_squares(loss, Difference{bf16_data(prediction), bf16_data(target)}, n, 1.0 / (double)n,
+    sum_squares(loss, Difference{bf16_data(prediction), bf16_data(target)}, n, factor / (double)n,
                 false);
 }
 

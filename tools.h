@@ -23,6 +23,9 @@
 #ifdef SHORTCUT_OPENBLAS
 #include <cblas.h>
 #endif
+#ifdef SHORTCUT_MPI
+#include <mpi.h>
+#endif
 
 /* ==== Memory, paths, text ==================================================================== */
 
@@ -535,19 +538,165 @@ void sc_unlock(void) {
     if (lock_path) remove(lock_path);
 }
 
+/* ==== Many processes: make MPI=1, mpirun -n 4 ./train ... =====================================
+ *
+ * All go the same way through the program, each with its part of the work, and meet: there they
+ * learn whether all may go on. Who fails comes to the next meeting at once, by sc_die, and says so;
+ * a sum or a copy stands right behind a meeting: so nobody waits for one that went another way.
+ * The first process alone prints and writes; an error is printed by whoever has it.
+ */
+
+volatile sig_atomic_t sc_interrupted; /* asked to stop: see sc_catch_interrupt */
+bool sc_stop;                         /* one of all processes was, at the last meeting */
+int sc_rank, sc_processes = 1;        /* which this is, and of how many */
+double sc_seconds(void);
+void sc_end_line(void);
+
+/* FNV-1a; begin with SC_HASH. */
+#define SC_HASH 0xcbf29ce484222325u
+uint64_t sc_mix(uint64_t hash, const void *data, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        hash = (hash ^ ((const unsigned char *)data)[i]) * 0x100000001b3u;
+    return hash;
+}
+
+#ifdef SHORTCUT_MPI
+#ifdef SHORTCUT_CUDA
+void sc_cuda_use(int device);
+bool sc_cuda_id(char id[128]), sc_cuda_join(const char id[128], int number, int count);
+void sc_cuda_sum(float *x, int64_t n);
+#endif
+
+typedef struct told {
+    bool ok, interrupted;
+    uint64_t same;
+    double number;
+} told;
+
+static int local_rank, errors = 2; /* its number on its host; where its errors are printed */
+static bool over;                  /* one has failed: there are no more meetings */
+static double summing;             /* seconds in sums */
+
+static void leave_others(void) { MPI_Finalize(); }
+
+static void join_others(void) {
+    int level;
+    MPI_Comm host;
+    MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
+    atexit(leave_others);
+    MPI_Comm_rank(MPI_COMM_WORLD, &sc_rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &sc_processes);
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, sc_rank, MPI_INFO_NULL, &host);
+    MPI_Comm_rank(host, &local_rank);
+    MPI_Comm_free(&host);
+    if (sc_rank) errors = dup(2);
+    if (sc_rank && (!freopen("/dev/null", "w", stdout) || !freopen("/dev/null", "w", stderr)))
+        exit(1);
+}
+
+static void print_error(void) {
+    char host[MPI_MAX_PROCESSOR_NAME];
+    int length;
+    MPI_Get_processor_name(host, &length);
+    fflush(stdout);
+    sc_end_line();
+    dprintf(errors, "error: %s, process %d: %s\n", host, sc_rank, sc_error());
+}
+
+/* Are all well, and have the same number `same` (if not, their `what` differ)? *sum (or NULL) is
+ * added up in the order of the processes. False in all of them, with the error printed. */
+bool sc_meet(bool ok, const char *what, uint64_t same, double *sum) {
+    told own = {ok, sc_interrupted != 0, same, sum ? *sum : 0};
+    told all[sc_processes];
+    double total = 0;
+    int come = 0, wrong = sc_processes;
+    MPI_Request request;
+    sc_stop = sc_interrupted;
+    if (sc_processes == 1 || over) return ok && !over;
+    MPI_Iallgather(&own, sizeof own, MPI_BYTE, all, sizeof own, MPI_BYTE, MPI_COMM_WORLD, &request);
+    for (int tries = 0; MPI_Test(&request, &come, MPI_STATUS_IGNORE), !come; tries++)
+        if (tries > 1000) nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL); /* leaves cores */
+    for (int i = sc_processes - 1; i >= 0; i--) {
+        if (!all[i].ok || all[i].same != all[0].same) wrong = i;
+        sc_stop = sc_stop || all[i].interrupted;
+    }
+    for (int i = 0; i < sc_processes; i++) total += all[i].number;
+    if (sum) *sum = total;
+    over = wrong < sc_processes;
+    if (wrong == sc_rank && ok) sc_fail("its %s differ from those of process 0", what);
+    if (wrong == sc_rank) print_error();
+    return !over;
+}
+
+/* Where the others cannot meet this process, since they wait for it on their GPUs: ends all. */
+bool sc_end_all(void) {
+    if (sc_processes > 1) print_error(), MPI_Abort(MPI_COMM_WORLD, 1);
+    return false;
+}
+
+/* x [n] of process `from` comes to all. */
+void sc_copy_to_all(float *x, int64_t n, int from) {
+    MPI_Bcast(x, (int)n, MPI_FLOAT, from, MPI_COMM_WORLD);
+}
+
+/* Each process adds a part up, in the order of the processes, and gives it to all: the same bits
+ * everywhere and in every run with as many processes, and no more traffic than there must be. */
+static void sum_on_host(float *x, int64_t n) {
+    enum { PART = 1 << 18 };
+    static float *sent;
+    const int64_t count = sc_processes, most = count * PART;
+    double started = sc_seconds();
+    if (!sent && !(sent = (float *)allocate((size_t)(2 * most), sizeof *sent))) sc_end_all();
+    for (int64_t at = 0; at < n; at += most) {
+        int64_t size = n - at < most ? n - at : most, part = (size + count - 1) / count;
+        float *got = sent + most;
+        memcpy(sent, x + at, (size_t)size * sizeof *x);
+        MPI_Alltoall(sent, (int)part, MPI_FLOAT, got, (int)part, MPI_FLOAT, MPI_COMM_WORLD);
+        for (int64_t p = 1; p < count; p++)
+            for (int64_t i = 0; i < part; i++) got[i] += got[p * part + i];
+        MPI_Allgather(got, (int)part, MPI_FLOAT, sent, (int)part, MPI_FLOAT, MPI_COMM_WORLD);
+        memcpy(x + at, sent, (size_t)size * sizeof *x);
+    }
+    summing += sc_seconds() - started;
+}
+
+/* The gradients of these are summed from now on, on GPUs by NCCL. */
+bool sc_share(sc_params *params) {
+    bool ok = true;
+    if (sc_processes > 1) params->sum = sum_on_host;
+#ifdef SHORTCUT_CUDA
+    char id[128];
+    if (sc_processes == 1 || params->backend->on_host) return true;
+    if (!sc_meet(sc_rank || sc_cuda_id(id), NULL, 0, NULL)) return false;
+    MPI_Bcast(id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD);
+    params->sum = sc_cuda_sum;
+    ok = sc_cuda_join(id, sc_rank, sc_processes);
+#endif
+    return ok;
+}
+#else
+bool sc_meet(bool ok, const char *what, uint64_t same, double *sum) {
+    (void)what, (void)same, (void)sum;
+    sc_stop = sc_interrupted;
+    return ok;
+}
+#define sc_end_all() false
+#define sc_copy_to_all(x, n, from) (void)0
+#define sc_share(params) true
+#endif
+
+bool sc_agree(bool ok) { return sc_meet(ok, NULL, 0, NULL); }
+
+/* What main returns. */
+int sc_end(bool ok) { return sc_agree(ok) ? 0 : sc_die(); }
+
 /* ==== The program: start, interrupt, clock, device ============================================ */
 
-/* First thing in main: threads that wait spin for some microseconds, the usual time to the next
- * loop, and then sleep. Spinning on costs a program that shares its cores a factor of ten and more;
- * sleeping at once, 1.7. And OpenBLAS takes a CPU that is newer than itself for a Prescott of 2004,
- * a quarter as fast. Both libraries read this when they are loaded: start once again. A reader that
- * went away, and a limit on the size of files, make a write fail; they do not end the program. */
-void sc_start(char **argv) {
-    sc_command = argv[0];
-    for (int i = 1; argv[i]; i++) sc_command = formatted("%s %s", sc_command, argv[i]);
-    signal(SIGPIPE, SIG_IGN);
-    signal(SIGXFSZ, SIG_IGN);
-    if (getenv("SHORTCUT_STARTED")) return;
+/* Threads that wait spin for some microseconds, the usual time to the next loop, and then sleep.
+ * Spinning on costs a program that shares its cores a factor of ten and more; sleeping at once,
+ * 1.7. And OpenBLAS takes a CPU that is newer than itself for a Prescott of 2004, a quarter as
+ * fast. Both libraries read this when they are loaded: start once again. */
+static void start_again(char **argv) {
     setenv("SHORTCUT_STARTED", "yes", 1);
     if (!getenv("OMP_WAIT_POLICY")) setenv("GOMP_SPINCOUNT", "10000", 0);
     setenv("OMP_WAIT_POLICY", "passive", 0);
@@ -558,7 +707,18 @@ void sc_start(char **argv) {
     execv("/proc/self/exe", argv); /* where that fails, go on as we are */
 }
 
-volatile sig_atomic_t sc_interrupted; /* asked to stop: see sc_catch_interrupt */
+/* First thing in main. A reader that went away, and a limit on the size of files, make a write
+ * fail; they do not end the program. */
+void sc_start(char **argv) {
+    sc_command = argv[0];
+    for (int i = 1; argv[i]; i++) sc_command = formatted("%s %s", sc_command, argv[i]);
+    signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN);
+    if (!getenv("SHORTCUT_STARTED")) start_again(argv);
+#ifdef SHORTCUT_MPI
+    join_others();
+#endif
+}
 
 static void on_interrupt(int sig) { sc_interrupted = sig; }
 
@@ -625,11 +785,12 @@ void sc_end_line(void) {
     line_open = false;
 }
 
-/* Prints the last error; what main returns then. */
+/* Prints the last error, if it was not; what main returns then. */
 int sc_die(void) {
     fflush(stdout);
     sc_end_line();
-    fprintf(stderr, "error: %s\n", sc_error());
+    if (sc_processes > 1) sc_agree(false);
+    else fprintf(stderr, "error: %s\n", sc_error());
     return 1;
 }
 
@@ -645,6 +806,9 @@ int sc_bad_usage(const char *usage) {
 const sc_backend *sc_device(const char *name) {
     if (!strcmp(name, "cpu")) return sc_cpu();
 #ifdef SHORTCUT_CUDA
+#ifdef SHORTCUT_MPI
+    sc_cuda_use(local_rank);
+#endif
     const sc_backend *cuda = sc_cuda();
     if (cuda || !strcmp(name, "cuda")) return cuda;
     if (!strstr(sc_error(), "no NVIDIA driver")) /* there seems to be a GPU */
@@ -768,6 +932,14 @@ static const char *option_text(const sc_option *o) {
     case SC_RANGE: return formatted("%g,%g", real[0], real[1]);
     }
     return "";
+}
+
+uint64_t sc_mix_options(uint64_t hash, const sc_option *options, int count) {
+    for (int i = 0; i < count; i++) {
+        const char *value = options[i].name ? option_text(&options[i]) : "";
+        hash = sc_mix(hash, value, strlen(value) + 1);
+    }
+    return sc_mix(hash, sc_command, strlen(sc_command));
 }
 
 void sc_print_options(const sc_option *options, int count) {
