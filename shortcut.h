@@ -241,7 +241,8 @@ sc_tensor *sc_timestep_embedding(sc_tape *t, const float *times, int64_t batch, 
 /* p[b] u[b] + q[b] v[b]; p and q [B] on the host, as long as tensors live */
 sc_tensor *sc_blend(sc_tape *t, const float *p, sc_tensor *u, const float *q, sc_tensor *v);
 /* Mean square error times `part`, into *loss, which is the backend's memory. */
-bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, float part, double *loss);
+bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, double part,
+            double *loss);
 
 /* Operations of the frozen networks (text encoders, VAE, evaluator); not recorded. Norms are over
  * the last dimension, w and b [C], or without b RMS norms; ids [batch, tokens] on the host, table
@@ -850,8 +851,8 @@ struct sc_backend {
     void (*swap_axes)(sc_tensor *y, const sc_tensor *x);
     /* Loss and optimiser, all f32. */
     /* *loss and *norm are the backend's memory. */
-    void (*mse)(double *loss, const sc_tensor *prediction, const sc_tensor *target, float factor);
-    void (*mse_backward)(sc_tensor *prediction, const sc_tensor *target, float factor);
+    void (*mse)(double *loss, const sc_tensor *prediction, const sc_tensor *target, double factor);
+    void (*mse_backward)(sc_tensor *prediction, const sc_tensor *target, double factor);
     /* One step: clips, AdamW, moves the averages (average = decay average + (1 - decay) w), clears
      * the gradient. *norm: the gradient's before clipping; not finite: w did not change. */
     void (*update)(const sc_trained *x, const sc_adamw *o, const float decay[2], double *norm);
@@ -1490,7 +1491,7 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     sc_tape_record(t, true);
     const sc_query query = {0, student, time, guidance, cfg};
     sc_tensor *v = sc__flux_model_velocity(&self, t, x, &query);
-    ok = sc_mse(t, v, target, (float)own / (float)n, &params->results[0]) && sc_backward(t);
+    ok = sc_mse(t, v, target, (double)own / (double)n, &params->results[0]) && sc_backward(t);
     sc_tape_record(t, false);
     sc_tape_use(t, NULL);
     return ok;
@@ -2297,14 +2298,14 @@ static double sc__sum_of_squares(const float *x, const float *minus, int64_t n) 
 /* loss = factor * mean((prediction - target)^2);
  * dprediction += factor * 2 (prediction - target) / n */
 static void sc__cpu_mse(double *loss, const sc_tensor *prediction, const sc_tensor *target,
-                        float factor) {
+                        double factor) {
     int64_t n = sc_count(prediction);
     *loss = factor * sc__sum_of_squares(sc__f(prediction), sc__f(target), n) / (double)n;
 }
 
-static void sc__cpu_mse_backward(sc_tensor *prediction, const sc_tensor *target, float factor) {
+static void sc__cpu_mse_backward(sc_tensor *prediction, const sc_tensor *target, double factor) {
     int64_t n = sc_count(prediction);
-    const float *p = sc__f(prediction), *t = sc__f(target), s = 2 * factor / (float)n;
+    const float *p = sc__f(prediction), *t = sc__f(target), s = (float)(2 * factor / (double)n);
     float *dp = sc__g(prediction);
     SC_SIMD for (int64_t i = 0; i < n; i++) dp[i] += s * (p[i] - t[i]);
 }
@@ -2610,7 +2611,7 @@ struct sc__op {
     void (*forward)(sc_tape *t, sc__op *op); /* NULL: never made again */
     sc_tensor *in[5], *out[2];  /* what each slot means is the operation's business */
     int64_t n[3];
-    float scale;
+    double scale;
     const void *extra;
     sc_block block;             /* of a block that was run: the context is `extra` */
     const uint8_t *sets;
@@ -2882,7 +2883,7 @@ static void sc__lora_backward(sc_tape *t, sc__op *op) {
     sc_tensor *x = op->in[0], *a = op->in[1], *b = op->in[2], *u = op->in[3], *y = op->out[0];
     int64_t first = op->n[0], rows = sc__rows(u), in = sc__last(x), out = sc__last(y);
     int64_t r = sc__last(u);
-    float s = op->scale;
+    float s = (float)op->scale;
     sc_tensor *e = sc__new_like(t, u);
     if (!e) { t->failed = true; return; }
     t->be->gemm(rows, r, out, s, sc__part(y, y->grad, first, 0, false), sc__whole(b, false), 0,
@@ -3128,7 +3129,7 @@ static void sc__attention_backward(sc_tape *t, sc__op *op) {
     }
     if (!t->failed)
         t->be->attention_backward(op->out[0], (const float *)op->extra, op->in[0], op->in[1],
-                                  op->in[2], (int)op->n[0], op->scale);
+                                  op->in[2], (int)op->n[0], (float)op->scale);
     for (int i = 0; i < 3; i++)
         if (!wanted[i]) op->in[i]->needs_grad = false, op->in[i]->grad = NULL;
 }
@@ -3174,7 +3175,8 @@ static void sc__mse_backward(sc_tape *t, sc__op *op) {
     if (sc__grad(t, op->in[0])) t->be->mse_backward(op->in[0], op->in[1], op->scale);
 }
 
-bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, float part, double *loss) {
+bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, double part,
+            double *loss) {
     if (!prediction || !target) return false;
     t->be->mse(loss, prediction, target, part);
     if (sc__record(t, (sc__op){.backward = sc__mse_backward, .out = {prediction}, .scale = part,

@@ -2695,7 +2695,7 @@ static void sum_squares(double *total, F f, int64_t n, double factor, bool root)
 }
 
 static void cuda_mse(double *loss, const sc_tensor *prediction, const sc_tensor *target,
-                     float factor) {
+                     double factor) {
     int64_t n = sc_count(prediction);
     sum_squares(loss, Difference{bf16_data(prediction), bf16_data(target)}, n, factor / (double)n,
                 false);
@@ -2711,11 +2711,11 @@ __global__ void mse_backward_kernel(bf16 *dp, const bf16 *p, const bf16 *t, floa
     for (int j = 0; j < V; j++) a[j] = s * (a[j] - b[j]);
     add<V>(dp + i, a, false);
 }
-static void cuda_mse_backward(sc_tensor *prediction, const sc_tensor *target, float factor) {
+static void cuda_mse_backward(sc_tensor *prediction, const sc_tensor *target, double factor) {
     int64_t n = sc_count(prediction);
     bool w = wide(n, prediction->data, prediction->grad, target->data);
     LAUNCH_FLAT(w, mse_backward_kernel, n, bf16_grad(prediction), bf16_data(prediction),
-                bf16_data(target), 2 * factor / (float)n, n);
+                bf16_data(target), (float)(2 * factor / (double)n), n);
 }
 
 struct Step {

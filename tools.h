@@ -652,8 +652,11 @@ static void sum_on_host(float *x, int64_t n) {
         float *got = sent + most;
         memcpy(sent, x + at, (size_t)size * sizeof *x);
         MPI_Alltoall(sent, (int)part, MPI_FLOAT, got, (int)part, MPI_FLOAT, MPI_COMM_WORLD);
-        for (int64_t p = 1; p < count; p++)
-            for (int64_t i = 0; i < part; i++) got[i] += got[p * part + i];
+        for (int64_t i = 0; i < part; i++) {
+            double total = 0;
+            for (int64_t p = 0; p < count; p++) total += (double)got[p * part + i];
+            got[i] = (float)total;
+        }
         MPI_Allgather(got, (int)part, MPI_FLOAT, sent, (int)part, MPI_FLOAT, MPI_COMM_WORLD);
         memcpy(x + at, sent, (size_t)size * sizeof *x);
     }
