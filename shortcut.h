@@ -73,7 +73,7 @@
  *   - read or write picture files (stb does, in tools.h), download anything, print, or exit
  *   - run other models than FLUX.1: no SD3.5, no FLUX.2
  *   - train text encoders or the VAE; read LoRAs for them, DoRA, LoKr or LoHa (it says so)
- *   - mix picture sizes in one batch, or use several GPUs
+ *   - mix picture sizes in one batch, or split one step's model over several GPUs
  *   - swap weights to disk: a model fits in memory, its frozen matrices mapped, or it does not run
  *
  * NOTATION
@@ -241,8 +241,7 @@ sc_tensor *sc_timestep_embedding(sc_tape *t, const float *times, int64_t batch, 
 /* p[b] u[b] + q[b] v[b]; p and q [B] on the host, as long as tensors live */
 sc_tensor *sc_blend(sc_tape *t, const float *p, sc_tensor *u, const float *q, sc_tensor *v);
 /* Mean square error times `part`, into *loss, which is the backend's memory. */
-bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, double part,
-            double *loss);
+bool sc_mse(sc_tape *t, sc_tensor *x, const sc_tensor *target, double part, double *loss);
 
 /* Operations of the frozen networks (text encoders, VAE, evaluator); not recorded. Norms are over
  * the last dimension, w and b [C], or without b RMS norms; ids [batch, tokens] on the host, table
@@ -431,8 +430,7 @@ typedef struct sc_params {
     float *set[SC_SETS];        /* NULL: not there (the teacher of a LoRA is the bare base) */
     float *grad, *m, *v;        /* gradients and Adam's moments */
     double *results;            /* the backend's: loss and gradient's norm of a step */
-    /* Adds the gradient up over all processes, where it lies; NULL: there is only one. */
-    void (*sum)(float *gradient, int64_t count);
+    void (*sum)(float *grad, int64_t count); /* over all processes, where it lies; NULL: one */
     int waiting;                /* steps that were not asked about */
     sc_flux *flux;
     /* one for each of the model's linear layers; NULL: all weights are trained */
@@ -481,8 +479,7 @@ typedef struct sc_recipe {
 
 typedef struct sc_batch {       /* host f32; one text-picture pair per sample */
     int size, h, w, text_tokens;
-    int first, count;           /* samples that this process takes; count 0: all. Loss and gradient
-                                 * are parts of the whole batch's, so those of all samples add up */
+    int first, count;           /* samples that give their part of loss and gradient; 0: all */
     const float *x0, *noise;    /* [B, h*w, in_channels] packed latents; N(0, 1) */
     /* [B, T, text_channels], [B, pooled_channels]: overwritten where a caption is dropped */
     float *context, *pooled;
@@ -851,8 +848,8 @@ struct sc_backend {
     void (*swap_axes)(sc_tensor *y, const sc_tensor *x);
     /* Loss and optimiser, all f32. */
     /* *loss and *norm are the backend's memory. */
-    void (*mse)(double *loss, const sc_tensor *prediction, const sc_tensor *target, double factor);
-    void (*mse_backward)(sc_tensor *prediction, const sc_tensor *target, double factor);
+    void (*mse)(double *loss, const sc_tensor *x, const sc_tensor *target, double part);
+    void (*mse_backward)(sc_tensor *x, const sc_tensor *target, double part);
     /* One step: clips, AdamW, moves the averages (average = decay average + (1 - decay) w), clears
      * the gradient. *norm: the gradient's before clipping; not finite: w did not change. */
     void (*update)(const sc_trained *x, const sc_adamw *o, const float decay[2], double *norm);
@@ -1070,15 +1067,6 @@ bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int
     sc_tape_record(t, recorded);
     sc_tape_rewind(t, mark);
     return ok;
-}
-
-/* Flow matching, for the samples [0, n): the target eps - x0. */
-static bool sc__flow_matching_target(sc_tape *t, sc_tensor *x0, sc_tensor *noise, int64_t n,
-                                     sc_tensor *target) {
-    const float *one = sc__floats(t, n, 1), *minus = sc__floats(t, n, -1);
-    sc_tensor *data = sc_samples(t, x0, 0, n), *eps = sc_samples(t, noise, 0, n);
-    sc_tensor *part = sc_samples(t, target, 0, n);
-    return one && minus && part && sc_copy(t, part, sc_blend(t, one, eps, minus, data));
 }
 
 /* ==== FLUX: the velocity of a noisy picture ==================================== >>flux =======
@@ -1303,12 +1291,10 @@ sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed) {
     if (p) p->rank = rank;
     sc_rng own = {sc_random_bits(&(sc_rng){seed})}; /* the seed's own stream is the training's */
     bool ok = start && p->adapters;
-    if (ok) sc__attach(p, alpha / (float)rank, own, start);
-    if (ok) sc__params_start(p, start);
+    if (ok) sc__attach(p, alpha / (float)rank, own, start), sc__params_start(p, start);
     SC_FREE(start);
     if (ok) return p;
-    sc_params_free(p);
-    return NULL;
+    return sc_params_free(p), NULL;
 }
 
 /* ==== A training step ========================================================== >>step =======
@@ -1442,14 +1428,15 @@ static int64_t sc__part_of(int64_t n, float part, sc_rng *rng) {
 
 bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *r,
                        const sc_batch *b, sc_rng *rng) {
-    int64_t n = b->size, tokens = (int64_t)b->h * b->w, first = b->first;
-    int64_t own = b->count ? b->count : n;
+    int64_t n = b->size, own = b->count ? b->count : n, first = b->first;
     const sc_flux_config *c = sc_flux_config_of(flux);
-    const int64_t shape[] = {own, tokens, c->in_channels}, size = tokens * c->in_channels;
+    int64_t tokens = (int64_t)b->h * b->w, size = tokens * c->in_channels;
+    const int64_t shape[] = {own, tokens, c->in_channels};
     sc_tape_reset(t);
     sc_tape_record(t, false);
     sc_draw *draws = (sc_draw *)sc_tape_host(t, (size_t)n * sizeof *draws);
-    float *one = sc__floats(t, 4 * n, 1), *time = one + n, *cfg = time + n, *guidance = cfg + n;
+    float *one = sc__floats(t, 5 * n, 1), *time = one + n, *cfg = time + n, *guidance = cfg + n;
+    float *minus = guidance + n;
     uint8_t *student = (uint8_t *)sc_tape_host(t, (size_t)(2 * n)), *teacher = student + n;
     if (!draws || !one || !student) return false;
     /* Steps 2 to 4: chance. Flow matching comes first, then the teacher's case, then the student's
@@ -1461,7 +1448,7 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
         sc_draw_sample(r, rng, tokens, i < plain, &d);
         int64_t at = i < plain ? i : d.teacher ? low++ : --high;
         draws[at] = d, time[at] = d.t[0], guidance[at] = d.guidance, cfg[at] = d.cfg[1];
-        student[at] = SC_STUDENT, teacher[at] = SC_TEACHER;
+        minus[i] = -1, student[at] = SC_STUDENT, teacher[at] = SC_TEACHER;
     }
     sc__drop_captions(b, c, draws);
     /* From here on, of all samples those of this process. */
@@ -1484,7 +1471,8 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     if (r->distil_guidance) {
         const sc_query query = {0, teacher, time, one, guidance};
         ok = sc_copy(t, target, sc__flux_model_velocity(&self, t, x, &query));
-    } else if (plain) ok = sc__flow_matching_target(t, x0, noise, plain, target);
+    } else if (plain) /* flow matching's, eps - x0, of which SCFM replaces its own */
+        ok = sc_copy(t, target, sc_blend(t, one, noise, minus, x0));
     if (ok && plain < own) ok = sc_scfm_target(&model, t, draws, plain, x, target);
     if (!ok) return false;
     /* Step 7: the student's answer, and the way back. */
@@ -2295,19 +2283,17 @@ static double sc__sum_of_squares(const float *x, const float *minus, int64_t n) 
     return total;
 }
 
-/* loss = factor * mean((prediction - target)^2);
- * dprediction += factor * 2 (prediction - target) / n */
-static void sc__cpu_mse(double *loss, const sc_tensor *prediction, const sc_tensor *target,
-                        double factor) {
-    int64_t n = sc_count(prediction);
-    *loss = factor * sc__sum_of_squares(sc__f(prediction), sc__f(target), n) / (double)n;
+/* loss = part * mean((x - target)^2);  dx += part * 2 (x - target) / n */
+static void sc__cpu_mse(double *loss, const sc_tensor *x, const sc_tensor *target, double part) {
+    int64_t n = sc_count(x);
+    *loss = part * sc__sum_of_squares(sc__f(x), sc__f(target), n) / (double)n;
 }
 
-static void sc__cpu_mse_backward(sc_tensor *prediction, const sc_tensor *target, double factor) {
-    int64_t n = sc_count(prediction);
-    const float *p = sc__f(prediction), *t = sc__f(target), s = (float)(2 * factor / (double)n);
-    float *dp = sc__g(prediction);
-    SC_SIMD for (int64_t i = 0; i < n; i++) dp[i] += s * (p[i] - t[i]);
+static void sc__cpu_mse_backward(sc_tensor *x, const sc_tensor *target, double part) {
+    int64_t n = sc_count(x);
+    const float *px = sc__f(x), *t = sc__f(target), s = (float)(2 * part / (double)n);
+    float *dx = sc__g(x);
+    SC_SIMD for (int64_t i = 0; i < n; i++) dx[i] += s * (px[i] - t[i]);
 }
 
 /* AdamW (Loshchilov & Hutter 2019; torch.optim.AdamW): decoupled weight decay, bias-corrected
@@ -3175,13 +3161,12 @@ static void sc__mse_backward(sc_tape *t, sc__op *op) {
     if (sc__grad(t, op->in[0])) t->be->mse_backward(op->in[0], op->in[1], op->scale);
 }
 
-bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, double part,
-            double *loss) {
-    if (!prediction || !target) return false;
-    t->be->mse(loss, prediction, target, part);
-    if (sc__record(t, (sc__op){.backward = sc__mse_backward, .out = {prediction}, .scale = part,
-                               .in = {prediction, (sc_tensor *)target}}))
-        sc__grad(t, prediction); /* it exists: the walk back starts here */
+bool sc_mse(sc_tape *t, sc_tensor *x, const sc_tensor *target, double part, double *loss) {
+    if (!x || !target) return false;
+    t->be->mse(loss, x, target, part);
+    if (sc__record(t, (sc__op){.backward = sc__mse_backward, .out = {x}, .scale = part,
+                               .in = {x, (sc_tensor *)target}}))
+        sc__grad(t, x); /* it exists: the walk back starts here */
     return !t->failed;
 }
 
@@ -3359,8 +3344,7 @@ static sc_params *sc__params_new(sc_flux *flux, int64_t count, bool teacher) {
     for (int i = 0; memory && i < n; i++) *arrays[i] = memory + i * stride;
     p->results = (double *)be->alloc(2 * sizeof *p->results);
     if (memory && p->results) return be->zero(memory, bytes), p;
-    sc_params_free(p);
-    return NULL;
+    return sc_params_free(p), NULL;
 }
 
 /* All sets become the same host values. */
