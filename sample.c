@@ -239,12 +239,9 @@ static bool draw_list(sc_pipeline *p) {
     int64_t done = 0;
     prompts = sc_load_prompts(o.prompts, &pictures);
     pictures *= o.count;
-    uint64_t same = sc_mix_options(SC_HASH, table, OPTIONS);
-    for (int64_t i = 0; prompts && i < pictures; i += o.count)
-        same = sc_mix(same, prompt_of(i), strlen(prompt_of(i)) + 1);
     bool made = false, ok = prompts && (sc_rank || (make_folder(o.out_dir, &made) &&
                                                     sc_lock(o.out_dir) && check_folder(metadata)));
-    ok = sc_meet(ok, "options or prompts", same, NULL);
+    ok = sc_agree(ok);
     while (ok && done < pictures && !sc_stop) {
         int64_t own = done + sc_rank, next = done + sc_processes;
         bool drawn =

@@ -552,14 +552,6 @@ int sc_rank, sc_processes = 1;        /* which this is, and of how many */
 double sc_seconds(void);
 void sc_end_line(void);
 
-/* FNV-1a; begin with SC_HASH. */
-#define SC_HASH 0xcbf29ce484222325u
-uint64_t sc_mix(uint64_t hash, const void *data, size_t n) {
-    for (size_t i = 0; i < n; i++)
-        hash = (hash ^ ((const unsigned char *)data)[i]) * 0x100000001b3u;
-    return hash;
-}
-
 #ifdef SHORTCUT_MPI
 #ifdef SHORTCUT_CUDA
 void sc_cuda_use(int device);
@@ -575,9 +567,12 @@ typedef struct told {
 
 static int local_rank, errors = 2; /* its number on its host; where its errors are printed */
 static bool over;                  /* one has failed: there are no more meetings */
-static double summing;             /* seconds in sums */
+static double summing;             /* seconds */
 
-static void leave_others(void) { MPI_Finalize(); }
+static void leave_others(void) {
+    if (summing > 0) fprintf(stderr, "%d processes: %.1f s in sums\n", sc_processes, summing);
+    MPI_Finalize();
+}
 
 static void join_others(void) {
     int level;
@@ -935,14 +930,6 @@ static const char *option_text(const sc_option *o) {
     case SC_RANGE: return formatted("%g,%g", real[0], real[1]);
     }
     return "";
-}
-
-uint64_t sc_mix_options(uint64_t hash, const sc_option *options, int count) {
-    for (int i = 0; i < count; i++) {
-        const char *value = options[i].name ? option_text(&options[i]) : "";
-        hash = sc_mix(hash, value, strlen(value) + 1);
-    }
-    return sc_mix(hash, sc_command, strlen(sc_command));
 }
 
 void sc_print_options(const sc_option *options, int count) {

@@ -455,12 +455,18 @@ static bool save_cache(const training *t, const char *fingerprint) {
 
 /* ---- Data from the folder ---- */
 
+static uint64_t mix(uint64_t hash, const void *data, size_t n) { /* FNV-1a */
+    for (size_t i = 0; i < n; i++)
+        hash = (hash ^ ((const unsigned char *)data)[i]) * 0x100000001b3u;
+    return hash;
+}
+
 /* Its size and, with `times`, when it was written, which a copy on another host does not keep. */
 static uint64_t mix_file(uint64_t hash, const char *path, bool times) {
     struct stat s;
     if (stat(path, &s)) return hash;
     int64_t facts[3] = {s.st_size, s.st_mtim.tv_sec, s.st_mtim.tv_nsec};
-    return sc_mix(hash, facts, times ? sizeof facts : sizeof *facts);
+    return mix(hash, facts, times ? sizeof facts : sizeof *facts);
 }
 
 /* The files of a part's weights: all shards, wherever they are. */
@@ -479,11 +485,11 @@ static uint64_t fingerprint_of(const training *t, const sc_dataset *data, bool t
         "vae/config.json",           "text_encoder/config.json", "text_encoder_2/config.json",
         "tokenizer/vocab.json",      "tokenizer/merges.txt",     "tokenizer/tokenizer_config.json",
         "tokenizer_2/tokenizer.json"};
-    uint64_t hash = SC_HASH;
+    uint64_t hash = 0xcbf29ce484222325u;
     for (int64_t i = 0; i < data->count; i++) {
         const sc_pair *pair = &data->pairs[i];
-        hash = sc_mix(hash, pair->path, strlen(pair->path) + 1);
-        hash = sc_mix(hash, pair->caption, strlen(pair->caption) + 1);
+        hash = mix(hash, pair->path, strlen(pair->path) + 1);
+        hash = mix(hash, pair->caption, strlen(pair->caption) + 1);
         hash = mix_file(hash, pair->path, times);
     }
     const char *folder = kept(sc_model_folder(o.model));
@@ -491,7 +497,7 @@ static uint64_t fingerprint_of(const training *t, const sc_dataset *data, bool t
         hash = mix_file(hash, formatted("%s/%s", folder, files[i]), times);
     for (int part = SC_VAE; part < SC_PARTS; part++) hash = mix_part(hash, (sc_part)part, times);
     int sizes[2] = {t->pipeline->resolution, t->pipeline->text_tokens};
-    return sc_mix(hash, sizes, sizeof sizes);
+    return mix(hash, sizes, sizeof sizes);
 }
 
 /* Each caption once; the pairs' indices into `texts` [pairs + 1]. Returns how many there are. */
@@ -724,11 +730,10 @@ static bool plan_memory(training *t) {
 /* What else all processes must have alike; from here on they sum their gradients. */
 static bool join(training *t) {
     int64_t state[] = {t->step, (int64_t)t->rng.state, t->pipeline->backend->on_host};
-    const char *files[] = {o.start, o.teacher};
-    uint64_t hash = sc_mix_options(SC_HASH, table, OPTIONS);
-    hash = mix_part(sc_mix(hash, state, sizeof state), SC_TRANSFORMER, false);
-    for (int i = 0; i < 2; i++) hash = files[i] ? mix_file(hash, files[i], false) : hash;
-    return sc_meet(true, "options, weights, state or kinds of device", hash, NULL) &&
+    uint64_t hash = mix_part(mix(1, state, sizeof state), SC_TRANSFORMER, false);
+    hash = mix_file(hash, formatted("%s/recipe.json", o.model), false);
+    hash = mix(hash, sc_command, strlen(sc_command));
+    return sc_meet(true, "options, weights, state or kind of device", hash, NULL) &&
            sc_share(t->params);
 }
 

@@ -130,10 +130,33 @@ table many 2 shortcut >"$dir/table2"
 check "the experiment's table is the same" same "$dir/table" "$dir/table2"
 check "and is there" grep -q "^6 pictures a row" "$dir/table"
 
+# Two network namespaces as two hosts; Open MPI starts the second one's process as if by ssh.
+a=sc$$a b=sc$$b
+hosts() { ip netns exec $a unshare -u sh -c 'hostname hosta; "$@"' - timeout -k 5 60 mpirun --mca plm_rsh_agent "$dir/agent" \
+    --mca btl tcp,self --host 10.24.0.1:1,10.24.0.2:1 -n 2 "$@"; }
+if mpirun --version | grep -q "(Open MPI) 4" && ip netns add $a 2>/dev/null && ip netns add $b; then
+    trap 'ip netns del $a; ip netns del $b; rm -rf "$dir"' EXIT
+    ip link add ${a}0 netns $a type veth peer name ${b}0 netns $b
+    ip -n $a addr add 10.24.0.1/24 dev ${a}0 && ip -n $b addr add 10.24.0.2/24 dev ${b}0
+    for n in $a $b; do ip -n $n link set lo up && ip -n $n link set ${n}0 up; done
+    printf '#!/bin/sh\nshift\nexec ip netns exec %s unshare -u sh -c "hostname hostb; $*"\n' $b >"$dir/agent"
+    chmod +x "$dir/agent"
+    check "two hosts" quiet hosts "$bin/train" "$dir/pairs" --rank 16 --preview 0 --run "$dir/hosts" --out "$dir/out-hosts" $steps
+    weights hosts
+    check "are as good as one, bit for bit" same "$dir/hosts.weights" "$dir/many2.weights"
+    check "an error on the second" not hosts sh -c '[ $(hostname) = hosta ] || cd /; exec "$@"' - "$bin/train" data/10pairs --batch 2 \
+        --run "$dir/other" --out "$dir/out-other" >"$dir/log" 2>&1
+    check "says where" grep -q "^error: hostb, process 1: data/10pairs: No such file" "$dir/log"
+else
+    skipped=1
+    echo "skipped: two hosts: no network namespaces, or no Open MPI 4"
+fi
+
 if [ -x "$bin/train_emulated" ]; then # GPUs and NCCL, in imitation
     on="--batch 2 --rank 1 --steps 1 --device cuda"
     check "a GPU" many 1 train_emulated "$dir/pairs" $on --preview 0 --run "$dir/gpu1" --out "$dir/gpu1.safetensors" >"$dir/log" 2>&1
     check "two" many 2 train_emulated "$dir/pairs" $on --preview 0 --run "$dir/gpu2" --out "$dir/gpu2.safetensors" >"$dir/log" 2>&1
     check "have the loss of one" near gpu1 gpu2 1 1e-5
 fi
-report
+echo "$passed passed, $failed failed, ${skipped:-0} skipped"
+[ $failed -eq 0 ]
