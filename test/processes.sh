@@ -50,19 +50,19 @@ weights() { tail -c 1000000 "$dir/$1/state.safetensors" >"$dir/$1.weights"; }
 
 cp -r data/10pairs "$dir/pairs"
 # 16 pairs are 8 and 8; 5, 5 and 6; or 4 each.
-steps="--steps 400 --stop-after 8"
+steps="--steps 400 --stop-after 6"
 check "one process" run 0 one $steps
 for n in 1 2 3 4; do
     check "$n processes" run $n many$n $steps
-    check "$n processes have the losses of one" near many$n one 8
+    check "$n processes have the losses of one" near many$n one 6
 done
-check "two stop" run 2 stopped --steps 400 --stop-after 4
+check "two stop" run 2 stopped --steps 400 --stop-after 3
 cp -r "$dir/stopped" "$dir/again"
 check "two go on" run 2 stopped $steps --resume
 weights stopped && weights many2
 check "as if they had not stopped, bit for bit" same "$dir/stopped.weights" "$dir/many2.weights"
 check "or four do" run 4 again $steps --resume
-check "with the losses of one" near again one 8
+check "with the losses of one" near again one 6
 # Small products take other ways through OpenBLAS, so that small batches are a little farther off.
 for mode in "--cfg 2 --cfg-student --fm-ratio .5" "--full --fm-ratio .5 --ema-restart 2"; do
     rm -rf "$dir/a" "$dir/b" "$dir/out-a" "$dir/out-b"
@@ -146,7 +146,7 @@ if mpirun --version | grep -q "(Open MPI) 4" && ip netns add $a 2>/dev/null && i
     check "are as good as one, bit for bit" same "$dir/hosts.weights" "$dir/many2.weights"
     check "an error on the second" not hosts sh -c '[ $(hostname) = hosta ] || cd /; exec "$@"' - "$bin/train" data/10pairs --batch 2 \
         --run "$dir/other" --out "$dir/out-other" >"$dir/log" 2>&1
-    check "says where" grep -q "^error: hostb, process 1: data/10pairs: No such file" "$dir/log"
+    check "says where" grep -q "^error: hostb, process 1: .*No such file" "$dir/log"
 else
     skipped=1
     echo "skipped: two hosts: no network namespaces, or no Open MPI 4"
