@@ -79,11 +79,9 @@ build/shortcut_cuda.o: shortcut_cuda.cu shortcut.h build/mpi/asked
 # For the tests, beside programs without: on the CPU, and on the imitation of CUDA with one of NCCL.
 $(MPI_PROGRAMS): shortcut.h tools.h build/shortcut.o build/mpi/asked
 	$(CC) $(BASE) $(CFLAGS) $(filter %.c,$^) build/shortcut.o -o $@ $(LIBS) $(MPI_FLAGS)
-build/mpi/emulated.o: test/emulation/nccl.h
 build/mpi/train_emulated: train.c shortcut.h tools.h build/shortcut.o build/mpi/emulated.o
 	$(CC) $(BASE) -DSHORTCUT_CUDA $(CFLAGS) $< build/shortcut.o build/mpi/emulated.o -o $@ -lstdc++ -lpthread $(LIBS) $(MPI_FLAGS)
-# Changes where MPI was asked for and now is not, or the other way round.
-build/mpi/asked: always
+build/mpi/asked: always # changes when what was asked for does
 	@mkdir -p build/mpi
 	@echo "MPI=$(MPI)" | cmp -s - $@ || echo "MPI=$(MPI)" >$@
 

@@ -500,9 +500,8 @@ static bool run_experiment(experiment *x) {
         for (int j = 0; j < x->loras; j++)
             if (!show_lora(x, o.lora[j], few[i], o.shift > 0 ? o.shift : shift)) return false;
     }
-    if (!sc_rank &&
-        !sc_picture_save(&(sc_picture){x->cell * x->columns, x->height, x->sheet}, o.out,
-                         formatted(SC_MADE_BY " %s", sc_command)))
+    if (!sc_rank && !sc_picture_save(&(sc_picture){x->cell * x->columns, x->height, x->sheet},
+                                     o.out, formatted(SC_MADE_BY " %s", sc_command)))
         return false;
     printf("%d pictures a row of the table, from the same noise; contact sheet: %s\n", x->count,
            o.out);

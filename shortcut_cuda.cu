@@ -2845,8 +2845,7 @@ extern "C" const sc_backend *sc_cuda(void) {
 }
 
 #ifdef SHORTCUT_MPI
-/* ==== Several processes: one GPU each, sums by NCCL ==========================================
- * On the one stream: a sum waits for the whole backward pass, and nothing else is in its way. */
+/* ==== Several processes: a GPU each, sums by NCCL, on the one stream ========================= */
 
 static ncclComm_t processes;
 
@@ -2857,9 +2856,8 @@ static bool check(ncclResult_t status, const char *what) {
 /* Before sc_cuda. */
 extern "C" void sc_cuda_use(int device) { gpu.number = device; }
 
-/* The first makes an id, which all need to join. */
+/* The first makes an id (ncclUniqueId is so long), which all need to join. */
 extern "C" bool sc_cuda_id(char id[128]) {
-    static_assert(sizeof(ncclUniqueId) == 128, "tools.h sends as much");
     return check(ncclGetUniqueId((ncclUniqueId *)id), "NCCL");
 }
 
@@ -2867,7 +2865,6 @@ extern "C" bool sc_cuda_join(const char id[128], int number, int count) {
     return check(ncclCommInitRank(&processes, count, *(const ncclUniqueId *)id, number), "NCCL");
 }
 
-/* sc_params.sum */
 extern "C" void sc_cuda_sum(float *x, int64_t n) {
     if (!gpu.failed)
         check(ncclAllReduce(x, x, (size_t)n, ncclFloat, ncclSum, processes, gpu.stream), "a sum");

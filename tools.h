@@ -550,7 +550,8 @@ volatile sig_atomic_t sc_interrupted; /* asked to stop: see sc_catch_interrupt *
 bool sc_stop;                         /* one of all processes was, at the last meeting */
 int sc_rank, sc_processes = 1;        /* which this is, and of how many */
 double sc_seconds(void);
-void sc_end_line(void);
+bool sc_meet(bool ok, const char *what, uint64_t same, double *sum);
+bool sc_agree(bool ok) { return sc_meet(ok, "", 0, NULL); }
 
 #ifdef SHORTCUT_MPI
 #ifdef SHORTCUT_CUDA
@@ -559,15 +560,10 @@ bool sc_cuda_id(char id[128]), sc_cuda_join(const char id[128], int number, int 
 void sc_cuda_sum(float *x, int64_t n);
 #endif
 
-typedef struct told {
-    bool ok, interrupted;
-    uint64_t same;
-    double number;
-} told;
-
 static int local_rank, errors = 2; /* its number on its host; where its errors are printed */
-static bool over;                  /* one has failed: there are no more meetings */
-static double summing;             /* seconds */
+static char host[MPI_MAX_PROCESSOR_NAME];
+static bool over;      /* one has failed: there are no more meetings */
+static double summing; /* seconds */
 
 static void leave_others(void) {
     if (summing > 0) fprintf(stderr, "%d processes: %.1f s in sums\n", sc_processes, summing);
@@ -575,47 +571,39 @@ static void leave_others(void) {
 }
 
 static void join_others(void) {
-    int level;
-    MPI_Comm host;
-    MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &level);
+    int length;
+    MPI_Comm local;
+    MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &length);
     atexit(leave_others);
+    MPI_Get_processor_name(host, &length);
     MPI_Comm_rank(MPI_COMM_WORLD, &sc_rank);
     MPI_Comm_size(MPI_COMM_WORLD, &sc_processes);
-    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, sc_rank, MPI_INFO_NULL, &host);
-    MPI_Comm_rank(host, &local_rank);
-    MPI_Comm_free(&host);
-    if (sc_rank) errors = dup(2);
-    if (sc_rank && (!freopen("/dev/null", "w", stdout) || !freopen("/dev/null", "w", stderr)))
-        exit(1);
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, sc_rank, MPI_INFO_NULL, &local);
+    MPI_Comm_rank(local, &local_rank);
+    MPI_Comm_free(&local);
+    if (sc_rank) errors = dup(2), dup2(open("/dev/null", O_WRONLY), 1), dup2(1, 2);
 }
 
 static void print_error(void) {
-    char host[MPI_MAX_PROCESSOR_NAME];
-    int length;
-    MPI_Get_processor_name(host, &length);
-    fflush(stdout);
-    sc_end_line();
     dprintf(errors, "error: %s, process %d: %s\n", host, sc_rank, sc_error());
 }
 
 /* Are all well, and have the same number `same` (if not, their `what` differ)? *sum (or NULL) is
  * added up in the order of the processes. False in all of them, with the error printed. */
 bool sc_meet(bool ok, const char *what, uint64_t same, double *sum) {
-    told own = {ok, sc_interrupted != 0, same, sum ? *sum : 0};
-    told all[sc_processes];
-    double total = 0;
+    double own[] = {ok, sc_interrupted != 0, (double)(same >> 11), sum ? *sum : 0}, total = 0;
+    double all[sc_processes][4];
     int come = 0, wrong = sc_processes;
     MPI_Request request;
     sc_stop = sc_interrupted;
     if (sc_processes == 1 || over) return ok && !over;
-    MPI_Iallgather(&own, sizeof own, MPI_BYTE, all, sizeof own, MPI_BYTE, MPI_COMM_WORLD, &request);
+    MPI_Iallgather(own, 4, MPI_DOUBLE, all, 4, MPI_DOUBLE, MPI_COMM_WORLD, &request);
     for (int tries = 0; MPI_Test(&request, &come, MPI_STATUS_IGNORE), !come; tries++)
         if (tries > 1000) nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL); /* leaves cores */
-    for (int i = sc_processes - 1; i >= 0; i--) {
-        if (!all[i].ok || all[i].same != all[0].same) wrong = i;
-        sc_stop = sc_stop || all[i].interrupted;
+    for (int i = 0; i < sc_processes; total += all[i++][3]) {
+        if ((!all[i][0] || all[i][2] != all[0][2]) && i < wrong) wrong = i;
+        sc_stop = sc_stop || all[i][1];
     }
-    for (int i = 0; i < sc_processes; i++) total += all[i].number;
     if (sum) *sum = total;
     over = wrong < sc_processes;
     if (wrong == sc_rank && ok) sc_fail("its %s differ from those of process 0", what);
@@ -629,10 +617,8 @@ bool sc_end_all(void) {
     return false;
 }
 
-/* x [n] of process `from` comes to all. */
-void sc_copy_to_all(float *x, int64_t n, int from) {
-    MPI_Bcast(x, (int)n, MPI_FLOAT, from, MPI_COMM_WORLD);
-}
+/* x [n], float, of process `from` comes to all. */
+#define sc_copy_to_all(x, n, from) MPI_Bcast(x, (int)(n), MPI_FLOAT, from, MPI_COMM_WORLD)
 
 /* Each process adds a part up, in the order of the processes, and gives it to all: the same bits
  * everywhere and in every run with as many processes, and no more traffic than there must be. */
@@ -660,17 +646,16 @@ static void sum_on_host(float *x, int64_t n) {
 
 /* The gradients of these are summed from now on, on GPUs by NCCL. */
 bool sc_share(sc_params *params) {
-    bool ok = true;
     if (sc_processes > 1) params->sum = sum_on_host;
 #ifdef SHORTCUT_CUDA
     char id[128];
     if (sc_processes == 1 || params->backend->on_host) return true;
-    if (!sc_meet(sc_rank || sc_cuda_id(id), NULL, 0, NULL)) return false;
-    MPI_Bcast(id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD);
     params->sum = sc_cuda_sum;
-    ok = sc_cuda_join(id, sc_rank, sc_processes);
+    if (!sc_agree(sc_rank || sc_cuda_id(id))) return false;
+    MPI_Bcast(id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD);
+    return sc_cuda_join(id, sc_rank, sc_processes);
 #endif
-    return ok;
+    return true;
 }
 #else
 bool sc_meet(bool ok, const char *what, uint64_t same, double *sum) {
@@ -682,8 +667,6 @@ bool sc_meet(bool ok, const char *what, uint64_t same, double *sum) {
 #define sc_copy_to_all(x, n, from) (void)0
 #define sc_share(params) true
 #endif
-
-bool sc_agree(bool ok) { return sc_meet(ok, NULL, 0, NULL); }
 
 /* What main returns. */
 int sc_end(bool ok) { return sc_agree(ok) ? 0 : sc_die(); }

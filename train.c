@@ -301,8 +301,7 @@ static bool try_preview(training *t) {
 static bool train_step(training *t) {
     sc_pipeline *p = t->pipeline;
     draw_batch(t);
-    if (!sc_agree(
-            sc_train_gradient(p->flux, t->params, p->tape, &t->recipe, &t->batch, &t->rng)))
+    if (!sc_agree(sc_train_gradient(p->flux, t->params, p->tape, &t->recipe, &t->batch, &t->rng)))
         return false;
     t->adamw.lr = learning_rate(t->step);
     sc_params_step(t->params, &t->adamw, o.fast, o.slow);
@@ -317,7 +316,7 @@ static bool train_step(training *t) {
 /* Of the `step`-th step, counted from 1. */
 static bool report_step(training *t, int64_t step, double *loss, double *norm) {
     if (!sc_params_report(t->params, loss, norm)) return sc_end_all();
-    if (!sc_meet(true, NULL, 0, loss)) return false;
+    if (!sc_meet(true, "", 0, loss)) return false;
     if (isfinite(*loss) && isfinite(*norm)) return true;
     return sc_fail("step %lld: the loss is %g, the gradient's norm %g: lower --lr%s%s",
                    (long long)step, *loss, *norm, t->saved ? "; the last saved state is in " : "",
