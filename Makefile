@@ -52,10 +52,8 @@ endif
 # MPI's headers and library, as its own compiler would have them, where they are asked for.
 MPI_FLAGS = -DSHORTCUT_MPI $(wordlist 2,99,$(shell mpicc -show 2>/dev/null))
 ifneq ($(MPI),)
-  WITH_MPI := $(MPI_FLAGS)
-  ifneq ($(call compiles,#include <mpi.h>,,$(MPI_FLAGS)),yes)
-    $(error MPI=1 needs mpicc: install the packages openmpi-bin and libopenmpi-dev (or mpich))
-  endif
+  WITH_MPI := $(if $(call compiles,#include <mpi.h>,,$(MPI_FLAGS)),$(MPI_FLAGS),$(error \
+    MPI=1 needs mpicc: install the packages openmpi-bin and libopenmpi-dev (or mpich)))
   CUDA_LINK += $(if $(NVCC),-lnccl)
 endif
 

@@ -663,6 +663,7 @@ bool sc_meet(bool ok, const char *what, uint64_t same, double *sum) {
     sc_stop = sc_interrupted;
     return ok;
 }
+#define join_others() (void)0
 #define sc_end_all() false
 #define sc_copy_to_all(x, n, from) (void)0
 #define sc_share(params) true
@@ -673,32 +674,28 @@ int sc_end(bool ok) { return sc_agree(ok) ? 0 : sc_die(); }
 
 /* ==== The program: start, interrupt, clock, device ============================================ */
 
-/* Threads that wait spin for some microseconds, the usual time to the next loop, and then sleep.
- * Spinning on costs a program that shares its cores a factor of ten and more; sleeping at once,
- * 1.7. And OpenBLAS takes a CPU that is newer than itself for a Prescott of 2004, a quarter as
- * fast. Both libraries read this when they are loaded: start once again. */
-static void start_again(char **argv) {
-    setenv("SHORTCUT_STARTED", "yes", 1);
-    if (!getenv("OMP_WAIT_POLICY")) setenv("GOMP_SPINCOUNT", "10000", 0);
-    setenv("OMP_WAIT_POLICY", "passive", 0);
-#if defined SHORTCUT_OPENBLAS && defined __x86_64__
-    if (!strcmp(openblas_get_corename(), "Prescott") && __builtin_cpu_supports("avx2"))
-        setenv("OPENBLAS_CORETYPE", __builtin_cpu_supports("avx512vl") ? "SkylakeX" : "Haswell", 0);
-#endif
-    execv("/proc/self/exe", argv); /* where that fails, go on as we are */
-}
-
-/* First thing in main. A reader that went away, and a limit on the size of files, make a write
- * fail; they do not end the program. */
+/* First thing in main: threads that wait spin for some microseconds, the usual time to the next
+ * loop, and then sleep. Spinning on costs a program that shares its cores a factor of ten and more;
+ * sleeping at once, 1.7. And OpenBLAS takes a CPU that is newer than itself for a Prescott of 2004,
+ * a quarter as fast. Both libraries read this when they are loaded: start once again. A reader that
+ * went away, and a limit on the size of files, make a write fail; they do not end the program. */
 void sc_start(char **argv) {
     sc_command = argv[0];
     for (int i = 1; argv[i]; i++) sc_command = formatted("%s %s", sc_command, argv[i]);
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);
-    if (!getenv("SHORTCUT_STARTED")) start_again(argv);
-#ifdef SHORTCUT_MPI
-    join_others();
+    if (!getenv("SHORTCUT_STARTED")) {
+        setenv("SHORTCUT_STARTED", "yes", 1);
+        if (!getenv("OMP_WAIT_POLICY")) setenv("GOMP_SPINCOUNT", "10000", 0);
+        setenv("OMP_WAIT_POLICY", "passive", 0);
+#if defined SHORTCUT_OPENBLAS && defined __x86_64__
+        if (!strcmp(openblas_get_corename(), "Prescott") && __builtin_cpu_supports("avx2"))
+            setenv("OPENBLAS_CORETYPE", __builtin_cpu_supports("avx512vl") ? "SkylakeX" : "Haswell",
+                   0);
 #endif
+        execv("/proc/self/exe", argv); /* where that fails, go on as we are */
+    }
+    join_others();
 }
 
 static void on_interrupt(int sig) { sc_interrupted = sig; }
