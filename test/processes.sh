@@ -13,7 +13,7 @@ here=$PWD bin=${MPI_PROGRAMS:-$PWD/build/mpi}
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=1
 export OMPI_MCA_rmaps_base_oversubscribe=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
 export PRTE_ALLOW_RUN_AS_ROOT=1 PRTE_ALLOW_RUN_AS_ROOT_CONFIRM=1
-export dir
+export dir ASAN_OPTIONS="$ASAN_OPTIONS:detect_leaks=0" # MPI frees not everything
 
 # Each process leaves its number there, and those of a folder each go to their own.
 cat >"$dir/start" <<'END'
