@@ -1,4 +1,5 @@
 # make            train, sample and shortcut
+# make MPI=1      the same for many processes: mpirun -n 4 ./train ...
 # make flow       SCFM small enough to see: test/flow.c, which writes flow.png
 # make test       all tests;  make check: the same under sanitizers;  make bench: speed against PyTorch
 # make compare    with diffusers, transformers and peft;  make fuzz: the readers of files, with clang
@@ -48,7 +49,16 @@ ifneq ($(NVCC),)
   CUDA_LINK := -DSHORTCUT_CUDA $(CUDA_OBJECT) $(if $(CUDA_LIB),-L$(CUDA_LIB) -Wl$(comma)-rpath$(comma)$(CUDA_LIB)) -lcudart_static -ldl -lpthread -lrt
 endif
 
+# MPI's headers and library, as its own compiler would have them, where they are asked for.
+MPI_FLAGS = -DSHORTCUT_MPI $(wordlist 2,99,$(shell mpicc -show 2>/dev/null))
+ifneq ($(MPI),)
+  WITH_MPI := $(if $(call compiles,#include <mpi.h>,,$(MPI_FLAGS)),$(MPI_FLAGS),$(error \
+    MPI=1 needs mpicc: install the packages openmpi-bin and libopenmpi-dev (or mpich)))
+  CUDA_LINK += $(if $(NVCC),-lnccl)
+endif
+
 PROGRAMS := train sample shortcut
+MPI_PROGRAMS := $(PROGRAMS:%=build/mpi/%)
 TESTS := $(patsubst test/test_%.c,build/test_%,$(wildcard test/test_*.c)) $(if $(shell command -v $(CXX)),build/test_cuda_emulated) build/test_ops_plain build/test_flux_plain
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined
 
@@ -57,12 +67,21 @@ all: $(PROGRAMS)
 # The implementation once; the programs see the declarations alone.
 build/shortcut.o: shortcut.h | build
 	$(CC) $(BASE) $(CFLAGS) -DSHORTCUT_IMPLEMENTATION -x c -c $< -o $@
-train sample: %: %.c shortcut.h tools.h build/shortcut.o $(CUDA_OBJECT)
-	$(CC) $(BASE) $(CFLAGS) $< build/shortcut.o -o $@ $(CUDA_LINK) $(LIBS)
-shortcut: main.c shortcut.h tools.h build/shortcut.o $(CUDA_OBJECT)
-	$(CC) $(BASE) $(CFLAGS) $< build/shortcut.o -o $@ $(CUDA_LINK) $(LIBS)
-build/shortcut_cuda.o: shortcut_cuda.cu shortcut.h | build
-	$(NVCC) -O3 -std=c++17 --threads 2 $(CUDA_ARCH) -Xcompiler -Wall,-fno-exceptions,-fno-threadsafe-statics -c $< -o $@
+train build/mpi/train: train.c
+sample build/mpi/sample: sample.c
+shortcut build/mpi/shortcut: main.c
+$(PROGRAMS): shortcut.h tools.h build/shortcut.o $(CUDA_OBJECT) build/mpi/asked
+	$(CC) $(BASE) $(CFLAGS) $(filter %.c,$^) build/shortcut.o -o $@ $(CUDA_LINK) $(LIBS) $(WITH_MPI)
+build/shortcut_cuda.o: shortcut_cuda.cu shortcut.h build/mpi/asked
+	$(NVCC) -O3 -std=c++17 --threads 2 $(CUDA_ARCH) $(if $(MPI),-DSHORTCUT_MPI) -Xcompiler -Wall,-fno-exceptions,-fno-threadsafe-statics -c $< -o $@
+# For the tests, beside programs without: on the CPU, and on the imitation of CUDA with one of NCCL.
+$(MPI_PROGRAMS): shortcut.h tools.h build/shortcut.o build/mpi/asked
+	$(CC) $(BASE) $(CFLAGS) $(filter %.c,$^) build/shortcut.o -o $@ $(LIBS) $(MPI_FLAGS)
+build/mpi/train_emulated: train.c shortcut.h tools.h build/shortcut.o build/mpi/emulated.o
+	$(CC) $(BASE) -DSHORTCUT_CUDA $(CFLAGS) $< build/shortcut.o build/mpi/emulated.o -o $@ -lstdc++ -lpthread $(LIBS) $(MPI_FLAGS)
+build/mpi/asked: always # changes when what was asked for does
+	@mkdir -p build/mpi
+	@echo "MPI=$(MPI)" | cmp -s - $@ || echo "MPI=$(MPI)" >$@
 
 build:
 	mkdir -p build
@@ -80,8 +99,9 @@ build/test_cuda: test/test_cuda.c test/test.h shortcut.h $(CUDA_OBJECT) | build
 	$(CC) $(BASE) -Wno-unused-function $(CFLAGS) $< -o $@ $(CUDA_LINK) $(LIBS)
 # The CUDA file as plain C++, on a small imitation of CUDA: its test, and the programs on it (slow; the
 # way back is make clean all).
-build/emulated.o: shortcut_cuda.cu shortcut.h $(wildcard test/emulation/*.h) | build
-	$(CXX) -std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas $(filter -fsanitize% -fno-sanitize%,$(CFLAGS)) -Itest/emulation -I. -x c++ -c $< -o $@
+build/mpi/emulated.o: WITH_MPI = $(MPI_FLAGS)
+build/emulated.o build/mpi/emulated.o: shortcut_cuda.cu shortcut.h $(wildcard test/emulation/*.h) build/mpi/asked
+	$(CXX) -std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas $(filter -fsanitize% -fno-sanitize%,$(CFLAGS)) -Itest/emulation -I. -x c++ -c $< -o $@ $(WITH_MPI)
 build/test_cuda_emulated: test/test_cuda.c test/test.h shortcut.h build/emulated.o
 	$(CC) $(BASE) -Wno-unused-function -DEMULATED $(CFLAGS) $< build/emulated.o -o $@ -lstdc++ -lpthread $(LIBS)
 emulated: clean
@@ -90,7 +110,7 @@ emulated: clean
 flow: build/flow
 	build/flow
 
-test: $(PROGRAMS) $(TESTS)
+test: $(PROGRAMS) $(TESTS) $(if $(shell command -v mpicc && command -v mpirun),$(MPI_PROGRAMS) $(if $(shell command -v $(CXX)),build/mpi/train_emulated))
 	sh test/run.sh $(TESTS)
 
 # Without the first option clang 14's search for leaks may crash in its own list of threads' memory,
@@ -156,4 +176,4 @@ fuzz: build/fuzz_json build/fuzz_safetensors build/fuzz_tokenizer
 build/fuzz_%: test/fuzz_%.c test/fuzz.h shortcut.h | build
 	clang -std=c99 -g -O1 -fsanitize=fuzzer,address,undefined $< -o $@ -lm
 
-.PHONY: all flow test emulated check compare fuzz bench bench-cuda cuda-kit clean
+.PHONY: always all flow test emulated check compare fuzz bench bench-cuda cuda-kit clean

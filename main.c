@@ -336,18 +336,23 @@ static bool judge(experiment *x, const float *rgb, float *features, int *class_o
 static bool run_setting(experiment *x, const setting *s, int count, bool show, measures *m) {
     bool base = show && x->column == 0;
     int d = x->judge.features, side = x->p->resolution, right = 0, known = 0;
-    float *rgb = (float *)allocate((size_t)(o.batch * x->pixels), sizeof *rgb);
+    float *own = (float *)allocate((size_t)(2 * o.batch * x->pixels), sizeof *own), *rgb = own;
     double started = sc_seconds(), drawing = 0, squares = 0, energy = 0;
     sc_lora_report report;
     sc_lora_unload(x->p->flux);
     bool ok =
-        rgb && (!s->lora || !s->scale || sc_lora_load(x->p->flux, s->lora, s->scale, &report));
+        own && (!s->lora || !s->scale || sc_lora_load(x->p->flux, s->lora, s->scale, &report));
     *m = (measures){0};
     for (int first = 0; ok && first < count; first += o.batch) {
         int n = count - first < o.batch ? count - first : o.batch, class_of;
+        int from = first / o.batch % sc_processes, mine = first + o.batch * sc_rank;
         double before = sc_seconds();
-        ok = draw_batch(x, s, first, n, rgb);
+        int drawn = count - mine < o.batch ? count - mine : o.batch;
+        if (from == 0) /* each process draws a batch, then all of them look at all of those */
+            ok = sc_agree(drawn <= 0 || draw_batch(x, s, mine, drawn, own));
         drawing += sc_seconds() - before;
+        rgb = from == sc_rank ? own : own + o.batch * x->pixels;
+        if (ok) sc_copy_to_all(rgb, n * x->pixels, from);
         for (int i = 0; ok && i < n; i++) {
             const float *picture = rgb + i * x->pixels;
             float *reference = x->base + (first + i) * x->pixels;
@@ -361,9 +366,9 @@ static bool run_setting(experiment *x, const setting *s, int count, bool show, m
             if (show && first + i < x->shown) ok = put_on_sheet(x, first + i, picture) && ok;
         }
         sc_progress(s->label, 0, first + n, count, started, NULL);
-        if (sc_interrupted) ok = sc_fail("stopped");
+        if (sc_stop) ok = sc_fail("stopped");
     }
-    free(rgb);
+    free(own);
     if (!ok) return false;
     if (base) memcpy(x->base_features, x->features, (size_t)count * (size_t)d * 4);
     if (base) x->base_sharpness = energy;
@@ -495,8 +500,8 @@ static bool run_experiment(experiment *x) {
         for (int j = 0; j < x->loras; j++)
             if (!show_lora(x, o.lora[j], s.steps, o.shift > 0 ? o.shift : shift)) return false;
     }
-    if (!sc_picture_save(&(sc_picture){x->cell * x->columns, x->height, x->sheet}, o.out,
-                         formatted(SC_MADE_BY " %s", sc_command)))
+    if (!sc_rank && !sc_picture_save(&(sc_picture){x->cell * x->columns, x->height, x->sheet},
+                                     o.out, formatted(SC_MADE_BY " %s", sc_command)))
         return false;
     printf("%d pictures a row of the table, from the same noise; contact sheet: %s\n", x->count,
            o.out);
@@ -551,7 +556,8 @@ static int experiment_main(void) {
     const sc_pipeline_options how = {.flux.fp8 = !strcmp(o.weights, "fp8"),
                                      .flux.streamed = !strcmp(o.weights_on, "host"),
                                      .transformer = o.transformer};
-    bool ok = sc_apart(o.out, o.prompts) && sc_check_out(o.out, ".png", o.named, o.model, o.lora) &&
+    bool ok = (sc_rank || (sc_apart(o.out, o.prompts) &&
+                           sc_check_out(o.out, ".png", o.named, o.model, o.lora))) &&
               (x.p = sc_open_model(o.model, o.device, how)) &&
               evaluator_open(&x.judge, x.p->backend, o.evaluator);
     if (ok && o.resolution) x.p->resolution = o.resolution;
@@ -573,7 +579,7 @@ static int experiment_main(void) {
     free(x.class_of), free(x.texts), free(x.base), free(x.real), free(x.sheet);
     evaluator_close(&x.judge);
     sc_pipeline_close(x.p);
-    return ok ? 0 : sc_die();
+    return sc_end(ok);
 }
 
 /* ---- info and merge ---- */
@@ -660,7 +666,7 @@ static void info_tokenizer(const char *model, const char *name) {
 }
 
 static int info_main(const char *model) {
-    if (!is_model(model)) return info_file(model) ? 0 : sc_die();
+    if (!is_model(model)) return sc_end(info_file(model));
     printf("%s:\n", model);
     sc_flux *flux = info_flux(model);
     sc_text_encoders *text = sc_text_encoders_open(NULL, model);
@@ -694,7 +700,7 @@ static int info_main(const char *model) {
     sc_text_encoders_close(text);
     sc_vae_close(vae);
     if (!ok) sc_fail("%s: a part is not whole, or not one that is read here", model);
-    return ok ? 0 : sc_die();
+    return sc_end(ok);
 }
 
 /* LoRAs folded into a copy of the transformer, or, with --kohya, into one file of kohya's names. */
@@ -716,7 +722,7 @@ static int merge_main(void) {
     if (ok) printf("wrote %s%s\n", o.out, what);
     if (ok && isfinite(guidance)) printf("for 3 steps the LoRA asks for guidance %g\n", guidance);
     sc_flux_close(flux);
-    return ok ? 0 : sc_die();
+    return sc_end(ok);
 }
 
 static int wrong_words(const char *command, int count, const char *program) {
@@ -743,6 +749,7 @@ int main(int argc, char **argv) {
         return sc_fail("--batch from 1, --count from 2 up, no negative numbers; --cfg-loras needs "
                        "--cfg"), sc_die(), 2;
     if (count == 0) return experiment_main();
+    if (sc_rank && (merge || count == 2)) return sc_end(true); /* for one process */
     if (count == 2 && !strcmp(words[0], "info")) return info_main(words[1]);
     return merge && count == 1 ? merge_main() : wrong_words(words[0], count, argv[0]);
 }

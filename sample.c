@@ -169,8 +169,8 @@ static bool check_files(void) {
 }
 
 static bool draw_all(sc_pipeline *p, const char *prompt) {
-    bool ok = check_files();
-    for (int i = 0; ok && i < o.count; i++)
+    bool ok = sc_agree(sc_rank || check_files());
+    for (int i = sc_rank; ok && i < o.count; i += sc_processes)
         ok = draw(p, prompt, o.seed + (uint64_t)i, numbered(o.out, i));
     return ok;
 }
@@ -224,29 +224,35 @@ static bool check_folder(const char *metadata) {
     return ok && sc_can_write(metadata);
 }
 
-/* Draws a picture of the list and writes its line; the first starts metadata.jsonl anew. */
-static bool draw_next(sc_pipeline *p, int64_t index, const char *metadata) {
-    const char *prompt = prompt_of(index);
-    if (!draw(p, prompt, o.seed + (uint64_t)index, path_of(index))) return false;
+/* Writes a picture's line; the first starts metadata.jsonl anew. */
+static bool add_line(int64_t index, const char *metadata) {
     FILE *f = fopen(metadata, index ? "a" : "w");
-    bool written = f && fprintf(f, "%s\n", line_of(index, prompt)) > 0;
+    bool written = f && fprintf(f, "%s\n", line_of(index, prompt_of(index))) > 0;
     if (f && !fclose(f) && written) return true;
     return sc_fail("%s: cannot write: %s", metadata, strerror(errno));
 }
 
-/* Pictures that are there with the same settings are not drawn again, so a run that was stopped
- * goes on where it was. */
+/* In rounds: a picture for each process, and then their lines. Pictures that are there with the
+ * same settings are not drawn again, so a run that was stopped goes on where it was. */
 static bool draw_list(sc_pipeline *p) {
     const char *metadata = formatted("%s/metadata.jsonl", o.out_dir);
     int64_t done = 0;
     prompts = sc_load_prompts(o.prompts, &pictures);
     pictures *= o.count;
-    bool made = false, ok = prompts && make_folder(o.out_dir, &made) &&
-                            sc_lock(o.out_dir) && check_folder(metadata);
-    while (ok && done < pictures && !sc_interrupted)
-        if ((ok = draw_next(p, done, metadata))) done++;
+    bool made = false, ok = prompts && (sc_rank || (make_folder(o.out_dir, &made) &&
+                                                    sc_lock(o.out_dir) && check_folder(metadata)));
+    ok = sc_agree(ok);
+    while (ok && done < pictures && !sc_stop) {
+        int64_t own = done + sc_rank, next = done + sc_processes;
+        bool drawn =
+            own >= pictures || draw(p, prompt_of(own), o.seed + (uint64_t)own, path_of(own));
+        ok = sc_agree(drawn || sc_interrupted);
+        if (sc_stop) next = done + drawn;
+        for (; ok && done < next && done < pictures; done++)
+            ok = sc_rank || add_line(done, metadata);
+    }
     sc_unlock();
-    if (sc_interrupted)
+    if (ok && sc_stop)
         ok = sc_fail("stopped after %lld pictures; the same command goes on from there",
                      (long long)done);
     if (made && !done) rmdir(o.out_dir);
@@ -325,6 +331,6 @@ int main(int argc, char **argv) {
     bool usage_ok = !p || take_size(p);
     bool ok = p && usage_ok && load_loras(p) && (o.prompts ? draw_list(p) : draw_all(p, prompt));
     sc_pipeline_close(p);
-    if (!ok) sc_die();
-    return ok ? 0 : usage_ok ? 1 : 2;
+    int status = sc_end(ok);
+    return usage_ok ? status : 2;
 }

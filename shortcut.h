@@ -73,7 +73,7 @@
  *   - read or write picture files (stb does, in tools.h), download anything, print, or exit
  *   - run other models than FLUX.1: no SD3.5, no FLUX.2
  *   - train text encoders or the VAE; read LoRAs for them, DoRA, LoKr or LoHa (it says so)
- *   - mix picture sizes in one batch, or use several GPUs
+ *   - mix picture sizes in one batch, or split one step's model over several GPUs
  *   - swap weights to disk: a model fits in memory, its frozen matrices mapped, or it does not run
  *
  * NOTATION
@@ -240,8 +240,8 @@ sc_tensor *sc_attention(sc_tape *t, sc_tensor *q, sc_tensor *k, sc_tensor *v, in
 sc_tensor *sc_timestep_embedding(sc_tape *t, const float *times, int64_t batch, int64_t channels);
 /* p[b] u[b] + q[b] v[b]; p and q [B] on the host, as long as tensors live */
 sc_tensor *sc_blend(sc_tape *t, const float *p, sc_tensor *u, const float *q, sc_tensor *v);
-/* Mean square error, into *loss, which is the backend's memory. */
-bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, double *loss);
+/* Mean square error times `part`, into *loss, which is the backend's memory. */
+bool sc_mse(sc_tape *t, sc_tensor *x, const sc_tensor *target, double part, double *loss);
 
 /* Operations of the frozen networks (text encoders, VAE, evaluator); not recorded. Norms are over
  * the last dimension, w and b [C], or without b RMS norms; ids [batch, tokens] on the host, table
@@ -430,6 +430,7 @@ typedef struct sc_params {
     float *set[SC_SETS];        /* NULL: not there (the teacher of a LoRA is the bare base) */
     float *grad, *m, *v;        /* gradients and Adam's moments */
     double *results;            /* the backend's: loss and gradient's norm of a step */
+    void (*sum)(float *grad, int64_t count); /* over all processes, where it lies; NULL: one */
     int waiting;                /* steps that were not asked about */
     sc_flux *flux;
     /* one for each of the model's linear layers; NULL: all weights are trained */
@@ -478,6 +479,7 @@ typedef struct sc_recipe {
 
 typedef struct sc_batch {       /* host f32; one text-picture pair per sample */
     int size, h, w, text_tokens;
+    int first, count;           /* samples that give their part of loss and gradient; 0: all */
     const float *x0, *noise;    /* [B, h*w, in_channels] packed latents; N(0, 1) */
     /* [B, T, text_channels], [B, pooled_channels]: overwritten where a caption is dropped */
     float *context, *pooled;
@@ -846,8 +848,8 @@ struct sc_backend {
     void (*swap_axes)(sc_tensor *y, const sc_tensor *x);
     /* Loss and optimiser, all f32. */
     /* *loss and *norm are the backend's memory. */
-    void (*mse)(double *loss, const sc_tensor *prediction, const sc_tensor *target);
-    void (*mse_backward)(sc_tensor *prediction, const sc_tensor *target, float factor);
+    void (*mse)(double *loss, const sc_tensor *x, const sc_tensor *target, double part);
+    void (*mse_backward)(sc_tensor *x, const sc_tensor *target, double part);
     /* One step: clips, AdamW, moves the averages (average = decay average + (1 - decay) w), clears
      * the gradient. *norm: the gradient's before clipping; not finite: w did not change. */
     void (*update)(const sc_trained *x, const sc_adamw *o, const float decay[2], double *norm);
@@ -1065,15 +1067,6 @@ bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int
     sc_tape_record(t, recorded);
     sc_tape_rewind(t, mark);
     return ok;
-}
-
-/* Flow matching, for the samples [0, n): the target eps - x0. */
-static bool sc__flow_matching_target(sc_tape *t, sc_tensor *x0, sc_tensor *noise, int64_t n,
-                                     sc_tensor *target) {
-    const float *one = sc__floats(t, n, 1), *minus = sc__floats(t, n, -1);
-    sc_tensor *data = sc_samples(t, x0, 0, n), *eps = sc_samples(t, noise, 0, n);
-    sc_tensor *part = sc_samples(t, target, 0, n);
-    return one && minus && part && sc_copy(t, part, sc_blend(t, one, eps, minus, data));
 }
 
 /* ==== FLUX: the velocity of a noisy picture ==================================== >>flux =======
@@ -1298,12 +1291,10 @@ sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed) {
     if (p) p->rank = rank;
     sc_rng own = {sc_random_bits(&(sc_rng){seed})}; /* the seed's own stream is the training's */
     bool ok = start && p->adapters;
-    if (ok) sc__attach(p, alpha / (float)rank, own, start);
-    if (ok) sc__params_start(p, start);
+    if (ok) sc__attach(p, alpha / (float)rank, own, start), sc__params_start(p, start);
     SC_FREE(start);
     if (ok) return p;
-    sc_params_free(p);
-    return NULL;
+    return sc_params_free(p), NULL;
 }
 
 /* ==== A training step ========================================================== >>step =======
@@ -1437,13 +1428,15 @@ static int64_t sc__part_of(int64_t n, float part, sc_rng *rng) {
 
 bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *r,
                        const sc_batch *b, sc_rng *rng) {
-    int64_t n = b->size, tokens = (int64_t)b->h * b->w;
+    int64_t n = b->size, own = b->count ? b->count : n, first = b->first;
     const sc_flux_config *c = sc_flux_config_of(flux);
-    const int64_t shape[] = {n, tokens, c->in_channels};
+    int64_t tokens = (int64_t)b->h * b->w, size = tokens * c->in_channels;
+    const int64_t shape[] = {own, tokens, c->in_channels};
     sc_tape_reset(t);
     sc_tape_record(t, false);
     sc_draw *draws = (sc_draw *)sc_tape_host(t, (size_t)n * sizeof *draws);
-    float *one = sc__floats(t, 4 * n, 1), *time = one + n, *cfg = time + n, *guidance = cfg + n;
+    float *one = sc__floats(t, 5 * n, 1), *time = one + n, *cfg = time + n, *guidance = cfg + n;
+    float *minus = guidance + n;
     uint8_t *student = (uint8_t *)sc_tape_host(t, (size_t)(2 * n)), *teacher = student + n;
     if (!draws || !one || !student) return false;
     /* Steps 2 to 4: chance. Flow matching comes first, then the teacher's case, then the student's
@@ -1455,16 +1448,22 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
         sc_draw_sample(r, rng, tokens, i < plain, &d);
         int64_t at = i < plain ? i : d.teacher ? low++ : --high;
         draws[at] = d, time[at] = d.t[0], guidance[at] = d.guidance, cfg[at] = d.cfg[1];
-        student[at] = SC_STUDENT, teacher[at] = SC_TEACHER;
+        minus[i] = -1, student[at] = SC_STUDENT, teacher[at] = SC_TEACHER;
     }
     sc__drop_captions(b, c, draws);
+    /* From here on, of all samples those of this process. */
+    draws += first, time += first, cfg += first, guidance += first;
+    plain = plain < first ? 0 : plain - first < own ? plain - first : own;
     /* Step 5: noisy input. */
     sc__flux_model self = {.flux = flux, .params = params, .h = b->h, .w = b->w};
     sc_model model = {sc__flux_model_velocity, &self};
-    sc_tensor *x0 = sc_from(t, 3, shape, b->x0), *noise = sc_from(t, 3, shape, b->noise);
+    sc_tensor *x0 = sc_from(t, 3, shape, b->x0 + first * size);
+    sc_tensor *noise = sc_from(t, 3, shape, b->noise + first * size);
     sc_tensor *x = sc_noisy(t, draws, x0, noise), *target = sc_new(t, 3, shape);
-    if (!x || !target || !sc__flux_text(&self, t, b->size, b->text_tokens, b->context, b->pooled,
-                                        b->no_context, b->no_pooled))
+    if (!x || !target ||
+        !sc__flux_text(&self, t, (int)own, b->text_tokens,
+                       b->context + first * b->text_tokens * c->text_channels,
+                       b->pooled + first * c->pooled_channels, b->no_context, b->no_pooled))
         return false;
     /* Step 6: target. Guidance distillation: the teacher's velocity at guidance 1, with true CFG
      * of the drawn guidance. */
@@ -1472,14 +1471,15 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     if (r->distil_guidance) {
         const sc_query query = {0, teacher, time, one, guidance};
         ok = sc_copy(t, target, sc__flux_model_velocity(&self, t, x, &query));
-    } else if (plain) ok = sc__flow_matching_target(t, x0, noise, plain, target);
-    if (ok && plain < n) ok = sc_scfm_target(&model, t, draws, plain, x, target);
+    } else if (plain) /* flow matching's, eps - x0, of which SCFM replaces its own */
+        ok = sc_copy(t, target, sc_blend(t, one, noise, minus, x0));
+    if (ok && plain < own) ok = sc_scfm_target(&model, t, draws, plain, x, target);
     if (!ok) return false;
     /* Step 7: the student's answer, and the way back. */
     sc_tape_record(t, true);
     const sc_query query = {0, student, time, guidance, cfg};
     sc_tensor *v = sc__flux_model_velocity(&self, t, x, &query);
-    ok = sc_mse(t, v, target, &params->results[0]) && sc_backward(t);
+    ok = sc_mse(t, v, target, (double)own / (double)n, &params->results[0]) && sc_backward(t);
     sc_tape_record(t, false);
     sc_tape_use(t, NULL);
     return ok;
@@ -2283,17 +2283,17 @@ static double sc__sum_of_squares(const float *x, const float *minus, int64_t n) 
     return total;
 }
 
-/* loss = mean((prediction - target)^2);  dprediction += factor * 2 (prediction - target) / n */
-static void sc__cpu_mse(double *loss, const sc_tensor *prediction, const sc_tensor *target) {
-    int64_t n = sc_count(prediction);
-    *loss = sc__sum_of_squares(sc__f(prediction), sc__f(target), n) / (double)n;
+/* loss = part * mean((x - target)^2);  dx += part * 2 (x - target) / n */
+static void sc__cpu_mse(double *loss, const sc_tensor *x, const sc_tensor *target, double part) {
+    int64_t n = sc_count(x);
+    *loss = part * sc__sum_of_squares(sc__f(x), sc__f(target), n) / (double)n;
 }
 
-static void sc__cpu_mse_backward(sc_tensor *prediction, const sc_tensor *target, float factor) {
-    int64_t n = sc_count(prediction);
-    const float *p = sc__f(prediction), *t = sc__f(target), s = 2 * factor / (float)n;
-    float *dp = sc__g(prediction);
-    SC_SIMD for (int64_t i = 0; i < n; i++) dp[i] += s * (p[i] - t[i]);
+static void sc__cpu_mse_backward(sc_tensor *x, const sc_tensor *target, double part) {
+    int64_t n = sc_count(x);
+    const float *px = sc__f(x), *t = sc__f(target), s = (float)(2 * part / (double)n);
+    float *dx = sc__g(x);
+    SC_SIMD for (int64_t i = 0; i < n; i++) dx[i] += s * (px[i] - t[i]);
 }
 
 /* AdamW (Loshchilov & Hutter 2019; torch.optim.AdamW): decoupled weight decay, bias-corrected
@@ -2597,7 +2597,7 @@ struct sc__op {
     void (*forward)(sc_tape *t, sc__op *op); /* NULL: never made again */
     sc_tensor *in[5], *out[2];  /* what each slot means is the operation's business */
     int64_t n[3];
-    float scale;
+    double scale;
     const void *extra;
     sc_block block;             /* of a block that was run: the context is `extra` */
     const uint8_t *sets;
@@ -2869,7 +2869,7 @@ static void sc__lora_backward(sc_tape *t, sc__op *op) {
     sc_tensor *x = op->in[0], *a = op->in[1], *b = op->in[2], *u = op->in[3], *y = op->out[0];
     int64_t first = op->n[0], rows = sc__rows(u), in = sc__last(x), out = sc__last(y);
     int64_t r = sc__last(u);
-    float s = op->scale;
+    float s = (float)op->scale;
     sc_tensor *e = sc__new_like(t, u);
     if (!e) { t->failed = true; return; }
     t->be->gemm(rows, r, out, s, sc__part(y, y->grad, first, 0, false), sc__whole(b, false), 0,
@@ -3115,7 +3115,7 @@ static void sc__attention_backward(sc_tape *t, sc__op *op) {
     }
     if (!t->failed)
         t->be->attention_backward(op->out[0], (const float *)op->extra, op->in[0], op->in[1],
-                                  op->in[2], (int)op->n[0], op->scale);
+                                  op->in[2], (int)op->n[0], (float)op->scale);
     for (int i = 0; i < 3; i++)
         if (!wanted[i]) op->in[i]->needs_grad = false, op->in[i]->grad = NULL;
 }
@@ -3158,15 +3158,15 @@ sc_tensor *sc_blend(sc_tape *t, const float *p, sc_tensor *u, const float *q, sc
 }
 
 static void sc__mse_backward(sc_tape *t, sc__op *op) {
-    if (sc__grad(t, op->in[0])) t->be->mse_backward(op->in[0], op->in[1], 1);
+    if (sc__grad(t, op->in[0])) t->be->mse_backward(op->in[0], op->in[1], op->scale);
 }
 
-bool sc_mse(sc_tape *t, sc_tensor *prediction, const sc_tensor *target, double *loss) {
-    if (!prediction || !target) return false;
-    t->be->mse(loss, prediction, target);
-    if (sc__record(t, (sc__op){.backward = sc__mse_backward, .out = {prediction},
-                               .in = {prediction, (sc_tensor *)target}}))
-        sc__grad(t, prediction); /* it exists: the walk back starts here */
+bool sc_mse(sc_tape *t, sc_tensor *x, const sc_tensor *target, double part, double *loss) {
+    if (!x || !target) return false;
+    t->be->mse(loss, x, target, part);
+    if (sc__record(t, (sc__op){.backward = sc__mse_backward, .out = {x}, .scale = part,
+                               .in = {x, (sc_tensor *)target}}))
+        sc__grad(t, x); /* it exists: the walk back starts here */
     return !t->failed;
 }
 
@@ -3344,8 +3344,7 @@ static sc_params *sc__params_new(sc_flux *flux, int64_t count, bool teacher) {
     for (int i = 0; memory && i < n; i++) *arrays[i] = memory + i * stride;
     p->results = (double *)be->alloc(2 * sizeof *p->results);
     if (memory && p->results) return be->zero(memory, bytes), p;
-    sc_params_free(p);
-    return NULL;
+    return sc_params_free(p), NULL;
 }
 
 /* All sets become the same host values. */
@@ -3406,6 +3405,7 @@ void sc_params_free(sc_params *p) {
 void sc_params_step(sc_params *p, sc_adamw *o, float fast_decay, float slow_decay) {
     const sc_trained x = {
         p->count, p->set[SC_STUDENT], p->grad, p->m, p->v, {p->set[SC_FAST], p->set[SC_SLOW]}};
+    if (p->sum) p->sum(p->grad, p->count);
     p->backend->update(&x, o, (const float[2]){fast_decay, slow_decay}, &p->results[1]);
     double oldest[2]; /* forgotten, where nobody asks */
     if (p->waiting == SC_POSTS) p->backend->collect(oldest, 2), p->waiting--;

@@ -19,6 +19,9 @@
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
+#ifdef SHORTCUT_MPI
+#include <nccl.h>
+#endif
 #include <dlfcn.h>
 #include <math.h>
 #include <stdio.h>
@@ -39,6 +42,7 @@ static struct {
     size_t shared_memory; /* a block's limit, bytes */
     int capability;       /* 90: 9.0 */
     int sm_count;
+    int number; /* which of the host's GPUs */
 } gpu;
 
 static bool fail(const char *what, const char *why) {
@@ -2694,10 +2698,9 @@ static void sum_squares(double *total, F f, int64_t n, double factor, bool root)
            factor, root);
 }
 
-static void cuda_mse(double *loss, const sc_tensor *prediction, const sc_tensor *target) {
-    int64_t n = sc_count(prediction);
-    sum_squares(loss, Difference{bf16_data(prediction), bf16_data(target)}, n, 1.0 / (double)n,
-                false);
+static void cuda_mse(double *loss, const sc_tensor *x, const sc_tensor *target, double part) {
+    int64_t n = sc_count(x);
+    sum_squares(loss, Difference{bf16_data(x), bf16_data(target)}, n, part / (double)n, false);
 }
 
 template <int V>
@@ -2710,11 +2713,11 @@ __global__ void mse_backward_kernel(bf16 *dp, const bf16 *p, const bf16 *t, floa
     for (int j = 0; j < V; j++) a[j] = s * (a[j] - b[j]);
     add<V>(dp + i, a, false);
 }
-static void cuda_mse_backward(sc_tensor *prediction, const sc_tensor *target, float factor) {
+static void cuda_mse_backward(sc_tensor *prediction, const sc_tensor *target, double factor) {
     int64_t n = sc_count(prediction);
     bool w = wide(n, prediction->data, prediction->grad, target->data);
     LAUNCH_FLAT(w, mse_backward_kernel, n, bf16_grad(prediction), bf16_data(prediction),
-                bf16_data(target), 2 * factor / (float)n, n);
+                bf16_data(target), (float)(2 * factor / (double)n), n);
 }
 
 struct Step {
@@ -2795,7 +2798,9 @@ static bool open_device() {
     if (status != cudaSuccess || count == 0)
         return no_gpu(status == cudaSuccess ? cudaErrorNoDevice : status);
     cudaDeviceProp properties;
-    if ((status = cudaGetDeviceProperties(&properties, 0)) != cudaSuccess) return no_gpu(status);
+    gpu.number %= count;
+    if ((status = cudaGetDeviceProperties(&properties, gpu.number)) != cudaSuccess)
+        return no_gpu(status);
     snprintf(gpu.name, sizeof gpu.name, "%.60s", properties.name);
     if (properties.major < 8) {
         char text[256];
@@ -2809,7 +2814,7 @@ static bool open_device() {
     gpu.shared_memory = properties.sharedMemPerBlockOptin;
     if (!open_cublas()) return false;
     bool ok =
-        check(cudaSetDevice(0), "cudaSetDevice") &&
+        check(cudaSetDevice(gpu.number), "cudaSetDevice") &&
         check(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking), "cudaStreamCreate") &&
         check(cudaMalloc(&gpu.workspace, WORKSPACE), "cuBLASLt's workspace") &&
         check(lt.Create(&gpu.lt), "cuBLASLt");
@@ -2838,3 +2843,30 @@ extern "C" const sc_backend *sc_cuda(void) {
     if (!ok) sc_fail("%s", why);
     return ok ? &table : NULL;
 }
+
+#ifdef SHORTCUT_MPI
+/* ==== Several processes: a GPU each, sums by NCCL, on the one stream ========================= */
+
+static ncclComm_t processes;
+
+static bool check(ncclResult_t status, const char *what) {
+    return status == ncclSuccess || fail(what, ncclGetErrorString(status));
+}
+
+/* Before sc_cuda. */
+extern "C" void sc_cuda_use(int device) { gpu.number = device; }
+
+/* The first makes an id (ncclUniqueId is so long), which all need to join. */
+extern "C" bool sc_cuda_id(char id[128]) {
+    return check(ncclGetUniqueId((ncclUniqueId *)id), "NCCL");
+}
+
+extern "C" bool sc_cuda_join(const char id[128], int number, int count) {
+    return check(ncclCommInitRank(&processes, count, *(const ncclUniqueId *)id, number), "NCCL");
+}
+
+extern "C" void sc_cuda_sum(float *x, int64_t n) {
+    if (!gpu.failed)
+        check(ncclAllReduce(x, x, (size_t)n, ncclFloat, ncclSum, processes, gpu.stream), "a sum");
+}
+#endif

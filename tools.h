@@ -23,6 +23,9 @@
 #ifdef SHORTCUT_OPENBLAS
 #include <cblas.h>
 #endif
+#ifdef SHORTCUT_MPI
+#include <mpi.h>
+#endif
 
 /* ==== Memory, paths, text ==================================================================== */
 
@@ -535,6 +538,140 @@ void sc_unlock(void) {
     if (lock_path) remove(lock_path);
 }
 
+/* ==== Many processes: make MPI=1, mpirun -n 4 ./train ... =====================================
+ *
+ * All go the same way through the program, each with its part of the work, and meet: there they
+ * learn whether all may go on. Who fails comes to the next meeting at once, by sc_die, and says so;
+ * a sum or a copy stands right behind a meeting: so nobody waits for one that went another way.
+ * The first process alone prints and writes; an error is printed by whoever has it.
+ */
+
+volatile sig_atomic_t sc_interrupted; /* asked to stop: see sc_catch_interrupt */
+bool sc_stop;                         /* one of all processes was, at the last meeting */
+int sc_rank, sc_processes = 1;        /* which this is, and of how many */
+double sc_seconds(void);
+bool sc_meet(bool ok, const char *what, uint64_t same, double *sum);
+bool sc_agree(bool ok) { return sc_meet(ok, "", 0, NULL); }
+
+#ifdef SHORTCUT_MPI
+#ifdef SHORTCUT_CUDA
+void sc_cuda_use(int device);
+bool sc_cuda_id(char id[128]), sc_cuda_join(const char id[128], int number, int count);
+void sc_cuda_sum(float *x, int64_t n);
+#endif
+
+static int local_rank, errors = 2; /* its number on its host; where its errors are printed */
+static char host[MPI_MAX_PROCESSOR_NAME];
+static bool over;      /* one has failed: there are no more meetings */
+static double summing; /* seconds */
+
+static void leave_others(void) {
+    if (summing > 0) fprintf(stderr, "%d processes: %.1f s in sums\n", sc_processes, summing);
+    MPI_Finalize();
+}
+
+static void join_others(void) {
+    int length;
+    MPI_Comm local;
+    MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &length);
+    atexit(leave_others);
+    MPI_Get_processor_name(host, &length);
+    MPI_Comm_rank(MPI_COMM_WORLD, &sc_rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &sc_processes);
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, sc_rank, MPI_INFO_NULL, &local);
+    MPI_Comm_rank(local, &local_rank);
+    MPI_Comm_free(&local);
+    if (sc_rank) errors = dup(2), dup2(open("/dev/null", O_WRONLY), 1), dup2(1, 2);
+}
+
+static void print_error(void) {
+    dprintf(errors, "error: %s, process %d: %s\n", host, sc_rank, sc_error());
+}
+
+/* Are all well, and have the same number `same` (if not, their `what` differ)? *sum (or NULL) is
+ * added up in the order of the processes. False in all of them, with the error printed. */
+bool sc_meet(bool ok, const char *what, uint64_t same, double *sum) {
+    double own[] = {ok, sc_interrupted != 0, (double)(same >> 11), sum ? *sum : 0}, total = 0;
+    double all[sc_processes][4];
+    int come = 0, wrong = sc_processes;
+    MPI_Request request;
+    sc_stop = sc_interrupted;
+    if (sc_processes == 1 || over) return ok && !over;
+    MPI_Iallgather(own, 4, MPI_DOUBLE, all, 4, MPI_DOUBLE, MPI_COMM_WORLD, &request);
+    for (int tries = 0; MPI_Test(&request, &come, MPI_STATUS_IGNORE), !come; tries++)
+        if (tries > 1000) nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL); /* leaves cores */
+    for (int i = 0; i < sc_processes; total += all[i++][3]) {
+        if ((!all[i][0] || all[i][2] != all[0][2]) && i < wrong) wrong = i;
+        sc_stop = sc_stop || all[i][1];
+    }
+    if (sum) *sum = total;
+    over = wrong < sc_processes;
+    if (wrong == sc_rank && ok) sc_fail("its %s differ from those of process 0", what);
+    if (wrong == sc_rank) print_error();
+    return !over;
+}
+
+/* Where the others cannot meet this process, since they wait for it on their GPUs: ends all. */
+bool sc_end_all(void) {
+    if (sc_processes > 1) print_error(), MPI_Abort(MPI_COMM_WORLD, 1);
+    return false;
+}
+
+/* x [n], float, of process `from` comes to all. */
+#define sc_copy_to_all(x, n, from) MPI_Bcast(x, (int)(n), MPI_FLOAT, from, MPI_COMM_WORLD)
+
+/* Each process adds a part up, in the order of the processes, and gives it to all: the same bits
+ * everywhere and in every run with as many processes, and no more traffic than there must be. */
+static void sum_on_host(float *x, int64_t n) {
+    enum { PART = 1 << 18 };
+    static float *sent;
+    const int64_t count = sc_processes, most = count * PART;
+    double started = sc_seconds();
+    if (!sent && !(sent = (float *)allocate((size_t)(2 * most), sizeof *sent))) sc_end_all();
+    for (int64_t at = 0; at < n; at += most) {
+        int64_t size = n - at < most ? n - at : most, part = (size + count - 1) / count;
+        float *got = sent + most;
+        memcpy(sent, x + at, (size_t)size * sizeof *x);
+        MPI_Alltoall(sent, (int)part, MPI_FLOAT, got, (int)part, MPI_FLOAT, MPI_COMM_WORLD);
+        for (int64_t i = 0; i < part; i++) {
+            double total = 0;
+            for (int64_t p = 0; p < count; p++) total += (double)got[p * part + i];
+            got[i] = (float)total;
+        }
+        MPI_Allgather(got, (int)part, MPI_FLOAT, sent, (int)part, MPI_FLOAT, MPI_COMM_WORLD);
+        memcpy(x + at, sent, (size_t)size * sizeof *x);
+    }
+    summing += sc_seconds() - started;
+}
+
+/* The gradients of these are summed from now on, on GPUs by NCCL. */
+bool sc_share(sc_params *params) {
+    if (sc_processes > 1) params->sum = sum_on_host;
+#ifdef SHORTCUT_CUDA
+    char id[128];
+    if (sc_processes == 1 || params->backend->on_host) return true;
+    params->sum = sc_cuda_sum;
+    if (!sc_agree(sc_rank || sc_cuda_id(id))) return false;
+    MPI_Bcast(id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD);
+    return sc_cuda_join(id, sc_rank, sc_processes);
+#endif
+    return true;
+}
+#else
+bool sc_meet(bool ok, const char *what, uint64_t same, double *sum) {
+    (void)what, (void)same, (void)sum;
+    sc_stop = sc_interrupted;
+    return ok;
+}
+#define join_others() (void)0
+#define sc_end_all() false
+#define sc_copy_to_all(x, n, from) (void)0
+#define sc_share(params) true
+#endif
+
+/* What main returns. */
+int sc_end(bool ok) { return sc_agree(ok) ? 0 : sc_die(); }
+
 /* ==== The program: start, interrupt, clock, device ============================================ */
 
 /* First thing in main: threads that wait spin for some microseconds, the usual time to the next
@@ -547,18 +684,19 @@ void sc_start(char **argv) {
     for (int i = 1; argv[i]; i++) sc_command = formatted("%s %s", sc_command, argv[i]);
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);
-    if (getenv("SHORTCUT_STARTED")) return;
-    setenv("SHORTCUT_STARTED", "yes", 1);
-    if (!getenv("OMP_WAIT_POLICY")) setenv("GOMP_SPINCOUNT", "10000", 0);
-    setenv("OMP_WAIT_POLICY", "passive", 0);
+    if (!getenv("SHORTCUT_STARTED")) {
+        setenv("SHORTCUT_STARTED", "yes", 1);
+        if (!getenv("OMP_WAIT_POLICY")) setenv("GOMP_SPINCOUNT", "10000", 0);
+        setenv("OMP_WAIT_POLICY", "passive", 0);
 #if defined SHORTCUT_OPENBLAS && defined __x86_64__
-    if (!strcmp(openblas_get_corename(), "Prescott") && __builtin_cpu_supports("avx2"))
-        setenv("OPENBLAS_CORETYPE", __builtin_cpu_supports("avx512vl") ? "SkylakeX" : "Haswell", 0);
+        if (!strcmp(openblas_get_corename(), "Prescott") && __builtin_cpu_supports("avx2"))
+            setenv("OPENBLAS_CORETYPE", __builtin_cpu_supports("avx512vl") ? "SkylakeX" : "Haswell",
+                   0);
 #endif
-    execv("/proc/self/exe", argv); /* where that fails, go on as we are */
+        execv("/proc/self/exe", argv); /* where that fails, go on as we are */
+    }
+    join_others();
 }
-
-volatile sig_atomic_t sc_interrupted; /* asked to stop: see sc_catch_interrupt */
 
 static void on_interrupt(int sig) { sc_interrupted = sig; }
 
@@ -625,11 +763,12 @@ void sc_end_line(void) {
     line_open = false;
 }
 
-/* Prints the last error; what main returns then. */
+/* Prints the last error, if it was not; what main returns then. */
 int sc_die(void) {
     fflush(stdout);
     sc_end_line();
-    fprintf(stderr, "error: %s\n", sc_error());
+    if (sc_processes > 1) sc_agree(false);
+    else fprintf(stderr, "error: %s\n", sc_error());
     return 1;
 }
 
@@ -645,6 +784,9 @@ int sc_bad_usage(const char *usage) {
 const sc_backend *sc_device(const char *name) {
     if (!strcmp(name, "cpu")) return sc_cpu();
 #ifdef SHORTCUT_CUDA
+#ifdef SHORTCUT_MPI
+    sc_cuda_use(local_rank);
+#endif
     const sc_backend *cuda = sc_cuda();
     if (cuda || !strcmp(name, "cuda")) return cuda;
     if (!strstr(sc_error(), "no NVIDIA driver")) /* there seems to be a GPU */

@@ -282,6 +282,7 @@ static float learning_rate(int64_t step) {
 
 /* One of the two may fail, as where --out cannot be written; the other keeps what was learned. */
 static bool save_all(training *t) {
+    if (sc_rank) return true;
     bool state = save_state(t), result = save_result(t);
     t->saved = t->saved || state;
     return state && result;
@@ -289,7 +290,7 @@ static bool save_all(training *t) {
 
 /* One that fails, or for which there is no time, is no reason to stop. True: it was drawn. */
 static bool try_preview(training *t) {
-    if (!o.preview || sc_interrupted) return false;
+    if (!o.preview || sc_interrupted || sc_rank) return false;
     if (preview(t)) return true;
     sc_end_line();
     if (!sc_interrupted) fprintf(stderr, "warning: no preview: %s\n", sc_error());
@@ -300,7 +301,7 @@ static bool try_preview(training *t) {
 static bool train_step(training *t) {
     sc_pipeline *p = t->pipeline;
     draw_batch(t);
-    if (!sc_train_gradient(p->flux, t->params, p->tape, &t->recipe, &t->batch, &t->rng))
+    if (!sc_agree(sc_train_gradient(p->flux, t->params, p->tape, &t->recipe, &t->batch, &t->rng)))
         return false;
     t->adamw.lr = learning_rate(t->step);
     sc_params_step(t->params, &t->adamw, o.fast, o.slow);
@@ -314,7 +315,8 @@ static bool train_step(training *t) {
 
 /* Of the `step`-th step, counted from 1. */
 static bool report_step(training *t, int64_t step, double *loss, double *norm) {
-    if (!sc_params_report(t->params, loss, norm)) return false;
+    if (!sc_params_report(t->params, loss, norm)) return sc_end_all();
+    if (!sc_meet(true, "", 0, loss)) return false;
     if (isfinite(*loss) && isfinite(*norm)) return true;
     return sc_fail("step %lld: the loss is %g, the gradient's norm %g: lower --lr%s%s",
                    (long long)step, *loss, *norm, t->saved ? "; the last saved state is in " : "",
@@ -334,7 +336,7 @@ static bool tell_step(training *t, progress *p) {
     int64_t step = ++p->told;
     if (!report_step(t, step, &loss, &norm)) return false;
     p->smooth = step - p->first == 1 ? loss : 0.98 * p->smooth + 0.02 * loss;
-    fprintf(p->csv, "%lld,%.6g,%.6g,%.6g\n", (long long)step, loss, norm, learning_rate(step - 1));
+    fprintf(p->csv, "%lld,%.9g,%.6g,%.6g\n", (long long)step, loss, norm, learning_rate(step - 1));
     snprintf(extra, sizeof extra, "loss %.4f, %.1f pictures/s", p->smooth,
              (double)(step - p->first) * o.batch / (sc_seconds() - p->started));
     sc_progress("step", p->first, step, o.steps, p->started, extra);
@@ -356,12 +358,12 @@ static FILE *open_csv(const char *path, int64_t done) {
 
 static bool train(training *t) {
     progress p = {.started = sc_seconds(), .first = t->step, .told = t->step};
-    if (sc_interrupted) return sc_fail("stopped before the first step: nothing was written");
-    FILE *csv = p.csv = open_csv(t->losses, p.first);
+    if (sc_stop) return sc_fail("stopped before the first step: nothing was written");
+    FILE *csv = p.csv = open_csv(t->losses, sc_rank ? 0 : p.first);
     if (!csv) return sc_fail("%s: %s", t->losses, strerror(errno));
     bool ok = true;
     int64_t last = o.stop_after && o.stop_after < o.steps ? o.stop_after : o.steps;
-    while (ok && t->step < last && !sc_interrupted) {
+    while (ok && t->step < last && !sc_stop) {
         ok = train_step(t);
         bool save = o.save && t->step % o.save == 0 && t->step < last;
         bool look = o.preview && t->step % o.preview == 0 && t->step < last;
@@ -458,25 +460,26 @@ static uint64_t mix(uint64_t hash, const void *data, size_t n) { /* FNV-1a */
     return hash;
 }
 
-static uint64_t mix_file(uint64_t hash, const char *path) {
+/* Its size and, with `times`, when it was written, which a copy on another host does not keep. */
+static uint64_t mix_file(uint64_t hash, const char *path, bool times) {
     struct stat s;
     if (stat(path, &s)) return hash;
     int64_t facts[3] = {s.st_size, s.st_mtim.tv_sec, s.st_mtim.tv_nsec};
-    return mix(hash, facts, sizeof facts);
+    return mix(hash, facts, times ? sizeof facts : sizeof *facts);
 }
 
 /* The files of a part's weights: all shards, wherever they are. */
-static uint64_t mix_part(uint64_t hash, sc_part part) {
+static uint64_t mix_part(uint64_t hash, sc_part part, bool times) {
     const char *path = kept(sc_part_path(o.model, part)), *shard;
     sc_file *file = path ? sc_file_open(path) : NULL;
     for (int64_t i = 0; file && (shard = kept(sc_file_part(file, i))); i++)
-        hash = mix_file(hash, shard);
+        hash = mix_file(hash, shard, times);
     sc_file_close(file);
     return hash;
 }
 
 /* What the cache depends on: pictures, captions, sizes, and the networks that encode them. */
-static const char *fingerprint_of(const training *t, const sc_dataset *data) {
+static uint64_t fingerprint_of(const training *t, const sc_dataset *data, bool times) {
     static const char *const files[] = {
         "vae/config.json",           "text_encoder/config.json", "text_encoder_2/config.json",
         "tokenizer/vocab.json",      "tokenizer/merges.txt",     "tokenizer/tokenizer_config.json",
@@ -486,15 +489,14 @@ static const char *fingerprint_of(const training *t, const sc_dataset *data) {
         const sc_pair *pair = &data->pairs[i];
         hash = mix(hash, pair->path, strlen(pair->path) + 1);
         hash = mix(hash, pair->caption, strlen(pair->caption) + 1);
-        hash = mix_file(hash, pair->path);
+        hash = mix_file(hash, pair->path, times);
     }
     const char *folder = kept(sc_model_folder(o.model));
     for (size_t i = 0; folder && i < sizeof files / sizeof *files; i++)
-        hash = mix_file(hash, formatted("%s/%s", folder, files[i]));
-    for (int part = SC_VAE; part < SC_PARTS; part++) hash = mix_part(hash, (sc_part)part);
+        hash = mix_file(hash, formatted("%s/%s", folder, files[i]), times);
+    for (int part = SC_VAE; part < SC_PARTS; part++) hash = mix_part(hash, (sc_part)part, times);
     int sizes[2] = {t->pipeline->resolution, t->pipeline->text_tokens};
-    hash = mix(hash, sizes, sizeof sizes);
-    return formatted("%016llx", (unsigned long long)hash);
+    return mix(hash, sizes, sizeof sizes);
 }
 
 /* Each caption once; the pairs' indices into `texts` [pairs + 1]. Returns how many there are. */
@@ -563,7 +565,7 @@ static bool encode(training *t, const sc_dataset *data, const char *fingerprint)
              (!sc_interrupted || sc_fail("stopped"));
         sc_progress("picture", 0, i + 1, t->pairs, started, NULL);
     }
-    if (!ok || o.no_cache) return ok;
+    if (!ok || o.no_cache || sc_rank) return ok;
     if (!save_cache(t, fingerprint)) { /* a folder to be read only */
         fprintf(stderr, "warning: not kept for the next run: %s\n", sc_error());
         return true;
@@ -576,15 +578,21 @@ static bool load_data(training *t) {
     sc_dataset *data = sc_dataset_open(o.data);
     if (!data) return false;
     if (data->unused) sc_print_text(stderr, "warning: ", data->unused);
-    const char *fingerprint = fingerprint_of(t, data);
+    unsigned long long made_from = fingerprint_of(t, data, true);
+    const char *fingerprint = formatted("%016llx", made_from);
     t->pairs = (int)data->count;
     t->data = allocate((size_t)(LATENTS + t->pairs), sizeof *t->data);
     bool ok = t->data != NULL;
     for (int i = 0; ok && i < t->pairs; i++) ok = sc_apart(o.out, data->pairs[i].path);
+    ok = sc_meet(ok, formatted("pictures and captions in %s, or model files,", o.data),
+                 fingerprint_of(t, data, false), NULL);
+    bool wait = sc_rank && !o.no_cache; /* for the first one's cache */
+    if (ok && wait) ok = sc_agree(ok);
     if (ok && (o.no_cache || !load_cache(t, fingerprint))) {
         forget_data(t);
         ok = encode(t, data, fingerprint);
     }
+    if (ok && !wait) ok = sc_agree(ok);
     sc_dataset_close(data);
     sc_pipeline_release(t->pipeline); /* training needs the transformer alone */
     return ok;
@@ -607,6 +615,7 @@ static bool check_options(void) {
     } rules[] = {
         {o.steps >= 1, "--steps is a number from 1 up"},
         {o.batch >= 1 && o.batch <= 4096, "--batch is a number from 1 up to 4096"},
+        {o.batch >= sc_processes, "--batch is smaller than the number of processes"},
         {o.rank >= 1 && o.rank <= 1024, "--rank is a number from 1 to 1024"},
         {is_grid(o.teacher_steps), "--teacher-steps is an even number"},
         {grids, "--self-steps are even numbers"},
@@ -692,9 +701,11 @@ static bool open_params(training *t) {
     int64_t text = (int64_t)t->pipeline->text_tokens * c->text_channels;
     float *x = t->batch_memory = allocate((size_t)(b * (2 * n + text + c->pooled_channels)), 4);
     if (!x) return false;
+    int64_t first = b * sc_rank / sc_processes;
     t->batch = (sc_batch){o.batch, (int)largest->shape[1], (int)largest->shape[2],
-                          t->pipeline->text_tokens, x, x + b * n, .context = x + 2 * b * n,
-                          .pooled = x + b * (2 * n + text),
+                          t->pipeline->text_tokens, (int)first,
+                          (int)(b * (sc_rank + 1) / sc_processes - first), x, x + b * n,
+                          .context = x + 2 * b * n, .pooled = x + b * (2 * n + text),
                           .no_context = text_row(t, 0).context, .no_pooled = text_row(t, 0).pooled};
     return true;
 }
@@ -713,6 +724,16 @@ static bool plan_memory(training *t) {
            plan.remade ? " (their cheap operations are)" : "", (double)plan.left / gib);
     fflush(stdout);
     return true;
+}
+
+/* What else all processes must have alike; from here on they sum their gradients. */
+static bool join(training *t) {
+    int64_t state[] = {t->step, (int64_t)t->rng.state, t->pipeline->backend->on_host};
+    uint64_t hash = mix_part(mix(1, state, sizeof state), SC_TRANSFORMER, false);
+    hash = mix_file(hash, formatted("%s/recipe.json", o.model), false);
+    hash = mix(hash, sc_command, strlen(sc_command));
+    return sc_meet(true, "options, weights, state or kind of device", hash, NULL) &&
+           sc_share(t->params);
 }
 
 static void print_plan(const training *t) {
@@ -790,19 +811,20 @@ int main(int argc, char **argv) {
     sc_set_threads(o.threads);
     sc_catch_interrupt();
     training t = {.state = formatted("%s/state.safetensors", o.run),
-                  .losses = formatted("%s/loss.csv", o.run),
+                  .losses = sc_rank ? "/dev/null" : formatted("%s/loss.csv", o.run),
                   .picture = formatted("%s/preview.png", o.run),
                   .cache = formatted("%s/.shortcut-cache.safetensors", o.data)};
-    bool ok = (o.dry_run || check_places(&t, named, &made)) && open_model(&t) &&
-              (o.dry_run || !all_weights() || sc_can_write_model(t.pipeline->flux, o.out)) &&
+    bool idle = o.dry_run || sc_rank; /* writes nothing */
+    bool ok = (idle || check_places(&t, named, &made)) && open_model(&t) &&
+              (idle || !all_weights() || sc_can_write_model(t.pipeline->flux, o.out)) &&
               load_data(&t) && open_params(&t);
     if (ok) {
         set_recipe(&t);
         print_plan(&t);
     }
-    ok = ok && plan_memory(&t) && (!o.resume || load_state(&t)) &&
+    ok = ok && plan_memory(&t) && (!o.resume || load_state(&t)) && join(&t) &&
          (o.dry_run ? dry_run(&t) : train(&t));
     close_training(&t);
     if (!ok && made) rmdir(o.run); /* if nothing was put there */
-    return ok ? 0 : sc_die();
+    return sc_end(ok);
 }

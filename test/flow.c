@@ -195,7 +195,7 @@ static bool train_step(network *n, sc_tape *tape, bool scfm, sc_rng *rng, double
     /* What it does say, recorded for the way back, and how far off that is. */
     sc_tape_record(tape, true);
     sc_tensor *said = answer(n, SC_STUDENT, tape, x, times);
-    if (!sc_mse(tape, said, target, loss) || !sc_backward(tape)) return false;
+    if (!sc_mse(tape, said, target, 1, loss) || !sc_backward(tape)) return false;
     sc_tape_record(tape, false);
     /* AdamW moves the student, and both averages follow it: the paper's, of 0.99 and 0.999. */
     const sc_trained all = {

@@ -9,7 +9,7 @@ tally() { # "5 passed 0 failed 1 skipped"
     skipped=$((skipped + ${5:-0}))
 }
 
-for program in "$@" "sh test/headers.sh" "sh test/end_to_end.sh" "sh test/bad_input.sh"; do
+for program in "$@" "sh test/headers.sh" "sh test/end_to_end.sh" "sh test/bad_input.sh" "sh test/processes.sh"; do
     output=$($program 2>&1)
     status=$?
     last=$(printf '%s\n' "$output" | tail -n 1)

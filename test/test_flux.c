@@ -81,7 +81,7 @@ static const float *run(fixture *f, const uint8_t *sets, bool backward, double *
                           f->pooled)};
     sc_tensor *v = sc_flux_velocity(f->flux, f->tape, &in);
     if (!v) printf("%s\n", sc_error()), exit(1);
-    if (backward) CHECK(sc_mse(f->tape, v, tensor(f, f->goal), loss) && sc_backward(f->tape));
+    if (backward) CHECK(sc_mse(f->tape, v, tensor(f, f->goal), 1, loss) && sc_backward(f->tape));
     sc_tape_record(f->tape, false);
     return v->data;
 }
@@ -307,7 +307,7 @@ static void check_target(const char *name, const char *expected_name, float cfg,
         sc_tape_record(f.tape, true);
         const sc_query query = {0, students, f.time, f.guidance, scales};
         sc_tensor *v = sc__flux_model_velocity(&self, f.tape, tensor(&f, f.x), &query);
-        CHECK(sc_mse(f.tape, v, tensor(&f, f.goal), &loss) && sc_backward(f.tape));
+        CHECK(sc_mse(f.tape, v, tensor(&f, f.goal), 1, &loss) && sc_backward(f.tape));
         check_gradients(name, &f, p, "cfg_grad");
         sc_tape_record(f.tape, false);
     }

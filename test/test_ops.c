@@ -54,7 +54,7 @@ static double objective(sc_tape *t, operation op, bool backward) {
     sc_tensor *y = op(t, &now);
     if (!y || sc_count(y) > 4 * MAX_VALUES) return NAN;
     sc_tensor target = {.data = goal, .ndim = 1, .shape = {sc_count(y)}};
-    bool ok = sc_mse(t, y, &target, &loss) && (!backward || sc_backward(t));
+    bool ok = sc_mse(t, y, &target, 1, &loss) && (!backward || sc_backward(t));
     double sum = 0;
     const float *values = y->data;
     for (int64_t i = 0; i < sc_count(y); i++)
@@ -339,7 +339,7 @@ static void test_unread_block(void) {
         sc_tensor *in[2] = {&now.x[0], &now.x[1]}, *out[2] = {NULL, NULL}, *none[2] = {NULL, NULL};
         CHECK(sc_run_block(t, run_block, &blocks[0], in, 2, out, false));
         if (unread) CHECK(sc_run_block(t, run_block, &blocks[1], in, 2, none, true));
-        CHECK(sc_mse(t, sc_add(t, out[0], out[1]), in[0], unread ? &again : &loss));
+        CHECK(sc_mse(t, sc_add(t, out[0], out[1]), in[0], 1, unread ? &again : &loss));
         sc_tape_record(t, false); /* the way back records what it needs by itself */
         CHECK(sc_backward(t));
         if (!unread) memcpy(grad, now.grad[0], sizeof grad);
@@ -381,7 +381,7 @@ static void test_memory(void) {
     sc_tape_record(t, true);
     sc_tensor *o = sc_attention(t, x, x, x, 4, 1, NULL, false);
     double loss;
-    CHECK(o && sc_mse(t, o, x, &loss) && sc_backward(t));
+    CHECK(o && sc_mse(t, o, x, 1, &loss) && sc_backward(t));
     short_of_memory(t, o);
     no_floats = false;
     free(half);
