@@ -80,7 +80,7 @@ static bool load_noise(const char *path, float *latents, int64_t n) {
 
 static bool save_latents(const char *path, float *latents, int64_t tokens, int64_t channels) {
     sc_tensor x = {.data = latents, .dtype = SC_F32, .ndim = 3, .shape = {1, tokens, channels}};
-    sc_named named = {"latents", &x, SC_F32};
+    sc_named named = {"latents", x, SC_F32};
     return sc_file_save(path, &named, 1, NULL);
 }
 

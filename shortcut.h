@@ -734,7 +734,7 @@ const char *sc_file_metadata(const sc_file *file, const char *key);      /* NULL
 
 /* A host tensor and its type in the file: its own, or f32 rounded to bf16 or f16. metadata: key,
  * value, ..., NULL; or NULL. The file appears under `path` when all of it is on disk. */
-typedef struct sc_named { const char *name; const sc_tensor *tensor; sc_dtype dtype; } sc_named;
+typedef struct sc_named { const char *name; sc_tensor tensor; sc_dtype dtype; } sc_named;
 bool sc_file_save(const char *path, const sc_named *tensors, int64_t count,
                   const char *const *metadata);
 
@@ -4176,11 +4176,11 @@ static void sc__write_header(FILE *f, const sc_named *x, int64_t count,
     }
     fputc('}', f);
     for (int64_t i = 0; i < count; i++, at = end) {
-        end = at + (uint64_t)sc_count(x[i].tensor) * (uint64_t)sc_dtype_size(x[i].dtype);
+        end = at + (uint64_t)sc_count(&x[i].tensor) * (uint64_t)sc_dtype_size(x[i].dtype);
         fputc(',', f);
         sc__write_quoted(f, x[i].name);
         fprintf(f, ":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%llu,%llu]}",
-                sc_dtype_name(x[i].dtype), sc__shape_text(x[i].tensor, shape),
+                sc_dtype_name(x[i].dtype), sc__shape_text(&x[i].tensor, shape),
                 (unsigned long long)at, (unsigned long long)end);
     }
     fputc('}', f);
@@ -4191,13 +4191,13 @@ static void sc__write_header(FILE *f, const sc_named *x, int64_t count,
 static bool sc__write_tensor(sc__writer *w, const sc_named *x) {
     enum { SLICE = 4096 };
     uint16_t half[SLICE];
-    const float *values = (const float *)x->tensor->data;
-    int64_t n = sc_count(x->tensor);
-    if (x->dtype == x->tensor->dtype)
+    const float *values = (const float *)x->tensor.data;
+    int64_t n = sc_count(&x->tensor);
+    if (x->dtype == x->tensor.dtype)
         return sc__write_bytes(w, values, (size_t)n * (size_t)sc_dtype_size(x->dtype));
-    if (x->tensor->dtype != SC_F32 || (x->dtype != SC_BF16 && x->dtype != SC_F16))
+    if (x->tensor.dtype != SC_F32 || (x->dtype != SC_BF16 && x->dtype != SC_F16))
         return sc_fail("%s: cannot write '%s' of type %s as %s", w->path, x->name,
-                        sc_dtype_name(x->tensor->dtype), sc_dtype_name(x->dtype));
+                        sc_dtype_name(x->tensor.dtype), sc_dtype_name(x->dtype));
     for (int64_t i = 0, size; i < n; i += size) {
         size = n - i < SLICE ? n - i : SLICE;
         for (int64_t j = 0; j < size; j++)
@@ -4230,11 +4230,10 @@ static bool sc__save(const char *path, const sc_named *tensors, int64_t count,
         for (int i = 0; i < 8; i++) length[i] = (char)(size >> (8 * i));
         ok = sc__write_bytes(&w, length, 8) && sc__write_bytes(&w, header, size);
         for (int64_t i = 0; ok && i < count; i++) {
-            sc_tensor host = *sorted[i].tensor;
-            sc_named x = {sorted[i].name, &host, sorted[i].dtype};
-            if (flux) host.dtype = SC_F32, host.data = sc__merged_values(flux, sorted[i].tensor);
-            ok = (!flux || host.data) && sc__write_tensor(&w, &x);
-            if (flux) SC_FREE(host.data);
+            sc_tensor *x = &sorted[i].tensor;
+            if (flux) x->data = sc__merged_values(flux, x), x->dtype = SC_F32;
+            ok = (!flux || x->data) && sc__write_tensor(&w, &sorted[i]);
+            if (flux) SC_FREE(x->data);
         }
         ok = sc__write_end(&w, ok);
     }
@@ -5019,7 +5018,7 @@ static float *sc__merged_values(const sc_flux *f, const sc_tensor *w) {
     const sc_linear_layer *layer = NULL;
     int64_t n = sc_count(w);
     for (int i = 0; i < f->module_count; i++)
-        if (f->modules[i].layer->weight == w) layer = f->modules[i].layer;
+        if (f->modules[i].layer->weight->data == w->data) layer = f->modules[i].layer;
     float *values = (float *)sc__alloc((size_t)n, sizeof *values);
     bool ok = values && sc__download(be, w, values);
     float *scales = ok && w->scale ? sc__fetch(be, w->scale, w->shape[0]) : NULL;
@@ -5054,7 +5053,7 @@ bool sc_flux_save(const sc_flux *f, const char *folder, sc_dtype dtype,
         ok = sc_fail("%s: these shards would be read instead: write to another folder", there);
     SC_FREE(there);
     for (int64_t i = 0; ok && i < net->count; i++)
-        named[i] = (sc_named){net->weights[i]->name, &net->weights[i]->tensor, dtype};
+        named[i] = (sc_named){net->weights[i]->name, net->weights[i]->tensor, dtype};
     ok = ok && sc__save(weights, named, net->count, metadata, f) &&
          sc_write_file(config, f->config_text, strlen(f->config_text));
     if (!ok && made) rmdir(folder); /* if it is empty */
@@ -5095,7 +5094,7 @@ static bool sc__lora_write(const char *path, const sc__written *factors, int cou
                            const char *const *metadata) {
     sc_named *named = (sc_named *)sc__alloc((size_t)count, sizeof *named);
     for (int i = 0; named && i < count; i++)
-        named[i] = (sc_named){factors[i].name, &factors[i].tensor, SC_BF16};
+        named[i] = (sc_named){factors[i].name, factors[i].tensor, SC_BF16};
     bool ok = named && sc_file_save(path, named, count, metadata);
     SC_FREE(named);
     return ok;
@@ -5570,36 +5569,30 @@ bool sc_lora_start(sc_params *p, const char *path, float scale) {
  */
 
 /* The arrays by name; the teacher's only where it is a copy of all weights. */
-static int sc__state_arrays(const sc_params *p, sc_named named[6], sc_tensor tensors[6]) {
+static int sc__state_arrays(const sc_params *p, sc_named named[6]) {
     static const char *const names[] = {"student", "fast", "slow", "m", "v", "teacher"};
     float *arrays[] = {p->set[SC_STUDENT], p->set[SC_FAST], p->set[SC_SLOW], p->m, p->v,
                        p->set[SC_TEACHER]};
     int n = p->set[SC_TEACHER] ? 6 : 5;
-    for (int i = 0; i < n; i++) {
-        tensors[i] =
-            (sc_tensor){.data = arrays[i], .dtype = SC_F32, .ndim = 1, .shape = {p->count}};
-        named[i] = (sc_named){names[i], &tensors[i], SC_F32};
-    }
+    for (int i = 0; i < n; i++)
+        named[i] = (sc_named){names[i], {arrays[i], .ndim = 1, .shape = {p->count}}, SC_F32};
     return n;
 }
 
 bool sc_params_save(const sc_params *p, const char *path, const char *const *metadata) {
     sc_named named[6];
-    sc_tensor tensors[6];
-    int n = sc__state_arrays(p, named, tensors);
-    return sc__save(path, named, n, metadata, p->flux);
+    return sc__save(path, named, sc__state_arrays(p, named), metadata, p->flux);
 }
 
 bool sc_params_load(sc_params *p, const sc_file *file) {
     sc_named named[6];
-    sc_tensor tensors[6];
-    int n = sc__state_arrays(p, named, tensors);
+    int n = sc__state_arrays(p, named);
     for (int i = 0; i < n; i++) {
         const sc_tensor *x = sc_file_find(file, named[i].name);
         if (!x || x->dtype != SC_F32 || sc_count(x) != p->count)
             return sc_fail("%s: '%s' does not fit: resume with the model, rank and mode the run "
                             "had", sc_file_path(file), named[i].name);
-        p->backend->upload(tensors[i].data, x->data, (size_t)p->count * 4);
+        p->backend->upload(named[i].tensor.data, x->data, (size_t)p->count * 4);
     }
     return true;
 }

@@ -443,7 +443,7 @@ static bool save_cache(const training *t, const char *fingerprint) {
     size_t n = (size_t)(LATENTS + t->pairs);
     sc_named *named = allocate(n, sizeof *named);
     for (size_t i = 0; named && i < n; i++)
-        named[i] = (sc_named){data_name((int)i), &t->data[i], t->data[i].dtype};
+        named[i] = (sc_named){data_name((int)i), t->data[i], t->data[i].dtype};
     bool ok = named && sc_file_save(t->cache, named, (int64_t)n,
                                     (const char *[]){"fingerprint", fingerprint, NULL});
     free(named);
