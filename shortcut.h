@@ -5006,10 +5006,9 @@ static float *sc__fetch(const sc_backend *be, const void *from, int64_t n) {
     return NULL;
 }
 
-/* The factors of a loaded LoRA, [rank, in] and behind it [out, rank]; yours. */
-static float *sc__lora_values(const sc_backend *be, const sc_adapter *l) {
-    const sc_tensor *a = &l->a[SC_TEACHER];
-    return sc__fetch(be, a->data, sc_count(a) + sc_count(&l->b[SC_TEACHER]));
+/* The factors of a LoRA, [rank, in] and behind it [out, rank]; yours. */
+static float *sc__lora_values(const sc_backend *be, const sc_adapter *l, sc_set set) {
+    return sc__fetch(be, l->a[set].data, sc_count(&l->a[set]) + sc_count(&l->b[set]));
 }
 
 /* A weight on the host as f32, with its scale and the loaded LoRAs: W + sum scale B A; yours. */
@@ -5026,7 +5025,7 @@ static float *sc__merged_values(const sc_flux *f, const sc_tensor *w) {
     for (int64_t i = 0; ok && scales && i < n; i++) values[i] *= scales[i / w->shape[1]];
     SC_FREE(scales);
     for (const sc_adapter *l = layer ? layer->adapters : NULL; ok && l; l = l->next) {
-        float *a = l->loaded ? sc__lora_values(be, l) : NULL;
+        float *a = l->loaded ? sc__lora_values(be, l, SC_TEACHER) : NULL;
         if (a)
             sc__cpu_gemm(w->shape[0], w->shape[1], l->rank, l->scale,
                          sc__matrix(a + l->rank * w->shape[1], SC_F32, l->rank, false),
@@ -5087,40 +5086,6 @@ static bool sc__rope(sc_flux *f, int text, int h, int w) {
  * a single block's MLP) are one fused layer: its A serves all parts, its B is cut by rows.
  * A file that fits no layer is an error, since a model that ignores its LoRA looks healthy.
  */
-
-typedef struct sc__written { char name[512]; sc_tensor tensor; } sc__written;   /* f32, in memory */
-
-static bool sc__lora_write(const char *path, const sc__written *factors, int count,
-                           const char *const *metadata) {
-    sc_named *named = (sc_named *)sc__alloc((size_t)count, sizeof *named);
-    for (int i = 0; named && i < count; i++)
-        named[i] = (sc_named){factors[i].name, factors[i].tensor, SC_BF16};
-    bool ok = named && sc_file_save(path, named, count, metadata);
-    SC_FREE(named);
-    return ok;
-}
-
-bool sc_lora_save(const sc_params *p, sc_set set, const char *path, const char *const *metadata) {
-    int n = p->flux->module_count;
-    sc__written *factors = (sc__written *)sc__alloc((size_t)n * 2, sizeof *factors);
-    float *host = sc__fetch(p->backend, p->set[set], p->count), *data = host;
-    bool ok = factors && host;
-    for (int i = 0; ok && i < 2 * n; i++) {
-        const sc_adapter *l = &p->adapters[i / 2];
-        const sc_tensor *x = i % 2 ? &l->b[set] : &l->a[set];
-        snprintf(factors[i].name, sizeof factors[i].name, "transformer.%s.lora_%c.weight",
-                 p->flux->modules[i / 2].name, i % 2 ? 'B' : 'A');
-        factors[i].tensor = *x;
-        factors[i].tensor.data = data;
-        if (i % 2) /* the scale alpha / rank is folded into B */
-            for (int64_t j = 0; j < sc_count(x); j++) data[j] *= l->scale;
-        data += sc_count(x);
-    }
-    ok = ok && sc__lora_write(path, factors, 2 * n, metadata);
-    SC_FREE(factors);
-    SC_FREE(host);
-    return ok;
-}
 
 /* What stands before a module's name in LoRA files, and behind it for A and B: PEFT and diffusers,
  * BFL and ComfyUI, kohya, OneTrainer, LyCORIS; diffusers of before PEFT, XLabs. B's bias ends in
@@ -5432,7 +5397,7 @@ bool sc_lora_load(sc_flux *f, const char *path, float scale, sc_lora_report *rep
     return ok;
 }
 
-/* ---- Writing kohya's names ---- */
+/* ---- Writing: PEFT's names, or kohya's ---- */
 
 /* A module's name in BFL's layout. */
 static bool sc__bfl_name(const char *module, char other[256], sc__slice *rows) {
@@ -5441,19 +5406,24 @@ static bool sc__bfl_name(const char *module, char other[256], sc__slice *rows) {
     return i < SC__ALIASES;
 }
 
-/* Modules [first, first + count) are the parts of one layer of BFL's. As kohya's file has it: the
- * adapters of all parts, one below the other in A, and B with each part's factors in its own rows
- * and columns; their data is NULL without LoRAs. */
-static bool sc__fuse(const sc_flux *f, int first, int count, bool swapped, sc_tensor *a_of,
-                     sc_tensor *b_of) {
+/* Whether this adapter of a module is written: that of the params, or, p NULL, a loaded one. */
+static bool sc__lora_chosen(const sc_params *p, int module, const sc_adapter *l) {
+    return p ? l == &p->adapters[module] : l->loaded;
+}
+
+/* Modules [first, first + count) are the parts of one layer of BFL's, or one module. As a file has
+ * it: the adapters of all parts, one below the other in A, and B with each part's factors, times
+ * their scale, in its own rows and columns; their data is NULL without LoRAs. */
+static bool sc__fuse(const sc_flux *f, const sc_params *p, sc_set set, int first, int count,
+                     bool swapped, sc_tensor *a_of, sc_tensor *b_of) {
     int64_t rank = 0, rows = 0, r = 0, in = f->modules[first].layer->weight->shape[1];
     for (int i = first; i < first + count; i++) {
         rows += f->modules[i].layer->weight->shape[0];
         for (const sc_adapter *l = f->modules[i].layer->adapters; l; l = l->next)
-            rank += l->loaded ? l->rank : 0;
+            rank += sc__lora_chosen(p, i, l) ? l->rank : 0;
     }
-    *a_of = (sc_tensor){.dtype = SC_F32, .ndim = 2, .shape = {rank, in}};
-    *b_of = (sc_tensor){.dtype = SC_F32, .ndim = 2, .shape = {rows, rank}};
+    *a_of = sc__factor(NULL, rank, in);
+    *b_of = sc__factor(NULL, rows, rank);
     if (!rank) return true;
     float *a = (float *)sc__alloc((size_t)(rank * in), sizeof *a), *b, *own;
     a_of->data = a;
@@ -5463,8 +5433,8 @@ static bool sc__fuse(const sc_flux *f, int first, int count, bool swapped, sc_te
     for (int i = first; i < first + count; i++) {
         int64_t height = f->modules[i].layer->weight->shape[0];
         for (const sc_adapter *l = f->modules[i].layer->adapters; ok && l; l = l->next) {
-            if (!l->loaded) continue;
-            ok = (own = sc__lora_values(f->net->backend, l)) != NULL;
+            if (!sc__lora_chosen(p, i, l)) continue;
+            ok = (own = sc__lora_values(f->net->backend, l, set)) != NULL;
             if (ok) memcpy(a + r * in, own, (size_t)(l->rank * in) * 4);
             for (int64_t j = 0; ok && j < height * l->rank; j++)
                 b[(row + j / l->rank) % rows * rank + r + j % l->rank] =
@@ -5478,33 +5448,47 @@ static bool sc__fuse(const sc_flux *f, int first, int count, bool swapped, sc_te
 }
 
 /* No alpha: it is then the rank, so the scale is 1; diffusers refuses some layers' alphas. */
-bool sc_lora_save_kohya(const sc_flux *f, const char *path, const char *const *metadata) {
+static bool sc__lora_write(const sc_flux *f, const sc_params *p, sc_set set, const char *path,
+                           const char *const *metadata) {
     int n = f->module_count, written = 0, count;
-    sc__written *factors = (sc__written *)sc__alloc((size_t)n * 2, sizeof *factors);
-    bool ok = factors != NULL;
-    for (int64_t i = 0; ok && i < f->net->count; i++)
-        if (f->net->weights[i]->before)
-            ok = sc_fail("'%s' is changed, which kohya's names cannot say: merge into a model",
-                          f->net->weights[i]->name);
+    sc_named *named = (sc_named *)sc__alloc((size_t)n * 2, sizeof *named);
+    char(*names)[320] = (char(*)[320])sc__alloc((size_t)n * 2, sizeof *names);
+    bool ok = named && names;
     for (int i = 0; ok && i < n; i += count) {
         char other[256], next[256];
-        sc__slice rows, next_rows;
-        ok = sc__bfl_name(f->modules[i].name, other, &rows);
-        sc__written *down = &factors[written], *up = down + 1;
-        for (count = 1; i + count < n; count++)
+        sc__slice rows = {0, 0, 0, false}, next_rows;
+        snprintf(other, sizeof other, "%s", f->modules[i].name);
+        ok = p || sc__bfl_name(f->modules[i].name, other, &rows);
+        for (count = 1; !p && i + count < n; count++)
             if (!sc__bfl_name(f->modules[i + count].name, next, &next_rows) || strcmp(other, next))
                 break;
-        ok = ok && sc__fuse(f, i, count, rows.swapped, &down->tensor, &up->tensor);
-        if (!ok || !down->tensor.data) continue;
-        for (char *c = other; *c; c++) *c = *c == '.' ? '_' : *c;
-        snprintf(down->name, sizeof down->name, "lora_unet_%s.lora_down.weight", other);
-        snprintf(up->name, sizeof up->name, "lora_unet_%s.lora_up.weight", other);
-        written += 2;
+        sc_named *to = &named[written];
+        ok = ok && sc__fuse(f, p, set, i, count, rows.swapped, &to[0].tensor, &to[1].tensor);
+        if (!ok || !to->tensor.data) continue;
+        for (char *c = other; !p && *c; c++) *c = *c == '.' ? '_' : *c;
+        for (int k = 0; k < 2; k++, written++) {
+            snprintf(names[written], sizeof *names, "%s%s%s", p ? "transformer." : "lora_unet_",
+                     other, sc__lora_ends[p ? 0 : 1][k]);
+            to[k].name = names[written], to[k].dtype = SC_BF16;
+        }
     }
-    ok = ok && sc__lora_write(path, factors, written, metadata);
-    for (int i = 0; factors && i < 2 * n; i++) SC_FREE(factors[i].tensor.data);
-    SC_FREE(factors);
+    ok = ok && sc_file_save(path, named, written, metadata);
+    for (int i = 0; named && i < 2 * n; i++) SC_FREE(named[i].tensor.data);
+    SC_FREE(named);
+    SC_FREE(names);
     return ok;
+}
+
+bool sc_lora_save(const sc_params *p, sc_set set, const char *path, const char *const *metadata) {
+    return sc__lora_write(p->flux, p, set, path, metadata);
+}
+
+bool sc_lora_save_kohya(const sc_flux *f, const char *path, const char *const *metadata) {
+    for (int64_t i = 0; i < f->net->count; i++)
+        if (f->net->weights[i]->before)
+            return sc_fail("'%s' is changed, which kohya's names cannot say: merge into a model",
+                           f->net->weights[i]->name);
+    return sc__lora_write(f, NULL, SC_TEACHER, path, metadata);
 }
 
 /* In a table as "3:1@1.5 8:0.6" (numbers as in JSON) the scale for the nearest number of steps, and
