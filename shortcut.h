@@ -5099,18 +5099,11 @@ static const char *const sc__lora_ends[][2] = {
     {".lora_A.default.weight", ".lora_B.default.weight"}};
 enum { SC__LORA_ENDS = (int)(sizeof sc__lora_ends / sizeof *sc__lora_ends) };
 
-typedef struct sc__factors {    /* of one LoRA on one layer; a NULL: it has none */
-    int64_t rank;
-    float *a, *b;               /* [rank, in], [out, rank]; b has the file's own scale in it */
-    float *bias;                /* [out], likewise; NULL: none */
+typedef struct sc__factors {    /* of one LoRA on one layer, on the host */
+    int64_t rank, count;
+    float *values;              /* A [rank, in], B [out, rank] with the file's own scale in it; */
+    float *bias;                /* and perhaps B's bias [out], likewise, or NULL */
 } sc__factors;
-
-static void sc__factors_free(sc__factors *x) {
-    SC_FREE(x->a);
-    SC_FREE(x->b);
-    SC_FREE(x->bias);
-    *x = (sc__factors){0};
-}
 
 /* A LoRA file, and the config of PEFT that goes with it, or NULL: diffusers writes it into the
  * file's metadata, PEFT beside adapter_model.safetensors. */
@@ -5197,31 +5190,33 @@ static bool sc__lora_own_scale(const sc__lora *l, const char *module, const char
     return isfinite(alpha) || sc_fail("%s: '%s' is %g", l->file->path, name, alpha);
 }
 
-/* A tensor's part for `module`, [rows, columns], as f32 times `scale`; yours. NULL with the error
- * set. */
-static float *sc__lora_take(const sc__lora *l, sc__entry *e, const sc__slice *part,
-                            const char *module, int64_t rows, int64_t columns, float scale) {
+/* Appends a tensor's part for `module`, [rows, columns], times `scale`. */
+static bool sc__lora_take(const sc__lora *l, sc__entry *e, const sc__slice *part,
+                          const char *module, int64_t rows, int64_t columns, float scale,
+                          sc__factors *f) {
     sc_tensor x = e->tensor, want = {.ndim = 2, .shape = {rows, columns}};
     char shape[96];
     e->used = true;
     if (!sc__take_rows(&x, part) || !sc__same_shape(&x, &want) || rows < 1 || x.dtype > SC_F64)
         return sc_fail("%s: '%s' of shape %s does not fit '%s', where it must be %lld x %lld: is "
-                        "this LoRA for another model?", l->file->path, e->name,
-                        sc__shape_text(&e->tensor, shape), module,
-                        (long long)(rows * (part->whole ? part->whole / part->parts : 1)),
-                        (long long)columns), NULL;
+                       "this LoRA for another model?", l->file->path, e->name,
+                       sc__shape_text(&e->tensor, shape), module,
+                       (long long)(rows * (part->whole ? part->whole / part->parts : 1)),
+                       (long long)columns);
     int64_t n = rows * columns, from = part->swapped ? n / 2 : 0, i = 0; /* the second half first */
-    float *to = (float *)sc__alloc((size_t)n, sizeof *to);
-    if (!to) return NULL;
+    float *values = (float *)SC_REALLOC(f->values, (size_t)(f->count + n) * sizeof *values);
+    if (!values) return sc_fail("%s: out of memory", l->file->path);
+    float *to = values + f->count;
+    f->values = values;
+    f->count += n;
     sc_to_f32(to, (char *)x.data + from * sc_dtype_size(x.dtype), x.dtype, n - from);
     sc_to_f32(to + n - from, x.data, x.dtype, from);
     while (i < n && isfinite(to[i])) to[i++] *= scale;
-    if (i == n) return to;
-    SC_FREE(to);
-    return sc_fail("%s: '%s' holds NaN or infinity", l->file->path, e->name), NULL;
+    return i == n || sc_fail("%s: '%s' holds NaN or infinity", l->file->path, e->name);
 }
 
-/* The factors of `module`, whose weight is w [out, in], if the file has any. */
+/* The factors of `module`, whose weight is w [out, in], if the file has any; x is empty before, its
+ * values are yours in any case. */
 static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor *w,
                           sc__factors *x) {
     const sc_file *file = l->file;
@@ -5230,7 +5225,6 @@ static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor
     char name[512];
     float scale;
     int end = -1;
-    *x = (sc__factors){0};
     while (!a && ++end < SC__LORA_ENDS)
         a = sc__find_as(file, sc__lora_prefixes, module, sc__lora_ends[end][0], 0, &part);
     if (!a) return true;
@@ -5241,13 +5235,12 @@ static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor
     snprintf(name + n - 6, 8, "bias"); /* in place of "weight" */
     c = sc__find_entry(file, name);
     int64_t out = w->shape[0], in = w->shape[1], rank = x->rank = a->tensor.shape[0];
-    if ((x->a = sc__lora_take(l, a, &whole, module, rank, in, 1)) &&
-        sc__lora_own_scale(l, module, a->name, stem, rank, &scale) &&
-        (x->b = sc__lora_take(l, b, &part, module, out, rank, scale)) &&
-        (!c || (x->bias = sc__lora_take(l, c, &part, module, out, 1, scale))))
-        return true;
-    sc__factors_free(x);
-    return false;
+    bool ok = sc__lora_take(l, a, &whole, module, rank, in, 1, x) &&
+              sc__lora_own_scale(l, module, a->name, stem, rank, &scale) &&
+              sc__lora_take(l, b, &part, module, out, rank, scale, x) &&
+              (!c || sc__lora_take(l, c, &part, module, out, 1, scale, x));
+    if (ok && c) x->bias = x->values + rank * (in + out);
+    return ok;
 }
 
 /* Whether `name` is an A (side 0) or a B (side 1) of any dialect. */
@@ -5329,9 +5322,10 @@ static bool sc__lora_vector(sc_flux *f, const sc__lora *l, const sc_weight *w, f
         sc__slice part;
         sc__entry *e = sc__find_as(l->file, sc__lora_prefixes, forms[i][0], forms[i][1], 0, &part);
         if (!e) continue;
-        float *values = sc__lora_take(l, e, &part, w->name, sc_count(&w->tensor), 1, 1);
-        ok = values && sc__lora_shift(f, &w->tensor, values, scale, i == 0);
-        SC_FREE(values);
+        sc__factors x = {0};
+        ok = sc__lora_take(l, e, &part, w->name, sc_count(&w->tensor), 1, 1, &x) &&
+             sc__lora_shift(f, &w->tensor, x.values, scale, i == 0);
+        SC_FREE(x.values);
         report->applied++, report->total++;
     }
     return ok;
@@ -5358,16 +5352,15 @@ void sc_lora_unload(sc_flux *f) {
 static bool sc__lora_add(const sc_backend *be, sc_linear_layer *layer, const sc__factors *x,
                          float scale) {
     int64_t out = layer->weight->shape[0], in = layer->weight->shape[1];
-    size_t na = (size_t)(x->rank * in) * sizeof *x->a, nb = (size_t)(x->rank * out) * sizeof *x->b;
+    size_t bytes = (size_t)(x->rank * (in + out)) * sizeof *x->values;
     sc_adapter *lora = (sc_adapter *)sc__alloc(1, sizeof *lora);
     if (!lora) return false;
-    float *a = (float *)be->alloc(na + nb), *b = a + x->rank * in;
+    float *a = (float *)be->alloc(bytes);
     if (!a) return SC_FREE(lora), false;
     *lora = (sc_adapter){.rank = (int)x->rank, .scale = scale, .loaded = true};
     lora->a[SC_TEACHER] = sc__factor(a, x->rank, in);
-    lora->b[SC_TEACHER] = sc__factor(b, out, x->rank);
-    be->upload(a, x->a, na);
-    be->upload(b, x->b, nb);
+    lora->b[SC_TEACHER] = sc__factor(a + x->rank * in, out, x->rank);
+    be->upload(a, x->values, bytes);
     lora->next = layer->adapters;
     layer->adapters = lora;
     return true;
@@ -5378,13 +5371,12 @@ bool sc_lora_load(sc_flux *f, const char *path, float scale, sc_lora_report *rep
     sc__lora file;
     bool ok = sc__lora_open(&file, path);
     for (int i = 0; ok && i < f->module_count; i++) {
-        sc__factors x;
+        sc__factors x = {0};
         sc_linear_layer *layer = f->modules[i].layer;
-        ok = sc__lora_read(&file, f->modules[i].name, layer->weight, &x);
-        if (!ok || !x.a) continue;
-        ok = sc__lora_add(f->net->backend, layer, &x, scale) &&
+        ok = sc__lora_read(&file, f->modules[i].name, layer->weight, &x) &&
+             (!x.values || sc__lora_add(f->net->backend, layer, &x, scale)) &&
              (!x.bias || sc__lora_shift(f, layer->bias, x.bias, scale, false));
-        sc__factors_free(&x);
+        SC_FREE(x.values);
     }
     for (int64_t i = 0; ok && i < f->net->count; i++)
         if (f->net->weights[i]->tensor.ndim == 1)
@@ -5526,20 +5518,18 @@ bool sc_lora_start(sc_params *p, const char *path, float scale) {
     for (int i = 0; ok && i < p->flux->module_count; i++) {
         const char *module = p->flux->modules[i].name;
         const sc_tensor *w = p->flux->modules[i].layer->weight;
-        sc__factors x;
+        sc__factors x = {0};
         ok = sc__lora_read(&file, module, w, &x);
-        if (ok && !x.a) ok = sc_fail("%s: no factors for '%s'", path, module);
+        if (ok && !x.values) ok = sc_fail("%s: no factors for '%s'", path, module);
         if (ok && x.bias)
             ok = sc_fail("%s: changes the bias of '%s'; only A and B are trained", path, module);
         if (ok && x.rank != p->rank)
             ok = sc_fail("%s: rank %lld; this run has rank %d", path, (long long)x.rank, p->rank);
-        size_t na = (size_t)(p->rank * w->shape[1]), nb = (size_t)(p->rank * w->shape[0]);
-        for (size_t j = 0; ok && j < nb; j++) x.b[j] *= scale / p->adapters[i].scale;
-        for (int s = SC_STUDENT; ok && s < SC_SETS; s++) {
-            p->backend->upload(p->adapters[i].a[s].data, x.a, na * sizeof *x.a);
-            p->backend->upload(p->adapters[i].b[s].data, x.b, nb * sizeof *x.b);
-        }
-        sc__factors_free(&x);
+        for (int64_t j = p->rank * w->shape[1]; ok && j < x.count; j++) /* B */
+            x.values[j] *= scale / p->adapters[i].scale;
+        for (int s = SC_STUDENT; ok && s < SC_SETS; s++)
+            p->backend->upload(p->adapters[i].a[s].data, x.values, (size_t)x.count * 4);
+        SC_FREE(x.values);
     }
     ok = ok && sc__lora_count(file.file, &(sc_lora_report){0});
     sc__lora_close(&file);
