@@ -3859,7 +3859,7 @@ typedef struct sc__mapping {
 typedef struct sc__entry {
     const char *name;
     sc_tensor tensor;
-    uint64_t begin, end;
+    int64_t begin, end;
     bool used;                  /* something asked for it */
 } sc__entry;
 
@@ -3894,11 +3894,10 @@ void sc_file_close(sc_file *f) {
     SC_FREE(f);
 }
 
-static bool sc__whole_number(const sc_json *v, uint64_t *n) {
+/* A whole number from 0 up to `most`, or -1. */
+static int64_t sc__json_whole(const sc_json *v, double most) {
     double x = sc_json_number(v, -1);
-    if (!(x >= 0 && x <= 0x1p53 && x == floor(x))) return false;
-    *n = (uint64_t)x;
-    return true;
+    return x >= 0 && x <= most && x == floor(x) ? (int64_t)x : -1;
 }
 
 /* "[3,64,64]", for messages and headers. */
@@ -3910,61 +3909,60 @@ static const char *sc__shape_text(const sc_tensor *x, char text[96]) {
     return text;
 }
 
-/* shape -> tensor, and the bytes it takes. Sides of 0 do not excuse absurd ones beside them. */
-static bool sc__read_shape(sc_tensor *x, const sc_json *shape, uint64_t *bytes) {
-    uint64_t side, product = (uint64_t)sc_dtype_size(x->dtype);
+/* shape -> tensor, and the bytes it takes; -1: impossible, as a side of 0 beside absurd ones. */
+static int64_t sc__read_shape(sc_tensor *x, const sc_json *shape) {
+    int64_t product = sc_dtype_size(x->dtype);
     bool empty = false;
-    if (!sc__json_is(shape, SC__ARRAY) || shape->count > SC_MAX_DIMS) return false;
+    if (!sc__json_is(shape, SC__ARRAY) || shape->count > SC_MAX_DIMS) return -1;
     for (x->ndim = 0; x->ndim < shape->count; x->ndim++) {
-        if (!sc__whole_number(&shape->u.items[x->ndim], &side)) return false;
-        x->shape[x->ndim] = (int64_t)side;
-        if (side == 0) empty = true;
-        else if (product > ((uint64_t)1 << 62) / side) return false;
-        else product *= side;
+        int64_t side = sc__json_whole(&shape->u.items[x->ndim], 0x1p53);
+        if (side < 0 || (side && product > ((int64_t)1 << 62) / side)) return -1;
+        x->shape[x->ndim] = side;
+        empty = empty || !side;
+        product *= side ? side : 1;
     }
-    *bytes = empty ? 0 : product;
-    return true;
+    return empty ? 0 : product;
 }
 
 /* One tensor of a header: type, shape and place in the `size` bytes of data. */
 static bool sc__read_entry(sc__entry *e, const char *path, const sc_json *v, char *data,
-                           uint64_t size) {
+                           int64_t size) {
     const char *dtype = sc_json_string(sc_json_get(v, "dtype"), "?");
     const sc_json *offsets = sc_json_get(v, "data_offsets");
-    uint64_t bytes;
     int type = SC_U8;
     while (type >= 0 && strcmp(dtype, sc__dtypes[type].name)) type--;
     if (type < 0)
         return sc_fail("%s: tensor '%s' has type '%s'; only F32, BF16, F16, F8_E4M3, F64, "
-                        "I64, I32 and U8 can be read", path, v->key, dtype);
+                       "I64, I32 and U8 can be read", path, v->key, dtype);
     *e = (sc__entry){.name = v->key, .tensor = {.dtype = (sc_dtype)type}};
-    if (!sc__read_shape(&e->tensor, sc_json_get(v, "shape"), &bytes))
+    int64_t bytes = sc__read_shape(&e->tensor, sc_json_get(v, "shape"));
+    e->begin = sc__json_whole(sc_json_at(offsets, 0), 0x1p53);
+    e->end = sc__json_whole(sc_json_at(offsets, 1), 0x1p53);
+    if (bytes < 0)
         return sc_fail("%s: the shape of tensor '%s' must be at most %d whole numbers of a "
-                        "possible size", path, v->key, SC_MAX_DIMS);
-    if (sc_json_length(offsets) != 2 || !sc__whole_number(sc_json_at(offsets, 0), &e->begin) ||
-        !sc__whole_number(sc_json_at(offsets, 1), &e->end) || e->begin > e->end)
+                       "possible size", path, v->key, SC_MAX_DIMS);
+    if (sc_json_length(offsets) != 2 || e->begin < 0 || e->begin > e->end)
         return sc_fail("%s: data_offsets of tensor '%s' must be [begin, end]", path, v->key);
     if (e->end > size)
-        return sc_fail("%s: tensor '%s' ends at byte %llu of the data, the file at %llu: is it "
-                        "truncated?", path, v->key, (unsigned long long)e->end,
-                        (unsigned long long)size);
+        return sc_fail("%s: tensor '%s' ends at byte %lld of the data, the file at %lld: is it "
+                       "truncated?", path, v->key, (long long)e->end, (long long)size);
     if (e->end - e->begin != bytes)
-        return sc_fail("%s: tensor '%s' has %llu bytes; its type and shape need %llu", path,
-                        v->key, (unsigned long long)(e->end - e->begin), (unsigned long long)bytes);
+        return sc_fail("%s: tensor '%s' has %lld bytes; its type and shape need %lld", path, v->key,
+                       (long long)(e->end - e->begin), (long long)bytes);
     e->tensor.data = data + e->begin;
     return true;
 }
 
 /* The format has each byte of the data belong to exactly one tensor. */
-static bool sc__check_places(const char *path, sc__entry *e, int64_t count, uint64_t size) {
-    uint64_t at = 0;
+static bool sc__check_places(const char *path, sc__entry *e, int64_t count, int64_t size) {
+    int64_t at = 0;
     if (count) qsort(e, (size_t)count, sizeof *e, sc__by_place);
     for (int64_t i = 0; i < count; at = e[i++].end)
         if (e[i].begin != at)
             return sc_fail("%s: tensor '%s' %s", path, e[i].name,
-                            e[i].begin < at ? "overlaps another" : "leaves a hole before it");
-    return at == size || sc_fail("%s: %llu bytes behind the last tensor belong to none", path,
-                                  (unsigned long long)(size - at));
+                           e[i].begin < at ? "overlaps another" : "leaves a hole before it");
+    return at == size || sc_fail("%s: %lld bytes behind the last tensor belong to none", path,
+                                 (long long)(size - at));
 }
 
 /* No safetensors: says what it is, of text how it begins. No number in it means anything. */
@@ -3999,7 +3997,7 @@ static bool sc__read_part(sc_file *f, sc__mapping *part, const char *path, const
     uint64_t length = 0;
     if (!sc__read_header(part, path, &length)) return false;
     char *data = (char *)part->data + 8 + length;
-    uint64_t size = part->size - 8 - length;
+    int64_t size = (int64_t)(part->size - 8 - length);
     size_t room = (size_t)f->count + (size_t)part->header->count + 1;
     sc__entry *e = (sc__entry *)SC_REALLOC(f->entries, room * sizeof *e);
     if (!e) return sc_fail("%s: out of memory for %zu tensors", path, room);
@@ -6302,11 +6300,8 @@ static int32_t sc__word_id(const sc_tokenizer *t, const char *s, size_t n) {
     return low < high && !t->words[low].text[n] ? t->words[low].id : -1;
 }
 
-/* A whole number from 0 to 2^24 - 1, or -1. */
-static int32_t sc__json_id(const sc_json *value) {
-    double id = sc_json_number(value, -1);
-    return id >= 0 && id < 1 << 24 && id == floor(id) ? (int32_t)id : -1;
-}
+/* From 0 to 2^24 - 1, or -1. */
+static int32_t sc__json_id(const sc_json *v) { return (int32_t)sc__json_whole(v, (1 << 24) - 1); }
 
 typedef struct sc__ids { int32_t *ids; int limit, count; } sc__ids;
 
