@@ -1749,19 +1749,18 @@ static float *sc__scratch(int64_t floats) {
 
 /* ---- Products ---- >>gemm */
 
-/* C = alpha op(A) op(B) + beta C on this thread; row-major, op(A) [m,k], op(B) [k,n]. */
 #ifdef SHORTCUT_OPENBLAS
 #include <cblas.h>
+#endif
+
+/* C = alpha op(A) op(B) + beta C on this thread; row-major, op(A) [m,k], op(B) [k,n]. */
 static void sc__sgemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, float alpha,
                       const float *a, int64_t lda, const float *b, int64_t ldb, float beta,
                       float *c, int64_t ldc) {
+#ifdef SHORTCUT_OPENBLAS
     cblas_sgemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans,
                 (int)m, (int)n, (int)k, alpha, a, (int)lda, b, (int)ldb, beta, c, (int)ldc);
-}
 #else
-static void sc__sgemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, float alpha,
-                      const float *a, int64_t lda, const float *b, int64_t ldb, float beta,
-                      float *c, int64_t ldc) {
     int64_t along = ta ? lda : 1; /* from one element of a row of op(A) to the next */
     for (int64_t i = 0; i < m; i++) {
         float *row = c + i * ldc;
@@ -1777,8 +1776,8 @@ static void sc__sgemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, float a
             SC_SIMD for (int64_t j = 0; j < n; j++) row[j] += s * bp[j];
         }
     }
-}
 #endif
+}
 
 /* A stored [rows, columns] matrix in f32: itself, or widened into *buffer, which then moves on. */
 static sc_matrix sc__widen(sc_matrix a, int64_t rows, int64_t columns, float **buffer) {
