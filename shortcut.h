@@ -3347,33 +3347,31 @@ static sc_params *sc__params_new(sc_flux *flux, int64_t count, bool teacher) {
     return NULL;
 }
 
-/* All sets become the same host values. */
-static void sc__params_start(sc_params *p, const float *values) {
-    for (int s = 0; s < SC_SETS; s++)
-        if (p->set[s]) p->backend->upload(p->set[s], values, (size_t)p->count * 4);
-}
-
 void sc_params_copy(sc_params *p, sc_set to, sc_set from) {
     p->backend->copy_block(p->set[to], p->count, p->set[from], p->count, 1, p->count, SC_F32,
                            false);
+}
+
+/* All sets become these host values, or, NULL, the student's. */
+static void sc__params_start(sc_params *p, const float *values) {
+    if (values) p->backend->upload(p->set[SC_STUDENT], values, (size_t)p->count * 4);
+    for (int s = 0; s < SC_SETS; s++)
+        if (p->set[s] && s != SC_STUDENT) sc_params_copy(p, (sc_set)s, SC_STUDENT);
 }
 
 sc_params *sc_params_full(sc_flux *flux, bool teacher) {
     if (!flux->net->widen)
         return sc_fail("to train all weights the model must be opened with `widen`"), NULL;
     sc_params *p = sc__params_new(flux, sc_flux_parameters(flux), teacher);
-    float *host = p ? (float *)sc__alloc((size_t)p->count, sizeof *host) : NULL, *end = host;
-    if (!host) return sc_params_free(p), NULL;
-    for (int64_t i = 0; i < flux->net->count; i++) {
+    float *to = p ? p->set[SC_STUDENT] : NULL;
+    for (int64_t i = 0, n; p && i < flux->net->count; i++, to += n) {
         sc_weight *w = flux->net->weights[i];
-        p->backend->download(end, w->tensor.data, (size_t)sc_count(&w->tensor) * 4);
+        n = sc_count(&w->tensor);
+        p->backend->copy_block(to, n, w->tensor.data, n, 1, n, SC_F32, false);
         p->backend->release(w->tensor.data); /* sc_params_use points it into a set */
         w->owned = false;
-        end += sc_count(&w->tensor);
     }
-    sc__params_start(p, host);
-    SC_FREE(host);
-    sc_params_use(p, SC_STUDENT);
+    if (p) sc__params_start(p, NULL), sc_params_use(p, SC_STUDENT);
     return p;
 }
 
