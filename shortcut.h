@@ -1090,26 +1090,17 @@ static bool sc__flow_matching_target(sc_tape *t, sc_tensor *x0, sc_tensor *noise
  * tokens at (0,row,column). There is no final norm on the text stream. C: heads times head size.
  */
 
-typedef struct sc__stream {         /* one stream of a double block: image or text */
-    sc_linear_layer mod;            /* [6C, C] */
-    sc_linear_layer q, k, v, out;   /* [C, C] */
-    sc_linear_layer up, down;       /* [4C, C], [C, 4C] */
+typedef struct sc__stream {         /* one stream of a double block, or a single block's only one */
+    sc_linear_layer mod;            /* [6C, C]; single: [3C, C] */
+    sc_linear_layer q, k, v, out;   /* [C, C]; single: out [C, 5C], of the attention and the MLP */
+    sc_linear_layer up, down;       /* [4C, C], [C, 4C]; single: no down */
     sc_tensor *norm_q, *norm_k;     /* [D] */
 } sc__stream;
 
-typedef struct sc__double_block {
+typedef struct sc__block {
     const sc_flux *flux;
-    sc__stream image, text;
-} sc__double_block;
-
-typedef struct sc__single_block {
-    const sc_flux *flux;
-    sc_linear_layer mod;            /* [3C, C] */
-    sc_linear_layer q, k, v;        /* [C, C] */
-    sc_linear_layer up;             /* [4C, C] */
-    sc_linear_layer out;            /* [C, 5C], of the attention's and the MLP's output */
-    sc_tensor *norm_q, *norm_k;     /* [D] */
-} sc__single_block;
+    sc__stream stream[2];           /* 0 image, 1 text; single: 0 both, joined */
+} sc__block;
 
 typedef struct sc__embedder { sc_linear_layer first, second; } sc__embedder;
 typedef struct sc__module { char name[SC_MAX_NAME]; sc_linear_layer *layer; } sc__module;
@@ -1119,8 +1110,7 @@ struct sc_flux {
     sc_net *net;                    /* its weights */
     sc_linear_layer x_embedder, context_embedder;
     sc__embedder time, guidance, pooled;
-    sc__double_block *double_blocks;
-    sc__single_block *single_blocks;
+    sc__block *blocks;              /* the double ones, then the single ones */
     sc_linear_layer norm_out, proj_out;
     sc__module *modules;            /* every linear layer by name: what LoRA can adapt */
     int module_count;
@@ -1147,29 +1137,29 @@ static void sc__rope_turns(const sc_flux_config *c, int text, int h, int w, floa
 
 /* in: image [B,Ti,C], text [B,Tt,C], silu of the modulation vector [B,C]; out: image, text. */
 static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context) {
-    const sc__double_block *block = (const sc__double_block *)context;
-    const sc__stream *const stream[2] = {&block->image, &block->text};
+    const sc__block *block = (const sc__block *)context;
+    const sc__stream *stream = block->stream;
     int heads = block->flux->config.heads;
     float scale = 1.f / sqrtf((float)block->flux->config.head_size);
     sc_tensor *mod[2], *q[2], *k[2], *v[2];
     for (int i = 0; i < 2; i++) { /* 0 image, 1 text */
-        mod[i] = sc_linear(t, in[2], &stream[i]->mod);
+        mod[i] = sc_linear(t, in[2], &stream[i].mod);
         sc_tensor *n = sc_ln_modulate(t, in[i], mod[i], 0, 1);
-        q[i] = sc_linear(t, n, &stream[i]->q);
-        k[i] = sc_linear(t, n, &stream[i]->k);
-        v[i] = sc_linear(t, n, &stream[i]->v);
+        q[i] = sc_linear(t, n, &stream[i].q);
+        k[i] = sc_linear(t, n, &stream[i].k);
+        v[i] = sc_linear(t, n, &stream[i].v);
     }
     const sc_tensor *rope = &block->flux->rope;
-    sc_tensor *query = sc_norm_rope(t, q[1], q[0], block->text.norm_q, block->image.norm_q, rope);
-    sc_tensor *key = sc_norm_rope(t, k[1], k[0], block->text.norm_k, block->image.norm_k, rope);
+    sc_tensor *query = sc_norm_rope(t, q[1], q[0], stream[1].norm_q, stream[0].norm_q, rope);
+    sc_tensor *key = sc_norm_rope(t, k[1], k[0], stream[1].norm_k, stream[0].norm_k, rope);
     sc_tensor *o =
         sc_attention(t, query, key, sc_concat_tokens(t, v[1], v[0]), heads, scale, NULL, false);
     int64_t from[2] = {in[1]->shape[1], 0};
     for (int i = 0; i < 2; i++) {
         sc_tensor *own = sc_slice_tokens(t, o, from[i], in[i]->shape[1]);
-        sc_tensor *x = sc_gated_residual(t, in[i], sc_linear(t, own, &stream[i]->out), mod[i], 2);
-        sc_tensor *h = sc_linear_gelu(t, sc_ln_modulate(t, x, mod[i], 3, 4), &stream[i]->up);
-        h = sc_linear(t, h, &stream[i]->down);
+        sc_tensor *x = sc_gated_residual(t, in[i], sc_linear(t, own, &stream[i].out), mod[i], 2);
+        sc_tensor *h = sc_linear_gelu(t, sc_ln_modulate(t, x, mod[i], 3, 4), &stream[i].up);
+        h = sc_linear(t, h, &stream[i].down);
         out[i] = sc_gated_residual(t, x, h, mod[i], 5);
     }
     return out[0] && out[1];
@@ -1177,17 +1167,18 @@ static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, cons
 
 /* in: joined tokens [B,T,C], silu of the modulation vector [B,C]; out: joined tokens. */
 static bool sc__single_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context) {
-    const sc__single_block *block = (const sc__single_block *)context;
+    const sc__block *block = (const sc__block *)context;
+    const sc__stream *stream = block->stream;
     const sc_tensor *rope = &block->flux->rope;
     float scale = 1.f / sqrtf((float)block->flux->config.head_size);
-    sc_tensor *mod = sc_linear(t, in[1], &block->mod);
+    sc_tensor *mod = sc_linear(t, in[1], &stream->mod);
     sc_tensor *n = sc_ln_modulate(t, in[0], mod, 0, 1);
-    sc_tensor *q = sc_norm_rope(t, NULL, sc_linear(t, n, &block->q), NULL, block->norm_q, rope);
-    sc_tensor *k = sc_norm_rope(t, NULL, sc_linear(t, n, &block->k), NULL, block->norm_k, rope);
-    sc_tensor *v = sc_linear(t, n, &block->v);
+    sc_tensor *q = sc_norm_rope(t, NULL, sc_linear(t, n, &stream->q), NULL, stream->norm_q, rope);
+    sc_tensor *k = sc_norm_rope(t, NULL, sc_linear(t, n, &stream->k), NULL, stream->norm_k, rope);
+    sc_tensor *v = sc_linear(t, n, &stream->v);
     sc_tensor *o = sc_attention(t, q, k, v, block->flux->config.heads, scale, NULL, false);
-    sc_tensor *both = sc_concat_gelu(t, o, n, &block->up);
-    out[0] = sc_gated_residual(t, in[0], sc_linear(t, both, &block->out), mod, 2);
+    sc_tensor *both = sc_concat_gelu(t, o, n, &stream->up);
+    out[0] = sc_gated_residual(t, in[0], sc_linear(t, both, &stream->out), mod, 2);
     return out[0] != NULL;
 }
 
@@ -1209,10 +1200,11 @@ static sc_tensor *sc__flux_modulation(sc_flux *f, sc_tape *t, const sc_flux_inpu
 
 /* Replaces the first one or two of x by the block's outputs. While recording, a block keeps its
  * activations for the backward pass, or, to save memory, only its inputs, and runs again there. */
-static bool sc__flux_block(const sc_flux *f, int index, sc_tape *t, sc_block block,
-                          const void *context, sc_tensor **x, int inputs) {
+static bool sc__flux_block(const sc_flux *f, int index, sc_tape *t, sc_block forward,
+                           sc_tensor **x, int inputs) {
     sc_tensor *out[2] = {NULL, NULL};
-    bool ok = sc_run_block(t, block, context, x, inputs, out, index >= f->checkpointed);
+    bool keep = index >= f->checkpointed;
+    bool ok = sc_run_block(t, forward, &f->blocks[index], x, inputs, out, keep);
     x[0] = out[0];
     if (out[1]) x[1] = out[1];
     return ok;
@@ -1230,13 +1222,11 @@ sc_tensor *sc_flux_velocity(sc_flux *f, sc_tape *t, const sc_flux_input *in) {
                        sc_linear(t, in->context, &f->context_embedder), mod};
     if (!x[0] || !x[1] || !mod) return NULL;
     for (int i = 0; i < f->config.layers; i++)
-        if (!sc__flux_block(f, i, t, sc__double_forward, &f->double_blocks[i], x, 3)) return NULL;
+        if (!sc__flux_block(f, i, t, sc__double_forward, x, 3)) return NULL;
     sc_tensor *joined[2] = {sc_concat_tokens(t, x[1], x[0]), mod};
     if (!joined[0]) return NULL;
     for (int i = 0; i < f->config.single_layers; i++)
-        if (!sc__flux_block(f, f->config.layers + i, t, sc__single_forward, &f->single_blocks[i],
-                           joined, 2))
-            return NULL;
+        if (!sc__flux_block(f, f->config.layers + i, t, sc__single_forward, joined, 2)) return NULL;
     sc_tensor *image = sc_slice_tokens(t, joined[0], text_tokens, image_tokens);
     sc_tensor *n =
         sc_ln_modulate(t, image, sc_linear(t, mod, &f->norm_out), 1, 0); /* scale comes first */
@@ -4896,8 +4886,7 @@ static bool sc__flux_stream(sc_flux *f, sc__stream *s, const char *p, int64_t c,
            sc__flux_norm(f, &s->norm_k, p, text ? "attn.norm_added_k" : "attn.norm_k");
 }
 
-static bool sc__flux_single(sc_flux *f, sc__single_block *s, const char *p, int64_t c) {
-    s->flux = f;
+static bool sc__flux_single(sc_flux *f, sc__stream *s, const char *p, int64_t c) {
     return sc__flux_linear(f, &s->mod, p, "norm.linear", 3 * c, c) &&
            sc__flux_linear(f, &s->q, p, "attn.to_q", c, c) &&
            sc__flux_linear(f, &s->k, p, "attn.to_k", c, c) &&
@@ -4928,13 +4917,12 @@ static bool sc__flux_weights(sc_flux *f) {
         sc__flux_embedder(f, &f->pooled, "time_text_embed.text_embedder.", c, o->pooled_channels);
     for (int i = 0; ok && i < o->layers; i++) {
         snprintf(p, sizeof p, "transformer_blocks.%d.", i);
-        f->double_blocks[i].flux = f;
-        ok = sc__flux_stream(f, &f->double_blocks[i].image, p, c, false) &&
-             sc__flux_stream(f, &f->double_blocks[i].text, p, c, true);
+        ok = sc__flux_stream(f, &f->blocks[i].stream[0], p, c, false) &&
+             sc__flux_stream(f, &f->blocks[i].stream[1], p, c, true);
     }
     for (int i = 0; ok && i < o->single_layers; i++) {
         snprintf(p, sizeof p, "single_transformer_blocks.%d.", i);
-        ok = sc__flux_single(f, &f->single_blocks[i], p, c);
+        ok = sc__flux_single(f, f->blocks[o->layers + i].stream, p, c);
     }
     return ok && sc__flux_linear(f, &f->norm_out, "", "norm_out.linear", 2 * c, c) &&
            sc__flux_linear(f, &f->proj_out, "", "proj_out", o->out_channels, c);
@@ -4968,12 +4956,11 @@ sc_flux *sc_flux_open(const sc_backend *backend, const char *path, const sc_flux
     sc__config_close(&c);
     if (ok) {
         size_t doubles = (size_t)f->config.layers, singles = (size_t)f->config.single_layers;
-        f->double_blocks = (sc__double_block *)sc__alloc(doubles, sizeof *f->double_blocks);
-        f->single_blocks = (sc__single_block *)sc__alloc(singles, sizeof *f->single_blocks);
+        f->blocks = (sc__block *)sc__alloc(doubles + singles, sizeof *f->blocks);
         f->modules = (sc__module *)sc__alloc(10 + 14 * doubles + 6 * singles, sizeof *f->modules);
         f->net->rng.state = o.seed, f->net->fp8 = o.fp8, f->net->streamed = o.streamed;
-        ok = f->double_blocks && f->single_blocks && f->modules && sc__flux_weights(f) &&
-             sc__net_complete(f->net);
+        for (size_t i = 0; f->blocks && i < doubles + singles; i++) f->blocks[i].flux = f;
+        ok = f->blocks && f->modules && sc__flux_weights(f) && sc__net_complete(f->net);
     }
     if (ok && o.random && o.widen && backend) sc__flux_zero(f);
     if (ok) return f;
@@ -4987,8 +4974,7 @@ void sc_flux_close(sc_flux *f) {
     if (f->net && f->net->backend) sc_lora_unload(f);
     sc_net_close(f->net);
     SC_FREE(f->config_text);
-    SC_FREE(f->double_blocks);
-    SC_FREE(f->single_blocks);
+    SC_FREE(f->blocks);
     SC_FREE(f->modules);
     SC_FREE(f);
 }
