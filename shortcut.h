@@ -278,7 +278,7 @@ typedef struct sc_file sc_file;  /* one or several mapped safetensors files */
 #define SC_MAX_NAME 128         /* of a module */
 
 typedef struct sc_weight {
-    char *name;
+    char name[2 * SC_MAX_NAME];
     sc_tensor tensor;
     sc_tensor source;           /* as its file has it (mapped); data is NULL where it was drawn */
     bool swapped;               /* the halves of the source's rows are exchanged */
@@ -4430,7 +4430,6 @@ void sc_net_close(sc_net *net) {
         sc_tensor *x = &net->weights[i]->tensor;
         if (net->weights[i]->owned && x->data) net->backend->release(x->data);
         if (x->scale) net->backend->release(x->scale);
-        SC_FREE(net->weights[i]->name);
         SC_FREE(net->weights[i]);
     }
     SC_FREE(net->weights);
@@ -4578,49 +4577,42 @@ bool sc_net_load(sc_net *net) {
     return ok;
 }
 
-/* Adds a weight to the net's list; NULL with the error set. */
-static sc_weight *sc__keep_weight(sc_net *net, sc_weight weight) {
-    sc_weight **list = (sc_weight **)sc__grow(net->weights, net->count, sizeof *list);
-    if (!list) return NULL;
-    net->weights = list;
-    sc_weight *w = (sc_weight *)sc__alloc(1, sizeof *w);
-    if (!w) return NULL;
-    *w = weight;
-    net->weights[net->count++] = w;
-    return (w->name = sc__strdup(weight.name)) ? w : NULL;
-}
-
 /* product: only products read the weight, so it may stay in 8 bits with scales beside it. */
 static sc_tensor *sc__net_weight(sc_net *net, const char *name, int ndim, const int64_t *shape,
                                  bool product) {
-    sc_weight w = {.name = (char *)name, .tensor = {.ndim = ndim, .dtype = SC_F32}};
-    sc_tensor *x = &w.tensor;
+    sc_weight **list = (sc_weight **)sc__grow(net->weights, net->count, sizeof *list);
+    sc_weight *w = list ? (sc_weight *)sc__alloc(1, sizeof *w) : NULL;
+    if (list) net->weights = list;
+    if (!w) return NULL;
+    net->weights[net->count++] = w;
+    snprintf(w->name, sizeof w->name, "%s", name);
+    sc_tensor *x = &w->tensor;
+    *x = (sc_tensor){.ndim = ndim, .dtype = SC_F32};
     for (int i = 0; i < ndim; i++) x->shape[i] = shape[i];
-    bool found = net->file && sc__find_weight(net, &w);
-    w.missing = net->file && !found;
+    bool found = net->file && sc__find_weight(net, w);
+    w->missing = net->file && !found;
     const sc_backend *be = net->backend;
-    if (be && w.missing) return NULL;
-    sc_dtype stored = w.source.dtype;
-    bool wide = ndim == 1 || net->widen || w.swapped || (w.scales && !product) ||
+    if (be && w->missing) return NULL;
+    sc_dtype stored = w->source.dtype;
+    bool wide = ndim == 1 || net->widen || w->swapped || (w->scales && !product) ||
                 (found && stored == SC_F64);
     bool narrow = net->fp8 && ndim == 2 && (!found || sc_dtype_size(stored) > 1);
-    bool aligned = (uintptr_t)w.source.data % (uintptr_t)sc_dtype_size(stored) == 0;
+    bool aligned = (uintptr_t)w->source.data % (uintptr_t)sc_dtype_size(stored) == 0;
     bool mapped = found && !wide && !narrow && aligned && be && be->on_host;
     bool as_stored = mapped || (found && sc_dtype_size(stored) == 1 && !wide);
-    w.waiting = be && found && !wide && !mapped;
-    w.owned = be && !mapped;
-    if (mapped) x->data = w.source.data;
+    w->waiting = be && found && !wide && !mapped;
+    w->owned = be && !mapped;
+    if (mapped) x->data = w->source.data;
     if (be) x->dtype = as_stored ? stored : wide ? SC_F32 : narrow ? SC_F8_E4M3 : be->activation;
-    sc_weight *kept = sc__keep_weight(net, w);
-    bool loaded = kept && (!w.owned || w.waiting || sc__load_weight(net, kept));
-    if (loaded && be && !wide && w.scales) { /* they go beside the bits */
+    bool loaded = !w->owned || w->waiting || sc__load_weight(net, w);
+    if (loaded && be && !wide && w->scales) { /* they go beside the bits */
         size_t bytes = (size_t)shape[0] * sizeof(float);
-        loaded = (kept->tensor.scale = (float *)be->alloc(bytes)) != NULL;
-        if (loaded) be->upload(kept->tensor.scale, w.scales, bytes);
+        loaded = (x->scale = (float *)be->alloc(bytes)) != NULL;
+        if (loaded) be->upload(x->scale, w->scales, bytes);
     }
-    SC_FREE(w.scales);
-    if (kept) kept->scales = NULL;
-    return loaded ? &kept->tensor : NULL;
+    SC_FREE(w->scales);
+    w->scales = NULL;
+    return loaded ? x : NULL;
 }
 
 sc_tensor *sc_net_weight(sc_net *net, const char *name, int ndim, const int64_t *shape) {
