@@ -3593,7 +3593,19 @@ bool sc_can_write(const char *path) {
 
 /* ---- UTF-8 ---- */
 
-static uint32_t sc__utf8_decode(const char **text); /* >>tokens */
+/* The code point at *text, which moves behind it. What is not UTF-8 becomes U+FFFD, one for each
+ * longest beginning of a character, as in Python and in browsers. */
+static uint32_t sc__utf8_decode(const char **text) {
+    const unsigned char *s = (const unsigned char *)*text;
+    int size = *s < 0x80 ? 1 : *s < 0xc2 ? 0 : *s < 0xe0 ? 2 : *s < 0xf0 ? 3 : *s < 0xf5 ? 4 : 0;
+    int low = *s == 0xe0 ? 0xa0 : *s == 0xf0 ? 0x90 : 0x80;
+    int high = *s == 0xed ? 0x9f : *s == 0xf4 ? 0x8f : 0xbf, i = 1;
+    uint32_t c = size == 1 ? *s : *s & (0x7fu >> size);
+    for (; i < size && s[i] >= low && s[i] <= high; i++, low = 0x80, high = 0xbf)
+        c = c << 6 | (s[i] & 63);
+    *text += i;
+    return i < size || size == 0 ? 0xfffd : c;
+}
 
 /* Bytes of the character at s, 1 to 4; 0: not UTF-8 (cut off, overlong, a surrogate, too large).
  * The text ends in NUL, which is no continuation byte, so this never looks behind it. */
@@ -6162,20 +6174,6 @@ static void sc__codes_add(sc__codes *s, uint32_t c) {
     s->code[s->count++] = c;
 }
 
-/* The code point at *text, which moves behind it. What is not UTF-8 becomes U+FFFD, one for each
- * longest beginning of a character, as in Python and in browsers. */
-static uint32_t sc__utf8_decode(const char **text) {
-    const unsigned char *s = (const unsigned char *)*text;
-    int size = *s < 0x80 ? 1 : *s < 0xc2 ? 0 : *s < 0xe0 ? 2 : *s < 0xf0 ? 3 : *s < 0xf5 ? 4 : 0;
-    int low = *s == 0xe0 ? 0xa0 : *s == 0xf0 ? 0x90 : 0x80;
-    int high = *s == 0xed ? 0x9f : *s == 0xf4 ? 0x8f : 0xbf, i = 1;
-    uint32_t c = size == 1 ? *s : *s & (0x7fu >> size);
-    for (; i < size && s[i] >= low && s[i] <= high; i++, low = 0x80, high = 0xbf)
-        c = c << 6 | (s[i] & 63);
-    *text += i;
-    return i < size || size == 0 ? 0xfffd : c;
-}
-
 static void sc__codes_add_text(sc__codes *codes, const char *text) {
     while (*text) sc__codes_add(codes, sc__utf8_decode(&text));
 }
@@ -7056,11 +7054,6 @@ sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *m
 
 /* ---- Forward ---- */
 
-static sc_tensor *sc__normed(sc_tape *t, const sc__encoder *e, const sc_tensor *x,
-                             const sc__affine *norm) {
-    return sc_layer_norm(t, x, norm->weight, norm->bias, e->eps);
-}
-
 /* x [1, T, C] through the layers, in place, and of the last norm of it `count` tokens from `first`
  * on; CLIP's attention is causal, T5's has a bias [H, T, T]. What a layer made is given back before
  * the next. */
@@ -7070,18 +7063,19 @@ static bool sc__encoder_run(sc_tape *t, const sc__encoder *e, sc_tensor *x, cons
     sc_mark mark = sc_tape_mark(t);
     for (int i = 0; i < e->layers; i++) {
         const sc__text_layer *l = &e->layer[i];
-        sc_tensor *n = sc__normed(t, e, x, &l->norm[0]);
+        sc_tensor *n = sc_layer_norm(t, x, l->norm[0].weight, l->norm[0].bias, e->eps);
         sc_tensor *o = sc_attention(t, sc_linear(t, n, &l->q), sc_linear(t, n, &l->k),
                                     sc_linear(t, n, &l->v), e->heads, scale, bias, !bias);
         sc_tensor *y = sc_add(t, x, sc_linear(t, o, &l->out));
-        n = sc__normed(t, e, y, &l->norm[1]);
+        n = sc_layer_norm(t, y, l->norm[1].weight, l->norm[1].bias, e->eps);
         sc_tensor *h = sc_activate(t, e->activation, sc_linear(t, n, &l->gate));
         if (e->gated) h = sc_multiply(t, h, sc_linear(t, n, &l->up));
         y = sc_add(t, y, sc_linear(t, h, &l->down));
         if (!sc_copy(t, x, y)) return false;
         sc_tape_rewind(t, mark);
     }
-    return sc_read(t, sc__normed(t, e, sc_slice_tokens(t, x, first, count), &e->last), out);
+    x = sc_slice_tokens(t, x, first, count);
+    return sc_read(t, sc_layer_norm(t, x, e->last.weight, e->last.bias, e->eps), out);
 }
 
 /* Where the pooled vector is: at the first end token, which for the config's 2 is the highest id.
