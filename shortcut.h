@@ -1809,9 +1809,8 @@ static void sc__cpu_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix
             else SC_SIMD for (int64_t j = 0; j < columns; j++) row[j] = beta * row[j] + add[j0 + j];
         }
         sc__sgemm(a.transposed, b.transposed, rows, columns, k, alpha,
-                  pa + (a.transposed ? i0 : i0 * a.ld), a.ld,
-                  pb + (b.transposed ? j0 * b.ld : j0), b.ld, add ? 1.f : beta,
-                  pc + i0 * c.ld + j0, c.ld);
+                  pa + (a.transposed ? i0 : i0 * a.ld), a.ld, pb + (b.transposed ? j0 * b.ld : j0),
+                  b.ld, add ? 1.f : beta, pc + i0 * c.ld + j0, c.ld);
     }
 }
 
@@ -3980,8 +3979,7 @@ static bool sc__read_header(sc__mapping *part, const char *path, uint64_t *lengt
     const char *bytes = (const char *)part->data;
     size_t at = 8;
     *length = 0;
-    for (int i = 7; part->size > 8 && i >= 0; i--)
-        *length = *length << 8 | (unsigned char)bytes[i];
+    for (int i = 7; part->size > 8 && i >= 0; i--) *length = *length << 8 | (unsigned char)bytes[i];
     while (at < part->size && isspace((unsigned char)bytes[at])) at++;
     if (at >= part->size || bytes[at] != '{' || *length > 100000000)
         return sc__no_safetensors(path, bytes, part->size);
@@ -6065,8 +6063,7 @@ static sc_tensor *sc__vae_do(sc_vae *v, sc__vae_run *r, const sc_tensor *x, int 
 /* in: pictures or latents, out: mean and logvar of latents [B,2C,h,w] or pictures. */
 static bool sc__vae_apply(sc_vae *v, const sc__vae_half *half, int64_t batch, int64_t h, int64_t w,
                           const float *in, float *out, size_t memory) {
-    if (h < 1 || w < 1)
-        return sc_fail("VAE: %lld x %lld latents", (long long)w, (long long)h);
+    if (h < 1 || w < 1) return sc_fail("VAE: %lld x %lld latents", (long long)w, (long long)h);
     const size_t room = 4096, slack = 1 << 16; /* for sums, and to round up */
     const sc__vae_step *s = half->steps, *last = s + half->count - 1;
     int64_t f = sc_vae_factor(v), count = 65536 / (h * w * f * f); /* small pictures: several */
@@ -6514,8 +6511,7 @@ static bool sc__emit_text(const sc_tokenizer *t, const uint32_t *s, size_t n, bo
         else if (i > from) {
             while (from < i) sc__codes_add(&normal, s[from++]);
             sc__normalise(t, &normal);
-            ok = !normal.failed &&
-                 sc__emit_text(t, normal.code, normal.count, true, at_start, out);
+            ok = !normal.failed && sc__emit_text(t, normal.code, normal.count, true, at_start, out);
             SC_FREE(normal.code);
         }
         if (!special) break;
@@ -6741,10 +6737,8 @@ static bool sc__unigram_read_steps(sc_tokenizer *t, const sc_json *json, const c
     const char *pattern = sc_json_string(sc_json_get(sc_json_get(json, "pattern"), "Regex"), "");
     step->spaces = sc_json_string(sc_json_get(json, "content"), "");
     if (!strcmp(type, "Replace") && !strcmp(pattern, " {2,}")) return true;
-    return sc_fail(
-        "%s: a normalizer '%s' is not supported; Precompiled, Strip, and Replace of the "
-        "Regex ' {2,}' are",
-        path, type);
+    return sc_fail("%s: a normalizer '%s' is not supported; Precompiled, Strip, and Replace of the "
+                   "Regex ' {2,}' are", path, type);
 }
 
 /* How words begin, and which tokens stand around a text. */
@@ -7502,8 +7496,7 @@ static bool sc__dataset_unused(sc_dataset *d, const sc__folder *f, bool metadata
             continue;
         pictures += picture;
         captioned += picture && e->other;
-        if (++unused <= NAMES)
-            end += sprintf(end, " %.*s", LONGEST, e->path + strlen(f->path) + 1);
+        if (++unused <= NAMES) end += sprintf(end, " %.*s", LONGEST, e->path + strlen(f->path) + 1);
     }
     if (d->count == 0)
         return sc_fail("%s: no pictures: put in metadata.jsonl, or name.txt beside name.png or "
