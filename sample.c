@@ -140,13 +140,11 @@ static bool draw(sc_pipeline *p, const char *prompt, uint64_t seed, const char *
     ok = ok && sc_pipeline_decode(p, latents, 1, h, w, rgb);
     times[3] = sc_seconds();
     ok = ok && sc_picture_save(&(sc_picture){o.width, o.height, rgb}, path, parameters);
-    char *shown = formatted("%.200s", prompt);
-    for (char *c = shown; *c; c++)
-        if (iscntrl((unsigned char)*c)) *c = '?';
-    if (ok)
-        printf("%s: \"%s\", %d step%s, seed %llu (text %.1f s, steps %.1f s, VAE %.1f s)\n", path,
-               shown, o.steps, o.steps == 1 ? "" : "s", (unsigned long long)seed,
-               times[1] - times[0], times[2] - times[1], times[3] - times[2]);
+    const char *done =
+        formatted("\"%.200s\", %d step%s, seed %llu (text %.1f s, steps %.1f s, VAE %.1f s)",
+                  prompt, o.steps, o.steps == 1 ? "" : "s", (unsigned long long)seed,
+                  times[1] - times[0], times[2] - times[1], times[3] - times[2]);
+    if (ok) sc_print_text(stdout, formatted("%s: ", path), done);
     free(text.context), free(latents);
     return ok;
 }
