@@ -5633,13 +5633,10 @@ char *sc_part_path(const char *model, sc_part part) {
 
 /* Weights of up to 512 MiB that a CPU will use: worth widening to f32 once, since then no product
  * has to. */
-static bool sc__small_file(const sc_backend *backend, const char *folder) {
-    struct stat s;
-    if (!backend || !backend->on_host) return false;
-    char *path = sc__is_file(folder) ? sc__strdup(folder) : sc__weights_in(folder);
-    bool small = path && stat(path, &s) == 0 && s.st_size <= (off_t)512 << 20 &&
-                 fnmatch("*.json", path, 0);
-    SC_FREE(path);
+static bool sc__small_file(const sc_backend *backend, const char *path) {
+    sc_file *file = backend && backend->on_host ? sc_file_open(path) : NULL;
+    bool small = file && !file->index && file->parts[0].size <= (size_t)512 << 20;
+    sc_file_close(file);
     return small;
 }
 
