@@ -671,21 +671,13 @@ void sc_progress(const char *label, int64_t first, int64_t done, int64_t total, 
 
 /* ==== Options ================================================================================ */
 
-typedef enum {
-    SC_FLAG,
-    SC_STRING, /* of those in `argument` one, if it has several: "auto|fp8" */
-    SC_STRINGS,
-    SC_SEED,
-    SC_INT,
-    SC_INTS,
-    SC_FLOAT,
-    SC_RANGE
-} sc_option_kind;
+/* Their values: bool, char *, char *[8], uint64_t, int, int[8] up to a 0, float, float[2]. */
+enum kind { SC_FLAG, SC_STRING, SC_STRINGS, SC_SEED, SC_INT, SC_INTS, SC_FLOAT, SC_RANGE };
 typedef struct sc_option {
     const char *name; /* "--steps"; NULL: a heading in the help */
-    sc_option_kind kind;
-    void *value; /* bool, char *, char *[8], uint64_t, int, int[8] up to a 0, float, float[2] */
-    const char *argument, *help;
+    enum kind kind;
+    void *value;
+    const char *argument, *help; /* of a string with several as "auto|fp8" one is taken */
 } sc_option;
 
 /* Is `text` one of "this|that"? */
