@@ -3724,31 +3724,24 @@ static bool sc__json_number(sc__json_parser *p, double *value) {
 
 static bool sc__json_read(sc__json_parser *p, sc_json *v);
 
-/* Key and value of an object's next item, or the value of an array's. */
-static bool sc__json_item(sc__json_parser *p, sc_json *v) {
-    sc_json *items = (sc_json *)sc__grow(v->u.items, v->count, sizeof *items), *item;
-    if (!items) return false;
-    v->u.items = items;
-    item = &items[v->count++];
-    *item = (sc_json){0};
-    if (v->type == SC__OBJECT) {
-        if (sc__json_peek(p) != '"') return sc__json_fail(p, "expected a key in quotes");
-        if (!sc__json_string(p, &item->key)) return false;
-        if (!sc__json_take(p, ':')) return sc__json_fail(p, "expected ':' behind a key");
-    }
-    return sc__json_read(p, item);
-}
-
+/* Keys and values of an object, or the values of an array. */
 static bool sc__json_items(sc__json_parser *p, sc_json *v) {
     bool object = *p->at++ == '{';
     char close = object ? '}' : ']';
     v->type = object ? SC__OBJECT : SC__ARRAY;
     if (++p->depth > 64) return sc__json_fail(p, "nested deeper than 64");
-    if (!sc__json_take(p, close)) {
-        do if (!sc__json_item(p, v)) return false;
-        while (sc__json_take(p, ','));
-        if (!sc__json_take(p, close))
+    while (!sc__json_take(p, close)) {
+        if (v->count && !sc__json_take(p, ','))
             return sc__json_fail(p, object ? "expected ',' or '}'" : "expected ',' or ']'");
+        sc_json *items = (sc_json *)sc__grow(v->u.items, v->count, sizeof *items);
+        if (!items) return false;
+        v->u.items = items;
+        sc_json *item = &items[v->count++];
+        *item = (sc_json){0};
+        if (object && sc__json_peek(p) != '"') return sc__json_fail(p, "expected a key in quotes");
+        if (object && !sc__json_string(p, &item->key)) return false;
+        if (object && !sc__json_take(p, ':')) return sc__json_fail(p, "expected ':' behind a key");
+        if (!sc__json_read(p, item)) return false;
     }
     p->depth--;
     return true;
