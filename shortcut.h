@@ -5374,21 +5374,16 @@ static bool sc__bfl_name(const char *module, char other[256], sc__slice *rows) {
     return i < SC__ALIASES;
 }
 
-/* Whether this adapter of a module is written: that of the params, or, p NULL, a loaded one. */
-static bool sc__lora_chosen(const sc_params *p, int module, const sc_adapter *l) {
-    return p ? l == &p->adapters[module] : l->loaded;
-}
-
 /* Modules [first, first + count) are the parts of one layer of BFL's, or one module. As a file has
- * it: the adapters of all parts, one below the other in A, and B with each part's factors, times
- * their scale, in its own rows and columns; their data is NULL without LoRAs. */
+ * it: the adapters of all parts (p's or, p NULL, the loaded ones), one below the other in A, and B
+ * with each part's factors, times their scale, in its own rows and columns; no data without any. */
 static bool sc__fuse(const sc_flux *f, const sc_params *p, sc_set set, int first, int count,
                      bool swapped, sc_tensor *a_of, sc_tensor *b_of) {
     int64_t rank = 0, rows = 0, r = 0, in = f->modules[first].layer->weight->shape[1];
     for (int i = first; i < first + count; i++) {
         rows += f->modules[i].layer->weight->shape[0];
         for (const sc_adapter *l = f->modules[i].layer->adapters; l; l = l->next)
-            rank += sc__lora_chosen(p, i, l) ? l->rank : 0;
+            if (p ? l == &p->adapters[i] : l->loaded) rank += l->rank;
     }
     *a_of = sc__factor(NULL, rank, in);
     *b_of = sc__factor(NULL, rows, rank);
@@ -5401,7 +5396,7 @@ static bool sc__fuse(const sc_flux *f, const sc_params *p, sc_set set, int first
     for (int i = first; i < first + count; i++) {
         int64_t height = f->modules[i].layer->weight->shape[0];
         for (const sc_adapter *l = f->modules[i].layer->adapters; ok && l; l = l->next) {
-            if (!sc__lora_chosen(p, i, l)) continue;
+            if (p ? l != &p->adapters[i] : !l->loaded) continue;
             ok = (own = sc__lora_values(f->net->backend, l, set)) != NULL;
             if (ok) memcpy(a + r * in, own, (size_t)(l->rank * in) * 4);
             for (int64_t j = 0; ok && j < height * l->rank; j++)
