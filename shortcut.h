@@ -3967,27 +3967,19 @@ static bool sc__no_safetensors(const char *path, const char *bytes, size_t size)
     return sc_fail("%s: not a safetensors file%s%s", path, what ? " but " : "", what ? what : "");
 }
 
-/* Parses the header of a part, which is a JSON object; its length goes to `length`. */
-static bool sc__read_header(sc__mapping *part, const char *path, uint64_t *length) {
-    const char *bytes = (const char *)part->data;
-    size_t at = 8;
-    *length = 0;
-    for (int i = 7; part->size > 8 && i >= 0; i--) *length = *length << 8 | (unsigned char)bytes[i];
-    while (at < part->size && isspace((unsigned char)bytes[at])) at++;
-    if (at >= part->size || bytes[at] != '{' || *length > 100000000)
-        return sc__no_safetensors(path, bytes, part->size);
-    if (*length > part->size - 8)
-        return sc_fail("%s: ends within its header: is it truncated?", path);
-    part->header = sc_json_parse(bytes + 8, (size_t)*length, path);
-    return part->header != NULL;
-}
-
-/* Appends the tensors of one part: all, or those that the index (its weight_map) places there. */
+/* Parses the header of a part, a JSON object, and appends its tensors: all, or those that the index
+ * (its weight_map) places there. */
 static bool sc__read_part(sc_file *f, sc__mapping *part, const char *path, const sc_json *map) {
+    char *bytes = (char *)part->data;
     uint64_t length = 0;
-    if (!sc__read_header(part, path, &length)) return false;
-    char *data = (char *)part->data + 8 + length;
+    size_t at = 8;
+    for (int i = 7; part->size > 8 && i >= 0; i--) length = length << 8 | (unsigned char)bytes[i];
+    while (at < part->size && isspace((unsigned char)bytes[at])) at++;
+    if (at >= part->size || bytes[at] != '{' || length > 100000000)
+        return sc__no_safetensors(path, bytes, part->size);
     int64_t size = (int64_t)(part->size - 8 - length);
+    if (size < 0) return sc_fail("%s: ends within its header: is it truncated?", path);
+    if (!(part->header = sc_json_parse(bytes + 8, (size_t)length, path))) return false;
     size_t room = (size_t)f->count + (size_t)part->header->count + 1;
     sc__entry *e = (sc__entry *)SC_REALLOC(f->entries, room * sizeof *e);
     if (!e) return sc_fail("%s: out of memory for %zu tensors", path, room);
@@ -3996,7 +3988,7 @@ static bool sc__read_part(sc_file *f, sc__mapping *part, const char *path, const
     for (int32_t i = 0; i < part->header->count; i++) {
         const sc_json *item = &part->header->u.items[i];
         if (!strcmp(item->key, "__metadata__")) continue;
-        if (!sc__read_entry(&e[end++], path, item, data, size)) return false;
+        if (!sc__read_entry(&e[end++], path, item, bytes + 8 + length, size)) return false;
     }
     if (!sc__check_places(path, e + first, end - first, size)) return false;
     for (int64_t i = first; i < end; i++)
