@@ -7049,25 +7049,20 @@ static bool sc__encoder_run(sc_tape *t, const sc__encoder *e, sc_tensor *x, cons
     return sc_read(t, sc_layer_norm(t, x, e->last.weight, e->last.bias, e->eps), out);
 }
 
-/* Where the pooled vector is: at the first end token, which for the config's 2 is the highest id.
- */
-static int sc__clip_end(const sc_text_encoders *s, const int32_t *ids) {
-    int end = 0;
-    for (int i = s->clip_length - 1; i >= 0; i--)
-        if (s->clip_end == 2 ? ids[i] >= ids[end] : ids[i] == s->clip_end) end = i;
-    return end;
-}
-
-/* ids [clip_length] -> the pooled vector [clip_width]. */
+/* ids [clip_length] -> the pooled vector [clip_width], at the first end token, which for the
+ * config's 2 is the highest id. */
 static bool sc__clip_encode(sc_text_encoders *s, const int32_t *ids, float *pooled) {
     sc_tape *t = s->tape;
     int32_t places[SC__MAX_TOKENS];
-    int length = s->clip_length;
-    for (int i = 0; i < length; i++) places[i] = i;
+    int length = s->clip_length, end = 0;
+    for (int i = length - 1; i >= 0; i--) {
+        places[i] = i;
+        if (s->clip_end == 2 ? ids[i] >= ids[end] : ids[i] == s->clip_end) end = i;
+    }
     sc_tape_reset(t);
     sc_tensor *x = sc_add(t, sc_embed_tokens(t, s->clip.tokens, ids, 1, length),
                           sc_embed_tokens(t, s->clip.position, places, 1, length));
-    return sc__encoder_run(t, &s->clip, x, NULL, sc__clip_end(s, ids), 1, pooled);
+    return sc__encoder_run(t, &s->clip, x, NULL, end, 1, pooled);
 }
 
 /* Half of the buckets for keys behind the query; of each half, half for exact distances, the rest
