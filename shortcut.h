@@ -6395,26 +6395,23 @@ static void sc__charsmap_apply(const sc_tokenizer *t, const sc__charsmap *map, c
     }
 }
 
-static void sc__step_apply(const sc_tokenizer *t, const sc__step *step, const uint32_t *s,
-                           size_t n, sc__codes *out) {
-    if (step->fold) sc__fold(t->unicode, s, n, out);
-    if (step->charsmap.data) sc__charsmap_apply(t, &step->charsmap, s, n, out);
-    if (step->fold || step->charsmap.data) return;
-    while (step->right && n && sc__is_space(s[n - 1])) n--;
-    for (; step->left && n && sc__is_space(*s); n--) s++;
-    for (size_t i = 0, end; i < n; i = end) {
-        for (end = i + 1; step->spaces && s[i] == ' ' && end < n && s[end] == ' ';) end++;
-        if (end > i + 1) sc__codes_add_text(out, step->spaces);
-        else sc__codes_add(out, s[i]);
-    }
-}
-
 static void sc__normalise(const sc_tokenizer *t, sc__codes *text) {
-    for (size_t i = 0; i < t->step_count && !text->failed; i++) {
-        sc__codes before = *text;
+    const sc__step *step = t->steps;
+    for (; step < t->steps + t->step_count && !text->failed; step++) {
+        uint32_t *before = text->code, *s = before;
+        size_t n = text->count;
+        bool mapped = step->fold || step->charsmap.data;
         *text = (sc__codes){0};
-        sc__step_apply(t, &t->steps[i], before.code, before.count, text);
-        SC_FREE(before.code);
+        if (step->fold) sc__fold(t->unicode, s, n, text);
+        if (step->charsmap.data) sc__charsmap_apply(t, &step->charsmap, s, n, text);
+        while (step->right && n && sc__is_space(s[n - 1])) n--;
+        for (; step->left && n && sc__is_space(*s); n--) s++;
+        for (size_t i = 0, end; !mapped && i < n; i = end) {
+            for (end = i + 1; step->spaces && s[i] == ' ' && end < n && s[end] == ' ';) end++;
+            if (end > i + 1) sc__codes_add_text(text, step->spaces);
+            else sc__codes_add(text, s[i]);
+        }
+        SC_FREE(before);
     }
 }
 
