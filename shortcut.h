@@ -479,9 +479,8 @@ typedef struct sc_recipe {
 typedef struct sc_batch {       /* host f32; one text-picture pair per sample */
     int size, h, w, text_tokens;
     const float *x0, *noise;    /* [B, h*w, in_channels] packed latents; N(0, 1) */
-    /* [B, T, text_channels], [B, pooled_channels]: overwritten where a caption is dropped */
-    float *context, *pooled;
-    const float *no_context, *no_pooled;    /* the empty caption's, one sample; for dropout, cfg */
+    const sc_text *texts;       /* [B] */
+    sc_text no_text;            /* the empty caption; for dropout, cfg */
 } sc_batch;
 
 typedef struct sc_draw {        /* what chance decides for one sample */
@@ -1394,29 +1393,25 @@ static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x, 
     return guided < n ? sc__extended(t, y, sc_samples(t, v, guided, n - guided), n - guided) : y;
 }
 
-/* Uploads text; false where there is no memory. */
+/* Uploads the texts of a batch and the one without a caption, if any; false where there is no
+ * memory. */
 static bool sc__flux_text(sc__flux_model *m, sc_tape *t, int batch, int text_tokens,
-                          const float *context, const float *pooled, const float *no_context,
-                          const float *no_pooled) {
+                          const sc_text *texts, sc_text none) {
     const sc_flux_config *c = sc_flux_config_of(m->flux);
     int64_t text[] = {batch, text_tokens, c->text_channels}, vector[] = {batch, c->pooled_channels};
-    m->context = sc_from(t, 3, text, context);
-    m->pooled = sc_from(t, 2, vector, pooled);
+    m->context = sc_new(t, 3, text);
+    m->pooled = sc_new(t, 2, vector);
     text[0] = vector[0] = 1;
-    if (no_context) m->no_context = sc_from(t, 3, text, no_context);
-    if (no_pooled) m->no_pooled = sc_from(t, 2, vector, no_pooled);
-    return m->context && m->pooled && (!no_context || m->no_context) &&
-           (!no_pooled || m->no_pooled);
-}
-
-/* A dropped caption is replaced by the empty one. */
-static void sc__drop_captions(const sc_batch *b, const sc_flux_config *c, const sc_draw *draws) {
-    int64_t nc = (int64_t)b->text_tokens * c->text_channels, np = c->pooled_channels;
-    for (int i = 0; i < b->size; i++) {
-        if (!draws[i].no_caption) continue;
-        memcpy(b->context + i * nc, b->no_context, (size_t)nc * 4);
-        memcpy(b->pooled + i * np, b->no_pooled, (size_t)np * 4);
+    if (none.context) m->no_context = sc_from(t, 3, text, none.context);
+    if (none.pooled) m->no_pooled = sc_from(t, 2, vector, none.pooled);
+    bool ok = (!none.context || m->no_context) && (!none.pooled || m->no_pooled);
+    sc_mark mark = sc_tape_mark(t);
+    for (int i = 0; ok && i < batch; i++) {
+        ok = sc_copy(t, sc_samples(t, m->context, i, 1), sc_from(t, 3, text, texts[i].context)) &&
+             sc_copy(t, sc_samples(t, m->pooled, i, 1), sc_from(t, 2, vector, texts[i].pooled));
+        sc_tape_rewind(t, mark);
     }
+    return ok;
 }
 
 /* This part of n samples, in whole ones: 2.3 are 2, and with a chance of 0.3 one more. */
@@ -1428,14 +1423,14 @@ static int64_t sc__part_of(int64_t n, float part, sc_rng *rng) {
 bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *r,
                        const sc_batch *b, sc_rng *rng) {
     int64_t n = b->size, tokens = (int64_t)b->h * b->w;
-    const sc_flux_config *c = sc_flux_config_of(flux);
-    const int64_t shape[] = {n, tokens, c->in_channels};
+    const int64_t shape[] = {n, tokens, sc_flux_config_of(flux)->in_channels};
     sc_tape_reset(t);
     sc_tape_record(t, false);
+    sc_text *texts = (sc_text *)sc_tape_host(t, (size_t)n * sizeof *texts);
     sc_draw *draws = (sc_draw *)sc_tape_host(t, (size_t)n * sizeof *draws);
     float *one = sc__floats(t, 4 * n, 1), *time = one + n, *cfg = time + n, *guidance = cfg + n;
     uint8_t *student = (uint8_t *)sc_tape_host(t, (size_t)(2 * n)), *teacher = student + n;
-    if (!draws || !one || !student) return false;
+    if (!texts || !draws || !one || !student) return false;
     /* Steps 2 to 4: chance. Flow matching comes first, then the teacher's case, then the student's
      * own: neighbours with the same set share their matrix products, and true CFG repeats the first
      * only. Only the draws are sorted, not the pictures, on which they do not depend. */
@@ -1446,15 +1441,14 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
         int64_t at = i < plain ? i : d.teacher ? low++ : --high;
         draws[at] = d, time[at] = d.t[0], guidance[at] = d.guidance, cfg[at] = d.cfg[1];
         student[at] = SC_STUDENT, teacher[at] = SC_TEACHER;
+        texts[at] = d.no_caption ? b->no_text : b->texts[at];
     }
-    sc__drop_captions(b, c, draws);
     /* Step 5: noisy input. */
     sc__flux_model self = {.flux = flux, .params = params, .h = b->h, .w = b->w};
     sc_model model = {sc__flux_model_velocity, &self};
     sc_tensor *x0 = sc_from(t, 3, shape, b->x0), *noise = sc_from(t, 3, shape, b->noise);
     sc_tensor *x = sc_noisy(t, draws, x0, noise), *target = sc_new(t, 3, shape);
-    if (!x || !target || !sc__flux_text(&self, t, b->size, b->text_tokens, b->context, b->pooled,
-                                        b->no_context, b->no_pooled))
+    if (!x || !target || !sc__flux_text(&self, t, b->size, b->text_tokens, texts, b->no_text))
         return false;
     /* Step 6: target. Guidance distillation: the teacher's velocity at guidance 1, with true CFG
      * of the drawn guidance. */
@@ -1477,22 +1471,11 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
 
 bool sc_sample(sc_flux *f, sc_tape *t, const sc_sampling *s, int batch, int text_tokens,
                const sc_text *texts, float *latents) {
-    const sc_flux_config *c = sc_flux_config_of(f);
-    const int64_t shape[] = {batch, (int64_t)s->h * s->w, c->in_channels};
-    size_t context_size = (size_t)text_tokens * (size_t)c->text_channels * sizeof(float);
-    size_t pooled_size = (size_t)c->pooled_channels * sizeof(float), n = batch > 0 ? batch : 0;
+    const int64_t shape[] = {batch, (int64_t)s->h * s->w, sc_flux_config_of(f)->in_channels};
     sc__flux_model self = {.flux = f, .h = s->h, .w = s->w};
     sc_tape_reset(t);
-    char *context = (char *)sc_tape_host(t, n * context_size);
-    char *pooled = (char *)sc_tape_host(t, n * pooled_size);
-    for (size_t i = 0; context && pooled && i < n; i++) {
-        memcpy(context + i * context_size, texts[i].context, context_size);
-        memcpy(pooled + i * pooled_size, texts[i].pooled, pooled_size);
-    }
-    bool ok = n == 0 || (context && pooled &&
-                         sc__flux_text(&self, t, batch, text_tokens, (float *)context,
-                                       (float *)pooled, s->no_text.context, s->no_text.pooled));
-    ok = ok && sc_euler(&(sc_model){sc__flux_model_velocity, &self}, t, s, 3, shape, latents);
+    bool ok = (batch < 1 || sc__flux_text(&self, t, batch, text_tokens, texts, s->no_text)) &&
+              sc_euler(&(sc_model){sc__flux_model_velocity, &self}, t, s, 3, shape, latents);
     sc_tape_use(t, NULL);
     return ok;
 }
