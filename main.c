@@ -407,17 +407,15 @@ static void print_row(const experiment *x, const setting *s, const measures *m) 
     fflush(stdout);
 }
 
-/* 3x5 letters for the sheet: 15 bits from the top left, row by row. */
+/* 3x5 letters for the sheet, those of its titles: 15 bits from the top left, row by row. */
 static void draw_text(experiment *x, const char *text) {
-    static const char letters[] = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ.-:/";
-    static const uint16_t shapes[] = {
-        0x7b6f, 0x2c97, 0x73e7, 0x73cf, 0x5bc9, 0x79cf, 0x79ef, 0x7252, 0x7bef, 0x7bcf,
-        0x7bed, 0x6bae, 0x7927, 0x6b6e, 0x79e7, 0x79e4, 0x796f, 0x5bed, 0x7497, 0x126f,
-        0x5bad, 0x4927, 0x5fed, 0x6b6d, 0x7b6f, 0x7be4, 0x7b79, 0x7bad, 0x79cf, 0x7492,
-        0x5b6f, 0x5b6a, 0x5bfd, 0x5aad, 0x5a92, 0x72a7, 0x0002, 0x01c0, 0x0410, 0x12a4};
+    static const char letters[] = "0123456789ABCEFLMORS";
+    static const uint16_t shapes[] = {0x7b6f, 0x2c97, 0x73e7, 0x73cf, 0x5bc9, 0x79cf, 0x79ef,
+                                      0x7252, 0x7bef, 0x7bcf, 0x7bed, 0x6bae, 0x7927, 0x79e7,
+                                      0x79e4, 0x4927, 0x5fed, 0x7b6f, 0x7bad, 0x79cf};
     int side = x->cell, width = side * x->columns, scale = x->strip / 7;
     for (int i = 0; text[i] && (i + 1) * 4 * scale <= side; i++) {
-        const char *found = strchr(letters, toupper((unsigned char)text[i]));
+        const char *found = strchr(letters, text[i]);
         for (int bit = 0; found && bit < 15; bit++) {
             if (!(shapes[found - letters] >> (14 - bit) & 1)) continue;
             for (int p = 0; p < 3 * scale * scale; p++) {

@@ -80,7 +80,7 @@ static bool load_noise(const char *path, float *latents, int64_t n) {
 
 static bool save_latents(const char *path, float *latents, int64_t tokens, int64_t channels) {
     sc_tensor x = {.data = latents, .dtype = SC_F32, .ndim = 3, .shape = {1, tokens, channels}};
-    sc_named named = {"latents", &x, SC_F32};
+    sc_named named = {"latents", x, SC_F32};
     return sc_file_save(path, &named, 1, NULL);
 }
 
@@ -140,13 +140,11 @@ static bool draw(sc_pipeline *p, const char *prompt, uint64_t seed, const char *
     ok = ok && sc_pipeline_decode(p, latents, 1, h, w, rgb);
     times[3] = sc_seconds();
     ok = ok && sc_picture_save(&(sc_picture){o.width, o.height, rgb}, path, parameters);
-    char *shown = formatted("%.200s", prompt);
-    for (char *c = shown; *c; c++)
-        if (iscntrl((unsigned char)*c)) *c = '?';
-    if (ok)
-        printf("%s: \"%s\", %d step%s, seed %llu (text %.1f s, steps %.1f s, VAE %.1f s)\n", path,
-               shown, o.steps, o.steps == 1 ? "" : "s", (unsigned long long)seed,
-               times[1] - times[0], times[2] - times[1], times[3] - times[2]);
+    const char *done =
+        formatted("\"%.200s\", %d step%s, seed %llu (text %.1f s, steps %.1f s, VAE %.1f s)",
+                  prompt, o.steps, o.steps == 1 ? "" : "s", (unsigned long long)seed,
+                  times[1] - times[0], times[2] - times[1], times[3] - times[2]);
+    if (ok) sc_print_text(stdout, formatted("%s: ", path), done);
     free(text.context), free(latents);
     return ok;
 }

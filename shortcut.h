@@ -278,7 +278,7 @@ typedef struct sc_file sc_file;  /* one or several mapped safetensors files */
 #define SC_MAX_NAME 128         /* of a module */
 
 typedef struct sc_weight {
-    char *name;
+    char name[2 * SC_MAX_NAME];
     sc_tensor tensor;
     sc_tensor source;           /* as its file has it (mapped); data is NULL where it was drawn */
     bool swapped;               /* the halves of the source's rows are exchanged */
@@ -481,9 +481,8 @@ typedef struct sc_batch {       /* host f32; one text-picture pair per sample */
     int size, h, w, text_tokens;
     int first, count;           /* samples that give their part of loss and gradient; 0: all */
     const float *x0, *noise;    /* [B, h*w, in_channels] packed latents; N(0, 1) */
-    /* [B, T, text_channels], [B, pooled_channels]: overwritten where a caption is dropped */
-    float *context, *pooled;
-    const float *no_context, *no_pooled;    /* the empty caption's, one sample; for dropout, cfg */
+    const sc_text *texts;       /* [B] */
+    sc_text no_text;            /* the empty caption; for dropout, cfg */
 } sc_batch;
 
 typedef struct sc_draw {        /* what chance decides for one sample */
@@ -736,7 +735,7 @@ const char *sc_file_metadata(const sc_file *file, const char *key);      /* NULL
 
 /* A host tensor and its type in the file: its own, or f32 rounded to bf16 or f16. metadata: key,
  * value, ..., NULL; or NULL. The file appears under `path` when all of it is on disk. */
-typedef struct sc_named { const char *name; const sc_tensor *tensor; sc_dtype dtype; } sc_named;
+typedef struct sc_named { const char *name; sc_tensor tensor; sc_dtype dtype; } sc_named;
 bool sc_file_save(const char *path, const sc_named *tensors, int64_t count,
                   const char *const *metadata);
 
@@ -1083,26 +1082,17 @@ bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int
  * tokens at (0,row,column). There is no final norm on the text stream. C: heads times head size.
  */
 
-typedef struct sc__stream {         /* one stream of a double block: image or text */
-    sc_linear_layer mod;            /* [6C, C] */
-    sc_linear_layer q, k, v, out;   /* [C, C] */
-    sc_linear_layer up, down;       /* [4C, C], [C, 4C] */
+typedef struct sc__stream {         /* one stream of a double block, or a single block's only one */
+    sc_linear_layer mod;            /* [6C, C]; single: [3C, C] */
+    sc_linear_layer q, k, v, out;   /* [C, C]; single: out [C, 5C], of the attention and the MLP */
+    sc_linear_layer up, down;       /* [4C, C], [C, 4C]; single: no down */
     sc_tensor *norm_q, *norm_k;     /* [D] */
 } sc__stream;
 
-typedef struct sc__double_block {
+typedef struct sc__block {
     const sc_flux *flux;
-    sc__stream image, text;
-} sc__double_block;
-
-typedef struct sc__single_block {
-    const sc_flux *flux;
-    sc_linear_layer mod;            /* [3C, C] */
-    sc_linear_layer q, k, v;        /* [C, C] */
-    sc_linear_layer up;             /* [4C, C] */
-    sc_linear_layer out;            /* [C, 5C], of the attention's and the MLP's output */
-    sc_tensor *norm_q, *norm_k;     /* [D] */
-} sc__single_block;
+    sc__stream stream[2];           /* 0 image, 1 text; single: 0 both, joined */
+} sc__block;
 
 typedef struct sc__embedder { sc_linear_layer first, second; } sc__embedder;
 typedef struct sc__module { char name[SC_MAX_NAME]; sc_linear_layer *layer; } sc__module;
@@ -1112,8 +1102,7 @@ struct sc_flux {
     sc_net *net;                    /* its weights */
     sc_linear_layer x_embedder, context_embedder;
     sc__embedder time, guidance, pooled;
-    sc__double_block *double_blocks;
-    sc__single_block *single_blocks;
+    sc__block *blocks;              /* the double ones, then the single ones */
     sc_linear_layer norm_out, proj_out;
     sc__module *modules;            /* every linear layer by name: what LoRA can adapt */
     int module_count;
@@ -1140,29 +1129,29 @@ static void sc__rope_turns(const sc_flux_config *c, int text, int h, int w, floa
 
 /* in: image [B,Ti,C], text [B,Tt,C], silu of the modulation vector [B,C]; out: image, text. */
 static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context) {
-    const sc__double_block *block = (const sc__double_block *)context;
-    const sc__stream *const stream[2] = {&block->image, &block->text};
+    const sc__block *block = (const sc__block *)context;
+    const sc__stream *stream = block->stream;
     int heads = block->flux->config.heads;
     float scale = 1.f / sqrtf((float)block->flux->config.head_size);
     sc_tensor *mod[2], *q[2], *k[2], *v[2];
     for (int i = 0; i < 2; i++) { /* 0 image, 1 text */
-        mod[i] = sc_linear(t, in[2], &stream[i]->mod);
+        mod[i] = sc_linear(t, in[2], &stream[i].mod);
         sc_tensor *n = sc_ln_modulate(t, in[i], mod[i], 0, 1);
-        q[i] = sc_linear(t, n, &stream[i]->q);
-        k[i] = sc_linear(t, n, &stream[i]->k);
-        v[i] = sc_linear(t, n, &stream[i]->v);
+        q[i] = sc_linear(t, n, &stream[i].q);
+        k[i] = sc_linear(t, n, &stream[i].k);
+        v[i] = sc_linear(t, n, &stream[i].v);
     }
     const sc_tensor *rope = &block->flux->rope;
-    sc_tensor *query = sc_norm_rope(t, q[1], q[0], block->text.norm_q, block->image.norm_q, rope);
-    sc_tensor *key = sc_norm_rope(t, k[1], k[0], block->text.norm_k, block->image.norm_k, rope);
+    sc_tensor *query = sc_norm_rope(t, q[1], q[0], stream[1].norm_q, stream[0].norm_q, rope);
+    sc_tensor *key = sc_norm_rope(t, k[1], k[0], stream[1].norm_k, stream[0].norm_k, rope);
     sc_tensor *o =
         sc_attention(t, query, key, sc_concat_tokens(t, v[1], v[0]), heads, scale, NULL, false);
     int64_t from[2] = {in[1]->shape[1], 0};
     for (int i = 0; i < 2; i++) {
         sc_tensor *own = sc_slice_tokens(t, o, from[i], in[i]->shape[1]);
-        sc_tensor *x = sc_gated_residual(t, in[i], sc_linear(t, own, &stream[i]->out), mod[i], 2);
-        sc_tensor *h = sc_linear_gelu(t, sc_ln_modulate(t, x, mod[i], 3, 4), &stream[i]->up);
-        h = sc_linear(t, h, &stream[i]->down);
+        sc_tensor *x = sc_gated_residual(t, in[i], sc_linear(t, own, &stream[i].out), mod[i], 2);
+        sc_tensor *h = sc_linear_gelu(t, sc_ln_modulate(t, x, mod[i], 3, 4), &stream[i].up);
+        h = sc_linear(t, h, &stream[i].down);
         out[i] = sc_gated_residual(t, x, h, mod[i], 5);
     }
     return out[0] && out[1];
@@ -1170,17 +1159,18 @@ static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, cons
 
 /* in: joined tokens [B,T,C], silu of the modulation vector [B,C]; out: joined tokens. */
 static bool sc__single_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context) {
-    const sc__single_block *block = (const sc__single_block *)context;
+    const sc__block *block = (const sc__block *)context;
+    const sc__stream *stream = block->stream;
     const sc_tensor *rope = &block->flux->rope;
     float scale = 1.f / sqrtf((float)block->flux->config.head_size);
-    sc_tensor *mod = sc_linear(t, in[1], &block->mod);
+    sc_tensor *mod = sc_linear(t, in[1], &stream->mod);
     sc_tensor *n = sc_ln_modulate(t, in[0], mod, 0, 1);
-    sc_tensor *q = sc_norm_rope(t, NULL, sc_linear(t, n, &block->q), NULL, block->norm_q, rope);
-    sc_tensor *k = sc_norm_rope(t, NULL, sc_linear(t, n, &block->k), NULL, block->norm_k, rope);
-    sc_tensor *v = sc_linear(t, n, &block->v);
+    sc_tensor *q = sc_norm_rope(t, NULL, sc_linear(t, n, &stream->q), NULL, stream->norm_q, rope);
+    sc_tensor *k = sc_norm_rope(t, NULL, sc_linear(t, n, &stream->k), NULL, stream->norm_k, rope);
+    sc_tensor *v = sc_linear(t, n, &stream->v);
     sc_tensor *o = sc_attention(t, q, k, v, block->flux->config.heads, scale, NULL, false);
-    sc_tensor *both = sc_concat_gelu(t, o, n, &block->up);
-    out[0] = sc_gated_residual(t, in[0], sc_linear(t, both, &block->out), mod, 2);
+    sc_tensor *both = sc_concat_gelu(t, o, n, &stream->up);
+    out[0] = sc_gated_residual(t, in[0], sc_linear(t, both, &stream->out), mod, 2);
     return out[0] != NULL;
 }
 
@@ -1202,10 +1192,11 @@ static sc_tensor *sc__flux_modulation(sc_flux *f, sc_tape *t, const sc_flux_inpu
 
 /* Replaces the first one or two of x by the block's outputs. While recording, a block keeps its
  * activations for the backward pass, or, to save memory, only its inputs, and runs again there. */
-static bool sc__flux_block(const sc_flux *f, int index, sc_tape *t, sc_block block,
-                          const void *context, sc_tensor **x, int inputs) {
+static bool sc__flux_block(const sc_flux *f, int index, sc_tape *t, sc_block forward,
+                           sc_tensor **x, int inputs) {
     sc_tensor *out[2] = {NULL, NULL};
-    bool ok = sc_run_block(t, block, context, x, inputs, out, index >= f->checkpointed);
+    bool keep = index >= f->checkpointed;
+    bool ok = sc_run_block(t, forward, &f->blocks[index], x, inputs, out, keep);
     x[0] = out[0];
     if (out[1]) x[1] = out[1];
     return ok;
@@ -1223,13 +1214,11 @@ sc_tensor *sc_flux_velocity(sc_flux *f, sc_tape *t, const sc_flux_input *in) {
                        sc_linear(t, in->context, &f->context_embedder), mod};
     if (!x[0] || !x[1] || !mod) return NULL;
     for (int i = 0; i < f->config.layers; i++)
-        if (!sc__flux_block(f, i, t, sc__double_forward, &f->double_blocks[i], x, 3)) return NULL;
+        if (!sc__flux_block(f, i, t, sc__double_forward, x, 3)) return NULL;
     sc_tensor *joined[2] = {sc_concat_tokens(t, x[1], x[0]), mod};
     if (!joined[0]) return NULL;
     for (int i = 0; i < f->config.single_layers; i++)
-        if (!sc__flux_block(f, f->config.layers + i, t, sc__single_forward, &f->single_blocks[i],
-                           joined, 2))
-            return NULL;
+        if (!sc__flux_block(f, f->config.layers + i, t, sc__single_forward, joined, 2)) return NULL;
     sc_tensor *image = sc_slice_tokens(t, joined[0], text_tokens, image_tokens);
     sc_tensor *n =
         sc_ln_modulate(t, image, sc_linear(t, mod, &f->norm_out), 1, 0); /* scale comes first */
@@ -1395,29 +1384,25 @@ static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x, 
     return guided < n ? sc__extended(t, y, sc_samples(t, v, guided, n - guided), n - guided) : y;
 }
 
-/* Uploads text; false where there is no memory. */
+/* Uploads the texts of a batch and the one without a caption, if any; false where there is no
+ * memory. */
 static bool sc__flux_text(sc__flux_model *m, sc_tape *t, int batch, int text_tokens,
-                          const float *context, const float *pooled, const float *no_context,
-                          const float *no_pooled) {
+                          const sc_text *texts, sc_text none) {
     const sc_flux_config *c = sc_flux_config_of(m->flux);
     int64_t text[] = {batch, text_tokens, c->text_channels}, vector[] = {batch, c->pooled_channels};
-    m->context = sc_from(t, 3, text, context);
-    m->pooled = sc_from(t, 2, vector, pooled);
+    m->context = sc_new(t, 3, text);
+    m->pooled = sc_new(t, 2, vector);
     text[0] = vector[0] = 1;
-    if (no_context) m->no_context = sc_from(t, 3, text, no_context);
-    if (no_pooled) m->no_pooled = sc_from(t, 2, vector, no_pooled);
-    return m->context && m->pooled && (!no_context || m->no_context) &&
-           (!no_pooled || m->no_pooled);
-}
-
-/* A dropped caption is replaced by the empty one. */
-static void sc__drop_captions(const sc_batch *b, const sc_flux_config *c, const sc_draw *draws) {
-    int64_t nc = (int64_t)b->text_tokens * c->text_channels, np = c->pooled_channels;
-    for (int i = 0; i < b->size; i++) {
-        if (!draws[i].no_caption) continue;
-        memcpy(b->context + i * nc, b->no_context, (size_t)nc * 4);
-        memcpy(b->pooled + i * np, b->no_pooled, (size_t)np * 4);
+    if (none.context) m->no_context = sc_from(t, 3, text, none.context);
+    if (none.pooled) m->no_pooled = sc_from(t, 2, vector, none.pooled);
+    bool ok = (!none.context || m->no_context) && (!none.pooled || m->no_pooled);
+    sc_mark mark = sc_tape_mark(t);
+    for (int i = 0; ok && i < batch; i++) {
+        ok = sc_copy(t, sc_samples(t, m->context, i, 1), sc_from(t, 3, text, texts[i].context)) &&
+             sc_copy(t, sc_samples(t, m->pooled, i, 1), sc_from(t, 2, vector, texts[i].pooled));
+        sc_tape_rewind(t, mark);
     }
+    return ok;
 }
 
 /* This part of n samples, in whole ones: 2.3 are 2, and with a chance of 0.3 one more. */
@@ -1429,16 +1414,16 @@ static int64_t sc__part_of(int64_t n, float part, sc_rng *rng) {
 bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *r,
                        const sc_batch *b, sc_rng *rng) {
     int64_t n = b->size, own = b->count ? b->count : n, first = b->first;
-    const sc_flux_config *c = sc_flux_config_of(flux);
-    int64_t tokens = (int64_t)b->h * b->w, size = tokens * c->in_channels;
-    const int64_t shape[] = {own, tokens, c->in_channels};
+    int64_t tokens = (int64_t)b->h * b->w, channels = sc_flux_config_of(flux)->in_channels;
+    const int64_t shape[] = {own, tokens, channels};
     sc_tape_reset(t);
     sc_tape_record(t, false);
+    sc_text *texts = (sc_text *)sc_tape_host(t, (size_t)n * sizeof *texts);
     sc_draw *draws = (sc_draw *)sc_tape_host(t, (size_t)n * sizeof *draws);
     float *one = sc__floats(t, 5 * n, 1), *time = one + n, *cfg = time + n, *guidance = cfg + n;
     float *minus = guidance + n;
     uint8_t *student = (uint8_t *)sc_tape_host(t, (size_t)(2 * n)), *teacher = student + n;
-    if (!draws || !one || !student) return false;
+    if (!texts || !draws || !one || !student) return false;
     /* Steps 2 to 4: chance. Flow matching comes first, then the teacher's case, then the student's
      * own: neighbours with the same set share their matrix products, and true CFG repeats the first
      * only. Only the draws are sorted, not the pictures, on which they do not depend. */
@@ -1449,21 +1434,18 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
         int64_t at = i < plain ? i : d.teacher ? low++ : --high;
         draws[at] = d, time[at] = d.t[0], guidance[at] = d.guidance, cfg[at] = d.cfg[1];
         minus[i] = -1, student[at] = SC_STUDENT, teacher[at] = SC_TEACHER;
+        texts[at] = d.no_caption ? b->no_text : b->texts[at];
     }
-    sc__drop_captions(b, c, draws);
     /* From here on, of all samples those of this process. */
-    draws += first, time += first, cfg += first, guidance += first;
+    draws += first, time += first, cfg += first, guidance += first, texts += first;
     plain = plain < first ? 0 : plain - first < own ? plain - first : own;
     /* Step 5: noisy input. */
     sc__flux_model self = {.flux = flux, .params = params, .h = b->h, .w = b->w};
     sc_model model = {sc__flux_model_velocity, &self};
-    sc_tensor *x0 = sc_from(t, 3, shape, b->x0 + first * size);
-    sc_tensor *noise = sc_from(t, 3, shape, b->noise + first * size);
+    sc_tensor *x0 = sc_from(t, 3, shape, b->x0 + first * tokens * channels);
+    sc_tensor *noise = sc_from(t, 3, shape, b->noise + first * tokens * channels);
     sc_tensor *x = sc_noisy(t, draws, x0, noise), *target = sc_new(t, 3, shape);
-    if (!x || !target ||
-        !sc__flux_text(&self, t, (int)own, b->text_tokens,
-                       b->context + first * b->text_tokens * c->text_channels,
-                       b->pooled + first * c->pooled_channels, b->no_context, b->no_pooled))
+    if (!x || !target || !sc__flux_text(&self, t, (int)own, b->text_tokens, texts, b->no_text))
         return false;
     /* Step 6: target. Guidance distillation: the teacher's velocity at guidance 1, with true CFG
      * of the drawn guidance. */
@@ -1487,22 +1469,11 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
 
 bool sc_sample(sc_flux *f, sc_tape *t, const sc_sampling *s, int batch, int text_tokens,
                const sc_text *texts, float *latents) {
-    const sc_flux_config *c = sc_flux_config_of(f);
-    const int64_t shape[] = {batch, (int64_t)s->h * s->w, c->in_channels};
-    size_t context_size = (size_t)text_tokens * (size_t)c->text_channels * sizeof(float);
-    size_t pooled_size = (size_t)c->pooled_channels * sizeof(float), n = batch > 0 ? batch : 0;
+    const int64_t shape[] = {batch, (int64_t)s->h * s->w, sc_flux_config_of(f)->in_channels};
     sc__flux_model self = {.flux = f, .h = s->h, .w = s->w};
     sc_tape_reset(t);
-    char *context = (char *)sc_tape_host(t, n * context_size);
-    char *pooled = (char *)sc_tape_host(t, n * pooled_size);
-    for (size_t i = 0; context && pooled && i < n; i++) {
-        memcpy(context + i * context_size, texts[i].context, context_size);
-        memcpy(pooled + i * pooled_size, texts[i].pooled, pooled_size);
-    }
-    bool ok = n == 0 || (context && pooled &&
-                         sc__flux_text(&self, t, batch, text_tokens, (float *)context,
-                                       (float *)pooled, s->no_text.context, s->no_text.pooled));
-    ok = ok && sc_euler(&(sc_model){sc__flux_model_velocity, &self}, t, s, 3, shape, latents);
+    bool ok = (batch < 1 || sc__flux_text(&self, t, batch, text_tokens, texts, s->no_text)) &&
+              sc_euler(&(sc_model){sc__flux_model_velocity, &self}, t, s, 3, shape, latents);
     sc_tape_use(t, NULL);
     return ok;
 }
@@ -1749,19 +1720,18 @@ static float *sc__scratch(int64_t floats) {
 
 /* ---- Products ---- >>gemm */
 
-/* C = alpha op(A) op(B) + beta C on this thread; row-major, op(A) [m,k], op(B) [k,n]. */
 #ifdef SHORTCUT_OPENBLAS
 #include <cblas.h>
+#endif
+
+/* C = alpha op(A) op(B) + beta C on this thread; row-major, op(A) [m,k], op(B) [k,n]. */
 static void sc__sgemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, float alpha,
                       const float *a, int64_t lda, const float *b, int64_t ldb, float beta,
                       float *c, int64_t ldc) {
+#ifdef SHORTCUT_OPENBLAS
     cblas_sgemm(CblasRowMajor, ta ? CblasTrans : CblasNoTrans, tb ? CblasTrans : CblasNoTrans,
                 (int)m, (int)n, (int)k, alpha, a, (int)lda, b, (int)ldb, beta, c, (int)ldc);
-}
 #else
-static void sc__sgemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, float alpha,
-                      const float *a, int64_t lda, const float *b, int64_t ldb, float beta,
-                      float *c, int64_t ldc) {
     int64_t along = ta ? lda : 1; /* from one element of a row of op(A) to the next */
     for (int64_t i = 0; i < m; i++) {
         float *row = c + i * ldc;
@@ -1777,8 +1747,8 @@ static void sc__sgemm(bool ta, bool tb, int64_t m, int64_t n, int64_t k, float a
             SC_SIMD for (int64_t j = 0; j < n; j++) row[j] += s * bp[j];
         }
     }
-}
 #endif
+}
 
 /* A stored [rows, columns] matrix in f32: itself, or widened into *buffer, which then moves on. */
 static sc_matrix sc__widen(sc_matrix a, int64_t rows, int64_t columns, float **buffer) {
@@ -1820,9 +1790,8 @@ static void sc__cpu_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix
             else SC_SIMD for (int64_t j = 0; j < columns; j++) row[j] = beta * row[j] + add[j0 + j];
         }
         sc__sgemm(a.transposed, b.transposed, rows, columns, k, alpha,
-                  pa + (a.transposed ? i0 : i0 * a.ld), a.ld,
-                  pb + (b.transposed ? j0 * b.ld : j0), b.ld, add ? 1.f : beta,
-                  pc + i0 * c.ld + j0, c.ld);
+                  pa + (a.transposed ? i0 : i0 * a.ld), a.ld, pb + (b.transposed ? j0 * b.ld : j0),
+                  b.ld, add ? 1.f : beta, pc + i0 * c.ld + j0, c.ld);
     }
 }
 
@@ -3347,33 +3316,31 @@ static sc_params *sc__params_new(sc_flux *flux, int64_t count, bool teacher) {
     return sc_params_free(p), NULL;
 }
 
-/* All sets become the same host values. */
-static void sc__params_start(sc_params *p, const float *values) {
-    for (int s = 0; s < SC_SETS; s++)
-        if (p->set[s]) p->backend->upload(p->set[s], values, (size_t)p->count * 4);
-}
-
 void sc_params_copy(sc_params *p, sc_set to, sc_set from) {
     p->backend->copy_block(p->set[to], p->count, p->set[from], p->count, 1, p->count, SC_F32,
                            false);
+}
+
+/* All sets become these host values, or, NULL, the student's. */
+static void sc__params_start(sc_params *p, const float *values) {
+    if (values) p->backend->upload(p->set[SC_STUDENT], values, (size_t)p->count * 4);
+    for (int s = 0; s < SC_SETS; s++)
+        if (p->set[s] && s != SC_STUDENT) sc_params_copy(p, (sc_set)s, SC_STUDENT);
 }
 
 sc_params *sc_params_full(sc_flux *flux, bool teacher) {
     if (!flux->net->widen)
         return sc_fail("to train all weights the model must be opened with `widen`"), NULL;
     sc_params *p = sc__params_new(flux, sc_flux_parameters(flux), teacher);
-    float *host = p ? (float *)sc__alloc((size_t)p->count, sizeof *host) : NULL, *end = host;
-    if (!host) return sc_params_free(p), NULL;
-    for (int64_t i = 0; i < flux->net->count; i++) {
+    float *to = p ? p->set[SC_STUDENT] : NULL;
+    for (int64_t i = 0, n; p && i < flux->net->count; i++, to += n) {
         sc_weight *w = flux->net->weights[i];
-        p->backend->download(end, w->tensor.data, (size_t)sc_count(&w->tensor) * 4);
+        n = sc_count(&w->tensor);
+        p->backend->copy_block(to, n, w->tensor.data, n, 1, n, SC_F32, false);
         p->backend->release(w->tensor.data); /* sc_params_use points it into a set */
         w->owned = false;
-        end += sc_count(&w->tensor);
     }
-    sc__params_start(p, host);
-    SC_FREE(host);
-    sc_params_use(p, SC_STUDENT);
+    if (p) sc__params_start(p, NULL), sc_params_use(p, SC_STUDENT);
     return p;
 }
 
@@ -3606,7 +3573,19 @@ bool sc_can_write(const char *path) {
 
 /* ---- UTF-8 ---- */
 
-static uint32_t sc__utf8_decode(const char **text); /* >>tokens */
+/* The code point at *text, which moves behind it. What is not UTF-8 becomes U+FFFD, one for each
+ * longest beginning of a character, as in Python and in browsers. */
+static uint32_t sc__utf8_decode(const char **text) {
+    const unsigned char *s = (const unsigned char *)*text;
+    int size = *s < 0x80 ? 1 : *s < 0xc2 ? 0 : *s < 0xe0 ? 2 : *s < 0xf0 ? 3 : *s < 0xf5 ? 4 : 0;
+    int low = *s == 0xe0 ? 0xa0 : *s == 0xf0 ? 0x90 : 0x80;
+    int high = *s == 0xed ? 0x9f : *s == 0xf4 ? 0x8f : 0xbf, i = 1;
+    uint32_t c = size == 1 ? *s : *s & (0x7fu >> size);
+    for (; i < size && s[i] >= low && s[i] <= high; i++, low = 0x80, high = 0xbf)
+        c = c << 6 | (s[i] & 63);
+    *text += i;
+    return i < size || size == 0 ? 0xfffd : c;
+}
 
 /* Bytes of the character at s, 1 to 4; 0: not UTF-8 (cut off, overlong, a surrogate, too large).
  * The text ends in NUL, which is no continuation byte, so this never looks behind it. */
@@ -3726,31 +3705,24 @@ static bool sc__json_number(sc__json_parser *p, double *value) {
 
 static bool sc__json_read(sc__json_parser *p, sc_json *v);
 
-/* Key and value of an object's next item, or the value of an array's. */
-static bool sc__json_item(sc__json_parser *p, sc_json *v) {
-    sc_json *items = (sc_json *)sc__grow(v->u.items, v->count, sizeof *items), *item;
-    if (!items) return false;
-    v->u.items = items;
-    item = &items[v->count++];
-    *item = (sc_json){0};
-    if (v->type == SC__OBJECT) {
-        if (sc__json_peek(p) != '"') return sc__json_fail(p, "expected a key in quotes");
-        if (!sc__json_string(p, &item->key)) return false;
-        if (!sc__json_take(p, ':')) return sc__json_fail(p, "expected ':' behind a key");
-    }
-    return sc__json_read(p, item);
-}
-
+/* Keys and values of an object, or the values of an array. */
 static bool sc__json_items(sc__json_parser *p, sc_json *v) {
     bool object = *p->at++ == '{';
     char close = object ? '}' : ']';
     v->type = object ? SC__OBJECT : SC__ARRAY;
     if (++p->depth > 64) return sc__json_fail(p, "nested deeper than 64");
-    if (!sc__json_take(p, close)) {
-        do if (!sc__json_item(p, v)) return false;
-        while (sc__json_take(p, ','));
-        if (!sc__json_take(p, close))
+    while (!sc__json_take(p, close)) {
+        if (v->count && !sc__json_take(p, ','))
             return sc__json_fail(p, object ? "expected ',' or '}'" : "expected ',' or ']'");
+        sc_json *items = (sc_json *)sc__grow(v->u.items, v->count, sizeof *items);
+        if (!items) return false;
+        v->u.items = items;
+        sc_json *item = &items[v->count++];
+        *item = (sc_json){0};
+        if (object && sc__json_peek(p) != '"') return sc__json_fail(p, "expected a key in quotes");
+        if (object && !sc__json_string(p, &item->key)) return false;
+        if (object && !sc__json_take(p, ':')) return sc__json_fail(p, "expected ':' behind a key");
+        if (!sc__json_read(p, item)) return false;
     }
     p->depth--;
     return true;
@@ -3859,7 +3831,7 @@ typedef struct sc__mapping {
 typedef struct sc__entry {
     const char *name;
     sc_tensor tensor;
-    uint64_t begin, end;
+    int64_t begin, end;
     bool used;                  /* something asked for it */
 } sc__entry;
 
@@ -3894,11 +3866,10 @@ void sc_file_close(sc_file *f) {
     SC_FREE(f);
 }
 
-static bool sc__whole_number(const sc_json *v, uint64_t *n) {
+/* A whole number from 0 up to `most`, or -1. */
+static int64_t sc__json_whole(const sc_json *v, double most) {
     double x = sc_json_number(v, -1);
-    if (!(x >= 0 && x <= 0x1p53 && x == floor(x))) return false;
-    *n = (uint64_t)x;
-    return true;
+    return x >= 0 && x <= most && x == floor(x) ? (int64_t)x : -1;
 }
 
 /* "[3,64,64]", for messages and headers. */
@@ -3910,61 +3881,60 @@ static const char *sc__shape_text(const sc_tensor *x, char text[96]) {
     return text;
 }
 
-/* shape -> tensor, and the bytes it takes. Sides of 0 do not excuse absurd ones beside them. */
-static bool sc__read_shape(sc_tensor *x, const sc_json *shape, uint64_t *bytes) {
-    uint64_t side, product = (uint64_t)sc_dtype_size(x->dtype);
+/* shape -> tensor, and the bytes it takes; -1: impossible, as a side of 0 beside absurd ones. */
+static int64_t sc__read_shape(sc_tensor *x, const sc_json *shape) {
+    int64_t product = sc_dtype_size(x->dtype);
     bool empty = false;
-    if (!sc__json_is(shape, SC__ARRAY) || shape->count > SC_MAX_DIMS) return false;
+    if (!sc__json_is(shape, SC__ARRAY) || shape->count > SC_MAX_DIMS) return -1;
     for (x->ndim = 0; x->ndim < shape->count; x->ndim++) {
-        if (!sc__whole_number(&shape->u.items[x->ndim], &side)) return false;
-        x->shape[x->ndim] = (int64_t)side;
-        if (side == 0) empty = true;
-        else if (product > ((uint64_t)1 << 62) / side) return false;
-        else product *= side;
+        int64_t side = sc__json_whole(&shape->u.items[x->ndim], 0x1p53);
+        if (side < 0 || (side && product > ((int64_t)1 << 62) / side)) return -1;
+        x->shape[x->ndim] = side;
+        empty = empty || !side;
+        product *= side ? side : 1;
     }
-    *bytes = empty ? 0 : product;
-    return true;
+    return empty ? 0 : product;
 }
 
 /* One tensor of a header: type, shape and place in the `size` bytes of data. */
 static bool sc__read_entry(sc__entry *e, const char *path, const sc_json *v, char *data,
-                           uint64_t size) {
+                           int64_t size) {
     const char *dtype = sc_json_string(sc_json_get(v, "dtype"), "?");
     const sc_json *offsets = sc_json_get(v, "data_offsets");
-    uint64_t bytes;
     int type = SC_U8;
     while (type >= 0 && strcmp(dtype, sc__dtypes[type].name)) type--;
     if (type < 0)
         return sc_fail("%s: tensor '%s' has type '%s'; only F32, BF16, F16, F8_E4M3, F64, "
-                        "I64, I32 and U8 can be read", path, v->key, dtype);
+                       "I64, I32 and U8 can be read", path, v->key, dtype);
     *e = (sc__entry){.name = v->key, .tensor = {.dtype = (sc_dtype)type}};
-    if (!sc__read_shape(&e->tensor, sc_json_get(v, "shape"), &bytes))
+    int64_t bytes = sc__read_shape(&e->tensor, sc_json_get(v, "shape"));
+    e->begin = sc__json_whole(sc_json_at(offsets, 0), 0x1p53);
+    e->end = sc__json_whole(sc_json_at(offsets, 1), 0x1p53);
+    if (bytes < 0)
         return sc_fail("%s: the shape of tensor '%s' must be at most %d whole numbers of a "
-                        "possible size", path, v->key, SC_MAX_DIMS);
-    if (sc_json_length(offsets) != 2 || !sc__whole_number(sc_json_at(offsets, 0), &e->begin) ||
-        !sc__whole_number(sc_json_at(offsets, 1), &e->end) || e->begin > e->end)
+                       "possible size", path, v->key, SC_MAX_DIMS);
+    if (sc_json_length(offsets) != 2 || e->begin < 0 || e->begin > e->end)
         return sc_fail("%s: data_offsets of tensor '%s' must be [begin, end]", path, v->key);
     if (e->end > size)
-        return sc_fail("%s: tensor '%s' ends at byte %llu of the data, the file at %llu: is it "
-                        "truncated?", path, v->key, (unsigned long long)e->end,
-                        (unsigned long long)size);
+        return sc_fail("%s: tensor '%s' ends at byte %lld of the data, the file at %lld: is it "
+                       "truncated?", path, v->key, (long long)e->end, (long long)size);
     if (e->end - e->begin != bytes)
-        return sc_fail("%s: tensor '%s' has %llu bytes; its type and shape need %llu", path,
-                        v->key, (unsigned long long)(e->end - e->begin), (unsigned long long)bytes);
+        return sc_fail("%s: tensor '%s' has %lld bytes; its type and shape need %lld", path, v->key,
+                       (long long)(e->end - e->begin), (long long)bytes);
     e->tensor.data = data + e->begin;
     return true;
 }
 
 /* The format has each byte of the data belong to exactly one tensor. */
-static bool sc__check_places(const char *path, sc__entry *e, int64_t count, uint64_t size) {
-    uint64_t at = 0;
+static bool sc__check_places(const char *path, sc__entry *e, int64_t count, int64_t size) {
+    int64_t at = 0;
     if (count) qsort(e, (size_t)count, sizeof *e, sc__by_place);
     for (int64_t i = 0; i < count; at = e[i++].end)
         if (e[i].begin != at)
             return sc_fail("%s: tensor '%s' %s", path, e[i].name,
-                            e[i].begin < at ? "overlaps another" : "leaves a hole before it");
-    return at == size || sc_fail("%s: %llu bytes behind the last tensor belong to none", path,
-                                  (unsigned long long)(size - at));
+                           e[i].begin < at ? "overlaps another" : "leaves a hole before it");
+    return at == size || sc_fail("%s: %lld bytes behind the last tensor belong to none", path,
+                                 (long long)(size - at));
 }
 
 /* No safetensors: says what it is, of text how it begins. No number in it means anything. */
@@ -3978,28 +3948,19 @@ static bool sc__no_safetensors(const char *path, const char *bytes, size_t size)
     return sc_fail("%s: not a safetensors file%s%s", path, what ? " but " : "", what ? what : "");
 }
 
-/* Parses the header of a part, which is a JSON object; its length goes to `length`. */
-static bool sc__read_header(sc__mapping *part, const char *path, uint64_t *length) {
-    const char *bytes = (const char *)part->data;
-    size_t at = 8;
-    *length = 0;
-    for (int i = 7; part->size > 8 && i >= 0; i--)
-        *length = *length << 8 | (unsigned char)bytes[i];
-    while (at < part->size && isspace((unsigned char)bytes[at])) at++;
-    if (at >= part->size || bytes[at] != '{' || *length > 100000000)
-        return sc__no_safetensors(path, bytes, part->size);
-    if (*length > part->size - 8)
-        return sc_fail("%s: ends within its header: is it truncated?", path);
-    part->header = sc_json_parse(bytes + 8, (size_t)*length, path);
-    return part->header != NULL;
-}
-
-/* Appends the tensors of one part: all, or those that the index (its weight_map) places there. */
+/* Parses the header of a part, a JSON object, and appends its tensors: all, or those that the index
+ * (its weight_map) places there. */
 static bool sc__read_part(sc_file *f, sc__mapping *part, const char *path, const sc_json *map) {
+    char *bytes = (char *)part->data;
     uint64_t length = 0;
-    if (!sc__read_header(part, path, &length)) return false;
-    char *data = (char *)part->data + 8 + length;
-    uint64_t size = part->size - 8 - length;
+    size_t at = 8;
+    for (int i = 7; part->size > 8 && i >= 0; i--) length = length << 8 | (unsigned char)bytes[i];
+    while (at < part->size && isspace((unsigned char)bytes[at])) at++;
+    if (at >= part->size || bytes[at] != '{' || length > 100000000)
+        return sc__no_safetensors(path, bytes, part->size);
+    int64_t size = (int64_t)(part->size - 8 - length);
+    if (size < 0) return sc_fail("%s: ends within its header: is it truncated?", path);
+    if (!(part->header = sc_json_parse(bytes + 8, (size_t)length, path))) return false;
     size_t room = (size_t)f->count + (size_t)part->header->count + 1;
     sc__entry *e = (sc__entry *)SC_REALLOC(f->entries, room * sizeof *e);
     if (!e) return sc_fail("%s: out of memory for %zu tensors", path, room);
@@ -4008,7 +3969,7 @@ static bool sc__read_part(sc_file *f, sc__mapping *part, const char *path, const
     for (int32_t i = 0; i < part->header->count; i++) {
         const sc_json *item = &part->header->u.items[i];
         if (!strcmp(item->key, "__metadata__")) continue;
-        if (!sc__read_entry(&e[end++], path, item, data, size)) return false;
+        if (!sc__read_entry(&e[end++], path, item, bytes + 8 + length, size)) return false;
     }
     if (!sc__check_places(path, e + first, end - first, size)) return false;
     for (int64_t i = first; i < end; i++)
@@ -4176,11 +4137,11 @@ static void sc__write_header(FILE *f, const sc_named *x, int64_t count,
     }
     fputc('}', f);
     for (int64_t i = 0; i < count; i++, at = end) {
-        end = at + (uint64_t)sc_count(x[i].tensor) * (uint64_t)sc_dtype_size(x[i].dtype);
+        end = at + (uint64_t)sc_count(&x[i].tensor) * (uint64_t)sc_dtype_size(x[i].dtype);
         fputc(',', f);
         sc__write_quoted(f, x[i].name);
         fprintf(f, ":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%llu,%llu]}",
-                sc_dtype_name(x[i].dtype), sc__shape_text(x[i].tensor, shape),
+                sc_dtype_name(x[i].dtype), sc__shape_text(&x[i].tensor, shape),
                 (unsigned long long)at, (unsigned long long)end);
     }
     fputc('}', f);
@@ -4191,13 +4152,13 @@ static void sc__write_header(FILE *f, const sc_named *x, int64_t count,
 static bool sc__write_tensor(sc__writer *w, const sc_named *x) {
     enum { SLICE = 4096 };
     uint16_t half[SLICE];
-    const float *values = (const float *)x->tensor->data;
-    int64_t n = sc_count(x->tensor);
-    if (x->dtype == x->tensor->dtype)
+    const float *values = (const float *)x->tensor.data;
+    int64_t n = sc_count(&x->tensor);
+    if (x->dtype == x->tensor.dtype)
         return sc__write_bytes(w, values, (size_t)n * (size_t)sc_dtype_size(x->dtype));
-    if (x->tensor->dtype != SC_F32 || (x->dtype != SC_BF16 && x->dtype != SC_F16))
+    if (x->tensor.dtype != SC_F32 || (x->dtype != SC_BF16 && x->dtype != SC_F16))
         return sc_fail("%s: cannot write '%s' of type %s as %s", w->path, x->name,
-                        sc_dtype_name(x->tensor->dtype), sc_dtype_name(x->dtype));
+                        sc_dtype_name(x->tensor.dtype), sc_dtype_name(x->dtype));
     for (int64_t i = 0, size; i < n; i += size) {
         size = n - i < SLICE ? n - i : SLICE;
         for (int64_t j = 0; j < size; j++)
@@ -4230,11 +4191,10 @@ static bool sc__save(const char *path, const sc_named *tensors, int64_t count,
         for (int i = 0; i < 8; i++) length[i] = (char)(size >> (8 * i));
         ok = sc__write_bytes(&w, length, 8) && sc__write_bytes(&w, header, size);
         for (int64_t i = 0; ok && i < count; i++) {
-            sc_tensor host = *sorted[i].tensor;
-            sc_named x = {sorted[i].name, &host, sorted[i].dtype};
-            if (flux) host.dtype = SC_F32, host.data = sc__merged_values(flux, sorted[i].tensor);
-            ok = (!flux || host.data) && sc__write_tensor(&w, &x);
-            if (flux) SC_FREE(host.data);
+            sc_tensor *x = &sorted[i].tensor;
+            if (flux) x->data = sc__merged_values(flux, x), x->dtype = SC_F32;
+            ok = (!flux || x->data) && sc__write_tensor(&w, &sorted[i]);
+            if (flux) SC_FREE(x->data);
         }
         ok = sc__write_end(&w, ok);
     }
@@ -4446,7 +4406,6 @@ void sc_net_close(sc_net *net) {
         sc_tensor *x = &net->weights[i]->tensor;
         if (net->weights[i]->owned && x->data) net->backend->release(x->data);
         if (x->scale) net->backend->release(x->scale);
-        SC_FREE(net->weights[i]->name);
         SC_FREE(net->weights[i]);
     }
     SC_FREE(net->weights);
@@ -4594,49 +4553,42 @@ bool sc_net_load(sc_net *net) {
     return ok;
 }
 
-/* Adds a weight to the net's list; NULL with the error set. */
-static sc_weight *sc__keep_weight(sc_net *net, sc_weight weight) {
-    sc_weight **list = (sc_weight **)sc__grow(net->weights, net->count, sizeof *list);
-    if (!list) return NULL;
-    net->weights = list;
-    sc_weight *w = (sc_weight *)sc__alloc(1, sizeof *w);
-    if (!w) return NULL;
-    *w = weight;
-    net->weights[net->count++] = w;
-    return (w->name = sc__strdup(weight.name)) ? w : NULL;
-}
-
 /* product: only products read the weight, so it may stay in 8 bits with scales beside it. */
 static sc_tensor *sc__net_weight(sc_net *net, const char *name, int ndim, const int64_t *shape,
                                  bool product) {
-    sc_weight w = {.name = (char *)name, .tensor = {.ndim = ndim, .dtype = SC_F32}};
-    sc_tensor *x = &w.tensor;
+    sc_weight **list = (sc_weight **)sc__grow(net->weights, net->count, sizeof *list);
+    sc_weight *w = list ? (sc_weight *)sc__alloc(1, sizeof *w) : NULL;
+    if (list) net->weights = list;
+    if (!w) return NULL;
+    net->weights[net->count++] = w;
+    snprintf(w->name, sizeof w->name, "%s", name);
+    sc_tensor *x = &w->tensor;
+    *x = (sc_tensor){.ndim = ndim, .dtype = SC_F32};
     for (int i = 0; i < ndim; i++) x->shape[i] = shape[i];
-    bool found = net->file && sc__find_weight(net, &w);
-    w.missing = net->file && !found;
+    bool found = net->file && sc__find_weight(net, w);
+    w->missing = net->file && !found;
     const sc_backend *be = net->backend;
-    if (be && w.missing) return NULL;
-    sc_dtype stored = w.source.dtype;
-    bool wide = ndim == 1 || net->widen || w.swapped || (w.scales && !product) ||
+    if (be && w->missing) return NULL;
+    sc_dtype stored = w->source.dtype;
+    bool wide = ndim == 1 || net->widen || w->swapped || (w->scales && !product) ||
                 (found && stored == SC_F64);
     bool narrow = net->fp8 && ndim == 2 && (!found || sc_dtype_size(stored) > 1);
-    bool aligned = (uintptr_t)w.source.data % (uintptr_t)sc_dtype_size(stored) == 0;
+    bool aligned = (uintptr_t)w->source.data % (uintptr_t)sc_dtype_size(stored) == 0;
     bool mapped = found && !wide && !narrow && aligned && be && be->on_host;
     bool as_stored = mapped || (found && sc_dtype_size(stored) == 1 && !wide);
-    w.waiting = be && found && !wide && !mapped;
-    w.owned = be && !mapped;
-    if (mapped) x->data = w.source.data;
+    w->waiting = be && found && !wide && !mapped;
+    w->owned = be && !mapped;
+    if (mapped) x->data = w->source.data;
     if (be) x->dtype = as_stored ? stored : wide ? SC_F32 : narrow ? SC_F8_E4M3 : be->activation;
-    sc_weight *kept = sc__keep_weight(net, w);
-    bool loaded = kept && (!w.owned || w.waiting || sc__load_weight(net, kept));
-    if (loaded && be && !wide && w.scales) { /* they go beside the bits */
+    bool loaded = !w->owned || w->waiting || sc__load_weight(net, w);
+    if (loaded && be && !wide && w->scales) { /* they go beside the bits */
         size_t bytes = (size_t)shape[0] * sizeof(float);
-        loaded = (kept->tensor.scale = (float *)be->alloc(bytes)) != NULL;
-        if (loaded) be->upload(kept->tensor.scale, w.scales, bytes);
+        loaded = (x->scale = (float *)be->alloc(bytes)) != NULL;
+        if (loaded) be->upload(x->scale, w->scales, bytes);
     }
-    SC_FREE(w.scales);
-    if (kept) kept->scales = NULL;
-    return loaded ? &kept->tensor : NULL;
+    SC_FREE(w->scales);
+    w->scales = NULL;
+    return loaded ? x : NULL;
 }
 
 sc_tensor *sc_net_weight(sc_net *net, const char *name, int ndim, const int64_t *shape) {
@@ -4902,8 +4854,7 @@ static bool sc__flux_stream(sc_flux *f, sc__stream *s, const char *p, int64_t c,
            sc__flux_norm(f, &s->norm_k, p, text ? "attn.norm_added_k" : "attn.norm_k");
 }
 
-static bool sc__flux_single(sc_flux *f, sc__single_block *s, const char *p, int64_t c) {
-    s->flux = f;
+static bool sc__flux_single(sc_flux *f, sc__stream *s, const char *p, int64_t c) {
     return sc__flux_linear(f, &s->mod, p, "norm.linear", 3 * c, c) &&
            sc__flux_linear(f, &s->q, p, "attn.to_q", c, c) &&
            sc__flux_linear(f, &s->k, p, "attn.to_k", c, c) &&
@@ -4934,13 +4885,12 @@ static bool sc__flux_weights(sc_flux *f) {
         sc__flux_embedder(f, &f->pooled, "time_text_embed.text_embedder.", c, o->pooled_channels);
     for (int i = 0; ok && i < o->layers; i++) {
         snprintf(p, sizeof p, "transformer_blocks.%d.", i);
-        f->double_blocks[i].flux = f;
-        ok = sc__flux_stream(f, &f->double_blocks[i].image, p, c, false) &&
-             sc__flux_stream(f, &f->double_blocks[i].text, p, c, true);
+        ok = sc__flux_stream(f, &f->blocks[i].stream[0], p, c, false) &&
+             sc__flux_stream(f, &f->blocks[i].stream[1], p, c, true);
     }
     for (int i = 0; ok && i < o->single_layers; i++) {
         snprintf(p, sizeof p, "single_transformer_blocks.%d.", i);
-        ok = sc__flux_single(f, &f->single_blocks[i], p, c);
+        ok = sc__flux_single(f, f->blocks[o->layers + i].stream, p, c);
     }
     return ok && sc__flux_linear(f, &f->norm_out, "", "norm_out.linear", 2 * c, c) &&
            sc__flux_linear(f, &f->proj_out, "", "proj_out", o->out_channels, c);
@@ -4974,12 +4924,11 @@ sc_flux *sc_flux_open(const sc_backend *backend, const char *path, const sc_flux
     sc__config_close(&c);
     if (ok) {
         size_t doubles = (size_t)f->config.layers, singles = (size_t)f->config.single_layers;
-        f->double_blocks = (sc__double_block *)sc__alloc(doubles, sizeof *f->double_blocks);
-        f->single_blocks = (sc__single_block *)sc__alloc(singles, sizeof *f->single_blocks);
+        f->blocks = (sc__block *)sc__alloc(doubles + singles, sizeof *f->blocks);
         f->modules = (sc__module *)sc__alloc(10 + 14 * doubles + 6 * singles, sizeof *f->modules);
         f->net->rng.state = o.seed, f->net->fp8 = o.fp8, f->net->streamed = o.streamed;
-        ok = f->double_blocks && f->single_blocks && f->modules && sc__flux_weights(f) &&
-             sc__net_complete(f->net);
+        for (size_t i = 0; f->blocks && i < doubles + singles; i++) f->blocks[i].flux = f;
+        ok = f->blocks && f->modules && sc__flux_weights(f) && sc__net_complete(f->net);
     }
     if (ok && o.random && o.widen && backend) sc__flux_zero(f);
     if (ok) return f;
@@ -4993,8 +4942,7 @@ void sc_flux_close(sc_flux *f) {
     if (f->net && f->net->backend) sc_lora_unload(f);
     sc_net_close(f->net);
     SC_FREE(f->config_text);
-    SC_FREE(f->double_blocks);
-    SC_FREE(f->single_blocks);
+    SC_FREE(f->blocks);
     SC_FREE(f->modules);
     SC_FREE(f);
 }
@@ -5007,10 +4955,9 @@ static float *sc__fetch(const sc_backend *be, const void *from, int64_t n) {
     return NULL;
 }
 
-/* The factors of a loaded LoRA, [rank, in] and behind it [out, rank]; yours. */
-static float *sc__lora_values(const sc_backend *be, const sc_adapter *l) {
-    const sc_tensor *a = &l->a[SC_TEACHER];
-    return sc__fetch(be, a->data, sc_count(a) + sc_count(&l->b[SC_TEACHER]));
+/* The factors of a LoRA, [rank, in] and behind it [out, rank]; yours. */
+static float *sc__lora_values(const sc_backend *be, const sc_adapter *l, sc_set set) {
+    return sc__fetch(be, l->a[set].data, sc_count(&l->a[set]) + sc_count(&l->b[set]));
 }
 
 /* A weight on the host as f32, with its scale and the loaded LoRAs: W + sum scale B A; yours. */
@@ -5019,7 +4966,7 @@ static float *sc__merged_values(const sc_flux *f, const sc_tensor *w) {
     const sc_linear_layer *layer = NULL;
     int64_t n = sc_count(w);
     for (int i = 0; i < f->module_count; i++)
-        if (f->modules[i].layer->weight == w) layer = f->modules[i].layer;
+        if (f->modules[i].layer->weight->data == w->data) layer = f->modules[i].layer;
     float *values = (float *)sc__alloc((size_t)n, sizeof *values);
     bool ok = values && sc__download(be, w, values);
     float *scales = ok && w->scale ? sc__fetch(be, w->scale, w->shape[0]) : NULL;
@@ -5027,7 +4974,7 @@ static float *sc__merged_values(const sc_flux *f, const sc_tensor *w) {
     for (int64_t i = 0; ok && scales && i < n; i++) values[i] *= scales[i / w->shape[1]];
     SC_FREE(scales);
     for (const sc_adapter *l = layer ? layer->adapters : NULL; ok && l; l = l->next) {
-        float *a = l->loaded ? sc__lora_values(be, l) : NULL;
+        float *a = l->loaded ? sc__lora_values(be, l, SC_TEACHER) : NULL;
         if (a)
             sc__cpu_gemm(w->shape[0], w->shape[1], l->rank, l->scale,
                          sc__matrix(a + l->rank * w->shape[1], SC_F32, l->rank, false),
@@ -5054,7 +5001,7 @@ bool sc_flux_save(const sc_flux *f, const char *folder, sc_dtype dtype,
         ok = sc_fail("%s: these shards would be read instead: write to another folder", there);
     SC_FREE(there);
     for (int64_t i = 0; ok && i < net->count; i++)
-        named[i] = (sc_named){net->weights[i]->name, &net->weights[i]->tensor, dtype};
+        named[i] = (sc_named){net->weights[i]->name, net->weights[i]->tensor, dtype};
     ok = ok && sc__save(weights, named, net->count, metadata, f) &&
          sc_write_file(config, f->config_text, strlen(f->config_text));
     if (!ok && made) rmdir(folder); /* if it is empty */
@@ -5089,40 +5036,6 @@ static bool sc__rope(sc_flux *f, int text, int h, int w) {
  * A file that fits no layer is an error, since a model that ignores its LoRA looks healthy.
  */
 
-typedef struct sc__written { char name[512]; sc_tensor tensor; } sc__written;   /* f32, in memory */
-
-static bool sc__lora_write(const char *path, const sc__written *factors, int count,
-                           const char *const *metadata) {
-    sc_named *named = (sc_named *)sc__alloc((size_t)count, sizeof *named);
-    for (int i = 0; named && i < count; i++)
-        named[i] = (sc_named){factors[i].name, &factors[i].tensor, SC_BF16};
-    bool ok = named && sc_file_save(path, named, count, metadata);
-    SC_FREE(named);
-    return ok;
-}
-
-bool sc_lora_save(const sc_params *p, sc_set set, const char *path, const char *const *metadata) {
-    int n = p->flux->module_count;
-    sc__written *factors = (sc__written *)sc__alloc((size_t)n * 2, sizeof *factors);
-    float *host = sc__fetch(p->backend, p->set[set], p->count), *data = host;
-    bool ok = factors && host;
-    for (int i = 0; ok && i < 2 * n; i++) {
-        const sc_adapter *l = &p->adapters[i / 2];
-        const sc_tensor *x = i % 2 ? &l->b[set] : &l->a[set];
-        snprintf(factors[i].name, sizeof factors[i].name, "transformer.%s.lora_%c.weight",
-                 p->flux->modules[i / 2].name, i % 2 ? 'B' : 'A');
-        factors[i].tensor = *x;
-        factors[i].tensor.data = data;
-        if (i % 2) /* the scale alpha / rank is folded into B */
-            for (int64_t j = 0; j < sc_count(x); j++) data[j] *= l->scale;
-        data += sc_count(x);
-    }
-    ok = ok && sc__lora_write(path, factors, 2 * n, metadata);
-    SC_FREE(factors);
-    SC_FREE(host);
-    return ok;
-}
-
 /* What stands before a module's name in LoRA files, and behind it for A and B: PEFT and diffusers,
  * BFL and ComfyUI, kohya, OneTrainer, LyCORIS; diffusers of before PEFT, XLabs. B's bias ends in
  * "bias" in place of "weight". */
@@ -5135,18 +5048,11 @@ static const char *const sc__lora_ends[][2] = {
     {".lora_A.default.weight", ".lora_B.default.weight"}};
 enum { SC__LORA_ENDS = (int)(sizeof sc__lora_ends / sizeof *sc__lora_ends) };
 
-typedef struct sc__factors {    /* of one LoRA on one layer; a NULL: it has none */
-    int64_t rank;
-    float *a, *b;               /* [rank, in], [out, rank]; b has the file's own scale in it */
-    float *bias;                /* [out], likewise; NULL: none */
+typedef struct sc__factors {    /* of one LoRA on one layer, on the host */
+    int64_t rank, count;
+    float *values;              /* A [rank, in], B [out, rank] with the file's own scale in it; */
+    float *bias;                /* and perhaps B's bias [out], likewise, or NULL */
 } sc__factors;
-
-static void sc__factors_free(sc__factors *x) {
-    SC_FREE(x->a);
-    SC_FREE(x->b);
-    SC_FREE(x->bias);
-    *x = (sc__factors){0};
-}
 
 /* A LoRA file, and the config of PEFT that goes with it, or NULL: diffusers writes it into the
  * file's metadata, PEFT beside adapter_model.safetensors. */
@@ -5233,31 +5139,33 @@ static bool sc__lora_own_scale(const sc__lora *l, const char *module, const char
     return isfinite(alpha) || sc_fail("%s: '%s' is %g", l->file->path, name, alpha);
 }
 
-/* A tensor's part for `module`, [rows, columns], as f32 times `scale`; yours. NULL with the error
- * set. */
-static float *sc__lora_take(const sc__lora *l, sc__entry *e, const sc__slice *part,
-                            const char *module, int64_t rows, int64_t columns, float scale) {
+/* Appends a tensor's part for `module`, [rows, columns], times `scale`. */
+static bool sc__lora_take(const sc__lora *l, sc__entry *e, const sc__slice *part,
+                          const char *module, int64_t rows, int64_t columns, float scale,
+                          sc__factors *f) {
     sc_tensor x = e->tensor, want = {.ndim = 2, .shape = {rows, columns}};
     char shape[96];
     e->used = true;
     if (!sc__take_rows(&x, part) || !sc__same_shape(&x, &want) || rows < 1 || x.dtype > SC_F64)
         return sc_fail("%s: '%s' of shape %s does not fit '%s', where it must be %lld x %lld: is "
-                        "this LoRA for another model?", l->file->path, e->name,
-                        sc__shape_text(&e->tensor, shape), module,
-                        (long long)(rows * (part->whole ? part->whole / part->parts : 1)),
-                        (long long)columns), NULL;
+                       "this LoRA for another model?", l->file->path, e->name,
+                       sc__shape_text(&e->tensor, shape), module,
+                       (long long)(rows * (part->whole ? part->whole / part->parts : 1)),
+                       (long long)columns);
     int64_t n = rows * columns, from = part->swapped ? n / 2 : 0, i = 0; /* the second half first */
-    float *to = (float *)sc__alloc((size_t)n, sizeof *to);
-    if (!to) return NULL;
+    float *values = (float *)SC_REALLOC(f->values, (size_t)(f->count + n) * sizeof *values);
+    if (!values) return sc_fail("%s: out of memory", l->file->path);
+    float *to = values + f->count;
+    f->values = values;
+    f->count += n;
     sc_to_f32(to, (char *)x.data + from * sc_dtype_size(x.dtype), x.dtype, n - from);
     sc_to_f32(to + n - from, x.data, x.dtype, from);
     while (i < n && isfinite(to[i])) to[i++] *= scale;
-    if (i == n) return to;
-    SC_FREE(to);
-    return sc_fail("%s: '%s' holds NaN or infinity", l->file->path, e->name), NULL;
+    return i == n || sc_fail("%s: '%s' holds NaN or infinity", l->file->path, e->name);
 }
 
-/* The factors of `module`, whose weight is w [out, in], if the file has any. */
+/* The factors of `module`, whose weight is w [out, in], if the file has any; x is empty before, its
+ * values are yours in any case. */
 static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor *w,
                           sc__factors *x) {
     const sc_file *file = l->file;
@@ -5266,7 +5174,6 @@ static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor
     char name[512];
     float scale;
     int end = -1;
-    *x = (sc__factors){0};
     while (!a && ++end < SC__LORA_ENDS)
         a = sc__find_as(file, sc__lora_prefixes, module, sc__lora_ends[end][0], 0, &part);
     if (!a) return true;
@@ -5277,13 +5184,12 @@ static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor
     snprintf(name + n - 6, 8, "bias"); /* in place of "weight" */
     c = sc__find_entry(file, name);
     int64_t out = w->shape[0], in = w->shape[1], rank = x->rank = a->tensor.shape[0];
-    if ((x->a = sc__lora_take(l, a, &whole, module, rank, in, 1)) &&
-        sc__lora_own_scale(l, module, a->name, stem, rank, &scale) &&
-        (x->b = sc__lora_take(l, b, &part, module, out, rank, scale)) &&
-        (!c || (x->bias = sc__lora_take(l, c, &part, module, out, 1, scale))))
-        return true;
-    sc__factors_free(x);
-    return false;
+    bool ok = sc__lora_take(l, a, &whole, module, rank, in, 1, x) &&
+              sc__lora_own_scale(l, module, a->name, stem, rank, &scale) &&
+              sc__lora_take(l, b, &part, module, out, rank, scale, x) &&
+              (!c || sc__lora_take(l, c, &part, module, out, 1, scale, x));
+    if (ok && c) x->bias = x->values + rank * (in + out);
+    return ok;
 }
 
 /* Whether `name` is an A (side 0) or a B (side 1) of any dialect. */
@@ -5365,9 +5271,10 @@ static bool sc__lora_vector(sc_flux *f, const sc__lora *l, const sc_weight *w, f
         sc__slice part;
         sc__entry *e = sc__find_as(l->file, sc__lora_prefixes, forms[i][0], forms[i][1], 0, &part);
         if (!e) continue;
-        float *values = sc__lora_take(l, e, &part, w->name, sc_count(&w->tensor), 1, 1);
-        ok = values && sc__lora_shift(f, &w->tensor, values, scale, i == 0);
-        SC_FREE(values);
+        sc__factors x = {0};
+        ok = sc__lora_take(l, e, &part, w->name, sc_count(&w->tensor), 1, 1, &x) &&
+             sc__lora_shift(f, &w->tensor, x.values, scale, i == 0);
+        SC_FREE(x.values);
         report->applied++, report->total++;
     }
     return ok;
@@ -5394,16 +5301,15 @@ void sc_lora_unload(sc_flux *f) {
 static bool sc__lora_add(const sc_backend *be, sc_linear_layer *layer, const sc__factors *x,
                          float scale) {
     int64_t out = layer->weight->shape[0], in = layer->weight->shape[1];
-    size_t na = (size_t)(x->rank * in) * sizeof *x->a, nb = (size_t)(x->rank * out) * sizeof *x->b;
+    size_t bytes = (size_t)(x->rank * (in + out)) * sizeof *x->values;
     sc_adapter *lora = (sc_adapter *)sc__alloc(1, sizeof *lora);
     if (!lora) return false;
-    float *a = (float *)be->alloc(na + nb), *b = a + x->rank * in;
+    float *a = (float *)be->alloc(bytes);
     if (!a) return SC_FREE(lora), false;
     *lora = (sc_adapter){.rank = (int)x->rank, .scale = scale, .loaded = true};
     lora->a[SC_TEACHER] = sc__factor(a, x->rank, in);
-    lora->b[SC_TEACHER] = sc__factor(b, out, x->rank);
-    be->upload(a, x->a, na);
-    be->upload(b, x->b, nb);
+    lora->b[SC_TEACHER] = sc__factor(a + x->rank * in, out, x->rank);
+    be->upload(a, x->values, bytes);
     lora->next = layer->adapters;
     layer->adapters = lora;
     return true;
@@ -5414,13 +5320,12 @@ bool sc_lora_load(sc_flux *f, const char *path, float scale, sc_lora_report *rep
     sc__lora file;
     bool ok = sc__lora_open(&file, path);
     for (int i = 0; ok && i < f->module_count; i++) {
-        sc__factors x;
+        sc__factors x = {0};
         sc_linear_layer *layer = f->modules[i].layer;
-        ok = sc__lora_read(&file, f->modules[i].name, layer->weight, &x);
-        if (!ok || !x.a) continue;
-        ok = sc__lora_add(f->net->backend, layer, &x, scale) &&
+        ok = sc__lora_read(&file, f->modules[i].name, layer->weight, &x) &&
+             (!x.values || sc__lora_add(f->net->backend, layer, &x, scale)) &&
              (!x.bias || sc__lora_shift(f, layer->bias, x.bias, scale, false));
-        sc__factors_free(&x);
+        SC_FREE(x.values);
     }
     for (int64_t i = 0; ok && i < f->net->count; i++)
         if (f->net->weights[i]->tensor.ndim == 1)
@@ -5433,7 +5338,7 @@ bool sc_lora_load(sc_flux *f, const char *path, float scale, sc_lora_report *rep
     return ok;
 }
 
-/* ---- Writing kohya's names ---- */
+/* ---- Writing: PEFT's names, or kohya's ---- */
 
 /* A module's name in BFL's layout. */
 static bool sc__bfl_name(const char *module, char other[256], sc__slice *rows) {
@@ -5442,19 +5347,19 @@ static bool sc__bfl_name(const char *module, char other[256], sc__slice *rows) {
     return i < SC__ALIASES;
 }
 
-/* Modules [first, first + count) are the parts of one layer of BFL's. As kohya's file has it: the
- * adapters of all parts, one below the other in A, and B with each part's factors in its own rows
- * and columns; their data is NULL without LoRAs. */
-static bool sc__fuse(const sc_flux *f, int first, int count, bool swapped, sc_tensor *a_of,
-                     sc_tensor *b_of) {
+/* Modules [first, first + count) are the parts of one layer of BFL's, or one module. As a file has
+ * it: the adapters of all parts (p's or, p NULL, the loaded ones), one below the other in A, and B
+ * with each part's factors, times their scale, in its own rows and columns; no data without any. */
+static bool sc__fuse(const sc_flux *f, const sc_params *p, sc_set set, int first, int count,
+                     bool swapped, sc_tensor *a_of, sc_tensor *b_of) {
     int64_t rank = 0, rows = 0, r = 0, in = f->modules[first].layer->weight->shape[1];
     for (int i = first; i < first + count; i++) {
         rows += f->modules[i].layer->weight->shape[0];
         for (const sc_adapter *l = f->modules[i].layer->adapters; l; l = l->next)
-            rank += l->loaded ? l->rank : 0;
+            if (p ? l == &p->adapters[i] : l->loaded) rank += l->rank;
     }
-    *a_of = (sc_tensor){.dtype = SC_F32, .ndim = 2, .shape = {rank, in}};
-    *b_of = (sc_tensor){.dtype = SC_F32, .ndim = 2, .shape = {rows, rank}};
+    *a_of = sc__factor(NULL, rank, in);
+    *b_of = sc__factor(NULL, rows, rank);
     if (!rank) return true;
     float *a = (float *)sc__alloc((size_t)(rank * in), sizeof *a), *b, *own;
     a_of->data = a;
@@ -5464,8 +5369,8 @@ static bool sc__fuse(const sc_flux *f, int first, int count, bool swapped, sc_te
     for (int i = first; i < first + count; i++) {
         int64_t height = f->modules[i].layer->weight->shape[0];
         for (const sc_adapter *l = f->modules[i].layer->adapters; ok && l; l = l->next) {
-            if (!l->loaded) continue;
-            ok = (own = sc__lora_values(f->net->backend, l)) != NULL;
+            if (p ? l != &p->adapters[i] : !l->loaded) continue;
+            ok = (own = sc__lora_values(f->net->backend, l, set)) != NULL;
             if (ok) memcpy(a + r * in, own, (size_t)(l->rank * in) * 4);
             for (int64_t j = 0; ok && j < height * l->rank; j++)
                 b[(row + j / l->rank) % rows * rank + r + j % l->rank] =
@@ -5479,33 +5384,47 @@ static bool sc__fuse(const sc_flux *f, int first, int count, bool swapped, sc_te
 }
 
 /* No alpha: it is then the rank, so the scale is 1; diffusers refuses some layers' alphas. */
-bool sc_lora_save_kohya(const sc_flux *f, const char *path, const char *const *metadata) {
+static bool sc__lora_write(const sc_flux *f, const sc_params *p, sc_set set, const char *path,
+                           const char *const *metadata) {
     int n = f->module_count, written = 0, count;
-    sc__written *factors = (sc__written *)sc__alloc((size_t)n * 2, sizeof *factors);
-    bool ok = factors != NULL;
-    for (int64_t i = 0; ok && i < f->net->count; i++)
-        if (f->net->weights[i]->before)
-            ok = sc_fail("'%s' is changed, which kohya's names cannot say: merge into a model",
-                          f->net->weights[i]->name);
+    sc_named *named = (sc_named *)sc__alloc((size_t)n * 2, sizeof *named);
+    char(*names)[320] = (char(*)[320])sc__alloc((size_t)n * 2, sizeof *names);
+    bool ok = named && names;
     for (int i = 0; ok && i < n; i += count) {
         char other[256], next[256];
-        sc__slice rows, next_rows;
-        ok = sc__bfl_name(f->modules[i].name, other, &rows);
-        sc__written *down = &factors[written], *up = down + 1;
-        for (count = 1; i + count < n; count++)
+        sc__slice rows = {0, 0, 0, false}, next_rows;
+        snprintf(other, sizeof other, "%s", f->modules[i].name);
+        ok = p || sc__bfl_name(f->modules[i].name, other, &rows);
+        for (count = 1; !p && i + count < n; count++)
             if (!sc__bfl_name(f->modules[i + count].name, next, &next_rows) || strcmp(other, next))
                 break;
-        ok = ok && sc__fuse(f, i, count, rows.swapped, &down->tensor, &up->tensor);
-        if (!ok || !down->tensor.data) continue;
-        for (char *c = other; *c; c++) *c = *c == '.' ? '_' : *c;
-        snprintf(down->name, sizeof down->name, "lora_unet_%s.lora_down.weight", other);
-        snprintf(up->name, sizeof up->name, "lora_unet_%s.lora_up.weight", other);
-        written += 2;
+        sc_named *to = &named[written];
+        ok = ok && sc__fuse(f, p, set, i, count, rows.swapped, &to[0].tensor, &to[1].tensor);
+        if (!ok || !to->tensor.data) continue;
+        for (char *c = other; !p && *c; c++) *c = *c == '.' ? '_' : *c;
+        for (int k = 0; k < 2; k++, written++) {
+            snprintf(names[written], sizeof *names, "%s%s%s", p ? "transformer." : "lora_unet_",
+                     other, sc__lora_ends[p ? 0 : 1][k]);
+            to[k].name = names[written], to[k].dtype = SC_BF16;
+        }
     }
-    ok = ok && sc__lora_write(path, factors, written, metadata);
-    for (int i = 0; factors && i < 2 * n; i++) SC_FREE(factors[i].tensor.data);
-    SC_FREE(factors);
+    ok = ok && sc_file_save(path, named, written, metadata);
+    for (int i = 0; named && i < 2 * n; i++) SC_FREE(named[i].tensor.data);
+    SC_FREE(named);
+    SC_FREE(names);
     return ok;
+}
+
+bool sc_lora_save(const sc_params *p, sc_set set, const char *path, const char *const *metadata) {
+    return sc__lora_write(p->flux, p, set, path, metadata);
+}
+
+bool sc_lora_save_kohya(const sc_flux *f, const char *path, const char *const *metadata) {
+    for (int64_t i = 0; i < f->net->count; i++)
+        if (f->net->weights[i]->before)
+            return sc_fail("'%s' is changed, which kohya's names cannot say: merge into a model",
+                           f->net->weights[i]->name);
+    return sc__lora_write(f, NULL, SC_TEACHER, path, metadata);
 }
 
 /* In a table as "3:1@1.5 8:0.6" (numbers as in JSON) the scale for the nearest number of steps, and
@@ -5543,20 +5462,18 @@ bool sc_lora_start(sc_params *p, const char *path, float scale) {
     for (int i = 0; ok && i < p->flux->module_count; i++) {
         const char *module = p->flux->modules[i].name;
         const sc_tensor *w = p->flux->modules[i].layer->weight;
-        sc__factors x;
+        sc__factors x = {0};
         ok = sc__lora_read(&file, module, w, &x);
-        if (ok && !x.a) ok = sc_fail("%s: no factors for '%s'", path, module);
+        if (ok && !x.values) ok = sc_fail("%s: no factors for '%s'", path, module);
         if (ok && x.bias)
             ok = sc_fail("%s: changes the bias of '%s'; only A and B are trained", path, module);
         if (ok && x.rank != p->rank)
             ok = sc_fail("%s: rank %lld; this run has rank %d", path, (long long)x.rank, p->rank);
-        size_t na = (size_t)(p->rank * w->shape[1]), nb = (size_t)(p->rank * w->shape[0]);
-        for (size_t j = 0; ok && j < nb; j++) x.b[j] *= scale / p->adapters[i].scale;
-        for (int s = SC_STUDENT; ok && s < SC_SETS; s++) {
-            p->backend->upload(p->adapters[i].a[s].data, x.a, na * sizeof *x.a);
-            p->backend->upload(p->adapters[i].b[s].data, x.b, nb * sizeof *x.b);
-        }
-        sc__factors_free(&x);
+        for (int64_t j = p->rank * w->shape[1]; ok && j < x.count; j++) /* B */
+            x.values[j] *= scale / p->adapters[i].scale;
+        for (int s = SC_STUDENT; ok && s < SC_SETS; s++)
+            p->backend->upload(p->adapters[i].a[s].data, x.values, (size_t)x.count * 4);
+        SC_FREE(x.values);
     }
     ok = ok && sc__lora_count(file.file, &(sc_lora_report){0});
     sc__lora_close(&file);
@@ -5570,36 +5487,30 @@ bool sc_lora_start(sc_params *p, const char *path, float scale) {
  */
 
 /* The arrays by name; the teacher's only where it is a copy of all weights. */
-static int sc__state_arrays(const sc_params *p, sc_named named[6], sc_tensor tensors[6]) {
+static int sc__state_arrays(const sc_params *p, sc_named named[6]) {
     static const char *const names[] = {"student", "fast", "slow", "m", "v", "teacher"};
     float *arrays[] = {p->set[SC_STUDENT], p->set[SC_FAST], p->set[SC_SLOW], p->m, p->v,
                        p->set[SC_TEACHER]};
     int n = p->set[SC_TEACHER] ? 6 : 5;
-    for (int i = 0; i < n; i++) {
-        tensors[i] =
-            (sc_tensor){.data = arrays[i], .dtype = SC_F32, .ndim = 1, .shape = {p->count}};
-        named[i] = (sc_named){names[i], &tensors[i], SC_F32};
-    }
+    for (int i = 0; i < n; i++)
+        named[i] = (sc_named){names[i], {arrays[i], .ndim = 1, .shape = {p->count}}, SC_F32};
     return n;
 }
 
 bool sc_params_save(const sc_params *p, const char *path, const char *const *metadata) {
     sc_named named[6];
-    sc_tensor tensors[6];
-    int n = sc__state_arrays(p, named, tensors);
-    return sc__save(path, named, n, metadata, p->flux);
+    return sc__save(path, named, sc__state_arrays(p, named), metadata, p->flux);
 }
 
 bool sc_params_load(sc_params *p, const sc_file *file) {
     sc_named named[6];
-    sc_tensor tensors[6];
-    int n = sc__state_arrays(p, named, tensors);
+    int n = sc__state_arrays(p, named);
     for (int i = 0; i < n; i++) {
         const sc_tensor *x = sc_file_find(file, named[i].name);
         if (!x || x->dtype != SC_F32 || sc_count(x) != p->count)
             return sc_fail("%s: '%s' does not fit: resume with the model, rank and mode the run "
                             "had", sc_file_path(file), named[i].name);
-        p->backend->upload(tensors[i].data, x->data, (size_t)p->count * 4);
+        p->backend->upload(named[i].tensor.data, x->data, (size_t)p->count * 4);
     }
     return true;
 }
@@ -5683,13 +5594,10 @@ char *sc_part_path(const char *model, sc_part part) {
 
 /* Weights of up to 512 MiB that a CPU will use: worth widening to f32 once, since then no product
  * has to. */
-static bool sc__small_file(const sc_backend *backend, const char *folder) {
-    struct stat s;
-    if (!backend || !backend->on_host) return false;
-    char *path = sc__is_file(folder) ? sc__strdup(folder) : sc__weights_in(folder);
-    bool small = path && stat(path, &s) == 0 && s.st_size <= (off_t)512 << 20 &&
-                 fnmatch("*.json", path, 0);
-    SC_FREE(path);
+static bool sc__small_file(const sc_backend *backend, const char *path) {
+    sc_file *file = backend && backend->on_host ? sc_file_open(path) : NULL;
+    bool small = file && !file->index && file->parts[0].size <= (size_t)512 << 20;
+    sc_file_close(file);
     return small;
 }
 
@@ -6113,8 +6021,7 @@ static sc_tensor *sc__vae_do(sc_vae *v, sc__vae_run *r, const sc_tensor *x, int 
 /* in: pictures or latents, out: mean and logvar of latents [B,2C,h,w] or pictures. */
 static bool sc__vae_apply(sc_vae *v, const sc__vae_half *half, int64_t batch, int64_t h, int64_t w,
                           const float *in, float *out, size_t memory) {
-    if (h < 1 || w < 1)
-        return sc_fail("VAE: %lld x %lld latents", (long long)w, (long long)h);
+    if (h < 1 || w < 1) return sc_fail("VAE: %lld x %lld latents", (long long)w, (long long)h);
     const size_t room = 4096, slack = 1 << 16; /* for sums, and to round up */
     const sc__vae_step *s = half->steps, *last = s + half->count - 1;
     int64_t f = sc_vae_factor(v), count = 65536 / (h * w * f * f); /* small pictures: several */
@@ -6222,20 +6129,6 @@ static void sc__codes_add(sc__codes *s, uint32_t c) {
     s->code[s->count++] = c;
 }
 
-/* The code point at *text, which moves behind it. What is not UTF-8 becomes U+FFFD, one for each
- * longest beginning of a character, as in Python and in browsers. */
-static uint32_t sc__utf8_decode(const char **text) {
-    const unsigned char *s = (const unsigned char *)*text;
-    int size = *s < 0x80 ? 1 : *s < 0xc2 ? 0 : *s < 0xe0 ? 2 : *s < 0xf0 ? 3 : *s < 0xf5 ? 4 : 0;
-    int low = *s == 0xe0 ? 0xa0 : *s == 0xf0 ? 0x90 : 0x80;
-    int high = *s == 0xed ? 0x9f : *s == 0xf4 ? 0x8f : 0xbf, i = 1;
-    uint32_t c = size == 1 ? *s : *s & (0x7fu >> size);
-    for (; i < size && s[i] >= low && s[i] <= high; i++, low = 0x80, high = 0xbf)
-        c = c << 6 | (s[i] & 63);
-    *text += i;
-    return i < size || size == 0 ? 0xfffd : c;
-}
-
 static void sc__codes_add_text(sc__codes *codes, const char *text) {
     while (*text) sc__codes_add(codes, sc__utf8_decode(&text));
 }
@@ -6335,11 +6228,8 @@ static int32_t sc__word_id(const sc_tokenizer *t, const char *s, size_t n) {
     return low < high && !t->words[low].text[n] ? t->words[low].id : -1;
 }
 
-/* A whole number from 0 to 2^24 - 1, or -1. */
-static int32_t sc__json_id(const sc_json *value) {
-    double id = sc_json_number(value, -1);
-    return id >= 0 && id < 1 << 24 && id == floor(id) ? (int32_t)id : -1;
-}
+/* From 0 to 2^24 - 1, or -1. */
+static int32_t sc__json_id(const sc_json *v) { return (int32_t)sc__json_whole(v, (1 << 24) - 1); }
 
 typedef struct sc__ids { int32_t *ids; int limit, count; } sc__ids;
 
@@ -6486,26 +6376,23 @@ static void sc__charsmap_apply(const sc_tokenizer *t, const sc__charsmap *map, c
     }
 }
 
-static void sc__step_apply(const sc_tokenizer *t, const sc__step *step, const uint32_t *s,
-                           size_t n, sc__codes *out) {
-    if (step->fold) sc__fold(t->unicode, s, n, out);
-    if (step->charsmap.data) sc__charsmap_apply(t, &step->charsmap, s, n, out);
-    if (step->fold || step->charsmap.data) return;
-    while (step->right && n && sc__is_space(s[n - 1])) n--;
-    for (; step->left && n && sc__is_space(*s); n--) s++;
-    for (size_t i = 0, end; i < n; i = end) {
-        for (end = i + 1; step->spaces && s[i] == ' ' && end < n && s[end] == ' ';) end++;
-        if (end > i + 1) sc__codes_add_text(out, step->spaces);
-        else sc__codes_add(out, s[i]);
-    }
-}
-
 static void sc__normalise(const sc_tokenizer *t, sc__codes *text) {
-    for (size_t i = 0; i < t->step_count && !text->failed; i++) {
-        sc__codes before = *text;
+    const sc__step *step = t->steps;
+    for (; step < t->steps + t->step_count && !text->failed; step++) {
+        uint32_t *before = text->code, *s = before;
+        size_t n = text->count;
+        bool mapped = step->fold || step->charsmap.data;
         *text = (sc__codes){0};
-        sc__step_apply(t, &t->steps[i], before.code, before.count, text);
-        SC_FREE(before.code);
+        if (step->fold) sc__fold(t->unicode, s, n, text);
+        if (step->charsmap.data) sc__charsmap_apply(t, &step->charsmap, s, n, text);
+        while (step->right && n && sc__is_space(s[n - 1])) n--;
+        for (; step->left && n && sc__is_space(*s); n--) s++;
+        for (size_t i = 0, end; !mapped && i < n; i = end) {
+            for (end = i + 1; step->spaces && s[i] == ' ' && end < n && s[end] == ' ';) end++;
+            if (end > i + 1) sc__codes_add_text(text, step->spaces);
+            else sc__codes_add(text, s[i]);
+        }
+        SC_FREE(before);
     }
 }
 
@@ -6579,8 +6466,7 @@ static bool sc__emit_text(const sc_tokenizer *t, const uint32_t *s, size_t n, bo
         else if (i > from) {
             while (from < i) sc__codes_add(&normal, s[from++]);
             sc__normalise(t, &normal);
-            ok = !normal.failed &&
-                 sc__emit_text(t, normal.code, normal.count, true, at_start, out);
+            ok = !normal.failed && sc__emit_text(t, normal.code, normal.count, true, at_start, out);
             SC_FREE(normal.code);
         }
         if (!special) break;
@@ -6806,10 +6692,8 @@ static bool sc__unigram_read_steps(sc_tokenizer *t, const sc_json *json, const c
     const char *pattern = sc_json_string(sc_json_get(sc_json_get(json, "pattern"), "Regex"), "");
     step->spaces = sc_json_string(sc_json_get(json, "content"), "");
     if (!strcmp(type, "Replace") && !strcmp(pattern, " {2,}")) return true;
-    return sc_fail(
-        "%s: a normalizer '%s' is not supported; Precompiled, Strip, and Replace of the "
-        "Regex ' {2,}' are",
-        path, type);
+    return sc_fail("%s: a normalizer '%s' is not supported; Precompiled, Strip, and Replace of the "
+                   "Regex ' {2,}' are", path, type);
 }
 
 /* How words begin, and which tokens stand around a text. */
@@ -7119,11 +7003,6 @@ sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *m
 
 /* ---- Forward ---- */
 
-static sc_tensor *sc__normed(sc_tape *t, const sc__encoder *e, const sc_tensor *x,
-                             const sc__affine *norm) {
-    return sc_layer_norm(t, x, norm->weight, norm->bias, e->eps);
-}
-
 /* x [1, T, C] through the layers, in place, and of the last norm of it `count` tokens from `first`
  * on; CLIP's attention is causal, T5's has a bias [H, T, T]. What a layer made is given back before
  * the next. */
@@ -7133,39 +7012,35 @@ static bool sc__encoder_run(sc_tape *t, const sc__encoder *e, sc_tensor *x, cons
     sc_mark mark = sc_tape_mark(t);
     for (int i = 0; i < e->layers; i++) {
         const sc__text_layer *l = &e->layer[i];
-        sc_tensor *n = sc__normed(t, e, x, &l->norm[0]);
+        sc_tensor *n = sc_layer_norm(t, x, l->norm[0].weight, l->norm[0].bias, e->eps);
         sc_tensor *o = sc_attention(t, sc_linear(t, n, &l->q), sc_linear(t, n, &l->k),
                                     sc_linear(t, n, &l->v), e->heads, scale, bias, !bias);
         sc_tensor *y = sc_add(t, x, sc_linear(t, o, &l->out));
-        n = sc__normed(t, e, y, &l->norm[1]);
+        n = sc_layer_norm(t, y, l->norm[1].weight, l->norm[1].bias, e->eps);
         sc_tensor *h = sc_activate(t, e->activation, sc_linear(t, n, &l->gate));
         if (e->gated) h = sc_multiply(t, h, sc_linear(t, n, &l->up));
         y = sc_add(t, y, sc_linear(t, h, &l->down));
         if (!sc_copy(t, x, y)) return false;
         sc_tape_rewind(t, mark);
     }
-    return sc_read(t, sc__normed(t, e, sc_slice_tokens(t, x, first, count), &e->last), out);
+    x = sc_slice_tokens(t, x, first, count);
+    return sc_read(t, sc_layer_norm(t, x, e->last.weight, e->last.bias, e->eps), out);
 }
 
-/* Where the pooled vector is: at the first end token, which for the config's 2 is the highest id.
- */
-static int sc__clip_end(const sc_text_encoders *s, const int32_t *ids) {
-    int end = 0;
-    for (int i = s->clip_length - 1; i >= 0; i--)
-        if (s->clip_end == 2 ? ids[i] >= ids[end] : ids[i] == s->clip_end) end = i;
-    return end;
-}
-
-/* ids [clip_length] -> the pooled vector [clip_width]. */
+/* ids [clip_length] -> the pooled vector [clip_width], at the first end token, which for the
+ * config's 2 is the highest id. */
 static bool sc__clip_encode(sc_text_encoders *s, const int32_t *ids, float *pooled) {
     sc_tape *t = s->tape;
     int32_t places[SC__MAX_TOKENS];
-    int length = s->clip_length;
-    for (int i = 0; i < length; i++) places[i] = i;
+    int length = s->clip_length, end = 0;
+    for (int i = length - 1; i >= 0; i--) {
+        places[i] = i;
+        if (s->clip_end == 2 ? ids[i] >= ids[end] : ids[i] == s->clip_end) end = i;
+    }
     sc_tape_reset(t);
     sc_tensor *x = sc_add(t, sc_embed_tokens(t, s->clip.tokens, ids, 1, length),
                           sc_embed_tokens(t, s->clip.position, places, 1, length));
-    return sc__encoder_run(t, &s->clip, x, NULL, sc__clip_end(s, ids), 1, pooled);
+    return sc__encoder_run(t, &s->clip, x, NULL, end, 1, pooled);
 }
 
 /* Half of the buckets for keys behind the query; of each half, half for exact distances, the rest
@@ -7571,8 +7446,7 @@ static bool sc__dataset_unused(sc_dataset *d, const sc__folder *f, bool metadata
             continue;
         pictures += picture;
         captioned += picture && e->other;
-        if (++unused <= NAMES)
-            end += sprintf(end, " %.*s", LONGEST, e->path + strlen(f->path) + 1);
+        if (++unused <= NAMES) end += sprintf(end, " %.*s", LONGEST, e->path + strlen(f->path) + 1);
     }
     if (d->count == 0)
         return sc_fail("%s: no pictures: put in metadata.jsonl, or name.txt beside name.png or "

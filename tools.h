@@ -134,30 +134,6 @@ static uint32_t big_endian(const uint8_t *p, int count) {
     return value;
 }
 
-/* Steps through a PNG's chunks, or a JPEG's segments up to its end marker: the payload of the next
- * one named `tag` (PNG: "eXIf"; JPEG: the byte of the marker; NULL: any) from *at on; NULL: no
- * more, and *at is where that showed. Its name stands 4 bytes before it, of a JPEG 3. */
-static const uint8_t *picture_chunk(const uint8_t *bytes, size_t size, size_t *at, const char *tag,
-                                    size_t *length) {
-    bool png = size > 8 && !memcmp(bytes, "\x89PNG\r\n\x1a\n", 8);
-    size_t head = png ? 8 : 4, tail = png ? 4 : 0;
-    if (!png && (size < 4 || bytes[0] != 0xff || bytes[1] != 0xd8)) return NULL;
-    if (*at == 0) *at = png ? 8 : 2;
-    for (; size - *at >= 2; ++*at) {
-        const uint8_t *p = bytes + *at;
-        if (!png && (p[0] != 0xff || !p[1] || p[1] == 0xff || (p[1] & 0xf8) == 0xd0))
-            continue; /* pixels and their restart markers, or padding */
-        if (size - *at < head + tail || (!png && p[1] == 0xd9)) return NULL;
-        size_t n = png ? big_endian(p, 4) : big_endian(p + 2, 2) - 2u;
-        if (n > size - *at - head - tail) return NULL;
-        *at += head + n + tail;
-        *length = n;
-        if (!tag || (png ? !memcmp(p + 4, tag, 4) : p[1] == (uint8_t)*tag)) return p + head;
-        --*at;
-    }
-    return NULL;
-}
-
 /* What a file says beside its pixels. */
 typedef struct about {
     bool pixels;               /* they have begun */
@@ -203,16 +179,18 @@ static bool png_keyword(const uint8_t *type, size_t n, const char *keyword, byte
 
 /* A PNG's chunks: what is wrong or not supported; NULL: nothing. */
 static const char *png_about(about *a, const uint8_t *bytes, size_t size) {
-    const uint8_t *p;
-    size_t n = 0;
-    while ((p = picture_chunk(bytes, size, &a->at, NULL, &n))) {
-        if (png_crc(p - 4, n + 4) != big_endian(p + n, 4)) return "damaged PNG (wrong checksum)";
-        if (!memcmp(p - 4, "IEND", 4)) return NULL;
-        if (!memcmp(p - 4, "IDAT", 4)) a->pixels = true;
-        if (!memcmp(p - 4, "CgBI", 4)) return "a PNG for iPhones alone (CgBI)" CONVERT_IT;
-        if (!memcmp(p - 4, "eXIf", 4)) keep_last(&a->exif, p, n);
-        if (!png_keyword(p - 4, n, "Raw profile type exif", &a->raw) ||
-            !png_keyword(p - 4, n, "XML:com.adobe.xmp", &a->xmp))
+    size_t n;
+    for (a->at = 8; size - a->at >= 12; a->at += 12 + n) {
+        const uint8_t *type = bytes + a->at + 4, *p = type + 4;
+        n = big_endian(type - 4, 4);
+        if (n > size - a->at - 12) break;
+        if (png_crc(type, n + 4) != big_endian(p + n, 4)) return "damaged PNG (wrong checksum)";
+        if (!memcmp(type, "IEND", 4)) return NULL;
+        if (!memcmp(type, "IDAT", 4)) a->pixels = true;
+        if (!memcmp(type, "CgBI", 4)) return "a PNG for iPhones alone (CgBI)" CONVERT_IT;
+        if (!memcmp(type, "eXIf", 4)) keep_last(&a->exif, p, n);
+        if (!png_keyword(type, n, "Raw profile type exif", &a->raw) ||
+            !png_keyword(type, n, "XML:com.adobe.xmp", &a->xmp))
             return "damaged PNG (compressed text)";
     }
     a->missing = "\0\0\0\0IEND\xae\x42\x60\x82";
@@ -244,11 +222,15 @@ static const char *jpeg_segment(about *a, int marker, const uint8_t *p, size_t n
 /* A JPEG's segments, in the same way. */
 static const char *jpeg_about(about *a, const uint8_t *bytes, size_t size) {
     const char *fault = NULL;
-    const uint8_t *p;
-    size_t n = 0, at = 0;
-    while (!fault && (p = picture_chunk(bytes, size, &at, NULL, &n))) {
-        if (p[-3] == 0xda && !a->pixels) a->pixels = true, a->at = (size_t)(p - 4 - bytes);
-        fault = jpeg_segment(a, p[-3], p, n);
+    size_t at = 2, n;
+    for (; !fault && size - at >= 2; at++) {
+        const uint8_t *p = bytes + at;
+        if (p[0] != 0xff || !p[1] || p[1] == 0xff || (p[1] & 0xf8) == 0xd0)
+            continue; /* pixels and their restart markers, or padding */
+        if (size - at < 4 || p[1] == 0xd9 || (n = big_endian(p + 2, 2) - 2u) > size - at - 4) break;
+        if (p[1] == 0xda && !a->pixels) a->pixels = true, a->at = at;
+        fault = jpeg_segment(a, p[1], p + 4, n);
+        at += 3 + n;
     }
     if (fault) return fault;
     if (size - at < 2 || bytes[at] != 0xff || bytes[at + 1] != 0xd9) return "truncated JPEG";
@@ -831,21 +813,13 @@ void sc_progress(const char *label, int64_t first, int64_t done, int64_t total, 
 
 /* ==== Options ================================================================================ */
 
-typedef enum {
-    SC_FLAG,
-    SC_STRING, /* of those in `argument` one, if it has several: "auto|fp8" */
-    SC_STRINGS,
-    SC_SEED,
-    SC_INT,
-    SC_INTS,
-    SC_FLOAT,
-    SC_RANGE
-} sc_option_kind;
+/* Their values: bool, char *, char *[8], uint64_t, int, int[8] up to a 0, float, float[2]. */
+enum kind { SC_FLAG, SC_STRING, SC_STRINGS, SC_SEED, SC_INT, SC_INTS, SC_FLOAT, SC_RANGE };
 typedef struct sc_option {
     const char *name; /* "--steps"; NULL: a heading in the help */
-    sc_option_kind kind;
-    void *value; /* bool, char *, char *[8], uint64_t, int, int[8] up to a 0, float, float[2] */
-    const char *argument, *help;
+    enum kind kind;
+    void *value;
+    const char *argument, *help; /* of a string with several as "auto|fp8" one is taken */
 } sc_option;
 
 /* Is `text` one of "this|that"? */

@@ -126,6 +126,7 @@ typedef struct training {
     sc_file *cached; /* where they are mapped; NULL: their memory is ours */
     int pairs;
     sc_batch batch;
+    sc_text *batch_texts;
     float *batch_memory;
     const char *state, *losses, *picture, *cache; /* paths */
     int64_t step;
@@ -145,10 +146,9 @@ static int text_of(const training *t, int64_t pair) {
 
 /* A batch: pairs of one size, drawn with replacement; latents sampled from the posterior. */
 static void draw_batch(training *t) {
-    const sc_flux_config *c = t->config;
     const sc_tensor *latents = t->data + LATENTS;
     const sc_tensor *first = &latents[sc_uniform_int(&t->rng, t->pairs)];
-    int64_t n = sc_count(first) / 2, text_size = (int64_t)t->batch.text_tokens * c->text_channels;
+    int64_t n = sc_count(first) / 2;
     float *x0 = t->batch_memory, *noise = x0 + o.batch * n;
     for (int b = 0; b < o.batch; b++) {
         const sc_tensor *x = first;
@@ -156,11 +156,8 @@ static void draw_batch(training *t) {
                 x = &latents[sc_uniform_int(&t->rng, t->pairs)];
             while (x->shape[1] != first->shape[1] || x->shape[2] != first->shape[2]);
         const float *mean = x->data;
-        sc_text text = text_row(t, text_of(t, x - latents));
         sc_sample_posterior(&t->rng, n, mean, mean + n, x0 + b * n);
-        memcpy(t->batch.context + b * text_size, text.context, (size_t)text_size * 4);
-        memcpy(t->batch.pooled + b * c->pooled_channels, text.pooled,
-               (size_t)c->pooled_channels * 4);
+        t->batch_texts[b] = text_row(t, text_of(t, x - latents));
     }
     sc_normal(&t->rng, noise, o.batch * n);
     t->batch.x0 = x0;
@@ -445,7 +442,7 @@ static bool save_cache(const training *t, const char *fingerprint) {
     size_t n = (size_t)(LATENTS + t->pairs);
     sc_named *named = allocate(n, sizeof *named);
     for (size_t i = 0; named && i < n; i++)
-        named[i] = (sc_named){data_name((int)i), &t->data[i], t->data[i].dtype};
+        named[i] = (sc_named){data_name((int)i), t->data[i], t->data[i].dtype};
     bool ok = named && sc_file_save(t->cache, named, (int64_t)n,
                                     (const char *[]){"fingerprint", fingerprint, NULL});
     free(named);
@@ -691,22 +688,21 @@ static void set_recipe(training *t) {
 
 /* The trained numbers, and memory for a batch of the largest pictures; it is left as such a one. */
 static bool open_params(training *t) {
-    const sc_flux_config *c = t->config;
     const sc_tensor *largest = &t->data[LATENTS];
     if (all_weights()) t->params = sc_params_full(t->pipeline->flux, !o.pretrain);
     if (all_weights() ? !t->params : !start_lora(t)) return false;
     for (int i = 0; i < t->pairs; i++)
         if (sc_count(&t->data[LATENTS + i]) > sc_count(largest)) largest = &t->data[LATENTS + i];
     int64_t b = o.batch, n = sc_count(largest) / 2;
-    int64_t text = (int64_t)t->pipeline->text_tokens * c->text_channels;
-    float *x = t->batch_memory = allocate((size_t)(b * (2 * n + text + c->pooled_channels)), 4);
-    if (!x) return false;
+    float *x = t->batch_memory = allocate((size_t)(2 * b * n), sizeof *x);
+    t->batch_texts = allocate((size_t)b, sizeof *t->batch_texts);
+    if (!x || !t->batch_texts) return false;
     int64_t first = b * sc_rank / sc_processes;
     t->batch = (sc_batch){o.batch, (int)largest->shape[1], (int)largest->shape[2],
                           t->pipeline->text_tokens, (int)first,
                           (int)(b * (sc_rank + 1) / sc_processes - first), x, x + b * n,
-                          .context = x + 2 * b * n, .pooled = x + b * (2 * n + text),
-                          .no_context = text_row(t, 0).context, .no_pooled = text_row(t, 0).pooled};
+                          t->batch_texts, text_row(t, 0)};
+    for (int i = 0; i < o.batch; i++) t->batch_texts[i] = t->batch.no_text;
     return true;
 }
 
@@ -781,7 +777,7 @@ static bool check_places(const training *t, bool named, bool *made) {
 
 static void close_training(training *t) {
     forget_data(t);
-    free(t->data), free(t->batch_memory);
+    free(t->data), free(t->batch_memory), free(t->batch_texts);
     sc_params_free(t->params);
     sc_pipeline_close(t->pipeline);
     sc_unlock();

@@ -311,14 +311,16 @@ static double measure_training(sc_flux *f, int batch, const char *weights) {
     sc_params *p = sc_params_lora(f, 64, 64, 1);
     sc_tape *t = sc_tape_new(gpu);
     if (!p || !t) stop();
+    sc_text *texts = malloc((size_t)batch * sizeof *texts);
+    for (int i = 0; i < batch; i++)
+        texts[i] = (sc_text){normal((int64_t)256 * 4096), normal(768), false};
     sc_batch b = {.size = batch,
                   .h = 32,
                   .w = 32,
                   .text_tokens = 256,
                   .x0 = normal(batch * 65536),
                   .noise = normal(batch * 65536),
-                  .context = normal((int64_t)batch * 256 * 4096),
-                  .pooled = normal(batch * 768)};
+                  .texts = texts};
     sc_recipe recipe = {.teacher_ratio = 0.4f,
                         .teacher_steps = 32,
                         .self_steps = {2, 4, 8, 16},
@@ -346,7 +348,9 @@ static double measure_training(sc_flux *f, int batch, const char *weights) {
            plan.kept, plan.blocks, plan.remade ? " but what is cheap" : "",
            (double)gpu->memory_left() / (1 << 30), loss, norm);
     fflush(stdout);
-    free((void *)b.x0), free((void *)b.noise), free(b.context), free(b.pooled);
+    free((void *)b.x0), free((void *)b.noise);
+    for (int i = 0; i < batch; i++) free(texts[i].context), free(texts[i].pooled);
+    free(texts);
     sc_tape_free(t);
     sc_params_free(p);
     return times[3];

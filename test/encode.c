@@ -7,7 +7,6 @@
 int main(int argc, char **argv) {
     enum { MOST = 256 };
     static sc_named named[2 * MOST];
-    static sc_tensor tensors[2 * MOST];
     static char names[2 * MOST][32];
     char *text = NULL;
     size_t room = 0;
@@ -17,15 +16,13 @@ int main(int argc, char **argv) {
     while (count < 2 * MOST && getdelim(&text, &room, 0, stdin) > 0) {
         int64_t widths[2] = {(int64_t)length * t->t5.width, t->clip.width};
         for (int k = 0; k < 2; k++) {
-            sc_tensor *x = &tensors[count + k];
-            *x = (sc_tensor){.dtype = SC_F32,
-                             .ndim = 1,
-                             .shape = {widths[k]},
-                             .data = sc__alloc((size_t)widths[k], 4)};
+            sc_tensor x = {.ndim = 1, .shape = {widths[k]}};
+            x.data = sc__alloc((size_t)widths[k], 4);
             snprintf(names[count + k], sizeof *names, "%s.%d", k ? "pooled" : "context", count / 2);
             named[count + k] = (sc_named){names[count + k], x, SC_F32};
         }
-        if (!sc_text_encode(t, text, length, tensors[count].data, tensors[count + 1].data))
+        if (!sc_text_encode(t, text, length, named[count].tensor.data,
+                            named[count + 1].tensor.data))
             return fprintf(stderr, "%s\n", sc_error()), 1;
         count += 2;
     }

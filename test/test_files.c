@@ -492,10 +492,10 @@ static bool save_some(const char *path) {
     sc_tensor scalar = {.data = some_doubles, .dtype = SC_F64};
     sc_tensor integers = {.data = some_integers, .dtype = SC_I64, .ndim = 1, .shape = {2}};
     sc_tensor empty = {.data = NULL, .dtype = SC_F32, .ndim = 2, .shape = {0, 4}};
-    sc_named all[] = {{"bytes", &bytes, SC_U8},        {"as bf16", &values, SC_BF16},
-                      {"as f16", &values, SC_F16},     {"name \"q\" \xe2\x82\xac", &values, SC_F32},
-                      {"f8", &f8, SC_F8_E4M3},         {"scalar", &scalar, SC_F64},
-                      {"integers", &integers, SC_I64}, {"empty", &empty, SC_BF16}};
+    sc_named all[] = {{"bytes", bytes, SC_U8},        {"as bf16", values, SC_BF16},
+                      {"as f16", values, SC_F16},     {"name \"q\" \xe2\x82\xac", values, SC_F32},
+                      {"f8", f8, SC_F8_E4M3},         {"scalar", scalar, SC_F64},
+                      {"integers", integers, SC_I64}, {"empty", empty, SC_BF16}};
     return sc_file_save(path, all, 8, metadata);
 }
 
@@ -531,7 +531,7 @@ static void test_round_trip(void) {
     CHECK(!strcmp(sc_file_metadata(f, "command \"line\""), "a\\b\n\x01 \xc3\xa9 \xef\xbf\xbd|"));
 
     /* over the very file that is mapped: its old contents stay readable */
-    sc_named again = {"values", sc_file_find(f, "as bf16"), SC_BF16};
+    sc_named again = {"values", *sc_file_find(f, "as bf16"), SC_BF16};
     CHECK(sc_file_save(in_folder("some.safetensors"), &again, 1, NULL));
     check_tensor(f, "as bf16", SC_BF16, 2, bf16, 14);
     sc_file_close(f);
@@ -674,7 +674,7 @@ static int temporaries(void) {
 static bool save_large(const char *path) {
     static float values[65536];
     sc_tensor x = {.data = values, .dtype = SC_F32, .ndim = 1, .shape = {65536}};
-    sc_named named = {"x", &x, SC_F32};
+    sc_named named = {"x", x, SC_F32};
     return sc_file_save(path, &named, 1, NULL);
 }
 
@@ -736,7 +736,7 @@ static void test_replaced(void) {
 static void test_unwritable(void) {
     double x = 0;
     sc_tensor doubles = {.data = &x, .dtype = SC_F64};
-    sc_named wrong = {"x", &doubles, SC_F32};
+    sc_named wrong = {"x", doubles, SC_F32};
     CHECK(save_some(in_folder("old.safetensors")));
     check_message(!save_some(in_folder("no/such/folder.safetensors")), "no folder",
                   "cannot write: No such file");

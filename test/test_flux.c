@@ -269,6 +269,13 @@ static void test_lora_file(void) {
 
 /* ---- The SCFM target ---- */
 
+static void texts_of(const fixture *f, sc_text texts[8]) {
+    const sc_flux_config *c = sc_flux_config_of(f->flux);
+    for (int64_t i = 0; i < 8 && i < f->batch; i++)
+        texts[i] = (sc_text){f->context + i * f->text * c->text_channels,
+                             f->pooled + i * c->pooled_channels, false};
+}
+
 /* cfg: the teacher's, and the averages'. */
 static void check_target(const char *name, const char *expected_name, float cfg, float own) {
     fixture f = open_fixture(name);
@@ -291,8 +298,10 @@ static void check_target(const char *name, const char *expected_name, float cfg,
     }
     sc_tape_reset(f.tape);
     sc__flux_model self = {.flux = f.flux, .params = p, .h = f.h, .w = f.w};
-    CHECK(sc__flux_text(&self, f.tape, (int)f.batch, (int)f.text, f.context, f.pooled, no_context,
-                        no_pooled));
+    sc_text texts[8];
+    texts_of(&f, texts);
+    CHECK(sc__flux_text(&self, f.tape, (int)f.batch, (int)f.text, texts,
+                        (sc_text){no_context, no_pooled, false}));
     sc_model model = {sc__flux_model_velocity, &self};
     sc_tensor *x = sc_noisy(f.tape, draws, tensor(&f, x0), tensor(&f, noise)),
               *target = tensor(&f, x0);
@@ -331,9 +340,7 @@ static void test_cfg_sample(void) {
     sc_sampling s = {.steps = 3, .shift = 3, .cfg = 2.5f, .h = f.h, .w = f.w,
                      .no_text = {no_context, no_pooled, false}};
     sc_text texts[8];
-    for (int64_t i = 0; i < f.batch; i++)
-        texts[i] = (sc_text){f.context + i * f.text * sc_flux_config_of(f.flux)->text_channels,
-                             f.pooled + i * sc_flux_config_of(f.flux)->pooled_channels, false};
+    texts_of(&f, texts);
     CHECK(sc_sample(f.flux, f.tape, &s, (int)f.batch, (int)f.text, texts, x));
     CHECK(rel_error(x, expected, f.n) < 1e-5);
     printf("error of a sample with true CFG %.1e\n", rel_error(x, expected, f.n));

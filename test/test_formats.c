@@ -12,7 +12,6 @@
 
 typedef struct tensors {
     sc_named named[600];
-    sc_tensor tensor[600];
     char name[600][400];
     int count;
 } tensors;
@@ -21,19 +20,15 @@ static void add(tensors *t, const char *name, sc_dtype type, int64_t rows, int64
                 void *data) {
     int i = t->count++;
     snprintf(t->name[i], sizeof t->name[i], "%s", name);
-    t->tensor[i] = (sc_tensor){.data = data,
-                               .dtype = type,
-                               .ndim = columns ? 2
-                                       : rows  ? 1
-                                               : 0,
-                               .shape = {rows, columns}};
-    t->named[i] = (sc_named){t->name[i], &t->tensor[i], type};
+    sc_tensor x = {.data = data, .dtype = type, .ndim = (rows > 0) + (columns > 0)};
+    x.shape[0] = rows, x.shape[1] = columns;
+    t->named[i] = (sc_named){t->name[i], x, type};
 }
 
 static tensors *new_tensors(void) { return calloc(1, sizeof(tensors)); }
 
 static void free_tensors(tensors *t) {
-    for (int i = 0; i < t->count; i++) free(t->tensor[i].data);
+    for (int i = 0; i < t->count; i++) free(t->named[i].tensor.data);
     free(t);
 }
 
@@ -282,8 +277,8 @@ static void test_layouts(void) {
         tensors *t = to_bfl("", scales[i]);
         sc_flux *f = open_as(t, "fp8"),
                 *wide = sc_flux_open(sc_cpu(), in_folder("fp8"), &(sc_flux_options){.widen = true});
-        CHECK(f && f->double_blocks[0].image.q.weight->dtype == SC_F8_E4M3 &&
-              f->double_blocks[0].image.q.weight->scale);
+        CHECK(f && f->blocks[0].stream[0].q.weight->dtype == SC_F8_E4M3 &&
+              f->blocks[0].stream[0].q.weight->scale);
         CHECK(difference(f, wide) == 0);
         CHECK(difference(f, original) < 0.1 && difference(f, original) > 0);
         sc_flux_close(f), sc_flux_close(wide);
@@ -353,7 +348,7 @@ static void test_bad_weights(void) {
     float *scale = NULL;
     int lost = 0;
     for (int i = 0; i < t->count; i++)
-        if (strstr(t->name[i], "img_attn.qkv.scale_weight")) scale = t->tensor[lost = i].data;
+        if (strstr(t->name[i], "img_attn.qkv.scale_weight")) scale = t->named[lost = i].tensor.data;
     *scale = NAN;
     refused(open_as(t, "bad"), "is not a positive number");
     *scale = 1;
@@ -365,12 +360,13 @@ static void test_bad_weights(void) {
     sc_flux_close(f);
     free_tensors(t);
     t = to_bfl("", NULL);
-    ((float *)t->tensor[1].data)[3] = NAN; /* a bias; matrices are not read when they are opened */
+    float *bias = t->named[1].tensor.data; /* matrices are not read when they are opened */
+    bias[3] = NAN;
     refused(open_as(t, "bad"), "holds a value that is nan");
-    ((float *)t->tensor[1].data)[3] = 0;
-    t->tensor[0].shape[0]--;
+    bias[3] = 0;
+    t->named[0].tensor.shape[0]--;
     refused(open_as(t, "bad"), "must be [32,16] here");
-    t->tensor[0].shape[0]++;
+    t->named[0].tensor.shape[0]++;
     snprintf(t->name[0], sizeof t->name[0], "img_out.weight");
     refused(open_as(t, "bad"), "'x_embedder.weight' is missing");
     free_tensors(t);
@@ -408,10 +404,10 @@ static void test_model_shards(void) {
           strstr(sc_error(), "x.safetensors.index.json: these shards would be read instead"));
     refused(open_shards(t, "3.safetensors"), "3.safetensors: No such file");
     refused(open_shards(t, "../2.safetensors"), "is not a plain file name");
-    t->tensor[n - 1].shape[0]--; /* a shard of another model: the same names, other sizes */
+    t->named[n - 1].tensor.shape[0]--; /* a shard of another model: the same names, other sizes */
     CHECK(sc_file_save(in_folder("bad/2.safetensors"), t->named + half, n - half, NULL));
     refused(open_shards(t, "2.safetensors"), "here");
-    t->tensor[n - 1].shape[0]++;
+    t->named[n - 1].tensor.shape[0]++;
     CHECK(sc_file_save(in_folder("bad/2.safetensors"), t->named + half, n - half - 1,
                        NULL)); /* or other names */
     refused(open_shards(t, "2.safetensors"), "is not in its shard '2.safetensors'");
@@ -569,10 +565,10 @@ static void test_dialects(void) {
     float **whole = zero_differences(f);
     tensors *integers = random_lora(f, 5, 2, 6, 5, whole);
     for (int i = 0; i < integers->count; i++)
-        if (integers->tensor[i].ndim == 0) {
-            integers->tensor[i].data = realloc(integers->tensor[i].data, 8);
-            *(int64_t *)integers->tensor[i].data = 6;
-            integers->tensor[i].dtype = integers->named[i].dtype = SC_I64;
+        if (integers->named[i].tensor.ndim == 0) {
+            integers->named[i].tensor.data = realloc(integers->named[i].tensor.data, 8);
+            *(int64_t *)integers->named[i].tensor.data = 6;
+            integers->named[i].tensor.dtype = integers->named[i].dtype = SC_I64;
         }
     CHECK(sc_lora_load(f, save(integers, "lora.safetensors"), 1, &report));
     CHECK(merged_error(f, base, whole) < 1e-5);
@@ -582,7 +578,8 @@ static void test_dialects(void) {
     float **one = zero_differences(f);
     tensors *lone = random_lora(f, 5, 4, 4, 5, one);
     lone->name[2][0] = 0; /* left out */
-    lone->named[2] = lone->named[--lone->count];
+    sc_named left = lone->named[2];
+    lone->named[2] = lone->named[--lone->count], lone->named[lone->count] = left;
     CHECK(sc_lora_load(f, save(lone, "lora.safetensors"), 1, &report) && !*report.missed);
     lone->count++;
     CHECK(merged_error(f, base, one) < 1e-5);
@@ -592,7 +589,7 @@ static void test_dialects(void) {
     float **w = zero_differences(f), **again = zero_differences(f);
     tensors *t = random_lora(f, 0, 3, 3 * 0.5f, 6, w), *u = random_lora(f, 5, 2, -2, 7, w);
     for (int i = 0; i < u->count; i++)
-        if (u->tensor[i].ndim == 0) *(float *)u->tensor[i].data = 4;
+        if (u->named[i].tensor.ndim == 0) *(float *)u->named[i].tensor.data = 4;
     CHECK(sc_lora_load(f, save(t, "one.safetensors"), 0.5f, &report));
     CHECK(sc_lora_load(f, save(u, "two.safetensors"), -0.5f, &report));
     for (int i = 0; i < f->module_count; i++)
@@ -785,8 +782,10 @@ static void test_unread(void) {
     }
     tensors *t = to_bfl("", "weight_scale"); /* as many scales as rows, but of blocks */
     for (int i = 0; i < t->count; i++)
-        if (strstr(t->name[i], "img_in.weight_scale"))
-            t->tensor[i].ndim = 2, t->tensor[i].shape[0] /= 2, t->tensor[i].shape[1] = 2;
+        if (strstr(t->name[i], "img_in.weight_scale")) {
+            sc_tensor *x = &t->named[i].tensor;
+            x->ndim = 2, x->shape[0] /= 2, x->shape[1] = 2;
+        }
     refused(open_as(t, "unread"), "one number, or one a row");
     free_tensors(t);
 }
@@ -843,10 +842,10 @@ static void test_bad_loras(void) {
     for (int i = 0; i < 5; i++) {
         t = random_lora(f, 5, 2, 2, 8, NULL);
         if (i == 0) snprintf(t->name[1], sizeof t->name[1], "nothing");
-        if (i == 1) t->tensor[1].shape[0]--;
-        if (i == 2) ((float *)t->tensor[1].data)[3] = NAN;
-        if (i == 3) t->tensor[0].shape[0]--;
-        if (i == 4) *(float *)t->tensor[2].data = INFINITY;
+        if (i == 1) t->named[1].tensor.shape[0]--;
+        if (i == 2) ((float *)t->named[1].tensor.data)[3] = NAN;
+        if (i == 3) t->named[0].tensor.shape[0]--;
+        if (i == 4) *(float *)t->named[2].tensor.data = INFINITY;
         CHECK(!sc_lora_load(f, save(t, "lora.safetensors"), 1, &report) &&
               strstr(sc_error(), words[i]));
         if (!strstr(sc_error(), words[i])) printf("  %s\n", sc_error());

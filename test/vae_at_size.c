@@ -50,10 +50,10 @@ int main(int argc, char **argv) {
                      {.data = mean, .ndim = 4, .shape = {1, c, h, h}},
                      {.data = latents, .ndim = 4, .shape = {1, c, h, h}},
                      {.data = decoded, .ndim = 4, .shape = {1, 3, side, side}}};
-    const sc_named named[] = {{"picture", &x[0], SC_F32},
-                              {"mean", &x[1], SC_F32},
-                              {"latents", &x[2], SC_F32},
-                              {"decoded", &x[3], SC_F32}};
+    const sc_named named[] = {{"picture", x[0], SC_F32},
+                              {"mean", x[1], SC_F32},
+                              {"latents", x[2], SC_F32},
+                              {"decoded", x[3], SC_F32}};
     ok = ok && sc_file_save(argv[4], named, 4, NULL);
     sc_vae_close(v);
     free(picture);
