@@ -64,10 +64,8 @@ static void launch(const char *name, void (*kernel)(P...), dim3 blocks, int thre
                    A... args) {
     if (gpu.failed || blocks.x == 0 || blocks.y == 0 || blocks.z == 0) return;
 #ifdef __CUDACC__
-    if (shared > 48 << 10)
-        check(
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared),
-            name);
+    const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    if (shared > 48 << 10) check(cudaFuncSetAttribute(kernel, limit, (int)shared), name);
     kernel<<<blocks, threads, shared, gpu.stream>>>((P)args...);
     check(cudaGetLastError(), name);
 #else
@@ -266,15 +264,12 @@ static void free_unused_blocks() {
 
 static void *no_memory(size_t bytes) {
     size_t left = 0, total = 0;
-    char text[400];
     if (cudaMemGetInfo(&left, &total) != cudaSuccess) cudaGetLastError();
-    snprintf(text, sizeof text,
-             "not enough GPU memory: %zu MiB are held and %zu MiB more are needed, but "
-             "%zu of %zu MiB are free; fewer or smaller pictures at once, --weights fp8 or "
-             "--weights-on host need less",
-             blocks.held >> 20, bytes >> 20, left >> 20, total >> 20);
-    sc_fail("%s", text);
-    return NULL;
+    return sc_fail("not enough GPU memory: %zu MiB are held and %zu MiB more are needed, but "
+                   "%zu of %zu MiB are free; fewer or smaller pictures at once, --weights fp8 or "
+                   "--weights-on host need less",
+                   blocks.held >> 20, bytes >> 20, left >> 20, total >> 20),
+           nullptr;
 }
 
 /* The smallest unused block of `size` bytes to a quarter more; operations' are at the end. */
@@ -829,17 +824,15 @@ static int32_t alignment(const void *p) { /* the largest power of two up to 256 
     return a;
 }
 
-static bool make_layout(cublasLtMatrixLayout_t *layout, int32_t type, int64_t rows, int64_t columns,
-                        int64_t ld, const Shape *s, int64_t stride) {
-    return check(lt.MatrixLayoutCreate(layout, (cudaDataType_t)type, (uint64_t)rows,
-                                       (uint64_t)columns, ld),
-                 "matrix layout") &&
-           check(lt.MatrixLayoutSetAttribute(*layout, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &s->batch,
-                                             sizeof s->batch),
-                 "matrix batch") &&
-           check(lt.MatrixLayoutSetAttribute(*layout, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
-                                             &stride, sizeof stride),
-                 "matrix stride");
+static bool make_layout(cublasLtMatrixLayout_t *layout, int32_t type, uint64_t rows,
+                        uint64_t columns, int64_t ld, const Shape *s, int64_t stride) {
+    const char *what = "matrix layout";
+    auto set = [&](cublasLtMatrixLayoutAttribute_t name, const auto &x) {
+        return check(lt.MatrixLayoutSetAttribute(*layout, name, &x, sizeof x), what);
+    };
+    return check(lt.MatrixLayoutCreate(layout, (cudaDataType_t)type, rows, columns, ld), what) &&
+           set(CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, s->batch) &&
+           set(CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, stride);
 }
 
 static bool has_gelu(int32_t epilogue) { return (epilogue & CUBLASLT_EPILOGUE_GELU) != 0; }
@@ -862,26 +855,19 @@ static bool refused(Plan *p, cublasStatus_t status) {
 static bool find_algorithm(Plan *p) {
     const Shape *s = &p->shape;
     cublasLtMatmulPreference_t preference;
-    uint64_t workspace = WORKSPACE;
-    /* Slices of k are added in f32, or not cut: in C's own type each would be rounded to bf16. */
-    uint32_t reduction = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
     cublasLtMatmulHeuristicResult_t found;
     int count = 0;
     if (!check(lt.MatmulPreferenceCreate(&preference), "matmul preference")) return false;
-    const struct {
-        cublasLtMatmulPreferenceAttributes_t name;
-        const void *value;
-        size_t size;
-    } attributes[] = {
-        {CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace},
-        {CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reduction, sizeof reduction},
-        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &s->align_b, 4}, /* its A is our B */
-        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &s->align_a, 4},
-        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &s->align_c, 4},
-        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &s->align_c, 4}};
-    for (const auto &w : attributes)
-        check(lt.MatmulPreferenceSetAttribute(preference, w.name, w.value, w.size),
-              "matmul preference");
+    auto set = [&](cublasLtMatmulPreferenceAttributes_t name, const auto &x) {
+        check(lt.MatmulPreferenceSetAttribute(preference, name, &x, sizeof x), "matmul preference");
+    };
+    set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (uint64_t)WORKSPACE);
+    /* Slices of k are added in f32, or not cut: in C's own type each would be rounded to bf16. */
+    set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE);
+    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, s->align_b); /* its A is our B */
+    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, s->align_a);
+    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, s->align_c);
+    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, s->align_c);
     cublasStatus_t status = lt.MatmulAlgoGetHeuristic(gpu.lt, p->matmul, p->a, p->b, p->c, p->c,
                                                       preference, 1, &found, &count);
     lt.MatmulPreferenceDestroy(preference);
@@ -2778,18 +2764,15 @@ static sc_backend make_table() {
 }
 
 static bool no_gpu(cudaError_t why) {
-    char text[256];
     int driver = 0;
     cudaGetLastError();
     if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
         return sc_fail("no GPU: no NVIDIA driver is installed");
     if (why == cudaErrorInsufficientDriver)
-        snprintf(text, sizeof text,
-                 "no GPU: the driver is for CUDA %d.%d, this program needs %d.%d or newer",
-                 driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000,
-                 CUDART_VERSION % 1000 / 10);
-    else snprintf(text, sizeof text, "no GPU: %s", cudaGetErrorString(why));
-    return sc_fail("%s", text);
+        return sc_fail("no GPU: the driver is for CUDA %d.%d, this program needs %d.%d or newer",
+                       driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000,
+                       CUDART_VERSION % 1000 / 10);
+    return sc_fail("no GPU: %s", cudaGetErrorString(why));
 }
 
 static bool open_device() {
@@ -2802,25 +2785,19 @@ static bool open_device() {
     if ((status = cudaGetDeviceProperties(&properties, gpu.number)) != cudaSuccess)
         return no_gpu(status);
     snprintf(gpu.name, sizeof gpu.name, "%.60s", properties.name);
-    if (properties.major < 8) {
-        char text[256];
-        snprintf(text, sizeof text,
-                 "no GPU: %s has compute capability %d.%d; 8.0 or more is needed", gpu.name,
-                 properties.major, properties.minor);
-        return sc_fail("%s", text);
-    }
+    if (properties.major < 8)
+        return sc_fail("no GPU: %s has compute capability %d.%d; 8.0 or more is needed", gpu.name,
+                       properties.major, properties.minor);
     gpu.capability = 10 * properties.major + properties.minor;
     gpu.sm_count = properties.multiProcessorCount;
     gpu.shared_memory = properties.sharedMemPerBlockOptin;
-    if (!open_cublas()) return false;
     bool ok =
-        check(cudaSetDevice(gpu.number), "cudaSetDevice") &&
+        open_cublas() && check(cudaSetDevice(gpu.number), "cudaSetDevice") &&
         check(cudaStreamCreateWithFlags(&gpu.stream, cudaStreamNonBlocking), "cudaStreamCreate") &&
         check(cudaMalloc(&gpu.workspace, WORKSPACE), "cuBLASLt's workspace") &&
         check(lt.Create(&gpu.lt), "cuBLASLt");
-    ok = ok &&
-         check(cudaMallocHost((void **)&posts.value, SC_POSTS * SC_POST_SIZE * sizeof *posts.value),
-               "pinned memory");
+    size_t posted = SC_POSTS * SC_POST_SIZE * sizeof *posts.value;
+    ok = ok && check(cudaMallocHost((void **)&posts.value, posted), "pinned memory");
     for (int i = 0; ok && i < SC_POSTS; i++)
         ok = check(cudaEventCreateWithFlags(&posts.done[i], cudaEventDisableTiming), "post");
     for (int i = 0; ok && i < STAGES; i++)
@@ -2832,16 +2809,12 @@ static bool open_device() {
 
 extern "C" const sc_backend *sc_cuda(void) {
     static sc_backend table;
-    static bool tried, ok;
+    static bool tried;
     static char why[256];
-    if (!tried) {
-        ok = open_device();
-        if (ok) table = make_table();
-        else snprintf(why, sizeof why, "%s", sc_error());
-    }
+    if (!tried && open_device()) table = make_table();
+    else if (!tried) snprintf(why, sizeof why, "%s", sc_error());
     tried = true;
-    if (!ok) sc_fail("%s", why);
-    return ok ? &table : NULL;
+    return table.name ? &table : (sc_fail("%s", why), nullptr);
 }
 
 #ifdef SHORTCUT_MPI

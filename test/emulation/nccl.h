@@ -1,6 +1,7 @@
-/* nccl.h: what shortcut_cuda.cu uses of NCCL, by MPI and on the CPU, for the imitation of CUDA beside
- * it. A sum makes its stream come to its end first, as if the GPU had been quick; work that was
- * queued elsewhere is as late as ever, so that a sum on a wrong stream adds up what is not there. */
+/* nccl.h: what shortcut_cuda.cu uses of NCCL, by MPI and on the CPU, for the imitation of CUDA
+ * beside it. A sum makes its stream come to its end first, as if the GPU had been quick; work that
+ * was queued elsewhere is as late as ever, so that a sum on a wrong stream adds up what is not
+ * there. */
 #ifndef EMULATION_NCCL_H
 #define EMULATION_NCCL_H
 
@@ -14,8 +15,12 @@
 typedef enum { ncclSuccess, ncclInvalidUsage } ncclResult_t;
 typedef enum { ncclFloat } ncclDataType_t;
 typedef enum { ncclSum } ncclRedOp_t;
-typedef struct { char internal[128]; } ncclUniqueId;
-typedef struct emulation_group { int rank, count; } *ncclComm_t;
+typedef struct {
+    char internal[128];
+} ncclUniqueId;
+typedef struct emulation_group {
+    int rank, count;
+} *ncclComm_t;
 
 static inline const char *ncclGetErrorString(ncclResult_t status) {
     return status == ncclSuccess ? "no error" : "invalid usage";
@@ -33,7 +38,8 @@ static inline bool emulation_agree(bool ok) {
 }
 
 /* All must come with the id that one of them made, and with their own numbers. */
-static inline ncclResult_t ncclCommInitRank(ncclComm_t *comm, int count, ncclUniqueId id, int rank) {
+static inline ncclResult_t ncclCommInitRank(ncclComm_t *comm, int count, ncclUniqueId id,
+                                            int rank) {
     ncclUniqueId expected;
     int size, number;
     MPI_Comm_size(MPI_COMM_WORLD, &size);
