@@ -26,7 +26,7 @@ many() { # processes, program, arguments...
     count=$1 program=$2
     shift 2
     rm -f "$dir/pids"
-    timeout -k 5 120 mpirun -n "$count" sh "$dir/start" "$bin/$program" "$@"
+    timeout -k 5 900 mpirun -n "$count" sh "$dir/start" "$bin/$program" "$@"
 }
 run() { # processes (0: the program without MPI), name of the run, options...
     number=$1 name=$2
@@ -38,10 +38,16 @@ near() { # two runs, steps: are the losses within 1e-6 (or so much)?
     paste -d, "$dir/$1/loss.csv" "$dir/$2/loss.csv" | awk -F, -v n="$3" -v most="${4:-1e-6}" '
         NR > 1 { d = $2 / $6 - 1; if (!(d < most && d > -most)) bad = 1 } END { exit bad || NR != n + 1 }'
 }
-gone() { # none of the processes runs any more (one that is not yet waited for may be there)
-    for pid in $(cat "$dir/pids"); do
-        case $(ps -o stat= -p "$pid") in '' | Z*) ;; *) return 1 ;; esac
+gone() { # soon none of the processes runs any more (one that is not yet waited for may be there)
+    for i in $(seq 100); do
+        left=0
+        for pid in $(cat "$dir/pids"); do
+            case $(ps -o stat= -p "$pid") in '' | Z*) ;; *) left=1 ;; esac
+        done
+        [ $left = 0 ] && return 0
+        sleep 0.1
     done
+    return 1
 }
 once() { # words: one line says error, with host and process, and these
     [ "$(grep -c '^error:' "$dir/log")" = 1 ] && grep -q "^error: $(uname -n)[^ ]*, process [0-9]*: .*$1" "$dir/log"
