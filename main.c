@@ -339,9 +339,9 @@ static bool run_setting(experiment *x, const setting *s, int count, bool show, m
     float *own = (float *)allocate((size_t)(2 * o.batch * x->pixels), sizeof *own), *rgb = own;
     double started = sc_seconds(), drawing = 0, squares = 0, energy = 0;
     sc_lora_report report;
-    sc_lora_unload(x->p->flux);
+    sc_lora_unload(x->p->dit);
     bool ok =
-        own && (!s->lora || !s->scale || sc_lora_load(x->p->flux, s->lora, s->scale, &report));
+        own && (!s->lora || !s->scale || sc_lora_load(x->p->dit, s->lora, s->scale, &report));
     *m = (measures){0};
     for (int first = 0; ok && first < count; first += o.batch) {
         int n = count - first < o.batch ? count - first : o.batch, class_of;
@@ -551,8 +551,8 @@ static bool load_real(experiment *x) {
 static int experiment_main(void) {
     experiment x = {0};
     if (!o.lora[0]) o.lora[0] = sc_own_lora(o.model);
-    const sc_pipeline_options how = {.flux.fp8 = !strcmp(o.weights, "fp8"),
-                                     .flux.streamed = !strcmp(o.weights_on, "host"),
+    const sc_pipeline_options how = {.dit.fp8 = !strcmp(o.weights, "fp8"),
+                                     .dit.streamed = !strcmp(o.weights_on, "host"),
                                      .transformer = o.transformer};
     bool ok = (sc_rank || (sc_apart(o.out, o.prompts) &&
                            sc_check_out(o.out, ".png", o.named, o.model, o.lora))) &&
@@ -563,8 +563,8 @@ static int experiment_main(void) {
         ok = sc_fail("--resolution is a multiple of %d pixels, not %d", x.p->token_pixels,
                      x.p->resolution);
     for (; ok && x.loras < 8 && o.lora[x.loras]; x.loras++) /* now, not after minutes of drawing */
-        ok = sc_load_lora_argument(x.p->flux, o.lora[x.loras], 3, NULL);
-    if (ok) sc_lora_unload(x.p->flux);
+        ok = sc_load_lora_argument(x.p->dit, o.lora[x.loras], 3, NULL);
+    if (ok) sc_lora_unload(x.p->dit);
     ok = ok && load_prompts(&x) && (!o.real || load_real(&x));
     if (ok) {
         x.pixels = (int64_t)3 * x.p->resolution * x.p->resolution;
@@ -646,13 +646,13 @@ static bool is_model(const char *path) {
 
 /* The transformer's plan: from its file, or, where that is not there or broken, from config.json.
  */
-static sc_flux *info_flux(const char *model) {
+static sc_dit *info_flux(const char *model) {
     const char *path = kept(sc_part_path(model, SC_TRANSFORMER));
-    sc_flux *flux = path ? sc_flux_open(NULL, path, NULL) : NULL;
-    if (flux) return flux;
+    sc_dit *dit = path ? sc_dit_open(NULL, path, NULL) : NULL;
+    if (dit) return dit;
     printf("  transformer: %s\n", sc_error());
-    const sc_flux_options plan = {.random = true};
-    return sc_flux_open(NULL, formatted("%s/transformer", model), &plan);
+    const sc_dit_options plan = {.random = true};
+    return sc_dit_open(NULL, formatted("%s/transformer", model), &plan);
 }
 
 static void info_tokenizer(const char *model, const char *name) {
@@ -666,18 +666,18 @@ static void info_tokenizer(const char *model, const char *name) {
 static int info_main(const char *model) {
     if (!is_model(model)) return sc_end(info_file(model));
     printf("%s:\n", model);
-    sc_flux *flux = info_flux(model);
+    sc_dit *dit = info_flux(model);
     sc_text_encoders *text = sc_text_encoders_open(NULL, model);
     if (!text) printf("  text encoders: %s\n", sc_error());
     const char *path = kept(sc_part_path(model, SC_VAE));
     sc_vae *vae = path ? sc_vae_open(NULL, path, false) : NULL;
     if (!vae) printf("  vae: %s\n", sc_error());
     static const char *const names[] = {"transformer", "text_encoder", "text_encoder_2", "vae"};
-    const sc_net *const nets[] = {sc_flux_net(flux), sc_text_net(text, SC_CLIP),
+    const sc_net *const nets[] = {sc_dit_net(dit), sc_text_net(text, SC_CLIP),
                                   sc_text_net(text, SC_T5), sc_vae_net(vae)};
     /* a plan that could not be made is only bad where the part is there */
     bool ok = (text || is_absent(model, SC_CLIP) || is_absent(model, SC_T5)) && (vae || !path) &&
-              (flux || is_absent(model, SC_TRANSFORMER));
+              (dit || is_absent(model, SC_TRANSFORMER));
     for (int i = 0; i < 4; i++) {
         if (!nets[i]) continue;
         ok = info_net(names[i], nets[i]) && ok &&
@@ -686,15 +686,15 @@ static int info_main(const char *model) {
     char list[512];
     long long unread = sc_net_unread(nets, 4, list, sizeof list);
     if (unread) printf("  %lld tensors of no use here", unread), sc_print_text(stdout, ": ", list);
-    if (flux) {
-        const sc_flux_config *c = sc_flux_config_of(flux);
+    if (dit) {
+        const sc_dit_config *c = sc_dit_config_of(dit);
         printf("  FLUX: %d double and %d single blocks, %d heads of %d, guidance %s\n", c->layers,
                c->single_layers, c->heads, c->head_size,
                c->guidance ? "yes (dev)" : "no (schnell)");
     }
     info_tokenizer(model, "tokenizer");
     info_tokenizer(model, "tokenizer_2");
-    sc_flux_close(flux);
+    sc_dit_close(dit);
     sc_text_encoders_close(text);
     sc_vae_close(vae);
     if (!ok) sc_fail("%s: a part is not whole, or not one that is read here", model);
@@ -704,22 +704,22 @@ static int info_main(const char *model) {
 /* LoRAs folded into a copy of the transformer, or, with --kohya, into one file of kohya's names. */
 static int merge_main(void) {
     const char *path = kept(sc_part_path(o.model, SC_TRANSFORMER));
-    sc_flux *flux = path ? sc_flux_open(sc_cpu(), path, NULL) : NULL;
+    sc_dit *dit = path ? sc_dit_open(sc_cpu(), path, NULL) : NULL;
     float guidance = NAN; /* that of 3 steps, as the scale: weights cannot keep it */
-    bool ok = flux && (o.lora[0] || sc_fail("merge needs --lora FILE[:SCALE]")) &&
+    bool ok = dit && (o.lora[0] || sc_fail("merge needs --lora FILE[:SCALE]")) &&
               (o.kohya ? sc_check_out(o.out, SC_WEIGHTS, o.named, o.model, o.lora)
-                       : sc_can_write_model(flux, o.out));
+                       : sc_can_write_model(dit, o.out));
     for (int i = 0; ok && i < 8 && o.lora[i]; i++)
-        ok = sc_load_lora_argument(flux, o.lora[i], 3, &guidance);
+        ok = sc_load_lora_argument(dit, o.lora[i], 3, &guidance);
     const char *metadata[] = {"format", "pt", "command", sc_command, NULL};
-    sc_dtype type = ok ? sc_flux_net(flux)->weights[0]->source.dtype : SC_BF16;
+    sc_dtype type = ok ? sc_dit_net(dit)->weights[0]->source.dtype : SC_BF16;
     if (type != SC_F32 && type != SC_F16) type = SC_BF16;
-    if (ok && o.kohya) ok = sc_lora_save_kohya(flux, o.out, metadata);
-    else if (ok) ok = sc_flux_save(flux, o.out, type, metadata);
+    if (ok && o.kohya) ok = sc_lora_save_kohya(dit, o.out, metadata);
+    else if (ok) ok = sc_dit_save(dit, o.out, type, metadata);
     const char *what = o.kohya ? "" : ": a transformer folder, to put in place of the model's";
     if (ok) printf("wrote %s%s\n", o.out, what);
     if (ok && isfinite(guidance)) printf("for 3 steps the LoRA asks for guidance %g\n", guidance);
-    sc_flux_close(flux);
+    sc_dit_close(dit);
     return sc_end(ok);
 }
 

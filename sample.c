@@ -112,7 +112,7 @@ static bool drawn(const char *path, const char *parameters) {
 
 /* Draws one picture and prints how long its parts took. */
 static bool draw(sc_pipeline *p, const char *prompt, uint64_t seed, const char *path) {
-    const sc_flux_config *c = sc_flux_config_of(p->flux);
+    const sc_dit_config *c = sc_dit_config_of(p->dit);
     int h = o.height / p->token_pixels, w = o.width / p->token_pixels;
     int64_t tokens = (int64_t)h * w, n = tokens * c->in_channels;
     int64_t pixels = (int64_t)3 * o.width * o.height;
@@ -134,7 +134,7 @@ static bool draw(sc_pipeline *p, const char *prompt, uint64_t seed, const char *
         fprintf(stderr, "warning: the prompt has more than %d tokens: its end is left out\n",
                 p->text_tokens);
     times[1] = sc_seconds();
-    ok = ok && sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, &text, latents) &&
+    ok = ok && sc_sample(p->dit, p->tape, &s, 1, p->text_tokens, &text, latents) &&
          (!o.latents || save_latents(o.latents, latents, tokens, c->in_channels));
     times[2] = sc_seconds();
     ok = ok && sc_pipeline_decode(p, latents, 1, h, w, rgb);
@@ -294,7 +294,7 @@ static bool load_loras(sc_pipeline *p) {
     for (int i = 0; !o.no_lora && i < 8 && o.lora[i]; i++) {
         const char *path = sc_lora_argument(o.lora[i], o.steps, &scale, NULL);
         struct stat s;
-        if (!sc_load_lora_argument(p->flux, o.lora[i], o.steps, o.guided ? NULL : &guidance))
+        if (!sc_load_lora_argument(p->dit, o.lora[i], o.steps, o.guided ? NULL : &guidance))
             return false;
         loras = formatted("%s%s%s:%g", loras, i ? " " : ", Lora: ", path, scale);
         if (!stat(path, &s) && s.st_mtime > newest_lora) newest_lora = s.st_mtime;
@@ -322,8 +322,8 @@ int main(int argc, char **argv) {
     if (wrong || !check_options(steps)) return sc_bad_usage(wrong ? usage : NULL);
     sc_set_threads(o.threads);
     sc_catch_interrupt();
-    sc_pipeline_options how = {.flux.fp8 = !strcmp(o.weights, "fp8"),
-                               .flux.streamed = !strcmp(o.weights_on, "host"),
+    sc_pipeline_options how = {.dit.fp8 = !strcmp(o.weights, "fp8"),
+                               .dit.streamed = !strcmp(o.weights_on, "host"),
                                .transformer = o.transformer};
     sc_pipeline *p = sc_open_model(o.model, o.device, how);
     bool usage_ok = !p || take_size(p);

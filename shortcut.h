@@ -20,7 +20,7 @@
  *                          .shift = sc_pipeline_shift(p, h * h)};
  *         sc_text text = sc_pipeline_text(p, "a red apple");
  *         if (!text.context ||
- *             !sc_lora_load(p->flux, "lora.safetensors", 1, &(sc_lora_report){0}) ||
+ *             !sc_lora_load(p->dit, "lora.safetensors", 1, &(sc_lora_report){0}) ||
  *             !sc_pipeline_draw(p, &s, 1, &text, 1, rgb))               // seed 1; [3, 128, 128]
  *             return puts(sc_error()), 1;
  *         free(text.context);
@@ -28,7 +28,7 @@
  *     }
  * The paper's training, with its settings for FLUX.1-dev (train.c adds data, progress, files):
  *
- *     sc_params *lora = sc_params_lora(p->flux, 64, 64, 1);             // rank, alpha, seed
+ *     sc_params *lora = sc_params_lora(p->dit, 64, 64, 1);             // rank, alpha, seed
  *     sc_recipe recipe = {.teacher_ratio = 0.4f, .teacher_steps = 32,
  *                         .self_steps = {2, 4, 8, 16}, .shift = {2.5f, 4.5f},
  *                         .dynamic_shift_ratio = 0.1f, .mu = p->mu, .guidance = {0, 7.5f}};
@@ -36,7 +36,7 @@
  *                       .weight_decay = 1e-4f, .clip = 10};
  *     for (int step = 0; step < 10000; step++) {                        // next_batch: yours
  *         sc_batch batch = next_batch();                                // latents, noise, text
- *         sc_train_gradient(p->flux, lora, p->tape, &recipe, &batch, &rng);
+ *         sc_train_gradient(p->dit, lora, p->tape, &recipe, &batch, &rng);
  *         sc_params_step(lora, &adamw, 0.99f, 0.999f);                  // student, fast, slow
  *         sc_params_report(lora, &loss, &norm);                         // of this step
  *     }
@@ -317,7 +317,7 @@ bool sc_net_linear(sc_net *net, sc_linear_layer *layer, const char *name, int64_
                    bool bias);
 
 /* ==== FLUX transformer ==== */
-typedef struct sc_flux_config {     /* transformer/config.json */
+typedef struct sc_dit_config {     /* transformer/config.json */
     int in_channels;                /* of a packed latent token: 64 */
     int out_channels;
     int layers, single_layers;      /* double and single blocks: 19, 38 */
@@ -326,43 +326,43 @@ typedef struct sc_flux_config {     /* transformer/config.json */
     int pooled_channels;            /* pooled_projection_dim: 768 */
     int rope_axes[3];               /* 16, 56, 56: their sum is head_size */
     bool guidance;                  /* guidance-distilled (dev), or not (schnell) */
-} sc_flux_config;
+} sc_dit_config;
 
-typedef struct sc_flux sc_flux;
+typedef struct sc_dit sc_dit;
 
-typedef struct sc_flux_options {
+typedef struct sc_dit_options {
     bool widen;                 /* all weights in f32: to train or merge them */
     bool fp8;                   /* matrices as e4m3, half of bf16's memory; not with `widen` */
     bool streamed;              /* matrices in host memory, for GPUs that are too small */
     bool random;                /* weights drawn from `seed`: widened to train them, else to */
     uint64_t seed;              /* measure speed */
-} sc_flux_options;
+} sc_dit_options;
 
 /* Opens a folder (config.json and weights) or a single file, whose shapes then say the config.
  * options NULL: none. backend NULL: a plan, without data. */
-sc_flux *sc_flux_open(const sc_backend *backend, const char *path, const sc_flux_options *options);
-void sc_flux_close(sc_flux *flux);
-const sc_flux_config *sc_flux_config_of(const sc_flux *flux);
-int64_t sc_flux_parameters(const sc_flux *flux);
-void sc_flux_checkpointing(sc_flux *flux, bool on);  /* recompute each block in the backward pass */
+sc_dit *sc_dit_open(const sc_backend *backend, const char *path, const sc_dit_options *options);
+void sc_dit_close(sc_dit *dit);
+const sc_dit_config *sc_dit_config_of(const sc_dit *dit);
+int64_t sc_dit_parameters(const sc_dit *dit);
+void sc_dit_checkpointing(sc_dit *dit, bool on);  /* recompute each block in the backward pass */
 /* Writes config.json and diffusion_pytorch_model.safetensors (weights as `dtype`: f32, bf16 or f16)
  * into `folder`, with W + scale B A where LoRAs are loaded; one weight at a time is in memory. Not
  * beside an index of shards, which readers prefer. */
-bool sc_flux_save(const sc_flux *flux, const char *folder, sc_dtype dtype,
+bool sc_dit_save(const sc_dit *dit, const char *folder, sc_dtype dtype,
                   const char *const *metadata);
-const char *sc_flux_config_text(const sc_flux *flux); /* the config.json that it writes */
+const char *sc_dit_config_text(const sc_dit *dit); /* the config.json that it writes */
 
-typedef struct sc_flux_input {
+typedef struct sc_dit_input {
     sc_tensor *x;               /* [B, h*w, in_channels] noisy packed latents */
     sc_tensor *context;         /* [B, T, text_channels] T5 output */
     sc_tensor *pooled;          /* [B, pooled_channels] CLIP output */
     const float *time;          /* [B] in [0, 1]: 1 is noise */
     const float *guidance;      /* [B]; ignored where the model takes none */
     int h, w;                   /* the grid of tokens: latent sides / 2 */
-} sc_flux_input;
+} sc_dit_input;
 
 /* The velocity v(x, t, c, g), [B, h*w, out_channels]; recorded if the tape records. */
-sc_tensor *sc_flux_velocity(sc_flux *flux, sc_tape *tape, const sc_flux_input *in);
+sc_tensor *sc_dit_velocity(sc_dit *dit, sc_tape *tape, const sc_dit_input *in);
 
 /* ==== Flow matching ====
  * t = 1 is noise, t = 0 is data: x_t = (1 - t) x0 + t eps; the velocity is eps - x0. */
@@ -412,7 +412,7 @@ typedef struct sc_sampling {
 bool sc_euler(const sc_model *model, sc_tape *tape, const sc_sampling *s, int ndim,
               const int64_t *shape, float *x);
 /* The same of FLUX: latents [B, h*w, in_channels], texts [B] of text_tokens; resets the tape. */
-bool sc_sample(sc_flux *flux, sc_tape *tape, const sc_sampling *s, int batch, int text_tokens,
+bool sc_sample(sc_dit *dit, sc_tape *tape, const sc_sampling *s, int batch, int text_tokens,
                const sc_text *texts, float *latents);
 
 /* ==== What is trained ====
@@ -432,17 +432,17 @@ typedef struct sc_params {
     double *results;            /* the backend's: loss and gradient's norm of a step */
     void (*sum)(float *grad, int64_t count); /* over all processes, where it lies; NULL: one */
     int waiting;                /* steps that were not asked about */
-    sc_flux *flux;
+    sc_dit *dit;
     /* one for each of the model's linear layers; NULL: all weights are trained */
     sc_adapter *adapters;
     int rank;
 } sc_params;
 
 /* A new LoRA on every layer: A gaussian (std 1/rank), B zero; attached until it is freed. */
-sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed);
+sc_params *sc_params_lora(sc_dit *dit, int rank, float alpha, uint64_t seed);
 /* All weights (opened with `widen`); teacher: keep a frozen copy of them. From then on the model's
  * weights are these: it computes nothing after sc_params_free. */
-sc_params *sc_params_full(sc_flux *flux, bool teacher);
+sc_params *sc_params_full(sc_dit *dit, bool teacher);
 void sc_params_free(sc_params *params);
 void sc_params_use(sc_params *params, sc_set set);    /* all weights only: compute with this copy */
 void sc_params_copy(sc_params *params, sc_set to, sc_set from);
@@ -507,7 +507,7 @@ bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int
 
 /* One training step's gradient: draws, target, student pass, backward. Resets the tape. On a GPU it
  * may still run on return: sc_params_report has the loss after sc_params_step. */
-bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *recipe,
+bool sc_train_gradient(sc_dit *dit, sc_params *params, sc_tape *t, const sc_recipe *recipe,
                        const sc_batch *batch, sc_rng *rng);
 
 /* Where a device's memory is limited: chooses how many blocks keep their activations for the
@@ -519,7 +519,7 @@ typedef struct sc_memory_plan {
     int blocks, kept;
     bool remade;                /* of kept ones, too, what is cheap is made again */
 } sc_memory_plan;
-bool sc_plan_memory(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *recipe,
+bool sc_plan_memory(sc_dit *dit, sc_params *params, sc_tape *t, const sc_recipe *recipe,
                     const sc_batch *batch, sc_memory_plan *plan);
 
 /* ==== LoRA files ====
@@ -532,7 +532,7 @@ bool sc_lora_save(const sc_params *params, sc_set set, const char *path,
                   const char *const *metadata);
 /* The loaded LoRAs, with their scales, as one file in kohya's names (lora_unet_..., bf16): the
  * parts of a fused layer become one of their ranks' sum, exactly. False where biases changed. */
-bool sc_lora_save_kohya(const sc_flux *flux, const char *path, const char *const *metadata);
+bool sc_lora_save_kohya(const sc_dit *dit, const char *path, const char *const *metadata);
 typedef struct sc_lora_report {
     int applied, total;         /* pairs of A and B, and changed vectors; total: strays too */
     char missed[2048];          /* names that fit no layer, separated by spaces, cut with ... */
@@ -541,14 +541,14 @@ typedef struct sc_lora_report {
  * loaded; biases and norms change for all sets. False if nothing applies, an adapter has the wrong
  * shape or holds NaN, or the file has more than LoRA; parts of it may be loaded then. Stays until
  * sc_lora_unload. */
-bool sc_lora_load(sc_flux *flux, const char *path, float scale, sc_lora_report *report);
+bool sc_lora_load(sc_dit *dit, const char *path, float scale, sc_lora_report *report);
 /* What a LoRA file's metadata recommends for a number of steps ("3:1@1.5 8:0.6": that of the
  * nearest): the scale, else 1; *guidance (or NULL) becomes the number behind the @, if there is
  * one. */
 float sc_lora_scale(const char *path, int steps, float *guidance);
 /* The same of the list alone; false: it is none. *guidance stays where the list names none. */
 bool sc_scale_for(const char *list, int steps, double *scale, double *guidance);
-void sc_lora_unload(sc_flux *flux); /* takes all loaded LoRAs off again */
+void sc_lora_unload(sc_dit *dit); /* takes all loaded LoRAs off again */
 /* Copies a LoRA file, times `scale`, into the sets of `params` (all of its layers, same rank). */
 bool sc_lora_start(sc_params *params, const char *path, float scale);
 
@@ -662,14 +662,14 @@ char *sc_part_path(const char *model, sc_part part);
 int sc_part_in_file(const char *path, sc_part part); /* 1 or 0; -1: the file cannot be read */
 char *sc_model_folder(const char *model);   /* itself, or that of its single file; yours */
 /* A part's network, to look at; NULL: it is not there. */
-const sc_net *sc_flux_net(const sc_flux *flux);
+const sc_net *sc_dit_net(const sc_dit *dit);
 const sc_net *sc_vae_net(const sc_vae *vae);
 const sc_net *sc_text_net(const sc_text_encoders *text, sc_part part); /* SC_CLIP or SC_T5 */
 
 typedef struct sc_pipeline {
     const sc_backend *backend;
     char *folder;
-    sc_flux *flux;
+    sc_dit *dit;
     sc_vae *vae;
     sc_text_encoders *text;     /* CLIP and T5 with their tokenizers */
     sc_tape *tape;
@@ -681,7 +681,7 @@ typedef struct sc_pipeline {
 } sc_pipeline;
 
 typedef struct sc_pipeline_options {
-    sc_flux_options flux;
+    sc_dit_options dit;
     const char *transformer;    /* another transformer folder; NULL: the pipeline's own */
 } sc_pipeline_options;
 
@@ -904,9 +904,9 @@ struct sc_backend {
  * what is learned, what computes the velocity, which numbers are trained, and the step that puts
  * all of it together. It uses what the API above declares, and these four of the parts below. */
 static void *sc__alloc(size_t count, size_t size); /* zeroed host memory */
-static sc_params *sc__params_new(sc_flux *flux, int64_t count, bool teacher); /* arrays, all 0 */
+static sc_params *sc__params_new(sc_dit *dit, int64_t count, bool teacher); /* arrays, all 0 */
 static void sc__params_start(sc_params *p, const float *values); /* every set becomes these */
-static bool sc__rope(sc_flux *f, int text, int h, int w); /* makes f->rope, where it does not fit */
+static bool sc__rope(sc_dit *f, int text, int h, int w); /* makes f->rope, where it does not fit */
 
 /* ==== Flow matching: times and sampler ========================================= >>flow =======
  *
@@ -1090,15 +1090,15 @@ typedef struct sc__stream {         /* one stream of a double block, or a single
 } sc__stream;
 
 typedef struct sc__block {
-    const sc_flux *flux;
+    const sc_dit *dit;
     sc__stream stream[2];           /* 0 image, 1 text; single: 0 both, joined */
 } sc__block;
 
 typedef struct sc__embedder { sc_linear_layer first, second; } sc__embedder;
 typedef struct sc__module { char name[SC_MAX_NAME]; sc_linear_layer *layer; } sc__module;
 
-struct sc_flux {
-    sc_flux_config config;
+struct sc_dit {
+    sc_dit_config config;
     sc_net *net;                    /* its weights */
     sc_linear_layer x_embedder, context_embedder;
     sc__embedder time, guidance, pooled;
@@ -1114,7 +1114,7 @@ struct sc_flux {
 
 /* RoPE's (cos, sin) for each token and channel pair, turn [text + h w, D/2, 2]: pair i of an axis
  * of d channels turns by position * 10000^(-2i/d). */
-static void sc__rope_turns(const sc_flux_config *c, int text, int h, int w, float *turn) {
+static void sc__rope_turns(const sc_dit_config *c, int text, int h, int w, float *turn) {
     for (int64_t token = -text; token < (int64_t)h * w; token++) {
         double position[3] = {0, token < 0 ? 0 : (double)(token / w),
                               token < 0 ? 0 : (double)(token % w)};
@@ -1131,8 +1131,8 @@ static void sc__rope_turns(const sc_flux_config *c, int text, int h, int w, floa
 static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context) {
     const sc__block *block = (const sc__block *)context;
     const sc__stream *stream = block->stream;
-    int heads = block->flux->config.heads;
-    float scale = 1.f / sqrtf((float)block->flux->config.head_size);
+    int heads = block->dit->config.heads;
+    float scale = 1.f / sqrtf((float)block->dit->config.head_size);
     sc_tensor *mod[2], *q[2], *k[2], *v[2];
     for (int i = 0; i < 2; i++) { /* 0 image, 1 text */
         mod[i] = sc_linear(t, in[2], &stream[i].mod);
@@ -1141,7 +1141,7 @@ static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, cons
         k[i] = sc_linear(t, n, &stream[i].k);
         v[i] = sc_linear(t, n, &stream[i].v);
     }
-    const sc_tensor *rope = &block->flux->rope;
+    const sc_tensor *rope = &block->dit->rope;
     sc_tensor *query = sc_norm_rope(t, q[1], q[0], stream[1].norm_q, stream[0].norm_q, rope);
     sc_tensor *key = sc_norm_rope(t, k[1], k[0], stream[1].norm_k, stream[0].norm_k, rope);
     sc_tensor *o =
@@ -1161,14 +1161,14 @@ static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, cons
 static bool sc__single_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context) {
     const sc__block *block = (const sc__block *)context;
     const sc__stream *stream = block->stream;
-    const sc_tensor *rope = &block->flux->rope;
-    float scale = 1.f / sqrtf((float)block->flux->config.head_size);
+    const sc_tensor *rope = &block->dit->rope;
+    float scale = 1.f / sqrtf((float)block->dit->config.head_size);
     sc_tensor *mod = sc_linear(t, in[1], &stream->mod);
     sc_tensor *n = sc_ln_modulate(t, in[0], mod, 0, 1);
     sc_tensor *q = sc_norm_rope(t, NULL, sc_linear(t, n, &stream->q), NULL, stream->norm_q, rope);
     sc_tensor *k = sc_norm_rope(t, NULL, sc_linear(t, n, &stream->k), NULL, stream->norm_k, rope);
     sc_tensor *v = sc_linear(t, n, &stream->v);
-    sc_tensor *o = sc_attention(t, q, k, v, block->flux->config.heads, scale, NULL, false);
+    sc_tensor *o = sc_attention(t, q, k, v, block->dit->config.heads, scale, NULL, false);
     sc_tensor *both = sc_concat_gelu(t, o, n, &stream->up);
     out[0] = sc_gated_residual(t, in[0], sc_linear(t, both, &stream->out), mod, 2);
     return out[0] != NULL;
@@ -1180,7 +1180,7 @@ static sc_tensor *sc__embed(sc_tape *t, const sc__embedder *e, sc_tensor *x) {
 }
 
 /* The vector that modulates every block: silu(time + guidance + pooled text), [B,C]. */
-static sc_tensor *sc__flux_modulation(sc_flux *f, sc_tape *t, const sc_flux_input *in) {
+static sc_tensor *sc__dit_modulation(sc_dit *f, sc_tape *t, const sc_dit_input *in) {
     int64_t batch = in->x->shape[0];
     sc_tensor *sum = sc__embed(t, &f->time, sc_timestep_embedding(t, in->time, batch, 256));
     if (f->config.guidance) {
@@ -1192,7 +1192,7 @@ static sc_tensor *sc__flux_modulation(sc_flux *f, sc_tape *t, const sc_flux_inpu
 
 /* Replaces the first one or two of x by the block's outputs. While recording, a block keeps its
  * activations for the backward pass, or, to save memory, only its inputs, and runs again there. */
-static bool sc__flux_block(const sc_flux *f, int index, sc_tape *t, sc_block forward,
+static bool sc__dit_block(const sc_dit *f, int index, sc_tape *t, sc_block forward,
                            sc_tensor **x, int inputs) {
     sc_tensor *out[2] = {NULL, NULL};
     bool keep = index >= f->checkpointed;
@@ -1202,23 +1202,23 @@ static bool sc__flux_block(const sc_flux *f, int index, sc_tape *t, sc_block for
     return ok;
 }
 
-sc_tensor *sc_flux_velocity(sc_flux *f, sc_tape *t, const sc_flux_input *in) {
+sc_tensor *sc_dit_velocity(sc_dit *f, sc_tape *t, const sc_dit_input *in) {
     if (!in->x || !in->context || !in->pooled) return NULL;
     int64_t text_tokens = in->context->shape[1], image_tokens = (int64_t)in->h * in->w;
     if (in->x->shape[1] != image_tokens)
         return sc_fail("latent has %lld tokens, the grid is %d x %d", (long long)in->x->shape[1],
                        in->h, in->w), NULL;
     if (!sc_net_load(f->net) || !sc__rope(f, (int)text_tokens, in->h, in->w)) return NULL;
-    sc_tensor *mod = sc__flux_modulation(f, t, in);
+    sc_tensor *mod = sc__dit_modulation(f, t, in);
     sc_tensor *x[3] = {sc_linear(t, in->x, &f->x_embedder),
                        sc_linear(t, in->context, &f->context_embedder), mod};
     if (!x[0] || !x[1] || !mod) return NULL;
     for (int i = 0; i < f->config.layers; i++)
-        if (!sc__flux_block(f, i, t, sc__double_forward, x, 3)) return NULL;
+        if (!sc__dit_block(f, i, t, sc__double_forward, x, 3)) return NULL;
     sc_tensor *joined[2] = {sc_concat_tokens(t, x[1], x[0]), mod};
     if (!joined[0]) return NULL;
     for (int i = 0; i < f->config.single_layers; i++)
-        if (!sc__flux_block(f, f->config.layers + i, t, sc__single_forward, joined, 2)) return NULL;
+        if (!sc__dit_block(f, f->config.layers + i, t, sc__single_forward, joined, 2)) return NULL;
     sc_tensor *image = sc_slice_tokens(t, joined[0], text_tokens, image_tokens);
     sc_tensor *n =
         sc_ln_modulate(t, image, sc_linear(t, mod, &f->norm_out), 1, 0); /* scale comes first */
@@ -1245,8 +1245,8 @@ static sc_tensor sc__factor(float *data, int64_t rows, int64_t columns) {
 /* Points the adapters of every module at their parts of the arrays, and draws A's in `start`. */
 static void sc__attach(sc_params *p, float scale, sc_rng rng, float *start) {
     int64_t at = 0;
-    for (int i = 0; i < p->flux->module_count; i++) {
-        sc_linear_layer *layer = p->flux->modules[i].layer;
+    for (int i = 0; i < p->dit->module_count; i++) {
+        sc_linear_layer *layer = p->dit->modules[i].layer;
         int64_t out = layer->weight->shape[0], in = layer->weight->shape[1], n = p->rank * in;
         sc_adapter *lora = &p->adapters[i];
         *lora = (sc_adapter){.rank = p->rank, .scale = scale, .next = layer->adapters};
@@ -1266,16 +1266,16 @@ static void sc__attach(sc_params *p, float scale, sc_rng rng, float *start) {
     }
 }
 
-sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed) {
+sc_params *sc_params_lora(sc_dit *dit, int rank, float alpha, uint64_t seed) {
     if (rank < 1) return sc_fail("a LoRA of rank %d: it must be positive", rank), NULL;
     int64_t count = 0;
-    for (int i = 0; i < flux->module_count; i++) {
-        const sc_tensor *w = flux->modules[i].layer->weight;
+    for (int i = 0; i < dit->module_count; i++) {
+        const sc_tensor *w = dit->modules[i].layer->weight;
         count += rank * (w->shape[0] + w->shape[1]);
     }
-    sc_params *p = sc__params_new(flux, count, false);
+    sc_params *p = sc__params_new(dit, count, false);
     float *start = p ? (float *)sc__alloc((size_t)count, sizeof *start) : NULL;
-    size_t modules = (size_t)flux->module_count;
+    size_t modules = (size_t)dit->module_count;
     if (start) p->adapters = (sc_adapter *)sc__alloc(modules, sizeof *p->adapters);
     if (p) p->rank = rank;
     sc_rng own = {sc_random_bits(&(sc_rng){seed})}; /* the seed's own stream is the training's */
@@ -1297,39 +1297,39 @@ sc_params *sc_params_lora(sc_flux *flux, int rank, float alpha, uint64_t seed) {
  *   fast = 0.99 fast + 0.01 w;  slow = 0.999 slow + 0.001 w.
  */
 
-typedef struct sc__flux_model {
-    sc_flux *flux;
+typedef struct sc__dit_model {
+    sc_dit *dit;
     sc_params *params;          /* NULL: sampling, with the loaded LoRAs */
     int h, w;
     sc_tensor *context, *pooled;        /* of the batch */
     sc_tensor *no_context, *no_pooled;  /* of one sample without a caption; NULL: no true CFG */
-} sc__flux_model;
+} sc__dit_model;
 
 /* Of the query's samples those from `skip` on, which x holds. */
-static sc_tensor *sc__flux_samples(const sc__flux_model *m, sc_tape *t, sc_tensor *x,
+static sc_tensor *sc__dit_samples(const sc__dit_model *m, sc_tape *t, sc_tensor *x,
                                    const sc_query *q, int64_t skip) {
     int64_t n = x ? x->shape[0] : 0, from = q->first + skip;
-    sc_flux_input in = {.x = x, .time = q->time + skip, .guidance = q->guidance + skip, .h = m->h,
+    sc_dit_input in = {.x = x, .time = q->time + skip, .guidance = q->guidance + skip, .h = m->h,
                         .w = m->w, .context = sc_samples(t, m->context, from, n),
                         .pooled = sc_samples(t, m->pooled, from, n)};
-    return sc_flux_velocity(m->flux, t, &in);
+    return sc_dit_velocity(m->dit, t, &in);
 }
 
 /* Without true CFG. With LoRA each sample brings its own set into one pass; with whole weights each
  * run of samples that share a set is a pass. */
-static sc_tensor *sc__flux_sets(const sc__flux_model *m, sc_tape *t, sc_tensor *x,
+static sc_tensor *sc__dit_sets(const sc__dit_model *m, sc_tape *t, sc_tensor *x,
                                 const sc_query *q) {
     const uint8_t *sets = q->sets;
     int64_t batch = x ? x->shape[0] : 0, count;
     sc_tensor *all = NULL;
     sc_tape_use(t, sets);
-    if (!m->params || m->params->adapters) return sc__flux_samples(m, t, x, q, 0);
+    if (!m->params || m->params->adapters) return sc__dit_samples(m, t, x, q, 0);
     for (int64_t i = 0; i < batch; i += count) {
         for (count = 1; i + count < batch && sets[i + count] == sets[i];) count++;
         if (!m->params->set[sets[i]])
             return sc_fail("the recipe asks a teacher; these weights were given none"), NULL;
         sc_params_use(m->params, (sc_set)sets[i]);
-        sc_tensor *v = sc__flux_samples(m, t, sc_samples(t, x, i, count), q, i);
+        sc_tensor *v = sc__dit_samples(m, t, sc_samples(t, x, i, count), q, i);
         if (!v || count == batch) return v;
         if (!all) all = sc_new(t, 3, (const int64_t[]){batch, v->shape[1], v->shape[2]});
         if (!sc_copy(t, sc_samples(t, all, i, count), v)) return NULL;
@@ -1354,12 +1354,12 @@ static sc_tensor *sc__extended(sc_tape *t, sc_tensor *x, sc_tensor *y, int64_t m
 /* sc_model.velocity. True CFG's two evaluations are one pass: all samples with their captions and,
  * behind them, those up to the last guided one again, without; while recording all of them, since
  * there is no way back through sc_copy, which would append the rest. */
-static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x, const sc_query *q) {
-    sc__flux_model m = *(sc__flux_model *)self;
+static sc_tensor *sc__dit_model_velocity(void *self, sc_tape *t, sc_tensor *x, const sc_query *q) {
+    sc__dit_model m = *(sc__dit_model *)self;
     int64_t n = x->shape[0], guided = 0;
     for (int64_t i = 0; q->cfg && i < n; i++)
         if (q->cfg[i] != 1) guided = i + 1;
-    if (!guided) return sc__flux_sets(&m, t, x, q);
+    if (!guided) return sc__dit_sets(&m, t, x, q);
     if (!m.no_context || !m.no_pooled)
         return sc_fail("true CFG without an empty or negative prompt"), NULL;
     bool recording = sc_tape_record(t, false);
@@ -1378,7 +1378,7 @@ static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x, 
     sc_tensor *twice = sc__extended(t, x, x, guided);
     sc_tape_record(t, recording);
     const sc_query query = {0, q->sets ? sets : NULL, time, guidance, NULL};
-    sc_tensor *v = sc__flux_sets(&m, t, twice, &query);
+    sc_tensor *v = sc__dit_sets(&m, t, twice, &query);
     sc_tensor *with = sc_samples(t, v, 0, guided), *without = sc_samples(t, v, n, guided);
     sc_tensor *y = sc_blend(t, q->cfg, with, rest, without); /* v_u + cfg (v_c - v_u) */
     return guided < n ? sc__extended(t, y, sc_samples(t, v, guided, n - guided), n - guided) : y;
@@ -1386,9 +1386,9 @@ static sc_tensor *sc__flux_model_velocity(void *self, sc_tape *t, sc_tensor *x, 
 
 /* Uploads the texts of a batch and the one without a caption, if any; false where there is no
  * memory. */
-static bool sc__flux_text(sc__flux_model *m, sc_tape *t, int batch, int text_tokens,
+static bool sc__dit_text(sc__dit_model *m, sc_tape *t, int batch, int text_tokens,
                           const sc_text *texts, sc_text none) {
-    const sc_flux_config *c = sc_flux_config_of(m->flux);
+    const sc_dit_config *c = sc_dit_config_of(m->dit);
     int64_t text[] = {batch, text_tokens, c->text_channels}, vector[] = {batch, c->pooled_channels};
     m->context = sc_new(t, 3, text);
     m->pooled = sc_new(t, 2, vector);
@@ -1411,10 +1411,10 @@ static int64_t sc__part_of(int64_t n, float part, sc_rng *rng) {
     return (int64_t)whole + (exact > whole && sc_uniform(rng) < exact - whole);
 }
 
-bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *r,
+bool sc_train_gradient(sc_dit *dit, sc_params *params, sc_tape *t, const sc_recipe *r,
                        const sc_batch *b, sc_rng *rng) {
     int64_t n = b->size, own = b->count ? b->count : n, first = b->first;
-    int64_t tokens = (int64_t)b->h * b->w, channels = sc_flux_config_of(flux)->in_channels;
+    int64_t tokens = (int64_t)b->h * b->w, channels = sc_dit_config_of(dit)->in_channels;
     const int64_t shape[] = {own, tokens, channels};
     sc_tape_reset(t);
     sc_tape_record(t, false);
@@ -1440,19 +1440,19 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     draws += first, time += first, cfg += first, guidance += first, texts += first;
     plain = plain < first ? 0 : plain - first < own ? plain - first : own;
     /* Step 5: noisy input. */
-    sc__flux_model self = {.flux = flux, .params = params, .h = b->h, .w = b->w};
-    sc_model model = {sc__flux_model_velocity, &self};
+    sc__dit_model self = {.dit = dit, .params = params, .h = b->h, .w = b->w};
+    sc_model model = {sc__dit_model_velocity, &self};
     sc_tensor *x0 = sc_from(t, 3, shape, b->x0 + first * tokens * channels);
     sc_tensor *noise = sc_from(t, 3, shape, b->noise + first * tokens * channels);
     sc_tensor *x = sc_noisy(t, draws, x0, noise), *target = sc_new(t, 3, shape);
-    if (!x || !target || !sc__flux_text(&self, t, (int)own, b->text_tokens, texts, b->no_text))
+    if (!x || !target || !sc__dit_text(&self, t, (int)own, b->text_tokens, texts, b->no_text))
         return false;
     /* Step 6: target. Guidance distillation: the teacher's velocity at guidance 1, with true CFG
      * of the drawn guidance. */
     bool ok = true;
     if (r->distil_guidance) {
         const sc_query query = {0, teacher, time, one, guidance};
-        ok = sc_copy(t, target, sc__flux_model_velocity(&self, t, x, &query));
+        ok = sc_copy(t, target, sc__dit_model_velocity(&self, t, x, &query));
     } else if (plain) /* flow matching's, eps - x0, of which SCFM replaces its own */
         ok = sc_copy(t, target, sc_blend(t, one, noise, minus, x0));
     if (ok && plain < own) ok = sc_scfm_target(&model, t, draws, plain, x, target);
@@ -1460,20 +1460,20 @@ bool sc_train_gradient(sc_flux *flux, sc_params *params, sc_tape *t, const sc_re
     /* Step 7: the student's answer, and the way back. */
     sc_tape_record(t, true);
     const sc_query query = {0, student, time, guidance, cfg};
-    sc_tensor *v = sc__flux_model_velocity(&self, t, x, &query);
+    sc_tensor *v = sc__dit_model_velocity(&self, t, x, &query);
     ok = sc_mse(t, v, target, (double)own / (double)n, &params->results[0]) && sc_backward(t);
     sc_tape_record(t, false);
     sc_tape_use(t, NULL);
     return ok;
 }
 
-bool sc_sample(sc_flux *f, sc_tape *t, const sc_sampling *s, int batch, int text_tokens,
+bool sc_sample(sc_dit *f, sc_tape *t, const sc_sampling *s, int batch, int text_tokens,
                const sc_text *texts, float *latents) {
-    const int64_t shape[] = {batch, (int64_t)s->h * s->w, sc_flux_config_of(f)->in_channels};
-    sc__flux_model self = {.flux = f, .h = s->h, .w = s->w};
+    const int64_t shape[] = {batch, (int64_t)s->h * s->w, sc_dit_config_of(f)->in_channels};
+    sc__dit_model self = {.dit = f, .h = s->h, .w = s->w};
     sc_tape_reset(t);
-    bool ok = (batch < 1 || sc__flux_text(&self, t, batch, text_tokens, texts, s->no_text)) &&
-              sc_euler(&(sc_model){sc__flux_model_velocity, &self}, t, s, 3, shape, latents);
+    bool ok = (batch < 1 || sc__dit_text(&self, t, batch, text_tokens, texts, s->no_text)) &&
+              sc_euler(&(sc_model){sc__dit_model_velocity, &self}, t, s, 3, shape, latents);
     sc_tape_use(t, NULL);
     return ok;
 }
@@ -3299,11 +3299,11 @@ bool sc_run_block(sc_tape *t, sc_block block, const void *context, sc_tensor **i
  */
 
 /* All arrays, zero, one behind the other; with `teacher`, one for the frozen copy too. */
-static sc_params *sc__params_new(sc_flux *flux, int64_t count, bool teacher) {
-    const sc_backend *be = flux->net->backend;
+static sc_params *sc__params_new(sc_dit *dit, int64_t count, bool teacher) {
+    const sc_backend *be = dit->net->backend;
     sc_params *p = (sc_params *)sc__alloc(1, sizeof *p);
     if (!p) return NULL;
-    *p = (sc_params){.backend = be, .flux = flux, .count = count};
+    *p = (sc_params){.backend = be, .dit = dit, .count = count};
     float **arrays[] = {&p->grad, &p->m, &p->v, &p->set[SC_STUDENT], &p->set[SC_FAST],
                         &p->set[SC_SLOW], &p->set[SC_TEACHER]};
     int n = teacher ? 7 : 6;
@@ -3328,13 +3328,13 @@ static void sc__params_start(sc_params *p, const float *values) {
         if (p->set[s] && s != SC_STUDENT) sc_params_copy(p, (sc_set)s, SC_STUDENT);
 }
 
-sc_params *sc_params_full(sc_flux *flux, bool teacher) {
-    if (!flux->net->widen)
+sc_params *sc_params_full(sc_dit *dit, bool teacher) {
+    if (!dit->net->widen)
         return sc_fail("to train all weights the model must be opened with `widen`"), NULL;
-    sc_params *p = sc__params_new(flux, sc_flux_parameters(flux), teacher);
+    sc_params *p = sc__params_new(dit, sc_dit_parameters(dit), teacher);
     float *to = p ? p->set[SC_STUDENT] : NULL;
-    for (int64_t i = 0, n; p && i < flux->net->count; i++, to += n) {
-        sc_weight *w = flux->net->weights[i];
+    for (int64_t i = 0, n; p && i < dit->net->count; i++, to += n) {
+        sc_weight *w = dit->net->weights[i];
         n = sc_count(&w->tensor);
         p->backend->copy_block(to, n, w->tensor.data, n, 1, n, SC_F32, false);
         p->backend->release(w->tensor.data); /* sc_params_use points it into a set */
@@ -3346,8 +3346,8 @@ sc_params *sc_params_full(sc_flux *flux, bool teacher) {
 
 void sc_params_use(sc_params *p, sc_set set) {
     int64_t offset = 0;
-    for (int64_t i = 0; i < p->flux->net->count; i++) {
-        sc_tensor *w = &p->flux->net->weights[i]->tensor;
+    for (int64_t i = 0; i < p->dit->net->count; i++) {
+        sc_tensor *w = &p->dit->net->weights[i]->tensor;
         w->data = p->set[set] + offset;
         w->grad = set == SC_STUDENT ? p->grad + offset : NULL;
         w->needs_grad = set == SC_STUDENT;
@@ -3358,8 +3358,8 @@ void sc_params_use(sc_params *p, sc_set set) {
 void sc_params_free(sc_params *p) {
     if (!p) return;
     for (double unread[2]; p->waiting > 0; p->waiting--) p->backend->collect(unread, 2);
-    for (int i = 0; p->adapters && i < p->flux->module_count; i++) {
-        sc_adapter **link = &p->flux->modules[i].layer->adapters;
+    for (int i = 0; p->adapters && i < p->dit->module_count; i++) {
+        sc_adapter **link = &p->dit->modules[i].layer->adapters;
         while (*link && *link != &p->adapters[i]) link = &(*link)->next;
         if (*link) *link = p->adapters[i].next;
     }
@@ -3397,21 +3397,21 @@ bool sc_params_report(sc_params *p, double *loss, double *norm) {
  * takes, and how much each block would add.
  */
 
-bool sc_plan_memory(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recipe *recipe,
+bool sc_plan_memory(sc_dit *dit, sc_params *params, sc_tape *t, const sc_recipe *recipe,
                     const sc_batch *batch, sc_memory_plan *plan) {
     const size_t spare = (size_t)512 << 20; /* for the backend's own scratch memory to grow */
     sc_rng rng = {1};
     sc_recipe most = *recipe;
     if (most.cfg > 0) most.teacher_ratio = 1; /* chance may let all samples be asked twice */
-    *plan = (sc_memory_plan){.blocks = flux->config.layers + flux->config.single_layers};
+    *plan = (sc_memory_plan){.blocks = dit->config.layers + dit->config.single_layers};
     sc__block_bytes *size = (sc__block_bytes *)sc__alloc((size_t)plan->blocks, sizeof *size);
     if (!size) return false;
-    flux->checkpointed = plan->blocks;
+    dit->checkpointed = plan->blocks;
     t->device.peak = t->shared.peak = 0;
     t->sharing = true;
     t->sizes = size; /* the last block's first */
     double loss; /* read so that the step is over, and to learn whether it failed */
-    bool ok = sc_train_gradient(flux, params, t, &most, batch, &rng) &&
+    bool ok = sc_train_gradient(dit, params, t, &most, batch, &rng) &&
               t->be->download(&loss, params->results, sizeof loss);
     t->sizes = NULL;
     t->be->zero(params->grad, (size_t)params->count * 4);
@@ -3429,7 +3429,7 @@ bool sc_plan_memory(sc_flux *flux, sc_params *params, sc_tape *t, const sc_recip
     }
     plan->remade = t->sharing;
     SC_FREE(size);
-    flux->checkpointed = plan->blocks - plan->kept;
+    dit->checkpointed = plan->blocks - plan->kept;
     return ok && sc_tape_reserve(t, plan->step + plan->kept_bytes);
 }
 
@@ -4168,13 +4168,13 @@ static bool sc__write_tensor(sc__writer *w, const sc_named *x) {
     return true;
 }
 
-static float *sc__merged_values(const sc_flux *f, const sc_tensor *w); /* >>open */
+static float *sc__merged_values(const sc_dit *f, const sc_tensor *w); /* >>open */
 
 /* Wider types go first, so that each tensor is aligned to its type; else the given order stays.
- * metadata: key, value, key, value, ..., NULL; or NULL. flux NULL: the values are on the host, else
+ * metadata: key, value, key, value, ..., NULL; or NULL. dit NULL: the values are on the host, else
  * where it computes, from where they come one tensor at a time: the host never holds more. */
 static bool sc__save(const char *path, const sc_named *tensors, int64_t count,
-                     const char *const *metadata, const sc_flux *flux) {
+                     const char *const *metadata, const sc_dit *dit) {
     sc_named *sorted = (sc_named *)sc__alloc((size_t)count, sizeof *sorted);
     char *header = NULL, length[8];
     size_t size;
@@ -4192,9 +4192,9 @@ static bool sc__save(const char *path, const sc_named *tensors, int64_t count,
         ok = sc__write_bytes(&w, length, 8) && sc__write_bytes(&w, header, size);
         for (int64_t i = 0; ok && i < count; i++) {
             sc_tensor *x = &sorted[i].tensor;
-            if (flux) x->data = sc__merged_values(flux, x), x->dtype = SC_F32;
-            ok = (!flux || x->data) && sc__write_tensor(&w, &sorted[i]);
-            if (flux) SC_FREE(x->data);
+            if (dit) x->data = sc__merged_values(dit, x), x->dtype = SC_F32;
+            ok = (!dit || x->data) && sc__write_tensor(&w, &sorted[i]);
+            if (dit) SC_FREE(x->data);
         }
         ok = sc__write_end(&w, ok);
     }
@@ -4751,24 +4751,24 @@ static int sc__config_int(sc__config *c, int least, const char *key, int fallbac
  * linear layers that LoRA can adapt, and a copy of all of it on disk, with LoRAs folded in.
  */
 
-const sc_flux_config *sc_flux_config_of(const sc_flux *flux) { return &flux->config; }
-const sc_net *sc_flux_net(const sc_flux *flux) { return flux ? flux->net : NULL; }
-const char *sc_flux_config_text(const sc_flux *flux) { return flux->config_text; }
+const sc_dit_config *sc_dit_config_of(const sc_dit *dit) { return &dit->config; }
+const sc_net *sc_dit_net(const sc_dit *dit) { return dit ? dit->net : NULL; }
+const char *sc_dit_config_text(const sc_dit *dit) { return dit->config_text; }
 
-void sc_flux_checkpointing(sc_flux *f, bool on) {
+void sc_dit_checkpointing(sc_dit *f, bool on) {
     f->checkpointed = on ? f->config.layers + f->config.single_layers : 0;
 }
 
-int64_t sc_flux_parameters(const sc_flux *flux) {
+int64_t sc_dit_parameters(const sc_dit *dit) {
     int64_t n = 0;
-    for (int64_t i = 0; i < flux->net->count; i++) n += sc_count(&flux->net->weights[i]->tensor);
+    for (int64_t i = 0; i < dit->net->count; i++) n += sc_count(&dit->net->weights[i]->tensor);
     return n;
 }
 
 /* ---- Opening ---- */
 
 /* What config.json lacks is as in FLUX.1-dev. */
-static bool sc__flux_read_config(sc_flux_config *c, sc__config *from) {
+static bool sc__flux_read_config(sc_dit_config *c, sc__config *from) {
     static const char flux[] = "FluxTransformer2DModel";
     const char *path = from->path;
     const char *class_name = sc_json_string(sc_json_get(from->json, "_class_name"), flux);
@@ -4825,7 +4825,7 @@ static char *sc__flux_config_text(const sc_net *net) {
     return sc__strdup(text);
 }
 
-static bool sc__flux_linear(sc_flux *f, sc_linear_layer *layer, const char *prefix,
+static bool sc__dit_linear(sc_dit *f, sc_linear_layer *layer, const char *prefix,
                             const char *name, int64_t out, int64_t in) {
     sc__module *m = &f->modules[f->module_count++];
     snprintf(m->name, sizeof m->name, "%.60s%.60s", prefix, name);
@@ -4833,71 +4833,71 @@ static bool sc__flux_linear(sc_flux *f, sc_linear_layer *layer, const char *pref
     return sc_net_linear(f->net, layer, m->name, out, in, true);
 }
 
-static bool sc__flux_norm(sc_flux *f, sc_tensor **weight, const char *prefix, const char *name) {
+static bool sc__dit_norm(sc_dit *f, sc_tensor **weight, const char *prefix, const char *name) {
     char full[SC_MAX_NAME];
     snprintf(full, sizeof full, "%.60s%.50s.weight", prefix, name);
     return (*weight = sc_net_weight(f->net, full, 1, (const int64_t[]){f->config.head_size})) !=
            NULL;
 }
 
-static bool sc__flux_stream(sc_flux *f, sc__stream *s, const char *p, int64_t c, bool text) {
+static bool sc__dit_stream(sc_dit *f, sc__stream *s, const char *p, int64_t c, bool text) {
     const char *mod = text ? "norm1_context.linear" : "norm1.linear";
     const char *up = text ? "ff_context.net.0.proj" : "ff.net.0.proj";
-    return sc__flux_linear(f, &s->mod, p, mod, 6 * c, c) &&
-           sc__flux_linear(f, &s->q, p, text ? "attn.add_q_proj" : "attn.to_q", c, c) &&
-           sc__flux_linear(f, &s->k, p, text ? "attn.add_k_proj" : "attn.to_k", c, c) &&
-           sc__flux_linear(f, &s->v, p, text ? "attn.add_v_proj" : "attn.to_v", c, c) &&
-           sc__flux_linear(f, &s->out, p, text ? "attn.to_add_out" : "attn.to_out.0", c, c) &&
-           sc__flux_linear(f, &s->up, p, up, 4 * c, c) &&
-           sc__flux_linear(f, &s->down, p, text ? "ff_context.net.2" : "ff.net.2", c, 4 * c) &&
-           sc__flux_norm(f, &s->norm_q, p, text ? "attn.norm_added_q" : "attn.norm_q") &&
-           sc__flux_norm(f, &s->norm_k, p, text ? "attn.norm_added_k" : "attn.norm_k");
+    return sc__dit_linear(f, &s->mod, p, mod, 6 * c, c) &&
+           sc__dit_linear(f, &s->q, p, text ? "attn.add_q_proj" : "attn.to_q", c, c) &&
+           sc__dit_linear(f, &s->k, p, text ? "attn.add_k_proj" : "attn.to_k", c, c) &&
+           sc__dit_linear(f, &s->v, p, text ? "attn.add_v_proj" : "attn.to_v", c, c) &&
+           sc__dit_linear(f, &s->out, p, text ? "attn.to_add_out" : "attn.to_out.0", c, c) &&
+           sc__dit_linear(f, &s->up, p, up, 4 * c, c) &&
+           sc__dit_linear(f, &s->down, p, text ? "ff_context.net.2" : "ff.net.2", c, 4 * c) &&
+           sc__dit_norm(f, &s->norm_q, p, text ? "attn.norm_added_q" : "attn.norm_q") &&
+           sc__dit_norm(f, &s->norm_k, p, text ? "attn.norm_added_k" : "attn.norm_k");
 }
 
-static bool sc__flux_single(sc_flux *f, sc__stream *s, const char *p, int64_t c) {
-    return sc__flux_linear(f, &s->mod, p, "norm.linear", 3 * c, c) &&
-           sc__flux_linear(f, &s->q, p, "attn.to_q", c, c) &&
-           sc__flux_linear(f, &s->k, p, "attn.to_k", c, c) &&
-           sc__flux_linear(f, &s->v, p, "attn.to_v", c, c) &&
-           sc__flux_linear(f, &s->up, p, "proj_mlp", 4 * c, c) &&
-           sc__flux_linear(f, &s->out, p, "proj_out", c, 5 * c) &&
-           sc__flux_norm(f, &s->norm_q, p, "attn.norm_q") &&
-           sc__flux_norm(f, &s->norm_k, p, "attn.norm_k");
+static bool sc__flux_single(sc_dit *f, sc__stream *s, const char *p, int64_t c) {
+    return sc__dit_linear(f, &s->mod, p, "norm.linear", 3 * c, c) &&
+           sc__dit_linear(f, &s->q, p, "attn.to_q", c, c) &&
+           sc__dit_linear(f, &s->k, p, "attn.to_k", c, c) &&
+           sc__dit_linear(f, &s->v, p, "attn.to_v", c, c) &&
+           sc__dit_linear(f, &s->up, p, "proj_mlp", 4 * c, c) &&
+           sc__dit_linear(f, &s->out, p, "proj_out", c, 5 * c) &&
+           sc__dit_norm(f, &s->norm_q, p, "attn.norm_q") &&
+           sc__dit_norm(f, &s->norm_k, p, "attn.norm_k");
 }
 
-static bool sc__flux_embedder(sc_flux *f, sc__embedder *e, const char *prefix, int64_t c,
+static bool sc__dit_embedder(sc_dit *f, sc__embedder *e, const char *prefix, int64_t c,
                               int64_t in) {
-    return sc__flux_linear(f, &e->first, prefix, "linear_1", c, in) &&
-           sc__flux_linear(f, &e->second, prefix, "linear_2", c, c);
+    return sc__dit_linear(f, &e->first, prefix, "linear_1", c, in) &&
+           sc__dit_linear(f, &e->second, prefix, "linear_2", c, c);
 }
 
 /* All of it, in an order that decides what a seed draws. c: the width. */
-static bool sc__flux_weights(sc_flux *f) {
-    const sc_flux_config *o = &f->config;
+static bool sc__flux_weights(sc_dit *f) {
+    const sc_dit_config *o = &f->config;
     int64_t c = (int64_t)o->heads * o->head_size;
     char p[SC_MAX_NAME];
     bool ok =
-        sc__flux_linear(f, &f->x_embedder, "", "x_embedder", c, o->in_channels) &&
-        sc__flux_linear(f, &f->context_embedder, "", "context_embedder", c, o->text_channels) &&
-        sc__flux_embedder(f, &f->time, "time_text_embed.timestep_embedder.", c, 256) &&
+        sc__dit_linear(f, &f->x_embedder, "", "x_embedder", c, o->in_channels) &&
+        sc__dit_linear(f, &f->context_embedder, "", "context_embedder", c, o->text_channels) &&
+        sc__dit_embedder(f, &f->time, "time_text_embed.timestep_embedder.", c, 256) &&
         (!o->guidance ||
-         sc__flux_embedder(f, &f->guidance, "time_text_embed.guidance_embedder.", c, 256)) &&
-        sc__flux_embedder(f, &f->pooled, "time_text_embed.text_embedder.", c, o->pooled_channels);
+         sc__dit_embedder(f, &f->guidance, "time_text_embed.guidance_embedder.", c, 256)) &&
+        sc__dit_embedder(f, &f->pooled, "time_text_embed.text_embedder.", c, o->pooled_channels);
     for (int i = 0; ok && i < o->layers; i++) {
         snprintf(p, sizeof p, "transformer_blocks.%d.", i);
-        ok = sc__flux_stream(f, &f->blocks[i].stream[0], p, c, false) &&
-             sc__flux_stream(f, &f->blocks[i].stream[1], p, c, true);
+        ok = sc__dit_stream(f, &f->blocks[i].stream[0], p, c, false) &&
+             sc__dit_stream(f, &f->blocks[i].stream[1], p, c, true);
     }
     for (int i = 0; ok && i < o->single_layers; i++) {
         snprintf(p, sizeof p, "single_transformer_blocks.%d.", i);
         ok = sc__flux_single(f, f->blocks[o->layers + i].stream, p, c);
     }
-    return ok && sc__flux_linear(f, &f->norm_out, "", "norm_out.linear", 2 * c, c) &&
-           sc__flux_linear(f, &f->proj_out, "", "proj_out", o->out_channels, c);
+    return ok && sc__dit_linear(f, &f->norm_out, "", "norm_out.linear", 2 * c, c) &&
+           sc__dit_linear(f, &f->proj_out, "", "proj_out", o->out_channels, c);
 }
 
 /* A new model starts as the identity: modulations and the last layer are zero (adaLN-Zero). */
-static void sc__flux_zero(sc_flux *f) {
+static void sc__dit_zero(sc_dit *f) {
     for (int i = 0; i < f->module_count; i++) {
         const char *name = f->modules[i].name;
         sc_tensor *w = f->modules[i].layer->weight;
@@ -4906,10 +4906,10 @@ static void sc__flux_zero(sc_flux *f) {
     }
 }
 
-sc_flux *sc_flux_open(const sc_backend *backend, const char *path, const sc_flux_options *options) {
-    const sc_flux_options o = options ? *options : (sc_flux_options){0};
+sc_dit *sc_dit_open(const sc_backend *backend, const char *path, const sc_dit_options *options) {
+    const sc_dit_options o = options ? *options : (sc_dit_options){0};
     sc__config c = {0};
-    sc_flux *f = (sc_flux *)sc__alloc(1, sizeof *f);
+    sc_dit *f = (sc_dit *)sc__alloc(1, sizeof *f);
     if (!f) return NULL;
     bool ok = (!o.fp8 || !o.widen || sc_fail("weights that are f32 cannot become fp8")) &&
               sc__read_config(&c, path);
@@ -4927,16 +4927,16 @@ sc_flux *sc_flux_open(const sc_backend *backend, const char *path, const sc_flux
         f->blocks = (sc__block *)sc__alloc(doubles + singles, sizeof *f->blocks);
         f->modules = (sc__module *)sc__alloc(10 + 14 * doubles + 6 * singles, sizeof *f->modules);
         f->net->rng.state = o.seed, f->net->fp8 = o.fp8, f->net->streamed = o.streamed;
-        for (size_t i = 0; f->blocks && i < doubles + singles; i++) f->blocks[i].flux = f;
+        for (size_t i = 0; f->blocks && i < doubles + singles; i++) f->blocks[i].dit = f;
         ok = f->blocks && f->modules && sc__flux_weights(f) && sc__net_complete(f->net);
     }
-    if (ok && o.random && o.widen && backend) sc__flux_zero(f);
+    if (ok && o.random && o.widen && backend) sc__dit_zero(f);
     if (ok) return f;
-    sc_flux_close(f);
+    sc_dit_close(f);
     return NULL;
 }
 
-void sc_flux_close(sc_flux *f) {
+void sc_dit_close(sc_dit *f) {
     if (!f) return;
     if (f->rope.data) f->net->backend->release(f->rope.data);
     if (f->net && f->net->backend) sc_lora_unload(f);
@@ -4961,7 +4961,7 @@ static float *sc__lora_values(const sc_backend *be, const sc_adapter *l, sc_set 
 }
 
 /* A weight on the host as f32, with its scale and the loaded LoRAs: W + sum scale B A; yours. */
-static float *sc__merged_values(const sc_flux *f, const sc_tensor *w) {
+static float *sc__merged_values(const sc_dit *f, const sc_tensor *w) {
     const sc_backend *be = f->net->backend;
     const sc_linear_layer *layer = NULL;
     int64_t n = sc_count(w);
@@ -4988,7 +4988,7 @@ static float *sc__merged_values(const sc_flux *f, const sc_tensor *w) {
     return NULL;
 }
 
-bool sc_flux_save(const sc_flux *f, const char *folder, sc_dtype dtype,
+bool sc_dit_save(const sc_dit *f, const char *folder, sc_dtype dtype,
                   const char *const *metadata) {
     sc_net *net = f->net;
     char *config = sc__join(folder, "config.json");
@@ -5012,7 +5012,7 @@ bool sc_flux_save(const sc_flux *f, const char *folder, sc_dtype dtype,
 }
 
 /* The table of RoPE's turns on the model's backend, kept until the sizes change. */
-static bool sc__rope(sc_flux *f, int text, int h, int w) {
+static bool sc__rope(sc_dit *f, int text, int h, int w) {
     if (f->rope.data && f->rope_text == text && f->rope_h == h && f->rope_w == w) return true;
     const sc_backend *be = f->net->backend;
     int64_t tokens = text + (int64_t)h * w, size = f->config.head_size;
@@ -5242,7 +5242,7 @@ static bool sc__lora_count(const sc_file *file, sc_lora_report *report) {
 }
 
 /* x + scale (values - x), or x + scale values; what x was is kept for sc_lora_unload. */
-static bool sc__lora_shift(sc_flux *f, const sc_tensor *x, const float *values, float scale,
+static bool sc__lora_shift(sc_dit *f, const sc_tensor *x, const float *values, float scale,
                            bool instead) {
     int64_t i = 0, n = sc_count(x);
     while (&f->net->weights[i]->tensor != x) i++;
@@ -5259,7 +5259,7 @@ static bool sc__lora_shift(sc_flux *f, const sc_tensor *x, const float *values, 
 
 /* Biases and norms: a new value under the vector's own name (BFL's control LoRAs, PEFT's biases),
  * or a difference, .diff or a bias' .diff_b (ComfyUI). */
-static bool sc__lora_vector(sc_flux *f, const sc__lora *l, const sc_weight *w, float scale,
+static bool sc__lora_vector(sc_dit *f, const sc__lora *l, const sc_weight *w, float scale,
                             sc_lora_report *report) {
     char stem[SC_MAX_NAME + 8];
     bool bias = sc__stem(w->name, ".bias") > 0, ok = true;
@@ -5280,7 +5280,7 @@ static bool sc__lora_vector(sc_flux *f, const sc__lora *l, const sc_weight *w, f
     return ok;
 }
 
-void sc_lora_unload(sc_flux *f) {
+void sc_lora_unload(sc_dit *f) {
     for (int64_t i = 0; i < f->net->count; i++) {
         sc_weight *w = f->net->weights[i];
         size_t bytes = (size_t)sc_count(&w->tensor) * 4;
@@ -5315,7 +5315,7 @@ static bool sc__lora_add(const sc_backend *be, sc_linear_layer *layer, const sc_
     return true;
 }
 
-bool sc_lora_load(sc_flux *f, const char *path, float scale, sc_lora_report *report) {
+bool sc_lora_load(sc_dit *f, const char *path, float scale, sc_lora_report *report) {
     *report = (sc_lora_report){0};
     sc__lora file;
     bool ok = sc__lora_open(&file, path);
@@ -5350,7 +5350,7 @@ static bool sc__bfl_name(const char *module, char other[256], sc__slice *rows) {
 /* Modules [first, first + count) are the parts of one layer of BFL's, or one module. As a file has
  * it: the adapters of all parts (p's or, p NULL, the loaded ones), one below the other in A, and B
  * with each part's factors, times their scale, in its own rows and columns; no data without any. */
-static bool sc__fuse(const sc_flux *f, const sc_params *p, sc_set set, int first, int count,
+static bool sc__fuse(const sc_dit *f, const sc_params *p, sc_set set, int first, int count,
                      bool swapped, sc_tensor *a_of, sc_tensor *b_of) {
     int64_t rank = 0, rows = 0, r = 0, in = f->modules[first].layer->weight->shape[1];
     for (int i = first; i < first + count; i++) {
@@ -5384,7 +5384,7 @@ static bool sc__fuse(const sc_flux *f, const sc_params *p, sc_set set, int first
 }
 
 /* No alpha: it is then the rank, so the scale is 1; diffusers refuses some layers' alphas. */
-static bool sc__lora_write(const sc_flux *f, const sc_params *p, sc_set set, const char *path,
+static bool sc__lora_write(const sc_dit *f, const sc_params *p, sc_set set, const char *path,
                            const char *const *metadata) {
     int n = f->module_count, written = 0, count;
     sc_named *named = (sc_named *)sc__alloc((size_t)n * 2, sizeof *named);
@@ -5416,10 +5416,10 @@ static bool sc__lora_write(const sc_flux *f, const sc_params *p, sc_set set, con
 }
 
 bool sc_lora_save(const sc_params *p, sc_set set, const char *path, const char *const *metadata) {
-    return sc__lora_write(p->flux, p, set, path, metadata);
+    return sc__lora_write(p->dit, p, set, path, metadata);
 }
 
-bool sc_lora_save_kohya(const sc_flux *f, const char *path, const char *const *metadata) {
+bool sc_lora_save_kohya(const sc_dit *f, const char *path, const char *const *metadata) {
     for (int64_t i = 0; i < f->net->count; i++)
         if (f->net->weights[i]->before)
             return sc_fail("'%s' is changed, which kohya's names cannot say: merge into a model",
@@ -5459,9 +5459,9 @@ float sc_lora_scale(const char *path, int steps, float *guidance) {
 bool sc_lora_start(sc_params *p, const char *path, float scale) {
     sc__lora file;
     bool ok = sc__lora_open(&file, path);
-    for (int i = 0; ok && i < p->flux->module_count; i++) {
-        const char *module = p->flux->modules[i].name;
-        const sc_tensor *w = p->flux->modules[i].layer->weight;
+    for (int i = 0; ok && i < p->dit->module_count; i++) {
+        const char *module = p->dit->modules[i].name;
+        const sc_tensor *w = p->dit->modules[i].layer->weight;
         sc__factors x = {0};
         ok = sc__lora_read(&file, module, w, &x);
         if (ok && !x.values) ok = sc_fail("%s: no factors for '%s'", path, module);
@@ -5499,7 +5499,7 @@ static int sc__state_arrays(const sc_params *p, sc_named named[6]) {
 
 bool sc_params_save(const sc_params *p, const char *path, const char *const *metadata) {
     sc_named named[6];
-    return sc__save(path, named, sc__state_arrays(p, named), metadata, p->flux);
+    return sc__save(path, named, sc__state_arrays(p, named), metadata, p->dit);
 }
 
 bool sc_params_load(sc_params *p, const sc_file *file) {
@@ -7509,7 +7509,7 @@ static bool sc__read_scheduler(sc_pipeline *p, sc__config *c) {
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++)
         if (sc__config_number(c, refused[i], 0) && !c->wrong)
             return sc_fail("%s: '%s' is not supported", c->path, refused[i]);
-    bool guided = !c->json && p->flux->config.guidance;
+    bool guided = !c->json && p->dit->config.guidance;
     bool dynamic = sc__config_number(c, "use_dynamic_shifting", guided) != 0;
     double shift = sc__config_number(c, "shift", 1);
     p->mu.base = (float)sc__config_number(c, "base_shift", 0.5);
@@ -7525,7 +7525,7 @@ static bool sc__read_scheduler(sc_pipeline *p, sc__config *c) {
 
 /* What the VAE's config decides: the sides of pictures, and whether the transformer is its own. */
 static bool sc__read_sizes(sc_pipeline *p, const sc_vae *plan, const char *path) {
-    const sc_flux_config *c = &p->flux->config;
+    const sc_dit_config *c = &p->dit->config;
     int channels = 4 * plan->config.latent_channels; /* of a token */
     p->resolution = plan->config.resolution;
     p->token_pixels = 2 * sc_vae_factor(plan); /* 2x2 latents of f x f pixels */
@@ -7543,7 +7543,7 @@ static bool sc__pipeline_settings(sc_pipeline *p) {
     char *vae = folder ? sc_part_path(p->folder, SC_VAE) : NULL;
     sc_vae *plan = vae ? sc_vae_open(NULL, vae, false) : NULL;
     sc__config scheduler = {0}, tokenizer = {0};
-    double usual = p->flux->config.guidance ? 512 : 256;
+    double usual = p->dit->config.guidance ? 512 : 256;
     bool ok = plan && sc__read_sizes(p, plan, vae) &&
               sc__config_open(&scheduler, folder, "scheduler/scheduler_config.json") &&
               sc__read_scheduler(p, &scheduler) &&
@@ -7567,16 +7567,16 @@ sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *model,
                               const sc_pipeline_options *o) {
     sc_pipeline *p = (sc_pipeline *)sc__alloc(1, sizeof *p);
     if (!p) return NULL;
-    sc_flux_options how = o->flux;
+    sc_dit_options how = o->dit;
     p->backend = backend;
     p->folder = sc__strdup(model);
     char *path = o->transformer ? sc__strdup(o->transformer)
                  : how.random   ? sc__join(model, "transformer")
                                 : sc_part_path(model, SC_TRANSFORMER);
     how.widen = how.widen || (path && !how.random && !how.fp8 && sc__small_file(backend, path));
-    if (p->folder && path) p->flux = sc_flux_open(backend, path, &how);
+    if (p->folder && path) p->dit = sc_dit_open(backend, path, &how);
     SC_FREE(path);
-    if (p->flux && sc__pipeline_settings(p) && (p->tape = sc_tape_new(backend))) return p;
+    if (p->dit && sc__pipeline_settings(p) && (p->tape = sc_tape_new(backend))) return p;
     sc_pipeline_close(p);
     return NULL;
 }
@@ -7591,7 +7591,7 @@ void sc_pipeline_release(sc_pipeline *p) {
 void sc_pipeline_close(sc_pipeline *p) {
     if (!p) return;
     sc_pipeline_release(p);
-    sc_flux_close(p->flux);
+    sc_dit_close(p->dit);
     sc_tape_free(p->tape);
     SC_FREE(p->folder);
     SC_FREE(p);
@@ -7607,7 +7607,7 @@ sc_text sc_pipeline_text(sc_pipeline *p, const char *prompt) {
         return sc_fail("the prompt is not UTF-8: byte %d is 0x%02x", (int)(bad - prompt),
                         (unsigned char)*bad), none;
     if (!p->text && !(p->text = sc_text_encoders_open(p->backend, p->folder))) return none;
-    const sc_flux_config *c = sc_flux_config_of(p->flux);
+    const sc_dit_config *c = sc_dit_config_of(p->dit);
     if (p->text->t5.width != c->text_channels || p->text->clip.width != c->pooled_channels)
         return sc_fail("%s: T5 and CLIP give %d and %d channels, the transformer takes %d and %d",
                         p->folder, p->text->t5.width, p->text->clip.width, c->text_channels,
@@ -7618,7 +7618,7 @@ sc_text sc_pipeline_text(sc_pipeline *p, const char *prompt) {
     bool ok = x.context && sc_text_encode(p->text, prompt, p->text_tokens, x.context, x.pooled);
     int all = ok ? sc_tokenize(p->text->t5.tokenizer, prompt, p->text_tokens + 1, ids) : 0;
     x.cut = all > p->text_tokens;
-    if (p->backend->memory_left() < sc__net_waiting(p->flux->net) + ((size_t)8 << 30))
+    if (p->backend->memory_left() < sc__net_waiting(p->dit->net) + ((size_t)8 << 30))
         sc_pipeline_release(p);
     if (ok) return x;
     SC_FREE(x.context);
@@ -7676,11 +7676,11 @@ bool sc_pipeline_decode(sc_pipeline *p, const float *tokens, int batch, int h, i
 
 bool sc_pipeline_draw(sc_pipeline *p, const sc_sampling *s, int n, const sc_text *texts,
                       uint64_t seed, float *rgb) {
-    int64_t size = (int64_t)s->h * s->w * p->flux->config.in_channels;
+    int64_t size = (int64_t)s->h * s->w * p->dit->config.in_channels;
     float *latents = (float *)sc__alloc((size_t)(n * size), sizeof *latents);
     for (int i = 0; latents && i < n; i++)
         sc_normal(&(sc_rng){seed + (uint64_t)i}, latents + i * size, size);
-    bool ok = latents && sc_sample(p->flux, p->tape, s, n, p->text_tokens, texts, latents) &&
+    bool ok = latents && sc_sample(p->dit, p->tape, s, n, p->text_tokens, texts, latents) &&
               sc_pipeline_decode(p, latents, n, s->h, s->w, rgb);
     SC_FREE(latents);
     return ok;

@@ -474,11 +474,11 @@ bool sc_check_out(const char *out, const char *endings, bool named, const char *
     return ok;
 }
 
-/* The folder of a transformer that sc_flux_save can write: a new one, or with what this program
+/* The folder of a transformer that sc_dit_save can write: a new one, or with what this program
  * wrote and does not read now; a config.json of its own may be there. */
-bool sc_can_write_model(const sc_flux *flux, const char *folder) {
+bool sc_can_write_model(const sc_dit *dit, const char *folder) {
     size_t size;
-    const sc_file *file = sc_flux_net(flux)->file;
+    const sc_file *file = sc_dit_net(dit)->file;
     const char *input = file ? sc_file_path(file) : NULL;
     if (ends_in(folder, SC_WEIGHTS) && (!exists(folder) || is_file(folder)))
         return sc_fail("%s: this will be a folder: do not let its name end as a file's", folder);
@@ -488,7 +488,7 @@ bool sc_can_write_model(const sc_flux *flux, const char *folder) {
     const char *text = exists(config) ? kept(sc_read_file(config, &size)) : NULL;
     return sc_apart(folder, input ? folder_of(input) : NULL) && sc_apart(weights, input) &&
            sc_may_replace(weights) && sc_can_write(weights) && sc_can_write(config) &&
-           (exists(weights) || (text && !strcmp(text, sc_flux_config_text(flux))) ||
+           (exists(weights) || (text && !strcmp(text, sc_dit_config_text(dit))) ||
             sc_may_replace(config));
 }
 
@@ -713,11 +713,11 @@ void sc_print_text(FILE *to, const char *heading, const char *text) {
 }
 
 /* Loads a LoRA; prints "applied n/N" and the rest. *guidance as for sc_lora_argument. */
-bool sc_load_lora_argument(sc_flux *flux, const char *argument, int steps, float *guidance) {
+bool sc_load_lora_argument(sc_dit *dit, const char *argument, int steps, float *guidance) {
     float scale;
     const char *path = sc_lora_argument(argument, steps, &scale, guidance);
     sc_lora_report report = {0};
-    if (!sc_lora_load(flux, path, scale, &report)) return false;
+    if (!sc_lora_load(dit, path, scale, &report)) return false;
     fprintf(stderr, "%s: applied %d/%d, scale %g%s\n", path, report.applied, report.total, scale,
             strcmp(path, argument) ? "" : " (FILE:SCALE to change)");
     if (report.applied < report.total)
@@ -991,7 +991,7 @@ static void warn_unread(const sc_pipeline *p) {
     const char *path = kept(sc_part_path(p->folder, SC_VAE));
     sc_vae *vae = path ? sc_vae_open(NULL, path, false) : NULL;
     sc_text_encoders *text = sc_text_encoders_open(NULL, p->folder);
-    const sc_net *const nets[] = {sc_flux_net(p->flux), sc_vae_net(vae), sc_text_net(text, SC_CLIP),
+    const sc_net *const nets[] = {sc_dit_net(p->dit), sc_vae_net(vae), sc_text_net(text, SC_CLIP),
                                   sc_text_net(text, SC_T5)};
     long long unread = sc_net_unread(nets, 4, names, sizeof names);
     const char *what = formatted("warning: %lld tensors of %s are not used: ", unread, p->folder);

@@ -117,7 +117,7 @@ enum {
 
 typedef struct training {
     sc_pipeline *pipeline;
-    const sc_flux_config *config;
+    const sc_dit_config *config;
     sc_params *params;
     sc_recipe recipe;
     sc_adamw adamw;
@@ -225,7 +225,7 @@ static bool save_result(const training *t) {
                               o.scales ? "scales" : NULL, o.scales, NULL};
     if (t->params->adapters) return sc_lora_save(t->params, SC_STUDENT, o.out, metadata);
     sc_params_use(t->params, SC_SLOW);
-    bool ok = sc_flux_save(t->pipeline->flux, o.out, SC_BF16, metadata + 8); /* from steps on */
+    bool ok = sc_dit_save(t->pipeline->dit, o.out, SC_BF16, metadata + 8); /* from steps on */
     sc_params_use(t->params, SC_STUDENT);
     return ok;
 }
@@ -298,7 +298,7 @@ static bool try_preview(training *t) {
 static bool train_step(training *t) {
     sc_pipeline *p = t->pipeline;
     draw_batch(t);
-    if (!sc_agree(sc_train_gradient(p->flux, t->params, p->tape, &t->recipe, &t->batch, &t->rng)))
+    if (!sc_agree(sc_train_gradient(p->dit, t->params, p->tape, &t->recipe, &t->batch, &t->rng)))
         return false;
     t->adamw.lr = learning_rate(t->step);
     sc_params_step(t->params, &t->adamw, o.fast, o.slow);
@@ -418,7 +418,7 @@ static void forget_data(training *t) {
 
 /* Maps the cache if it is there, whole and made from the same things; false says nothing. */
 static bool load_cache(training *t, const char *fingerprint) {
-    const sc_flux_config *c = t->config;
+    const sc_dit_config *c = t->config;
     t->cached = exists(t->cache) ? sc_file_open(t->cache) : NULL;
     const char *made_from = t->cached ? sc_file_metadata(t->cached, "fingerprint") : NULL;
     if (!made_from || strcmp(made_from, fingerprint)) return false;
@@ -644,16 +644,16 @@ static bool check_options(void) {
 }
 
 static bool open_model(training *t) {
-    sc_pipeline_options how = {.flux.widen = all_weights(), .flux.fp8 = !strcmp(o.weights, "fp8"),
-                               .flux.streamed = !strcmp(o.weights_on, "host"),
-                               .flux.random = o.pretrain && !o.transformer, .flux.seed = o.seed,
+    sc_pipeline_options how = {.dit.widen = all_weights(), .dit.fp8 = !strcmp(o.weights, "fp8"),
+                               .dit.streamed = !strcmp(o.weights_on, "host"),
+                               .dit.random = o.pretrain && !o.transformer, .dit.seed = o.seed,
                                .transformer = o.transformer};
     t->pipeline = sc_open_model(o.model, o.device, how);
     if (!t->pipeline) return false;
     if (o.text_tokens) t->pipeline->text_tokens = o.text_tokens;
     if (o.resolution) t->pipeline->resolution = o.resolution;
-    sc_flux_checkpointing(t->pipeline->flux, o.checkpointing);
-    t->config = sc_flux_config_of(t->pipeline->flux);
+    sc_dit_checkpointing(t->pipeline->dit, o.checkpointing);
+    t->config = sc_dit_config_of(t->pipeline->dit);
     return !o.distill_guidance || t->config->guidance ||
            sc_fail("%s: this model takes no guidance, so that --distill-guidance has nothing to "
                    "teach: its config.json has no \"guidance_embeds\": true",
@@ -662,11 +662,11 @@ static bool open_model(training *t) {
 
 /* A LoRA that starts from --start, from the teacher's, or from nothing. */
 static bool start_lora(training *t) {
-    sc_flux *flux = t->pipeline->flux;
+    sc_dit *dit = t->pipeline->dit;
     float scale;
-    t->params = sc_params_lora(flux, o.rank, o.alpha > 0 ? o.alpha : (float)o.rank, o.seed);
+    t->params = sc_params_lora(dit, o.rank, o.alpha > 0 ? o.alpha : (float)o.rank, o.seed);
     if (!t->params) return false;
-    if (o.teacher && !sc_load_lora_argument(flux, o.teacher, o.teacher_steps, NULL)) return false;
+    if (o.teacher && !sc_load_lora_argument(dit, o.teacher, o.teacher_steps, NULL)) return false;
     if (o.start || !o.teacher) return !o.start || sc_lora_start(t->params, o.start, 1);
     const char *path = sc_lora_argument(o.teacher, o.teacher_steps, &scale, NULL);
     return sc_lora_start(t->params, path, scale);
@@ -689,7 +689,7 @@ static void set_recipe(training *t) {
 /* The trained numbers, and memory for a batch of the largest pictures; it is left as such a one. */
 static bool open_params(training *t) {
     const sc_tensor *largest = &t->data[LATENTS];
-    if (all_weights()) t->params = sc_params_full(t->pipeline->flux, !o.pretrain);
+    if (all_weights()) t->params = sc_params_full(t->pipeline->dit, !o.pretrain);
     if (all_weights() ? !t->params : !start_lora(t)) return false;
     for (int i = 0; i < t->pairs; i++)
         if (sc_count(&t->data[LATENTS + i]) > sc_count(largest)) largest = &t->data[LATENTS + i];
@@ -712,7 +712,7 @@ static bool plan_memory(training *t) {
     if (p->backend->on_host || o.checkpointing) return true;
     const double gib = 1 << 30;
     sc_memory_plan plan;
-    if (!sc_plan_memory(p->flux, t->params, p->tape, &t->recipe, &t->batch, &plan)) return false;
+    if (!sc_plan_memory(p->dit, t->params, p->tape, &t->recipe, &t->batch, &plan)) return false;
     printf("memory of %s: a step of %d pictures of %dx%d takes %.1f GiB, and %.1f GiB more for %d "
            "of %d blocks that are not run twice%s; %.1f GiB were left\n",
            p->backend->name, o.batch, t->batch.w * p->token_pixels, t->batch.h * p->token_pixels,
@@ -735,7 +735,7 @@ static bool join(training *t) {
 static void print_plan(const training *t) {
     printf("%s: %d pairs, %d captions; %lld of %lld parameters trained\n", o.data, t->pairs,
            (int)t->data[CONTEXT].shape[0] - 1, (long long)t->params->count,
-           (long long)sc_flux_parameters(t->pipeline->flux));
+           (long long)sc_dit_parameters(t->pipeline->dit));
     printf("options:");
     sc_print_options(table, OPTIONS);
     fflush(stdout);
@@ -812,7 +812,7 @@ int main(int argc, char **argv) {
                   .cache = formatted("%s/.shortcut-cache.safetensors", o.data)};
     bool idle = o.dry_run || sc_rank; /* writes nothing */
     bool ok = (idle || check_places(&t, named, &made)) && open_model(&t) &&
-              (idle || !all_weights() || sc_can_write_model(t.pipeline->flux, o.out)) &&
+              (idle || !all_weights() || sc_can_write_model(t.pipeline->dit, o.out)) &&
               load_data(&t) && open_params(&t);
     if (ok) {
         set_recipe(&t);

@@ -291,11 +291,11 @@ static double forward_flops(double image, double text) {
     return 57 * t * (24 * c * c + 4 * t * c) + 2 * c * (image * 64 * 2 + text * 4096);
 }
 
-static sc_flux *open_flux(bool fp8) {
+static sc_dit *open_flux(bool fp8) {
     mkdir("build/bench_flux", 0777);
     if (!sc_write_file("build/bench_flux/config.json", config, strlen(config))) stop();
-    const sc_flux_options options = {.random = true, .seed = 1, .fp8 = fp8};
-    sc_flux *f = sc_flux_open(gpu, "build/bench_flux", &options);
+    const sc_dit_options options = {.random = true, .seed = 1, .fp8 = fp8};
+    sc_dit *f = sc_dit_open(gpu, "build/bench_flux", &options);
     if (!f) stop();
     return f;
 }
@@ -307,7 +307,7 @@ static float *normal(int64_t n) {
 }
 
 /* The official loss at 512 x 512: 1024 + 256 tokens, rank 64. */
-static double measure_training(sc_flux *f, int batch, const char *weights) {
+static double measure_training(sc_dit *f, int batch, const char *weights) {
     sc_params *p = sc_params_lora(f, 64, 64, 1);
     sc_tape *t = sc_tape_new(gpu);
     if (!p || !t) stop();
@@ -356,7 +356,7 @@ static double measure_training(sc_flux *f, int batch, const char *weights) {
     return times[3];
 }
 
-static void measure_sampling(sc_flux *f, const char *weights) {
+static void measure_sampling(sc_dit *f, const char *weights) {
     sc_tape *t = sc_tape_new(gpu);
     float *latents = normal(4096 * 64), *context = normal(512 * 4096), *pooled = normal(768),
           *noise = normal(4096 * 64);
@@ -382,12 +382,12 @@ static void measure_sampling(sc_flux *f, const char *weights) {
  * model is made first, as a random one is bf16 at the beginning. */
 static void measure_small_card(void) {
     size_t all = gpu->memory_left(), wanted = (size_t)23 << 30;
-    sc_flux *f = open_flux(true);
+    sc_dit *f = open_flux(true);
     void *ballast = all > wanted ? gpu->alloc(all - wanted) : NULL;
     printf("where 23 GiB were free, %.1f GiB of them behind the model: ",
            (double)gpu->memory_left() / (1 << 30));
     measure_training(f, 1, "fp8 weights");
-    sc_flux_close(f);
+    sc_dit_close(f);
     if (ballast) gpu->release(ballast);
 }
 
@@ -410,10 +410,10 @@ int main(int argc, char **argv) {
     for (int i = 0; i < 2; i++) {
         if (argc > 1 && !chosen[i ? FP8 : BF16]) continue;
         const char *weights = i ? "fp8 weights" : "bf16";
-        sc_flux *f = open_flux(i);
+        sc_dit *f = open_flux(i);
         step[i] = measure_training(f, 8, weights);
         measure_sampling(f, weights);
-        sc_flux_close(f);
+        sc_dit_close(f);
     }
     if (step[0] > 0 && step[1] > 0)
         printf("fp8 is %.2f times as fast as bf16\n", step[0] / step[1]);

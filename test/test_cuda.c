@@ -648,8 +648,8 @@ static void make_model(const char *folder) {
     mkdir(folder, 0777);
     snprintf(path, sizeof path, "%s/config.json", folder);
     sc_write_file(path, config, strlen(config));
-    const sc_flux_options options = {.widen = true, .random = true, .seed = 1};
-    sc_flux *f = sc_flux_open(sc_cpu(), folder, &options);
+    const sc_dit_options options = {.widen = true, .random = true, .seed = 1};
+    sc_dit *f = sc_dit_open(sc_cpu(), folder, &options);
     for (int64_t i = 0; f && i < f->net->count; i++) {
         sc_tensor *w = &f->net->weights[i]->tensor;
         float *values = w->data, size = w->ndim == 1 ? 0.1f : 1.f / sqrtf((float)w->shape[1]);
@@ -658,9 +658,9 @@ static void make_model(const char *folder) {
         sc_normal(&rng, values, sc_count(w));
         for (int64_t j = 0; j < sc_count(w); j++) values[j] = values[j] * size + (norm ? 1.f : 0.f);
     }
-    if (!f || !sc_flux_save(f, folder, SC_BF16, (const char *const[]){NULL}))
+    if (!f || !sc_dit_save(f, folder, SC_BF16, (const char *const[]){NULL}))
         printf("%s\n", sc_error()), exit(1);
-    sc_flux_close(f);
+    sc_dit_close(f);
 }
 
 /* What the backward pass of the 2 blocks finds: all; of the second block all, and the weights are
@@ -671,7 +671,7 @@ static size_t memory_limit; /* of that tape */
 static size_t limited_memory_left(void) { return memory_limit - sc_tape_bytes(limited_tape); }
 
 /* As if the device had a byte less than it takes to keep all. */
-static void plan_less_memory(sc_flux *f, sc_params *p, sc_tape *t, const sc_recipe *recipe,
+static void plan_less_memory(sc_dit *f, sc_params *p, sc_tape *t, const sc_recipe *recipe,
                              const sc_batch *batch, sc_backend *limited) {
     sc_memory_plan plan;
     limited->memory_left = limited_memory_left;
@@ -689,8 +689,8 @@ static void train_model(const sc_backend *be, bool fp8, way how, int steps, doub
     sc_rng random = {5};
     sc_backend table = *be;
     be = &table;
-    const sc_flux_options options = {.fp8 = fp8, .streamed = how == RUN_AGAIN};
-    sc_flux *f = sc_flux_open(be, "build/test_cuda_model", &options);
+    const sc_dit_options options = {.fp8 = fp8, .streamed = how == RUN_AGAIN};
+    sc_dit *f = sc_dit_open(be, "build/test_cuda_model", &options);
     sc_tape *t = sc_tape_new(be);
     sc_params *p = f && t ? sc_params_lora(f, 4, 8, 3) : NULL;
     if (!p) printf("%s\n", sc_error()), exit(1);
@@ -736,7 +736,7 @@ static void train_model(const sc_backend *be, bool fp8, way how, int steps, doub
     losses[steps] = (double)p->count;
     sc_params_free(p);
     sc_tape_free(t);
-    sc_flux_close(f);
+    sc_dit_close(f);
 }
 
 /* The same steps again, and in the other ways. On a GPU the same way gives the same bits; another

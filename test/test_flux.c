@@ -23,7 +23,7 @@ static double worst_error(double worst, const float *a, const float *b, int64_t 
 
 typedef struct fixture {
     sc_file *file;
-    sc_flux *flux;
+    sc_dit *dit;
     sc_tape *tape;
     int64_t batch, text, n;
     int h, w;
@@ -36,8 +36,8 @@ static fixture open_fixture(const char *name) {
     snprintf(path, sizeof path, "test/reference/%s/reference.safetensors", name);
     f.file = sc_file_open(path);
     snprintf(path, sizeof path, "test/reference/%s", name);
-    f.flux = f.file ? sc_flux_open(sc_cpu(), path, &(sc_flux_options){.widen = true}) : NULL;
-    if (!f.flux) printf("%s (run the tests from the project's folder)\n", sc_error()), exit(1);
+    f.dit = f.file ? sc_dit_open(sc_cpu(), path, &(sc_dit_options){.widen = true}) : NULL;
+    if (!f.dit) printf("%s (run the tests from the project's folder)\n", sc_error()), exit(1);
     f.tape = sc_tape_new(sc_cpu());
     float *grid = load(f.file, "grid");
     f.h = (int)grid[0], f.w = (int)grid[1], f.text = (int64_t)grid[2];
@@ -53,13 +53,13 @@ static fixture open_fixture(const char *name) {
 static void close_fixture(fixture *f) {
     free(f->x), free(f->context), free(f->pooled), free(f->time), free(f->guidance), free(f->goal);
     sc_tape_free(f->tape);
-    sc_flux_close(f->flux);
+    sc_dit_close(f->dit);
     sc_file_close(f->file);
 }
 
 static sc_tensor *tensor(fixture *f, const float *values) {
     return sc_from(f->tape, 3,
-                   (const int64_t[]){f->batch, (int64_t)f->h * f->w, f->flux->config.in_channels},
+                   (const int64_t[]){f->batch, (int64_t)f->h * f->w, f->dit->config.in_channels},
                    values);
 }
 
@@ -68,18 +68,18 @@ static const float *run(fixture *f, const uint8_t *sets, bool backward, double *
     sc_tape_reset(f->tape);
     sc_tape_record(f->tape, backward);
     sc_tape_use(f->tape, sets);
-    sc_flux_input in = {
+    sc_dit_input in = {
         .x = tensor(f, f->x),
         .time = f->time,
         .guidance = f->guidance,
         .h = f->h,
         .w = f->w,
         .context =
-            sc_from(f->tape, 3, (const int64_t[]){f->batch, f->text, f->flux->config.text_channels},
+            sc_from(f->tape, 3, (const int64_t[]){f->batch, f->text, f->dit->config.text_channels},
                     f->context),
-        .pooled = sc_from(f->tape, 2, (const int64_t[]){f->batch, f->flux->config.pooled_channels},
+        .pooled = sc_from(f->tape, 2, (const int64_t[]){f->batch, f->dit->config.pooled_channels},
                           f->pooled)};
-    sc_tensor *v = sc_flux_velocity(f->flux, f->tape, &in);
+    sc_tensor *v = sc_dit_velocity(f->dit, f->tape, &in);
     if (!v) printf("%s\n", sc_error()), exit(1);
     if (backward) CHECK(sc_mse(f->tape, v, tensor(f, f->goal), 1, loss) && sc_backward(f->tape));
     sc_tape_record(f->tape, false);
@@ -93,27 +93,27 @@ static const uint8_t students[8] = {SC_STUDENT, SC_STUDENT, SC_STUDENT, SC_STUDE
 static void test_full(const char *name) {
     fixture f = open_fixture(name);
     float *velocity = load(f.file, "velocity"), *expected = load(f.file, "loss");
-    sc_params *p = sc_params_full(f.flux, false);
+    sc_params *p = sc_params_full(f.dit, false);
     double loss = 0, worst = 0, norm;
     CHECK(rel_error(run(&f, students, true, &loss), velocity, f.n) < 1e-5);
     CHECK(fabs(loss / expected[0] - 1) < 1e-5);
     norm = sqrt(sc__sum_of_squares(p->grad, NULL, p->count));
-    for (int64_t i = 0; i < f.flux->net->count; i++) {
+    for (int64_t i = 0; i < f.dit->net->count; i++) {
         char key[192];
-        sc_weight *w = f.flux->net->weights[i];
+        sc_weight *w = f.dit->net->weights[i];
         snprintf(key, sizeof key, "grad.%.128s", w->name);
         float *grad = load(f.file, key);
         worst = worst_error(worst, w->tensor.grad, grad, sc_count(&w->tensor), 1e-6 * norm);
         free(grad);
     }
-    printf("%s: largest error of %lld weight gradients %.1e\n", name, (long long)f.flux->net->count,
+    printf("%s: largest error of %lld weight gradients %.1e\n", name, (long long)f.dit->net->count,
            worst);
     CHECK(worst < 1e-4);
     /* Checkpointing recomputes the same numbers. */
     float *plain = malloc((size_t)p->count * 4);
     memcpy(plain, p->grad, (size_t)p->count * 4);
     memset(p->grad, 0, (size_t)p->count * 4);
-    sc_flux_checkpointing(f.flux, true);
+    sc_dit_checkpointing(f.dit, true);
     run(&f, students, true, &loss);
     CHECK(rel_error(p->grad, plain, p->count) < 1e-6);
     free(plain), free(velocity), free(expected);
@@ -146,14 +146,14 @@ static void test_no_blocks(void) {
     for (int i = 0; i < 2; i++) {
         snprintf(text, sizeof text, config, cases[i].doubles, cases[i].singles);
         CHECK(sc_write_file(path, text, strlen(text)));
-        sc_flux_close(f.flux);
-        f.flux = sc_flux_open(sc_cpu(), none, &(sc_flux_options){.widen = true});
-        if (!f.flux) printf("%s\n", sc_error()), exit(1);
-        sc_params *p = sc_params_full(f.flux, false);
+        sc_dit_close(f.dit);
+        f.dit = sc_dit_open(sc_cpu(), none, &(sc_dit_options){.widen = true});
+        if (!f.dit) printf("%s\n", sc_error()), exit(1);
+        sc_params *p = sc_params_full(f.dit, false);
         for (int checkpointing = 0; checkpointing < 2; checkpointing++) {
             double loss = 0;
             memset(p->grad, 0, (size_t)p->count * 4);
-            sc_flux_checkpointing(f.flux, checkpointing);
+            sc_dit_checkpointing(f.dit, checkpointing);
             CHECK(rel_error(run(&f, students, true, &loss), cases[i].velocity, 4) < 1e-5);
             CHECK_CLOSE(loss, cases[i].loss, 1e-5);
             CHECK_CLOSE(sqrt(sc__sum_of_squares(p->grad, NULL, p->count)), cases[i].norm, 1e-5);
@@ -168,9 +168,9 @@ static void test_no_blocks(void) {
 
 /* Weights that were not opened to be trained are refused. */
 static void test_not_wide(void) {
-    sc_flux *f = sc_flux_open(sc_cpu(), "test/reference/flux_a", NULL);
+    sc_dit *f = sc_dit_open(sc_cpu(), "test/reference/flux_a", NULL);
     CHECK(f && !sc_params_full(f, false) && strstr(sc_error(), "`widen`"));
-    sc_flux_close(f);
+    sc_dit_close(f);
 }
 
 /* ---- LoRA ---- */
@@ -178,11 +178,11 @@ static void test_not_wide(void) {
 static void set_factors(fixture *f, sc_params *p) {
     char key[192];
     for (int s = 0; s < 3; s++)
-        for (int i = 0; i < f->flux->module_count; i++)
+        for (int i = 0; i < f->dit->module_count; i++)
             for (int part = 0; part < 2; part++) {
                 sc_tensor *x =
                     part ? &p->adapters[i].b[SC_STUDENT + s] : &p->adapters[i].a[SC_STUDENT + s];
-                snprintf(key, sizeof key, "lora%d.%s.%c", s, f->flux->modules[i].name,
+                snprintf(key, sizeof key, "lora%d.%s.%c", s, f->dit->modules[i].name,
                          part ? 'b' : 'a');
                 float *values = load(f->file, key);
                 memcpy(x->data, values, (size_t)sc_count(x) * 4);
@@ -193,12 +193,12 @@ static void set_factors(fixture *f, sc_params *p) {
 static void check_gradients(const char *name, const fixture *f, const sc_params *p,
                             const char *prefix) {
     double worst = 0, norm = sqrt(sc__sum_of_squares(p->grad, NULL, p->count));
-    int n = f->flux->module_count;
+    int n = f->dit->module_count;
     for (int i = 0; i < 2 * n; i++) {
         const sc_adapter *l = &p->adapters[i / 2];
         const sc_tensor *x = i % 2 ? &l->b[SC_STUDENT] : &l->a[SC_STUDENT];
         char key[192];
-        snprintf(key, sizeof key, "%s.%s.%c", prefix, f->flux->modules[i / 2].name, "ab"[i % 2]);
+        snprintf(key, sizeof key, "%s.%s.%c", prefix, f->dit->modules[i / 2].name, "ab"[i % 2]);
         float *grad = load(f->file, key);
         worst = worst_error(worst, x->grad, grad, sc_count(x), 1e-6 * norm);
         free(grad);
@@ -210,7 +210,7 @@ static void check_gradients(const char *name, const fixture *f, const sc_params 
 static void test_lora(const char *name) {
     fixture f = open_fixture(name);
     float *velocity = load(f.file, "lora_velocity"), *base = load(f.file, "velocity");
-    sc_params *p = sc_params_lora(f.flux, 3, 3 * 0.7f, 1);
+    sc_params *p = sc_params_lora(f.dit, 3, 3 * 0.7f, 1);
     double loss;
     CHECK(rel_error(run(&f, students, false, &loss), base, f.n) <
           1e-5); /* B is zero: nothing changes */
@@ -235,14 +235,14 @@ static void test_lora_file(void) {
     fixture f = open_fixture("flux_a");
     const char *path = "build/test-lora.safetensors";
     float *velocity = load(f.file, "lora_velocity");
-    sc_params *p = sc_params_lora(f.flux, 3, 3 * 0.7f, 1);
+    sc_params *p = sc_params_lora(f.dit, 3, 3 * 0.7f, 1);
     sc_lora_report report;
     double loss;
     set_factors(&f, p);
     CHECK(sc_lora_save(p, SC_STUDENT, path, (const char *[]){"scales", "3:1@1.5 8:0.5", NULL}));
     sc_params_free(p);
-    CHECK(sc_lora_load(f.flux, path, 1, &report));
-    CHECK(report.applied == f.flux->module_count && report.total == report.applied);
+    CHECK(sc_lora_load(f.dit, path, 1, &report));
+    CHECK(report.applied == f.dit->module_count && report.total == report.applied);
     float guidance = 2; /* which stays where none is recommended */
     CHECK(sc_lora_scale(path, 9, &guidance) == 0.5f && guidance == 2);
     CHECK(sc_lora_scale(path, 4, &guidance) == 1 && guidance == 1.5f);
@@ -250,17 +250,17 @@ static void test_lora_file(void) {
     CHECK(rel_error(run(&f, NULL, false, &loss), velocity, f.n) < 5e-3);
     float *loaded = malloc((size_t)f.n * 4);
     memcpy(loaded, run(&f, NULL, false, &loss), (size_t)f.n * 4);
-    CHECK(sc_flux_save(f.flux, "build/test-merged", SC_F32, NULL)); /* with the LoRA in it */
-    sc_flux_close(f.flux);
-    f.flux = sc_flux_open(sc_cpu(), "build/test-merged", &(sc_flux_options){.widen = true});
-    CHECK(f.flux && rel_error(run(&f, NULL, false, &loss), loaded, f.n) < 1e-5);
+    CHECK(sc_dit_save(f.dit, "build/test-merged", SC_F32, NULL)); /* with the LoRA in it */
+    sc_dit_close(f.dit);
+    f.dit = sc_dit_open(sc_cpu(), "build/test-merged", &(sc_dit_options){.widen = true});
+    CHECK(f.dit && rel_error(run(&f, NULL, false, &loss), loaded, f.n) < 1e-5);
     remove("build/test-merged/config.json");
     remove("build/test-merged/diffusion_pytorch_model.safetensors");
     remove("build/test-merged");
     fixture other = open_fixture("flux_b");
-    CHECK(!sc_lora_load(other.flux, path, 1, &report));
+    CHECK(!sc_lora_load(other.dit, path, 1, &report));
     CHECK(strstr(sc_error(), "another model") != NULL);
-    sc_lora_unload(other.flux);
+    sc_lora_unload(other.dit);
     close_fixture(&other);
     free(velocity), free(loaded);
     close_fixture(&f);
@@ -270,7 +270,7 @@ static void test_lora_file(void) {
 /* ---- The SCFM target ---- */
 
 static void texts_of(const fixture *f, sc_text texts[8]) {
-    const sc_flux_config *c = sc_flux_config_of(f->flux);
+    const sc_dit_config *c = sc_dit_config_of(f->dit);
     for (int64_t i = 0; i < 8 && i < f->batch; i++)
         texts[i] = (sc_text){f->context + i * f->text * c->text_channels,
                              f->pooled + i * c->pooled_channels, false};
@@ -279,7 +279,7 @@ static void texts_of(const fixture *f, sc_text texts[8]) {
 /* cfg: the teacher's, and the averages'. */
 static void check_target(const char *name, const char *expected_name, float cfg, float own) {
     fixture f = open_fixture(name);
-    sc_params *p = sc_params_lora(f.flux, 3, 3 * 0.7f, 1);
+    sc_params *p = sc_params_lora(f.dit, 3, 3 * 0.7f, 1);
     float *x0 = load(f.file, "x0"), *noise = load(f.file, "noise"), *table = load(f.file, "draws");
     float *times = load(f.file, "times"), *noisy = load(f.file, "noisy"),
           *expected = load(f.file, expected_name);
@@ -297,12 +297,12 @@ static void check_target(const char *name, const char *expected_name, float cfg,
         CHECK(rel_error(draws[i].t, times + 3 * i, 3) < 1e-6);
     }
     sc_tape_reset(f.tape);
-    sc__flux_model self = {.flux = f.flux, .params = p, .h = f.h, .w = f.w};
+    sc__dit_model self = {.dit = f.dit, .params = p, .h = f.h, .w = f.w};
     sc_text texts[8];
     texts_of(&f, texts);
-    CHECK(sc__flux_text(&self, f.tape, (int)f.batch, (int)f.text, texts,
+    CHECK(sc__dit_text(&self, f.tape, (int)f.batch, (int)f.text, texts,
                         (sc_text){no_context, no_pooled, false}));
-    sc_model model = {sc__flux_model_velocity, &self};
+    sc_model model = {sc__dit_model_velocity, &self};
     sc_tensor *x = sc_noisy(f.tape, draws, tensor(&f, x0), tensor(&f, noise)),
               *target = tensor(&f, x0);
     CHECK(sc_scfm_target(&model, f.tape, draws, 0, x, target));
@@ -315,7 +315,7 @@ static void check_target(const char *name, const char *expected_name, float cfg,
         double loss;
         sc_tape_record(f.tape, true);
         const sc_query query = {0, students, f.time, f.guidance, scales};
-        sc_tensor *v = sc__flux_model_velocity(&self, f.tape, tensor(&f, f.x), &query);
+        sc_tensor *v = sc__dit_model_velocity(&self, f.tape, tensor(&f, f.x), &query);
         CHECK(sc_mse(f.tape, v, tensor(&f, f.goal), 1, &loss) && sc_backward(f.tape));
         check_gradients(name, &f, p, "cfg_grad");
         sc_tape_record(f.tape, false);
@@ -341,11 +341,11 @@ static void test_cfg_sample(void) {
                      .no_text = {no_context, no_pooled, false}};
     sc_text texts[8];
     texts_of(&f, texts);
-    CHECK(sc_sample(f.flux, f.tape, &s, (int)f.batch, (int)f.text, texts, x));
+    CHECK(sc_sample(f.dit, f.tape, &s, (int)f.batch, (int)f.text, texts, x));
     CHECK(rel_error(x, expected, f.n) < 1e-5);
     printf("error of a sample with true CFG %.1e\n", rel_error(x, expected, f.n));
     s.no_text.context = NULL;
-    CHECK(!sc_sample(f.flux, f.tape, &s, (int)f.batch, (int)f.text, texts, x) &&
+    CHECK(!sc_sample(f.dit, f.tape, &s, (int)f.batch, (int)f.text, texts, x) &&
           strstr(sc_error(), "negative prompt"));
     free(x), free(expected), free(no_context), free(no_pooled);
     close_fixture(&f);
@@ -395,7 +395,7 @@ static void test_reports(void) {
     sc_adamw o = {.lr = 1e-3f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f};
     double loss, norm;
     for (int kept = 0; kept < 2; kept++) {
-        sc_params *p = sc_params_lora(f.flux, 2, 2, 1);
+        sc_params *p = sc_params_lora(f.dit, 2, 2, 1);
         CHECK(!sc_params_report(p, &loss, &norm));
         for (int i = 0; i < 6; i++) p->results[0] = 10 * kept + i, sc_params_step(p, &o, 0, 0);
         for (int i = 2; kept && i < 6; i++)
@@ -434,14 +434,14 @@ static void test_sampling(void) {
     sc_sampling s = {.steps = 2, .guidance = 2, .h = f.h, .w = f.w, .shift = 3};
     const sc_text text = {f.context, f.pooled, false};
     memcpy(latents, f.x, (size_t)n * 4);
-    CHECK(sc_sample(f.flux, f.tape, &s, 1, f.text, &text, latents));
+    CHECK(sc_sample(f.dit, f.tape, &s, 1, f.text, &text, latents));
     CHECK(memcmp(latents, f.x, (size_t)n * 4));
-    CHECK(!sc_sample(f.flux, f.tape, &s, 0, f.text, &text, latents));
+    CHECK(!sc_sample(f.dit, f.tape, &s, 0, f.text, &text, latents));
     s.steps = 0;
-    CHECK(!sc_sample(f.flux, f.tape, &s, 1, f.text, &text, latents) &&
+    CHECK(!sc_sample(f.dit, f.tape, &s, 1, f.text, &text, latents) &&
           strstr(sc_error(), "0 steps"));
     s.steps = 2, s.shift = 0;
-    CHECK(!sc_sample(f.flux, f.tape, &s, 1, f.text, &text, latents) &&
+    CHECK(!sc_sample(f.dit, f.tape, &s, 1, f.text, &text, latents) &&
           strstr(sc_error(), "shift of 0"));
     free(latents);
     close_fixture(&f);

@@ -225,7 +225,7 @@ static tensors *to_bfl(const char *prefix, const char *scaled) {
 /* ---- Weights ---- */
 
 /* A folder with config.json and this file. */
-static sc_flux *open_as(const tensors *t, const char *name) {
+static sc_dit *open_as(const tensors *t, const char *name) {
     size_t length;
     char *config = sc_read_file(MODEL "/config.json", &length), path[200];
     mkdir(in_folder(name), 0777);
@@ -234,10 +234,10 @@ static sc_flux *open_as(const tensors *t, const char *name) {
     snprintf(path, sizeof path, "%s/flux.safetensors", name);
     save(t, path);
     free(config);
-    return sc_flux_open(sc_cpu(), in_folder(name), NULL);
+    return sc_dit_open(sc_cpu(), in_folder(name), NULL);
 }
 
-static float *merged_weight(const sc_flux *f, int i) {
+static float *merged_weight(const sc_dit *f, int i) {
     const sc_tensor *w = &f->net->weights[i]->tensor;
     float *v = sc__merged_values(f, w);
     CHECK(v);
@@ -245,7 +245,7 @@ static float *merged_weight(const sc_flux *f, int i) {
 }
 
 /* Largest difference of all weights, as a part of the largest value. */
-static double difference(const sc_flux *a, const sc_flux *b) {
+static double difference(const sc_dit *a, const sc_dit *b) {
     double worst = 0, largest = 1e-30;
     CHECK(a && b && a->net->count == b->net->count);
     for (int i = 0; a && b && i < a->net->count; i++) {
@@ -261,30 +261,30 @@ static double difference(const sc_flux *a, const sc_flux *b) {
 
 static void test_layouts(void) {
     static const char *const prefixes[] = {"", "model.diffusion_model."};
-    sc_flux *original = sc_flux_open(sc_cpu(), MODEL, NULL);
+    sc_dit *original = sc_dit_open(sc_cpu(), MODEL, NULL);
     if (!original) printf("%s (run the tests from the project's folder)\n", sc_error()), exit(1);
     for (int i = 0; i < 2; i++) {
         tensors *t = to_bfl(prefixes[i], NULL);
-        sc_flux *f = open_as(t, "bfl");
+        sc_dit *f = open_as(t, "bfl");
         if (!f) printf("%s\n", sc_error());
         CHECK(f && difference(f, original) == 0);
-        sc_flux_close(f);
+        sc_dit_close(f);
         free_tensors(t);
     }
     /* 8 bits: products and merging see the same values; they are the originals', rounded. */
     static const char *const scales[] = {"scale_weight", "weight_scale"};
     for (int i = 0; i < 2; i++) {
         tensors *t = to_bfl("", scales[i]);
-        sc_flux *f = open_as(t, "fp8"),
-                *wide = sc_flux_open(sc_cpu(), in_folder("fp8"), &(sc_flux_options){.widen = true});
+        sc_dit *f = open_as(t, "fp8"),
+                *wide = sc_dit_open(sc_cpu(), in_folder("fp8"), &(sc_dit_options){.widen = true});
         CHECK(f && f->blocks[0].stream[0].q.weight->dtype == SC_F8_E4M3 &&
               f->blocks[0].stream[0].q.weight->scale);
         CHECK(difference(f, wide) == 0);
         CHECK(difference(f, original) < 0.1 && difference(f, original) > 0);
-        sc_flux_close(f), sc_flux_close(wide);
+        sc_dit_close(f), sc_dit_close(wide);
         free_tensors(t);
     }
-    sc_flux_close(original);
+    sc_dit_close(original);
 }
 
 /* The scales of 8-bit weights as a row or a column, of parts of a fused layer, of a lone number. */
@@ -318,11 +318,11 @@ static void test_scale_shapes(void) {
 static void test_shapes(void) {
     tensors *t = to_bfl("", NULL);
     const char *path = save(t, "shapes.safetensors");
-    CHECK(!sc_flux_open(sc_cpu(), path, NULL) && strstr(sc_error(), "axes_dims_rope"));
+    CHECK(!sc_dit_open(sc_cpu(), path, NULL) && strstr(sc_error(), "axes_dims_rope"));
     sc_net *net = sc_net_open(NULL, path, false);
     char *text = sc__flux_config_text(net);
     sc_json *json = sc_json_parse(text, strlen(text), path);
-    sc_flux_config c;
+    sc_dit_config c;
     CHECK(!sc__flux_read_config(&c, &(sc__config){.path = (char *)path, .json = json}));
     CHECK(c.layers == 1 && c.single_layers == 2 && c.heads == 2 && c.head_size == 16 &&
           c.in_channels == 16 && c.text_channels == 24 && c.pooled_channels == 20);
@@ -332,19 +332,19 @@ static void test_shapes(void) {
     free_tensors(t);
 }
 
-static void refused(sc_flux *f, const char *words) {
+static void refused(sc_dit *f, const char *words) {
     CHECK(!f && strstr(sc_error(), words));
     if (f || !strstr(sc_error(), words)) printf("  not '%s': %s\n", words, sc_error());
-    sc_flux_close(f);
+    sc_dit_close(f);
 }
 
 static void test_bad_weights(void) {
     tensors *t = to_bfl("", "scale_weight");
     add(t, "scaled_fp8", SC_F8_E4M3, 2, 0, calloc(2, 1));
     int mark = t->count - 1;
-    sc_flux *f = open_as(t, "bad");
+    sc_dit *f = open_as(t, "bad");
     CHECK(f);
-    sc_flux_close(f);
+    sc_dit_close(f);
     float *scale = NULL;
     int lost = 0;
     for (int i = 0; i < t->count; i++)
@@ -357,7 +357,7 @@ static void test_bad_weights(void) {
     /* The mark of an all-in-one file's other part says nothing about this one's plain casts. */
     snprintf(t->name[mark], sizeof t->name[mark], "text_encoders.t5xxl.transformer.scaled_fp8");
     CHECK(f = open_as(t, "bad"));
-    sc_flux_close(f);
+    sc_dit_close(f);
     free_tensors(t);
     t = to_bfl("", NULL);
     float *bias = t->named[1].tensor.data; /* matrices are not read when they are opened */
@@ -373,7 +373,7 @@ static void test_bad_weights(void) {
 }
 
 /* The reference's weights in diffusers' layout: half of them in one shard, half in another. */
-static sc_flux *open_shards(const tensors *t, const char *second) {
+static sc_dit *open_shards(const tensors *t, const char *second) {
     FILE *index = fopen(in_folder("bad/x.safetensors.index.json"), "w");
     fprintf(index, "{\"weight_map\": {");
     for (int i = 0; i < t->count; i++)
@@ -381,11 +381,11 @@ static sc_flux *open_shards(const tensors *t, const char *second) {
                 i < t->count / 2 ? "1.safetensors" : second);
     fprintf(index, "}}");
     fclose(index);
-    return sc_flux_open(sc_cpu(), in_folder("bad"), NULL);
+    return sc_dit_open(sc_cpu(), in_folder("bad"), NULL);
 }
 
 static void test_model_shards(void) {
-    sc_flux *original = sc_flux_open(sc_cpu(), MODEL, NULL);
+    sc_dit *original = sc_dit_open(sc_cpu(), MODEL, NULL);
     sc_file *f = sc_file_open(MODEL "/diffusion_pytorch_model.safetensors");
     tensors *t = new_tensors();
     int64_t rows, columns;
@@ -398,9 +398,9 @@ static void test_model_shards(void) {
     CHECK(sc_file_save(in_folder("bad/1.safetensors"), t->named, half, NULL));
     CHECK(sc_file_save(in_folder("bad/2.safetensors"), t->named + half, n - half, NULL));
     CHECK(sc_file_save(in_folder("2.safetensors"), t->named + half, n - half, NULL));
-    sc_flux *whole = open_shards(t, "2.safetensors");
+    sc_dit *whole = open_shards(t, "2.safetensors");
     CHECK(whole && difference(whole, original) == 0);
-    CHECK(!sc_flux_save(original, in_folder("bad"), SC_F32, NULL) &&
+    CHECK(!sc_dit_save(original, in_folder("bad"), SC_F32, NULL) &&
           strstr(sc_error(), "x.safetensors.index.json: these shards would be read instead"));
     refused(open_shards(t, "3.safetensors"), "3.safetensors: No such file");
     refused(open_shards(t, "../2.safetensors"), "is not a plain file name");
@@ -411,7 +411,7 @@ static void test_model_shards(void) {
     CHECK(sc_file_save(in_folder("bad/2.safetensors"), t->named + half, n - half - 1,
                        NULL)); /* or other names */
     refused(open_shards(t, "2.safetensors"), "is not in its shard '2.safetensors'");
-    sc_flux_close(whole), sc_flux_close(original);
+    sc_dit_close(whole), sc_dit_close(original);
     sc_file_close(f);
     free_tensors(t);
 }
@@ -476,7 +476,7 @@ static const struct {
 
 /* Random factors on every layer that a dialect names, in its names; w: what they add to each module.
  */
-static tensors *random_lora(const sc_flux *f, int dialect, int rank, float alpha, uint64_t seed,
+static tensors *random_lora(const sc_dit *f, int dialect, int rank, float alpha, uint64_t seed,
                             float **w) {
     tensors *t = new_tensors();
     sc_rng rng = {seed};
@@ -522,7 +522,7 @@ static tensors *random_lora(const sc_flux *f, int dialect, int rank, float alpha
     return t;
 }
 
-static float **zero_differences(const sc_flux *f) {
+static float **zero_differences(const sc_dit *f) {
     float **w = calloc((size_t)f->module_count, sizeof *w);
     for (int i = 0; i < f->module_count; i++)
         w[i] = calloc((size_t)sc_count(f->modules[i].layer->weight), 4);
@@ -530,7 +530,7 @@ static float **zero_differences(const sc_flux *f) {
 }
 
 /* Largest error of the merged differences, as a part of the largest value; frees w. */
-static double merged_error(const sc_flux *f, const sc_flux *base, float **w) {
+static double merged_error(const sc_dit *f, const sc_dit *base, float **w) {
     double worst = 0, largest = 1e-30;
     for (int i = 0; i < f->module_count; i++) {
         const sc_tensor *x = f->modules[i].layer->weight, *y = base->modules[i].layer->weight;
@@ -548,8 +548,8 @@ static double merged_error(const sc_flux *f, const sc_flux *base, float **w) {
 }
 
 static void test_dialects(void) {
-    sc_flux *base = sc_flux_open(sc_cpu(), MODEL, NULL);
-    sc_flux *f = sc_flux_open(sc_cpu(), MODEL, NULL);
+    sc_dit *base = sc_dit_open(sc_cpu(), MODEL, NULL);
+    sc_dit *f = sc_dit_open(sc_cpu(), MODEL, NULL);
     sc_lora_report report;
     for (int d = 0; d < (int)(sizeof dialects / sizeof *dialects); d++) {
         float **w = zero_differences(f);
@@ -601,7 +601,7 @@ static void test_dialects(void) {
     CHECK(sc_lora_load(f, path, 1, &report) && report.applied == BFL && report.total == BFL);
     CHECK(merged_error(f, base, again) < 1e-2); /* its factors are bf16 */
     free_tensors(t), free_tensors(u);
-    sc_flux_close(f), sc_flux_close(base);
+    sc_dit_close(f), sc_dit_close(base);
 }
 
 /* What B A is multiplied by, where no tensor says it: PEFT's config beside its file or, with
@@ -614,8 +614,8 @@ static void test_lora_configs(void) {
         "{\"transformer.lora_alpha\": 3, \"transformer.use_rslora\": false, "
         "\"transformer.alpha_pattern\": {\"^proj_out\": 6, \"to_q\": 9}}",
         "{\"lora_alpha\": 1, \"alpha_pattern\": {\"attn.*\": 3}}", "{\"lora_alpha\": 1"};
-    sc_flux *base = sc_flux_open(sc_cpu(), MODEL, NULL);
-    sc_flux *f = sc_flux_open(sc_cpu(), MODEL, NULL);
+    sc_dit *base = sc_dit_open(sc_cpu(), MODEL, NULL);
+    sc_dit *f = sc_dit_open(sc_cpu(), MODEL, NULL);
     sc_lora_report report;
     mkdir(in_folder("peft"), 0777);
     for (int inside = 0; inside < 2; inside++)
@@ -646,7 +646,7 @@ static void test_lora_configs(void) {
             sc_lora_unload(f);
             free_tensors(t);
         }
-    sc_flux_close(f), sc_flux_close(base);
+    sc_dit_close(f), sc_dit_close(base);
 }
 
 /* Of each vector that a file changes, in every form: at scale 0.5, twice, and taken off again. */
@@ -662,8 +662,8 @@ static void test_lora_vectors(void) {
         {"diffusion_model.single_blocks.1.norm.query_norm.diff", SINGLE(1) "attn.norm_q.weight",
          ""},
         {"base_model.model.proj_out.bias", "proj_out.bias", "instead"}};
-    sc_flux *base = sc_flux_open(sc_cpu(), MODEL, NULL);
-    sc_flux *f = sc_flux_open(sc_cpu(), MODEL, NULL);
+    sc_dit *base = sc_dit_open(sc_cpu(), MODEL, NULL);
+    sc_dit *f = sc_dit_open(sc_cpu(), MODEL, NULL);
     for (size_t i = 0; i < sizeof forms / sizeof *forms; i++) {
         tensors *t = random_lora(f, 0, 2, 2, 4, NULL); /* plain pairs beside it */
         const char *how = forms[i][2];
@@ -701,7 +701,7 @@ static void test_lora_vectors(void) {
         CHECK(difference(f, base) == 0);
         free_tensors(t);
     }
-    sc_flux_close(f), sc_flux_close(base);
+    sc_dit_close(f), sc_dit_close(base);
 }
 
 /* What is no LoRA is refused by its name, whatever else is in the file; nothing of a text encoder
@@ -721,7 +721,7 @@ static void test_other_adapters(void) {
         {"transformer.x_embedder.lora_A.other.weight", "something else"},
         {"lora_unet_img_in.alph", "a kind of tensors"},
         {"diffusion_model.img_in.reshape_weight", "a kind of tensors"}};
-    sc_flux *f = sc_flux_open(sc_cpu(), MODEL, NULL);
+    sc_dit *f = sc_dit_open(sc_cpu(), MODEL, NULL);
     sc_lora_report report;
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
         for (int pairs = 0; pairs < 2; pairs++) {
@@ -746,7 +746,7 @@ static void test_other_adapters(void) {
               strstr(sc_error(), configs[i][1]));
     }
     free_tensors(t);
-    sc_flux_close(f);
+    sc_dit_close(f);
 }
 
 /* Of a model's file: scales and blocks that nobody reads are errors, the rest is listed. */
@@ -768,7 +768,7 @@ static void test_unread(void) {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         tensors *t = to_bfl("", cases[i].scaled);
         add(t, cases[i].name, SC_F32, 1, 1, calloc(1, 4));
-        sc_flux *f = open_as(t, "unread");
+        sc_dit *f = open_as(t, "unread");
         if (cases[i].message && *cases[i].message) refused(f, cases[i].message);
         else {
             CHECK(f != NULL);
@@ -776,7 +776,7 @@ static void test_unread(void) {
             CHECK(sc_net_unread(nets, 3, names, sizeof names) == (cases[i].message != NULL));
             CHECK(cases[i].message ? strlen(cases[i].name) > 50 || strstr(names, cases[i].name)
                                    : !*names);
-            sc_flux_close(f);
+            sc_dit_close(f);
         }
         free_tensors(t);
     }
@@ -792,7 +792,7 @@ static void test_unread(void) {
 
 /* A file whose data starts at an odd address is the same model. */
 static void test_misaligned_model(void) {
-    sc_flux *original = sc_flux_open(sc_cpu(), MODEL, NULL);
+    sc_dit *original = sc_dit_open(sc_cpu(), MODEL, NULL);
     size_t n, config;
     char *file = sc_read_file(MODEL "/diffusion_pytorch_model.safetensors", &n);
     char *text = sc_read_file(MODEL "/config.json", &config);
@@ -808,16 +808,16 @@ static void test_misaligned_model(void) {
     CHECK(sc_write_file(in_folder("odd/model.safetensors"), odd, n + 3));
     CHECK(sc_write_file(in_folder("odd/config.json"), text, config));
     for (int widen = 0; widen < 2; widen++) {
-        sc_flux *f = sc_flux_open(sc_cpu(), in_folder("odd"), &(sc_flux_options){.widen = widen});
+        sc_dit *f = sc_dit_open(sc_cpu(), in_folder("odd"), &(sc_dit_options){.widen = widen});
         CHECK(f && sc_net_load(f->net) && difference(f, original) == 0);
-        sc_flux_close(f);
+        sc_dit_close(f);
     }
     free(odd), free(file), free(text);
-    sc_flux_close(original);
+    sc_dit_close(original);
 }
 
 static void test_bad_loras(void) {
-    sc_flux *f = sc_flux_open(sc_cpu(), MODEL, NULL);
+    sc_dit *f = sc_dit_open(sc_cpu(), MODEL, NULL);
     sc_lora_report report;
     tensors *t = random_lora(f, 0, 2, 2, 8, NULL);
     snprintf(t->name[0], sizeof t->name[0], "transformer.y_embedder.lora_A.weight");
@@ -855,7 +855,7 @@ static void test_bad_loras(void) {
         sc_params_free(p);
         free_tensors(t);
     }
-    sc_flux_close(f);
+    sc_dit_close(f);
 }
 
 /* ---- The real names ---- */
@@ -868,14 +868,14 @@ static void test_real(void) {
         return;
     }
     snprintf(path, sizeof path, "%s/transformer", real);
-    sc_flux *f = sc_flux_open(NULL, path, &(sc_flux_options){.random = true});
+    sc_dit *f = sc_dit_open(NULL, path, &(sc_dit_options){.random = true});
     snprintf(path, sizeof path, "%s/transformer/diffusion_pytorch_model.safetensors.index.json",
              real);
     sc_json *index = sc_json_load(path);
     const sc_json *map = sc_json_get(index, "weight_map");
     CHECK(f && map);
     if (!f || !map) return;
-    CHECK(sc_flux_parameters(f) == 11901408320 && f->net->count == sc_json_length(map) &&
+    CHECK(sc_dit_parameters(f) == 11901408320 && f->net->count == sc_json_length(map) &&
           f->module_count == 504);
     for (int64_t i = 0; i < f->net->count; i++) CHECK(sc_json_get(map, f->net->weights[i]->name));
     f->net->backend = sc_cpu(); /* of a plan: only shapes are needed for a LoRA */
@@ -894,7 +894,7 @@ static void test_real(void) {
     }
     sc_file_close(file);
     f->net->backend = NULL;
-    sc_flux_close(f);
+    sc_dit_close(f);
     sc_json_free(index);
 }
 

@@ -130,7 +130,7 @@ static void test_drawing(sc_pipeline *p, const sc_file *f, const char *folder, c
     CHECK(p->shift == settings[5]);
     sc_text text = sc_pipeline_text(p, find(f, "prompts")->data);
     CHECK(text.context != NULL);
-    CHECK(sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, &text, latents));
+    CHECK(sc_sample(p->dit, p->tape, &s, 1, p->text_tokens, &text, latents));
     CHECK(sc_pipeline_decode(p, latents, 1, h, w, rgb));
     snprintf(name, sizeof name, "%slatents", prefix);
     double a = rel_error(latents, find(f, name)->data, n), b = 0;
@@ -164,9 +164,9 @@ static void test_pipeline(const char *name) {
     if (!p) printf("%s\n", sc_error()), exit(1);
     test_drawing(p, f, folder, "");
     sc_lora_report report;
-    CHECK(sc_lora_load(p->flux, lora, 1, &report) && report.applied == report.total);
+    CHECK(sc_lora_load(p->dit, lora, 1, &report) && report.applied == report.total);
     test_drawing(p, f, folder, "lora_");
-    sc_lora_unload(p->flux);
+    sc_lora_unload(p->dit);
     test_drawing(p, f, folder, "");
     sc_pipeline_close(p);
     sc_file_close(f);
@@ -249,7 +249,7 @@ static void test_scheduler(void) {
     CHECK(sc_count(find(f, "noise")) == 80);
     memcpy(latents, find(f, "noise")->data, sizeof latents);
     CHECK_CLOSE(s.shift, 1.8799590599830809, 1e-6);
-    CHECK(sc_sample(p->flux, p->tape, &s, 1, p->text_tokens, &text, latents));
+    CHECK(sc_sample(p->dit, p->tape, &s, 1, p->text_tokens, &text, latents));
     CHECK(rel_error(latents, expected, 6) < 1e-4);
     sc_recipe r = {.teacher_steps = 2, .shift = {9, 9}, .dynamic_shift_ratio = 1, .mu = p->mu};
     sc_rng rng = {1};
