@@ -667,33 +667,38 @@ static int info_main(const char *model) {
     if (!is_model(model)) return sc_end(info_file(model));
     printf("%s:\n", model);
     sc_dit *dit = info_flux(model);
-    sc_text_encoders *text = sc_text_encoders_open(NULL, model);
+    bool sd3 = dit && sc_dit_config_of(dit)->kind == SC_SD3;
+    sc_text_encoders *text = sc_text_encoders_open(NULL, model, sd3 ? SC_SD3 : SC_FLUX);
     if (!text) printf("  text encoders: %s\n", sc_error());
     const char *path = kept(sc_part_path(model, SC_VAE));
     sc_vae *vae = path ? sc_vae_open(NULL, path, false) : NULL;
     if (!vae) printf("  vae: %s\n", sc_error());
-    static const char *const names[] = {"transformer", "text_encoder", "text_encoder_2", "vae"};
+    const char *const names[] = {"transformer", "text_encoder", "text_encoder_2",
+                                 sd3 ? "text_encoder_3" : "text_encoder_2", "vae"};
     const sc_net *const nets[] = {sc_dit_net(dit), sc_text_net(text, SC_CLIP),
-                                  sc_text_net(text, SC_T5), sc_vae_net(vae)};
+                                  sc_text_net(text, SC_SD3_CLIP_G), sc_text_net(text, SC_T5),
+                                  sc_vae_net(vae)};
     /* a plan that could not be made is only bad where the part is there */
-    bool ok = (text || is_absent(model, SC_CLIP) || is_absent(model, SC_T5)) && (vae || !path) &&
-              (dit || is_absent(model, SC_TRANSFORMER));
-    for (int i = 0; i < 4; i++) {
+    bool ok = (text || is_absent(model, SC_CLIP) || is_absent(model, sd3 ? SC_SD3_T5 : SC_T5) ||
+               (sd3 && is_absent(model, SC_SD3_CLIP_G))) &&
+              (vae || !path) && (dit || is_absent(model, SC_TRANSFORMER));
+    for (int i = 0; i < 5; i++) {
         if (!nets[i]) continue;
         ok = info_net(names[i], nets[i]) && ok &&
              (nets[i]->file || is_absent(model, SC_TRANSFORMER));
     }
     char list[512];
-    long long unread = sc_net_unread(nets, 4, list, sizeof list);
+    long long unread = sc_net_unread(nets, 5, list, sizeof list);
     if (unread) printf("  %lld tensors of no use here", unread), sc_print_text(stdout, ": ", list);
     if (dit) {
         const sc_dit_config *c = sc_dit_config_of(dit);
-        printf("  FLUX: %d double and %d single blocks, %d heads of %d, guidance %s\n", c->layers,
-               c->single_layers, c->heads, c->head_size,
-               c->guidance ? "yes (dev)" : "no (schnell)");
+        printf("  %s: %d double and %d single blocks, %d heads of %d, guidance %s\n",
+               sd3 ? "SD3.5" : "FLUX", c->layers, c->single_layers, c->heads, c->head_size,
+               c->guidance ? "yes (dev)" : sd3 ? "by two evaluations (--cfg)" : "no (schnell)");
     }
     info_tokenizer(model, "tokenizer");
     info_tokenizer(model, "tokenizer_2");
+    if (sd3) info_tokenizer(model, "tokenizer_3");
     sc_dit_close(dit);
     sc_text_encoders_close(text);
     sc_vae_close(vae);

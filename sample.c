@@ -132,7 +132,7 @@ static bool draw(sc_pipeline *p, const char *prompt, uint64_t seed, const char *
     ok = ok && (!o.noise || load_noise(o.noise, latents, n));
     if (ok && text.cut)
         fprintf(stderr, "warning: the prompt has more than %d tokens: its end is left out\n",
-                p->text_tokens);
+                p->text_tokens - p->clip_tokens);
     times[1] = sc_seconds();
     ok = ok && sc_sample(p->dit, p->tape, &s, 1, p->text_tokens, &text, latents) &&
          (!o.latents || save_latents(o.latents, latents, tokens, c->in_channels));

@@ -228,6 +228,7 @@ sc_tensor *sc_norm_rope(sc_tape *t, sc_tensor *text, sc_tensor *image, sc_tensor
 /* [B,Ta,C], [B,Tb,C] -> [B,Ta+Tb,C]; and back, [B,T,C] -> [B,count,C]. */
 sc_tensor *sc_concat_tokens(sc_tape *t, sc_tensor *a, sc_tensor *b);
 sc_tensor *sc_slice_tokens(sc_tape *t, sc_tensor *x, int64_t from, int64_t count);
+sc_tensor *sc_swap_axes(sc_tape *t, sc_tensor *x);      /* [B,M,N] -> [B,N,M] */
 /* [B,T,Ca], [B,T,Cb] -> [B,T,Ca+Cb]; and the same of a and gelu(linear(x)). */
 sc_tensor *sc_concat_channels(sc_tape *t, sc_tensor *a, sc_tensor *b);
 sc_tensor *sc_concat_gelu(sc_tape *t, sc_tensor *a, const sc_tensor *x,
@@ -258,12 +259,11 @@ sc_tensor *sc_conv2d(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const s
 sc_tensor *sc_group_norm(sc_tape *t, const sc_tensor *x, const sc_tensor *w, const sc_tensor *b,
                          int groups, float eps, bool silu);
 sc_tensor *sc_upsample(sc_tape *t, const sc_tensor *x);
-sc_tensor *sc_swap_axes(sc_tape *t, const sc_tensor *x);  /* [B,M,N] -> [B,N,M] */
 /* Samples [first, first + count) of x, the same memory, of the gradient too. */
 sc_tensor *sc_samples(sc_tape *t, const sc_tensor *x, int64_t first, int64_t count);
 /* Copies x over y, as many numbers; not recorded. False: one of them is NULL. */
 bool sc_copy(sc_tape *t, sc_tensor *y, const sc_tensor *x);
-/* same data, new shape */
+/* same memory, of the gradient too; new shape */
 sc_tensor *sc_reshape(sc_tape *t, const sc_tensor *x, int ndim, const int64_t *shape);
 
 /* A block reads in[] (2 to 5) and makes out[0] and perhaps out[1], no larger than in[0] and in[1].
@@ -295,7 +295,8 @@ typedef struct sc_net {
     bool widen;           /* all weights become f32 (to train them, or for a small model's speed) */
     bool fp8;             /* matrices become e4m3 with a scale for each row, when they are loaded */
     bool streamed;        /* matrices stay in host memory, and come when they are needed */
-    int levels;                 /* of a VAE, whose files may count them backwards */
+    int levels;                 /* of a VAE, whose files may count them backwards; or blocks */
+    const char *const *prefixes;    /* what may stand before the names in its file */
     sc_weight **weights;        /* in the order they were asked for */
     int64_t count;
 } sc_net;
@@ -316,16 +317,21 @@ int64_t sc_net_unread(const sc_net *const *nets, int count, char *names, size_t 
 bool sc_net_linear(sc_net *net, sc_linear_layer *layer, const char *name, int64_t out, int64_t in,
                    bool bias);
 
-/* ==== FLUX transformer ==== */
-typedef struct sc_dit_config {     /* transformer/config.json */
-    int in_channels;                /* of a packed latent token: 64 */
+/* ==== The transformer: FLUX.1 or SD3.5 ==== */
+typedef enum { SC_FLUX, SC_SD3 } sc_architecture;
+
+typedef struct sc_dit_config {      /* transformer/config.json, of FLUX.1-dev; SD3.5-Large */
+    sc_architecture kind;
+    int in_channels;                /* of a packed latent token: 64; 64 */
     int out_channels;
-    int layers, single_layers;      /* double and single blocks: 19, 38 */
-    int heads, head_size;           /* 24, 128 */
+    int layers, single_layers;      /* double and single blocks: 19, 38; 38, 0 */
+    int heads, head_size;           /* 24, 128; 38, 64 */
     int text_channels;              /* joint_attention_dim: 4096 */
-    int pooled_channels;            /* pooled_projection_dim: 768 */
-    int rope_axes[3];               /* 16, 56, 56: their sum is head_size */
-    bool guidance;                  /* guidance-distilled (dev), or not (schnell) */
+    int pooled_channels;            /* pooled_projection_dim: 768; 2048 */
+    int rope_axes[3];               /* 16, 56, 56: their sum is head_size; SD3.5 has no RoPE */
+    bool guidance;                  /* guidance-distilled (FLUX.1-dev), or not */
+    int position_side;              /* SD3.5: sides of its table of positions: 192 */
+    int dual_layers;                /* SD3.5-Medium: first blocks with two attentions: 13 */
 } sc_dit_config;
 
 typedef struct sc_dit sc_dit;
@@ -589,13 +595,16 @@ bool sc_vae_decode(sc_vae *vae, int64_t batch, int64_t height, int64_t width,
 /* z[n] ~ N(mean, std^2), for normalised latents, packed or not. */
 void sc_sample_posterior(sc_rng *rng, int64_t n, const float *mean, const float *std, float *z);
 
-/* ==== Text encoders: CLIP (pooled vector) and T5 (a vector for each token) ==== */
+/* ==== Text encoders: CLIP (pooled vector) and T5 (a vector for each token); SD3.5 has two CLIPs ====
+ * and takes their tokens' vectors, too. */
 typedef struct sc_text_encoders sc_text_encoders;
-/* From a pipeline: text_encoder, tokenizer, text_encoder_2, tokenizer_2, or single files. backend
- * NULL: a plan, without data and tokenizers. */
-sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *model);
+/* From a pipeline: text_encoder, tokenizer, text_encoder_2, tokenizer_2, ..., or single files.
+ * backend NULL: a plan, without data and tokenizers. */
+sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *model,
+                                        sc_architecture kind);
 void sc_text_encoders_close(sc_text_encoders *t);
-/* context [tokens, T5's width], pooled [CLIP's width], host f32; any UTF-8, empty too. */
+/* context [tokens, T5's width], pooled [CLIP's width], host f32; any UTF-8, empty too. SD3.5: context
+ * begins with CLIP's tokens, both CLIPs' channels side by side; pooled: one behind the other. */
 bool sc_text_encode(sc_text_encoders *t, const char *prompt, int tokens, float *context,
                     float *pooled);
 
@@ -655,7 +664,9 @@ void sc_dataset_close(sc_dataset *data);
  * clip_l.safetensors, t5xxl_*.safetensors, of any names), tokenizer and tokenizer_2; or a file that
  * holds all or some of the parts, the rest being beside it. */
 
-typedef enum { SC_TRANSFORMER, SC_VAE, SC_CLIP, SC_T5, SC_PARTS } sc_part;
+typedef enum {
+    SC_TRANSFORMER, SC_VAE, SC_CLIP, SC_T5, SC_SD3_CLIP_G, SC_SD3_T5, SC_PARTS
+} sc_part; /* SC_T5: FLUX's, whose folder is another than SD3.5's */
 /* Where a part is: its folder in diffusers' layout, the model itself, or a file in its folder;
  * yours. NULL: it is not there (the error says what to put where), or cannot be told. */
 char *sc_part_path(const char *model, sc_part part);
@@ -664,7 +675,7 @@ char *sc_model_folder(const char *model);   /* itself, or that of its single fil
 /* A part's network, to look at; NULL: it is not there. */
 const sc_net *sc_dit_net(const sc_dit *dit);
 const sc_net *sc_vae_net(const sc_vae *vae);
-const sc_net *sc_text_net(const sc_text_encoders *text, sc_part part); /* SC_CLIP or SC_T5 */
+const sc_net *sc_text_net(const sc_text_encoders *text, sc_part part);
 
 typedef struct sc_pipeline {
     const sc_backend *backend;
@@ -673,8 +684,9 @@ typedef struct sc_pipeline {
     sc_vae *vae;
     sc_text_encoders *text;     /* CLIP and T5 with their tokenizers */
     sc_tape *tape;
-    int text_tokens;            /* T5 tokens of a prompt */
-    int token_pixels;           /* sides of a picture are multiples of this: 16 for FLUX */
+    int text_tokens;            /* of a prompt: T5's, behind */
+    int clip_tokens;            /* CLIP's: 77 in SD3.5, else 0 */
+    int token_pixels;           /* sides of a picture are multiples of this: 16 */
     int resolution;             /* usual side of a picture, in pixels */
     float shift;                /* of the scheduler; 0: the dynamic one of `mu` */
     sc_mu mu;
@@ -1082,25 +1094,37 @@ bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int
  * tokens at (0,row,column). There is no final norm on the text stream. C: heads times head size.
  */
 
-typedef struct sc__stream {         /* one stream of a double block, or a single block's only one */
-    sc_linear_layer mod;            /* [6C, C]; single: [3C, C] */
+typedef struct sc__attention {
     sc_linear_layer q, k, v, out;   /* [C, C]; single: out [C, 5C], of the attention and the MLP */
-    sc_linear_layer up, down;       /* [4C, C], [C, 4C]; single: no down */
     sc_tensor *norm_q, *norm_k;     /* [D] */
+} sc__attention;
+
+typedef struct sc__stream {         /* one stream of a double block, or a single block's only one */
+    sc_linear_layer mod;            /* [6C, C]; single: [3C, C]; SD3.5: see there */
+    sc__attention attention;
+    sc_linear_layer up, down;       /* [4C, C], [C, 4C]; single: no down */
 } sc__stream;
 
 typedef struct sc__block {
     const sc_dit *dit;
     sc__stream stream[2];           /* 0 image, 1 text; single: 0 both, joined */
+    sc__attention image_only;       /* SD3.5-Medium's second attention; no weights: none */
+    bool last;                      /* SD3.5: nobody reads the text after this block */
 } sc__block;
 
 typedef struct sc__embedder { sc_linear_layer first, second; } sc__embedder;
-typedef struct sc__module { char name[SC_MAX_NAME]; sc_linear_layer *layer; } sc__module;
+typedef struct sc__module {
+    char name[SC_MAX_NAME];
+    sc_linear_layer *layer;
+    bool patches;                   /* on disk a convolution of 2x2, as is its LoRA */
+    bool untrained;                 /* a new LoRA leaves it as it is */
+} sc__module;
 
 struct sc_dit {
     sc_dit_config config;
     sc_net *net;                    /* its weights */
     sc_linear_layer x_embedder, context_embedder;
+    sc_tensor *positions;           /* SD3.5: [side^2, C] */
     sc__embedder time, guidance, pooled;
     sc__block *blocks;              /* the double ones, then the single ones */
     sc_linear_layer norm_out, proj_out;
@@ -1113,9 +1137,10 @@ struct sc_dit {
 };
 
 /* RoPE's (cos, sin) for each token and channel pair, turn [text + h w, D/2, 2]: pair i of an axis
- * of d channels turns by position * 10000^(-2i/d). */
+ * of d channels turns by position * 10000^(-2i/d). SD3.5's do not turn. */
 static void sc__rope_turns(const sc_dit_config *c, int text, int h, int w, float *turn) {
     for (int64_t token = -text; token < (int64_t)h * w; token++) {
+        for (int i = 0; c->kind == SC_SD3 && i < c->head_size; i++) *turn++ = i % 2 ? 0 : 1;
         double position[3] = {0, token < 0 ? 0 : (double)(token / w),
                               token < 0 ? 0 : (double)(token % w)};
         for (int axis = 0; axis < 3; axis++)
@@ -1127,50 +1152,69 @@ static void sc__rope_turns(const sc_dit_config *c, int text, int h, int w, float
     }
 }
 
+/* x + gate attention(x), of the picture's tokens alone: SD3.5-Medium's second attention, whose
+ * shift, scale and gate are the last three of nine. x: what the block read; y: what it is added to */
+static sc_tensor *sc__image_only(sc_tape *t, const sc__block *block, sc_tensor *x, sc_tensor *y,
+                                 sc_tensor *mod) {
+    const sc__attention *a = &block->image_only;
+    const sc_tensor *rope = &block->dit->rope;
+    float scale = 1.f / sqrtf((float)block->dit->config.head_size);
+    sc_tensor *n = sc_ln_modulate(t, x, mod, 6, 7);
+    sc_tensor *q = sc_norm_rope(t, NULL, sc_linear(t, n, &a->q), NULL, a->norm_q, rope);
+    sc_tensor *k = sc_norm_rope(t, NULL, sc_linear(t, n, &a->k), NULL, a->norm_k, rope);
+    sc_tensor *v = sc_linear(t, n, &a->v);
+    sc_tensor *o = sc_attention(t, q, k, v, block->dit->config.heads, scale, NULL, false);
+    return sc_gated_residual(t, y, sc_linear(t, o, &a->out), mod, 8);
+}
+
 /* in: image [B,Ti,C], text [B,Tt,C], silu of the modulation vector [B,C]; out: image, text. */
 static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context) {
     const sc__block *block = (const sc__block *)context;
     const sc__stream *stream = block->stream;
-    int heads = block->dit->config.heads;
+    const sc__attention *image = &stream[0].attention, *text = &stream[1].attention;
+    int heads = block->dit->config.heads, streams = block->last ? 1 : 2;
     float scale = 1.f / sqrtf((float)block->dit->config.head_size);
     sc_tensor *mod[2], *q[2], *k[2], *v[2];
     for (int i = 0; i < 2; i++) { /* 0 image, 1 text */
         mod[i] = sc_linear(t, in[2], &stream[i].mod);
-        sc_tensor *n = sc_ln_modulate(t, in[i], mod[i], 0, 1);
-        q[i] = sc_linear(t, n, &stream[i].q);
-        k[i] = sc_linear(t, n, &stream[i].k);
-        v[i] = sc_linear(t, n, &stream[i].v);
+        sc_tensor *n = sc_ln_modulate(t, in[i], mod[i], i == streams, i != streams);
+        q[i] = sc_linear(t, n, &stream[i].attention.q);
+        k[i] = sc_linear(t, n, &stream[i].attention.k);
+        v[i] = sc_linear(t, n, &stream[i].attention.v);
     }
     const sc_tensor *rope = &block->dit->rope;
-    sc_tensor *query = sc_norm_rope(t, q[1], q[0], stream[1].norm_q, stream[0].norm_q, rope);
-    sc_tensor *key = sc_norm_rope(t, k[1], k[0], stream[1].norm_k, stream[0].norm_k, rope);
+    sc_tensor *query = sc_norm_rope(t, q[1], q[0], text->norm_q, image->norm_q, rope);
+    sc_tensor *key = sc_norm_rope(t, k[1], k[0], text->norm_k, image->norm_k, rope);
     sc_tensor *o =
         sc_attention(t, query, key, sc_concat_tokens(t, v[1], v[0]), heads, scale, NULL, false);
     int64_t from[2] = {in[1]->shape[1], 0};
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < streams; i++) {
         sc_tensor *own = sc_slice_tokens(t, o, from[i], in[i]->shape[1]);
-        sc_tensor *x = sc_gated_residual(t, in[i], sc_linear(t, own, &stream[i].out), mod[i], 2);
+        own = sc_linear(t, own, &stream[i].attention.out);
+        sc_tensor *x = sc_gated_residual(t, in[i], own, mod[i], 2);
+        if (i == 0 && block->image_only.q.weight) x = sc__image_only(t, block, in[0], x, mod[0]);
         sc_tensor *h = sc_linear_gelu(t, sc_ln_modulate(t, x, mod[i], 3, 4), &stream[i].up);
         h = sc_linear(t, h, &stream[i].down);
         out[i] = sc_gated_residual(t, x, h, mod[i], 5);
     }
-    return out[0] && out[1];
+    return out[0] && (block->last || out[1]);
 }
 
 /* in: joined tokens [B,T,C], silu of the modulation vector [B,C]; out: joined tokens. */
 static bool sc__single_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context) {
     const sc__block *block = (const sc__block *)context;
     const sc__stream *stream = block->stream;
+    const sc__attention *a = &stream->attention;
     const sc_tensor *rope = &block->dit->rope;
     float scale = 1.f / sqrtf((float)block->dit->config.head_size);
     sc_tensor *mod = sc_linear(t, in[1], &stream->mod);
     sc_tensor *n = sc_ln_modulate(t, in[0], mod, 0, 1);
-    sc_tensor *q = sc_norm_rope(t, NULL, sc_linear(t, n, &stream->q), NULL, stream->norm_q, rope);
-    sc_tensor *k = sc_norm_rope(t, NULL, sc_linear(t, n, &stream->k), NULL, stream->norm_k, rope);
-    sc_tensor *v = sc_linear(t, n, &stream->v);
+    sc_tensor *q = sc_norm_rope(t, NULL, sc_linear(t, n, &a->q), NULL, a->norm_q, rope);
+    sc_tensor *k = sc_norm_rope(t, NULL, sc_linear(t, n, &a->k), NULL, a->norm_k, rope);
+    sc_tensor *v = sc_linear(t, n, &a->v);
     sc_tensor *o = sc_attention(t, q, k, v, block->dit->config.heads, scale, NULL, false);
     sc_tensor *both = sc_concat_gelu(t, o, n, &stream->up);
-    out[0] = sc_gated_residual(t, in[0], sc_linear(t, both, &stream->out), mod, 2);
+    out[0] = sc_gated_residual(t, in[0], sc_linear(t, both, &a->out), mod, 2);
     return out[0] != NULL;
 }
 
@@ -1179,7 +1223,7 @@ static sc_tensor *sc__embed(sc_tape *t, const sc__embedder *e, sc_tensor *x) {
     return sc_linear(t, sc_activate(t, SC_SILU, sc_linear(t, x, &e->first)), &e->second);
 }
 
-/* The vector that modulates every block: silu(time + guidance + pooled text), [B,C]. */
+/* The vector that modulates every block: silu(time (+ guidance) + pooled text), [B,C]. */
 static sc_tensor *sc__dit_modulation(sc_dit *f, sc_tape *t, const sc_dit_input *in) {
     int64_t batch = in->x->shape[0];
     sc_tensor *sum = sc__embed(t, &f->time, sc_timestep_embedding(t, in->time, batch, 256));
@@ -1202,8 +1246,40 @@ static bool sc__dit_block(const sc_dit *f, int index, sc_tape *t, sc_block forwa
     return ok;
 }
 
+/* ---- SD3.5: what differs ---- >>sd3
+ * Stable Diffusion 3.5 (diffusers' SD3Transformer2DModel) has double blocks only, without RoPE: a
+ * learned vector for each place is added to the picture's tokens once. Its table is square, and
+ * its middle is used. In the last block the text is only attended to, its modulation is (scale,
+ * shift); in Medium's first blocks the picture's tokens attend to each other once more. There is
+ * no guidance input (true CFG, see >>scfm). The text is CLIP's tokens, then T5's. A token's
+ * channels go in as FLUX's, channel, row, column, and come out as row, column, channel. */
+
+/* x + the positions of h x w tokens in the middle of the table. */
+static sc_tensor *sc__add_positions(const sc_dit *f, sc_tape *t, sc_tensor *x, int h, int w) {
+    int side = f->config.position_side, top = (side - h) / 2, left = (side - w) / 2;
+    if (!x || h > side || w > side)
+        return x ? (sc_fail("a picture of %d x %d tokens: this model has places for %d x %d", w, h,
+                            side, side), NULL) : NULL;
+    int64_t batch = x->shape[0], tokens = (int64_t)h * w;
+    int32_t *places = (int32_t *)sc_tape_host(t, (size_t)(batch * tokens) * sizeof *places);
+    for (int64_t i = 0; places && i < batch * tokens; i++)
+        places[i] = (int32_t)((top + i % tokens / w) * side + left + i % w);
+    return places ? sc_add(t, x, sc_embed_tokens(t, f->positions, places, batch, tokens)) : NULL;
+}
+
+/* [B,T,4c], channels last -> channels first. */
+static sc_tensor *sc__channels_first(sc_tape *t, sc_tensor *x) {
+    if (!x) return NULL;
+    const int64_t batch = x->shape[0], tokens = x->shape[1], c = x->shape[2];
+    x = sc_reshape(t, x, 3, (const int64_t[]){batch * tokens, 4, c / 4});
+    return sc_reshape(t, sc_swap_axes(t, x), 3, (const int64_t[]){batch, tokens, c});
+}
+
+/* ---- Both ---- */
+
 sc_tensor *sc_dit_velocity(sc_dit *f, sc_tape *t, const sc_dit_input *in) {
     if (!in->x || !in->context || !in->pooled) return NULL;
+    bool sd3 = f->config.kind == SC_SD3;
     int64_t text_tokens = in->context->shape[1], image_tokens = (int64_t)in->h * in->w;
     if (in->x->shape[1] != image_tokens)
         return sc_fail("latent has %lld tokens, the grid is %d x %d", (long long)in->x->shape[1],
@@ -1212,17 +1288,19 @@ sc_tensor *sc_dit_velocity(sc_dit *f, sc_tape *t, const sc_dit_input *in) {
     sc_tensor *mod = sc__dit_modulation(f, t, in);
     sc_tensor *x[3] = {sc_linear(t, in->x, &f->x_embedder),
                        sc_linear(t, in->context, &f->context_embedder), mod};
+    if (sd3) x[0] = sc__add_positions(f, t, x[0], in->h, in->w);
     if (!x[0] || !x[1] || !mod) return NULL;
     for (int i = 0; i < f->config.layers; i++)
         if (!sc__dit_block(f, i, t, sc__double_forward, x, 3)) return NULL;
-    sc_tensor *joined[2] = {sc_concat_tokens(t, x[1], x[0]), mod};
+    sc_tensor *image = x[0], *joined[2] = {sd3 ? image : sc_concat_tokens(t, x[1], image), mod};
     if (!joined[0]) return NULL;
     for (int i = 0; i < f->config.single_layers; i++)
         if (!sc__dit_block(f, f->config.layers + i, t, sc__single_forward, joined, 2)) return NULL;
-    sc_tensor *image = sc_slice_tokens(t, joined[0], text_tokens, image_tokens);
+    if (!sd3) image = sc_slice_tokens(t, joined[0], text_tokens, image_tokens);
     sc_tensor *n =
         sc_ln_modulate(t, image, sc_linear(t, mod, &f->norm_out), 1, 0); /* scale comes first */
-    return sc_linear(t, n, &f->proj_out);
+    sc_tensor *v = sc_linear(t, n, &f->proj_out);
+    return sd3 ? sc__channels_first(t, v) : v;
 }
 
 /* ==== What is trained: LoRA, or all weights ==================================== >>lora =======
@@ -1247,6 +1325,7 @@ static void sc__attach(sc_params *p, float scale, sc_rng rng, float *start) {
     int64_t at = 0;
     for (int i = 0; i < p->dit->module_count; i++) {
         sc_linear_layer *layer = p->dit->modules[i].layer;
+        if (p->dit->modules[i].untrained) continue;
         int64_t out = layer->weight->shape[0], in = layer->weight->shape[1], n = p->rank * in;
         sc_adapter *lora = &p->adapters[i];
         *lora = (sc_adapter){.rank = p->rank, .scale = scale, .next = layer->adapters};
@@ -1271,7 +1350,7 @@ sc_params *sc_params_lora(sc_dit *dit, int rank, float alpha, uint64_t seed) {
     int64_t count = 0;
     for (int i = 0; i < dit->module_count; i++) {
         const sc_tensor *w = dit->modules[i].layer->weight;
-        count += rank * (w->shape[0] + w->shape[1]);
+        if (!dit->modules[i].untrained) count += rank * (w->shape[0] + w->shape[1]);
     }
     sc_params *p = sc__params_new(dit, count, false);
     float *start = p ? (float *)sc__alloc((size_t)count, sizeof *start) : NULL;
@@ -2725,13 +2804,6 @@ bool sc_read(sc_tape *t, const sc_tensor *x, float *values) {
     return x && sc__download(t->be, x, values);
 }
 
-sc_tensor *sc_reshape(sc_tape *t, const sc_tensor *x, int ndim, const int64_t *shape) {
-    if (!x) return NULL;
-    sc_tensor *y = sc__struct(t, ndim, shape, x->dtype);
-    if (y) y->data = x->data;
-    return y;
-}
-
 /* The gradient of x, made when first asked for; NULL when nothing below x wants one. All of a new
  * one is written next, or it is zeroed first. */
 static void *sc__whole_grad(sc_tape *t, sc_tensor *x) {
@@ -2753,6 +2825,16 @@ static void *sc__grad_beta(sc_tape *t, sc_tensor *x, float *beta) {
     *beta = x->new_grad ? 0 : 1;
     x->new_grad = false;
     return grad;
+}
+
+sc_tensor *sc_reshape(sc_tape *t, const sc_tensor *x, int ndim, const int64_t *shape) {
+    if (!x) return NULL;
+    sc_tensor *y = sc__struct(t, ndim, shape, x->dtype);
+    if (!y) return NULL;
+    y->data = x->data;
+    y->needs_grad = t->recording && sc__grad(t, (sc_tensor *)x);
+    if (y->needs_grad) y->grad = x->grad;
+    return y;
 }
 
 /* Records an operation if any of its inputs needs a gradient, or its result may be wanted again. */
@@ -3197,8 +3279,7 @@ sc_tensor *sc_samples(sc_tape *t, const sc_tensor *x, int64_t first, int64_t cou
     int64_t skip = first * (sc_count(x) / x->shape[0]) * sc_dtype_size(x->dtype);
     y->data = (char *)y->data + skip;
     y->shape[0] = count;
-    y->needs_grad = t->recording && sc__grad(t, (sc_tensor *)x);
-    if (y->needs_grad) y->grad = (char *)x->grad + skip;
+    if (y->needs_grad) y->grad = (char *)y->grad + skip;
     return y;
 }
 
@@ -3208,10 +3289,22 @@ bool sc_copy(sc_tape *t, sc_tensor *y, const sc_tensor *x) {
     return x && y;
 }
 
-sc_tensor *sc_swap_axes(sc_tape *t, const sc_tensor *x) {
+static void sc__swap_axes_backward(sc_tape *t, sc__op *op) {
+    sc_tensor *x = op->in[0], *dx = sc__new_like(t, x), dy = *op->out[0];
+    int64_t n = sc_count(x);
+    dy.data = dy.grad;
+    t->failed = t->failed || !dx;
+    if (!sc__grad(t, x) || t->failed) return;
+    t->be->swap_axes(dx, &dy);
+    t->be->copy_block(x->grad, n, dx->data, n, 1, n, x->dtype, true);
+}
+
+sc_tensor *sc_swap_axes(sc_tape *t, sc_tensor *x) {
     if (!x) return NULL;
     sc_tensor *y = sc_new(t, 3, (const int64_t[]){x->shape[0], x->shape[2], x->shape[1]});
-    if (y) t->be->swap_axes(y, x);
+    if (!y) return NULL;
+    t->be->swap_axes(y, x);
+    sc__record(t, (sc__op){.backward = sc__swap_axes_backward, .in = {x}, .out = {y}});
     return y;
 }
 
@@ -3331,6 +3424,8 @@ static void sc__params_start(sc_params *p, const float *values) {
 sc_params *sc_params_full(sc_dit *dit, bool teacher) {
     if (!dit->net->widen)
         return sc_fail("to train all weights the model must be opened with `widen`"), NULL;
+    if (dit->config.kind == SC_SD3)
+        return sc_fail("of SD3.5 only LoRAs are trained here, not all weights"), NULL;
     sc_params *p = sc__params_new(dit, sc_dit_parameters(dit), teacher);
     float *to = p ? p->set[SC_STUDENT] : NULL;
     for (int64_t i = 0, n; p && i < dit->net->count; i++, to += n) {
@@ -4228,14 +4323,22 @@ typedef struct sc__slice {
 
 /* `name` is in `other`. In both, * stands for one word between dots, or the rest of it; ? for q, k
  * or v, which in `other` is 0, 1 or 2, or the part of the rows; ~ for a level of the VAE, counted
- * from the other end in `other`. What follows the name is kept. */
-typedef struct sc__alias { const char *name, *other; sc__slice rows; } sc__alias;
+ * from the other end in `other`; ! for the last block. What follows the name is kept. */
+typedef struct sc__alias {
+    const char *name, *other;
+    sc__slice rows;
+    sc_architecture kind;
+} sc__alias;
 
-#define SC__SAME(name, other) {name, other, {0, 0, 0, false}}
-#define SC__THIRD(name, other) {name, other, {0, 1, 3, false}}
+#define SC__SAME(name, other) {name, other, {0, 0, 0, false}, SC_FLUX}
+#define SC__THIRD(name, other) {name, other, {0, 1, 3, false}, SC_FLUX}
 #define SC__DOUBLE(name, other) SC__SAME("transformer_blocks.*." name, "double_blocks.*." other)
 #define SC__SINGLE(name, other) \
     SC__SAME("single_transformer_blocks.*." name, "single_blocks.*." other)
+#define SC__SD3(name, other) {name, other, {0, 0, 0, false}, SC_SD3}
+#define SC__JOINT(name, other) SC__SD3("transformer_blocks.*." name, "joint_blocks.*." other)
+#define SC__JOINT_THIRD(name, other) \
+    {"transformer_blocks.*." name, "joint_blocks.*." other, {0, 1, 3, false}, SC_SD3}
 
 static const sc__alias sc__aliases[] = {
     SC__SAME("", ""),
@@ -4263,12 +4366,12 @@ static const sc__alias sc__aliases[] = {
     SC__DOUBLE("ff_context.net.0.proj", "txt_mlp.0"),
     SC__DOUBLE("ff_context.net.2", "txt_mlp.2"),
     SC__SINGLE("norm.linear", "modulation.lin"),
-    {"single_transformer_blocks.*.attn.to_?", "single_blocks.*.linear1", {0, 1, 7, false}},
-    {"single_transformer_blocks.*.proj_mlp", "single_blocks.*.linear1", {3, 4, 7, false}},
+    {"single_transformer_blocks.*.attn.to_?", "single_blocks.*.linear1", {0, 1, 7, false}, SC_FLUX},
+    {"single_transformer_blocks.*.proj_mlp", "single_blocks.*.linear1", {3, 4, 7, false}, SC_FLUX},
     SC__SINGLE("proj_out", "linear2"),
     SC__SINGLE("attn.norm_q.weight", "norm.query_norm.scale"),
     SC__SINGLE("attn.norm_k.weight", "norm.key_norm.scale"),
-    {"norm_out.linear", "final_layer.adaLN_modulation.1", {0, 0, 0, true}},
+    {"norm_out.linear", "final_layer.adaLN_modulation.1", {0, 0, 0, true}, SC_FLUX},
     SC__SAME("proj_out", "final_layer.linear"),
     /* ComfyUI's own name for the weight of these norms. */
     SC__DOUBLE("attn.norm_q", "img_attn.norm.query_norm"),
@@ -4306,6 +4409,36 @@ static const sc__alias sc__aliases[] = {
     SC__SAME("*.conv_norm_out", "*.norm_out"),
     /* T5: some files name its table by its place in the encoder. */
     SC__SAME("shared", "encoder.embed_tokens"),
+    /* SD3.5's transformer: sd3.5_large.safetensors. */
+    SC__SD3("pos_embed.proj", "x_embedder.proj"),
+    SC__SD3("pos_embed.pos_embed", "pos_embed"),
+    SC__SD3("time_text_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"),
+    SC__SD3("time_text_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
+    SC__SD3("time_text_embed.text_embedder.linear_1", "y_embedder.mlp.0"),
+    SC__SD3("time_text_embed.text_embedder.linear_2", "y_embedder.mlp.2"),
+    SC__JOINT("norm1.linear", "x_block.adaLN_modulation.1"),
+    SC__JOINT_THIRD("attn.to_?", "x_block.attn.qkv"),
+    SC__JOINT("attn.norm_q", "x_block.attn.ln_q"),
+    SC__JOINT("attn.norm_k", "x_block.attn.ln_k"),
+    SC__JOINT("attn.to_out.0", "x_block.attn.proj"),
+    SC__JOINT_THIRD("attn2.to_?", "x_block.attn2.qkv"),
+    SC__JOINT("attn2.norm_q", "x_block.attn2.ln_q"),
+    SC__JOINT("attn2.norm_k", "x_block.attn2.ln_k"),
+    SC__JOINT("attn2.to_out.0", "x_block.attn2.proj"),
+    SC__JOINT("ff.net.0.proj", "x_block.mlp.fc1"),
+    SC__JOINT("ff.net.2", "x_block.mlp.fc2"),
+    {"transformer_blocks.!.norm1_context.linear", "joint_blocks.!.context_block.adaLN_modulation.1",
+     {0, 0, 0, true}, SC_SD3},
+    SC__JOINT("norm1_context.linear", "context_block.adaLN_modulation.1"),
+    SC__JOINT_THIRD("attn.add_?_proj", "context_block.attn.qkv"),
+    SC__JOINT("attn.norm_added_q", "context_block.attn.ln_q"),
+    SC__JOINT("attn.norm_added_k", "context_block.attn.ln_k"),
+    SC__JOINT("attn.to_add_out", "context_block.attn.proj"),
+    SC__JOINT("ff_context.net.0.proj", "context_block.mlp.fc1"),
+    SC__JOINT("ff_context.net.2", "context_block.mlp.fc2"),
+    {"norm_out.linear", "final_layer.adaLN_modulation.1", {0, 0, 0, true}, SC_SD3},
+    SC__SD3("proj_out", "final_layer.linear"),
+    SC__SD3("context_embedder", "context_embedder"),
 };
 enum { SC__ALIASES = (int)(sizeof sc__aliases / sizeof *sc__aliases) };
 
@@ -4313,15 +4446,17 @@ enum { SC__ALIASES = (int)(sizeof sc__aliases / sizeof *sc__aliases) };
 static const char *const sc__weight_prefixes[] = {"", "model.diffusion_model.", "diffusion_model.",
     "vae.", "first_stage_model.", "text_encoders.clip_l.transformer.",
     "text_encoders.t5xxl.transformer.", "transformer.", NULL};
+static const char *const sc__clip_g_prefixes[] = {"", "text_encoders.clip_g.transformer.", NULL};
 
 /* `name` translated by `alias`, and which rows of that it is; false if it is not about this name.
- * levels: of the VAE. */
+ * levels: of the VAE, or double blocks. */
 static bool sc__translate(const sc__alias *alias, const char *name, int levels, char other[256],
                           sc__slice *rows) {
     const char *word[4], *p;
     int length[4], words = 0, next = 0, n = 0, part = 0, size;
     for (p = alias->name; *p; p++, name += size) {
-        bool wild = *p == '*' || *p == '~';
+        bool wild = *p == '*' || *p == '~' || *p == '!';
+        if (*p == '!' && atoi(name) != levels - 1) return false;
         size = wild ? (int)strcspn(name, ".") : 1;
         if (wild) word[words] = name, length[words++] = size;
         if (*p == '?') part = *name == 'q' ? 0 : *name == 'k' ? 1 : *name == 'v' ? 2 : -1;
@@ -4331,11 +4466,11 @@ static bool sc__translate(const sc__alias *alias, const char *name, int levels, 
     *rows = alias->rows;
     rows->first += rows->whole ? part : 0;
     for (p = alias->other; *p && n < 200; p++) {
-        if (*p == '*')
+        if (*p == '*' || *p == '!')
             n += snprintf(other + n, (size_t)(256 - n), "%.*s", length[next], word[next]);
         else if (*p == '~') n += snprintf(other + n, 32, "%d", levels - 1 - atoi(word[next]));
         else other[n++] = *p == '?' ? (char)('0' + part) : *p;
-        next += *p == '*' || *p == '~';
+        next += *p == '*' || *p == '~' || *p == '!';
     }
     return n < 200 && n + snprintf(other + n, (size_t)(256 - n), "%s", name) < 256;
 }
@@ -4374,10 +4509,14 @@ static size_t sc__stem(const char *name, const char *end) {
     return n > m && !strcmp(name + n - m, end) ? n - m : 0;
 }
 
-/* The same sides, but for sides of 1 at the end: a matrix may be stored as a 1x1 convolution. */
-static bool sc__same_shape(const sc_tensor *a, const sc_tensor *b) {
-    for (int i = 0; i < a->ndim || i < b->ndim; i++)
-        if ((i < a->ndim ? a->shape[i] : 1) != (i < b->ndim ? b->shape[i] : 1)) return false;
+/* Whether `a` has the sides that are wanted, but for sides of 1 at the end. A matrix may be stored
+ * as a convolution of patches, a table with a 1 before it. */
+static bool sc__same_shape(const sc_tensor *a, const sc_tensor *want) {
+    int64_t rows = a->ndim == 3 && a->shape[0] == 1 ? a->shape[1] : a->shape[0];
+    if (want->ndim == 2 && a->ndim > 2 && rows == want->shape[0])
+        return sc_count(a) == sc_count(want) && a->ndim < 5;
+    for (int i = 0; i < a->ndim || i < want->ndim; i++)
+        if ((i < a->ndim ? a->shape[i] : 1) != (i < want->ndim ? want->shape[i] : 1)) return false;
     return true;
 }
 
@@ -4393,6 +4532,7 @@ sc_net *sc_net_open(const sc_backend *backend, const char *path, bool widen) {
     if (!net) return NULL;
     net->backend = backend;
     net->widen = widen;
+    net->prefixes = sc__weight_prefixes;
     if (path && !(net->file = sc_file_open(path))) {
         SC_FREE(net);
         return NULL;
@@ -4470,7 +4610,7 @@ static bool sc__find_weight(const sc_net *net, sc_weight *w) {
     const char *path = sc_file_path(net->file), *name = w->name;
     const sc_tensor *want = &w->tensor;
     sc__slice rows;
-    sc__entry *e = sc__find_as(net->file, sc__weight_prefixes, name, "", net->levels, &rows);
+    sc__entry *e = sc__find_as(net->file, net->prefixes, name, "", net->levels, &rows);
     if (!e) return sc_fail("%s: tensor '%s' is missing", path, name);
     e->used = true;
     sc_tensor x = e->tensor;
@@ -4684,7 +4824,7 @@ int64_t sc_net_unread(const sc_net *const *nets, int count, char *names, size_t 
 /* Side `dim` of a weight in the net's file; `fallback` where there is none. */
 static int sc__side(const sc_net *net, const char *name, int dim, int fallback) {
     sc__slice rows;
-    sc__entry *e = net->file ? sc__find_as(net->file, sc__weight_prefixes, name, "", net->levels,
+    sc__entry *e = net->file ? sc__find_as(net->file, net->prefixes, name, "", net->levels,
                                            &rows) : NULL;
     sc_tensor x = e ? e->tensor : (sc_tensor){0};
     if (!e || dim >= x.ndim || !sc__take_rows(&x, &rows) || x.shape[dim] > 1 << 24) return fallback;
@@ -4736,6 +4876,19 @@ static double sc__config_number(sc__config *c, const char *key, double fallback)
     return fallback;
 }
 
+/* Whether the config says `wanted` under `key`, maybe several times in a list, or nothing there;
+ * false with the error set. */
+static bool sc__config_is(const sc__config *c, const char *key, const char *wanted) {
+    const sc_json *said = sc_json_get(c->json, key);
+    for (int64_t i = 0; i == 0 || i < sc_json_length(said); i++) {
+        const sc_json *item = sc_json_at(said, i);
+        const char *found = sc_json_string(item ? item : said, wanted);
+        if (strcmp(found, wanted))
+            return sc_fail("%s: %s must be %s, not '%s'", c->path, key, wanted, found);
+    }
+    return true;
+}
+
 /* An integer >= least; wrong: the fallback. */
 static int sc__config_int(sc__config *c, int least, const char *key, int fallback) {
     double number = sc__config_number(c, key, fallback);
@@ -4767,13 +4920,42 @@ int64_t sc_dit_parameters(const sc_dit *dit) {
 
 /* ---- Opening ---- */
 
-/* What config.json lacks is as in FLUX.1-dev. */
-static bool sc__flux_read_config(sc_dit_config *c, sc__config *from) {
-    static const char flux[] = "FluxTransformer2DModel";
+/* What SD3.5's config.json lacks is as in Large. */
+static bool sc__sd3_read_config(sc_dit_config *c, sc__config *from) {
+    const sc_json *dual = sc_json_get(from->json, "dual_attention_layers");
+    c->kind = SC_SD3;
+    c->layers = sc__config_int(from, 1, "num_layers", 38);
+    c->head_size = sc__config_int(from, 1, "attention_head_dim", 64);
+    c->heads = sc__config_int(from, 1, "num_attention_heads", 38);
+    c->text_channels = sc__config_int(from, 1, "joint_attention_dim", 4096);
+    c->pooled_channels = sc__config_int(from, 1, "pooled_projection_dim", 2048);
+    c->position_side = sc__config_int(from, 1, "pos_embed_max_size", 192);
+    int patch = sc__config_int(from, 1, "patch_size", 2), width = c->heads * c->head_size;
+    int channels = sc__config_int(from, 1, "in_channels", 16);
+    c->in_channels = 4 * channels;
+    c->out_channels = 4 * sc__config_int(from, 1, "out_channels", channels);
+    c->dual_layers = (int)sc_json_length(dual);
+    if (from->wrong || !sc__config_is(from, "qk_norm", "rms_norm")) return false;
+    for (int i = 0; i < c->dual_layers; i++)
+        if (sc_json_number(sc_json_at(dual, i), -1) != i || i >= c->layers)
+            return sc_fail("%s: dual_attention_layers must be the first ones", from->path);
+    if (patch != 2 || c->head_size % 2 || c->head_size > 256 || c->position_side > 1 << 12)
+        return sc_fail("%s: patch_size must be 2, attention_head_dim even and at most 256, "
+                       "pos_embed_max_size at most 4096", from->path);
+    return sc__config_int(from, 1, "caption_projection_dim", width) == width ||
+           sc_fail("%s: caption_projection_dim must be %d x %d, the heads' width", from->path,
+                   c->heads, c->head_size);
+}
+
+/* What FLUX's config.json lacks is as in FLUX.1-dev. */
+static bool sc__dit_read_config(sc_dit_config *c, sc__config *from) {
+    static const char flux[] = "FluxTransformer2DModel", sd3[] = "SD3Transformer2DModel";
     const char *path = from->path;
     const char *class_name = sc_json_string(sc_json_get(from->json, "_class_name"), flux);
+    if (!strcmp(class_name, sd3)) return sc__sd3_read_config(c, from);
     if (strcmp(class_name, flux))
-        return sc_fail("%s: this is a %s; only FLUX.1 (%s) is supported", path, class_name, flux);
+        return sc_fail("%s: this is a %s; only FLUX.1 (%s) and SD3.5 (%s) are supported", path,
+                       class_name, flux, sd3);
     c->in_channels = sc__config_int(from, 1, "in_channels", 64);
     c->out_channels = sc__config_int(from, 1, "out_channels", c->in_channels);
     c->layers = sc__config_int(from, 0, "num_layers", 19);
@@ -4801,9 +4983,35 @@ static bool sc__flux_read_config(sc_dit_config *c, sc__config *from) {
     return true;
 }
 
+static char *sc__sd3_config_text(const sc_net *net) {
+    int size = sc__side(net, "transformer_blocks.0.attn.norm_q.weight", 0, 64);
+    int width = sc__side(net, "pos_embed.proj.weight", 0, 2432);
+    int channels = sc__side(net, "pos_embed.proj.weight", 1, 16);
+    int dual = sc__count_layers(net, "transformer_blocks.%d.attn2.to_q.weight", 0);
+    char text[2048], list[512] = "";
+    for (int i = 0, n = 0; i < dual && n < 500; i++)
+        n += snprintf(list + n, sizeof list - (size_t)n, "%s%d", i ? ", " : "", i);
+    snprintf(text, sizeof text,
+             "{\n  \"_class_name\": \"SD3Transformer2DModel\",\n  \"attention_head_dim\": %d,\n"
+             "  \"caption_projection_dim\": %d,\n  \"dual_attention_layers\": [%s],\n"
+             "  \"in_channels\": %d,\n  \"joint_attention_dim\": %d,\n"
+             "  \"num_attention_heads\": %d,\n  \"num_layers\": %d,\n  \"out_channels\": %d,\n"
+             "  \"patch_size\": 2,\n  \"pooled_projection_dim\": %d,\n"
+             "  \"pos_embed_max_size\": %.0f,\n  \"qk_norm\": \"rms_norm\",\n"
+             "  \"sample_size\": 128\n}\n",
+             size, width, list, channels, sc__side(net, "context_embedder.weight", 1, 4096),
+             width / (size ? size : 1),
+             sc__count_layers(net, "transformer_blocks.%d.attn.to_q.weight", 38),
+             sc__side(net, "proj_out.weight", 0, 64) / 4,
+             sc__side(net, "time_text_embed.text_embedder.linear_1.weight", 1, 2048),
+             sqrt(sc__side(net, "pos_embed.pos_embed", 1, 192 * 192)));
+    return sc__strdup(text);
+}
+
 /* The config.json of weights that come without one, by their shapes, with FLUX.1's proportions of
  * RoPE axes: 1/8, 7/16, 7/16. */
-static char *sc__flux_config_text(const sc_net *net) {
+static char *sc__dit_config_text(const sc_net *net) {
+    if (sc__side(net, "pos_embed.proj.weight", 0, 0)) return sc__sd3_config_text(net);
     static const char guidance[] = "time_text_embed.guidance_embedder.linear_1.weight";
     int size = sc__side(net, "transformer_blocks.0.attn.norm_q.weight", 0, 128);
     int in = sc__side(net, "x_embedder.weight", 1, 64);
@@ -4825,11 +5033,14 @@ static char *sc__flux_config_text(const sc_net *net) {
     return sc__strdup(text);
 }
 
+/* SD3.5's LoRA leaves alone what its authors' does: the text's modulation and MLP, attn2. */
 static bool sc__dit_linear(sc_dit *f, sc_linear_layer *layer, const char *prefix,
-                            const char *name, int64_t out, int64_t in) {
+                           const char *name, int64_t out, int64_t in) {
     sc__module *m = &f->modules[f->module_count++];
     snprintf(m->name, sizeof m->name, "%.60s%.60s", prefix, name);
     m->layer = layer;
+    m->untrained =
+        f->config.kind == SC_SD3 && (strstr(name, "_context") || strstr(name, "attn2"));
     return sc_net_linear(f->net, layer, m->name, out, in, true);
 }
 
@@ -4840,58 +5051,93 @@ static bool sc__dit_norm(sc_dit *f, sc_tensor **weight, const char *prefix, cons
            NULL;
 }
 
-static bool sc__dit_stream(sc_dit *f, sc__stream *s, const char *p, int64_t c, bool text) {
-    const char *mod = text ? "norm1_context.linear" : "norm1.linear";
-    const char *up = text ? "ff_context.net.0.proj" : "ff.net.0.proj";
-    return sc__dit_linear(f, &s->mod, p, mod, 6 * c, c) &&
-           sc__dit_linear(f, &s->q, p, text ? "attn.add_q_proj" : "attn.to_q", c, c) &&
-           sc__dit_linear(f, &s->k, p, text ? "attn.add_k_proj" : "attn.to_k", c, c) &&
-           sc__dit_linear(f, &s->v, p, text ? "attn.add_v_proj" : "attn.to_v", c, c) &&
-           sc__dit_linear(f, &s->out, p, text ? "attn.to_add_out" : "attn.to_out.0", c, c) &&
-           sc__dit_linear(f, &s->up, p, up, 4 * c, c) &&
-           sc__dit_linear(f, &s->down, p, text ? "ff_context.net.2" : "ff.net.2", c, 4 * c) &&
-           sc__dit_norm(f, &s->norm_q, p, text ? "attn.norm_added_q" : "attn.norm_q") &&
-           sc__dit_norm(f, &s->norm_k, p, text ? "attn.norm_added_k" : "attn.norm_k");
+enum { SC__NAME_Q, SC__NAME_K, SC__NAME_V, SC__NAME_OUT, SC__NAME_NORM_Q, SC__NAME_NORM_K };
+typedef const char *const sc__attention_names[6];
+static sc__attention_names sc__image_names = {"attn.to_q", "attn.to_k", "attn.to_v",
+    "attn.to_out.0", "attn.norm_q", "attn.norm_k"};
+static sc__attention_names sc__text_names = {"attn.add_q_proj", "attn.add_k_proj",
+    "attn.add_v_proj", "attn.to_add_out", "attn.norm_added_q", "attn.norm_added_k"};
+static sc__attention_names sc__image_only_names = {"attn2.to_q", "attn2.to_k", "attn2.to_v",
+    "attn2.to_out.0", "attn2.norm_q", "attn2.norm_k"};
+
+/* out: there is an output of its own. */
+static bool sc__dit_attention(sc_dit *f, sc__attention *a, const char *p, sc__attention_names names,
+                              int64_t c, bool out) {
+    return sc__dit_linear(f, &a->q, p, names[SC__NAME_Q], c, c) &&
+           sc__dit_linear(f, &a->k, p, names[SC__NAME_K], c, c) &&
+           sc__dit_linear(f, &a->v, p, names[SC__NAME_V], c, c) &&
+           (!out || sc__dit_linear(f, &a->out, p, names[SC__NAME_OUT], c, c));
 }
 
-static bool sc__flux_single(sc_dit *f, sc__stream *s, const char *p, int64_t c) {
+static bool sc__dit_norms(sc_dit *f, sc__attention *a, const char *p, sc__attention_names names) {
+    return sc__dit_norm(f, &a->norm_q, p, names[SC__NAME_NORM_Q]) &&
+           sc__dit_norm(f, &a->norm_k, p, names[SC__NAME_NORM_K]);
+}
+
+/* mods: vectors of its modulation, 2 of a text that ends with this block. */
+static bool sc__dit_stream(sc_dit *f, sc__stream *s, const char *p, int64_t c, bool text,
+                           int mods) {
+    sc__attention_names *names = text ? &sc__text_names : &sc__image_names;
+    const char *mod = text ? "norm1_context.linear" : "norm1.linear";
+    const char *up = text ? "ff_context.net.0.proj" : "ff.net.0.proj";
+    const char *down = text ? "ff_context.net.2" : "ff.net.2";
+    return sc__dit_linear(f, &s->mod, p, mod, mods * c, c) &&
+           sc__dit_attention(f, &s->attention, p, *names, c, mods > 2) &&
+           (mods == 2 || (sc__dit_linear(f, &s->up, p, up, 4 * c, c) &&
+                          sc__dit_linear(f, &s->down, p, down, c, 4 * c))) &&
+           sc__dit_norms(f, &s->attention, p, *names);
+}
+
+static bool sc__dit_double(sc_dit *f, int index, int64_t c) {
+    sc__block *block = &f->blocks[index];
+    bool twice = index < f->config.dual_layers;
+    char p[SC_MAX_NAME];
+    snprintf(p, sizeof p, "transformer_blocks.%d.", index);
+    block->last = f->config.kind == SC_SD3 && index == f->config.layers - 1;
+    return sc__dit_stream(f, &block->stream[0], p, c, false, twice ? 9 : 6) &&
+           sc__dit_stream(f, &block->stream[1], p, c, true, block->last ? 2 : 6) &&
+           (!twice ||
+            (sc__dit_attention(f, &block->image_only, p, sc__image_only_names, c, true) &&
+             sc__dit_norms(f, &block->image_only, p, sc__image_only_names)));
+}
+
+static bool sc__dit_single(sc_dit *f, int index, int64_t c) {
+    sc__stream *s = f->blocks[f->config.layers + index].stream;
+    char p[SC_MAX_NAME];
+    snprintf(p, sizeof p, "single_transformer_blocks.%d.", index);
     return sc__dit_linear(f, &s->mod, p, "norm.linear", 3 * c, c) &&
-           sc__dit_linear(f, &s->q, p, "attn.to_q", c, c) &&
-           sc__dit_linear(f, &s->k, p, "attn.to_k", c, c) &&
-           sc__dit_linear(f, &s->v, p, "attn.to_v", c, c) &&
+           sc__dit_attention(f, &s->attention, p, sc__image_names, c, false) &&
            sc__dit_linear(f, &s->up, p, "proj_mlp", 4 * c, c) &&
-           sc__dit_linear(f, &s->out, p, "proj_out", c, 5 * c) &&
-           sc__dit_norm(f, &s->norm_q, p, "attn.norm_q") &&
-           sc__dit_norm(f, &s->norm_k, p, "attn.norm_k");
+           sc__dit_linear(f, &s->attention.out, p, "proj_out", c, 5 * c) &&
+           sc__dit_norms(f, &s->attention, p, sc__image_names);
 }
 
 static bool sc__dit_embedder(sc_dit *f, sc__embedder *e, const char *prefix, int64_t c,
-                              int64_t in) {
+                             int64_t in) {
     return sc__dit_linear(f, &e->first, prefix, "linear_1", c, in) &&
            sc__dit_linear(f, &e->second, prefix, "linear_2", c, c);
 }
 
 /* All of it, in an order that decides what a seed draws. c: the width. */
-static bool sc__flux_weights(sc_dit *f) {
+static bool sc__dit_weights(sc_dit *f) {
     const sc_dit_config *o = &f->config;
-    int64_t c = (int64_t)o->heads * o->head_size;
-    char p[SC_MAX_NAME];
+    int64_t c = (int64_t)o->heads * o->head_size, places = (int64_t)o->position_side;
+    const char *x_embedder = o->kind == SC_SD3 ? "pos_embed.proj" : "x_embedder";
     bool ok =
-        sc__dit_linear(f, &f->x_embedder, "", "x_embedder", c, o->in_channels) &&
+        sc__dit_linear(f, &f->x_embedder, "", x_embedder, c, o->in_channels) &&
         sc__dit_linear(f, &f->context_embedder, "", "context_embedder", c, o->text_channels) &&
         sc__dit_embedder(f, &f->time, "time_text_embed.timestep_embedder.", c, 256) &&
         (!o->guidance ||
          sc__dit_embedder(f, &f->guidance, "time_text_embed.guidance_embedder.", c, 256)) &&
         sc__dit_embedder(f, &f->pooled, "time_text_embed.text_embedder.", c, o->pooled_channels);
-    for (int i = 0; ok && i < o->layers; i++) {
-        snprintf(p, sizeof p, "transformer_blocks.%d.", i);
-        ok = sc__dit_stream(f, &f->blocks[i].stream[0], p, c, false) &&
-             sc__dit_stream(f, &f->blocks[i].stream[1], p, c, true);
+    if (ok && o->kind == SC_SD3) {
+        f->modules[0].patches = true;
+        f->positions = sc_net_weight(f->net, "pos_embed.pos_embed", 2,
+                                     (const int64_t[]){places * places, c});
+        ok = f->positions != NULL;
     }
-    for (int i = 0; ok && i < o->single_layers; i++) {
-        snprintf(p, sizeof p, "single_transformer_blocks.%d.", i);
-        ok = sc__flux_single(f, f->blocks[o->layers + i].stream, p, c);
-    }
+    for (int i = 0; ok && i < o->layers; i++) ok = sc__dit_double(f, i, c);
+    for (int i = 0; ok && i < o->single_layers; i++) ok = sc__dit_single(f, i, c);
     return ok && sc__dit_linear(f, &f->norm_out, "", "norm_out.linear", 2 * c, c) &&
            sc__dit_linear(f, &f->proj_out, "", "proj_out", o->out_channels, c);
 }
@@ -4918,17 +5164,18 @@ sc_dit *sc_dit_open(const sc_backend *backend, const char *path, const sc_dit_op
     if (ok && o.random && !c.json) ok = sc_fail("%s: No such file", c.path);
     ok = ok && (f->net = sc_net_open(backend, o.random ? NULL : path, o.widen));
     if (ok && !c.json)
-        ok = (f->config_text = sc__flux_config_text(f->net)) &&
+        ok = (f->config_text = sc__dit_config_text(f->net)) &&
              (c.json = sc_json_parse(f->config_text, strlen(f->config_text), c.path));
-    ok = ok && sc__flux_read_config(&f->config, &c);
+    ok = ok && sc__dit_read_config(&f->config, &c);
     sc__config_close(&c);
     if (ok) {
         size_t doubles = (size_t)f->config.layers, singles = (size_t)f->config.single_layers;
         f->blocks = (sc__block *)sc__alloc(doubles + singles, sizeof *f->blocks);
-        f->modules = (sc__module *)sc__alloc(10 + 14 * doubles + 6 * singles, sizeof *f->modules);
+        f->modules = (sc__module *)sc__alloc(10 + 18 * doubles + 6 * singles, sizeof *f->modules);
         f->net->rng.state = o.seed, f->net->fp8 = o.fp8, f->net->streamed = o.streamed;
         for (size_t i = 0; f->blocks && i < doubles + singles; i++) f->blocks[i].dit = f;
-        ok = f->blocks && f->modules && sc__flux_weights(f) && sc__net_complete(f->net);
+        f->net->levels = f->config.layers;
+        ok = f->blocks && f->modules && sc__dit_weights(f) && sc__net_complete(f->net);
     }
     if (ok && o.random && o.widen && backend) sc__dit_zero(f);
     if (ok) return f;
@@ -4964,28 +5211,35 @@ static float *sc__lora_values(const sc_backend *be, const sc_adapter *l, sc_set 
 static float *sc__merged_values(const sc_dit *f, const sc_tensor *w) {
     const sc_backend *be = f->net->backend;
     const sc_linear_layer *layer = NULL;
-    int64_t n = sc_count(w);
+    int64_t n = sc_count(w), columns = n / w->shape[0];
     for (int i = 0; i < f->module_count; i++)
         if (f->modules[i].layer->weight->data == w->data) layer = f->modules[i].layer;
     float *values = (float *)sc__alloc((size_t)n, sizeof *values);
     bool ok = values && sc__download(be, w, values);
     float *scales = ok && w->scale ? sc__fetch(be, w->scale, w->shape[0]) : NULL;
     ok = ok && (scales || !w->scale);
-    for (int64_t i = 0; ok && scales && i < n; i++) values[i] *= scales[i / w->shape[1]];
+    for (int64_t i = 0; ok && scales && i < n; i++) values[i] *= scales[i / columns];
     SC_FREE(scales);
     for (const sc_adapter *l = layer ? layer->adapters : NULL; ok && l; l = l->next) {
         float *a = l->loaded ? sc__lora_values(be, l, SC_TEACHER) : NULL;
         if (a)
-            sc__cpu_gemm(w->shape[0], w->shape[1], l->rank, l->scale,
-                         sc__matrix(a + l->rank * w->shape[1], SC_F32, l->rank, false),
-                         sc__matrix(a, SC_F32, w->shape[1], false), 1,
-                         sc__matrix(values, SC_F32, w->shape[1], false), NULL);
+            sc__cpu_gemm(w->shape[0], columns, l->rank, l->scale,
+                         sc__matrix(a + l->rank * columns, SC_F32, l->rank, false),
+                         sc__matrix(a, SC_F32, columns, false), 1,
+                         sc__matrix(values, SC_F32, columns, false), NULL);
         ok = a || !l->loaded;
         SC_FREE(a);
     }
     if (ok) return values;
     SC_FREE(values);
     return NULL;
+}
+
+/* A matrix [rows, 4c] as disks have it where it is a convolution. */
+static void sc__as_patches(sc_tensor *x) {
+    x->ndim = 4;
+    x->shape[1] /= 4;
+    x->shape[2] = x->shape[3] = 2;
 }
 
 bool sc_dit_save(const sc_dit *f, const char *folder, sc_dtype dtype,
@@ -5000,8 +5254,13 @@ bool sc_dit_save(const sc_dit *f, const char *folder, sc_dtype dtype,
     if (there && !fnmatch("*.json", there, 0))
         ok = sc_fail("%s: these shards would be read instead: write to another folder", there);
     SC_FREE(there);
-    for (int64_t i = 0; ok && i < net->count; i++)
+    for (int64_t i = 0; ok && i < net->count; i++) {
         named[i] = (sc_named){net->weights[i]->name, net->weights[i]->tensor, dtype};
+        sc_tensor *x = &named[i].tensor;
+        if (f->modules->patches && x->data == f->x_embedder.weight->data) sc__as_patches(x);
+        if (f->positions && x->data == f->positions->data)
+            x->ndim = 3, x->shape[2] = x->shape[1], x->shape[1] = x->shape[0], x->shape[0] = 1;
+    }
     ok = ok && sc__save(weights, named, net->count, metadata, f) &&
          sc_write_file(config, f->config_text, strlen(f->config_text));
     if (!ok && made) rmdir(folder); /* if it is empty */
@@ -5059,6 +5318,7 @@ typedef struct sc__factors {    /* of one LoRA on one layer, on the host */
 typedef struct sc__lora {
     sc_file *file;
     sc_json *config;
+    int blocks;                 /* double ones of the model */
 } sc__lora;
 
 static void sc__lora_close(sc__lora *l) {
@@ -5088,9 +5348,9 @@ static bool sc__lora_plain(const sc__lora *l) {
                    l->file->path, start);
 }
 
-static bool sc__lora_open(sc__lora *l, const char *path) {
+static bool sc__lora_open(sc__lora *l, const sc_dit *f, const char *path) {
     static const char weights[] = "adapter_model.safetensors", config[] = "adapter_config.json";
-    *l = (sc__lora){.file = sc_file_open(path)};
+    *l = (sc__lora){.file = sc_file_open(path), .blocks = f->config.layers};
     if (!l->file) return false;
     const char *own = l->file->path, *text = sc_file_metadata(l->file, "lora_adapter_metadata");
     size_t n = strlen(own), m = sizeof weights - 1;
@@ -5175,7 +5435,8 @@ static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor
     float scale;
     int end = -1;
     while (!a && ++end < SC__LORA_ENDS)
-        a = sc__find_as(file, sc__lora_prefixes, module, sc__lora_ends[end][0], 0, &part);
+        a = sc__find_as(file, sc__lora_prefixes, module, sc__lora_ends[end][0], l->blocks,
+                         &part);
     if (!a) return true;
     int stem = (int)sc__stem(a->name, sc__lora_ends[end][0]);
     int n = snprintf(name, sizeof name, "%.*s%s", stem, a->name, sc__lora_ends[end][1]);
@@ -5269,7 +5530,8 @@ static bool sc__lora_vector(sc_dit *f, const sc__lora *l, const sc_weight *w, fl
         {w->name, ""}, {w->name, ".diff"}, {stem, bias ? ".diff_b" : ".diff"}};
     for (int i = 0; ok && i < 3; i++) {
         sc__slice part;
-        sc__entry *e = sc__find_as(l->file, sc__lora_prefixes, forms[i][0], forms[i][1], 0, &part);
+        sc__entry *e = sc__find_as(l->file, sc__lora_prefixes, forms[i][0], forms[i][1], l->blocks,
+                                   &part);
         if (!e) continue;
         sc__factors x = {0};
         ok = sc__lora_take(l, e, &part, w->name, sc_count(&w->tensor), 1, 1, &x) &&
@@ -5318,7 +5580,7 @@ static bool sc__lora_add(const sc_backend *be, sc_linear_layer *layer, const sc_
 bool sc_lora_load(sc_dit *f, const char *path, float scale, sc_lora_report *report) {
     *report = (sc_lora_report){0};
     sc__lora file;
-    bool ok = sc__lora_open(&file, path);
+    bool ok = sc__lora_open(&file, f, path);
     for (int i = 0; ok && i < f->module_count; i++) {
         sc__factors x = {0};
         sc_linear_layer *layer = f->modules[i].layer;
@@ -5340,10 +5602,12 @@ bool sc_lora_load(sc_dit *f, const char *path, float scale, sc_lora_report *repo
 
 /* ---- Writing: PEFT's names, or kohya's ---- */
 
-/* A module's name in BFL's layout. */
-static bool sc__bfl_name(const char *module, char other[256], sc__slice *rows) {
+/* A module's name in its authors' own files. */
+static bool sc__authors_name(const sc_dit *f, const char *module, char other[256],
+                             sc__slice *rows) {
     int i = 1;
-    while (i < SC__ALIASES && !sc__translate(&sc__aliases[i], module, 0, other, rows)) i++;
+    while (i < SC__ALIASES && (sc__aliases[i].kind != f->config.kind ||
+           !sc__translate(&sc__aliases[i], module, f->config.layers, other, rows))) i++;
     return i < SC__ALIASES;
 }
 
@@ -5394,13 +5658,15 @@ static bool sc__lora_write(const sc_dit *f, const sc_params *p, sc_set set, cons
         char other[256], next[256];
         sc__slice rows = {0, 0, 0, false}, next_rows;
         snprintf(other, sizeof other, "%s", f->modules[i].name);
-        ok = p || sc__bfl_name(f->modules[i].name, other, &rows);
+        ok = p || sc__authors_name(f, f->modules[i].name, other, &rows);
         for (count = 1; !p && i + count < n; count++)
-            if (!sc__bfl_name(f->modules[i + count].name, next, &next_rows) || strcmp(other, next))
-                break;
+            if (!sc__authors_name(f, f->modules[i + count].name, next, &next_rows) ||
+                strcmp(other, next)) break;
         sc_named *to = &named[written];
         ok = ok && sc__fuse(f, p, set, i, count, rows.swapped, &to[0].tensor, &to[1].tensor);
         if (!ok || !to->tensor.data) continue;
+        if (f->modules[i].patches) sc__as_patches(&to[0].tensor), to[1].tensor.ndim = 4;
+        if (f->modules[i].patches) to[1].tensor.shape[2] = to[1].tensor.shape[3] = 1;
         for (char *c = other; !p && *c; c++) *c = *c == '.' ? '_' : *c;
         for (int k = 0; k < 2; k++, written++) {
             snprintf(names[written], sizeof *names, "%s%s%s", p ? "transformer." : "lora_unet_",
@@ -5458,8 +5724,9 @@ float sc_lora_scale(const char *path, int steps, float *guidance) {
 
 bool sc_lora_start(sc_params *p, const char *path, float scale) {
     sc__lora file;
-    bool ok = sc__lora_open(&file, path);
+    bool ok = sc__lora_open(&file, p->dit, path);
     for (int i = 0; ok && i < p->dit->module_count; i++) {
+        if (p->dit->modules[i].untrained) continue;
         const char *module = p->dit->modules[i].name;
         const sc_tensor *w = p->dit->modules[i].layer->weight;
         sc__factors x = {0};
@@ -5517,17 +5784,19 @@ bool sc_params_load(sc_params *p, const sc_file *file) {
 
 /* ==== The parts of a model, wherever they are ================================= >>parts =======
  *
- * People keep FLUX.1 as a folder in diffusers' layout, as single files side by side, or all in one
+ * People keep a model as a folder in diffusers' layout, as single files side by side, or all in one
  * file. A part is found by a weight that no other part has, under any prefix: names of files mean
  * nothing. What is missing is named, with a file that would be right.
  */
 
 /* Their folders in diffusers' layout, a weight that no other part has, and a single file's name. */
 static const struct { const char *folder, *probe, *file; } sc__parts[SC_PARTS] = {
-    {"transformer", "x_embedder.weight", "flux1-dev.safetensors"},
+    {"transformer", "context_embedder.weight", "flux1-dev.safetensors"},
     {"vae", "decoder.conv_in.weight", "ae.safetensors"},
     {"text_encoder", "text_model.embeddings.token_embedding.weight", "clip_l.safetensors"},
-    {"text_encoder_2", "encoder.block.0.layer.0.SelfAttention.q.weight", "t5xxl_fp16.safetensors"}};
+    {"text_encoder_2", "encoder.block.0.layer.0.SelfAttention.q.weight", "t5xxl_fp16.safetensors"},
+    {"text_encoder_2", "text_model.encoder.layers.12.layer_norm1.weight", "clip_g.safetensors"},
+    {"text_encoder_3", "encoder.block.0.layer.0.SelfAttention.q.weight", "t5xxl_fp16.safetensors"}};
 
 char *sc_model_folder(const char *model) {
     char *folder = sc__strdup(model), *slash = folder ? strrchr(folder, '/') : NULL;
@@ -5542,7 +5811,10 @@ int sc_part_in_file(const char *path, sc_part part) {
     if (!sc__is_file(path)) return 0;
     sc_file *file = sc_file_open(path);
     if (!file) return -1;
-    int has = sc__find_as(file, sc__weight_prefixes, sc__parts[part].probe, "", 1, &rows) != NULL;
+    const char *deep = sc__parts[SC_SD3_CLIP_G].probe; /* CLIP-L has 12 layers only */
+    const char *const *prefixes = part == SC_SD3_CLIP_G ? sc__clip_g_prefixes : sc__weight_prefixes;
+    bool has = sc__find_as(file, prefixes, sc__parts[part].probe, "", 1, &rows) &&
+               (part != SC_CLIP || !sc__find_as(file, prefixes, deep, "", 1, &rows));
     sc_file_close(file);
     return has;
 }
@@ -5647,19 +5919,6 @@ const sc_vae_config *sc_vae_config_of(const sc_vae *v) { return &v->config; }
 int sc_vae_factor(const sc_vae *v) { return 1 << (v->config.levels - 1); }
 
 /* ---- Opening ---- */
-
-/* Whether the config says `wanted` under `key`, maybe several times in a list, or nothing there;
- * false with the error set. */
-static bool sc__config_is(const sc__config *c, const char *key, const char *wanted) {
-    const sc_json *said = sc_json_get(c->json, key);
-    for (int64_t i = 0; i == 0 || i < sc_json_length(said); i++) {
-        const sc_json *item = sc_json_at(said, i);
-        const char *found = sc_json_string(item ? item : said, wanted);
-        if (strcmp(found, wanted))
-            return sc_fail("%s: %s must be %s, not '%s'", c->path, key, wanted, found);
-    }
-    return true;
-}
 
 /* Without a config.json by the shapes of net's weights. */
 static bool sc__vae_read_config(sc_vae_config *c, const sc_net *net, sc__config *from) {
@@ -6819,6 +7078,9 @@ typedef struct sc__encoder {
     bool gated, biased;         /* the MLPs have their `up`; layers and norms have biases */
     float eps;
     sc_activation activation;
+    int length, end;            /* CLIP: tokens of a text; eos_token_id */
+    int pooled;                 /* channels of the vector for the whole text */
+    sc_linear_layer projection; /* of that vector, [pooled, width]; no weight: none */
     sc_tensor *tokens;          /* [vocabulary, width] */
     sc_tensor *position;        /* CLIP: [rows, width] for each place; T5: [rows, heads] */
     sc__affine last;
@@ -6827,10 +7089,9 @@ typedef struct sc__encoder {
 
 struct sc_text_encoders {
     const sc_backend *backend;
+    sc_architecture kind;
     sc_tape *tape;
-    sc__encoder clip, t5;
-    int clip_length;            /* of a text: the tokenizer's, and no more than there are places */
-    int clip_end;               /* eos_token_id */
+    sc__encoder clip, clip_g, t5;   /* clip_g: SD3.5's second */
     int t5_distance;            /* the largest that has a bucket of its own */
 };
 
@@ -6843,6 +7104,7 @@ static void sc__encoder_close(sc__encoder *e) {
 void sc_text_encoders_close(sc_text_encoders *t) {
     if (!t) return;
     sc__encoder_close(&t->clip);
+    sc__encoder_close(&t->clip_g);
     sc__encoder_close(&t->t5);
     if (t->tape) sc_tape_free(t->tape);
     SC_FREE(t);
@@ -6884,13 +7146,22 @@ static bool sc__encoder_config(sc__encoder *e, sc__config *c) {
     return !c->wrong;
 }
 
-static bool sc__clip_config(sc_text_encoders *t, sc__config *c) {
-    sc__encoder *e = &t->clip;
+/* FLUX takes the pooled vector without CLIP's projection; single files of SD3.5 have bigG's only. */
+static bool sc__clip_config(sc_text_encoders *t, sc__encoder *e, sc__config *c) {
+    bool big = e == &t->clip_g;
     const sc_json *end = sc_json_get(c->json, "eos_token_id");
-    const char *activation = sc_json_string(sc_json_get(c->json, "hidden_act"), "quick_gelu");
+    const char *usual = big && !c->json ? "gelu" : "quick_gelu";
+    const char *activation = sc_json_string(sc_json_get(c->json, "hidden_act"), usual);
     int length = e->tokenizer ? sc_tokenizer_length(e->tokenizer) : 0;
-    t->clip_end = end ? sc__json_id(end) : c->json ? 49407 : 2;
-    t->clip_length = length && length < e->rows ? length : e->rows;
+    int projected = sc__side(e->net, "text_projection.weight", 0, 512);
+    e->pooled = e->width;
+    if (t->kind == SC_SD3 && (big || c->json))
+        e->pooled = sc__config_int(c, 1, "projection_dim", projected);
+    if (t->kind == SC_SD3 && (big || c->json) &&
+        !sc_net_linear(e->net, &e->projection, "text_projection", e->pooled, e->width, false))
+        return false;
+    e->end = end ? sc__json_id(end) : c->json ? 49407 : 2;
+    e->length = length && length < e->rows ? length : e->rows;
     e->size = e->width / e->heads;
     if (e->width % e->heads)
         return sc_fail("%s: hidden_size must be a multiple of num_attention_heads", c->path);
@@ -6953,49 +7224,59 @@ static bool sc__encoder_weights(sc__encoder *e) {
     return ok && sc__net_complete(e->net) && sc_net_load(e->net);
 }
 
-/* Opens the weights at `path` and checks the tokenizer, which a plan has not, against them: tokens
- * outside of the embedding table would read past its end. */
-static bool sc__encoder_open(sc_text_encoders *t, sc__encoder *e, const char *path) {
-    bool clip = e == &t->clip;
-    sc__config c = {0};
-    e->names = clip ? &sc__clip_names : &sc__t5_names;
-    e->biased = clip;
-    bool ok = sc__read_config(&c, path) &&
-              (e->net = sc_net_open(t->backend, path, sc__small_file(t->backend, path))) &&
-              sc__encoder_config(e, &c) && (clip ? sc__clip_config : sc__t5_config)(t, &c) &&
-              sc__encoder_weights(e);
-    if (ok && e->tokenizer && e->tokenizer->largest >= e->vocabulary)
-        ok = sc_fail("%s: vocab_size is %d, but the tokenizer has the id %d", path, e->vocabulary,
-                      (int)e->tokenizer->largest);
-    sc__config_close(&c);
-    return ok;
-}
-
 /* A tokenizer's folder beside the models; what single files never carry. */
 static sc_tokenizer *sc__open_tokenizer(const char *model, const char *name) {
     char *base = sc_model_folder(model), *path = base ? sc__join(base, name) : NULL;
     sc_tokenizer *t = NULL;
     if (path && sc__exists(path)) t = sc_tokenizer_open(path);
     else if (path)
-        sc_fail("%s: no tokenizer here; single-file models carry none: copy the folders tokenizer "
-                 "and tokenizer_2 of any FLUX.1 in diffusers' layout to %s", path, base);
+        sc_fail("%s: no tokenizer here; single-file models carry none: copy the folder %s of this "
+                "kind of model in diffusers' layout to %s", path, name, base);
     SC_FREE(base);
     SC_FREE(path);
     return t;
 }
 
-sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *model) {
+/* Opens the weights at `path` and checks the tokenizer, which a plan has not, against them: tokens
+ * outside of the embedding table would read past its end. */
+static bool sc__encoder_open(sc_text_encoders *t, sc__encoder *e, const char *model, sc_part part,
+                             const char *tokenizer) {
+    bool clip = e != &t->t5;
+    char *path = sc_part_path(model, part);
+    sc__config c = {0};
+    e->names = clip ? &sc__clip_names : &sc__t5_names;
+    e->biased = clip;
+    bool ok = path && (!t->backend || (e->tokenizer = sc__open_tokenizer(model, tokenizer))) &&
+              sc__read_config(&c, path) &&
+              (e->net = sc_net_open(t->backend, path, sc__small_file(t->backend, path)));
+    if (ok && part == SC_SD3_CLIP_G) e->net->prefixes = sc__clip_g_prefixes;
+    ok = ok && sc__encoder_config(e, &c) &&
+         (clip ? sc__clip_config(t, e, &c) : sc__t5_config(t, &c)) && sc__encoder_weights(e);
+    if (ok && e->tokenizer && e->tokenizer->largest >= e->vocabulary)
+        ok = sc_fail("%s: vocab_size is %d, but the tokenizer has the id %d", path, e->vocabulary,
+                      (int)e->tokenizer->largest);
+    sc__config_close(&c);
+    SC_FREE(path);
+    return ok;
+}
+
+sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *model,
+                                        sc_architecture kind) {
     sc_text_encoders *t = (sc_text_encoders *)sc__alloc(1, sizeof *t);
-    char *clip = sc_part_path(model, SC_CLIP), *t5 = clip ? sc_part_path(model, SC_T5) : NULL;
-    bool ok = t && clip && t5;
-    if (ok) t->backend = backend;
-    if (ok && backend)
-        ok = (t->tape = sc_tape_new(backend)) &&
-             (t->clip.tokenizer = sc__open_tokenizer(model, "tokenizer")) &&
-             (t->t5.tokenizer = sc__open_tokenizer(model, "tokenizer_2"));
-    ok = ok && sc__encoder_open(t, &t->clip, clip) && sc__encoder_open(t, &t->t5, t5);
-    SC_FREE(clip);
-    SC_FREE(t5);
+    bool sd3 = kind == SC_SD3;
+    if (!t) return NULL;
+    t->backend = backend;
+    t->kind = kind;
+    bool ok = (!backend || (t->tape = sc_tape_new(backend))) &&
+              sc__encoder_open(t, &t->clip, model, SC_CLIP, "tokenizer") &&
+              (!sd3 || sc__encoder_open(t, &t->clip_g, model, SC_SD3_CLIP_G, "tokenizer_2")) &&
+              sc__encoder_open(t, &t->t5, model, sd3 ? SC_SD3_T5 : SC_T5,
+                               sd3 ? "tokenizer_3" : "tokenizer_2");
+    if (ok && sd3 && (t->clip.length != t->clip_g.length ||
+                      t->clip.width + t->clip_g.width > t->t5.width))
+        ok = sc_fail("%s: two CLIPs of %d and %d tokens, %d and %d channels do not fit beside "
+                     "T5's %d", model, t->clip.length, t->clip_g.length, t->clip.width,
+                     t->clip_g.width, t->t5.width);
     if (ok) return t;
     sc_text_encoders_close(t);
     return NULL;
@@ -7004,14 +7285,15 @@ sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *m
 /* ---- Forward ---- */
 
 /* x [1, T, C] through the layers, in place, and of the last norm of it `count` tokens from `first`
- * on; CLIP's attention is causal, T5's has a bias [H, T, T]. What a layer made is given back before
- * the next. */
+ * on, projected where there is a projection; hidden [T, C] (or NULL): before the last layer. CLIP's
+ * attention is causal, T5's has a bias [H, T, T]. What a layer made is given back before the next. */
 static bool sc__encoder_run(sc_tape *t, const sc__encoder *e, sc_tensor *x, const sc_tensor *bias,
-                            int64_t first, int64_t count, float *out) {
+                            int64_t first, int64_t count, float *out, float *hidden) {
     float scale = bias ? 1 : 1.f / sqrtf((float)e->size);
     sc_mark mark = sc_tape_mark(t);
     for (int i = 0; i < e->layers; i++) {
         const sc__text_layer *l = &e->layer[i];
+        if (hidden && i == e->layers - 1 && !sc_read(t, x, hidden)) return false;
         sc_tensor *n = sc_layer_norm(t, x, l->norm[0].weight, l->norm[0].bias, e->eps);
         sc_tensor *o = sc_attention(t, sc_linear(t, n, &l->q), sc_linear(t, n, &l->k),
                                     sc_linear(t, n, &l->v), e->heads, scale, bias, !bias);
@@ -7024,23 +7306,42 @@ static bool sc__encoder_run(sc_tape *t, const sc__encoder *e, sc_tensor *x, cons
         sc_tape_rewind(t, mark);
     }
     x = sc_slice_tokens(t, x, first, count);
-    return sc_read(t, sc_layer_norm(t, x, e->last.weight, e->last.bias, e->eps), out);
+    x = sc_layer_norm(t, x, e->last.weight, e->last.bias, e->eps);
+    return sc_read(t, e->projection.weight ? sc_linear(t, x, &e->projection) : x, out);
 }
 
-/* ids [clip_length] -> the pooled vector [clip_width], at the first end token, which for the
- * config's 2 is the highest id. */
-static bool sc__clip_encode(sc_text_encoders *s, const int32_t *ids, float *pooled) {
+/* A prompt -> the pooled vector [e->pooled], at the first end token, which for the config's 2 is
+ * the highest id; and, unless NULL, all tokens before the last layer [length, width]. */
+static bool sc__clip_encode(sc_text_encoders *s, const sc__encoder *e, const char *prompt,
+                            float *pooled, float *hidden) {
     sc_tape *t = s->tape;
-    int32_t places[SC__MAX_TOKENS];
-    int length = s->clip_length, end = 0;
+    int32_t ids[SC__MAX_TOKENS], places[SC__MAX_TOKENS];
+    int length = e->length, end = 0;
+    if (sc_tokenize(e->tokenizer, prompt, length, ids) < 0) return false;
     for (int i = length - 1; i >= 0; i--) {
         places[i] = i;
-        if (s->clip_end == 2 ? ids[i] >= ids[end] : ids[i] == s->clip_end) end = i;
+        if (e->end == 2 ? ids[i] >= ids[end] : ids[i] == e->end) end = i;
     }
     sc_tape_reset(t);
-    sc_tensor *x = sc_add(t, sc_embed_tokens(t, s->clip.tokens, ids, 1, length),
-                          sc_embed_tokens(t, s->clip.position, places, 1, length));
-    return sc__encoder_run(t, &s->clip, x, NULL, end, 1, pooled);
+    sc_tensor *x = sc_add(t, sc_embed_tokens(t, e->tokens, ids, 1, length),
+                          sc_embed_tokens(t, e->position, places, 1, length));
+    return sc__encoder_run(t, e, x, NULL, end, 1, pooled, hidden);
+}
+
+/* SD3.5: both CLIPs, their tokens side by side in the first channels of rows [length, width]. */
+static bool sc__clips_encode(sc_text_encoders *s, const char *prompt, float *rows, float *pooled) {
+    int length = s->clip.length, width = s->clip.width, width_g = s->clip_g.width;
+    float *hidden = (float *)sc__alloc((size_t)(length * (width + width_g)), sizeof *hidden);
+    float *hidden_g = hidden + length * width;
+    bool ok = hidden && sc__clip_encode(s, &s->clip, prompt, pooled, hidden) &&
+              sc__clip_encode(s, &s->clip_g, prompt, pooled + s->clip.pooled, hidden_g);
+    for (int i = 0; ok && i < length; i++, rows += s->t5.width) {
+        memset(rows, 0, (size_t)s->t5.width * sizeof *rows);
+        memcpy(rows, hidden + i * width, (size_t)width * sizeof *rows);
+        memcpy(rows + width, hidden_g + i * width_g, (size_t)width_g * sizeof *rows);
+    }
+    SC_FREE(hidden);
+    return ok;
 }
 
 /* Half of the buckets for keys behind the query; of each half, half for exact distances, the rest
@@ -7076,22 +7377,25 @@ static bool sc__t5_encode(sc_text_encoders *s, const int32_t *ids, int tokens, f
     sc_tape_reset(t);
     sc_tensor *x = sc_embed_tokens(t, s->t5.tokens, ids, 1, tokens);
     sc_tensor *bias = sc__t5_position_bias(s, tokens);
-    return bias && sc__encoder_run(t, &s->t5, x, bias, 0, tokens, context);
+    return bias && sc__encoder_run(t, &s->t5, x, bias, 0, tokens, context, NULL);
 }
 
 const sc_net *sc_text_net(const sc_text_encoders *t, sc_part part) {
-    return !t ? NULL : part == SC_CLIP ? t->clip.net : t->t5.net;
+    return !t ? NULL : part == SC_CLIP ? t->clip.net : part == SC_SD3_CLIP_G ? t->clip_g.net
+                                                                             : t->t5.net;
 }
 
 bool sc_text_encode(sc_text_encoders *t, const char *prompt, int tokens, float *context,
                     float *pooled) {
     int32_t ids[SC__MAX_TOKENS];
-    if (tokens < 1 || tokens > SC__MAX_TOKENS)
-        return sc_fail("a prompt takes from 1 to %d text tokens, not %d", SC__MAX_TOKENS, tokens);
-    return sc_tokenize(t->clip.tokenizer, prompt, t->clip_length, ids) >= 0 &&
-           sc__clip_encode(t, ids, pooled) &&
-           sc_tokenize(t->t5.tokenizer, prompt, tokens, ids) >= 0 &&
-           sc__t5_encode(t, ids, tokens, context);
+    int clip = t->kind == SC_SD3 ? t->clip.length : 0, least = clip + 1;
+    if (tokens < least || tokens > SC__MAX_TOKENS)
+        return sc_fail("a prompt takes from %d to %d text tokens, not %d", least, SC__MAX_TOKENS,
+                       tokens);
+    return (clip ? sc__clips_encode(t, prompt, context, pooled)
+                 : sc__clip_encode(t, &t->clip, prompt, pooled, NULL)) &&
+           sc_tokenize(t->t5.tokenizer, prompt, tokens - clip, ids) >= 0 &&
+           sc__t5_encode(t, ids, tokens - clip, context + (int64_t)clip * t->t5.width);
 }
 
 /* ==== Pictures and data sets =============================================== >>pictures =======
@@ -7498,8 +7802,10 @@ void sc_dataset_close(sc_dataset *d) {
  * data is cached never loads them, and can be let go again.
  */
 
-/* The scheduler's time shift. Single files come without a scheduler: then it is FLUX.1-dev's or
- * schnell's. What would give other times, or other steps than Euler's, is refused. */
+static bool sc__is_sd3(const sc_pipeline *p) { return p->dit->config.kind == SC_SD3; }
+
+/* The scheduler's time shift. Single files come without a scheduler: then it is FLUX.1-dev's,
+ * schnell's or SD3.5's. What would give other times, or other steps than Euler's, is refused. */
 static bool sc__read_scheduler(sc_pipeline *p, sc__config *c) {
     static const char *const refused[] = {"shift_terminal", "use_karras_sigmas", "use_beta_sigmas",
                                           "use_exponential_sigmas", "invert_sigmas",
@@ -7511,7 +7817,7 @@ static bool sc__read_scheduler(sc_pipeline *p, sc__config *c) {
             return sc_fail("%s: '%s' is not supported", c->path, refused[i]);
     bool guided = !c->json && p->dit->config.guidance;
     bool dynamic = sc__config_number(c, "use_dynamic_shifting", guided) != 0;
-    double shift = sc__config_number(c, "shift", 1);
+    double shift = sc__config_number(c, "shift", sc__is_sd3(p) && !c->json ? 3 : 1);
     p->mu.base = (float)sc__config_number(c, "base_shift", 0.5);
     p->mu.max = (float)sc__config_number(c, "max_shift", 1.15);
     p->mu.base_tokens = sc__config_int(c, 1, "base_image_seq_len", 256);
@@ -7542,16 +7848,22 @@ static bool sc__pipeline_settings(sc_pipeline *p) {
     char *folder = sc_model_folder(p->folder);
     char *vae = folder ? sc_part_path(p->folder, SC_VAE) : NULL;
     sc_vae *plan = vae ? sc_vae_open(NULL, vae, false) : NULL;
-    sc__config scheduler = {0}, tokenizer = {0};
-    double usual = p->dit->config.guidance ? 512 : 256;
+    sc__config scheduler = {0}, t5 = {0}, clip = {0};
+    int most = p->dit->config.guidance ? 512 : 256; /* of T5's tokens, in diffusers */
     bool ok = plan && sc__read_sizes(p, plan, vae) &&
               sc__config_open(&scheduler, folder, "scheduler/scheduler_config.json") &&
               sc__read_scheduler(p, &scheduler) &&
-              sc__config_open(&tokenizer, folder, "tokenizer_2/tokenizer_config.json");
-    double length = sc__config_number(&tokenizer, "model_max_length", usual);
+              sc__config_open(&t5, folder, sc__is_sd3(p) ? "tokenizer_3/tokenizer_config.json"
+                                                         : "tokenizer_2/tokenizer_config.json") &&
+              sc__config_open(&clip, folder, "tokenizer/tokenizer_config.json");
+    double length = sc__config_number(&t5, "model_max_length", most);
+    if (sc__is_sd3(p) && length > most) length = most;
     p->text_tokens = length >= 1 && length <= 512 ? (int)length : 512;
-    ok = ok && !tokenizer.wrong;
-    sc__config_close(&tokenizer);
+    if (sc__is_sd3(p)) p->clip_tokens = sc__config_int(&clip, 1, "model_max_length", 77);
+    p->text_tokens += p->clip_tokens;
+    ok = ok && !t5.wrong && !clip.wrong;
+    sc__config_close(&clip);
+    sc__config_close(&t5);
     sc__config_close(&scheduler);
     sc_vae_close(plan);
     SC_FREE(vae);
@@ -7606,18 +7918,19 @@ sc_text sc_pipeline_text(sc_pipeline *p, const char *prompt) {
     if (*bad)
         return sc_fail("the prompt is not UTF-8: byte %d is 0x%02x", (int)(bad - prompt),
                         (unsigned char)*bad), none;
-    if (!p->text && !(p->text = sc_text_encoders_open(p->backend, p->folder))) return none;
     const sc_dit_config *c = sc_dit_config_of(p->dit);
-    if (p->text->t5.width != c->text_channels || p->text->clip.width != c->pooled_channels)
+    if (!p->text && !(p->text = sc_text_encoders_open(p->backend, p->folder, c->kind))) return none;
+    int pooled = p->text->clip.pooled + p->text->clip_g.pooled;
+    int t5 = p->text_tokens - p->clip_tokens;
+    if (p->text->t5.width != c->text_channels || pooled != c->pooled_channels)
         return sc_fail("%s: T5 and CLIP give %d and %d channels, the transformer takes %d and %d",
-                        p->folder, p->text->t5.width, p->text->clip.width, c->text_channels,
-                        c->pooled_channels), none;
+                       p->folder, p->text->t5.width, pooled, c->text_channels,
+                       c->pooled_channels), none;
     size_t n = (size_t)p->text_tokens * (size_t)c->text_channels;
     sc_text x = {(float *)sc__alloc(n + (size_t)c->pooled_channels, sizeof(float)), NULL, false};
     if (x.context) x.pooled = x.context + n;
     bool ok = x.context && sc_text_encode(p->text, prompt, p->text_tokens, x.context, x.pooled);
-    int all = ok ? sc_tokenize(p->text->t5.tokenizer, prompt, p->text_tokens + 1, ids) : 0;
-    x.cut = all > p->text_tokens;
+    x.cut = ok && sc_tokenize(p->text->t5.tokenizer, prompt, t5 + 1, ids) > t5;
     if (p->backend->memory_left() < sc__net_waiting(p->dit->net) + ((size_t)8 << 30))
         sc_pipeline_release(p);
     if (ok) return x;
@@ -7628,6 +7941,8 @@ sc_text sc_pipeline_text(sc_pipeline *p, const char *prompt) {
 static bool sc__pipeline_vae(sc_pipeline *p) {
     char *path = p->vae ? NULL : sc_part_path(p->folder, SC_VAE);
     if (path) p->vae = sc_vae_open(p->backend, path, sc__small_file(p->backend, path));
+    if (p->vae && path && sc__is_sd3(p) && !sc__is_folder(path)) /* no config.json: not FLUX's */
+        p->vae->config.scale = 1.5305f, p->vae->config.shift = 0.0609f;
     SC_FREE(path);
     return p->vae != NULL;
 }

@@ -990,10 +990,11 @@ static void warn_unread(const sc_pipeline *p) {
     char names[512];
     const char *path = kept(sc_part_path(p->folder, SC_VAE));
     sc_vae *vae = path ? sc_vae_open(NULL, path, false) : NULL;
-    sc_text_encoders *text = sc_text_encoders_open(NULL, p->folder);
+    sc_text_encoders *text =
+        sc_text_encoders_open(NULL, p->folder, sc_dit_config_of(p->dit)->kind);
     const sc_net *const nets[] = {sc_dit_net(p->dit), sc_vae_net(vae), sc_text_net(text, SC_CLIP),
-                                  sc_text_net(text, SC_T5)};
-    long long unread = sc_net_unread(nets, 4, names, sizeof names);
+                                  sc_text_net(text, SC_SD3_CLIP_G), sc_text_net(text, SC_T5)};
+    long long unread = sc_net_unread(nets, 5, names, sizeof names);
     const char *what = formatted("warning: %lld tensors of %s are not used: ", unread, p->folder);
     if (unread) sc_print_text(stderr, what, names);
     sc_text_encoders_close(text);

@@ -17,7 +17,7 @@ static const char usage[] =
     "  ./train my-pictures --model FLUX.1-dev --resolution 512\n"
     "  ./train pictures --pretrain --out tiny/transformer       all weights, from random ones\n"
     "\n"
-    "The defaults in [] are those of --model: its recipe.json's, else the paper's for FLUX.1.";
+    "The defaults in [] are those of --model: its recipe.json's, else the paper's.";
 
 /* Every option; the table below says what it means. The defaults are the paper's for FLUX.1-dev. */
 static struct options {
@@ -43,7 +43,7 @@ static bool all_weights(void) { return o.full || o.pretrain || o.distill_guidanc
 /* The command line; recipe.json of the model folder uses the same names. */
 static const sc_option table[] = {
     {NULL, SC_FLAG, NULL, NULL, "What to train:"},
-    {"--model", SC_STRING, &o.model, "DIR", "FLUX pipeline folder"},
+    {"--model", SC_STRING, &o.model, "DIR", "FLUX.1's or SD3.5's pipeline folder"},
     {"--full", SC_FLAG, &o.full, NULL, "all weights instead of a LoRA"},
     {"--pretrain", SC_FLAG, &o.pretrain, NULL, "all weights, from random ones, by flow matching"},
     {"--distill-guidance", SC_FLAG, &o.distill_guidance, NULL, "all weights: guidance as an input"},
@@ -531,7 +531,7 @@ static bool encode_texts(training *t, const sc_dataset *data) {
     }
     if (ok && cut)
         fprintf(stderr, "warning: %d captions have more than %d tokens: their ends are left out\n",
-                cut, p->text_tokens);
+                cut, p->text_tokens - p->clip_tokens);
     free(texts);
     return ok;
 }
@@ -650,7 +650,7 @@ static bool open_model(training *t) {
                                .transformer = o.transformer};
     t->pipeline = sc_open_model(o.model, o.device, how);
     if (!t->pipeline) return false;
-    if (o.text_tokens) t->pipeline->text_tokens = o.text_tokens;
+    if (o.text_tokens) t->pipeline->text_tokens = t->pipeline->clip_tokens + o.text_tokens;
     if (o.resolution) t->pipeline->resolution = o.resolution;
     sc_dit_checkpointing(t->pipeline->dit, o.checkpointing);
     t->config = sc_dit_config_of(t->pipeline->dit);
@@ -783,9 +783,19 @@ static void close_training(training *t) {
     sc_unlock();
 }
 
+/* The paper's settings for SD3.5, where they are not those for FLUX.1. */
+static void use_sd3_recipe(const char *model) {
+    const char *path = kept(sc_part_path(model, SC_TRANSFORMER));
+    sc_dit *plan = path ? sc_dit_open(NULL, path, NULL) : NULL;
+    if (plan && sc_dit_config_of(plan)->kind == SC_SD3)
+        o.dynamic_shift = 0, o.clip = 2, o.ema_restart = 2000;
+    sc_dit_close(plan);
+}
+
 /* The options, the model's recipe first. Whatever is wrong with them ends the program. */
 static void read_options(int argc, char **argv) {
     bool pretrain = sc_given(argc, argv, "--pretrain", NULL) != NULL;
+    use_sd3_recipe(sc_given(argc, argv, "--model", o.model));
     if (!pretrain && !sc_given(argc, argv, "--full", NULL) &&
         !sc_given(argc, argv, "--distill-guidance", NULL))
         sc_parse_recipe(table, OPTIONS, sc_given(argc, argv, "--model", o.model), "train");

@@ -11,7 +11,7 @@ int main(int argc, char **argv) {
     char *text = NULL;
     size_t room = 0;
     int length = argc == 4 ? atoi(argv[2]) : 0, count = 0;
-    sc_text_encoders *t = length > 0 ? sc_text_encoders_open(sc_cpu(), argv[1]) : NULL;
+    sc_text_encoders *t = length > 0 ? sc_text_encoders_open(sc_cpu(), argv[1], SC_FLUX) : NULL;
     if (!t) return fprintf(stderr, "%s\n", sc_error()), 1;
     while (count < 2 * MOST && getdelim(&text, &room, 0, stdin) > 0) {
         int64_t widths[2] = {(int64_t)length * t->t5.width, t->clip.width};

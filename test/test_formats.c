@@ -277,8 +277,8 @@ static void test_layouts(void) {
         tensors *t = to_bfl("", scales[i]);
         sc_dit *f = open_as(t, "fp8"),
                 *wide = sc_dit_open(sc_cpu(), in_folder("fp8"), &(sc_dit_options){.widen = true});
-        CHECK(f && f->blocks[0].stream[0].q.weight->dtype == SC_F8_E4M3 &&
-              f->blocks[0].stream[0].q.weight->scale);
+        CHECK(f && f->blocks[0].stream[0].attention.q.weight->dtype == SC_F8_E4M3 &&
+              f->blocks[0].stream[0].attention.q.weight->scale);
         CHECK(difference(f, wide) == 0);
         CHECK(difference(f, original) < 0.1 && difference(f, original) > 0);
         sc_dit_close(f), sc_dit_close(wide);
@@ -320,10 +320,10 @@ static void test_shapes(void) {
     const char *path = save(t, "shapes.safetensors");
     CHECK(!sc_dit_open(sc_cpu(), path, NULL) && strstr(sc_error(), "axes_dims_rope"));
     sc_net *net = sc_net_open(NULL, path, false);
-    char *text = sc__flux_config_text(net);
+    char *text = sc__dit_config_text(net);
     sc_json *json = sc_json_parse(text, strlen(text), path);
     sc_dit_config c;
-    CHECK(!sc__flux_read_config(&c, &(sc__config){.path = (char *)path, .json = json}));
+    CHECK(!sc__dit_read_config(&c, &(sc__config){.path = (char *)path, .json = json}));
     CHECK(c.layers == 1 && c.single_layers == 2 && c.heads == 2 && c.head_size == 16 &&
           c.in_channels == 16 && c.text_channels == 24 && c.pooled_channels == 20);
     sc_json_free(json);
@@ -437,7 +437,7 @@ static void test_parts(void) {
     save(t, "parts/other.safetensors");
     CHECK(!sc_part_path(in_folder("parts"), SC_TRANSFORMER) && strstr(sc_error(), "leave one"));
     CHECK(!sc__open_tokenizer(in_folder("parts"), "tokenizer") &&
-          strstr(sc_error(), "copy the folders"));
+          strstr(sc_error(), "copy the folder "));
     rename(in_folder("parts/mine.safetensors"), in_folder("parts/mine.sft"));
     remove(in_folder("parts/other.safetensors"));
     CHECK((path = sc_part_path(in_folder("parts"), SC_TRANSFORMER)) && strstr(path, "mine.sft"));

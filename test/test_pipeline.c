@@ -78,7 +78,7 @@ static void test_tokenizers(void) {
 /* The encoders of `folder` for all prompts of the reference; their ids as well. */
 static void test_encoders(const char *folder, const char *reference) {
     sc_file *f = open_reference(reference);
-    sc_text_encoders *t = sc_text_encoders_open(sc_cpu(), folder);
+    sc_text_encoders *t = sc_text_encoders_open(sc_cpu(), folder, SC_FLUX);
     CHECK(t != NULL);
     if (!t) printf("%s\n", sc_error()), exit(1);
     const sc_tensor *contexts = find(f, "context"), *pools = find(f, "pooled"),
@@ -295,7 +295,7 @@ static void test_lengths(void) {
     static const char prompt[] = "the apple on the red apple on red, ?";
     copy_with("test/reference/pipeline_a", "tokenizer", "tokenizer_config.json",
               "{\"model_max_length\": 9}");
-    sc_text_encoders *t = sc_text_encoders_open(sc_cpu(), copy);
+    sc_text_encoders *t = sc_text_encoders_open(sc_cpu(), copy, SC_FLUX);
     if (!t) printf("%s\n", sc_error()), exit(1);
     float context[20], pooled[24];
     int32_t ids[2];
