@@ -172,6 +172,95 @@ static void test_pipeline(const char *name) {
     sc_file_close(f);
 }
 
+/* ---- Stable Diffusion 3.5 ---- */
+
+static sc_pipeline *open_sd3(void) {
+    sc_pipeline *p = sc_pipeline_open(sc_cpu(), "test/reference/pipeline_sd3",
+                                      &(sc_pipeline_options){0});
+    if (!p) printf("%s\n", sc_error()), exit(1);
+    return p;
+}
+
+static const char *prompt_of(const sc_file *f, int i) {
+    const char *prompt = find(f, "prompts")->data;
+    while (i-- > 0) prompt += strlen(prompt) + 1;
+    return prompt;
+}
+
+/* CLIP's tokens, then T5's: [16 + 20, 32]; the pooled vectors of both CLIPs. */
+static void test_sd3_texts(const sc_file *f) {
+    sc_pipeline *p = open_sd3();
+    const sc_tensor *contexts = find(f, "context"), *pools = find(f, "pooled");
+    int64_t tokens = contexts->shape[1], width = contexts->shape[2], pooled = pools->shape[1],
+            clip = tokens - (int64_t)((float *)find(f, "settings")->data)[4];
+    double worst[3] = {0, 0, 0}; /* CLIP's part, T5's part, pooled */
+    CHECK(p->text_tokens == tokens && contexts->shape[0] > 3);
+    CHECK(p->dit->config.text_channels == width && p->dit->config.pooled_channels == pooled);
+    for (int i = 0; i < contexts->shape[0]; i++) {
+        const float *a = (const float *)contexts->data + i * tokens * width,
+                    *b = (const float *)pools->data + i * pooled;
+        sc_text text = sc_pipeline_text(p, prompt_of(f, i));
+        if (!CHECKED(text.context != NULL)) printf("%s\n", sc_error()), exit(1);
+        CHECK(text.cut == (i == 2 || i == 4)); /* of T5's 20 tokens, or of CLIP's 16 */
+        double errors[3] = {
+            rel_error(text.context, a, clip * width),
+            rel_error(text.context + clip * width, a + clip * width, (tokens - clip) * width),
+            rel_error(text.pooled, b, pooled)};
+        for (int k = 0; k < 3; k++) {
+            CHECK(errors[k] < 1e-5);
+            worst[k] = fmax(worst[k], errors[k]);
+        }
+        free(text.context);
+    }
+    printf("pipeline_sd3: largest error of CLIP's tokens %.1e, of T5's %.1e, of pooled %.1e\n",
+           worst[0], worst[1], worst[2]);
+    sc_pipeline_close(p);
+}
+
+/* From the reference's noise, as test_drawing; cfg: with the negative prompt. */
+static void test_sd3_drawing(sc_pipeline *p, const sc_file *f, const char *prefix, bool cfg) {
+    const float *settings = find(f, "settings")->data;
+    const sc_tensor *noise = find(f, "noise");
+    char name[64];
+    int64_t n = sc_count(noise), pixels = sc_count(find(f, "picture"));
+    float *latents = malloc((size_t)(n + pixels) * 4), *rgb = latents + n;
+    sc_text text = sc_pipeline_text(p, prompt_of(f, 0)),
+            no_text = sc_pipeline_text(p, prompt_of(f, (int)settings[6]));
+    sc_sampling s = {.steps = (int)settings[0], .h = (int)settings[2], .w = (int)settings[3],
+                     .cfg = cfg ? settings[1] : 0, .no_text = no_text};
+    s.shift = sc_pipeline_shift(p, (int64_t)s.h * s.w);
+    memcpy(latents, noise->data, (size_t)n * 4);
+    CHECK(s.shift == settings[5]);
+    CHECK(text.context && no_text.context);
+    CHECK(sc_sample(p->dit, p->tape, &s, 1, p->text_tokens, &text, latents));
+    CHECK(sc_pipeline_decode(p, latents, 1, s.h, s.w, rgb));
+    snprintf(name, sizeof name, "%slatents", prefix);
+    double a = rel_error(latents, find(f, name)->data, n), b = 0;
+    snprintf(name, sizeof name, "%spicture", prefix);
+    const float *picture = find(f, name)->data;
+    for (int64_t i = 0; i < pixels; i++)
+        b = fmax(b, fabs(fmin(fmax(rgb[i], -1), 1) - fmin(fmax(picture[i], -1), 1)));
+    printf("pipeline_sd3: error of %slatents %.1e, largest of a pixel %.4f/255\n", prefix, a,
+           b * 127.5);
+    CHECK(a < 5e-5);
+    CHECK(b * 127.5 < 0.1);
+    free(latents), free(text.context), free(no_text.context);
+}
+
+static void test_sd3(void) {
+    sc_file *f = open_reference("pipeline_sd3/reference");
+    test_sd3_texts(f);
+    sc_pipeline *p = open_sd3();
+    test_sd3_drawing(p, f, "", false);
+    test_sd3_drawing(p, f, "cfg_", true);
+    sc_lora_report report;
+    const char *lora = "test/reference/pipeline_sd3/lora.safetensors";
+    CHECK(sc_lora_load(p->dit, lora, 1, &report) && report.applied == report.total);
+    test_sd3_drawing(p, f, "lora_", true);
+    sc_pipeline_close(p);
+    sc_file_close(f);
+}
+
 /* ---- Configs that say something else than FLUX.1's ---- */
 
 static char copy[64]; /* a folder of links to a pipeline's parts, less one that is a folder */
@@ -188,13 +277,14 @@ static const char *in_copy(const char *name) {
  * but this file. */
 static void copy_with(const char *pipeline, const char *part, const char *file, const char *text) {
     static const char *const parts[] = {
-        "scheduler",   "text_encoder", "tokenizer", "text_encoder_2",
-        "tokenizer_2", "transformer",  "vae"};
+        "scheduler",      "text_encoder", "tokenizer",  "text_encoder_2", "tokenizer_2",
+        "text_encoder_3", "tokenizer_3",  "transformer", "vae"};
     char from[512], here[200], name[400];
     CHECK(realpath(pipeline, from) && mkdir(copy, 0777) == 0);
-    for (int i = 0; i < 7; i++) {
+    for (int i = 0; i < 9; i++) {
         snprintf(name, sizeof name, "%.300s/%s", from, parts[i]);
-        if (strcmp(parts[i], part)) CHECK(symlink(name, in_copy(parts[i])) == 0);
+        if (strcmp(parts[i], part) && access(name, F_OK) == 0)
+            CHECK(symlink(name, in_copy(parts[i])) == 0);
     }
     snprintf(here, sizeof here, "%s/%s", copy, part);
     snprintf(from + strlen(from), sizeof from - strlen(from), "/%s", part);
@@ -310,6 +400,30 @@ static void test_lengths(void) {
     remove_copy(copy);
 }
 
+/* A Stable Diffusion 3.5 that lacks a part of its three text encoders. */
+static void test_bad_sd3(void) {
+    static const char *const bad[][3] = {
+        {"text_encoder", "config.json", "text_encoder"},
+        {"text_encoder_2", "config.json", "text_encoder_2"},
+        {"text_encoder_3", "config.json", "text_encoder_3"},
+        {"text_encoder_3", "model.safetensors", "text_encoder_3"},
+        {"tokenizer_2", "vocab.json", "tokenizer_2"},
+        {"tokenizer_3", "tokenizer.json", "tokenizer_3"}};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        copy_with("test/reference/pipeline_sd3", bad[i][0], bad[i][1], "");
+        char name[300];
+        snprintf(name, sizeof name, "%s/%s", in_copy(bad[i][0]), bad[i][1]);
+        remove(name);
+        sc_pipeline *p = sc_pipeline_open(sc_cpu(), copy, &(sc_pipeline_options){0});
+        sc_text text = p ? sc_pipeline_text(p, "a") : (sc_text){0};
+        if (!CHECKED(!text.context && strstr(sc_error(), bad[i][2])))
+            printf("without %s/%s: %s\n", bad[i][0], bad[i][1], sc_error());
+        free(text.context);
+        sc_pipeline_close(p);
+        remove_copy(copy);
+    }
+}
+
 int main(void) {
     snprintf(copy, sizeof copy, "build/test-copy-%ld", (long)getpid());
     test_tokenizers();
@@ -317,6 +431,7 @@ int main(void) {
     test_mismatch();
     test_pipeline("pipeline_a"), test_pipeline("pipeline_b");
     test_lengths(), test_scheduler(), test_bad_schedulers();
+    test_sd3(), test_bad_sd3();
     replay(TEST_DIR "/corpus/tokenizer", LLVMFuzzerTestOneInput);
     return test_report();
 }

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Writes pipeline_*/ beside this file: small random FLUX pipelines in diffusers' layout, and what
-diffusers and transformers compute with them: text encoders, all Euler steps, the picture, and the
-same with a LoRA. Also text_tiny.safetensors for the text encoders of data/tiny-flux, to be made
-again when those change. test_pipeline.c compares.
+"""Writes pipeline_*/ beside this file: small random pipelines of FLUX and of Stable Diffusion 3.5 in
+diffusers' layout, and what diffusers and transformers compute with them: text encoders, all Euler
+steps, the picture, and the same with a LoRA. Also text_tiny.safetensors for the text encoders of
+data/tiny-flux, to be made again when those change. test_pipeline.c compares.
 
-    python make_pipeline.py
+    python make_pipeline.py [pipeline_a] [pipeline_b] [pipeline_sd3] [text_tiny]    default: all
 
 Versions: requirements.txt. Weights are bf16; the transformer and the VAE compute in f64 (diffusers rounds times and
 latents to f32 between steps).
@@ -13,13 +13,15 @@ import json
 import math
 import os
 import shutil
+import sys
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel,
+                       SD3Transformer2DModel, StableDiffusion3Pipeline)
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast, T5Config, T5EncoderModel,
-                          T5TokenizerFast)
+from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast, T5Config,
+                          T5EncoderModel, T5TokenizerFast)
 from transformers.models.clip.tokenization_clip import bytes_to_unicode
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -45,9 +47,21 @@ CASES = {
                   guidance_embeds=False, axes_dims_rope=(2, 4, 2)),
         vae=dict(channels=(4, 4, 8), latents=2, groups=2)),
 }
+# T5 is wider than both CLIPs together: the rest of their tokens is zero.
+SD3 = dict(
+    seed=3, steps=4, shift=3.0, cfg=4.5, negative=3, h=3, w=2, tokens=20,
+    clip=dict(hidden_size=12, projection_dim=12, num_hidden_layers=3, num_attention_heads=2, intermediate_size=20,
+              max_position_embeddings=16, hidden_act="quick_gelu", eos_token_id=2),
+    clip_2=dict(hidden_size=16, projection_dim=16, num_hidden_layers=4, num_attention_heads=4, intermediate_size=24,
+                max_position_embeddings=16, hidden_act="gelu", eos_token_id=2),
+    t5=dict(d_model=32, num_layers=2, num_heads=2, d_kv=8, d_ff=28, relative_attention_num_buckets=8,
+            relative_attention_max_distance=12, feed_forward_proj="gated-gelu"),
+    sd3=dict(num_layers=2, attention_head_dim=8, num_attention_heads=2, caption_projection_dim=16, pos_embed_max_size=8,
+             dual_attention_layers=(0,), qk_norm="rms_norm", sample_size=16),
+    vae=dict(channels=(8, 12), latents=4, groups=4))
 
 
-def clip_tokenizer(folder, length):
+def clip_tokenizer(folder, length, **more):
     letters = list(bytes_to_unicode().values())
     pairs = ["t h", "th e</w>", "a p", "ap p", "l e</w>", "app le</w>", "r e", "re d</w>", "o n</w>"]
     words = letters + [c + "</w>" for c in letters] + [p.replace(" ", "") for p in pairs]
@@ -58,7 +72,7 @@ def clip_tokenizer(folder, length):
     with open(os.path.join(folder, "merges.txt"), "w", encoding="utf-8") as f:
         f.write("#version: 0.2\n" + "\n".join(pairs) + "\n")
     return CLIPTokenizerFast(os.path.join(folder, "vocab.json"), os.path.join(folder, "merges.txt"),
-                             model_max_length=length)
+                             model_max_length=length, **more)
 
 
 def t5_tokenizer(length):
@@ -85,6 +99,14 @@ def random_weights(module, generator):
     return module.eval()
 
 
+def autoencoder(v, **more):
+    levels = len(v["channels"])
+    return AutoencoderKL(
+        block_out_channels=v["channels"], layers_per_block=1, norm_num_groups=v["groups"], latent_channels=v["latents"],
+        use_quant_conv=False, use_post_quant_conv=False, down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels, **more)
+
+
 def build(folder, c):
     g = torch.Generator().manual_seed(c["seed"])
     clip_words = clip_tokenizer(os.path.join(folder, "tokenizer"), c["clip"]["max_position_embeddings"])
@@ -92,24 +114,44 @@ def build(folder, c):
     clip = dict(c["clip"], vocab_size=len(clip_words), bos_token_id=clip_words.bos_token_id)
     if clip["eos_token_id"] is None:
         clip["eos_token_id"] = clip_words.eos_token_id
-    v, latents = c["vae"], c["vae"]["latents"]
-    levels = len(v["channels"])
-    vae = AutoencoderKL(
-        block_out_channels=v["channels"], layers_per_block=1, norm_num_groups=v["groups"], latent_channels=latents,
-        use_quant_conv=False, use_post_quant_conv=False, down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels, scaling_factor=0.3611, shift_factor=0.1159)
-    flux = FluxTransformer2DModel(patch_size=1, in_channels=4 * latents, joint_attention_dim=c["t5"]["d_model"],
+    vae = autoencoder(c["vae"], scaling_factor=0.3611, shift_factor=0.1159)
+    flux = FluxTransformer2DModel(patch_size=1, in_channels=4 * c["vae"]["latents"], joint_attention_dim=c["t5"]["d_model"],
                                   pooled_projection_dim=clip["hidden_size"], **c["flux"])
     scheduler = FlowMatchEulerDiscreteScheduler(shift=c["shift"], use_dynamic_shifting=c["dynamic"], base_shift=0.5,
                                                 max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096)
     t5 = T5EncoderModel(T5Config(vocab_size=len(t5_words), **c["t5"]))
     parts = [random_weights(m, g) for m in (CLIPTextModel(CLIPTextConfig(**clip)), t5, flux, vae)]
     pipe = FluxPipeline(scheduler, parts[3], parts[0], clip_words, parts[1], t5_words, parts[2])
+    return saved(pipe, folder)
+
+
+def build_sd3(folder, c):
+    g = torch.Generator().manual_seed(c["seed"])
+    words = [clip_tokenizer(os.path.join(folder, "tokenizer"), 16),
+             clip_tokenizer(os.path.join(folder, "tokenizer_2"), 16, pad_token="!"), t5_tokenizer(c["tokens"])]
+    clips = [CLIPTextModelWithProjection(CLIPTextConfig(**config, vocab_size=len(words[0]), bos_token_id=words[0].bos_token_id))
+             for config in (c["clip"], c["clip_2"])]
+    t5 = T5EncoderModel(T5Config(vocab_size=len(words[2]), **c["t5"]))
+    latents = c["vae"]["latents"]
+    sd3 = SD3Transformer2DModel(in_channels=latents, out_channels=latents, joint_attention_dim=c["t5"]["d_model"],
+                                pooled_projection_dim=c["clip"]["projection_dim"] + c["clip_2"]["projection_dim"], **c["sd3"])
+    vae = autoencoder(c["vae"], scaling_factor=1.5305, shift_factor=0.0609)
+    for m in (*clips, t5, sd3, vae):
+        random_weights(m, g)
+    table = sd3.pos_embed.pos_embed     # is read, not computed: here it is not its sinusoids
+    table.data = (table + 0.3 * torch.randn(table.shape, generator=g)).to(torch.bfloat16)
+    return saved(StableDiffusion3Pipeline(sd3, FlowMatchEulerDiscreteScheduler(shift=c["shift"]), vae, clips[0], words[0], clips[1],
+                                          words[1], t5, words[2]), folder)
+
+
+def saved(pipe, folder):
     pipe.save_pretrained(folder)
-    os.remove(os.path.join(folder, "tokenizer", "tokenizer.json"))  # vocab.json and merges.txt say it all
-    for part, name in (("text_encoder", "model"), ("text_encoder_2", "model"), ("transformer", "diffusion_pytorch_model"),
-                       ("vae", "diffusion_pytorch_model")):
-        os.chmod(os.path.join(folder, part, name + ".safetensors"), 0o644)
+    for part in os.listdir(folder):
+        if part == "tokenizer" or part == "tokenizer_2" and hasattr(pipe, "tokenizer_3"):
+            os.remove(os.path.join(folder, part, "tokenizer.json"))  # vocab.json and merges.txt say it all
+        for name in ("model.safetensors", "diffusion_pytorch_model.safetensors"):
+            if os.path.exists(os.path.join(folder, part, name)):
+                os.chmod(os.path.join(folder, part, name), 0o644)
     return pipe
 
 
@@ -137,12 +179,13 @@ def save(path, tensors):
 
 
 def lora_file(pipe, path, generator):
-    """Factors on every linear layer, alpha = SCALE * rank folded into B."""
+    """Factors on every linear layer, and on SD3's convolution, alpha = SCALE * rank folded into B."""
     out = {}
     for name, m in pipe.transformer.named_modules():
-        if isinstance(m, torch.nn.Linear):
-            out[f"transformer.{name}.lora_A.weight"] = torch.randn(RANK, m.in_features, generator=generator) * 0.3
-            out[f"transformer.{name}.lora_B.weight"] = SCALE * torch.randn(m.out_features, RANK, generator=generator) * 0.3
+        if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)):
+            shape, one = m.weight.shape, (1,) * (m.weight.ndim - 2)
+            out[f"transformer.{name}.lora_A.weight"] = torch.randn(RANK, *shape[1:], generator=generator) * 0.3
+            out[f"transformer.{name}.lora_B.weight"] = SCALE * torch.randn(shape[0], RANK, *one, generator=generator) * 0.3
     save(path, out)
 
 
@@ -188,6 +231,56 @@ def make(name, c):
     print(name, f"picture {out['picture'].std():.3f}, LoRA changes latents by {change:.3f}", pipe.scheduler.sigmas.tolist())
 
 
+@torch.no_grad()
+def encode_sd3(pipe):
+    """As StableDiffusion3Pipeline asks the three encoders, with as many tokens of T5 as its tokenizer says."""
+    for m in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
+        m.float()
+    rows = [pipe.encode_prompt(p, None, None, do_classifier_free_guidance=False, max_sequence_length=pipe.tokenizer_3.model_max_length)
+            for p in PROMPTS]
+    ids = [torch.cat([w(p, padding="max_length", max_length=w.model_max_length, truncation=True, return_tensors="pt").input_ids[0]
+                      for w in (pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3)]) for p in PROMPTS]
+    return dict(context=torch.cat([r[0] for r in rows]), pooled=torch.cat([r[2] for r in rows]), ids=torch.stack(ids))
+
+
+@torch.no_grad()
+def draw_sd3(pipe, c, text, noise, cfg):
+    """From packed noise [h w, 4 C], whose channels are channel, row, column, to packed latents and a picture. The
+    scheduler shifts the sigmas that it is given, which are those of ./sample before their shift."""
+    h, w, latents, factor = c["h"], c["w"], c["vae"]["latents"], 2 * pipe.vae_scale_factor
+    x = noise.double().view(1, h, w, latents, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(1, latents, 2 * h, 2 * w)
+    row = lambda key, i: text[key][i:i + 1].double()
+    x = pipe(prompt_embeds=row("context", 0), pooled_prompt_embeds=row("pooled", 0), negative_prompt_embeds=row("context", c["negative"]),
+             negative_pooled_prompt_embeds=row("pooled", c["negative"]), guidance_scale=cfg, sigmas=sigmas(c["steps"], c["shift"]),
+             num_inference_steps=c["steps"], height=h * factor, width=w * factor, latents=x, output_type="latent").images
+    packed = x.view(latents, h, 2, w, 2).permute(1, 3, 0, 2, 4).reshape(h * w, 4 * latents)
+    return packed, pipe.vae.decode(x / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor).sample[0]
+
+
+def make_sd3(name, c):
+    folder = os.path.join(HERE, name)
+    shutil.rmtree(folder, ignore_errors=True)
+    pipe = build_sd3(folder, c)
+    pipe.set_progress_bar_config(disable=True)
+    text = encode_sd3(pipe)
+    g = torch.Generator().manual_seed(10 + c["seed"])
+    pipe.transformer.double(), pipe.vae.double()
+    noise = torch.randn(c["h"] * c["w"], 4 * c["vae"]["latents"], generator=g)
+    out = dict(text, prompts=text_bytes(), noise=noise,
+               settings=torch.tensor([c["steps"], c["cfg"], c["h"], c["w"], c["tokens"], c["shift"], c["negative"]]))
+    out["latents"], out["picture"] = draw_sd3(pipe, c, text, noise, 1)
+    out["cfg_latents"], out["cfg_picture"] = draw_sd3(pipe, c, text, noise, c["cfg"])
+    lora = os.path.join(folder, "lora.safetensors")
+    lora_file(pipe, lora, g)
+    pipe.load_lora_weights(lora)
+    pipe.transformer.double()
+    out["lora_latents"], out["lora_picture"] = draw_sd3(pipe, c, text, noise, c["cfg"])
+    save(os.path.join(folder, "reference.safetensors"), out)
+    change = lambda a, b: (out[a] - out[b]).norm() / out[b].norm()
+    print(name, f"picture {out['picture'].std():.3f}, CFG changes latents by {change('cfg_latents', 'latents'):.3f}, a LoRA by "
+          f"{change('lora_latents', 'cfg_latents'):.3f}", pipe.scheduler.sigmas.tolist())
+
+
 def tiny():
     folder = os.path.join(HERE, "../../data/tiny-flux")
     if not os.path.exists(folder):
@@ -198,6 +291,7 @@ def tiny():
     save(os.path.join(HERE, "text_tiny.safetensors"), dict(out, prompts=text_bytes(), settings=torch.tensor([0., 0, 0, 0, 16, 0])))
 
 
-for case, config in CASES.items():
-    make(case, config)
-tiny()
+MAKERS = {**{name: lambda name=name, c=c: make(name, c) for name, c in CASES.items()},
+          "pipeline_sd3": lambda: make_sd3("pipeline_sd3", SD3), "text_tiny": tiny}
+for which in sys.argv[1:] or MAKERS:
+    MAKERS[which]()
