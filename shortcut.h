@@ -1,4 +1,4 @@
-/* shortcut.h: FLUX.1 and SCFM (few-step distillation of flow-matching models) in one C99 header.
+/* shortcut.h: FLUX.1, SD3.5 and SCFM (few-step distillation of flow models) in one C99 header.
  *
  * Cai et al., "Shortcutting Pre-trained Flow Matching Diffusion Models is Almost Free Lunch",
  * NeurIPS 2025, arXiv 2510.17858. MIT licence, see LICENSE.
@@ -48,7 +48,7 @@
  *   Part I, the paper and the model
  *     >>flow        flow matching: times, and the sampler
  *     >>scfm        SCFM: what the student is asked, and what it should answer
- *     >>flux        the FLUX transformer, forward
+ *     >>flux        the FLUX transformer, forward; >>sd3: SD3.5's
  *     >>lora        LoRA: which numbers are trained, in four sets
  *     >>step        a training step, and FLUX's sampler
  *   Part II, the machine
@@ -71,7 +71,7 @@
  *
  * DOES NOT
  *   - read or write picture files (stb does, in tools.h), download anything, print, or exit
- *   - run other models than FLUX.1: no SD3.5, no FLUX.2
+ *   - run other models than FLUX.1 and SD3.5: no FLUX.2, no SD3 of before
  *   - train text encoders or the VAE; read LoRAs for them, DoRA, LoKr or LoHa (it says so)
  *   - mix picture sizes in one batch, or split one step's model over several GPUs
  *   - swap weights to disk: a model fits in memory, its frozen matrices mapped, or it does not run
@@ -87,8 +87,8 @@
  *   - Time and guidance enter their sinusoids times 1000, in f32, cosines first.
  *   - The first time is 1 - 1e-5, not 1 (which is what bf16 makes of it).
  *   - Text tokens come before image tokens in attention; RoPE turns pairs (2i, 2i + 1).
- *   - A block's modulation is (shift, scale, gate) twice; norm_out's is (scale, shift), and BFL's
- *     files have those two swapped: rows of W, and of a LoRA's B, never of A.
+ *   - A block's modulation is (shift, scale, gate) twice; norm_out's is (scale, shift), and the
+ *     authors' files have those two swapped: rows of W, and of a LoRA's B, never of A.
  *   - In SCFM the second half-step is the slow average's (the teacher's, where true CFG is folded
  *     in and the case is its own), and no gradient enters the target.
  *   - CLIP's pooled vector is taken where the highest id first stands (the eos_token_id in its
@@ -286,6 +286,7 @@ typedef struct sc_weight {
     bool owned;                 /* its memory is the backend's, not the mapped file's */
     bool waiting;               /* in the file: sc_net_load will copy it to the backend */
     bool missing;               /* of a plan: the file has no such weight, or of another shape */
+    bool fixed;                 /* a table that is never trained */
     float *before;              /* of a vector that loaded LoRAs changed: as it was, on the host */
 } sc_weight;
 typedef struct sc_net {
@@ -912,7 +913,7 @@ struct sc_backend {
 /* #############################################################################################
  * PART I: THE PAPER AND THE MODEL                                                       >>part1
  *
- * All of SCFM and all of FLUX.1, in the order of a training step's ideas: how a picture is drawn,
+ * All of SCFM, FLUX.1 and SD3.5, in the order of a training step's ideas: how a picture is drawn,
  * what is learned, what computes the velocity, which numbers are trained, and the step that puts
  * all of it together. It uses what the API above declares, and these four of the parts below. */
 static void *sc__alloc(size_t count, size_t size); /* zeroed host memory */
@@ -1152,19 +1153,15 @@ static void sc__rope_turns(const sc_dit_config *c, int text, int h, int w, float
     }
 }
 
-/* x + gate attention(x), of the picture's tokens alone: SD3.5-Medium's second attention, whose
- * shift, scale and gate are the last three of nine. x: what the block read; y: what it is added to */
-static sc_tensor *sc__image_only(sc_tape *t, const sc__block *block, sc_tensor *x, sc_tensor *y,
-                                 sc_tensor *mod) {
-    const sc__attention *a = &block->image_only;
+/* Attention of tokens n [B,T,C] among themselves, without its output layer. */
+static sc_tensor *sc__self_attention(sc_tape *t, const sc__block *block, const sc__attention *a,
+                                     sc_tensor *n) {
     const sc_tensor *rope = &block->dit->rope;
     float scale = 1.f / sqrtf((float)block->dit->config.head_size);
-    sc_tensor *n = sc_ln_modulate(t, x, mod, 6, 7);
     sc_tensor *q = sc_norm_rope(t, NULL, sc_linear(t, n, &a->q), NULL, a->norm_q, rope);
     sc_tensor *k = sc_norm_rope(t, NULL, sc_linear(t, n, &a->k), NULL, a->norm_k, rope);
     sc_tensor *v = sc_linear(t, n, &a->v);
-    sc_tensor *o = sc_attention(t, q, k, v, block->dit->config.heads, scale, NULL, false);
-    return sc_gated_residual(t, y, sc_linear(t, o, &a->out), mod, 8);
+    return sc_attention(t, q, k, v, block->dit->config.heads, scale, NULL, false);
 }
 
 /* in: image [B,Ti,C], text [B,Tt,C], silu of the modulation vector [B,C]; out: image, text. */
@@ -1192,7 +1189,11 @@ static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, cons
         sc_tensor *own = sc_slice_tokens(t, o, from[i], in[i]->shape[1]);
         own = sc_linear(t, own, &stream[i].attention.out);
         sc_tensor *x = sc_gated_residual(t, in[i], own, mod[i], 2);
-        if (i == 0 && block->image_only.q.weight) x = sc__image_only(t, block, in[0], x, mod[0]);
+        if (i == 0 && block->image_only.q.weight) { /* SD3.5-Medium: vectors 6 to 8 */
+            own = sc__self_attention(t, block, &block->image_only,
+                                     sc_ln_modulate(t, in[0], mod[0], 6, 7));
+            x = sc_gated_residual(t, x, sc_linear(t, own, &block->image_only.out), mod[0], 8);
+        }
         sc_tensor *h = sc_linear_gelu(t, sc_ln_modulate(t, x, mod[i], 3, 4), &stream[i].up);
         h = sc_linear(t, h, &stream[i].down);
         out[i] = sc_gated_residual(t, x, h, mod[i], 5);
@@ -1204,17 +1205,11 @@ static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, cons
 static bool sc__single_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context) {
     const sc__block *block = (const sc__block *)context;
     const sc__stream *stream = block->stream;
-    const sc__attention *a = &stream->attention;
-    const sc_tensor *rope = &block->dit->rope;
-    float scale = 1.f / sqrtf((float)block->dit->config.head_size);
     sc_tensor *mod = sc_linear(t, in[1], &stream->mod);
     sc_tensor *n = sc_ln_modulate(t, in[0], mod, 0, 1);
-    sc_tensor *q = sc_norm_rope(t, NULL, sc_linear(t, n, &a->q), NULL, a->norm_q, rope);
-    sc_tensor *k = sc_norm_rope(t, NULL, sc_linear(t, n, &a->k), NULL, a->norm_k, rope);
-    sc_tensor *v = sc_linear(t, n, &a->v);
-    sc_tensor *o = sc_attention(t, q, k, v, block->dit->config.heads, scale, NULL, false);
+    sc_tensor *o = sc__self_attention(t, block, &stream->attention, n);
     sc_tensor *both = sc_concat_gelu(t, o, n, &stream->up);
-    out[0] = sc_gated_residual(t, in[0], sc_linear(t, both, &a->out), mod, 2);
+    out[0] = sc_gated_residual(t, in[0], sc_linear(t, both, &stream->attention.out), mod, 2);
     return out[0] != NULL;
 }
 
@@ -3424,13 +3419,15 @@ static void sc__params_start(sc_params *p, const float *values) {
 sc_params *sc_params_full(sc_dit *dit, bool teacher) {
     if (!dit->net->widen)
         return sc_fail("to train all weights the model must be opened with `widen`"), NULL;
-    if (dit->config.kind == SC_SD3)
-        return sc_fail("of SD3.5 only LoRAs are trained here, not all weights"), NULL;
-    sc_params *p = sc__params_new(dit, sc_dit_parameters(dit), teacher);
+    int64_t count = 0, n;
+    for (int64_t i = 0; i < dit->net->count; i++)
+        if (!dit->net->weights[i]->fixed) count += sc_count(&dit->net->weights[i]->tensor);
+    sc_params *p = sc__params_new(dit, count, teacher);
     float *to = p ? p->set[SC_STUDENT] : NULL;
-    for (int64_t i = 0, n; p && i < dit->net->count; i++, to += n) {
+    for (int64_t i = 0; p && i < dit->net->count; i++, to += n) {
         sc_weight *w = dit->net->weights[i];
-        n = sc_count(&w->tensor);
+        n = w->fixed ? 0 : sc_count(&w->tensor);
+        if (!n) continue;
         p->backend->copy_block(to, n, w->tensor.data, n, 1, n, SC_F32, false);
         p->backend->release(w->tensor.data); /* sc_params_use points it into a set */
         w->owned = false;
@@ -3443,6 +3440,7 @@ void sc_params_use(sc_params *p, sc_set set) {
     int64_t offset = 0;
     for (int64_t i = 0; i < p->dit->net->count; i++) {
         sc_tensor *w = &p->dit->net->weights[i]->tensor;
+        if (p->dit->net->weights[i]->fixed) continue;
         w->data = p->set[set] + offset;
         w->grad = set == SC_STUDENT ? p->grad + offset : NULL;
         w->needs_grad = set == SC_STUDENT;
@@ -4712,7 +4710,7 @@ static sc_tensor *sc__net_weight(sc_net *net, const char *name, int ndim, const 
     sc_dtype stored = w->source.dtype;
     bool wide = ndim == 1 || net->widen || w->swapped || (w->scales && !product) ||
                 (found && stored == SC_F64);
-    bool narrow = net->fp8 && ndim == 2 && (!found || sc_dtype_size(stored) > 1);
+    bool narrow = net->fp8 && product && (!found || sc_dtype_size(stored) > 1);
     bool aligned = (uintptr_t)w->source.data % (uintptr_t)sc_dtype_size(stored) == 0;
     bool mapped = found && !wide && !narrow && aligned && be && be->on_host;
     bool as_stored = mapped || (found && sc_dtype_size(stored) == 1 && !wide);
@@ -5135,6 +5133,7 @@ static bool sc__dit_weights(sc_dit *f) {
         f->positions = sc_net_weight(f->net, "pos_embed.pos_embed", 2,
                                      (const int64_t[]){places * places, c});
         ok = f->positions != NULL;
+        if (ok) f->net->weights[f->net->count - 1]->fixed = true;
     }
     for (int i = 0; ok && i < o->layers; i++) ok = sc__dit_double(f, i, c);
     for (int i = 0; ok && i < o->single_layers; i++) ok = sc__dit_single(f, i, c);

@@ -788,17 +788,19 @@ static void use_sd3_recipe(const char *model) {
     const char *path = kept(sc_part_path(model, SC_TRANSFORMER));
     sc_dit *plan = path ? sc_dit_open(NULL, path, NULL) : NULL;
     if (plan && sc_dit_config_of(plan)->kind == SC_SD3)
-        o.dynamic_shift = 0, o.clip = 2, o.ema_restart = 2000;
+        o.cfg = 4.5f, o.dynamic_shift = 0, o.clip = 2, o.ema_restart = 2000;
     sc_dit_close(plan);
 }
 
 /* The options, the model's recipe first. Whatever is wrong with them ends the program. */
 static void read_options(int argc, char **argv) {
     bool pretrain = sc_given(argc, argv, "--pretrain", NULL) != NULL;
-    use_sd3_recipe(sc_given(argc, argv, "--model", o.model));
     if (!pretrain && !sc_given(argc, argv, "--full", NULL) &&
-        !sc_given(argc, argv, "--distill-guidance", NULL))
-        sc_parse_recipe(table, OPTIONS, sc_given(argc, argv, "--model", o.model), "train");
+        !sc_given(argc, argv, "--distill-guidance", NULL)) {
+        const char *model = sc_given(argc, argv, "--model", o.model);
+        use_sd3_recipe(model);
+        sc_parse_recipe(table, OPTIONS, model, "train");
+    }
     if (pretrain) { /* there is no teacher */
         o.fm_ratio = 1;
         o.teacher_ratio = 0;

@@ -634,16 +634,21 @@ static void test_memory_error(void) {
     gpu->release(p);
 }
 
-/* ---- Whole training steps of a small FLUX ---- */
+/* ---- Whole training steps of a small FLUX, and of a small SD3.5-Medium ---- */
 
-static const char config[] = "{\"_class_name\": \"FluxTransformer2DModel\", \"in_channels\": 16, "
+static const char flux[] = "{\"_class_name\": \"FluxTransformer2DModel\", \"in_channels\": 16, "
                              "\"num_layers\": 1, \"num_single_layers\": 1, "
                              "\"attention_head_dim\": 32, \"num_attention_heads\": 2, "
                              "\"joint_attention_dim\": 24, \"pooled_projection_dim\": 20, "
                              "\"guidance_embeds\": true, \"axes_dims_rope\": [8, 12, 12]}";
+static const char sd3[] = "{\"_class_name\": \"SD3Transformer2DModel\", \"in_channels\": 4, "
+                          "\"num_layers\": 2, \"dual_attention_layers\": [0], "
+                          "\"attention_head_dim\": 32, \"num_attention_heads\": 2, "
+                          "\"joint_attention_dim\": 24, \"pooled_projection_dim\": 20, "
+                          "\"pos_embed_max_size\": 7}";
 
 /* A folder with random bf16 weights, none of them zero. */
-static void make_model(const char *folder) {
+static void make_model(const char *folder, const char *config) {
     char path[256];
     mkdir(folder, 0777);
     snprintf(path, sizeof path, "%s/config.json", folder);
@@ -768,11 +773,11 @@ static void repeat_steps(const sc_backend *be, int steps, sc_rng start, const do
 
 /* Roundings of some 30 operations in a row add up like independent errors: 2^-9 sqrt(30) is 1%, and
  * the way back is as long again. */
-static void test_training_steps(void) {
+static void test_training_steps(const char *config) {
     const int steps = LARGE(20, 2);
     double cpu[21], one[21];
     float *cpu_grad, *cpu_lora, *grad, *lora;
-    make_model("build/test_cuda_model");
+    make_model("build/test_cuda_model", config);
     sc_rng start = rng;
     train_model(sc_cpu(), false, KEPT, steps, cpu, &cpu_grad, &cpu_lora);
     int64_t n = (int64_t)cpu[steps];
@@ -827,14 +832,15 @@ int main(int argc, char **argv) {
         test_upload();
         test_training();
         test_order();
-        test_training_steps();
+        test_training_steps(flux);
         return test_report();
     }
 #endif
     test_products();
     new_grads = true;
     test_attention();
-    test_training_steps();
+    test_training_steps(flux);
+    test_training_steps(sd3);
 #ifdef EMULATED
     if (getenv("EMULATED_CHIP") || getenv("EMULATED_LATE")) return test_report();
     /* What depends on them on a chip with less, and where cuBLASLt refuses what it had offered;
