@@ -327,6 +327,8 @@ int main(int argc, char **argv) {
                                .transformer = o.transformer};
     sc_pipeline *p = sc_open_model(o.model, o.device, how);
     bool usage_ok = !p || take_size(p);
+    if (p && sc_dit_config_of(p->dit)->kind == SC_SD3 && !o.cfg && (o.no_lora || !o.lora[0]))
+        fprintf(stderr, "note: without --cfg G (4.5, say) SD3.5 hardly follows the prompt\n");
     bool ok = p && usage_ok && load_loras(p) && (o.prompts ? draw_list(p) : draw_all(p, prompt));
     sc_pipeline_close(p);
     int status = sc_end(ok);

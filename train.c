@@ -654,6 +654,9 @@ static bool open_model(training *t) {
     if (o.resolution) t->pipeline->resolution = o.resolution;
     sc_dit_checkpointing(t->pipeline->dit, o.checkpointing);
     t->config = sc_dit_config_of(t->pipeline->dit);
+    if (t->config->kind == SC_SD3 && o.pretrain && !o.transformer)
+        return sc_fail("SD3.5 does not start from random weights here, which are no table of "
+                       "positions: give --transformer DIR");
     return !o.distill_guidance || t->config->guidance ||
            sc_fail("%s: this model takes no guidance, so that --distill-guidance has nothing to "
                    "teach: its config.json has no \"guidance_embeds\": true",
