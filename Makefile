@@ -159,6 +159,7 @@ compare: $(PROGRAMS)
 	    { echo "error: make compare needs PyTorch: pip install -r test/reference/requirements.txt"; exit 1; }
 	python3 test/compare_diffusers.py
 	python3 test/compare_formats.py
+	python3 test/compare_sd3.py
 	python3 test/compare_pictures.py
 	python3 test/compare_vae.py 256 384
 	python3 test/compare_tokenizers.py $(or $(SHORTCUT_FLUX_DIR),data/tiny-flux)

@@ -115,11 +115,12 @@ def compare_model(what, pipe, model, noise, folder, *more):
 def rounded(pipe, dtype):
     """The pipeline with all weights rounded as a file of this type has them."""
     out = copy.copy(pipe)
-    for part in "transformer", "vae", "text_encoder", "text_encoder_2":
-        model = copy.deepcopy(getattr(pipe, part))
-        for p in model.parameters():
-            p.data = p.data.to(dtype).float()
-        out.register_modules(**{part: model})
+    for part in "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3":
+        model = copy.deepcopy(getattr(pipe, part, None))
+        for p in [*model.parameters(), *model.buffers()] if model is not None else ():
+            p.data = p.data.to(dtype).float() if p.is_floating_point() else p.data
+        if model is not None:
+            out.register_modules(**{part: model})
     return out
 
 
@@ -178,7 +179,7 @@ def check_merge(what, model, sd, folder, factors, *loras):
     with safe_open(os.path.join(out, "diffusion_pytorch_model.safetensors"), "pt") as after:
         for k, v in sd.items():
             if k[:-7] in factors and k.endswith(".weight"):
-                error = max(error, relative(after.get_tensor(k) - v, dense(factors[k[:-7]])))
+                error = max(error, relative((after.get_tensor(k) - v).flatten(1), dense(factors[k[:-7]])))
             elif k in factors:  # what is added to a bias
                 error = max(error, relative(after.get_tensor(k) - v, factors[k]))
             else:

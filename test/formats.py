@@ -1,10 +1,11 @@
-"""Random FLUX pipelines, and the layouts and LoRA dialects that people have them in.
+"""Random pipelines of FLUX and Stable Diffusion 3.5, and the layouts and LoRA dialects that people have them in.
 
-    formats.py FOLDER [tiny|schnell|wide]    writes all of them into FOLDER
+    formats.py FOLDER [tiny|schnell|wide]    writes all of FLUX's into FOLDER
 
 tiny and schnell have small configs; wide has FLUX.1-dev's true widths, one double and one single
 block (4 GB as f32), and takes the real tokenizers from $SHORTCUT_FLUX_DIR. Every other layout is
-made from diffusers' own, so that all of them hold one model.
+made from diffusers' own, so that all of them hold one model. SD3's: large and medium are small ones,
+odd has sizes that are no multiples of anything, wide SD3.5-Medium's true width and two blocks (0.8 GB).
 """
 import json
 import os
@@ -12,9 +13,11 @@ import shutil
 import sys
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel,
+                       StableDiffusion3Pipeline)
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast, T5Config, T5EncoderModel,
+                          T5TokenizerFast)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FP8 = torch.float8_e4m3fn
@@ -24,6 +27,18 @@ CONFIGS = {
     "schnell": dict(layers=(1, 2), head=64, heads=2, guidance=False, clip=(64, 1, 3), t5=(64, 2, 24, 80, 1), vae=(32, 32, 64), blocks=2, words=1000),
     "wide": dict(layers=(1, 1), head=128, heads=24, guidance=True, clip=(768, 12, 1), t5=(4096, 64, 64, 10240, 1), vae=(128, 256, 512, 512), blocks=2,
                  words=49408),
+}
+
+# clip, clip_2: width, heads, layers. Files name neither CLIP: bigG is the one with more than 12 layers, heads are of 64 channels.
+SD3_CONFIGS = {
+    "large": dict(layers=3, head=32, heads=3, dual=(), table=24, clip=(64, 1, 2), clip_2=(128, 2, 13), t5=(256, 3, 16, 96, 2), vae=(32, 64), blocks=1,
+                  grid=(6, 9)),
+    "medium": dict(layers=4, head=64, heads=2, dual=(0, 1), table=16, clip=(64, 1, 3), clip_2=(64, 1, 14), t5=(128, 2, 24, 80, 1), vae=(32, 32, 64),
+                   blocks=2, grid=(7, 4)),
+    "odd": dict(layers=2, head=12, heads=3, dual=(0,), table=13, clip=(28, 2, 2), clip_2=(33, 3, 3), t5=(75, 2, 20, 50, 1), vae=(32, 64), blocks=1,
+                grid=(13, 3)),
+    "wide": dict(layers=2, head=64, heads=24, dual=(0,), table=48, clip=(64, 1, 2), clip_2=(64, 1, 13), t5=(192, 2, 24, 80, 1), vae=(32, 64), blocks=1,
+                 grid=(4, 5)),
 }
 
 
@@ -41,30 +56,63 @@ def random_weights(model, spread=0.05):
     return model.eval()
 
 
+def autoencoder(c, **more):
+    levels = len(c["vae"])
+    return AutoencoderKL(
+        block_out_channels=c["vae"], down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
+        layers_per_block=c["blocks"], latent_channels=16, norm_num_groups=32, sample_size=64, use_quant_conv=False, use_post_quant_conv=False, **more)
+
+
+def t5_encoder(c, words):
+    width, heads, head, hidden, layers = c["t5"]
+    return T5EncoderModel(T5Config(
+        d_model=width, num_heads=heads, d_kv=head, d_ff=hidden, num_layers=layers, vocab_size=words, feed_forward_proj="gated-gelu",
+        dense_act_fn="gelu_pytorch_tanh", tie_word_embeddings=False, is_encoder_decoder=False, use_cache=False))
+
+
+def sd3_pipeline(name):
+    """CLIP-L's projection is the identity, as in the pipelines that were made of Stability's files, but in odd."""
+    c = SD3_CONFIGS[name]
+    torch.manual_seed(sum(map(ord, "sd3" + name)))
+    path = lambda part: os.path.join(HERE, "../data/tiny-flux", part)
+    tokenizers = [CLIPTokenizerFast.from_pretrained(path("tokenizer"), **more) for more in ({}, dict(pad_token="!"))]
+    clips = [CLIPTextModelWithProjection(CLIPTextConfig(
+        hidden_size=width, intermediate_size=4 * width, num_attention_heads=heads, num_hidden_layers=layers, vocab_size=1000,
+        max_position_embeddings=tokenizers[0].model_max_length, hidden_act=act, bos_token_id=0, eos_token_id=2, pad_token_id=1, projection_dim=width))
+        for (width, heads, layers), act in ((c["clip"], "quick_gelu"), (c["clip_2"], "gelu"))]
+    t5, vae = t5_encoder(c, 1000), autoencoder(c, scaling_factor=1.5305, shift_factor=0.0609)
+    transformer = SD3Transformer2DModel(
+        sample_size=c["table"], in_channels=16, out_channels=16, num_layers=c["layers"], attention_head_dim=c["head"], num_attention_heads=c["heads"],
+        joint_attention_dim=c["t5"][0], caption_projection_dim=c["head"] * c["heads"], pooled_projection_dim=c["clip"][0] + c["clip_2"][0],
+        pos_embed_max_size=c["table"], dual_attention_layers=c["dual"], qk_norm="rms_norm")
+    for model in transformer, vae, *clips, t5:
+        random_weights(model)
+    if name != "odd":
+        clips[0].text_projection.weight.data = torch.eye(c["clip"][0])
+    table = transformer.pos_embed.pos_embed
+    table.data += 0.2 * torch.randn_like(table)
+    return StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=clips[0], tokenizer=tokenizers[0],
+        text_encoder_2=clips[1], tokenizer_2=tokenizers[1], text_encoder_3=t5, tokenizer_3=T5TokenizerFast.from_pretrained(path("tokenizer_2")))
+
+
 def pipeline(name):
     c = CONFIGS[name]
     torch.manual_seed(sum(map(ord, name)))
     parts = os.environ.get("SHORTCUT_FLUX_DIR", "") if name == "wide" else os.path.join(HERE, "../data/tiny-flux")
     clip_width, clip_heads, clip_layers = c["clip"]
-    t5_width, t5_heads, t5_head, t5_hidden, t5_layers = c["t5"]
     tokenizer = CLIPTokenizerFast.from_pretrained(os.path.join(parts, "tokenizer"))  # the slow one treats accents and Chinese differently
     tokenizer_2 = T5TokenizerFast.from_pretrained(os.path.join(parts, "tokenizer_2"))
     text_encoder = CLIPTextModel(CLIPTextConfig(
         hidden_size=clip_width, intermediate_size=4 * clip_width, num_attention_heads=clip_heads, num_hidden_layers=clip_layers,
         vocab_size=c["words"], max_position_embeddings=tokenizer.model_max_length, hidden_act="quick_gelu", bos_token_id=0, eos_token_id=2,
         pad_token_id=1, projection_dim=clip_width))
-    text_encoder_2 = T5EncoderModel(T5Config(
-        d_model=t5_width, num_heads=t5_heads, d_kv=t5_head, d_ff=t5_hidden, num_layers=t5_layers, vocab_size=32128 if name == "wide" else 1000,
-        feed_forward_proj="gated-gelu", dense_act_fn="gelu_pytorch_tanh", tie_word_embeddings=False, is_encoder_decoder=False, use_cache=False))
+    text_encoder_2 = t5_encoder(c, 32128 if name == "wide" else 1000)
     transformer = FluxTransformer2DModel(
         patch_size=1, in_channels=64, num_layers=c["layers"][0], num_single_layers=c["layers"][1], attention_head_dim=c["head"],
-        num_attention_heads=c["heads"], joint_attention_dim=t5_width, pooled_projection_dim=clip_width, guidance_embeds=c["guidance"],
+        num_attention_heads=c["heads"], joint_attention_dim=c["t5"][0], pooled_projection_dim=clip_width, guidance_embeds=c["guidance"],
         axes_dims_rope=rope_axes(c["head"]))
-    levels = len(c["vae"])
-    vae = AutoencoderKL(
-        block_out_channels=c["vae"], down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
-        layers_per_block=c["blocks"], latent_channels=16, norm_num_groups=32, scaling_factor=0.3611, shift_factor=0.1159, sample_size=64,
-        use_quant_conv=False, use_post_quant_conv=False)
+    vae = autoencoder(c, scaling_factor=0.3611, shift_factor=0.1159)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0 if c["guidance"] else 1.0, use_dynamic_shifting=c["guidance"])
     for model in transformer, vae, text_encoder, text_encoder_2:
         random_weights(model)
@@ -113,6 +161,51 @@ def to_bfl(sd):
         out[new + "norm.query_norm.scale"] = sd[old + "attn.norm_q.weight"]
         out[new + "norm.key_norm.scale"] = sd[old + "attn.norm_k.weight"]
     return out
+
+
+def sd3_layers(sd):
+    """Stability's layers, each with diffusers' that are its rows, and whether halves are swapped: diffusers has the scale before the shift."""
+    yield "x_embedder.proj", ["pos_embed.proj"], False
+    for new, old in ("t", "timestep"), ("y", "text"):
+        for i in 0, 1:
+            yield f"{new}_embedder.mlp.{2 * i}", [f"time_text_embed.{old}_embedder.linear_{i + 1}"], False
+    yield "context_embedder", ["context_embedder"], False
+    blocks = len({k.split(".")[1] for k in sd if k.startswith("transformer_blocks.")})
+    for i in range(blocks):
+        old, new = f"transformer_blocks.{i}.", f"joint_blocks.{i}."
+        for stream, rows in (("x_block.", {
+                "attn.qkv": "attn.to_q attn.to_k attn.to_v", "attn.proj": "attn.to_out.0", "attn2.qkv": "attn2.to_q attn2.to_k attn2.to_v",
+                "attn2.proj": "attn2.to_out.0", "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2", "adaLN_modulation.1": "norm1.linear"}),
+                             ("context_block.", {
+                "attn.qkv": "attn.add_q_proj attn.add_k_proj attn.add_v_proj", "attn.proj": "attn.to_add_out", "mlp.fc1": "ff_context.net.0.proj",
+                "mlp.fc2": "ff_context.net.2", "adaLN_modulation.1": "norm1_context.linear"})):
+            for layer, parts in rows.items():
+                names = [old + x for x in parts.split()]
+                if names[0] + ".weight" in sd:
+                    yield new + stream + layer, names, i == blocks - 1 and parts == "norm1_context.linear"
+    yield "final_layer.adaLN_modulation.1", ["norm_out.linear"], True
+    yield "final_layer.linear", ["proj_out"], False
+
+
+def swapped(x):
+    return torch.cat(x.chunk(2)[::-1])
+
+
+def to_stability(sd):
+    """Stability's names of SD3's transformer."""
+    out = {"pos_embed": sd["pos_embed.pos_embed"]}
+    for new, old, swap in sd3_layers(sd):
+        for kind in "weight", "bias":
+            x = torch.cat([sd[f"{o}.{kind}"] for o in old])
+            out[f"{new}.{kind}"] = swapped(x) if swap else x
+    for i in range(1000):
+        old, new = f"transformer_blocks.{i}.", f"joint_blocks.{i}."
+        for theirs, ours in (("x_block.attn.ln_", "attn.norm_"), ("x_block.attn2.ln_", "attn2.norm_"), ("context_block.attn.ln_", "attn.norm_added_")):
+            for kind in "qk":
+                if f"{old}{ours}{kind}.weight" in sd:
+                    out[f"{new}{theirs}{kind}.weight"] = sd[f"{old}{ours}{kind}.weight"]
+        if old + "norm1.linear.weight" not in sd:
+            return out
 
 
 def to_ldm(sd, levels):
@@ -174,6 +267,27 @@ XLABS = {"img_attn.qkv": "qkv_lora1", "img_attn.proj": "proj_lora1", "txt_attn.q
          "linear1": "qkv_lora", "linear2": "proj_lora"}
 
 
+def sd3_factors(sd, rank, seed, spread=0.02):
+    """{layer: (A, B)} on every linear layer, and of the convolution A [rank, in, 2, 2] and B [out, rank, 1, 1], in the names of sd."""
+    g, out = torch.Generator().manual_seed(seed), {}
+    for name, x in sd.items():
+        if x.ndim in (2, 4) and name.endswith(".weight"):
+            out[name[:-7]] = (torch.randn(rank, *x.shape[1:], generator=g) / x[0].numel() ** 0.5,
+                              spread * torch.randn(x.shape[0], rank, *(1,) * (x.ndim - 2), generator=g))
+    return out
+
+
+def split_sd3(sd, factors):
+    """Factors on Stability's layers as those on diffusers': A for all parts, B by rows."""
+    out = {}
+    for theirs, ours, swap in sd3_layers(sd):
+        if theirs in factors:
+            a, b = factors[theirs]
+            for name, rows in zip(ours, (swapped(b) if swap else b).chunk(len(ours))):
+                out[name] = a.clone(), rows
+    return out
+
+
 def xlabs_factors(sd, rank, seed, spread=0.02):
     """On the layers that XLabs trains, in BFL's names; of linear1 the rows of q, k and v only."""
     layers = {name[:-7]: x for name, x in to_bfl(sd).items() if name.endswith(".weight") and name[:-7].split(".", 2)[-1] in XLABS}
@@ -230,7 +344,7 @@ def lora_file(factors, dialect, alpha=None):
 
 def dense(factors):
     a, b = factors
-    return b.double() @ a.double()
+    return b.flatten(1).double() @ a.flatten(1).double()
 
 
 def scaled(factors, scale):
@@ -278,8 +392,10 @@ def write_diffusers(pipe, folder, dtype=torch.float32, shard="1GB"):
     pipe.save_pretrained(folder, max_shard_size=shard)
     if dtype == torch.float32:
         return folder
-    for part in "transformer", "vae", "text_encoder", "text_encoder_2":
-        model = getattr(pipe, part)
+    for part in "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3":
+        model = getattr(pipe, part, None)
+        if model is None:
+            continue
         files = [f for f in os.listdir(os.path.join(folder, part)) if f != "config.json"]
         for f in files:
             os.remove(os.path.join(folder, part, f))
@@ -294,8 +410,9 @@ def own_state(model):
 
 
 def write_tokenizers(pipe, folder):
-    pipe.tokenizer.save_pretrained(os.path.join(folder, "tokenizer"))
-    pipe.tokenizer_2.save_pretrained(os.path.join(folder, "tokenizer_2"))
+    for name in "tokenizer", "tokenizer_2", "tokenizer_3":
+        if hasattr(pipe, name):
+            getattr(pipe, name).save_pretrained(os.path.join(folder, name))
 
 
 def write_single_files(pipe, folder, transformer, dtype=torch.float32, t5=None):
@@ -320,6 +437,25 @@ def write_all_in_one(pipe, folder, transformer, dtype=torch.float32):
     path = os.path.join(folder, "flux1-dev-all.safetensors")
     save_file({prefix + k: v.clone().contiguous() for prefix, part in parts.items() for k, v in contiguous(part, dtype).items()}, path)
     return path
+
+
+def write_sd3_file(pipe, folder, texts, dtype=torch.float32):
+    """Stability's file of transformer and autoencoder; texts: with the encoders in it, else as ComfyUI's files beside it. CLIP-L has a
+    projection there, which nobody applies; its and bigG's names are transformers'."""
+    os.makedirs(folder, exist_ok=True)
+    write_tokenizers(pipe, folder)
+    clip = own_state(pipe.text_encoder)
+    clip["text_projection.weight"] = torch.randn_like(clip["text_projection.weight"])
+    encoders = {"clip_l": clip, "clip_g": own_state(pipe.text_encoder_2), "t5xxl": own_state(pipe.text_encoder_3)}
+    parts = {"model.diffusion_model.": to_stability(pipe.transformer.state_dict()),
+             "first_stage_model.": to_ldm(pipe.vae.state_dict(), len(pipe.vae.config.block_out_channels))}
+    if texts:
+        parts.update({f"text_encoders.{name}.transformer.": part for name, part in encoders.items()})
+    path = os.path.join(folder, "sd3.5_all.safetensors" if texts else "sd3.5.safetensors")
+    save_file({prefix + k: v for prefix, part in parts.items() for k, v in contiguous(part, dtype).items()}, path)
+    for name, part in encoders.items() if not texts else ():
+        save_file(contiguous(part, dtype), os.path.join(folder, name + ("_fp16" if name == "t5xxl" else "") + ".safetensors"))
+    return path if texts else folder
 
 
 def write_all(name, folder):
