@@ -1591,14 +1591,17 @@ static void *sc__alloc(size_t count, size_t size) {
     return p;
 }
 
-/* `list` of `count` items with room for one more: it doubles at powers of two. NULL with the error
- * set; the list is then as it was. */
-static void *sc__grow(void *list, int64_t count, size_t size) {
-    if (count & (count - 1)) return list;
+/* Makes room for one more in a list of `count` items, whose pointer is at `list`: it doubles at
+ * powers of two. False with the error set; the list is then as it was. */
+static bool sc__grow(void *list, int64_t count, size_t size) {
+    if (count & (count - 1)) return true;
     size_t room = count ? 2 * (size_t)count : 1;
-    void *larger = SC_REALLOC(list, room * size);
-    if (!larger) sc_fail("out of memory (a list of %zu items)", room);
-    return larger;
+    void *items;
+    memcpy(&items, list, sizeof items); /* a pointer to any type */
+    items = SC_REALLOC(items, room * size);
+    if (!items) return sc_fail("out of memory (a list of %zu items)", room);
+    memcpy(list, &items, sizeof items);
+    return true;
 }
 
 static char *sc__strdup(const char *s) {
@@ -2838,10 +2841,8 @@ static sc__op *sc__record(sc_tape *t, sc__op op) {
     bool needed = false;
     for (int i = 0; i < 3; i++) needed = needed || (op.in[i] && op.in[i]->needs_grad);
     if (!t->recording || !(needed || op.out[0]->shared)) return NULL;
-    sc__op *ops = (sc__op *)sc__grow(t->ops, t->count, sizeof *ops);
-    t->failed = t->failed || !ops;
-    if (!ops) return NULL;
-    t->ops = ops;
+    t->failed = t->failed || !sc__grow(&t->ops, t->count, sizeof op);
+    if (t->failed) return NULL;
     if (needed) op.out[0]->needs_grad = true;
     t->ops[t->count] = op;
     return &t->ops[t->count++];
@@ -3808,10 +3809,8 @@ static bool sc__json_items(sc__json_parser *p, sc_json *v) {
     while (!sc__json_take(p, close)) {
         if (v->count && !sc__json_take(p, ','))
             return sc__json_fail(p, object ? "expected ',' or '}'" : "expected ',' or ']'");
-        sc_json *items = (sc_json *)sc__grow(v->u.items, v->count, sizeof *items);
-        if (!items) return false;
-        v->u.items = items;
-        sc_json *item = &items[v->count++];
+        if (!sc__grow(&v->u.items, v->count, sizeof *v)) return false;
+        sc_json *item = &v->u.items[v->count++];
         *item = (sc_json){0};
         if (object && sc__json_peek(p) != '"') return sc__json_fail(p, "expected a key in quotes");
         if (object && !sc__json_string(p, &item->key)) return false;
@@ -4076,16 +4075,14 @@ static bool sc__map_part(sc_file *f, const char *path, const sc_json *map, const
     int64_t size = sc__file_size(path);
     if (size < 0) return false;
     if (size == 0) return sc__no_safetensors(path, "", 0); /* and could not be mapped */
-    sc__mapping *parts = (sc__mapping *)sc__grow(f->parts, f->part_count, sizeof *parts);
-    if (!parts) return false;
-    f->parts = parts;
+    if (!sc__grow(&f->parts, f->part_count, sizeof *f->parts)) return false;
     int descriptor = open(path, O_RDONLY);
     if (descriptor < 0) return sc_fail("%s: %s", path, strerror(errno));
     void *data = mmap(NULL, (size_t)size, PROT_READ, MAP_PRIVATE, descriptor, 0);
     close(descriptor);
     if (data == MAP_FAILED) return sc_fail("%s: cannot map: %s", path, strerror(errno));
-    parts[f->part_count] = (sc__mapping){shard, data, (size_t)size, NULL};
-    return sc__read_part(f, &parts[f->part_count++], path, map);
+    f->parts[f->part_count] = (sc__mapping){shard, data, (size_t)size, NULL};
+    return sc__read_part(f, &f->parts[f->part_count++], path, map);
 }
 
 /* NAME.safetensors.index.json, or of a variant .index.fp16.json: {"weight_map": {tensor: shard}};
@@ -4695,9 +4692,8 @@ bool sc_net_load(sc_net *net) {
 /* product: only products read the weight, so it may stay in 8 bits with scales beside it. */
 static sc_tensor *sc__net_weight(sc_net *net, const char *name, int ndim, const int64_t *shape,
                                  bool product) {
-    sc_weight **list = (sc_weight **)sc__grow(net->weights, net->count, sizeof *list);
-    sc_weight *w = list ? (sc_weight *)sc__alloc(1, sizeof *w) : NULL;
-    if (list) net->weights = list;
+    bool room = sc__grow(&net->weights, net->count, sizeof *net->weights);
+    sc_weight *w = room ? (sc_weight *)sc__alloc(1, sizeof *w) : NULL;
     if (!w) return NULL;
     net->weights[net->count++] = w;
     snprintf(w->name, sizeof w->name, "%s", name);
@@ -6381,11 +6377,8 @@ static void sc__pack(int64_t batch, int64_t channels, int64_t h, int64_t w, floa
 typedef struct sc__codes { uint32_t *code; size_t count; bool failed; } sc__codes;
 
 static void sc__codes_add(sc__codes *s, uint32_t c) {
-    uint32_t *code = (uint32_t *)sc__grow(s->code, (int64_t)s->count, sizeof *code);
-    s->failed = s->failed || !code;
-    if (!code) return;
-    s->code = code;
-    s->code[s->count++] = c;
+    s->failed = s->failed || !sc__grow(&s->code, (int64_t)s->count, sizeof c);
+    if (!s->failed) s->code[s->count++] = c;
 }
 
 static void sc__codes_add_text(sc__codes *codes, const char *text) {
@@ -7620,10 +7613,8 @@ static void sc__classify(sc__item *item) {
 }
 
 static bool sc__list_add(sc__folder *f, char *path) {
-    sc__item *items = path ? (sc__item *)sc__grow(f->items, f->count, sizeof *items) : NULL;
-    if (!items) return SC_FREE(path), false;
-    f->items = items;
-    items[f->count++] = (sc__item){.path = path};
+    if (!path || !sc__grow(&f->items, f->count, sizeof *f->items)) return SC_FREE(path), false;
+    f->items[f->count++] = (sc__item){.path = path};
     return true;
 }
 
@@ -7668,15 +7659,13 @@ static void sc__find_captions(sc__folder *f) {
 /* Takes both, without white space at the caption's ends. NULL: error already set. */
 static bool sc__dataset_add(sc_dataset *d, char *path, char *caption) {
     static const char space[] = " \t\n\v\f\r"; /* isspace would ask the locale */
-    sc_pair *pairs = NULL;
-    if (path && caption) pairs = (sc_pair *)sc__grow(d->pairs, d->count, sizeof *pairs);
-    if (!pairs) return SC_FREE(path), SC_FREE(caption), false;
+    if (!path || !caption || !sc__grow(&d->pairs, d->count, sizeof *d->pairs))
+        return SC_FREE(path), SC_FREE(caption), false;
     size_t start = strspn(caption, space), n = strlen(caption + start);
     while (n && strchr(space, caption[start + n - 1])) n--;
     memmove(caption, caption + start, n);
     caption[n] = 0;
-    d->pairs = pairs;
-    pairs[d->count++] = (sc_pair){path, caption};
+    d->pairs[d->count++] = (sc_pair){path, caption};
     return true;
 }
 
