@@ -6663,11 +6663,11 @@ static const sc__special *sc__special_at(const sc_tokenizer *t, const uint32_t *
     return best;
 }
 
-/* How many of the n code points at s are a word. Unigram: those before the next `space`. BPE: 's 't
+/* How many of the n code points at s are a word. Unigram: those before the next space. BPE: 's 't
  * 're 've 'm 'll 'd, letters, one number, or other signs; a space is for itself. */
 static size_t sc__word_length(const sc_tokenizer *t, const uint32_t *s, size_t n) {
     size_t i = 1;
-    while (t->unigram && i < n && s[i] != t->space) i++;
+    while (t->unigram && i < n && s[i] != ' ' && s[i] != t->space) i++;
     if (t->unigram) return i;
     if (*s == '\'' && n > 1) {
         uint32_t a = s[1], b = n > 2 ? s[2] : 0;
@@ -6684,21 +6684,19 @@ static size_t sc__word_length(const sc_tokenizer *t, const uint32_t *s, size_t n
  * stands for spaces; a whole text gets one more at its front. Those of BPE have none. */
 static bool sc__emit_words(const sc_tokenizer *t, const uint32_t *s, size_t n, bool first,
                            sc__ids *out) {
-    sc__codes line = {0};
     bool prepend = t->prepend == SC__ALWAYS || (t->prepend == SC__FIRST && first);
-    if (prepend && n && *s != ' ' && *s != t->space) sc__codes_add(&line, t->space);
-    for (size_t i = 0; i < n; i++) sc__codes_add(&line, s[i] == ' ' ? t->space : s[i]);
-    char *word = line.failed ? NULL : (char *)sc__alloc(line.count, 4);
+    char *word = (char *)sc__alloc(n + 1, 4);
     bool ok = word != NULL;
-    for (size_t i = 0, size; ok && i < line.count && out->count < out->limit; i += size) {
+    for (size_t i = 0, size; ok && i < n && out->count < out->limit; i += size) {
         size_t length = 0;
-        size = sc__word_length(t, line.code + i, line.count - i);
-        if (!t->unigram && sc__is_space(line.code[i])) continue;
+        size = sc__word_length(t, s + i, n - i);
+        if (!t->unigram && sc__is_space(s[i])) continue;
+        if (i == 0 && prepend && *s != ' ' && *s != t->space)
+            length = (size_t)sc__utf8_encode(t->space, word);
         for (size_t k = i; k < i + size; k++)
-            length += (size_t)sc__utf8_encode(line.code[k], word + length);
+            length += (size_t)sc__utf8_encode(s[k] == ' ' ? t->space : s[k], word + length);
         ok = (t->unigram ? sc__unigram_word : sc__bpe_word)(t, word, length, out);
     }
-    SC_FREE(line.code);
     SC_FREE(word);
     return ok;
 }
