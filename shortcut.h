@@ -6156,14 +6156,6 @@ static sc_tensor *sc__vae_same(sc_tape *t, const sc_tensor *x, const sc__affine 
     return sc_conv2d(t, x, a->weight, a->bias, 1, (int)a->weight->shape[2] / 2);
 }
 
-/* x += y */
-static sc_tensor *sc__vae_sum(sc_vae *v, sc_tensor *x, const sc_tensor *y) {
-    if (!x || !y) return NULL;
-    int64_t planes = x->shape[0] * x->shape[1], n = sc_count(x) / planes;
-    v->net->backend->copy_block(x->data, n, y->data, n, planes, n, x->dtype, true);
-    return x;
-}
-
 /* x or its 1x1 convolution, plus conv(silu(norm(conv(silu(norm(x)))))); each tape holds only what
  * is still needed. */
 static sc_tensor *sc__vae_resnet_forward(sc_vae *v, sc__vae_run *r, sc_tensor *x,
@@ -6178,7 +6170,7 @@ static sc_tensor *sc__vae_resnet_forward(sc_vae *v, sc__vae_run *r, sc_tensor *x
         x = sc__vae_same(t, x, &s->shortcut);
         v->turn = !v->turn;
     }
-    return sc__vae_sum(v, x, h);
+    return h ? sc__copy(t, h, x, h->shape[0] * h->shape[1], 0, true) : NULL; /* x += h */
 }
 
 /* x + attention(norm(x)), every pixel a token, one head. */
@@ -6194,7 +6186,8 @@ static sc_tensor *sc__vae_attention_forward(sc_vae *v, sc__vae_run *r, sc_tensor
     sc_tape_reset(once);
     n = sc_linear(t, sc_attention(once, q, k, n, 1, scale, NULL, false), &s->linear[3]);
     sc_tape_reset(once);
-    return sc__vae_sum(v, x, sc_swap_axes(once, n));
+    n = sc_swap_axes(once, n);
+    return n ? sc__copy(t, n, x, shape[0] * shape[1], 0, true) : NULL; /* x += n */
 }
 
 static sc_tensor *sc__vae_forward(sc_vae *v, sc__vae_run *r, sc_tensor *x, const sc__vae_step *s) {
@@ -6240,12 +6233,6 @@ static bool sc__vae_strip(sc_vae *v, sc__vae_run *r, const sc_tensor *input, sc_
     return x != NULL;
 }
 
-/* Gives back the memory of all tapes but one. */
-static void sc__vae_release(sc_vae *v, int but) {
-    for (int i = 0; i < 5; i++)
-        if (i != but) sc__arena_free(&v->tapes[i]->device);
-}
-
 /* The result of a run on x, which is on tape 3 or 4; it is on the other of these. */
 static sc_tensor *sc__vae_do(sc_vae *v, sc__vae_run *r, const sc_tensor *x, int from) {
     const size_t room = 4096, groups = (size_t)(x->shape[0] * v->config.groups);
@@ -6254,7 +6241,8 @@ static sc_tensor *sc__vae_do(sc_vae *v, sc__vae_run *r, const sc_tensor *x, int 
                              x->shape[3] / r->steps->in_side * last->out_side};
     size_t sums = 2 * groups * (size_t)r->norms * sizeof *r->sums, held = 0;
     size_t result = (size_t)(shape[0] * shape[1] * shape[2] * shape[3] * sc_dtype_size(x->dtype));
-    sc__vae_release(v, from);
+    for (int i = 0; i < 5; i++)
+        if (i != from) sc_tape_reserve(v->tapes[i], 0);
     for (int i = 0; i < 5; held += sc_tape_bytes(v->tapes[i++])) {
         bool five = i == !v->turn && r->count == 1 && r->steps->kind == SC__ATTENTION;
         size_t bytes = i >= 3 ? result + sums : five ? 5 * r->strip : r->strip;
@@ -6297,7 +6285,7 @@ static bool sc__vae_apply(sc_vae *v, const sc__vae_half *half, int64_t batch, in
             i += r.count;
         }
         ok = sc_read(v->tapes[0], x, out + first * out_size);
-        sc__vae_release(v, -1);
+        for (int i = 0; i < 5; i++) sc_tape_reserve(v->tapes[i], 0);
     }
     return ok;
 }
