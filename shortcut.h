@@ -8247,21 +8247,15 @@ static void sc__fold(const sc__unicode *u, const uint32_t *s, size_t n, sc__code
     SC_FREE(x.code);
 }
 
-/* ---- Graphemes (UAX 29) ---- */
-
-/* Of jamo: 1 initial, 2 vowel, 3 final, 0: c is none; of a syllable the first or last. */
-static int sc__jamo(uint32_t c, bool last) {
-    if (c - SC__HANGUL < SC__SYLLABLES) return !last ? 1 : (c - SC__HANGUL) % 28 ? 3 : 2;
-    if ((c >= 0x1100 && c < 0x1160) || (c >= 0xa960 && c < 0xa97d)) return 1;
-    if ((c >= 0x1160 && c < 0x11a8) || (c >= 0xd7b0 && c < 0xd7c7)) return 2;
-    return (c >= 0x11a8 && c < 0x1200) || (c >= 0xd7cb && c < 0xd7fc) ? 3 : 0;
-}
+/* ---- Graphemes (UAX 29) ----
+ * But those of jamo, or of a flag's two letters, count as several: they have 6 bytes or more, so
+ * that no charsmap replaces them whole, and T5's has nothing for their parts. */
 
 static size_t sc__grapheme(const sc__unicode *u, const uint32_t *s, size_t n) {
-    enum { JOINER = 0x200d, NON_JOINER = 0x200c, FLAGS = 0x1f1e6 };
+    enum { JOINER = 0x200d, NON_JOINER = 0x200c };
     int kind = sc__facts(u, *s)[SC__KIND];
     bool picture = kind & SC__PICTURE, consonant = kind & SC__CONSONANT;
-    bool glued = false, linked = false, flag = false;
+    bool glued = false, linked = false;
     size_t i = 1;
     for (; i < n; i++) {
         uint32_t a = s[i - 1], b = s[i];
@@ -8269,11 +8263,8 @@ static size_t sc__grapheme(const sc__unicode *u, const uint32_t *s, size_t n) {
         if (a == '\r' && b == '\n') continue;
         if (a < 0x80 && b < 0x80) break;
         kind = sc__facts(u, b)[SC__KIND];
-        flag = !flag && a - FLAGS < 26 && b - FLAGS < 26; /* letters of flags go in pairs */
-        int end = sc__jamo(a, true), step = sc__jamo(b, false) - end; /* 1: the next kind */
-        bool joins = (kind & (SC__EXTEND | SC__SPACING)) || (before & SC__PREPEND) || flag ||
-                     (glued && (kind & SC__PICTURE)) || (linked && (kind & SC__CONSONANT)) ||
-                     (end && (step == 0 || step == 1));
+        bool joins = (kind & (SC__EXTEND | SC__SPACING)) || (before & SC__PREPEND) ||
+                     (glued && (kind & SC__PICTURE)) || (linked && (kind & SC__CONSONANT));
         if (((before | kind) & SC__CONTROL) || !joins) break;
         bool extends = kind & SC__EXTEND;
         bool extends_conjunct = extends ? b != NON_JOINER : b == JOINER;
