@@ -435,7 +435,7 @@ typedef struct sc_params {
     const sc_backend *backend;
     int64_t count;
     float *set[SC_SETS];        /* NULL: not there (the teacher of a LoRA is the bare base) */
-    float *grad, *m, *v;        /* gradients and Adam's moments */
+    float *grad, *m, *v;        /* gradients and Adam's moments; all arrays are f32, [count] */
     double *results;            /* the backend's: loss and gradient's norm of a step */
     void (*sum)(float *grad, int64_t count); /* over all processes, where it lies; NULL: one */
     int waiting;                /* steps that were not asked about */
@@ -774,12 +774,6 @@ typedef struct sc_matrix {      /* row-major; `transposed`: used as its transpos
     uint64_t content;           /* of a layer's input: same number, same values; 0: not known */
 } sc_matrix;
 
-typedef struct sc_trained {     /* trained numbers, all [count], f32 */
-    int64_t count;
-    float *w, *grad, *m, *v;    /* gradient and Adam's moments */
-    float *average[2];          /* exponential averages of w; NULL: none */
-} sc_trained;
-
 enum { SC_POSTS = 4, SC_POST_SIZE = 4 };
 
 struct sc_backend {
@@ -862,9 +856,10 @@ struct sc_backend {
     /* *loss and *norm are the backend's memory. */
     void (*mse)(double *loss, const sc_tensor *x, const sc_tensor *target, double part);
     void (*mse_backward)(sc_tensor *x, const sc_tensor *target, double part);
-    /* One step: clips, AdamW, moves the averages (average = decay average + (1 - decay) w), clears
-     * the gradient. *norm: the gradient's before clipping; not finite: w did not change. */
-    void (*update)(const sc_trained *x, const sc_adamw *o, const float decay[2], double *norm);
+    /* One step of the student, w: clips, AdamW, moves the averages, fast and slow (or NULL: average
+     * = decay average + (1 - decay) w), clears the gradient. Of p it reads these arrays and their
+     * count. *norm: the gradient's before clipping; not finite: w did not change. */
+    void (*update)(const sc_params *p, const sc_adamw *o, const float decay[2], double *norm);
 };
 
 #ifdef __cplusplus
@@ -2345,7 +2340,7 @@ static void sc__cpu_mse_backward(sc_tensor *x, const sc_tensor *target, double p
 
 /* AdamW (Loshchilov & Hutter 2019; torch.optim.AdamW): decoupled weight decay, bias-corrected
  * moments. */
-static void sc__cpu_update(const sc_trained *x, const sc_adamw *o, const float decay[2],
+static void sc__cpu_update(const sc_params *x, const sc_adamw *o, const float decay[2],
                            double *result) {
     double norm = sqrt(sc__sum_of_squares(x->grad, NULL, x->count)), step = (double)(o->step + 1);
     double correction1 = 1 - pow(o->beta1, step), correction2 = 1 - pow(o->beta2, step);
@@ -2355,7 +2350,7 @@ static void sc__cpu_update(const sc_trained *x, const sc_adamw *o, const float d
     SC_PARALLEL_FOR
     for (int64_t start = 0; start < x->count; start += SC__SLICE) {
         int64_t end = start + SC__SLICE < x->count ? start + SC__SLICE : x->count;
-        float *w = x->w, *m = x->m, *v = x->v;
+        float *w = x->set[SC_STUDENT], *m = x->m, *v = x->v;
         if (isfinite(norm)) {
             SC_SIMD for (int64_t i = start; i < end; i++) {
                 float g = x->grad[i] * clip;
@@ -2364,7 +2359,7 @@ static void sc__cpu_update(const sc_trained *x, const sc_adamw *o, const float d
                 w[i] = w[i] * keep - rate * m[i] / (sqrtf(v[i]) * root + eps);
             }
             for (int k = 0; k < 2; k++) {
-                float *average = x->average[k], move = 1 - decay[k];
+                float *average = x->set[SC_FAST + k], move = 1 - decay[k];
                 if (average)
                     SC_SIMD for (int64_t i = start; i < end; i++) average[i] +=
                         move * (w[i] - average[i]);
@@ -3465,10 +3460,8 @@ void sc_params_free(sc_params *p) {
 }
 
 void sc_params_step(sc_params *p, sc_adamw *o, float fast_decay, float slow_decay) {
-    const sc_trained x = {
-        p->count, p->set[SC_STUDENT], p->grad, p->m, p->v, {p->set[SC_FAST], p->set[SC_SLOW]}};
     if (p->sum) p->sum(p->grad, p->count);
-    p->backend->update(&x, o, (const float[2]){fast_decay, slow_decay}, &p->results[1]);
+    p->backend->update(p, o, (const float[2]){fast_decay, slow_decay}, &p->results[1]);
     double oldest[2]; /* forgotten, where nobody asks */
     if (p->waiting == SC_POSTS) p->backend->collect(oldest, 2), p->waiting--;
     p->backend->post(p->results, 2);

@@ -2712,7 +2712,7 @@ struct Step {
 
 /* Everything that happens to a trained number in one pass: clipping, Adam, both averages, and its
  * gradient cleared. Nothing moves if the gradient's norm is not finite. */
-__global__ void update_kernel(sc_trained x, const double *whole_norm, Step s) {
+__global__ void update_kernel(sc_params x, const double *whole_norm, Step s) {
     int64_t i = FLAT_INDEX(1);
     if (i >= x.count) return;
     double norm = *whole_norm;
@@ -2721,12 +2721,15 @@ __global__ void update_kernel(sc_trained x, const double *whole_norm, Step s) {
     if (!isfinite(norm)) return;
     float m = x.m[i] = s.beta1 * x.m[i] + (1 - s.beta1) * g;
     float v = x.v[i] = s.beta2 * x.v[i] + (1 - s.beta2) * g * g;
-    float w = x.w[i] = x.w[i] * s.decay - s.rate * m / (sqrtf(v) * s.root + s.eps);
-    for (int k = 0; k < 2; k++)
-        if (x.average[k]) x.average[k][i] += s.move[k] * (w - x.average[k][i]);
+    float *student = x.set[SC_STUDENT];
+    float w = student[i] = student[i] * s.decay - s.rate * m / (sqrtf(v) * s.root + s.eps);
+    for (int k = 0; k < 2; k++) {
+        float *average = x.set[SC_FAST + k];
+        if (average) average[i] += s.move[k] * (w - average[i]);
+    }
 }
 
-static void cuda_update(const sc_trained *x, const sc_adamw *o, const float decay[2],
+static void cuda_update(const sc_params *x, const sc_adamw *o, const float decay[2],
                         double *norm) {
     double step = (double)(o->step + 1);
     float rate = (float)(o->lr / (1 - pow(o->beta1, step))),

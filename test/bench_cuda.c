@@ -182,8 +182,11 @@ static void norm_rope_backward(sc_tensor **x) {
     gpu->norm_rope_backward(x[3], 0, x[0], x[1], x[2]);
 }
 static void update(sc_tensor **x) {
-    const sc_trained all = {sc_count(x[0]), x[0]->data, x[1]->data,
-                            x[2]->data,     x[3]->data, {x[4]->data, x[5]->data}};
+    const sc_params all = {.count = sc_count(x[0]),
+                           .set = {NULL, x[0]->data, x[4]->data, x[5]->data},
+                           .grad = x[1]->data,
+                           .m = x[2]->data,
+                           .v = x[3]->data};
     const sc_adamw o = {.lr = 1e-6f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-3f, .clip = 10};
     static double *norm;
     if (!norm && !(norm = gpu->alloc(sizeof *norm))) stop();

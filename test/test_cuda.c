@@ -557,8 +557,11 @@ static void mse(const sc_backend *be, sc_tensor **x) {
     be->mse_backward(x[0], x[1], 300.f);
 }
 static void update(const sc_backend *be, sc_tensor **x) {
-    const sc_trained all = {x[0]->shape[0], x[0]->grad, x[1]->grad,
-                            x[2]->grad,     x[3]->grad, {x[4]->grad, x[5]->grad}};
+    const sc_params all = {.count = x[0]->shape[0],
+                           .set = {NULL, x[0]->grad, x[4]->grad, x[5]->grad},
+                           .grad = x[1]->grad,
+                           .m = x[2]->grad,
+                           .v = x[3]->grad};
     sc_adamw o = {.lr = 0.1f,
                   .beta1 = 0.9f,
                   .beta2 = 0.99f,

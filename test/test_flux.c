@@ -412,7 +412,8 @@ static void test_adamw(void) {
           v[500] = {0};
     sc_adamw o = {.lr = 3e-3f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f, .weight_decay = 0.1f};
     for (; o.step < 10; o.step++) {
-        const sc_trained x = {500, w, grads + 500 * o.step, m, v, {NULL, NULL}};
+        const sc_params x = {.count = 500, .set = {[SC_STUDENT] = w}, .grad = grads + 500 * o.step,
+                             .m = m, .v = v};
         double norm;
         sc_cpu()->update(&x, &o, (const float[2]){0, 0}, &norm);
     }
