@@ -584,11 +584,12 @@ const sc_vae_config *sc_vae_config_of(const sc_vae *vae);
 int sc_vae_factor(const sc_vae *vae);   /* pixels per latent: f */
 
 /* Host f32, batches of any size. Pictures [B,3,H,W] in [-1,1], H and W multiples of f; latents
- * [B,C,H/f,W/f], not normalised; logvar is clamped to [-30,20]. Activations take `memory` bytes at
- * most (0: no limit): what would take more is computed strip by strip, which takes longer and
- * gives the same but for rounding. Least: the activations of the middle, and a few rows. */
+ * [B,C,H/f,W/f], not normalised; posterior [B,2C,H/f,W/f]: their mean, then their log variance,
+ * clamped to [-30,20]. Activations take `memory` bytes at most (0: no limit): what would take more
+ * is computed strip by strip, which takes longer and gives the same but for rounding. Least: the
+ * activations of the middle, and a few rows. */
 bool sc_vae_encode(sc_vae *vae, int64_t batch, int64_t height, int64_t width,
-                   const float *pictures, float *mean, float *logvar, size_t memory);
+                   const float *pictures, float *posterior, size_t memory);
 /* height and width: of the latents. The pictures may go a little beyond [-1,1]. */
 bool sc_vae_decode(sc_vae *vae, int64_t batch, int64_t height, int64_t width,
                    const float *latents, float *pictures, size_t memory);
@@ -6284,22 +6285,18 @@ static bool sc__vae_apply(sc_vae *v, const sc__vae_half *half, int64_t batch, in
 }
 
 bool sc_vae_encode(sc_vae *v, int64_t batch, int64_t height, int64_t width, const float *pictures,
-                   float *mean, float *logvar, size_t memory) {
-    int64_t f = sc_vae_factor(v), n = v->config.latent_channels * (height / f) * (width / f);
+                   float *posterior, size_t memory) {
+    int64_t f = sc_vae_factor(v), h = height / f, w = width / f;
+    int64_t n = v->config.latent_channels * h * w;
     if (height < f || width < f || height % f || width % f)
         return sc_fail("VAE: sides of a picture must be multiples of %lld, not %lld x %lld",
                         (long long)f, (long long)width, (long long)height);
-    float *both = (float *)sc__alloc((size_t)(2 * batch * n), sizeof *both);
-    bool ok = both && sc__vae_apply(v, &v->encoder, batch, height / f, width / f, pictures, both,
-                                    memory);
-    for (int64_t i = 0; ok && i < batch * n; i++) {
-        const float *sample = both + 2 * n * (i / n);
-        float l = sample[n + i % n];
-        mean[i] = sample[i % n];
-        logvar[i] = l < -30 ? -30 : l > 20 ? 20 : l;
+    if (!sc__vae_apply(v, &v->encoder, batch, h, w, pictures, posterior, memory)) return false;
+    for (int64_t i = 0; i < batch * n; i++) {
+        float *logvar = posterior + (i / n * 2 + 1) * n + i % n;
+        *logvar = *logvar < -30 ? -30 : *logvar > 20 ? 20 : *logvar;
     }
-    SC_FREE(both);
-    return ok;
+    return true;
 }
 
 bool sc_vae_decode(sc_vae *v, int64_t batch, int64_t h, int64_t w, const float *latents,
@@ -7931,8 +7928,7 @@ bool sc_pipeline_encode(sc_pipeline *p, const float *rgb, int width, int height,
         return sc_fail("encode: sides of a picture must be multiples of %d, not %d x %d",
                         p->token_pixels, width, height);
     float *latents = (float *)sc__alloc((size_t)(2 * n), sizeof *latents);
-    bool ok = latents && sc_vae_encode(p->vae, 1, height, width, rgb, latents, latents + n,
-                                       sc__vae_memory(p));
+    bool ok = latents && sc_vae_encode(p->vae, 1, height, width, rgb, latents, sc__vae_memory(p));
     if (ok) {
         sc__vae_normalise(p->vae, n, latents, latents + n);
         sc__pack(1, channels, h, w, mean, latents, true);

@@ -36,7 +36,7 @@ int main(int argc, char **argv) {
         picture[i] = sinf((float)(i % side) * 0.021f) * cosf((float)(i / side % side) * 0.013f);
     sc_normal(&(sc_rng){1}, latents, n);
     double start = seconds();
-    bool ok = sc_vae_encode(v, 1, side, side, picture, mean, mean + n, memory);
+    bool ok = sc_vae_encode(v, 1, side, side, picture, mean, memory);
     double middle = seconds();
     size_t peak = v->peak;
     v->peak = 0;
