@@ -594,9 +594,6 @@ bool sc_vae_encode(sc_vae *vae, int64_t batch, int64_t height, int64_t width,
 bool sc_vae_decode(sc_vae *vae, int64_t batch, int64_t height, int64_t width,
                    const float *latents, float *pictures, size_t memory);
 
-/* z[n] ~ N(mean, std^2), for normalised latents, packed or not. */
-void sc_sample_posterior(sc_rng *rng, int64_t n, const float *mean, const float *std, float *z);
-
 /* ==== Text encoders: CLIP (pooled vector) and T5 (a vector for each token); SD3.5 has two CLIPs ====
  * and takes their tokens' vectors, too. */
 typedef struct sc_text_encoders sc_text_encoders;
@@ -6317,11 +6314,6 @@ static void sc__vae_normalise(const sc_vae *v, int64_t n, float *mean, float *lo
 
 static void sc__vae_unnormalise(const sc_vae *v, int64_t n, float *latents) {
     for (int64_t i = 0; i < n; i++) latents[i] = latents[i] / v->config.scale + v->config.shift;
-}
-
-void sc_sample_posterior(sc_rng *rng, int64_t n, const float *mean, const float *std, float *z) {
-    sc_normal(rng, z, n);
-    for (int64_t i = 0; i < n; i++) z[i] = mean[i] + std[i] * z[i];
 }
 
 /* Latents [B,C,h,w], h and w even <-> FLUX's tokens [B, h/2 * w/2, 4C], 2x2 squares, channel by

@@ -155,8 +155,10 @@ static void draw_batch(training *t) {
         if (b) do
                 x = &latents[sc_uniform_int(&t->rng, t->pairs)];
             while (x->shape[1] != first->shape[1] || x->shape[2] != first->shape[2]);
-        const float *mean = x->data;
-        sc_sample_posterior(&t->rng, n, mean, mean + n, x0 + b * n);
+        const float *mean = x->data, *std = mean + n;
+        float *z = x0 + b * n;
+        sc_normal(&t->rng, z, n);
+        for (int64_t i = 0; i < n; i++) z[i] = mean[i] + std[i] * z[i];
         t->batch_texts[b] = text_row(t, text_of(t, x - latents));
     }
     sc_normal(&t->rng, noise, o.batch * n);
