@@ -6729,18 +6729,15 @@ void sc_tokenizer_close(sc_tokenizer *t) {
 
 int sc_tokenizer_length(const sc_tokenizer *t) { return t->length; }
 
-/* Tokens in configs are strings, or objects with `content`. */
-static const char *sc__token_text(const sc_json *config, const char *key, const char *fallback) {
+/* The token that the config names under `key`, as a string or an object with `content`, and its id;
+ * NULL with the error set. */
+static const char *sc__token(const sc_tokenizer *t, const sc_json *config, const char *path,
+                             const char *key, const char *fallback, int32_t *id) {
     const sc_json *token = sc_json_get(config, key), *content = sc_json_get(token, "content");
-    return sc_json_string(content ? content : token, fallback);
-}
-
-/* The token that the config names under `key`; false with the error set. */
-static bool sc__token_id(const sc_tokenizer *t, const sc_json *config, const char *path,
-                         const char *key, const char *fallback, int32_t *id) {
-    const char *text = sc__token_text(config, key, fallback);
+    const char *text = sc_json_string(content ? content : token, fallback);
     *id = sc__word_id(t, text, strlen(text));
-    return *id >= 0 || sc_fail("%s: %s '%s' is not in the vocabulary", path, key, text);
+    if (*id < 0) return sc_fail("%s: %s '%s' is not in the vocabulary", path, key, text), NULL;
+    return text;
 }
 
 /* Appends a special token, for which there is room. */
@@ -6844,13 +6841,11 @@ static void sc__bpe_letters(sc_tokenizer *t) {
 
 /* The special tokens are those of tokenizer_config.json, or else the usual two. */
 static bool sc__bpe_read_special(sc_tokenizer *t, const sc_json *config, const char *path) {
-    static const char start[] = "<|startoftext|>", end[] = "<|endoftext|>";
-    const char *first = sc__token_text(config, "bos_token", start);
-    const char *last = sc__token_text(config, "eos_token", end);
-    return sc__token_id(t, config, path, "bos_token", start, &t->begin) &&
-           sc__token_id(t, config, path, "eos_token", end, &t->end) &&
-           sc__token_id(t, config, path, "unk_token", end, &t->unknown) &&
-           sc__token_id(t, config, path, "pad_token", end, &t->pad) &&
+    static const char end[] = "<|endoftext|>";
+    const char *first = sc__token(t, config, path, "bos_token", "<|startoftext|>", &t->begin);
+    const char *last = first ? sc__token(t, config, path, "eos_token", end, &t->end) : NULL;
+    return last && sc__token(t, config, path, "unk_token", end, &t->unknown) &&
+           sc__token(t, config, path, "pad_token", end, &t->pad) &&
            sc__read_special(t, sc_json_get(config, "added_tokens_decoder"), path) &&
            (t->special_count || (sc__add_special(t, first, t->begin, NULL, path) &&
                                  sc__add_special(t, last, t->end, NULL, path)));
@@ -6957,7 +6952,7 @@ static bool sc__unigram_open(sc_tokenizer *t, const char *path, const sc_json *c
     t->unknown = sc__json_id(sc_json_get(model, "unk_id"));
     if (t->unknown < 0 || t->unknown >= sc_json_length(words))
         return sc_fail("%s: unk_id is not in the vocab", path);
-    return sc__token_id(t, config, path, "pad_token", "<pad>", &t->pad) &&
+    return sc__token(t, config, path, "pad_token", "<pad>", &t->pad) &&
            sc__unigram_read_steps(t, sc_json_get(t->json, "normalizer"), path) &&
            sc__unigram_read_frame(t, path) &&
            sc__read_special(t, sc_json_get(t->json, "added_tokens"), path);
