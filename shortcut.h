@@ -594,16 +594,16 @@ bool sc_vae_encode(sc_vae *vae, int64_t batch, int64_t height, int64_t width,
 bool sc_vae_decode(sc_vae *vae, int64_t batch, int64_t height, int64_t width,
                    const float *latents, float *pictures, size_t memory);
 
-/* ==== Text encoders: CLIP (pooled vector) and T5 (a vector for each token); SD3.5 has two CLIPs ====
- * and takes their tokens' vectors, too. */
+/* ==== Text encoders: CLIP (pooled vector) and T5 (a vector for each token) ====
+ * SD3.5 has two CLIPs, and takes their tokens' vectors, too. */
 typedef struct sc_text_encoders sc_text_encoders;
 /* From a pipeline: text_encoder, tokenizer, text_encoder_2, tokenizer_2, ..., or single files.
  * backend NULL: a plan, without data and tokenizers. */
 sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *model,
                                         sc_architecture kind);
 void sc_text_encoders_close(sc_text_encoders *t);
-/* context [tokens, T5's width], pooled [CLIP's width], host f32; any UTF-8, empty too. SD3.5: context
- * begins with CLIP's tokens, both CLIPs' channels side by side; pooled: one behind the other. */
+/* context [tokens, T5's width], pooled [CLIP's width], host f32; any UTF-8, empty too. SD3.5:
+ * CLIP's tokens first, both CLIPs' channels side by side; pooled: one behind the other. */
 bool sc_text_encode(sc_text_encoders *t, const char *prompt, int tokens, float *context,
                     float *pooled);
 
@@ -1732,7 +1732,7 @@ static inline float sc__exp(float x) {
     p = p * r * r + r + 1.f;
     return p * sc__from_bits((sc__to_bits(shifted) + 127) << 23);
 }
-/* Least 1e-26: with less, gradients become denormal, which CPUs multiply at a tenth of the speed. */
+/* Least 1e-26: with less, gradients become denormal, and CPUs multiply those very slowly. */
 static inline float sc__sigmoid(float x) { return 1.f / (1.f + sc__exp(x < -60 ? 60 : -x)); }
 
 /* ==== CPU operations ============================================================ >>cpu =======
@@ -4425,7 +4425,6 @@ static const sc__alias sc__aliases[] = {
     SC__JOINT("ff_context.net.2", "context_block.mlp.fc2"),
     {"norm_out.linear", "final_layer.adaLN_modulation.1", {0, 0, 0, true}, SC_SD3},
     SC__SD3("proj_out", "final_layer.linear"),
-    SC__SD3("context_embedder", "context_embedder"),
 };
 enum { SC__ALIASES = (int)(sizeof sc__aliases / sizeof *sc__aliases) };
 
@@ -5589,13 +5588,13 @@ bool sc_lora_load(sc_dit *f, const char *path, float scale, sc_lora_report *repo
 
 /* ---- Writing: PEFT's names, or kohya's ---- */
 
-/* A module's name in its authors' own files. */
-static bool sc__authors_name(const sc_dit *f, const char *module, char other[256],
+/* A module's name in its authors' own files, and its rows there. */
+static void sc__authors_name(const sc_dit *f, const char *module, char other[256],
                              sc__slice *rows) {
-    int i = 1;
-    while (i < SC__ALIASES && (sc__aliases[i].kind != f->config.kind ||
-           !sc__translate(&sc__aliases[i], module, f->config.layers, other, rows))) i++;
-    return i < SC__ALIASES;
+    for (int i = 1; i < SC__ALIASES; i++)
+        if (sc__aliases[i].kind == f->config.kind &&
+            sc__translate(&sc__aliases[i], module, f->config.layers, other, rows)) return;
+    snprintf(other, 256, "%s", module); /* the same */
 }
 
 /* Modules [first, first + count) are the parts of one layer of BFL's, or one module. As a file has
@@ -5645,12 +5644,13 @@ static bool sc__lora_write(const sc_dit *f, const sc_params *p, sc_set set, cons
         char other[256], next[256];
         sc__slice rows = {0, 0, 0, false}, next_rows;
         snprintf(other, sizeof other, "%s", f->modules[i].name);
-        ok = p || sc__authors_name(f, f->modules[i].name, other, &rows);
-        for (count = 1; !p && i + count < n; count++)
-            if (!sc__authors_name(f, f->modules[i + count].name, next, &next_rows) ||
-                strcmp(other, next)) break;
+        if (!p) sc__authors_name(f, f->modules[i].name, other, &rows);
+        for (count = 1; !p && i + count < n; count++) {
+            sc__authors_name(f, f->modules[i + count].name, next, &next_rows);
+            if (strcmp(other, next)) break;
+        }
         sc_named *to = &named[written];
-        ok = ok && sc__fuse(f, p, set, i, count, rows.swapped, &to[0].tensor, &to[1].tensor);
+        ok = sc__fuse(f, p, set, i, count, rows.swapped, &to[0].tensor, &to[1].tensor);
         if (!ok || !to->tensor.data) continue;
         if (f->modules[i].patches) sc__as_patches(&to[0].tensor), to[1].tensor.ndim = 4;
         if (f->modules[i].patches) to[1].tensor.shape[2] = to[1].tensor.shape[3] = 1;
@@ -7102,18 +7102,17 @@ static bool sc__encoder_config(sc__encoder *e, sc__config *c) {
     return !c->wrong;
 }
 
-/* FLUX takes the pooled vector without CLIP's projection; single files of SD3.5 have bigG's only. */
+/* FLUX takes the pooled vector as it is, SD3.5 projected, but for CLIP-L's of a single file. */
 static bool sc__clip_config(sc_text_encoders *t, sc__encoder *e, sc__config *c) {
     bool big = e == &t->clip_g;
     const sc_json *end = sc_json_get(c->json, "eos_token_id");
     const char *usual = big && !c->json ? "gelu" : "quick_gelu";
     const char *activation = sc_json_string(sc_json_get(c->json, "hidden_act"), usual);
     int length = e->tokenizer ? sc_tokenizer_length(e->tokenizer) : 0;
-    int projected = sc__side(e->net, "text_projection.weight", 0, 512);
-    e->pooled = e->width;
-    if (t->kind == SC_SD3 && (big || c->json))
-        e->pooled = sc__config_int(c, 1, "projection_dim", projected);
-    if (t->kind == SC_SD3 && (big || c->json) &&
+    bool projected = t->kind == SC_SD3 && (big || c->json);
+    int channels = sc__side(e->net, "text_projection.weight", 0, 512);
+    e->pooled = projected ? sc__config_int(c, 1, "projection_dim", channels) : e->width;
+    if (projected &&
         !sc_net_linear(e->net, &e->projection, "text_projection", e->pooled, e->width, false))
         return false;
     e->end = end ? sc__json_id(end) : c->json ? 49407 : 2;
@@ -7242,7 +7241,7 @@ sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *m
 
 /* x [1, T, C] through the layers, in place, and of the last norm of it `count` tokens from `first`
  * on, projected where there is a projection; hidden [T, C] (or NULL): before the last layer. CLIP's
- * attention is causal, T5's has a bias [H, T, T]. What a layer made is given back before the next. */
+ * attention is causal, T5's has a bias [H, T, T]. What a layer made goes before the next. */
 static bool sc__encoder_run(sc_tape *t, const sc__encoder *e, sc_tensor *x, const sc_tensor *bias,
                             int64_t first, int64_t count, float *out, float *hidden) {
     float scale = bias ? 1 : 1.f / sqrtf((float)e->size);
@@ -7871,7 +7870,8 @@ sc_text sc_pipeline_text(sc_pipeline *p, const char *prompt) {
         return sc_fail("the prompt is not UTF-8: byte %d is 0x%02x", (int)(bad - prompt),
                         (unsigned char)*bad), none;
     const sc_dit_config *c = sc_dit_config_of(p->dit);
-    if (!p->text && !(p->text = sc_text_encoders_open(p->backend, p->folder, c->kind))) return none;
+    if (!p->text) p->text = sc_text_encoders_open(p->backend, p->folder, c->kind);
+    if (!p->text) return none;
     int pooled = p->text->clip.pooled + p->text->clip_g.pooled;
     int t5 = p->text_tokens - p->clip_tokens;
     if (p->text->t5.width != c->text_channels || pooled != c->pooled_channels)

@@ -405,7 +405,6 @@ static void test_bad_sd3(void) {
     static const char *const bad[][3] = {
         {"text_encoder", "config.json", "text_encoder"},
         {"text_encoder_2", "config.json", "text_encoder_2"},
-        {"text_encoder_3", "config.json", "text_encoder_3"},
         {"text_encoder_3", "model.safetensors", "text_encoder_3"},
         {"tokenizer_2", "vocab.json", "tokenizer_2"},
         {"tokenizer_3", "tokenizer.json", "tokenizer_3"}};
