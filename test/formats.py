@@ -29,11 +29,12 @@ CONFIGS = {
                  words=49408),
 }
 
-# clip, clip_2: width, heads, layers. Files name neither CLIP: bigG is the one with more than 12 layers, heads are of 64 channels.
+# clip, clip_2: width, heads, layers. Files name neither CLIP: bigG is the one with more than 12 layers, heads are of 64 channels. ComfyUI
+# reads only models with as many blocks as heads of 64 channels, as Large and Medium are, and medium here.
 SD3_CONFIGS = {
     "large": dict(layers=3, head=32, heads=3, dual=(), table=24, clip=(64, 1, 2), clip_2=(128, 2, 13), t5=(256, 3, 16, 96, 2), vae=(32, 64), blocks=1,
                   grid=(6, 9)),
-    "medium": dict(layers=4, head=64, heads=2, dual=(0, 1), table=16, clip=(64, 1, 3), clip_2=(64, 1, 14), t5=(128, 2, 24, 80, 1), vae=(32, 32, 64),
+    "medium": dict(layers=3, head=64, heads=3, dual=(0, 1), table=16, clip=(64, 1, 3), clip_2=(64, 1, 14), t5=(128, 2, 24, 80, 1), vae=(32, 32, 64),
                    blocks=2, grid=(7, 4)),
     "odd": dict(layers=2, head=12, heads=3, dual=(0,), table=13, clip=(28, 2, 2), clip_2=(33, 3, 3), t5=(75, 2, 20, 50, 1), vae=(32, 64), blocks=1,
                 grid=(13, 3)),
