@@ -1162,12 +1162,13 @@ static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, cons
     const sc__block *block = (const sc__block *)context;
     const sc__stream *stream = block->stream;
     const sc__attention *image = &stream[0].attention, *text = &stream[1].attention;
-    int heads = block->dit->config.heads, streams = block->last ? 1 : 2;
+    int heads = block->dit->config.heads;
     float scale = 1.f / sqrtf((float)block->dit->config.head_size);
     sc_tensor *mod[2], *q[2], *k[2], *v[2];
     for (int i = 0; i < 2; i++) { /* 0 image, 1 text */
         mod[i] = sc_linear(t, in[2], &stream[i].mod);
-        sc_tensor *n = sc_ln_modulate(t, in[i], mod[i], i == streams, i != streams);
+        bool ends = i == 1 && block->last; /* SD3.5: (scale, shift) is all there is */
+        sc_tensor *n = sc_ln_modulate(t, in[i], mod[i], ends ? 1 : 0, ends ? 0 : 1);
         q[i] = sc_linear(t, n, &stream[i].attention.q);
         k[i] = sc_linear(t, n, &stream[i].attention.k);
         v[i] = sc_linear(t, n, &stream[i].attention.v);
@@ -1178,7 +1179,7 @@ static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, cons
     sc_tensor *o =
         sc_attention(t, query, key, sc_concat_tokens(t, v[1], v[0]), heads, scale, NULL, false);
     int64_t from[2] = {in[1]->shape[1], 0};
-    for (int i = 0; i < streams; i++) {
+    for (int i = 0; i < (block->last ? 1 : 2); i++) {
         sc_tensor *own = sc_slice_tokens(t, o, from[i], in[i]->shape[1]);
         own = sc_linear(t, own, &stream[i].attention.out);
         sc_tensor *x = sc_gated_residual(t, in[i], own, mod[i], 2);
