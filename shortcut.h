@@ -229,8 +229,7 @@ sc_tensor *sc_norm_rope(sc_tape *t, sc_tensor *text, sc_tensor *image, sc_tensor
 sc_tensor *sc_concat_tokens(sc_tape *t, sc_tensor *a, sc_tensor *b);
 sc_tensor *sc_slice_tokens(sc_tape *t, sc_tensor *x, int64_t from, int64_t count);
 sc_tensor *sc_swap_axes(sc_tape *t, sc_tensor *x);      /* [B,M,N] -> [B,N,M] */
-/* [B,T,Ca], [B,T,Cb] -> [B,T,Ca+Cb]; and the same of a and gelu(linear(x)). */
-sc_tensor *sc_concat_channels(sc_tape *t, sc_tensor *a, sc_tensor *b);
+/* a [B,T,Ca] and gelu(linear(x)) [B,T,Cb] -> [B,T,Ca+Cb]. */
 sc_tensor *sc_concat_gelu(sc_tape *t, sc_tensor *a, const sc_tensor *x,
                           const sc_linear_layer *layer);
 /* softmax(scale q k^T + bias) v, head by head; q [B,Tq,C], k, v [B,T,C]; bias [H,Tq,T] or NULL.
@@ -3072,13 +3071,6 @@ sc_tensor *sc_concat_tokens(sc_tape *t, sc_tensor *a, sc_tensor *b) {
     const int64_t batch = a->shape[0], n = a->shape[1], c = a->shape[2];
     sc_tensor *y = sc__new(t, true, 3, (const int64_t[]){batch, n + b->shape[1], c});
     return sc__copy(t, b, sc__copy(t, a, y, batch, 0, false), batch, n * c, false);
-}
-
-sc_tensor *sc_concat_channels(sc_tape *t, sc_tensor *a, sc_tensor *b) {
-    if (!a || !b) return NULL;
-    const int64_t batch = a->shape[0], n = a->shape[1], c = a->shape[2];
-    sc_tensor *y = sc__new(t, true, 3, (const int64_t[]){batch, n, c + b->shape[2]});
-    return sc__copy(t, b, sc__copy(t, a, y, batch * n, 0, false), batch * n, c, false);
 }
 
 sc_tensor *sc_concat_gelu(sc_tape *t, sc_tensor *a, const sc_tensor *x, const sc_linear_layer *l) {

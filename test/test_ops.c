@@ -114,9 +114,6 @@ static sc_tensor *op_concat(sc_tape *t, leaves *l) {
     return sc_concat_tokens(t, &l->x[0], &l->x[1]);
 }
 static sc_tensor *op_slice(sc_tape *t, leaves *l) { return sc_slice_tokens(t, &l->x[0], 2, 3); }
-static sc_tensor *op_channels(sc_tape *t, leaves *l) {
-    return sc_concat_channels(t, &l->x[0], &l->x[1]);
-}
 /* A tensor that several operations read gets the sum of their gradients. */
 static sc_tensor *op_shared(sc_tape *t, leaves *l) {
     sc_tensor *y = sc_activate(t, SC_SILU, &l->x[0]);
@@ -134,7 +131,7 @@ static void test_elementwise(void) {
     leaf(3, 1, 3, 5), check("mse", op_mse);
     leaf(3, 3, 2, 5), leaf(3, 3, 4, 5), check("concatenated tokens", op_concat);
     leaf(3, 2, 7, 3), check("sliced tokens", op_slice);
-    leaf(3, 2, 3, 1), leaf(3, 2, 3, 7), check("concatenated channels", op_channels);
+    leaf(3, 2, 1, 3), leaf(3, 2, 7, 3), check("concatenated to one token", op_concat);
     leaf(3, 2, 5, 3), check("shared input", op_shared);
 }
 
