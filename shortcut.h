@@ -6574,20 +6574,17 @@ static const char *sc__charsmap_find(const sc__charsmap *map, const char *s, siz
  * each code point for itself. (Odd, but what the ids are defined by.) */
 static void sc__charsmap_apply(const sc_tokenizer *t, const sc__charsmap *map, const uint32_t *s,
                                size_t n, sc__codes *out) {
+    size_t apart = 0; /* up to here each code point is for itself */
     for (size_t i = 0, size; i < n; i += size) {
         char bytes[12];
         size_t length = 0;
-        size = sc__grapheme(t->unicode, s + i, n - i);
+        size = i < apart ? 1 : sc__grapheme(t->unicode, s + i, n - i);
         for (size_t k = 0; k < size && length < 6; k++)
             length += (size_t)sc__utf8_encode(s[i + k], bytes + length);
         const char *found = length < 6 ? sc__charsmap_find(map, bytes, length) : NULL;
         if (found) sc__codes_add_text(out, found);
-        for (size_t k = 0; !found && k < size; k++) {
-            length = (size_t)sc__utf8_encode(s[i + k], bytes);
-            const char *other = sc__charsmap_find(map, bytes, length);
-            if (other) sc__codes_add_text(out, other);
-            else sc__codes_add(out, s[i + k]);
-        }
+        else if (size == 1) sc__codes_add(out, s[i]);
+        else apart = i + size, size = 0;
     }
 }
 
