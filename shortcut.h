@@ -6730,16 +6730,17 @@ static const char *sc__token(const sc_tokenizer *t, const sc_json *config, const
     return text;
 }
 
-/* Appends a special token, for which there is room. */
+/* Appends a special token. */
 static bool sc__add_special(sc_tokenizer *t, const char *text, int32_t id, const sc_json *flags,
                             const char *path) {
     static const char *const refused[] = {"lstrip", "rstrip", "single_word"};
+    if (!sc__grow(&t->special, (int64_t)t->special_count, sizeof *t->special)) return false;
     sc__special *x = &t->special[t->special_count++];
+    *x = (sc__special){.id = id};
     if (!*text || id < 0) return sc_fail("%s: an added token without content or id", path);
     for (int i = 0; i < 3; i++)
         if (sc_json_bool(sc_json_get(flags, refused[i]), false))
             return sc_fail("%s: added token '%s': %s is not supported", path, text, refused[i]);
-    x->id = id;
     x->normalized = sc_json_bool(sc_json_get(flags, "normalized"), true);
     t->largest = id > t->largest ? id : t->largest;
     sc__codes_add_text(&x->text, text);
@@ -6748,11 +6749,9 @@ static bool sc__add_special(sc_tokenizer *t, const char *text, int32_t id, const
     return x->text.count || sc_fail("%s: added token '%s' is empty when normalised", path, text);
 }
 
-/* Makes room for 2 special tokens and adds those of a list, or of an object whose keys are ids. */
+/* Adds the special tokens of a list, or of an object whose keys are ids. */
 static bool sc__read_special(sc_tokenizer *t, const sc_json *list, const char *path) {
-    int64_t n = sc_json_length(list);
-    t->special = (sc__special *)sc__alloc((size_t)n + 2, sizeof *t->special);
-    for (int64_t i = 0; i < n; i++) {
+    for (int64_t i = 0; i < sc_json_length(list); i++) {
         char *rest = NULL;
         const char *key = sc_json_key(list, i);
         const sc_json *token = key ? sc_json_value(list, i) : sc_json_at(list, i);
@@ -6760,9 +6759,9 @@ static bool sc__read_special(sc_tokenizer *t, const sc_json *list, const char *p
         int32_t id = !key ? sc__json_id(sc_json_get(token, "id"))
                      : named >> 24 || *rest ? -1 : (int32_t)named;
         const char *text = sc_json_string(sc_json_get(token, "content"), "");
-        if (!t->special || !sc__add_special(t, text, id, token, path)) return false;
+        if (!sc__add_special(t, text, id, token, path)) return false;
     }
-    return t->special != NULL;
+    return true;
 }
 
 /* Of BPE an object of tokens and ids, of Unigram a list of tokens and scores. */
@@ -6790,10 +6789,6 @@ static bool sc__read_words(sc_tokenizer *t, const sc_json *list, const char *pat
 /* merges.txt: one line of version, then two tokens a line in the order of their ranks. As in the
  * original, merges above the size of CLIP's vocabulary do not count. */
 static bool sc__bpe_read_merges(sc_tokenizer *t, char *text, const char *path) {
-    size_t lines = 1;
-    for (const char *s = text; *s; s++) lines += *s == '\n';
-    t->merges = (sc__merge *)sc__alloc(lines, sizeof *t->merges);
-    if (!t->merges) return false;
     for (char *line = text + strcspn(text, "\n"); *line && t->merge_count < 49152 - 258;) {
         char *left = line + 1, *end = left + strcspn(left, "\r\n");
         char *right = (char *)memchr(left, ' ', (size_t)(end - left));
@@ -6810,10 +6805,12 @@ static bool sc__bpe_read_merges(sc_tokenizer *t, char *text, const char *path) {
         if (m.left < 0 || m.right < 0 || m.id < 0)
             return sc_fail("%s:%zu: expected two tokens that vocab.json has, as it has the token "
                             "of both together", path, t->merge_count + 2);
+        if (!sc__grow(&t->merges, (int64_t)t->merge_count, sizeof m)) return false;
         t->merges[t->merge_count++] = m;
     }
+    if (!t->merge_count) return sc_fail("%s: no merges", path);
     qsort(t->merges, t->merge_count, sizeof *t->merges, sc__by_sides);
-    return t->merge_count || sc_fail("%s: no merges", path);
+    return true;
 }
 
 /* Bytes that print stand for themselves, others for U+0100 on (the alphabet of GPT-2). */
