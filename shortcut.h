@@ -8166,13 +8166,6 @@ static void sc__decompose(const sc__unicode *u, uint32_t c, sc__codes *out) {
     if (p->second) sc__decompose(u, p->second, out);
 }
 
-/* The code point that a and b compose to, or 0. */
-static uint32_t sc__compose(const sc__unicode *u, uint32_t a, uint32_t b) {
-    for (int i = u->joined[a]; i; i = u->pairs[i].next)
-        if (u->pairs[i].second == b) return u->pairs[i].whole;
-    return 0;
-}
-
 /* Appends NFC of s[n], then lower case: of U+0130 two code points, of all others one. NFC: all is
  * decomposed, marks that follow each other are sorted by their classes, and a mark joins the last
  * starter (class 0) unless one in between has the same class or a higher. */
@@ -8191,8 +8184,9 @@ static void sc__fold(const sc__unicode *u, const uint32_t *s, size_t n, sc__code
     for (size_t i = 0; i < x.count; i++) {
         uint32_t c = x.code[i], whole = 0;
         int class_ = sc__class(u, c);
-        if (starter < count && (count == starter + 1 || last < class_))
-            whole = sc__compose(u, x.code[starter], c);
+        bool joins = starter < count && (count == starter + 1 || last < class_);
+        for (int k = joins ? u->joined[x.code[starter]] : 0; k && !whole; k = u->pairs[k].next)
+            if (u->pairs[k].second == c) whole = u->pairs[k].whole;
         if (whole) {
             x.code[starter] = whole;
             continue;
