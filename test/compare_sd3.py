@@ -7,6 +7,7 @@ from the same noise and times within 2/255, with and without true CFG; a LoRA th
 diffusers; LoRAs in the names of PEFT, kohya and Stability; Stability's single files. Prints one line for
 each comparison; exit status 1 if one misses its limit. LoRA gradients: test_sd3.c.
 """
+import copy
 import logging
 import os
 import re
@@ -24,7 +25,8 @@ from safetensors.torch import load_file, save_file
 
 import compare_formats
 from compare_formats import ROOT, TEXTS, check_merge, differences, program, relative, report, rounded
-from formats import SD3_CONFIGS, dense, lora_file, scaled, sd3_factors, sd3_layers, sd3_pipeline, split_sd3, to_stability, write_diffusers, write_sd3_file
+from formats import (SD3_CONFIGS, dense, lora_file, scaled, sd3_factors, sd3_layers, sd3_pipeline, split_sd3, to_fp8, to_stability, write_diffusers,
+                     write_sd3_file)
 
 PROMPT, NEGATIVE, STEPS, SHIFT, CFG = "a red apple on a table", "an owl", 4, 3, 4.5
 NOT_TRAINED = re.compile(r"norm1_context|ff_context|attn2")  # by the official recipe
@@ -171,6 +173,13 @@ def single_files(name, pipe, drawing, folder):
             shutil.rmtree(here, ignore_errors=True)
             path = write_sd3_file(pipe, here, all_in_one, dtype)
             drawing.compare(f"{name}, {'all in one' if all_in_one else 'files beside each other'}, {dtype}", path, pipe=rounded(pipe, dtype))
+    for convention in None, "scale_weight", "weight_scale":
+        tensors, meaning = to_fp8(to_stability(sd), convention)
+        other = copy.copy(pipe)
+        other.register_modules(transformer=copy.deepcopy(pipe.transformer))
+        other.transformer.load_state_dict(convert_sd3_transformer_checkpoint_to_diffusers(meaning))
+        shutil.rmtree(here)
+        drawing.compare(f"{name}, all in one, fp8, scales: {convention}", write_sd3_file(pipe, here, True, transformer=tensors), pipe=other)
     shutil.rmtree(here)
 
 

@@ -440,20 +440,21 @@ def write_all_in_one(pipe, folder, transformer, dtype=torch.float32):
     return path
 
 
-def write_sd3_file(pipe, folder, texts, dtype=torch.float32):
-    """Stability's file of transformer and autoencoder; texts: with the encoders in it, else as ComfyUI's files beside it. CLIP-L has a
-    projection there, which nobody applies; its and bigG's names are transformers'."""
+def write_sd3_file(pipe, folder, texts, dtype=torch.float32, transformer=None):
+    """Stability's file of transformer (or these tensors) and autoencoder; texts: with the encoders in it, else as ComfyUI's files beside it.
+    CLIP-L has a projection there, which nobody applies; its and bigG's names are transformers'."""
     os.makedirs(folder, exist_ok=True)
     write_tokenizers(pipe, folder)
     clip = own_state(pipe.text_encoder)
     clip["text_projection.weight"] = torch.randn_like(clip["text_projection.weight"])
     encoders = {"clip_l": clip, "clip_g": own_state(pipe.text_encoder_2), "t5xxl": own_state(pipe.text_encoder_3)}
-    parts = {"model.diffusion_model.": to_stability(pipe.transformer.state_dict()),
+    parts = {"model.diffusion_model.": transformer or contiguous(to_stability(pipe.transformer.state_dict()), dtype),
              "first_stage_model.": to_ldm(pipe.vae.state_dict(), len(pipe.vae.config.block_out_channels))}
     if texts:
         parts.update({f"text_encoders.{name}.transformer.": part for name, part in encoders.items()})
     path = os.path.join(folder, "sd3.5_all.safetensors" if texts else "sd3.5.safetensors")
-    save_file({prefix + k: v for prefix, part in parts.items() for k, v in contiguous(part, dtype).items()}, path)
+    save_file({prefix + k: v for prefix, part in parts.items()
+               for k, v in contiguous(part, None if prefix.startswith("model.") else dtype).items()}, path)
     for name, part in encoders.items() if not texts else ():
         save_file(contiguous(part, dtype), os.path.join(folder, name + ("_fp16" if name == "t5xxl" else "") + ".safetensors"))
     return path if texts else folder
