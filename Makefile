@@ -90,7 +90,7 @@ build/test_%: test/test_%.c test/test.h test/fuzz.h shortcut.h tools.h | build
 build/test_mixture: test/flow.c test/draw.h
 build/flow: test/flow.c test/draw.h shortcut.h tools.h | build
 	$(CC) $(BASE) -Wno-unused-function $(CFLAGS) $< -o $@ $(LIBS)
-build/encode build/vae_at_size: build/%: test/%.c shortcut.h | build
+build/encode build/gradients build/vae_at_size: build/%: test/%.c shortcut.h | build
 	$(CC) $(BASE) $(CFLAGS) $< -o $@ $(LIBS)
 # The same tests of a build with plain C products, on one thread.
 build/test_%_plain: test/test_%.c test/test.h shortcut.h tools.h | build

@@ -2,10 +2,10 @@
 
     compare_sd3.py [large] [medium] [odd] [wide]      default: all; wide needs 3 GB of disk and memory
 
-Random weights (formats.py), f32 arithmetic on both sides: text encoders and velocities within 1e-5, pictures
-from the same noise and times within 2/255, with and without true CFG; a LoRA that ./train makes, in
-diffusers; LoRAs in the names of PEFT, kohya and Stability; Stability's single files. Prints one line for
-each comparison; exit status 1 if one misses its limit. LoRA gradients: test_sd3.c.
+Random weights (formats.py), f32 arithmetic on both sides: text encoders and velocities within 1e-5, LoRA
+gradients (there in f64) within 1e-4, pictures from the same noise and times within 2/255, with and without
+true CFG; a LoRA that ./train makes, in diffusers; LoRAs in the names of PEFT, kohya and Stability;
+Stability's single files. Prints one line for each comparison; exit status 1 if one misses its limit.
 """
 import copy
 import logging
@@ -93,6 +93,35 @@ def texts(name, pipe, model, tokens, folder):
             worst[k] = max(worst[k], relative(a, b))
     for part, error in zip(("CLIP's tokens", "T5's tokens", "pooled"), worst):
         report(f"{name}, {len(TEXTS)} texts, {part}", error, 1e-5)
+
+
+def gradients(name, pipe, model, drawing, folder):
+    """Of every factor that is trained, for two samples; each against the floor of 1e-6 of all."""
+    torch.manual_seed(5)
+    c, (h, w), text = pipe.transformer.config, (drawing.h, drawing.w), 11
+    x = dict(x=torch.randn(2, h * w, 64), goal=torch.randn(2, h * w, 64), context=torch.randn(2, text, c.joint_attention_dim),
+             pooled=torch.randn(2, c.pooled_projection_dim), time=torch.rand(2), grid=torch.tensor([h, w]).float())
+    transformer = copy.deepcopy(pipe.transformer).double().requires_grad_(False)
+    weights = dict(transformer.named_parameters())
+    factors = sd3_factors({k: v for k, v in weights.items() if not NOT_TRAINED.search(k)}, 3, 13, spread=0.1)
+    pairs = {n: [f.double().requires_grad_() for f in pair] for n, pair in factors.items()}
+    for n, (a, b) in pairs.items():
+        k = n + ".weight"
+        weights[k] = weights[k] + (b.flatten(1) @ a.flatten(1)).view_as(weights[k])
+    latents = x["x"].double().view(2, h, w, 16, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(2, 16, 2 * h, 2 * w)
+    v = torch.func.functional_call(transformer, weights, (latents, x["context"].double(), x["pooled"].double(), 1000 * x["time"].double()),
+                                   dict(return_dict=False))[0]
+    v = v.view(2, 16, h, 2, w, 2).permute(0, 2, 4, 1, 3, 5).reshape(2, h * w, 64)
+    ((v - x["goal"]) ** 2).mean().backward()
+    paths = [os.path.join(folder, f) for f in ("in.safetensors", "out.safetensors")]
+    save_file({**x, **{f"{n}.{kind}": f.contiguous() for n, pair in factors.items() for kind, f in zip("ab", pair)}}, paths[0])
+    subprocess.run(["make", "-s", "-C", ROOT, "build/gradients"], check=True)
+    subprocess.run([os.path.join(ROOT, "build", "gradients"), os.path.join(model, "transformer"), *paths], check=True)
+    ours, theirs = load_file(paths[1]), {f"{n}.{kind}": f.grad for n, pair in pairs.items() for kind, f in zip("ab", pair)}
+    floor = 1e-6 * sum(g.norm() ** 2 for g in theirs.values()) ** 0.5
+    errors = [(((ours[k].flatten() - g.flatten()).norm() / (g.norm() + floor)).item(), k) for k, g in theirs.items()]
+    report(f"{name}, two samples with a LoRA: velocity", relative(ours["velocity"].view_as(v), v.detach()), 1e-5)
+    report(f"{name}, gradients of {len(errors)} factors, worst of {max(errors)[1]}", max(errors)[0], 1e-4)
 
 
 class Complaints(logging.Handler):
@@ -196,6 +225,7 @@ def main(names):
             model = write_diffusers(pipe, os.path.join(folder, "model"))
             texts(name, pipe, model, drawing.tokens, folder)
             drawing.compare(f"{name}, diffusers", model, cfgs=(0, CFG))
+            gradients(name, pipe, model, drawing, folder)
             trained(name, pipe, model, drawing, folder)
             if name != "wide":
                 dialects(name, pipe, model, drawing, folder)
