@@ -6826,31 +6826,28 @@ static void sc__bpe_letters(sc_tokenizer *t) {
     }
 }
 
-/* The special tokens are those of tokenizer_config.json, or else the usual two. */
-static bool sc__bpe_read_special(sc_tokenizer *t, const sc_json *config, const char *path) {
-    static const char end[] = "<|endoftext|>";
-    const char *first = sc__token(t, config, path, "bos_token", "<|startoftext|>", &t->begin);
-    const char *last = first ? sc__token(t, config, path, "eos_token", end, &t->end) : NULL;
-    return last && sc__token(t, config, path, "unk_token", end, &t->unknown) &&
-           sc__token(t, config, path, "pad_token", end, &t->pad) &&
-           sc__read_special(t, sc_json_get(config, "added_tokens_decoder"), path) &&
-           (t->special_count || (sc__add_special(t, first, t->begin, NULL, path) &&
-                                 sc__add_special(t, last, t->end, NULL, path)));
-}
-
 static bool sc__bpe_open(sc_tokenizer *t, const char *folder, const char *vocab,
                          const sc_json *config) {
+    static const char end[] = "<|endoftext|>";
     char *path = sc__join(folder, "merges.txt");
     size_t length = 0;
     t->space = ' ';
     t->steps[t->step_count++].fold = true;
     char *merges = path ? sc_read_file(path, &length) : NULL;
     bool ok = merges && (t->json = sc_json_load(vocab)) && sc__read_words(t, t->json, vocab) &&
-              sc__bpe_read_merges(t, merges, path) && sc__bpe_read_special(t, config, folder);
-    if (ok) sc__bpe_letters(t);
+              sc__bpe_read_merges(t, merges, path);
     SC_FREE(path);
     SC_FREE(merges);
-    return ok;
+    if (!ok) return false;
+    sc__bpe_letters(t);
+    const char *first = sc__token(t, config, folder, "bos_token", "<|startoftext|>", &t->begin);
+    const char *last = first ? sc__token(t, config, folder, "eos_token", end, &t->end) : NULL;
+    return last && sc__token(t, config, folder, "unk_token", end, &t->unknown) &&
+           sc__token(t, config, folder, "pad_token", end, &t->pad) &&
+           sc__read_special(t, sc_json_get(config, "added_tokens_decoder"), folder) &&
+           (t->special_count || /* without tokenizer_config.json: the usual two */
+            (sc__add_special(t, first, t->begin, NULL, folder) &&
+             sc__add_special(t, last, t->end, NULL, folder)));
 }
 
 /* ---- Opening: T5 ---- */
