@@ -2378,9 +2378,8 @@ static void sc__cpu_update(const sc_params *x, const sc_adamw *o, const float de
  */
 
 #if defined(__GNUC__)
-#if defined(__AVX512F__) /* 32 registers */
+#if defined(__AVX512F__)
 #define SC__LANES 16
-#define SC__TILE_O 8
 #elif defined(__AVX__)
 #define SC__LANES 8
 #else
@@ -2391,9 +2390,7 @@ typedef float sc__vec __attribute__((vector_size(4 * SC__LANES), aligned(4), may
 #define SC__LANES 1
 typedef float sc__vec;
 #endif
-#ifndef SC__TILE_O
-#define SC__TILE_O 4
-#endif
+#define SC__TILE_O (SC__LANES < 16 ? 4 : 8) /* AVX-512 has 32 registers */
 #define SC__TILE_V 3
 #define SC__TILE (SC__TILE_V * SC__LANES) /* pixels */
 #define SC__STRIP 98304                   /* floats of a strip, about: it stays in the L2 cache */
