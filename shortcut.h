@@ -6407,18 +6407,6 @@ static int sc__by_text(const void *a, const void *b) {
     return order ? order : (x->id > y->id) - (x->id < y->id);
 }
 
-/* Sorts the words; of equal ones the last counts. */
-static void sc__sort_words(sc_tokenizer *t) {
-    size_t n = 0;
-    if (t->count) qsort(t->words, t->count, sizeof *t->words, sc__by_text);
-    for (size_t i = 0; i < t->count; i++) {
-        n -= n && !strcmp(t->words[n - 1].text, t->words[i].text);
-        t->words[n++] = t->words[i];
-        t->largest = t->words[i].id > t->largest ? t->words[i].id : t->largest;
-    }
-    t->count = n;
-}
-
 /* The words that begin with one string are neighbours. Of words[*low, *high), which share their
  * first `depth` bytes, keeps those that have c next. */
 static void sc__narrow(const sc_tokenizer *t, size_t *low, size_t *high, size_t depth, int c) {
@@ -6774,11 +6762,17 @@ static bool sc__read_words(sc_tokenizer *t, const sc_json *list, const char *pat
         if (!text || id < 0 || isnan(score))
             return sc_fail("%s: the vocabulary must be %s", path,
                             t->unigram ? "a list of [token, score]" : "an object of token: id");
-        t->words[t->count++] = (sc__word){text, id, score};
+        t->words[i] = (sc__word){text, id, score};
         t->worst = i && t->worst < score ? t->worst : score;
+        t->largest = id > t->largest ? id : t->largest;
     }
-    if (t->words) sc__sort_words(t);
-    return t->words != NULL;
+    if (!t->words) return false;
+    qsort(t->words, (size_t)n, sizeof *t->words, sc__by_text);
+    for (int64_t i = 0; i < n; i++) { /* of equal ones the last counts */
+        t->count -= t->count && !strcmp(t->words[t->count - 1].text, t->words[i].text);
+        t->words[t->count++] = t->words[i];
+    }
+    return true;
 }
 
 /* ---- Opening: CLIP ---- */
