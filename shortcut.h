@@ -6454,25 +6454,9 @@ static void sc__find_merge(const sc_tokenizer *t, sc__symbol *left, const sc__sy
                                              sc__by_sides);
 }
 
-/* Makes the merge m of a word's n tokens wherever it is possible, from the left on, until one of a
- * lower rank becomes possible; returns how many tokens remain. */
-static size_t sc__bpe_merge(const sc_tokenizer *t, const sc__merge *m, sc__symbol *x, size_t n) {
-    const sc__merge *next = m; /* whose turn it is */
-    size_t to = 0;
-    for (size_t i = 0; i < n; i++, to++) {
-        x[to] = x[i];
-        if (x[i].merge != m || next != m) continue;
-        x[to] = (sc__symbol){m->id, NULL};
-        if (++i + 1 < n) sc__find_merge(t, &x[to], &x[i + 1]);
-        if (to) sc__find_merge(t, &x[to - 1], &x[to]);
-        for (size_t k = to - (to > 0); k <= to; k++)
-            if (x[k].merge && x[k].merge->rank < next->rank) next = x[k].merge;
-    }
-    return to;
-}
-
 /* The tokens of the word s[n]: of all possible merges always the one of the lowest rank, and of
- * these the first from the left. */
+ * these the first from the left. So a round makes this merge wherever it is possible, from the left
+ * on, until one of a lower rank becomes possible. */
 static bool sc__bpe_word(const sc_tokenizer *t, const char *s, size_t n, sc__ids *out) {
     sc__symbol *x = (sc__symbol *)sc__alloc(n, sizeof *x);
     if (!x) return false;
@@ -6482,10 +6466,21 @@ static bool sc__bpe_word(const sc_tokenizer *t, const char *s, size_t n, sc__ids
         if (i) sc__find_merge(t, &x[i - 1], &x[i]);
     }
     for (const sc__merge *m = NULL;; m = NULL) {
+        size_t to = 0;
         for (size_t i = 0; i < n; i++)
             if (x[i].merge && (!m || x[i].merge->rank < m->rank)) m = x[i].merge;
         if (!m) break;
-        n = sc__bpe_merge(t, m, x, n);
+        const sc__merge *next = m; /* whose turn it is */
+        for (size_t i = 0; i < n; i++, to++) {
+            x[to] = x[i];
+            if (x[i].merge != m || next != m) continue;
+            x[to] = (sc__symbol){m->id, NULL};
+            if (++i + 1 < n) sc__find_merge(t, &x[to], &x[i + 1]);
+            if (to) sc__find_merge(t, &x[to - 1], &x[to]);
+            for (size_t k = to - (to > 0); k <= to; k++)
+                if (x[k].merge && x[k].merge->rank < next->rank) next = x[k].merge;
+        }
+        n = to;
     }
     for (size_t i = 0; i < n; i++) sc__emit(out, x[i].id);
     SC_FREE(x);
