@@ -202,7 +202,6 @@ typedef struct sc_mark { sc_place host, device; } sc_mark;
 sc_mark sc_tape_mark(const sc_tape *tape);
 void sc_tape_rewind(sc_tape *tape, sc_mark mark);
 size_t sc_tape_bytes(const sc_tape *tape);               /* memory held */
-size_t sc_tape_peak(const sc_tape *tape);                /* most that was in use at once, ever */
 bool sc_tape_reserve(sc_tape *tape, size_t bytes);       /* forget all tensors, hold exactly this */
 bool sc_backward(sc_tape *tape);                         /* from the recorded loss to every leaf */
 
@@ -2722,7 +2721,6 @@ bool sc_tape_record(sc_tape *t, bool recording) {
 void sc_tape_use(sc_tape *t, const uint8_t *set_of_sample) { t->sets = set_of_sample; }
 
 size_t sc_tape_bytes(const sc_tape *t) { return t->device.held + t->shared.held; }
-size_t sc_tape_peak(const sc_tape *t) { return t->device.peak + t->shared.peak; }
 
 bool sc_tape_reserve(sc_tape *t, size_t bytes) {
     size_t shared = t->sharing && t->shared.peak < bytes ? t->shared.peak : 0;
@@ -3494,7 +3492,7 @@ bool sc_plan_memory(sc_dit *dit, sc_params *params, sc_tape *t, const sc_recipe 
     sc_tape_reset(t);
     size_t left = t->be->memory_left(), held = sc_tape_bytes(t), all = 0;
     plan->left = left > SIZE_MAX - held ? SIZE_MAX : left + held;
-    plan->step = sc_tape_peak(t);
+    plan->step = t->device.peak + t->shared.peak;
     size_t room = plan->left < plan->step + spare ? 0 : plan->left - plan->step - spare;
     for (int i = 0; i < plan->blocks; i++) all += size[i].own + size[i].shared;
     t->sharing = all > room;
