@@ -3955,17 +3955,15 @@ static const char *sc__shape_text(const sc_tensor *x, char text[96]) {
 
 /* shape -> tensor, and the bytes it takes; -1: impossible, as a side of 0 beside absurd ones. */
 static int64_t sc__read_shape(sc_tensor *x, const sc_json *shape) {
-    int64_t product = sc_dtype_size(x->dtype);
-    bool empty = false;
+    int64_t product = sc_dtype_size(x->dtype); /* of the sides that are not 0 */
     if (!sc__json_is(shape, SC__ARRAY) || shape->count > SC_MAX_DIMS) return -1;
     for (x->ndim = 0; x->ndim < shape->count; x->ndim++) {
         int64_t side = sc__json_whole(&shape->u.items[x->ndim], 0x1p53);
         if (side < 0 || (side && product > ((int64_t)1 << 62) / side)) return -1;
         x->shape[x->ndim] = side;
-        empty = empty || !side;
         product *= side ? side : 1;
     }
-    return empty ? 0 : product;
+    return sc_count(x) * sc_dtype_size(x->dtype);
 }
 
 /* One tensor of a header: type, shape and place in the `size` bytes of data. */
