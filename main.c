@@ -29,7 +29,7 @@ static struct options {
 
 static const sc_option table[] = {
     {NULL, SC_FLAG, NULL, NULL, "Options:"},
-    {"--model", SC_STRING, &o.model, "DIR", "FLUX pipeline folder"},
+    {"--model", SC_STRING, &o.model, "DIR", "FLUX.1's or SD3.5's pipeline folder"},
     {"--transformer", SC_STRING, &o.transformer, "DIR", "take the transformer from this folder"},
     {"--lora", SC_STRINGS, o.lora, "FILE[:SCALE]",
      "LoRA to compare, repeatable [lora.safetensors, if it is there and of this model]"},
@@ -558,6 +558,8 @@ static int experiment_main(void) {
                            sc_check_out(o.out, ".png", o.named, o.model, o.lora))) &&
               (x.p = sc_open_model(o.model, o.device, how)) &&
               evaluator_open(&x.judge, x.p->backend, o.evaluator);
+    if (ok && sc_dit_config_of(x.p->dit)->kind == SC_SD3 && !o.cfg)
+        fprintf(stderr, "note: without --cfg G (4.5, say) SD3.5's base hardly follows prompts\n");
     if (ok && o.resolution) x.p->resolution = o.resolution;
     if (ok && (x.p->resolution % x.p->token_pixels || x.p->resolution > 1 << 14))
         ok = sc_fail("--resolution is a multiple of %d pixels, not %d", x.p->token_pixels,

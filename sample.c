@@ -1,4 +1,4 @@
-/* ./sample "PROMPT" [STEPS]: pictures from a FLUX model folder, with LoRAs. */
+/* ./sample "PROMPT" [STEPS]: pictures from a FLUX.1 or SD3.5 model folder, with LoRAs. */
 #define _POSIX_C_SOURCE 200809L
 #include "shortcut.h"
 #include "tools.h"
@@ -28,7 +28,7 @@ static struct options {
 
 static const sc_option table[] = {
     {NULL, SC_FLAG, NULL, NULL, "Options:"},
-    {"--model", SC_STRING, &o.model, "DIR", "FLUX pipeline folder"},
+    {"--model", SC_STRING, &o.model, "DIR", "FLUX.1's or SD3.5's pipeline folder"},
     {"--transformer", SC_STRING, &o.transformer, "DIR", "take the transformer from this folder"},
     {"--lora", SC_STRINGS, o.lora, "FILE[:SCALE]",
      "LoRA, repeatable; without SCALE, the scale and guidance it recommends for STEPS "
@@ -284,8 +284,9 @@ static bool check_options(const char *steps) {
 static bool take_size(const sc_pipeline *p) {
     int side = p->token_pixels;
     if (!o.size) o.width = o.height = p->resolution;
-    return (o.width % side == 0 && o.height % side == 0) ||
-           sc_fail("--size is WxH in multiples of %d pixels, not '%s'", side, o.size);
+    if (o.width % side || o.height % side)
+        return sc_fail("--size is WxH in multiples of %d pixels, not '%s'", side, o.size);
+    return sc_dit_fits(p->dit, o.height / side, o.width / side);
 }
 
 static bool load_loras(sc_pipeline *p) {
@@ -327,8 +328,9 @@ int main(int argc, char **argv) {
                                .transformer = o.transformer};
     sc_pipeline *p = sc_open_model(o.model, o.device, how);
     bool usage_ok = !p || take_size(p);
-    if (p && sc_dit_config_of(p->dit)->kind == SC_SD3 && !o.cfg && (o.no_lora || !o.lora[0]))
-        fprintf(stderr, "note: without --cfg G (4.5, say) SD3.5 hardly follows the prompt\n");
+    if (p && sc_dit_config_of(p->dit)->kind == SC_SD3 && !o.cfg)
+        fprintf(stderr, "note: without --cfg G (4.5, say) SD3.5 hardly follows the prompt, but for "
+                        "LoRAs that guidance is folded into, as ./train does\n");
     bool ok = p && usage_ok && load_loras(p) && (o.prompts ? draw_list(p) : draw_all(p, prompt));
     sc_pipeline_close(p);
     int status = sc_end(ok);

@@ -50,7 +50,7 @@
  *     >>scfm        SCFM: what the student is asked, and what it should answer
  *     >>flux        the FLUX transformer, forward; >>sd3: SD3.5's
  *     >>lora        LoRA: which numbers are trained, in four sets
- *     >>step        a training step, and FLUX's sampler
+ *     >>step        a training step, and the sampler of a whole model
  *   Part II, the machine
  *     >>base        errors, memory, random numbers, data types
  *     >>cpu         operations on the CPU, forward and backward side by side under one formula;
@@ -356,6 +356,7 @@ void sc_dit_checkpointing(sc_dit *dit, bool on);  /* recompute each block in the
 bool sc_dit_save(const sc_dit *dit, const char *folder, sc_dtype dtype,
                   const char *const *metadata);
 const char *sc_dit_config_text(const sc_dit *dit); /* the config.json that it writes */
+bool sc_dit_fits(const sc_dit *dit, int h, int w);  /* false: it has no places for h x w tokens */
 
 typedef struct sc_dit_input {
     sc_tensor *x;               /* [B, h*w, in_channels] noisy packed latents */
@@ -416,7 +417,7 @@ typedef struct sc_sampling {
  * the samples after. */
 bool sc_euler(const sc_model *model, sc_tape *tape, const sc_sampling *s, int ndim,
               const int64_t *shape, float *x);
-/* The same of FLUX: latents [B, h*w, in_channels], texts [B] of text_tokens; resets the tape. */
+/* The same of a transformer: latents [B, h*w, in_channels], texts [B] of text_tokens; resets it. */
 bool sc_sample(sc_dit *dit, sc_tape *tape, const sc_sampling *s, int batch, int text_tokens,
                const sc_text *texts, float *latents);
 
@@ -438,12 +439,13 @@ typedef struct sc_params {
     void (*sum)(float *grad, int64_t count); /* over all processes, where it lies; NULL: one */
     int waiting;                /* steps that were not asked about */
     sc_dit *dit;
-    /* one for each of the model's linear layers; NULL: all weights are trained */
+    /* one for each of the model's linear layers (empty: not trained); NULL: all weights are */
     sc_adapter *adapters;
     int rank;
 } sc_params;
 
-/* A new LoRA on every layer: A gaussian (std 1/rank), B zero; attached until it is freed. */
+/* A new LoRA: A gaussian (std 1/rank), B zero; attached until it is freed. On every layer; SD3.5's
+ * leaves alone the text's modulation and MLP, and the second attention. */
 sc_params *sc_params_lora(sc_dit *dit, int rank, float alpha, uint64_t seed);
 /* All weights (opened with `widen`); teacher: keep a frozen copy of them. From then on the model's
  * weights are these: it computes nothing after sc_params_free. */
@@ -554,7 +556,7 @@ float sc_lora_scale(const char *path, int steps, float *guidance);
 /* The same of the list alone; false: it is none. *guidance stays where the list names none. */
 bool sc_scale_for(const char *list, int steps, double *scale, double *guidance);
 void sc_lora_unload(sc_dit *dit); /* takes all loaded LoRAs off again */
-/* Copies a LoRA file, times `scale`, into the sets of `params` (all of its layers, same rank). */
+/* Copies a LoRA file, times `scale`, into the sets of `params` (the same layers, the same rank). */
 bool sc_lora_start(sc_params *params, const char *path, float scale);
 
 /* ==== VAE: pictures <-> latents ==== */
@@ -570,6 +572,7 @@ typedef struct sc_vae_config {  /* vae/config.json */
     bool attention;             /* in the middle of both halves */
     bool quant, post_quant;     /* 1x1 convolutions around the latents: not in FLUX */
     float scale, shift;         /* normalised: (latents - shift) * scale; 0.3611, 0.1159 */
+    bool assumed;               /* these two are FLUX's, since there is no config.json */
     int resolution;             /* sample_size: usual side of a picture, 1024 */
 } sc_vae_config;
 
@@ -658,7 +661,7 @@ void sc_dataset_close(sc_dataset *data);
 
 /* ==== Pipeline: a whole model ====
  * A folder in diffusers' layout; a folder with single files (flux1-dev.safetensors, ae.safetensors,
- * clip_l.safetensors, t5xxl_*.safetensors, of any names), tokenizer and tokenizer_2; or a file that
+ * clip_l.safetensors, t5xxl_*.safetensors, of any names), tokenizer, tokenizer_2 ...; or one that
  * holds all or some of the parts, the rest being beside it. */
 
 typedef enum {
@@ -1241,12 +1244,17 @@ static bool sc__dit_block(const sc_dit *f, int index, sc_tape *t, sc_block forwa
  * no guidance input (true CFG, see >>scfm). The text is CLIP's tokens, then T5's. A token's
  * channels go in as FLUX's, channel, row, column, and come out as row, column, channel. */
 
+bool sc_dit_fits(const sc_dit *f, int h, int w) {
+    int side = f->config.position_side;
+    return f->config.kind != SC_SD3 || (h <= side && w <= side) ||
+           sc_fail("a picture of %d x %d tokens: this model has places for %d x %d", w, h, side,
+                   side);
+}
+
 /* x + the positions of h x w tokens in the middle of the table. */
 static sc_tensor *sc__add_positions(const sc_dit *f, sc_tape *t, sc_tensor *x, int h, int w) {
     int side = f->config.position_side, top = (side - h) / 2, left = (side - w) / 2;
-    if (!x || h > side || w > side)
-        return x ? (sc_fail("a picture of %d x %d tokens: this model has places for %d x %d", w, h,
-                            side, side), NULL) : NULL;
+    if (!x || !sc_dit_fits(f, h, w)) return NULL;
     int64_t batch = x->shape[0], tokens = (int64_t)h * w;
     int32_t *places = (int32_t *)sc_tape_host(t, (size_t)(batch * tokens) * sizeof *places);
     for (int64_t i = 0; places && i < batch * tokens; i++)
@@ -4482,11 +4490,13 @@ static size_t sc__stem(const char *name, const char *end) {
 }
 
 /* Whether `a` has the sides that are wanted, but for sides of 1 at the end. A matrix may be stored
- * as a convolution of patches, a table with a 1 before it. */
+ * as a convolution of 2x2 patches, a table with a 1 before it. */
 static bool sc__same_shape(const sc_tensor *a, const sc_tensor *want) {
-    int64_t rows = a->ndim == 3 && a->shape[0] == 1 ? a->shape[1] : a->shape[0];
-    if (want->ndim == 2 && a->ndim > 2 && rows == want->shape[0])
-        return sc_count(a) == sc_count(want) && a->ndim < 5;
+    const int64_t *side = a->shape, *wanted = want->shape;
+    if (want->ndim == 2 && a->ndim == 4 && side[2] == 2 && side[3] == 2)
+        return side[0] == wanted[0] && 4 * side[1] == wanted[1];
+    if (want->ndim == 2 && a->ndim == 3 && side[0] == 1)
+        return side[1] == wanted[0] && side[2] == wanted[1];
     for (int i = 0; i < a->ndim || i < want->ndim; i++)
         if ((i < a->ndim ? a->shape[i] : 1) != (i < want->ndim ? want->shape[i] : 1)) return false;
     return true;
@@ -4901,19 +4911,24 @@ static bool sc__sd3_read_config(sc_dit_config *c, sc__config *from) {
     c->text_channels = sc__config_int(from, 1, "joint_attention_dim", 4096);
     c->pooled_channels = sc__config_int(from, 1, "pooled_projection_dim", 2048);
     c->position_side = sc__config_int(from, 1, "pos_embed_max_size", 192);
-    int patch = sc__config_int(from, 1, "patch_size", 2), width = c->heads * c->head_size;
+    int patch = sc__config_int(from, 1, "patch_size", 2);
+    int64_t width = (int64_t)c->heads * c->head_size;
     int channels = sc__config_int(from, 1, "in_channels", 16);
     c->in_channels = 4 * channels;
     c->out_channels = 4 * sc__config_int(from, 1, "out_channels", channels);
     c->dual_layers = (int)sc_json_length(dual);
-    if (from->wrong || !sc__config_is(from, "qk_norm", "rms_norm")) return false;
+    if (from->wrong) return false;
+    if (strcmp(sc_json_string(sc_json_get(from->json, "qk_norm"), ""), "rms_norm"))
+        return sc_fail("%s: 'qk_norm' is not rms_norm: SD3 of before 3.5 is not supported",
+                       from->path);
     for (int i = 0; i < c->dual_layers; i++)
         if (sc_json_number(sc_json_at(dual, i), -1) != i || i >= c->layers)
             return sc_fail("%s: dual_attention_layers must be the first ones", from->path);
-    if (patch != 2 || c->head_size % 2 || c->head_size > 256 || c->position_side > 1 << 12)
+    if (patch != 2 || c->head_size % 2 || c->head_size > 256 || c->position_side > 1 << 12 ||
+        width > 1 << 20)
         return sc_fail("%s: patch_size must be 2, attention_head_dim even and at most 256, "
                        "pos_embed_max_size at most 4096", from->path);
-    return sc__config_int(from, 1, "caption_projection_dim", width) == width ||
+    return sc__config_number(from, "caption_projection_dim", (double)width) == (double)width ||
            sc_fail("%s: caption_projection_dim must be %d x %d, the heads' width", from->path,
                    c->heads, c->head_size);
 }
@@ -4968,14 +4983,16 @@ static char *sc__sd3_config_text(const sc_net *net) {
              "  \"in_channels\": %d,\n  \"joint_attention_dim\": %d,\n"
              "  \"num_attention_heads\": %d,\n  \"num_layers\": %d,\n  \"out_channels\": %d,\n"
              "  \"patch_size\": 2,\n  \"pooled_projection_dim\": %d,\n"
-             "  \"pos_embed_max_size\": %.0f,\n  \"qk_norm\": \"rms_norm\",\n"
+             "  \"pos_embed_max_size\": %.0f,\n  \"qk_norm\": %s,\n"
              "  \"sample_size\": 128\n}\n",
              size, width, list, channels, sc__side(net, "context_embedder.weight", 1, 4096),
              width / (size ? size : 1),
              sc__count_layers(net, "transformer_blocks.%d.attn.to_q.weight", 38),
              sc__side(net, "proj_out.weight", 0, 64) / 4,
              sc__side(net, "time_text_embed.text_embedder.linear_1.weight", 1, 2048),
-             sqrt(sc__side(net, "pos_embed.pos_embed", 1, 192 * 192)));
+             sqrt(sc__side(net, "pos_embed.pos_embed", 1, 192 * 192)),
+             sc__side(net, "transformer_blocks.0.attn.norm_q.weight", 0, 0) ? "\"rms_norm\""
+                                                                             : "null");
     return sc__strdup(text);
 }
 
@@ -5699,12 +5716,15 @@ bool sc_lora_start(sc_params *p, const char *path, float scale) {
     sc__lora file;
     bool ok = sc__lora_open(&file, p->dit, path);
     for (int i = 0; ok && i < p->dit->module_count; i++) {
-        if (p->dit->modules[i].untrained) continue;
         const char *module = p->dit->modules[i].name;
         const sc_tensor *w = p->dit->modules[i].layer->weight;
+        bool untrained = p->dit->modules[i].untrained;
         sc__factors x = {0};
         ok = sc__lora_read(&file, module, w, &x);
-        if (ok && !x.values) ok = sc_fail("%s: no factors for '%s'", path, module);
+        if (ok && !x.values != untrained)
+            ok = sc_fail(untrained ? "%s: has factors for '%s', which are not trained here"
+                                   : "%s: no factors for '%s'", path, module);
+        if (untrained) continue;
         if (ok && x.bias)
             ok = sc_fail("%s: changes the bias of '%s'; only A and B are trained", path, module);
         if (ok && x.rank != p->rank)
@@ -5936,6 +5956,7 @@ static bool sc__vae_read_config(sc_vae_config *c, const sc_net *net, sc__config 
                                  json || sc__side(net, "post_quant_conv.weight", 0, 0));
     c->scale = (float)sc_json_number(sc_json_get(json, "scaling_factor"), json ? 0.18215 : 0.3611);
     c->shift = (float)sc_json_number(sc_json_get(json, "shift_factor"), json ? 0 : 0.1159);
+    c->assumed = !json;
     return (c->scale > 0 && isfinite(c->scale) && isfinite(c->shift)) ||
            sc_fail("%s: scaling_factor must be positive", path);
 }
@@ -7078,8 +7099,8 @@ static bool sc__clip_config(sc_text_encoders *t, sc__encoder *e, sc__config *c) 
     bool projected = t->kind == SC_SD3 && (big || c->json);
     int channels = sc__side(e->net, "text_projection.weight", 0, 512);
     e->pooled = projected ? sc__config_int(c, 1, "projection_dim", channels) : e->width;
-    if (projected &&
-        !sc_net_linear(e->net, &e->projection, "text_projection", e->pooled, e->width, false))
+    if (c->wrong || (projected &&
+        !sc_net_linear(e->net, &e->projection, "text_projection", e->pooled, e->width, false)))
         return false;
     e->end = end ? sc__json_id(end) : c->json ? 49407 : 2;
     e->length = length && length < e->rows ? length : e->rows;
@@ -7146,13 +7167,17 @@ static bool sc__encoder_weights(sc__encoder *e) {
 }
 
 /* A tokenizer's folder beside the models; what single files never carry. */
-static sc_tokenizer *sc__open_tokenizer(const char *model, const char *name) {
+static sc_tokenizer *sc__open_tokenizer(const char *model, const char *name, bool clip) {
     char *base = sc_model_folder(model), *path = base ? sc__join(base, name) : NULL;
     sc_tokenizer *t = NULL;
     if (path && sc__exists(path)) t = sc_tokenizer_open(path);
     else if (path)
         sc_fail("%s: no tokenizer here; single-file models carry none: copy the folder %s of this "
                 "kind of model in diffusers' layout to %s", path, name, base);
+    if (t && t->unigram == clip) {
+        sc_fail("%s: this is %s's tokenizer", path, clip ? "T5" : "CLIP");
+        sc_tokenizer_close(t), t = NULL;
+    }
     SC_FREE(base);
     SC_FREE(path);
     return t;
@@ -7167,10 +7192,12 @@ static bool sc__encoder_open(sc_text_encoders *t, sc__encoder *e, const char *mo
     sc__config c = {0};
     e->names = clip ? &sc__clip_names : &sc__t5_names;
     e->biased = clip;
-    bool ok = path && (!t->backend || (e->tokenizer = sc__open_tokenizer(model, tokenizer))) &&
+    if (t->backend) e->tokenizer = sc__open_tokenizer(model, tokenizer, clip);
+    bool ok = path && (!t->backend || e->tokenizer) &&
               sc__read_config(&c, path) &&
               (e->net = sc_net_open(t->backend, path, sc__small_file(t->backend, path)));
     if (ok && part == SC_SD3_CLIP_G) e->net->prefixes = sc__clip_g_prefixes;
+    if (ok && part == SC_SD3_CLIP_G && e->tokenizer) e->tokenizer->pad = 0; /* not CLIP-L's */
     ok = ok && sc__encoder_config(e, &c) &&
          (clip ? sc__clip_config(t, e, &c) : sc__t5_config(t, &c)) && sc__encoder_weights(e);
     if (ok && e->tokenizer && e->tokenizer->largest >= e->vocabulary)
@@ -7776,7 +7803,8 @@ static bool sc__pipeline_settings(sc_pipeline *p) {
     double length = sc__config_number(&t5, "model_max_length", most);
     if (sc__is_sd3(p) && length > most) length = most;
     p->text_tokens = length >= 1 && length <= 512 ? (int)length : 512;
-    if (sc__is_sd3(p)) p->clip_tokens = sc__config_int(&clip, 1, "model_max_length", 77);
+    length = sc__config_number(&clip, "model_max_length", 77);
+    if (sc__is_sd3(p)) p->clip_tokens = length >= 1 && length <= 77 ? (int)length : 77;
     p->text_tokens += p->clip_tokens;
     ok = ok && !t5.wrong && !clip.wrong;
     sc__config_close(&clip);
@@ -7839,6 +7867,9 @@ sc_text sc_pipeline_text(sc_pipeline *p, const char *prompt) {
     if (!p->text) p->text = sc_text_encoders_open(p->backend, p->folder, c->kind);
     if (!p->text) return none;
     int pooled = p->text->clip.pooled + p->text->clip_g.pooled;
+    if (p->clip_tokens && p->clip_tokens != p->text->clip.length)
+        return sc_fail("%s: CLIP reads %d tokens, not %d", p->folder, p->text->clip.length,
+                       p->clip_tokens), none;
     int t5 = p->text_tokens - p->clip_tokens;
     if (p->text->t5.width != c->text_channels || pooled != c->pooled_channels)
         return sc_fail("%s: T5 and CLIP give %d and %d channels, the transformer takes %d and %d",
@@ -7859,7 +7890,7 @@ sc_text sc_pipeline_text(sc_pipeline *p, const char *prompt) {
 static bool sc__pipeline_vae(sc_pipeline *p) {
     char *path = p->vae ? NULL : sc_part_path(p->folder, SC_VAE);
     if (path) p->vae = sc_vae_open(p->backend, path, sc__small_file(p->backend, path));
-    if (p->vae && path && sc__is_sd3(p) && !sc__is_folder(path)) /* no config.json: not FLUX's */
+    if (p->vae && sc__is_sd3(p) && p->vae->config.assumed)
         p->vae->config.scale = 1.5305f, p->vae->config.shift = 0.0609f;
     SC_FREE(path);
     return p->vae != NULL;

@@ -71,7 +71,7 @@ static const sc_option table[] = {
     {"--teacher-steps", SC_INT, &o.teacher_steps, "N", "grid of the teacher's half-steps"},
     {"--self-steps", SC_INTS, &o.self_steps, "N,N", "grids of the student's own"},
     {"--shift", SC_RANGE, &o.shift, "A,B", "time shift, uniform between these"},
-    {"--dynamic-shift", SC_FLOAT, &o.dynamic_shift, "X", "samples with FLUX's dynamic shift"},
+    {"--dynamic-shift", SC_FLOAT, &o.dynamic_shift, "X", "samples with the dynamic shift"},
     {"--guidance", SC_RANGE, &o.guidance, "A,B", "guidance, uniform between these"},
     {"--cfg", SC_FLOAT, &o.cfg, "G",
      "true CFG of the teacher, folded into the student (0: none)"},
@@ -480,9 +480,11 @@ static uint64_t mix_part(uint64_t hash, sc_part part, bool times) {
 /* What the cache depends on: pictures, captions, sizes, and the networks that encode them. */
 static uint64_t fingerprint_of(const training *t, const sc_dataset *data, bool times) {
     static const char *const files[] = {
-        "vae/config.json",           "text_encoder/config.json", "text_encoder_2/config.json",
-        "tokenizer/vocab.json",      "tokenizer/merges.txt",     "tokenizer/tokenizer_config.json",
-        "tokenizer_2/tokenizer.json"};
+        "vae/config.json", "text_encoder/config.json", "text_encoder_2/config.json",
+        "text_encoder_3/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt",
+        "tokenizer/tokenizer_config.json", "tokenizer_2/tokenizer.json", "tokenizer_2/vocab.json",
+        "tokenizer_2/merges.txt", "tokenizer_2/tokenizer_config.json", "tokenizer_3/tokenizer.json",
+        "tokenizer_3/tokenizer_config.json"};
     uint64_t hash = 0xcbf29ce484222325u;
     for (int64_t i = 0; i < data->count; i++) {
         const sc_pair *pair = &data->pairs[i];
@@ -696,8 +698,11 @@ static bool open_params(training *t) {
     const sc_tensor *largest = &t->data[LATENTS];
     if (all_weights()) t->params = sc_params_full(t->pipeline->dit, !o.pretrain);
     if (all_weights() ? !t->params : !start_lora(t)) return false;
-    for (int i = 0; i < t->pairs; i++)
-        if (sc_count(&t->data[LATENTS + i]) > sc_count(largest)) largest = &t->data[LATENTS + i];
+    for (int i = 0; i < t->pairs; i++) {
+        const sc_tensor *x = &t->data[LATENTS + i];
+        if (!sc_dit_fits(t->pipeline->dit, (int)x->shape[1], (int)x->shape[2])) return false;
+        if (sc_count(x) > sc_count(largest)) largest = x;
+    }
     int64_t b = o.batch, n = sc_count(largest) / 2;
     float *x = t->batch_memory = allocate((size_t)(2 * b * n), sizeof *x);
     t->batch_texts = allocate((size_t)b, sizeof *t->batch_texts);
@@ -788,24 +793,23 @@ static void close_training(training *t) {
     sc_unlock();
 }
 
-/* The paper's settings for SD3.5, where they are not those for FLUX.1. */
-static void use_sd3_recipe(const char *model) {
-    const char *path = kept(sc_part_path(model, SC_TRANSFORMER));
+/* The paper's settings for SD3.5, where they are not those for FLUX.1; cfg: of SCFM's teacher. */
+static void use_sd3_recipe(const char *transformer, const char *model, float cfg) {
+    const char *path = transformer ? transformer : kept(sc_part_path(model, SC_TRANSFORMER));
     sc_dit *plan = path ? sc_dit_open(NULL, path, NULL) : NULL;
     if (plan && sc_dit_config_of(plan)->kind == SC_SD3)
-        o.cfg = 4.5f, o.dynamic_shift = 0, o.clip = 2, o.ema_restart = 2000;
+        o.cfg = cfg, o.dynamic_shift = 0, o.clip = 2, o.ema_restart = 2000;
     sc_dit_close(plan);
 }
 
 /* The options, the model's recipe first. Whatever is wrong with them ends the program. */
 static void read_options(int argc, char **argv) {
     bool pretrain = sc_given(argc, argv, "--pretrain", NULL) != NULL;
-    if (!pretrain && !sc_given(argc, argv, "--full", NULL) &&
-        !sc_given(argc, argv, "--distill-guidance", NULL)) {
-        const char *model = sc_given(argc, argv, "--model", o.model);
-        use_sd3_recipe(model);
+    bool scfm = !pretrain && !sc_given(argc, argv, "--distill-guidance", NULL);
+    const char *model = sc_given(argc, argv, "--model", o.model);
+    use_sd3_recipe(sc_given(argc, argv, "--transformer", NULL), model, scfm ? 4.5f : 0);
+    if (scfm && !sc_given(argc, argv, "--full", NULL))
         sc_parse_recipe(table, OPTIONS, model, "train");
-    }
     if (pretrain) { /* there is no teacher */
         o.fm_ratio = 1;
         o.teacher_ratio = 0;

@@ -436,7 +436,7 @@ static void test_parts(void) {
           strstr(sc_error(), "t5xxl_fp16.safetensors"));
     save(t, "parts/other.safetensors");
     CHECK(!sc_part_path(in_folder("parts"), SC_TRANSFORMER) && strstr(sc_error(), "leave one"));
-    CHECK(!sc__open_tokenizer(in_folder("parts"), "tokenizer") &&
+    CHECK(!sc__open_tokenizer(in_folder("parts"), "tokenizer", true) &&
           strstr(sc_error(), "copy the folder "));
     rename(in_folder("parts/mine.safetensors"), in_folder("parts/mine.sft"));
     remove(in_folder("parts/other.safetensors"));

@@ -228,6 +228,7 @@ static void test_lora(const char *name) {
 static void test_untrained(const char *name) {
     fixture f = open_fixture(name);
     const char *path = "build/test-sd3-lora.safetensors";
+    char other[128];
     sc_params *p = sc_params_lora(f.dit, f.rank, 1, 1);
     CHECK(sc_lora_save(p, SC_STUDENT, path, NULL));
     sc_file *file = sc_file_open(path);
@@ -248,9 +249,12 @@ static void test_untrained(const char *name) {
     CHECK(a && 4 * a->shape[1] == f.dit->config.in_channels);
     CHECK(b && b->ndim == 4 && b->shape[1] == f.rank && b->shape[2] == 1 && b->shape[3] == 1);
     sc_file_close(file);
+    CHECK(sc_lora_start(p, path, 1));
+    remove(path);
+    snprintf(other, sizeof other, "test/reference/%s/lora.safetensors", name); /* of all layers */
+    CHECK(!sc_lora_start(p, other, 1) && strstr(sc_error(), "not trained here"));
     sc_params_free(p);
     close_fixture(&f);
-    remove(path);
 }
 
 /* A LoRA on every layer, as others make them; merged and opened again it does the same. */
