@@ -896,9 +896,12 @@ struct sc_backend {
 #define SC_THREAD_LOCAL
 #endif
 #ifdef _OPENMP
+#include <omp.h>
 #define SC_PRAGMA(x) _Pragma(#x)
+#define SC_OMP(call, without) (call)
 #else
 #define SC_PRAGMA(x)
+#define SC_OMP(call, without) (without)
 #endif
 #define SC_PARALLEL_FOR SC_PRAGMA(omp parallel for schedule(static))
 #define SC_SIMD SC_PRAGMA(omp simd)
@@ -1750,18 +1753,11 @@ static inline float sc__sigmoid(float x) { return 1.f / (1.f + sc__exp(x < -60 ?
  * pool of threads and not two that fight.
  */
 
-#ifdef _OPENMP
-#include <omp.h>
-static int sc__threads(void) { return omp_get_max_threads(); }
-static int sc__thread(void) { return omp_get_thread_num(); }
+static int sc__threads(void) { return SC_OMP(omp_get_max_threads(), 1); }
+static int sc__thread(void) { return SC_OMP(omp_get_thread_num(), 0); }
 void sc_set_threads(int n) {
-    if (n > 0) omp_set_num_threads(n);
+    if (n > 0) SC_OMP(omp_set_num_threads(n), (void)n);
 }
-#else
-static int sc__threads(void) { return 1; }
-static int sc__thread(void) { return 0; }
-void sc_set_threads(int n) { (void)n; }
-#endif
 
 static inline float *sc__f(const sc_tensor *x) { return (float *)x->data; }
 static inline float *sc__g(const sc_tensor *x) { return (float *)x->grad; }
