@@ -589,8 +589,8 @@ int sc_vae_factor(const sc_vae *vae);   /* pixels per latent: f */
  * clamped to [-30,20]. Activations take `memory` bytes at most (0: no limit): what would take more
  * is computed strip by strip, which takes longer and gives the same but for rounding. Least: the
  * activations of the middle, and a few rows. */
-bool sc_vae_encode(sc_vae *vae, int64_t batch, int64_t height, int64_t width,
-                   const float *pictures, float *posterior, size_t memory);
+bool sc_vae_encode(sc_vae *vae, int64_t batch, int64_t height, int64_t width, const float *pictures,
+                   float *posterior, size_t memory);
 /* height and width: of the latents. The pictures may go a little beyond [-1,1]. */
 bool sc_vae_decode(sc_vae *vae, int64_t batch, int64_t height, int64_t width,
                    const float *latents, float *pictures, size_t memory);

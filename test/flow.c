@@ -200,9 +200,11 @@ static bool train_step(network *n, sc_tape *tape, bool scfm, sc_rng *rng, double
     if (!sc_mse(tape, said, target, 1, loss) || !sc_backward(tape)) return false;
     sc_tape_record(tape, false);
     /* AdamW moves the student, and both averages follow it: the paper's, of 0.99 and 0.999. */
-    const sc_params all = {
-        .count = WEIGHTS, .grad = n->grad, .m = n->m, .v = n->v,
-        .set = {NULL, n->set[SC_STUDENT], n->set[SC_FAST], n->set[SC_SLOW]}};
+    const sc_params all = {.count = WEIGHTS,
+                           .grad = n->grad,
+                           .m = n->m,
+                           .v = n->v,
+                           .set = {NULL, n->set[SC_STUDENT], n->set[SC_FAST], n->set[SC_SLOW]}};
     sc_cpu()->update(&all, &n->adamw, (const float[2]){0.99f, 0.999f}, &norm);
     n->adamw.step++;
     return true;
