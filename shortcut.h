@@ -7188,7 +7188,7 @@ static bool sc__encoder_open(sc_text_encoders *t, sc__encoder *e, const char *mo
     sc__config c = {0};
     e->names = clip ? &sc__clip_names : &sc__t5_names;
     e->biased = clip;
-    if (t->backend) e->tokenizer = sc__open_tokenizer(model, tokenizer, clip);
+    if (path && t->backend) e->tokenizer = sc__open_tokenizer(model, tokenizer, clip);
     bool ok = path && (!t->backend || e->tokenizer) &&
               sc__read_config(&c, path) &&
               (e->net = sc_net_open(t->backend, path, sc__small_file(t->backend, path)));
