@@ -5152,6 +5152,8 @@ sc_dit *sc_dit_open(const sc_backend *backend, const char *path, const sc_dit_op
         ok = (f->config_text = sc__dit_config_text(f->net)) &&
              (c.json = sc_json_parse(f->config_text, strlen(f->config_text), c.path));
     ok = ok && sc__dit_read_config(&f->config, &c);
+    if (ok && f->config.layers + f->config.single_layers > 1024)
+        ok = sc_fail("%s: more than 1024 blocks", c.path);
     sc__config_close(&c);
     if (ok) {
         size_t doubles = (size_t)f->config.layers, singles = (size_t)f->config.single_layers;
@@ -7082,7 +7084,7 @@ static bool sc__encoder_config(sc__encoder *e, sc__config *c) {
     e->vocabulary = sc__config_int(c, 1, "vocab_size", words);
     e->rows = sc__config_int(c, 1, n->rows, sc__side(e->net, n->position, 0, n->usual_rows));
     e->eps = (float)sc_json_number(sc_json_get(c->json, n->eps), n->usual_eps);
-    return !c->wrong;
+    return !c->wrong && (e->layers <= 1024 || sc_fail("%s: more than 1024 layers", c->path));
 }
 
 /* FLUX takes the pooled vector as it is, SD3.5 projected, but for CLIP-L's of a single file. */

@@ -431,6 +431,7 @@ int main(void) {
     test_config("\"pos_embed_max_size\": 12", "\"pos_embed_max_size\": 13", "pos_embed");
     test_config("\"pos_embed_max_size\": 12", "\"pos_embed_max_size\": -12", "pos_embed_max_size");
     test_config("\"dual_attention_layers\": []", "\"dual_attention_layers\": [0]", "blocks.0");
+    test_config("\"num_layers\": 3", "\"num_layers\": 16777216", "1024 blocks");
     test_config("\"qk_norm\": \"rms_norm\"", "\"qk_norm\": \"layer_norm\"", "qk_norm");
     test_config("\"patch_size\": 2", "\"patch_size\": 4", "patch_size");
     test_large_grid();
