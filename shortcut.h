@@ -4897,123 +4897,118 @@ int64_t sc_dit_parameters(const sc_dit *dit) {
 
 /* ---- Opening ---- */
 
-/* What SD3.5's config.json lacks is as in Large. */
-static bool sc__sd3_read_config(sc_dit_config *c, sc__config *from) {
-    const sc_json *dual = sc_json_get(from->json, "dual_attention_layers");
-    c->kind = SC_SD3;
-    c->layers = sc__config_int(from, 1, "num_layers", 38);
-    c->head_size = sc__config_int(from, 1, "attention_head_dim", 64);
-    c->heads = sc__config_int(from, 1, "num_attention_heads", 38);
-    c->text_channels = sc__config_int(from, 1, "joint_attention_dim", 4096);
-    c->pooled_channels = sc__config_int(from, 1, "pooled_projection_dim", 2048);
-    c->position_side = sc__config_int(from, 1, "pos_embed_max_size", 192);
-    int patch = sc__config_int(from, 1, "patch_size", 2);
-    int64_t width = (int64_t)c->heads * c->head_size;
-    int channels = sc__config_int(from, 1, "in_channels", 16);
-    c->in_channels = 4 * channels;
-    c->out_channels = 4 * sc__config_int(from, 1, "out_channels", channels);
-    c->dual_layers = (int)sc_json_length(dual);
-    if (from->wrong) return false;
-    if (strcmp(sc_json_string(sc_json_get(from->json, "qk_norm"), ""), "rms_norm"))
-        return sc_fail("%s: 'qk_norm' is not rms_norm: SD3 of before 3.5 is not supported",
-                       from->path);
-    for (int i = 0; i < c->dual_layers; i++)
-        if (sc_json_number(sc_json_at(dual, i), -1) != i || i >= c->layers)
-            return sc_fail("%s: dual_attention_layers must be the first ones", from->path);
-    if (patch != 2 || c->head_size % 2 || c->head_size > 256 || c->position_side > 1 << 12 ||
-        width > 1 << 20)
-        return sc_fail("%s: patch_size must be 2, attention_head_dim even and at most 256, "
-                       "pos_embed_max_size at most 4096", from->path);
-    return sc__config_number(from, "caption_projection_dim", (double)width) == (double)width ||
-           sc_fail("%s: caption_projection_dim must be %d x %d, the heads' width", from->path,
-                   c->heads, c->head_size);
-}
-
-/* What FLUX's config.json lacks is as in FLUX.1-dev. */
-static bool sc__dit_read_config(sc_dit_config *c, sc__config *from) {
-    static const char flux[] = "FluxTransformer2DModel", sd3[] = "SD3Transformer2DModel";
-    const char *path = from->path;
-    const char *class_name = sc_json_string(sc_json_get(from->json, "_class_name"), flux);
-    if (!strcmp(class_name, sd3)) return sc__sd3_read_config(c, from);
-    if (strcmp(class_name, flux))
-        return sc_fail("%s: this is a %s; only FLUX.1 (%s) and SD3.5 (%s) are supported", path,
-                       class_name, flux, sd3);
-    c->in_channels = sc__config_int(from, 1, "in_channels", 64);
-    c->out_channels = sc__config_int(from, 1, "out_channels", c->in_channels);
-    c->layers = sc__config_int(from, 0, "num_layers", 19);
-    c->single_layers = sc__config_int(from, 0, "num_single_layers", 38);
-    c->head_size = sc__config_int(from, 1, "attention_head_dim", 128);
-    c->heads = sc__config_int(from, 1, "num_attention_heads", 3072 / c->head_size);
-    c->text_channels = sc__config_int(from, 1, "joint_attention_dim", 4096);
-    c->pooled_channels = sc__config_int(from, 1, "pooled_projection_dim", 768);
-    if (from->wrong) return false;
+/* What only FLUX has. */
+static bool sc__flux_read_config(sc_dit_config *c, const sc__config *from, const sc_net *net) {
+    static const char guidance[] = "time_text_embed.guidance_embedder.linear_1.weight";
     const sc_json *axes = sc_json_get(from->json, "axes_dims_rope");
     int sum = 0;
     for (int i = 0; i < 3; i++) {
         int usual = i ? c->head_size * 7 / 16 : c->head_size / 8;
         double axis = sc_json_number(sc_json_at(axes, i), usual);
         if (!(axis >= 2 && axis <= 256 && axis == 2 * floor(axis / 2)))
-            return sc_fail("%s: axes_dims_rope must be even numbers up to 256", path);
+            return sc_fail("%s: axes_dims_rope must be even numbers up to 256", from->path);
         sum += c->rope_axes[i] = (int)axis;
     }
-    if (sum != c->head_size || sum > 256)
-        return sc_fail("%s: axes_dims_rope sum to %d; attention_head_dim is %d (at most 256)",
-                        path, sum, c->head_size);
+    c->guidance = sc_json_bool(sc_json_get(from->json, "guidance_embeds"),
+                               sc__side(net, guidance, 0, 0) > 0);
+    return (sum == c->head_size && sum <= 256) ||
+           sc_fail("%s: axes_dims_rope sum to %d; attention_head_dim is %d (at most 256)",
+                   from->path, sum, c->head_size);
+}
+
+/* What only SD3.5 has. */
+static bool sc__sd3_read_config(sc_dit_config *c, sc__config *from, const sc_net *net) {
+    const sc_json *dual = sc_json_get(from->json, "dual_attention_layers");
+    bool normed = sc__side(net, "transformer_blocks.0.attn.norm_q.weight", 0, 0) > 0;
+    const char *norm = sc_json_string(sc_json_get(from->json, "qk_norm"), normed ? "rms_norm" : "");
+    int places = sc__side(net, "pos_embed.pos_embed", 1, 192 * 192), width = c->heads * c->head_size;
+    int projected = sc__side(net, "pos_embed.proj.weight", 0, width);
+    int patch = sc__config_int(from, 1, "patch_size", 2);
+    c->position_side = sc__config_int(from, 1, "pos_embed_max_size", (int)(sqrt(places) + 0.5));
+    c->dual_layers = dual ? (int)sc_json_length(dual)
+                          : sc__count_layers(net, "transformer_blocks.%d.attn2.to_q.weight", 0);
+    if (from->wrong) return false;
+    if (strcmp(norm, "rms_norm"))
+        return sc_fail("%s: 'qk_norm' is not rms_norm: SD3 of before 3.5 is not supported",
+                       from->path);
+    for (int i = 0; i < c->dual_layers; i++)
+        if (sc_json_number(sc_json_at(dual, i), dual ? -1 : i) != i || i >= c->layers)
+            return sc_fail("%s: dual_attention_layers must be the first ones", from->path);
+    if (patch != 2 || c->head_size % 2 || c->head_size > 256 || c->position_side > 1 << 12)
+        return sc_fail("%s: patch_size must be 2, attention_head_dim even and at most 256, "
+                       "pos_embed_max_size at most 4096", from->path);
+    return sc__config_number(from, "caption_projection_dim", projected) == width ||
+           sc_fail("%s: caption_projection_dim must be %d x %d, the heads' width", from->path,
+                   c->heads, c->head_size);
+}
+
+/* What config.json lacks is as in FLUX.1-dev or SD3.5-Large; where there is none, the weights'
+ * shapes say it. */
+static bool sc__dit_read_config(sc_dit_config *c, sc__config *from, const sc_net *weights) {
+    static const char flux[] = "FluxTransformer2DModel", sd3[] = "SD3Transformer2DModel";
+    const sc_net none = {0}, *net = from->json ? &none : weights;
+    const char *likely = sc__side(net, "pos_embed.proj.weight", 0, 0) ? sd3 : flux;
+    const char *class_name = sc_json_string(sc_json_get(from->json, "_class_name"), likely);
+    bool is_sd3 = !strcmp(class_name, sd3);
+    if (!is_sd3 && strcmp(class_name, flux))
+        return sc_fail("%s: this is a %s; only FLUX.1 (%s) and SD3.5 (%s) are supported",
+                       from->path, class_name, flux, sd3);
+    const char *x_embedder = is_sd3 ? "pos_embed.proj.weight" : "x_embedder.weight";
+    int in = sc__side(net, x_embedder, 1, is_sd3 ? 16 : 64), patch = is_sd3 ? 4 : 1;
+    in = patch * sc__config_int(from, 1, "in_channels", in);
+    int out = sc__side(net, "proj_out.weight", 0, in) / patch;
+    int layers = sc__count_layers(net, "transformer_blocks.%d.attn.to_q.weight", is_sd3 ? 38 : 19);
+    int singles = sc__count_layers(net, "single_transformer_blocks.%d.attn.to_q.weight", 38);
+    int size = sc__side(net, "transformer_blocks.0.attn.norm_q.weight", 0, is_sd3 ? 64 : 128);
+    int text = sc__side(net, "context_embedder.weight", 1, 4096);
+    int pooled = sc__side(net, "time_text_embed.text_embedder.linear_1.weight", 1,
+                          is_sd3 ? 2048 : 768);
+    c->kind = is_sd3 ? SC_SD3 : SC_FLUX;
+    c->in_channels = in;
+    c->out_channels = patch * sc__config_int(from, 1, "out_channels", out);
+    c->layers = sc__config_int(from, is_sd3 ? 1 : 0, "num_layers", layers);
+    c->single_layers = is_sd3 ? 0 : sc__config_int(from, 0, "num_single_layers", singles);
+    c->head_size = size = sc__config_int(from, 1, "attention_head_dim", size);
+    int width = sc__side(net, x_embedder, 0, is_sd3 ? 38 * size : 3072);
+    c->heads = sc__config_int(from, 1, "num_attention_heads", width / (size ? size : 1));
+    c->text_channels = sc__config_int(from, 1, "joint_attention_dim", text);
+    c->pooled_channels = sc__config_int(from, 1, "pooled_projection_dim", pooled);
+    if (from->wrong) return false;
     if ((int64_t)c->heads * c->head_size > 1 << 20)
-        return sc_fail("%s: %d heads of %d is too wide", path, c->heads, c->head_size);
-    c->guidance = sc_json_bool(sc_json_get(from->json, "guidance_embeds"), false);
-    return true;
+        return sc_fail("%s: %d heads of %d is too wide", from->path, c->heads, c->head_size);
+    if (c->layers + c->single_layers > 1024)
+        return sc_fail("%s: more than 1024 blocks", from->path);
+    return is_sd3 ? sc__sd3_read_config(c, from, net) : sc__flux_read_config(c, from, net);
 }
 
-static char *sc__sd3_config_text(const sc_net *net) {
-    int size = sc__side(net, "transformer_blocks.0.attn.norm_q.weight", 0, 64);
-    int width = sc__side(net, "pos_embed.proj.weight", 0, 2432);
-    int channels = sc__side(net, "pos_embed.proj.weight", 1, 16);
-    int dual = sc__count_layers(net, "transformer_blocks.%d.attn2.to_q.weight", 0);
-    char text[2048], list[512] = "";
-    for (int i = 0, n = 0; i < dual && n < 500; i++)
-        n += snprintf(list + n, sizeof list - (size_t)n, "%s%d", i ? ", " : "", i);
-    snprintf(text, sizeof text,
-             "{\n  \"_class_name\": \"SD3Transformer2DModel\",\n  \"attention_head_dim\": %d,\n"
-             "  \"caption_projection_dim\": %d,\n  \"dual_attention_layers\": [%s],\n"
-             "  \"in_channels\": %d,\n  \"joint_attention_dim\": %d,\n"
-             "  \"num_attention_heads\": %d,\n  \"num_layers\": %d,\n  \"out_channels\": %d,\n"
-             "  \"patch_size\": 2,\n  \"pooled_projection_dim\": %d,\n"
-             "  \"pos_embed_max_size\": %.0f,\n  \"qk_norm\": %s,\n"
-             "  \"sample_size\": 128\n}\n",
-             size, width, list, channels, sc__side(net, "context_embedder.weight", 1, 4096),
-             width / (size ? size : 1),
-             sc__count_layers(net, "transformer_blocks.%d.attn.to_q.weight", 38),
-             sc__side(net, "proj_out.weight", 0, 64) / 4,
-             sc__side(net, "time_text_embed.text_embedder.linear_1.weight", 1, 2048),
-             sqrt(sc__side(net, "pos_embed.pos_embed", 1, 192 * 192)),
-             sc__side(net, "transformer_blocks.0.attn.norm_q.weight", 0, 0) ? "\"rms_norm\""
-                                                                             : "null");
-    return sc__strdup(text);
-}
-
-/* The config.json of weights that come without one, by their shapes, with FLUX.1's proportions of
- * RoPE axes: 1/8, 7/16, 7/16. */
-static char *sc__dit_config_text(const sc_net *net) {
-    if (sc__side(net, "pos_embed.proj.weight", 0, 0)) return sc__sd3_config_text(net);
-    static const char guidance[] = "time_text_embed.guidance_embedder.linear_1.weight";
-    int size = sc__side(net, "transformer_blocks.0.attn.norm_q.weight", 0, 128);
-    int in = sc__side(net, "x_embedder.weight", 1, 64);
-    char text[1024];
-    snprintf(text, sizeof text,
-             "{\n  \"_class_name\": \"FluxTransformer2DModel\",\n  \"attention_head_dim\": %d,\n"
-             "  \"axes_dims_rope\": [%d, %d, %d],\n  \"guidance_embeds\": %s,\n"
-             "  \"in_channels\": %d,\n  \"joint_attention_dim\": %d,\n"
-             "  \"num_attention_heads\": %d,\n  \"num_layers\": %d,\n  \"num_single_layers\": %d,\n"
-             "  \"out_channels\": %d,\n  \"patch_size\": 1,\n  \"pooled_projection_dim\": %d\n}\n",
-             size, size / 8, size * 7 / 16, size * 7 / 16,
-             sc__side(net, guidance, 0, 0) ? "true" : "false", in,
-             sc__side(net, "context_embedder.weight", 1, 4096),
-             sc__side(net, "x_embedder.weight", 0, 3072) / (size ? size : 1),
-             sc__count_layers(net, "transformer_blocks.%d.attn.to_q.weight", 19),
-             sc__count_layers(net, "single_transformer_blocks.%d.attn.to_q.weight", 38),
-             sc__side(net, "proj_out.weight", 0, in),
-             sc__side(net, "time_text_embed.text_embedder.linear_1.weight", 1, 768));
+/* The config.json of weights that came without one. */
+static char *sc__dit_config_text(const sc_dit_config *c) {
+    const int *axes = c->rope_axes;
+    char text[2048], dual[512] = "";
+    for (int i = 0, n = 0; i < c->dual_layers && n < 500; i++)
+        n += snprintf(dual + n, sizeof dual - (size_t)n, "%s%d", i ? ", " : "", i);
+    if (c->kind == SC_SD3)
+        snprintf(text, sizeof text,
+                 "{\n  \"_class_name\": \"SD3Transformer2DModel\",\n  \"attention_head_dim\": %d,\n"
+                 "  \"caption_projection_dim\": %d,\n  \"dual_attention_layers\": [%s],\n"
+                 "  \"in_channels\": %d,\n  \"joint_attention_dim\": %d,\n"
+                 "  \"num_attention_heads\": %d,\n  \"num_layers\": %d,\n  \"out_channels\": %d,\n"
+                 "  \"patch_size\": 2,\n  \"pooled_projection_dim\": %d,\n"
+                 "  \"pos_embed_max_size\": %d,\n  \"qk_norm\": \"rms_norm\",\n"
+                 "  \"sample_size\": 128\n}\n",
+                 c->head_size, c->heads * c->head_size, dual, c->in_channels / 4, c->text_channels,
+                 c->heads, c->layers, c->out_channels / 4, c->pooled_channels, c->position_side);
+    else
+        snprintf(text, sizeof text,
+                 "{\n  \"_class_name\": \"FluxTransformer2DModel\",\n  \"attention_head_dim\": %d,\n"
+                 "  \"axes_dims_rope\": [%d, %d, %d],\n  \"guidance_embeds\": %s,\n"
+                 "  \"in_channels\": %d,\n  \"joint_attention_dim\": %d,\n"
+                 "  \"num_attention_heads\": %d,\n  \"num_layers\": %d,\n"
+                 "  \"num_single_layers\": %d,\n  \"out_channels\": %d,\n  \"patch_size\": 1,\n"
+                 "  \"pooled_projection_dim\": %d\n}\n",
+                 c->head_size, axes[0], axes[1], axes[2], c->guidance ? "true" : "false",
+                 c->in_channels, c->text_channels, c->heads, c->layers, c->single_layers,
+                 c->out_channels, c->pooled_channels);
     return sc__strdup(text);
 }
 
@@ -5145,15 +5140,11 @@ sc_dit *sc_dit_open(const sc_backend *backend, const char *path, const sc_dit_op
     bool ok = (!o.fp8 || !o.widen || sc_fail("weights that are f32 cannot become fp8")) &&
               sc__read_config(&c, path);
     size_t length;
-    if (ok && c.json) ok = (f->config_text = sc_read_file(c.path, &length)) != NULL;
     if (ok && o.random && !c.json) ok = sc_fail("%s: No such file", c.path);
-    ok = ok && (f->net = sc_net_open(backend, o.random ? NULL : path, o.widen));
-    if (ok && !c.json)
-        ok = (f->config_text = sc__dit_config_text(f->net)) &&
-             (c.json = sc_json_parse(f->config_text, strlen(f->config_text), c.path));
-    ok = ok && sc__dit_read_config(&f->config, &c);
-    if (ok && f->config.layers + f->config.single_layers > 1024)
-        ok = sc_fail("%s: more than 1024 blocks", c.path);
+    ok = ok && (f->net = sc_net_open(backend, o.random ? NULL : path, o.widen)) &&
+         sc__dit_read_config(&f->config, &c, f->net) &&
+         (f->config_text = c.json ? sc_read_file(c.path, &length)
+                                  : sc__dit_config_text(&f->config));
     sc__config_close(&c);
     if (ok) {
         size_t doubles = (size_t)f->config.layers, singles = (size_t)f->config.single_layers;
