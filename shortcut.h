@@ -5018,8 +5018,7 @@ static bool sc__dit_linear(sc_dit *f, sc_linear_layer *layer, const char *prefix
     sc__module *m = &f->modules[f->module_count++];
     snprintf(m->name, sizeof m->name, "%.60s%.60s", prefix, name);
     m->layer = layer;
-    m->untrained =
-        f->config.kind == SC_SD3 && (strstr(name, "_context") || strstr(name, "attn2"));
+    m->untrained = f->config.kind == SC_SD3 && (strstr(name, "_context") || strstr(name, "attn2"));
     return sc_net_linear(f->net, layer, m->name, out, in, true);
 }
 
@@ -5075,9 +5074,8 @@ static bool sc__dit_double(sc_dit *f, int index, int64_t c) {
     block->last = f->config.kind == SC_SD3 && index == f->config.layers - 1;
     return sc__dit_stream(f, &block->stream[0], p, c, false, twice ? 9 : 6) &&
            sc__dit_stream(f, &block->stream[1], p, c, true, block->last ? 2 : 6) &&
-           (!twice ||
-            (sc__dit_attention(f, &block->image_only, p, sc__image_only_names, c, true) &&
-             sc__dit_norms(f, &block->image_only, p, sc__image_only_names)));
+           (!twice || (sc__dit_attention(f, &block->image_only, p, sc__image_only_names, c, true) &&
+                       sc__dit_norms(f, &block->image_only, p, sc__image_only_names)));
 }
 
 static bool sc__dit_single(sc_dit *f, int index, int64_t c) {
@@ -5220,8 +5218,7 @@ static void sc__as_patches(sc_tensor *x) {
     x->shape[2] = x->shape[3] = 2;
 }
 
-bool sc_dit_save(const sc_dit *f, const char *folder, sc_dtype dtype,
-                  const char *const *metadata) {
+bool sc_dit_save(const sc_dit *f, const char *folder, sc_dtype dtype, const char *const *metadata) {
     sc_net *net = f->net;
     char *config = sc__join(folder, "config.json");
     char *weights = sc__join(folder, "diffusion_pytorch_model.safetensors");
@@ -5413,8 +5410,7 @@ static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor
     float scale;
     int end = -1;
     while (!a && ++end < SC__LORA_ENDS)
-        a = sc__find_as(file, sc__lora_prefixes, module, sc__lora_ends[end][0], l->blocks,
-                         &part);
+        a = sc__find_as(file, sc__lora_prefixes, module, sc__lora_ends[end][0], l->blocks, &part);
     if (!a) return true;
     int stem = (int)sc__stem(a->name, sc__lora_ends[end][0]);
     int n = snprintf(name, sizeof name, "%.*s%s", stem, a->name, sc__lora_ends[end][1]);
@@ -7182,8 +7178,7 @@ static bool sc__encoder_open(sc_text_encoders *t, sc__encoder *e, const char *mo
     e->names = clip ? &sc__clip_names : &sc__t5_names;
     e->biased = clip;
     if (path && t->backend) e->tokenizer = sc__open_tokenizer(model, tokenizer, clip);
-    bool ok = path && (!t->backend || e->tokenizer) &&
-              sc__read_config(&c, path) &&
+    bool ok = path && (!t->backend || e->tokenizer) && sc__read_config(&c, path) &&
               (e->net = sc_net_open(t->backend, path, sc__small_file(t->backend, path)));
     if (ok && part == SC_SD3_CLIP_G) e->net->prefixes = sc__clip_g_prefixes;
     if (ok && part == SC_SD3_CLIP_G && e->tokenizer) e->tokenizer->pad = 0; /* not CLIP-L's */
