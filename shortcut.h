@@ -1092,21 +1092,17 @@ bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int
  * tokens at (0,row,column). There is no final norm on the text stream. C: heads times head size.
  */
 
-typedef struct sc__attention {
-    sc_linear_layer q, k, v, out;   /* [C, C]; single: out [C, 5C], of the attention and the MLP */
-    sc_tensor *norm_q, *norm_k;     /* [D] */
-} sc__attention;
-
 typedef struct sc__stream {         /* one stream of a double block, or a single block's only one */
     sc_linear_layer mod;            /* [6C, C]; single: [3C, C]; SD3.5: see there */
-    sc__attention attention;
-    sc_linear_layer up, down;       /* [4C, C], [C, 4C]; single: no down */
+    sc_linear_layer q, k, v, out;   /* [C, C]; single: no out */
+    sc_tensor *norm_q, *norm_k;     /* [D] */
+    sc_linear_layer up, down;       /* [4C, C], [C, 4C]; single: down [C, 5C], of both */
 } sc__stream;
 
 typedef struct sc__block {
     const sc_dit *dit;
     sc__stream stream[2];           /* 0 image, 1 text; single: 0 both, joined */
-    sc__attention image_only;       /* SD3.5-Medium's second attention; no weights: none */
+    sc__stream image_only;          /* SD3.5-Medium's second attention; no weights: none */
     bool last;                      /* SD3.5: nobody reads the text after this block */
 } sc__block;
 
@@ -1151,13 +1147,13 @@ static void sc__rope_turns(const sc_dit_config *c, int text, int h, int w, float
 }
 
 /* Attention of tokens n [B,T,C] among themselves, without its output layer. */
-static sc_tensor *sc__self_attention(sc_tape *t, const sc__block *block, const sc__attention *a,
+static sc_tensor *sc__self_attention(sc_tape *t, const sc__block *block, const sc__stream *s,
                                      sc_tensor *n) {
     const sc_tensor *rope = &block->dit->rope;
     float scale = 1.f / sqrtf((float)block->dit->config.head_size);
-    sc_tensor *q = sc_norm_rope(t, NULL, sc_linear(t, n, &a->q), NULL, a->norm_q, rope);
-    sc_tensor *k = sc_norm_rope(t, NULL, sc_linear(t, n, &a->k), NULL, a->norm_k, rope);
-    sc_tensor *v = sc_linear(t, n, &a->v);
+    sc_tensor *q = sc_norm_rope(t, NULL, sc_linear(t, n, &s->q), NULL, s->norm_q, rope);
+    sc_tensor *k = sc_norm_rope(t, NULL, sc_linear(t, n, &s->k), NULL, s->norm_k, rope);
+    sc_tensor *v = sc_linear(t, n, &s->v);
     return sc_attention(t, q, k, v, block->dit->config.heads, scale, NULL, false);
 }
 
@@ -1165,7 +1161,6 @@ static sc_tensor *sc__self_attention(sc_tape *t, const sc__block *block, const s
 static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context) {
     const sc__block *block = (const sc__block *)context;
     const sc__stream *stream = block->stream;
-    const sc__attention *image = &stream[0].attention, *text = &stream[1].attention;
     int heads = block->dit->config.heads;
     float scale = 1.f / sqrtf((float)block->dit->config.head_size);
     sc_tensor *mod[2], *q[2], *k[2], *v[2];
@@ -1173,19 +1168,19 @@ static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, cons
         mod[i] = sc_linear(t, in[2], &stream[i].mod);
         bool ends = i == 1 && block->last; /* SD3.5: (scale, shift) is all there is */
         sc_tensor *n = sc_ln_modulate(t, in[i], mod[i], ends ? 1 : 0, ends ? 0 : 1);
-        q[i] = sc_linear(t, n, &stream[i].attention.q);
-        k[i] = sc_linear(t, n, &stream[i].attention.k);
-        v[i] = sc_linear(t, n, &stream[i].attention.v);
+        q[i] = sc_linear(t, n, &stream[i].q);
+        k[i] = sc_linear(t, n, &stream[i].k);
+        v[i] = sc_linear(t, n, &stream[i].v);
     }
     const sc_tensor *rope = &block->dit->rope;
-    sc_tensor *query = sc_norm_rope(t, q[1], q[0], text->norm_q, image->norm_q, rope);
-    sc_tensor *key = sc_norm_rope(t, k[1], k[0], text->norm_k, image->norm_k, rope);
+    sc_tensor *query = sc_norm_rope(t, q[1], q[0], stream[1].norm_q, stream[0].norm_q, rope);
+    sc_tensor *key = sc_norm_rope(t, k[1], k[0], stream[1].norm_k, stream[0].norm_k, rope);
     sc_tensor *o =
         sc_attention(t, query, key, sc_concat_tokens(t, v[1], v[0]), heads, scale, NULL, false);
     int64_t from[2] = {in[1]->shape[1], 0};
     for (int i = 0; i < (block->last ? 1 : 2); i++) {
         sc_tensor *own = sc_slice_tokens(t, o, from[i], in[i]->shape[1]);
-        own = sc_linear(t, own, &stream[i].attention.out);
+        own = sc_linear(t, own, &stream[i].out);
         sc_tensor *x = sc_gated_residual(t, in[i], own, mod[i], 2);
         if (i == 0 && block->image_only.q.weight) { /* SD3.5-Medium: vectors 6 to 8 */
             own = sc__self_attention(t, block, &block->image_only,
@@ -1205,9 +1200,9 @@ static bool sc__single_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, cons
     const sc__stream *stream = block->stream;
     sc_tensor *mod = sc_linear(t, in[1], &stream->mod);
     sc_tensor *n = sc_ln_modulate(t, in[0], mod, 0, 1);
-    sc_tensor *o = sc__self_attention(t, block, &stream->attention, n);
+    sc_tensor *o = sc__self_attention(t, block, stream, n);
     sc_tensor *both = sc_concat_gelu(t, o, n, &stream->up);
-    out[0] = sc_gated_residual(t, in[0], sc_linear(t, both, &stream->attention.out), mod, 2);
+    out[0] = sc_gated_residual(t, in[0], sc_linear(t, both, &stream->down), mod, 2);
     return out[0] != NULL;
 }
 
@@ -5012,9 +5007,11 @@ static char *sc__dit_config_text(const sc_dit_config *c) {
     return sc__strdup(text);
 }
 
-/* SD3.5's LoRA leaves alone what its authors' does: the text's modulation and MLP, attn2. */
+/* No name: there is no such layer. SD3.5's LoRA leaves alone what its authors' does: the text's
+ * modulation and MLP, attn2. */
 static bool sc__dit_linear(sc_dit *f, sc_linear_layer *layer, const char *prefix,
                            const char *name, int64_t out, int64_t in) {
+    if (!name) return true;
     sc__module *m = &f->modules[f->module_count++];
     snprintf(m->name, sizeof m->name, "%.60s%.60s", prefix, name);
     m->layer = layer;
@@ -5029,64 +5026,56 @@ static bool sc__dit_norm(sc_dit *f, sc_tensor **weight, const char *prefix, cons
            NULL;
 }
 
-enum { SC__NAME_Q, SC__NAME_K, SC__NAME_V, SC__NAME_OUT, SC__NAME_NORM_Q, SC__NAME_NORM_K };
-typedef const char *const sc__attention_names[6];
-static sc__attention_names sc__image_names = {"attn.to_q", "attn.to_k", "attn.to_v",
-    "attn.to_out.0", "attn.norm_q", "attn.norm_k"};
-static sc__attention_names sc__text_names = {"attn.add_q_proj", "attn.add_k_proj",
-    "attn.add_v_proj", "attn.to_add_out", "attn.norm_added_q", "attn.norm_added_k"};
-static sc__attention_names sc__image_only_names = {"attn2.to_q", "attn2.to_k", "attn2.to_v",
-    "attn2.to_out.0", "attn2.norm_q", "attn2.norm_k"};
+/* What a stream calls its layers, and its norms. */
+typedef struct sc__stream_names {
+    const char *mod, *q, *k, *v, *out, *up, *down, *norm_q, *norm_k;
+} sc__stream_names;
+static const sc__stream_names sc__image_names = {
+    "norm1.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj",
+    "ff.net.2", "attn.norm_q", "attn.norm_k"};
+static const sc__stream_names sc__text_names = {
+    "norm1_context.linear", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
+    "attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2", "attn.norm_added_q",
+    "attn.norm_added_k"};
+static const sc__stream_names sc__image_only_names = {
+    NULL, "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0", NULL, NULL, "attn2.norm_q",
+    "attn2.norm_k"};
+static const sc__stream_names sc__single_names = {
+    "norm.linear", "attn.to_q", "attn.to_k", "attn.to_v", NULL, "proj_mlp", "proj_out",
+    "attn.norm_q", "attn.norm_k"};
 
-/* out: there is an output of its own. */
-static bool sc__dit_attention(sc_dit *f, sc__attention *a, const char *p, sc__attention_names names,
-                              int64_t c, bool out) {
-    return sc__dit_linear(f, &a->q, p, names[SC__NAME_Q], c, c) &&
-           sc__dit_linear(f, &a->k, p, names[SC__NAME_K], c, c) &&
-           sc__dit_linear(f, &a->v, p, names[SC__NAME_V], c, c) &&
-           (!out || sc__dit_linear(f, &a->out, p, names[SC__NAME_OUT], c, c));
-}
-
-static bool sc__dit_norms(sc_dit *f, sc__attention *a, const char *p, sc__attention_names names) {
-    return sc__dit_norm(f, &a->norm_q, p, names[SC__NAME_NORM_Q]) &&
-           sc__dit_norm(f, &a->norm_k, p, names[SC__NAME_NORM_K]);
-}
-
-/* mods: vectors of its modulation, 2 of a text that ends with this block. */
-static bool sc__dit_stream(sc_dit *f, sc__stream *s, const char *p, int64_t c, bool text,
-                           int mods) {
-    sc__attention_names *names = text ? &sc__text_names : &sc__image_names;
-    const char *mod = text ? "norm1_context.linear" : "norm1.linear";
-    const char *up = text ? "ff_context.net.0.proj" : "ff.net.0.proj";
-    const char *down = text ? "ff_context.net.2" : "ff.net.2";
-    return sc__dit_linear(f, &s->mod, p, mod, mods * c, c) &&
-           sc__dit_attention(f, &s->attention, p, *names, c, mods > 2) &&
-           (mods == 2 || (sc__dit_linear(f, &s->up, p, up, 4 * c, c) &&
-                          sc__dit_linear(f, &s->down, p, down, c, 4 * c))) &&
-           sc__dit_norms(f, &s->attention, p, *names);
+/* mods: vectors of its modulation. */
+static bool sc__dit_stream(sc_dit *f, sc__stream *s, const char *p, const sc__stream_names *n,
+                           int64_t c, int mods) {
+    return sc__dit_linear(f, &s->mod, p, n->mod, mods * c, c) &&
+           sc__dit_linear(f, &s->q, p, n->q, c, c) &&
+           sc__dit_linear(f, &s->k, p, n->k, c, c) &&
+           sc__dit_linear(f, &s->v, p, n->v, c, c) &&
+           sc__dit_linear(f, &s->out, p, n->out, c, c) &&
+           sc__dit_linear(f, &s->up, p, n->up, 4 * c, c) &&
+           sc__dit_linear(f, &s->down, p, n->down, c, n->out ? 4 * c : 5 * c) &&
+           sc__dit_norm(f, &s->norm_q, p, n->norm_q) &&
+           sc__dit_norm(f, &s->norm_k, p, n->norm_k);
 }
 
 static bool sc__dit_double(sc_dit *f, int index, int64_t c) {
     sc__block *block = &f->blocks[index];
     bool twice = index < f->config.dual_layers;
+    sc__stream_names text = sc__text_names;
     char p[SC_MAX_NAME];
     snprintf(p, sizeof p, "transformer_blocks.%d.", index);
     block->last = f->config.kind == SC_SD3 && index == f->config.layers - 1;
-    return sc__dit_stream(f, &block->stream[0], p, c, false, twice ? 9 : 6) &&
-           sc__dit_stream(f, &block->stream[1], p, c, true, block->last ? 2 : 6) &&
-           (!twice || (sc__dit_attention(f, &block->image_only, p, sc__image_only_names, c, true) &&
-                       sc__dit_norms(f, &block->image_only, p, sc__image_only_names)));
+    if (block->last) text.out = text.up = text.down = NULL;
+    return sc__dit_stream(f, &block->stream[0], p, &sc__image_names, c, twice ? 9 : 6) &&
+           sc__dit_stream(f, &block->stream[1], p, &text, c, block->last ? 2 : 6) &&
+           (!twice || sc__dit_stream(f, &block->image_only, p, &sc__image_only_names, c, 0));
 }
 
 static bool sc__dit_single(sc_dit *f, int index, int64_t c) {
-    sc__stream *s = f->blocks[f->config.layers + index].stream;
     char p[SC_MAX_NAME];
     snprintf(p, sizeof p, "single_transformer_blocks.%d.", index);
-    return sc__dit_linear(f, &s->mod, p, "norm.linear", 3 * c, c) &&
-           sc__dit_attention(f, &s->attention, p, sc__image_names, c, false) &&
-           sc__dit_linear(f, &s->up, p, "proj_mlp", 4 * c, c) &&
-           sc__dit_linear(f, &s->attention.out, p, "proj_out", c, 5 * c) &&
-           sc__dit_norms(f, &s->attention, p, sc__image_names);
+    return sc__dit_stream(f, f->blocks[f->config.layers + index].stream, p, &sc__single_names, c,
+                          3);
 }
 
 static bool sc__dit_embedder(sc_dit *f, sc__embedder *e, const char *prefix, int64_t c,

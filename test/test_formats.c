@@ -277,8 +277,8 @@ static void test_layouts(void) {
         tensors *t = to_bfl("", scales[i]);
         sc_dit *f = open_as(t, "fp8"),
                 *wide = sc_dit_open(sc_cpu(), in_folder("fp8"), &(sc_dit_options){.widen = true});
-        CHECK(f && f->blocks[0].stream[0].attention.q.weight->dtype == SC_F8_E4M3 &&
-              f->blocks[0].stream[0].attention.q.weight->scale);
+        CHECK(f && f->blocks[0].stream[0].q.weight->dtype == SC_F8_E4M3 &&
+              f->blocks[0].stream[0].q.weight->scale);
         CHECK(difference(f, wide) == 0);
         CHECK(difference(f, original) < 0.1 && difference(f, original) > 0);
         sc_dit_close(f), sc_dit_close(wide);
