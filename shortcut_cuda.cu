@@ -372,8 +372,7 @@ static void cuda_upload(void *device, const void *host, size_t bytes) {
         memcpy(stage, host, n);
         check(cudaMemcpyAsync(device, stage, n, cudaMemcpyDefault, gpu.stream),
               "upload"); /* streamed: host */
-        staging.used += n < STAGE_SIZE - staging.used ? (n + 63) / 64 * 64 : n;
-        if (staging.used > STAGE_SIZE) staging.used = STAGE_SIZE;
+        staging.used += (n + 63) / 64 * 64; /* STAGE_SIZE is a multiple, too */
         device = (char *)device + n;
         host = (const char *)host + n;
         bytes -= n;
@@ -466,7 +465,7 @@ static void drop_copy(Streamed *s) {
     s->device = NULL;
 }
 
-static bool release_streamed(void *p) {
+static void release_streamed(void *p) {
     for (int i = 0; i < streamed.count; i++) {
         Streamed *s = &streamed.list[i];
         if (s->host != p) continue;
@@ -476,9 +475,7 @@ static bool release_streamed(void *p) {
         check(cudaEventDestroy(s->copied), "cudaEventDestroy");
         check(cudaEventDestroy(s->free), "cudaEventDestroy");
         s->host = NULL; /* others are known by their index: its place is for the next */
-        return true;
     }
-    return false;
 }
 
 static void cuda_release(void *p) {
