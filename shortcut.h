@@ -736,8 +736,8 @@ bool sc_json_bool(const sc_json *value, bool fallback);
 sc_file *sc_file_open(const char *path);
 void sc_file_close(sc_file *file);
 const char *sc_file_path(const sc_file *file);
-/* The path of the index-th mapped file, a shard or the only one; yours. NULL: there are no more. */
-char *sc_file_part(const sc_file *file, int64_t index);
+/* The path of the index-th mapped file, a shard or the only one. NULL: there are no more. */
+const char *sc_file_part(const sc_file *file, int64_t index);
 int64_t sc_file_count(const sc_file *file);
 const char *sc_file_name(const sc_file *file, int64_t index);
 /* The format aligns no data: read it with sc_to_f32, or memcpy. */
@@ -3894,7 +3894,8 @@ bool sc_json_bool(const sc_json *v, bool fallback) {
 
 /* One mapped file. Names of tensors point into its header. */
 typedef struct sc__mapping {
-    const char *shard;
+    char *path;
+    const char *shard;          /* its name in the index */
     void *data;
     size_t size;
     sc_json *header;
@@ -3929,6 +3930,7 @@ void sc_file_close(sc_file *f) {
     for (int64_t i = 0; i < f->part_count; i++) {
         munmap(f->parts[i].data, f->parts[i].size);
         sc_json_free(f->parts[i].header);
+        SC_FREE(f->parts[i].path);
     }
     sc_json_free(f->index);
     SC_FREE(f->parts);
@@ -4019,8 +4021,8 @@ static bool sc__no_safetensors(const char *path, const char *bytes, size_t size)
 
 /* Parses the header of a part, a JSON object, and appends its tensors: all, or those that the index
  * (its weight_map) places there. */
-static bool sc__read_part(sc_file *f, sc__mapping *part, const char *path, const sc_json *map) {
-    char *bytes = (char *)part->data;
+static bool sc__read_part(sc_file *f, sc__mapping *part, const sc_json *map) {
+    char *bytes = (char *)part->data, *path = part->path;
     uint64_t length = 0;
     size_t at = 8;
     for (int i = 7; part->size > 8 && i >= 0; i--) length = length << 8 | (unsigned char)bytes[i];
@@ -4057,8 +4059,9 @@ static bool sc__map_part(sc_file *f, const char *path, const sc_json *map, const
     void *data = mmap(NULL, (size_t)size, PROT_READ, MAP_PRIVATE, descriptor, 0);
     close(descriptor);
     if (data == MAP_FAILED) return sc_fail("%s: cannot map: %s", path, strerror(errno));
-    f->parts[f->part_count] = (sc__mapping){shard, data, (size_t)size, NULL};
-    return sc__read_part(f, &f->parts[f->part_count++], path, map);
+    sc__mapping *part = &f->parts[f->part_count++];
+    *part = (sc__mapping){sc__strdup(path), shard, data, (size_t)size, NULL};
+    return part->path && sc__read_part(f, part, map);
 }
 
 /* NAME.safetensors.index.json, or of a variant .index.fp16.json: {"weight_map": {tensor: shard}};
@@ -4145,12 +4148,8 @@ sc_file *sc_file_open(const char *path) {
 }
 
 const char *sc_file_path(const sc_file *f) { return f->path; }
-char *sc_file_part(const sc_file *f, int64_t i) {
-    const char *shard = i < f->part_count ? f->parts[i].shard : NULL;
-    char *folder = shard ? sc_model_folder(f->path) : NULL;
-    char *path = i >= f->part_count ? NULL : folder ? sc__join(folder, shard) : sc__strdup(f->path);
-    SC_FREE(folder);
-    return path;
+const char *sc_file_part(const sc_file *f, int64_t i) {
+    return i < f->part_count ? f->parts[i].path : NULL;
 }
 int64_t sc_file_count(const sc_file *f) { return f->count; }
 const char *sc_file_name(const sc_file *f, int64_t i) { return f->entries[i].name; }

@@ -388,7 +388,7 @@ bool sc_apart(const char *out, const char *input) {
     bool same = input && same_place(out, input);
     sc_file *file = input && !same && exists(out) ? sc_file_open(input) : NULL;
     const char *part = NULL;
-    for (int64_t i = 0; file && (part = kept(sc_file_part(file, i))); i++)
+    for (int64_t i = 0; file && (part = sc_file_part(file, i)); i++)
         same = same || same_file(out, part);
     sc_file_close(file);
     return !same || sc_fail("%s: this is %s, which is read or written too: choose another place",

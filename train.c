@@ -471,7 +471,7 @@ static uint64_t mix_file(uint64_t hash, const char *path, bool times) {
 static uint64_t mix_part(uint64_t hash, sc_part part, bool times) {
     const char *path = kept(sc_part_path(o.model, part)), *shard;
     sc_file *file = path ? sc_file_open(path) : NULL;
-    for (int64_t i = 0; file && (shard = kept(sc_file_part(file, i))); i++)
+    for (int64_t i = 0; file && (shard = sc_file_part(file, i)); i++)
         hash = mix_file(hash, shard, times);
     sc_file_close(file);
     return hash;
