@@ -85,7 +85,7 @@ build/mpi/asked: always # changes when what was asked for does
 
 build:
 	mkdir -p build
-build/test_%: test/test_%.c test/test.h test/fuzz.h shortcut.h tools.h | build
+build/test_%: test/test_%.c test/test.h test/dit.h test/fuzz.h shortcut.h tools.h | build
 	$(CC) $(BASE) -Wno-unused-function $(CFLAGS) $< -o $@ $(LIBS)
 build/test_mixture: test/flow.c test/draw.h
 build/flow: test/flow.c test/draw.h shortcut.h tools.h | build
@@ -93,7 +93,7 @@ build/flow: test/flow.c test/draw.h shortcut.h tools.h | build
 build/encode build/gradients build/vae_at_size: build/%: test/%.c shortcut.h | build
 	$(CC) $(BASE) $(CFLAGS) $< -o $@ $(LIBS)
 # The same tests of a build with plain C products, on one thread.
-build/test_%_plain: test/test_%.c test/test.h shortcut.h tools.h | build
+build/test_%_plain: test/test_%.c test/test.h test/dit.h shortcut.h tools.h | build
 	$(CC) -std=c99 -pedantic -Wall -Wextra -Wno-unused-function $(CFLAGS) $< -o $@ -lm
 build/test_cuda: test/test_cuda.c test/test.h shortcut.h $(CUDA_OBJECT) | build
 	$(CC) $(BASE) -Wno-unused-function $(CFLAGS) $< -o $@ $(CUDA_LINK) $(LIBS)

@@ -112,37 +112,45 @@ static void test_encoders(const char *folder, const char *reference) {
 
 /* ---- Pipelines ---- */
 
+static const char *prompt_of(const sc_file *f, int i) {
+    const char *prompt = find(f, "prompts")->data;
+    while (i-- > 0) prompt += strlen(prompt) + 1;
+    return prompt;
+}
+
 /* From the reference's noise to latents and a picture; `prefix` "": bare, "lora_": with the LoRA.
- */
-static void test_drawing(sc_pipeline *p, const sc_file *f, const char *folder, const char *prefix) {
+ * cfg: with the negative prompt. */
+static void test_drawing(sc_pipeline *p, const sc_file *f, const char *prefix, bool cfg) {
     const float *settings = find(f, "settings")->data;
     const sc_tensor *noise = find(f, "noise");
     char name[64];
-    int h = (int)settings[2], w = (int)settings[3];
     int64_t n = sc_count(noise), pixels = sc_count(find(f, "picture"));
     float *latents = malloc((size_t)(n + pixels) * 4), *rgb = latents + n;
-    sc_sampling s = {.steps = (int)settings[0],
-                     .guidance = settings[1],
-                     .h = h,
-                     .w = w,
-                     .shift = sc_pipeline_shift(p, (int64_t)h * w)};
+    sc_text text = sc_pipeline_text(p, prompt_of(f, 0)), no_text = {0};
+    sc_sampling s = {.steps = (int)settings[0], .h = (int)settings[2], .w = (int)settings[3]};
+    s.shift = sc_pipeline_shift(p, (int64_t)s.h * s.w);
+    if (p->dit->config.kind == SC_SD3) CHECK(s.shift == settings[5]);
+    else s.guidance = settings[1];
+    if (cfg) {
+        no_text = sc_pipeline_text(p, prompt_of(f, (int)settings[6]));
+        s.cfg = settings[1], s.no_text = no_text;
+    }
     memcpy(latents, noise->data, (size_t)n * 4);
     CHECK(p->shift == settings[5]);
-    sc_text text = sc_pipeline_text(p, find(f, "prompts")->data);
-    CHECK(text.context != NULL);
+    CHECK(text.context && (no_text.context || !cfg));
     CHECK(sc_sample(p->dit, p->tape, &s, 1, p->text_tokens, &text, latents));
-    CHECK(sc_pipeline_decode(p, latents, 1, h, w, rgb));
+    CHECK(sc_pipeline_decode(p, latents, 1, s.h, s.w, rgb));
     snprintf(name, sizeof name, "%slatents", prefix);
     double a = rel_error(latents, find(f, name)->data, n), b = 0;
     snprintf(name, sizeof name, "%spicture", prefix);
     const float *picture = find(f, name)->data;
     for (int64_t i = 0; i < pixels; i++)
         b = fmax(b, fabs(fmin(fmax(rgb[i], -1), 1) - fmin(fmax(picture[i], -1), 1)));
-    printf("%s: error of %slatents %.1e, largest of a pixel %.4f/255\n", folder, prefix, a,
+    printf("%s: error of %slatents %.1e, largest of a pixel %.4f/255\n", sc_file_path(f), prefix, a,
            b * 127.5);
     CHECK(a < 5e-5);
     CHECK(b * 127.5 < 0.1);
-    free(latents), free(text.context);
+    free(latents), free(text.context), free(no_text.context);
 }
 
 /* A transformer for other latents than the VAE's would write past the ends of both. */
@@ -162,12 +170,12 @@ static void test_pipeline(const char *name) {
     sc_file *f = open_reference(reference);
     sc_pipeline *p = sc_pipeline_open(sc_cpu(), folder, &(sc_pipeline_options){0});
     if (!p) printf("%s\n", sc_error()), exit(1);
-    test_drawing(p, f, folder, "");
+    test_drawing(p, f, "", false);
     sc_lora_report report;
     CHECK(sc_lora_load(p->dit, lora, 1, &report) && report.applied == report.total);
-    test_drawing(p, f, folder, "lora_");
+    test_drawing(p, f, "lora_", false);
     sc_lora_unload(p->dit);
-    test_drawing(p, f, folder, "");
+    test_drawing(p, f, "", false);
     sc_pipeline_close(p);
     sc_file_close(f);
 }
@@ -179,12 +187,6 @@ static sc_pipeline *open_sd3(void) {
                                       &(sc_pipeline_options){0});
     if (!p) printf("%s\n", sc_error()), exit(1);
     return p;
-}
-
-static const char *prompt_of(const sc_file *f, int i) {
-    const char *prompt = find(f, "prompts")->data;
-    while (i-- > 0) prompt += strlen(prompt) + 1;
-    return prompt;
 }
 
 /* CLIP's tokens, then T5's: [16 + 20, 32]; the pooled vectors of both CLIPs. */
@@ -217,46 +219,16 @@ static void test_sd3_texts(const sc_file *f) {
     sc_pipeline_close(p);
 }
 
-/* From the reference's noise, as test_drawing; cfg: with the negative prompt. */
-static void test_sd3_drawing(sc_pipeline *p, const sc_file *f, const char *prefix, bool cfg) {
-    const float *settings = find(f, "settings")->data;
-    const sc_tensor *noise = find(f, "noise");
-    char name[64];
-    int64_t n = sc_count(noise), pixels = sc_count(find(f, "picture"));
-    float *latents = malloc((size_t)(n + pixels) * 4), *rgb = latents + n;
-    sc_text text = sc_pipeline_text(p, prompt_of(f, 0)),
-            no_text = sc_pipeline_text(p, prompt_of(f, (int)settings[6]));
-    sc_sampling s = {.steps = (int)settings[0], .h = (int)settings[2], .w = (int)settings[3],
-                     .cfg = cfg ? settings[1] : 0, .no_text = no_text};
-    s.shift = sc_pipeline_shift(p, (int64_t)s.h * s.w);
-    memcpy(latents, noise->data, (size_t)n * 4);
-    CHECK(s.shift == settings[5]);
-    CHECK(text.context && no_text.context);
-    CHECK(sc_sample(p->dit, p->tape, &s, 1, p->text_tokens, &text, latents));
-    CHECK(sc_pipeline_decode(p, latents, 1, s.h, s.w, rgb));
-    snprintf(name, sizeof name, "%slatents", prefix);
-    double a = rel_error(latents, find(f, name)->data, n), b = 0;
-    snprintf(name, sizeof name, "%spicture", prefix);
-    const float *picture = find(f, name)->data;
-    for (int64_t i = 0; i < pixels; i++)
-        b = fmax(b, fabs(fmin(fmax(rgb[i], -1), 1) - fmin(fmax(picture[i], -1), 1)));
-    printf("pipeline_sd3: error of %slatents %.1e, largest of a pixel %.4f/255\n", prefix, a,
-           b * 127.5);
-    CHECK(a < 5e-5);
-    CHECK(b * 127.5 < 0.1);
-    free(latents), free(text.context), free(no_text.context);
-}
-
 static void test_sd3(void) {
     sc_file *f = open_reference("pipeline_sd3/reference");
     test_sd3_texts(f);
     sc_pipeline *p = open_sd3();
-    test_sd3_drawing(p, f, "", false);
-    test_sd3_drawing(p, f, "cfg_", true);
+    test_drawing(p, f, "", false);
+    test_drawing(p, f, "cfg_", true);
     sc_lora_report report;
     const char *lora = "test/reference/pipeline_sd3/lora.safetensors";
     CHECK(sc_lora_load(p->dit, lora, 1, &report) && report.applied == report.total);
-    test_sd3_drawing(p, f, "lora_", true);
+    test_drawing(p, f, "lora_", true);
     sc_pipeline_close(p);
     sc_file_close(f);
 }
