@@ -5692,14 +5692,13 @@ bool sc_lora_start(sc_params *p, const char *path, float scale) {
         if (ok && !x.values != untrained)
             ok = sc_fail(untrained ? "%s: has factors for '%s', which are not trained here"
                                    : "%s: no factors for '%s'", path, module);
-        if (untrained) continue;
         if (ok && x.bias)
             ok = sc_fail("%s: changes the bias of '%s'; only A and B are trained", path, module);
-        if (ok && x.rank != p->rank)
+        if (ok && !untrained && x.rank != p->rank)
             ok = sc_fail("%s: rank %lld; this run has rank %d", path, (long long)x.rank, p->rank);
         for (int64_t j = p->rank * w->shape[1]; ok && j < x.count; j++) /* B */
             x.values[j] *= scale / p->adapters[i].scale;
-        for (int s = SC_STUDENT; ok && s < SC_SETS; s++)
+        for (int s = SC_STUDENT; ok && !untrained && s < SC_SETS; s++)
             p->backend->upload(p->adapters[i].a[s].data, x.values, (size_t)x.count * 4);
         SC_FREE(x.values);
     }
