@@ -1,6 +1,6 @@
 #!/bin/sh
 # SCFM inside pre-training: the README's table. sh data/scfm_pretraining.sh, in the programs' folder;
-# three hours on one core. Python with the packages of data/README.md draws the pictures. Settings
+# two hours on one core. Python with the packages of data/README.md draws the pictures. Settings
 # were chosen on the odd lines of data/prompts.txt and seeds up to 1000; the even lines are measured,
 # from seed 1001, against real pictures of the same captions.
 set -e
