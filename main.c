@@ -551,12 +551,11 @@ static bool load_real(experiment *x) {
 static int experiment_main(void) {
     experiment x = {0};
     if (!o.lora[0]) o.lora[0] = sc_own_lora(o.model);
-    const sc_pipeline_options how = {.dit.fp8 = !strcmp(o.weights, "fp8"),
-                                     .dit.streamed = !strcmp(o.weights_on, "host"),
-                                     .transformer = o.transformer};
+    const sc_dit_options how = {.fp8 = !strcmp(o.weights, "fp8"),
+                                .streamed = !strcmp(o.weights_on, "host")};
     bool ok = (sc_rank || (sc_apart(o.out, o.prompts) &&
                            sc_check_out(o.out, ".png", o.named, o.model, o.lora))) &&
-              (x.p = sc_open_model(o.model, o.device, how)) &&
+              (x.p = sc_open_model(o.model, o.transformer, o.device, how)) &&
               evaluator_open(&x.judge, x.p->backend, o.evaluator);
     if (ok && sc_dit_config_of(x.p->dit)->kind == SC_SD3 && !o.cfg)
         fprintf(stderr, "note: without --cfg G (4.5, say) SD3.5's base hardly follows prompts\n");

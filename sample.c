@@ -323,10 +323,9 @@ int main(int argc, char **argv) {
     if (wrong || !check_options(steps)) return sc_bad_usage(wrong ? usage : NULL);
     sc_set_threads(o.threads);
     sc_catch_interrupt();
-    sc_pipeline_options how = {.dit.fp8 = !strcmp(o.weights, "fp8"),
-                               .dit.streamed = !strcmp(o.weights_on, "host"),
-                               .transformer = o.transformer};
-    sc_pipeline *p = sc_open_model(o.model, o.device, how);
+    sc_dit_options how = {.fp8 = !strcmp(o.weights, "fp8"),
+                          .streamed = !strcmp(o.weights_on, "host")};
+    sc_pipeline *p = sc_open_model(o.model, o.transformer, o.device, how);
     bool usage_ok = !p || take_size(p);
     if (p && sc_dit_config_of(p->dit)->kind == SC_SD3 && !o.cfg)
         fprintf(stderr, "note: without --cfg G (4.5, say) SD3.5 hardly follows the prompt, but for "

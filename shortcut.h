@@ -12,7 +12,7 @@
  *     #define SHORTCUT_IMPLEMENTATION
  *     #include "shortcut.h"
  *     int main(void) {
- *         sc_pipeline *p = sc_pipeline_open(sc_cpu(), "data/tiny-flux", &(sc_pipeline_options){0});
+ *         sc_pipeline *p = sc_pipeline_open(sc_cpu(), "data/tiny-flux", NULL, NULL);
  *         if (!p) return puts(sc_error()), 1;
  *         int h = p->resolution / p->token_pixels;                      // a grid of h x h tokens
  *         float *rgb = malloc(sizeof(float) * 3 * p->resolution * p->resolution);
@@ -692,13 +692,9 @@ typedef struct sc_pipeline {
     sc_mu mu;
 } sc_pipeline;
 
-typedef struct sc_pipeline_options {
-    sc_dit_options dit;
-    const char *transformer;    /* another transformer folder; NULL: the pipeline's own */
-} sc_pipeline_options;
-
+/* transformer: another one's folder or file; NULL: the model's own. options: as in sc_dit_open. */
 sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *model,
-                              const sc_pipeline_options *options);
+                              const char *transformer, const sc_dit_options *options);
 void sc_pipeline_close(sc_pipeline *p);
 float sc_pipeline_shift(const sc_pipeline *p, int64_t tokens); /* of a picture's times */
 void sc_pipeline_release(sc_pipeline *p); /* text encoders and VAE go until they are needed again */
@@ -7787,15 +7783,15 @@ float sc_pipeline_shift(const sc_pipeline *p, int64_t tokens) {
 }
 
 sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *model,
-                              const sc_pipeline_options *o) {
+                              const char *transformer, const sc_dit_options *options) {
+    sc_dit_options how = options ? *options : (sc_dit_options){0};
     sc_pipeline *p = (sc_pipeline *)sc__alloc(1, sizeof *p);
     if (!p) return NULL;
-    sc_dit_options how = o->dit;
     p->backend = backend;
     p->folder = sc__strdup(model);
-    char *path = o->transformer ? sc__strdup(o->transformer)
-                 : how.random   ? sc__join(model, "transformer")
-                                : sc_part_path(model, SC_TRANSFORMER);
+    char *path = transformer  ? sc__strdup(transformer)
+                 : how.random ? sc__join(model, "transformer")
+                              : sc_part_path(model, SC_TRANSFORMER);
     how.widen = how.widen || (path && !how.random && !how.fp8 && sc__small_file(backend, path));
     if (p->folder && path) p->dit = sc_dit_open(backend, path, &how);
     SC_FREE(path);

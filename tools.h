@@ -1002,9 +1002,10 @@ static void warn_unread(const sc_pipeline *p) {
 }
 
 /* sc_pipeline_open on one of SC_DEVICES, with what to do where the folder is not there. */
-sc_pipeline *sc_open_model(const char *model, const char *device, sc_pipeline_options how) {
+sc_pipeline *sc_open_model(const char *model, const char *transformer, const char *device,
+                           sc_dit_options how) {
     const sc_backend *be = sc_device(device);
-    sc_pipeline *p = be && exists(model) ? sc_pipeline_open(be, model, &how) : NULL;
+    sc_pipeline *p = be && exists(model) ? sc_pipeline_open(be, model, transformer, &how) : NULL;
     if (p) warn_unread(p);
     else if (be && !exists(model))
         sc_fail("%s: No such file or directory: --model takes a model's folder or file "

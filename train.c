@@ -648,11 +648,10 @@ static bool check_options(void) {
 }
 
 static bool open_model(training *t) {
-    sc_pipeline_options how = {.dit.widen = all_weights(), .dit.fp8 = !strcmp(o.weights, "fp8"),
-                               .dit.streamed = !strcmp(o.weights_on, "host"),
-                               .dit.random = o.pretrain && !o.transformer, .dit.seed = o.seed,
-                               .transformer = o.transformer};
-    t->pipeline = sc_open_model(o.model, o.device, how);
+    sc_dit_options how = {.widen = all_weights(), .fp8 = !strcmp(o.weights, "fp8"),
+                          .streamed = !strcmp(o.weights_on, "host"),
+                          .random = o.pretrain && !o.transformer, .seed = o.seed};
+    t->pipeline = sc_open_model(o.model, o.transformer, o.device, how);
     if (!t->pipeline) return false;
     if (o.text_tokens) t->pipeline->text_tokens = t->pipeline->clip_tokens + o.text_tokens;
     if (o.resolution) t->pipeline->resolution = o.resolution;

@@ -12,7 +12,7 @@ int main(int argc, char **argv) {
     size_t room = 0;
     int length = argc == 4 ? atoi(argv[2]) : -1, count = 0;
     sc_pipeline *p =
-        length ? NULL : sc_pipeline_open(sc_cpu(), argv[1], &(sc_pipeline_options){0});
+        length ? NULL : sc_pipeline_open(sc_cpu(), argv[1], NULL, NULL);
     sc_text_encoders *t = length > 0 ? sc_text_encoders_open(sc_cpu(), argv[1], SC_FLUX) : NULL;
     if (!t && !p) return fprintf(stderr, "%s\n", sc_error()), 1;
     while (count < 2 * MOST && getdelim(&text, &room, 0, stdin) > 0) {

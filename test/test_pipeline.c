@@ -155,8 +155,8 @@ static void test_drawing(sc_pipeline *p, const sc_file *f, const char *prefix, b
 
 /* A transformer for other latents than the VAE's would write past the ends of both. */
 static void test_mismatch(void) {
-    sc_pipeline_options other = {.transformer = "test/reference/flux_a"};
-    sc_pipeline *p = sc_pipeline_open(sc_cpu(), "data/tiny-flux", &other);
+    sc_pipeline *p =
+        sc_pipeline_open(sc_cpu(), "data/tiny-flux", "test/reference/flux_a", NULL);
     CHECK(!p && strstr(sc_error(), "tokens of 16 channels"));
     sc_pipeline_close(p);
 }
@@ -168,7 +168,7 @@ static void test_pipeline(const char *name) {
     snprintf(lora, sizeof lora, "%s/lora.safetensors", folder);
     test_encoders(folder, reference);
     sc_file *f = open_reference(reference);
-    sc_pipeline *p = sc_pipeline_open(sc_cpu(), folder, &(sc_pipeline_options){0});
+    sc_pipeline *p = sc_pipeline_open(sc_cpu(), folder, NULL, NULL);
     if (!p) printf("%s\n", sc_error()), exit(1);
     test_drawing(p, f, "", false);
     sc_lora_report report;
@@ -183,8 +183,7 @@ static void test_pipeline(const char *name) {
 /* ---- Stable Diffusion 3.5 ---- */
 
 static sc_pipeline *open_sd3(void) {
-    sc_pipeline *p = sc_pipeline_open(sc_cpu(), "test/reference/pipeline_sd3",
-                                      &(sc_pipeline_options){0});
+    sc_pipeline *p = sc_pipeline_open(sc_cpu(), "test/reference/pipeline_sd3", NULL, NULL);
     if (!p) printf("%s\n", sc_error()), exit(1);
     return p;
 }
@@ -298,7 +297,7 @@ static void test_scheduler(void) {
     const char *pipeline = "test/reference/pipeline_b";
     copy_with(pipeline, "scheduler", "scheduler_config.json", config);
     sc_file *f = open_reference("pipeline_b/reference");
-    sc_pipeline *p = sc_pipeline_open(sc_cpu(), copy, &(sc_pipeline_options){0});
+    sc_pipeline *p = sc_pipeline_open(sc_cpu(), copy, NULL, NULL);
     if (!p) printf("%s\n", sc_error()), exit(1);
     const float *settings = find(f, "settings")->data;
     const sc_text text = {find(f, "context")->data, find(f, "pooled")->data, false};
@@ -341,7 +340,7 @@ static void test_bad_schedulers(void) {
         char text[200];
         snprintf(text, sizeof text, "{%s}", bad[i][0]);
         copy_with("test/reference/pipeline_b", "scheduler", "scheduler_config.json", text);
-        sc_pipeline *p = sc_pipeline_open(sc_cpu(), copy, &(sc_pipeline_options){0});
+        sc_pipeline *p = sc_pipeline_open(sc_cpu(), copy, NULL, NULL);
         if (!CHECKED(!p && strstr(sc_error(), bad[i][1]))) printf("%s: %s\n", text, sc_error());
         CHECK(strstr(sc_error(), "scheduler_config.json") != NULL);
         sc_pipeline_close(p);
@@ -385,7 +384,7 @@ static void test_bad_sd3(void) {
         char name[300];
         snprintf(name, sizeof name, "%s/%s", in_copy(bad[i][0]), bad[i][1]);
         remove(name);
-        sc_pipeline *p = sc_pipeline_open(sc_cpu(), copy, &(sc_pipeline_options){0});
+        sc_pipeline *p = sc_pipeline_open(sc_cpu(), copy, NULL, NULL);
         sc_text text = p ? sc_pipeline_text(p, "a") : (sc_text){0};
         if (!CHECKED(!text.context && strstr(sc_error(), bad[i][2])))
             printf("without %s/%s: %s\n", bad[i][0], bad[i][1], sc_error());
