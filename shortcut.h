@@ -348,7 +348,6 @@ typedef struct sc_dit_options {
 sc_dit *sc_dit_open(const sc_backend *backend, const char *path, const sc_dit_options *options);
 void sc_dit_close(sc_dit *dit);
 const sc_dit_config *sc_dit_config_of(const sc_dit *dit);
-int64_t sc_dit_parameters(const sc_dit *dit);
 void sc_dit_checkpointing(sc_dit *dit, bool on);  /* recompute each block in the backward pass */
 /* Writes config.json and diffusion_pytorch_model.safetensors (weights as `dtype`: f32, bf16 or f16)
  * into `folder`, with W + scale B A where LoRAs are loaded; one weight at a time is in memory. Not
@@ -4872,12 +4871,6 @@ const char *sc_dit_config_text(const sc_dit *dit) { return dit->config_text; }
 
 void sc_dit_checkpointing(sc_dit *f, bool on) {
     f->checkpointed = on ? f->config.layers + f->config.single_layers : 0;
-}
-
-int64_t sc_dit_parameters(const sc_dit *dit) {
-    int64_t n = 0;
-    for (int64_t i = 0; i < dit->net->count; i++) n += sc_count(&dit->net->weights[i]->tensor);
-    return n;
 }
 
 /* ---- Opening ---- */

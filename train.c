@@ -742,9 +742,11 @@ static bool join(training *t) {
 }
 
 static void print_plan(const training *t) {
+    const sc_net *net = sc_dit_net(t->pipeline->dit);
+    long long parameters = 0;
+    for (int64_t i = 0; i < net->count; i++) parameters += sc_count(&net->weights[i]->tensor);
     printf("%s: %d pairs, %d captions; %lld of %lld parameters trained\n", o.data, t->pairs,
-           (int)t->data[CONTEXT].shape[0] - 1, (long long)t->params->count,
-           (long long)sc_dit_parameters(t->pipeline->dit));
+           (int)t->data[CONTEXT].shape[0] - 1, (long long)t->params->count, parameters);
     printf("options:");
     sc_print_options(table, OPTIONS);
     fflush(stdout);
