@@ -1105,14 +1105,13 @@ typedef struct sc__embedder { sc_linear_layer first, second; } sc__embedder;
 typedef struct sc__module {
     char name[SC_MAX_NAME];
     sc_linear_layer *layer;
-    bool patches;                   /* on disk a convolution of 2x2, as is its LoRA */
     bool untrained;                 /* a new LoRA leaves it as it is */
 } sc__module;
 
 struct sc_dit {
     sc_dit_config config;
     sc_net *net;                    /* its weights */
-    sc_linear_layer x_embedder, context_embedder;
+    sc_linear_layer x_embedder, context_embedder; /* SD3.5's first is a convolution on disk */
     sc_tensor *positions;           /* SD3.5: [side^2, C] */
     sc__embedder time, guidance, pooled;
     sc__block *blocks;              /* the double ones, then the single ones */
@@ -5080,7 +5079,6 @@ static bool sc__dit_weights(sc_dit *f) {
          sc__dit_embedder(f, &f->guidance, "time_text_embed.guidance_embedder.", c, 256)) &&
         sc__dit_embedder(f, &f->pooled, "time_text_embed.text_embedder.", c, o->pooled_channels);
     if (ok && o->kind == SC_SD3) {
-        f->modules[0].patches = true;
         f->positions = sc_net_weight(f->net, "pos_embed.pos_embed", 2,
                                      (const int64_t[]){places * places, c});
         ok = f->positions != NULL;
@@ -5183,11 +5181,11 @@ static float *sc__merged_values(const sc_dit *f, const sc_tensor *w) {
     return NULL;
 }
 
-/* A matrix [rows, 4c] as disks have it where it is a convolution. */
-static void sc__as_patches(sc_tensor *x) {
+/* A matrix [rows, side side c] as disks have it where it is a convolution, as is its LoRA. */
+static void sc__as_convolution(sc_tensor *x, int side) {
     x->ndim = 4;
-    x->shape[1] /= 4;
-    x->shape[2] = x->shape[3] = 2;
+    x->shape[1] /= side * side;
+    x->shape[2] = x->shape[3] = side;
 }
 
 bool sc_dit_save(const sc_dit *f, const char *folder, sc_dtype dtype, const char *const *metadata) {
@@ -5204,7 +5202,7 @@ bool sc_dit_save(const sc_dit *f, const char *folder, sc_dtype dtype, const char
     for (int64_t i = 0; ok && i < net->count; i++) {
         named[i] = (sc_named){net->weights[i]->name, net->weights[i]->tensor, dtype};
         sc_tensor *x = &named[i].tensor;
-        if (f->modules->patches && x->data == f->x_embedder.weight->data) sc__as_patches(x);
+        if (f->positions && x->data == f->x_embedder.weight->data) sc__as_convolution(x, 2);
         if (f->positions && x->data == f->positions->data)
             x->ndim = 3, x->shape[2] = x->shape[1], x->shape[1] = x->shape[0], x->shape[0] = 1;
     }
@@ -5612,8 +5610,8 @@ static bool sc__lora_write(const sc_dit *f, const sc_params *p, sc_set set, cons
         sc_named *to = &named[written];
         ok = sc__fuse(f, p, set, i, count, rows.swapped, &to[0].tensor, &to[1].tensor);
         if (!ok || !to->tensor.data) continue;
-        if (f->modules[i].patches) sc__as_patches(&to[0].tensor), to[1].tensor.ndim = 4;
-        if (f->modules[i].patches) to[1].tensor.shape[2] = to[1].tensor.shape[3] = 1;
+        for (int k = 0; k < 2 && f->positions && f->modules[i].layer == &f->x_embedder; k++)
+            sc__as_convolution(&to[k].tensor, 2 - k);
         for (char *c = other; !p && *c; c++) *c = *c == '.' ? '_' : *c;
         for (int k = 0; k < 2; k++, written++) {
             snprintf(names[written], sizeof *names, "%s%s%s", p ? "transformer." : "lora_unet_",
