@@ -4695,15 +4695,20 @@ sc_tensor *sc_net_weight(sc_net *net, const char *name, int ndim, const int64_t 
     return sc__net_weight(net, name, ndim, shape, false);
 }
 
+/* The weight of prefix + name, and perhaps its bias, [shape[0]]. Only products read matrices. */
+static bool sc__net_layer(sc_net *net, sc_linear_layer *layer, const char *prefix,
+                          const char *name, int ndim, const int64_t *shape, bool bias) {
+    char full[2 * SC_MAX_NAME];
+    snprintf(full, sizeof full, "%s%s.weight", prefix, name);
+    layer->weight = sc__net_weight(net, full, ndim, shape, ndim == 2);
+    if (!layer->weight || !bias) return layer->weight != NULL;
+    snprintf(full, sizeof full, "%s%s.bias", prefix, name);
+    return (layer->bias = sc_net_weight(net, full, 1, shape)) != NULL;
+}
+
 bool sc_net_linear(sc_net *net, sc_linear_layer *layer, const char *name, int64_t out, int64_t in,
                    bool bias) {
-    char full[256];
-    snprintf(full, sizeof full, "%s.weight", name);
-    layer->weight = sc__net_weight(net, full, 2, (const int64_t[]){out, in}, true);
-    if (!layer->weight) return false;
-    snprintf(full, sizeof full, "%s.bias", name);
-    layer->bias = bias ? sc_net_weight(net, full, 1, &out) : NULL;
-    return !bias || layer->bias;
+    return sc__net_layer(net, layer, "", name, 2, (const int64_t[]){out, in}, bias);
 }
 
 /* ---- What nobody asked for ---- */
@@ -5832,7 +5837,7 @@ static bool sc__small_file(const sc_backend *backend, const char *path) {
  * Easy to get wrong: downsampling pads the bottom and right only; every norm has eps 1e-6.
  */
 
-typedef struct sc__affine { sc_tensor *weight, *bias; } sc__affine; /* of a convolution or a norm */
+typedef sc_linear_layer sc__affine; /* of a convolution or a norm */
 
 typedef enum { SC__CONV, SC__DOWN, SC__UP, SC__OUT, SC__RESNET, SC__ATTENTION } sc__vae_kind;
 
@@ -5915,45 +5920,39 @@ static bool sc__vae_read_config(sc_vae_config *c, const sc_net *net, sc__config 
            sc_fail("%s: scaling_factor must be positive", path);
 }
 
-/* prefix + name: weight [out, in, kernel, kernel] (kernel 0, a norm: [out]) and bias [out]. */
-static bool sc__open_affine(sc_net *net, sc__affine *a, const char *prefix, const char *name,
-                            int64_t out, int64_t in, int64_t kernel, bool biased) {
-    char full[2 * SC_MAX_NAME];
-    snprintf(full, sizeof full, "%s%s.weight", prefix, name);
+/* path + name: weight [out, in, kernel, kernel] (kernel 0, a norm: [out]) and bias [out]. */
+static bool sc__open_affine(sc_vae *v, sc__affine *a, const char *path, const char *name,
+                            int64_t out, int64_t in, int64_t kernel) {
     const int64_t shape[] = {out, in, kernel, kernel};
-    a->weight = sc_net_weight(net, full, kernel ? 4 : 1, shape);
-    if (!a->weight || !biased) return a->weight != NULL;
-    snprintf(full, sizeof full, "%s%s.bias", prefix, name);
-    return (a->bias = sc_net_weight(net, full, 1, &out)) != NULL;
+    return sc__net_layer(v->net, a, path, name, kernel ? 4 : 1, shape, true);
 }
 
 /* Adds a step, whose weights are at the path. */
 static bool sc__vae_add(sc_vae *v, sc__vae_half *h, sc__vae_kind kind, int64_t in, int64_t out,
                         int64_t kernel, const char *format, ...) {
-    static const char *const names[4] = {"to_q", "to_k", "to_v", "to_out.0"};
+    static const char *const names[4] = {".to_q", ".to_k", ".to_v", ".to_out.0"};
     sc__vae_step *s = &h->steps[h->count++];
     int64_t side = h->count > 1 ? s[-1].out_side : s->in_side;
     int64_t out_side = kind == SC__UP ? 2 * side : kind == SC__DOWN ? side / 2 : side;
     bool resnet = kind == SC__RESNET, attention = kind == SC__ATTENTION;
     const char *conv = resnet ? ".conv1" : kind == SC__OUT ? "_out" : "";
     const char *norm = resnet ? ".norm1" : attention ? ".group_norm" : "_norm_out";
-    char path[SC_MAX_NAME], name[SC_MAX_NAME + 16];
+    char path[SC_MAX_NAME];
     va_list args;
     va_start(args, format);
     vsnprintf(path, sizeof path, format, args);
     va_end(args);
     *s = (sc__vae_step){.kind = kind, .in = in, .out = out, .in_side = side, .out_side = out_side};
-    for (int i = 0; attention && i < 4; i++) {
-        snprintf(name, sizeof name, "%s.%s", path, names[i]);
-        if (!sc_net_linear(v->net, &s->linear[i], name, out, in, true)) return false;
-    }
-    return (attention || sc__open_affine(v->net, &s->conv1, path, conv, out, in, kernel, true)) &&
+    for (int i = 0; attention && i < 4; i++)
+        if (!sc__net_layer(v->net, &s->linear[i], path, names[i], 2, (const int64_t[]){out, in},
+                           true)) return false;
+    return (attention || sc__open_affine(v, &s->conv1, path, conv, out, in, kernel)) &&
            (!(resnet || attention || kind == SC__OUT) ||
-            sc__open_affine(v->net, &s->norm1, path, norm, in, 0, 0, true)) &&
-           (!resnet || (sc__open_affine(v->net, &s->norm2, path, ".norm2", out, 0, 0, true) &&
-                        sc__open_affine(v->net, &s->conv2, path, ".conv2", out, out, 3, true))) &&
+            sc__open_affine(v, &s->norm1, path, norm, in, 0, 0)) &&
+           (!resnet || (sc__open_affine(v, &s->norm2, path, ".norm2", out, 0, 0) &&
+                        sc__open_affine(v, &s->conv2, path, ".conv2", out, out, 3))) &&
            (!resnet || in == out ||
-            sc__open_affine(v->net, &s->shortcut, path, ".conv_shortcut", out, in, 1, true));
+            sc__open_affine(v, &s->shortcut, path, ".conv_shortcut", out, in, 1));
 }
 
 static bool sc__vae_middle(sc_vae *v, sc__vae_half *h, const char *half) {
@@ -7090,22 +7089,18 @@ static bool sc__t5_config(sc_text_encoders *t, sc__config *c) {
 static bool sc__open_layer(sc__encoder *e, int index) {
     const sc__encoder_names *n = e->names;
     sc__text_layer *l = &e->layer[index];
-    char prefix[64], name[SC_MAX_NAME];
+    char prefix[64];
     int64_t c = e->width, inner = (int64_t)e->heads * e->size, hidden = e->hidden;
-    const struct { sc_linear_layer *layer; const char *name; int64_t out, in; } linears[] = {
-        {&l->q, n->attention[0], inner, c}, {&l->k, n->attention[1], inner, c},
-        {&l->v, n->attention[2], inner, c}, {&l->out, n->attention[3], c, inner},
-        {&l->gate, e->gated ? n->gate : n->plain, hidden, c}, {&l->down, n->down, c, hidden},
-        {&l->up, n->up, hidden, c}};
+    const struct { sc_linear_layer *layer; const char *name; int ndim; int64_t shape[2]; } of[] = {
+        {&l->norm[0], n->norm[0], 1, {c}}, {&l->norm[1], n->norm[1], 1, {c}},
+        {&l->q, n->attention[0], 2, {inner, c}}, {&l->k, n->attention[1], 2, {inner, c}},
+        {&l->v, n->attention[2], 2, {inner, c}}, {&l->out, n->attention[3], 2, {c, inner}},
+        {&l->gate, e->gated ? n->gate : n->plain, 2, {hidden, c}},
+        {&l->down, n->down, 2, {c, hidden}}, {&l->up, n->up, 2, {hidden, c}}};
     snprintf(prefix, sizeof prefix, "%s%d%s", n->layer, index, n->inside);
-    for (int i = 0; i < 2; i++)
-        if (!sc__open_affine(e->net, &l->norm[i], prefix, n->norm[i], c, 0, 0, e->biased))
-            return false;
-    for (int i = 0; i < (e->gated ? 7 : 6); i++) {
-        snprintf(name, sizeof name, "%s%s", prefix, linears[i].name);
-        if (!sc_net_linear(e->net, linears[i].layer, name, linears[i].out, linears[i].in,
+    for (int i = 0; i < (e->gated ? 9 : 8); i++)
+        if (!sc__net_layer(e->net, of[i].layer, prefix, of[i].name, of[i].ndim, of[i].shape,
                            e->biased)) return false;
-    }
     return true;
 }
 
@@ -7115,7 +7110,7 @@ static bool sc__encoder_weights(sc__encoder *e) {
     bool ok = (e->layer = (sc__text_layer *)sc__alloc((size_t)e->layers, sizeof *e->layer)) &&
               (e->tokens = sc_net_weight(e->net, e->names->tokens, 2, tokens)) &&
               (e->position = sc_net_weight(e->net, e->names->position, 2, position)) &&
-              sc__open_affine(e->net, &e->last, "", e->names->last, e->width, 0, 0, e->biased);
+              sc__net_layer(e->net, &e->last, "", e->names->last, 1, &tokens[1], e->biased);
     for (int i = 0; ok && i < e->layers; i++) ok = sc__open_layer(e, i);
     return ok && sc__net_complete(e->net) && sc_net_load(e->net);
 }
