@@ -4903,9 +4903,9 @@ static bool sc__sd3_read_config(sc_dit_config *c, sc__config *from, const sc_net
     const sc_json *dual = sc_json_get(from->json, "dual_attention_layers");
     bool normed = sc__side(net, "transformer_blocks.0.attn.norm_q.weight", 0, 0) > 0;
     const char *norm = sc_json_string(sc_json_get(from->json, "qk_norm"), normed ? "rms_norm" : "");
-    int places = sc__side(net, "pos_embed.pos_embed", 1, 192 * 192), width = c->heads * c->head_size;
+    int patch = sc__config_int(from, 1, "patch_size", 2), width = c->heads * c->head_size;
+    int places = sc__side(net, "pos_embed.pos_embed", 1, 192 * 192);
     int projected = sc__side(net, "pos_embed.proj.weight", 0, width);
-    int patch = sc__config_int(from, 1, "patch_size", 2);
     c->position_side = sc__config_int(from, 1, "pos_embed_max_size", (int)(sqrt(places) + 0.5));
     c->dual_layers = dual ? (int)sc_json_length(dual)
                           : sc__count_layers(net, "transformer_blocks.%d.attn2.to_q.weight", 0);
@@ -4982,12 +4982,12 @@ static char *sc__dit_config_text(const sc_dit_config *c) {
                  c->heads, c->layers, c->out_channels / 4, c->pooled_channels, c->position_side);
     else
         snprintf(text, sizeof text,
-                 "{\n  \"_class_name\": \"FluxTransformer2DModel\",\n  \"attention_head_dim\": %d,\n"
-                 "  \"axes_dims_rope\": [%d, %d, %d],\n  \"guidance_embeds\": %s,\n"
-                 "  \"in_channels\": %d,\n  \"joint_attention_dim\": %d,\n"
-                 "  \"num_attention_heads\": %d,\n  \"num_layers\": %d,\n"
-                 "  \"num_single_layers\": %d,\n  \"out_channels\": %d,\n  \"patch_size\": 1,\n"
-                 "  \"pooled_projection_dim\": %d\n}\n",
+                 "{\n  \"_class_name\": \"FluxTransformer2DModel\",\n"
+                 "  \"attention_head_dim\": %d,\n  \"axes_dims_rope\": [%d, %d, %d],\n"
+                 "  \"guidance_embeds\": %s,\n  \"in_channels\": %d,\n"
+                 "  \"joint_attention_dim\": %d,\n  \"num_attention_heads\": %d,\n"
+                 "  \"num_layers\": %d,\n  \"num_single_layers\": %d,\n  \"out_channels\": %d,\n"
+                 "  \"patch_size\": 1,\n  \"pooled_projection_dim\": %d\n}\n",
                  c->head_size, axes[0], axes[1], axes[2], c->guidance ? "true" : "false",
                  c->in_channels, c->text_channels, c->heads, c->layers, c->single_layers,
                  c->out_channels, c->pooled_channels);
