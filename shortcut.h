@@ -5058,13 +5058,6 @@ static bool sc__dit_double(sc_dit *f, int index, int64_t c) {
            (!twice || sc__dit_stream(f, &block->image_only, p, &sc__image_only_names, c, 0));
 }
 
-static bool sc__dit_single(sc_dit *f, int index, int64_t c) {
-    char p[SC_MAX_NAME];
-    snprintf(p, sizeof p, "single_transformer_blocks.%d.", index);
-    return sc__dit_stream(f, f->blocks[f->config.layers + index].stream, p, &sc__single_names, c,
-                          3);
-}
-
 static bool sc__dit_embedder(sc_dit *f, sc__embedder *e, const char *prefix, int64_t c,
                              int64_t in) {
     return sc__dit_linear(f, &e->first, prefix, "linear_1", c, in) &&
@@ -5076,6 +5069,7 @@ static bool sc__dit_weights(sc_dit *f) {
     const sc_dit_config *o = &f->config;
     int64_t c = (int64_t)o->heads * o->head_size, places = (int64_t)o->position_side;
     const char *x_embedder = o->kind == SC_SD3 ? "pos_embed.proj" : "x_embedder";
+    char p[SC_MAX_NAME];
     bool ok =
         sc__dit_linear(f, &f->x_embedder, "", x_embedder, c, o->in_channels) &&
         sc__dit_linear(f, &f->context_embedder, "", "context_embedder", c, o->text_channels) &&
@@ -5090,7 +5084,10 @@ static bool sc__dit_weights(sc_dit *f) {
         if (ok) f->net->weights[f->net->count - 1]->fixed = true;
     }
     for (int i = 0; ok && i < o->layers; i++) ok = sc__dit_double(f, i, c);
-    for (int i = 0; ok && i < o->single_layers; i++) ok = sc__dit_single(f, i, c);
+    for (int i = 0; ok && i < o->single_layers; i++) {
+        snprintf(p, sizeof p, "single_transformer_blocks.%d.", i);
+        ok = sc__dit_stream(f, f->blocks[o->layers + i].stream, p, &sc__single_names, c, 3);
+    }
     return ok && sc__dit_linear(f, &f->norm_out, "", "norm_out.linear", 2 * c, c) &&
            sc__dit_linear(f, &f->proj_out, "", "proj_out", o->out_channels, c);
 }
