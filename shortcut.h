@@ -1101,7 +1101,6 @@ typedef struct sc__block {
     bool last;                      /* SD3.5: nobody reads the text after this block */
 } sc__block;
 
-typedef struct sc__embedder { sc_linear_layer first, second; } sc__embedder;
 typedef struct sc__module {
     char name[SC_MAX_NAME];
     sc_linear_layer *layer;
@@ -1113,7 +1112,7 @@ struct sc_dit {
     sc_net *net;                    /* its weights */
     sc_linear_layer x_embedder, context_embedder; /* SD3.5's first is a convolution on disk */
     sc_tensor *positions;           /* SD3.5: [side^2, C] */
-    sc__embedder time, guidance, pooled;
+    sc_linear_layer time[2], guidance[2], pooled[2];
     sc__block *blocks;              /* the double ones, then the single ones */
     sc_linear_layer norm_out, proj_out;
     sc__module *modules;            /* every linear layer by name: what LoRA can adapt */
@@ -1201,19 +1200,19 @@ static bool sc__single_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, cons
 }
 
 /* An MLP of two layers: linear, SiLU, linear. */
-static sc_tensor *sc__embed(sc_tape *t, const sc__embedder *e, sc_tensor *x) {
-    return sc_linear(t, sc_activate(t, SC_SILU, sc_linear(t, x, &e->first)), &e->second);
+static sc_tensor *sc__embed(sc_tape *t, const sc_linear_layer mlp[2], sc_tensor *x) {
+    return sc_linear(t, sc_activate(t, SC_SILU, sc_linear(t, x, &mlp[0])), &mlp[1]);
 }
 
 /* The vector that modulates every block: silu(time (+ guidance) + pooled text), [B,C]. */
 static sc_tensor *sc__dit_modulation(sc_dit *f, sc_tape *t, const sc_dit_input *in) {
     int64_t batch = in->x->shape[0];
-    sc_tensor *sum = sc__embed(t, &f->time, sc_timestep_embedding(t, in->time, batch, 256));
+    sc_tensor *sum = sc__embed(t, f->time, sc_timestep_embedding(t, in->time, batch, 256));
     if (f->config.guidance) {
         sc_tensor *guidance = sc_timestep_embedding(t, in->guidance, batch, 256);
-        sum = sc_add(t, sum, sc__embed(t, &f->guidance, guidance));
+        sum = sc_add(t, sum, sc__embed(t, f->guidance, guidance));
     }
-    return sc_activate(t, SC_SILU, sc_add(t, sum, sc__embed(t, &f->pooled, in->pooled)));
+    return sc_activate(t, SC_SILU, sc_add(t, sum, sc__embed(t, f->pooled, in->pooled)));
 }
 
 /* Replaces the first one or two of x by the block's outputs. While recording, a block keeps its
@@ -5058,10 +5057,10 @@ static bool sc__dit_double(sc_dit *f, int index, int64_t c) {
            (!twice || sc__dit_stream(f, &block->image_only, p, &sc__image_only_names, c, 0));
 }
 
-static bool sc__dit_embedder(sc_dit *f, sc__embedder *e, const char *prefix, int64_t c,
+static bool sc__dit_embedder(sc_dit *f, sc_linear_layer mlp[2], const char *prefix, int64_t c,
                              int64_t in) {
-    return sc__dit_linear(f, &e->first, prefix, "linear_1", c, in) &&
-           sc__dit_linear(f, &e->second, prefix, "linear_2", c, c);
+    return sc__dit_linear(f, &mlp[0], prefix, "linear_1", c, in) &&
+           sc__dit_linear(f, &mlp[1], prefix, "linear_2", c, c);
 }
 
 /* All of it, in an order that decides what a seed draws. c: the width. */
@@ -5073,10 +5072,10 @@ static bool sc__dit_weights(sc_dit *f) {
     bool ok =
         sc__dit_linear(f, &f->x_embedder, "", x_embedder, c, o->in_channels) &&
         sc__dit_linear(f, &f->context_embedder, "", "context_embedder", c, o->text_channels) &&
-        sc__dit_embedder(f, &f->time, "time_text_embed.timestep_embedder.", c, 256) &&
+        sc__dit_embedder(f, f->time, "time_text_embed.timestep_embedder.", c, 256) &&
         (!o->guidance ||
-         sc__dit_embedder(f, &f->guidance, "time_text_embed.guidance_embedder.", c, 256)) &&
-        sc__dit_embedder(f, &f->pooled, "time_text_embed.text_embedder.", c, o->pooled_channels);
+         sc__dit_embedder(f, f->guidance, "time_text_embed.guidance_embedder.", c, 256)) &&
+        sc__dit_embedder(f, f->pooled, "time_text_embed.text_embedder.", c, o->pooled_channels);
     if (ok && o->kind == SC_SD3) {
         f->positions = sc_net_weight(f->net, "pos_embed.pos_embed", 2,
                                      (const int64_t[]){places * places, c});
