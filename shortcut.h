@@ -5295,15 +5295,14 @@ static bool sc__lora_plain(const sc__lora *l) {
 }
 
 static bool sc__lora_open(sc__lora *l, const sc_dit *f, const char *path) {
-    static const char weights[] = "adapter_model.safetensors", config[] = "adapter_config.json";
     *l = (sc__lora){.file = sc_file_open(path), .blocks = f->config.layers};
     if (!l->file) return false;
     const char *own = l->file->path, *text = sc_file_metadata(l->file, "lora_adapter_metadata");
-    size_t n = strlen(own), m = sizeof weights - 1;
+    size_t n = strlen(own), stem = sc__stem(own, "model.safetensors");
     if (text) l->config = sc_json_parse(text, strlen(text), own);
-    bool named = !text && n >= m && !strcmp(own + n - m, weights);
+    bool named = !text && !fnmatch("*adapter_model.safetensors", own, 0);
     char *beside = named ? (char *)sc__alloc(n, 1) : NULL;
-    if (beside) snprintf(beside, n, "%.*s%s", (int)(n - m), own, config);
+    if (beside) snprintf(beside, n, "%.*sconfig.json", (int)stem, own); /* adapter_config.json */
     bool there = text || (beside && sc__exists(beside));
     if (there && !text) l->config = sc_json_load(beside);
     SC_FREE(beside);
