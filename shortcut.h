@@ -4530,10 +4530,9 @@ static bool sc__read_scale(const sc_file *f, const sc__entry *weight, const sc__
     static const char *const forms[] = {"weight_scale", "scale_weight"};
     char name[512];
     sc__entry *found = NULL, *mark = NULL;
-    size_t stem = strlen(weight->name);
-    stem -= stem > 6 ? 6 : 0;   /* "weight" */
+    int stem = (int)sc__stem(weight->name, "weight");
     for (int i = 0; i < 2 && !found; i++) {
-        snprintf(name, sizeof name, "%.*s%s", (int)stem, weight->name, forms[i]);
+        snprintf(name, sizeof name, "%.*s%s", stem, weight->name, forms[i]);
         found = sc__find_entry(f, name);
     }
     for (int i = 0; !mark && sc__weight_prefixes[i]; i++) {
