@@ -552,7 +552,7 @@ bool sc_lora_load(sc_dit *dit, const char *path, float scale, sc_lora_report *re
  * nearest): the scale, else 1; *guidance (or NULL) becomes the number behind the @, if there is
  * one. */
 float sc_lora_scale(const char *path, int steps, float *guidance);
-/* The same of the list alone; false: it is none. *guidance stays where the list names none. */
+/* The same of the list alone; false: it is none. *guidance: NAN where the list names none. */
 bool sc_scale_for(const char *list, int steps, double *scale, double *guidance);
 void sc_lora_unload(sc_dit *dit); /* takes all loaded LoRAs off again */
 /* Copies a LoRA file, times `scale`, into the sets of `params` (the same layers, the same rank). */
@@ -5637,9 +5637,7 @@ bool sc_lora_save_kohya(const sc_dit *f, const char *path, const char *const *me
     return sc__lora_write(f, NULL, SC_TEACHER, path, metadata);
 }
 
-/* In a table as "3:1@1.5 8:0.6" (numbers as in JSON) the scale for the nearest number of steps, and
- * the guidance, NAN where there is none. False if it is written wrongly: then the best before that
- * place. */
+/* Numbers are written as in JSON. Of a wrong list, what stands before the wrong place counts. */
 bool sc_scale_for(const char *table, int steps, double *scale, double *guidance) {
     sc__json_parser p = {.name = table, .at = (char *)table};
     double count, value, guided, nearest = INFINITY;
