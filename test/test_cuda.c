@@ -648,7 +648,7 @@ static const char sd3[] = "{\"_class_name\": \"SD3Transformer2DModel\", \"in_cha
                           "\"num_layers\": 2, \"dual_attention_layers\": [0], "
                           "\"attention_head_dim\": 32, \"num_attention_heads\": 2, "
                           "\"joint_attention_dim\": 24, \"pooled_projection_dim\": 20, "
-                          "\"pos_embed_max_size\": 7}";
+                          "\"pos_embed_max_size\": 7, \"qk_norm\": \"rms_norm\"}";
 
 /* A folder with random bf16 weights, none of them zero. */
 static void make_model(const char *folder, const char *config) {
