@@ -28,7 +28,7 @@
  *     }
  * The paper's training, with its settings for FLUX.1-dev (train.c adds data, progress, files):
  *
- *     sc_params *lora = sc_params_lora(p->dit, 64, 64, 1);             // rank, alpha, seed
+ *     sc_params *lora = sc_params_lora(p->dit, 64, 64, 1);              // rank, alpha, seed
  *     sc_recipe recipe = {.teacher_ratio = 0.4f, .teacher_steps = 32,
  *                         .self_steps = {2, 4, 8, 16}, .shift = {2.5f, 4.5f},
  *                         .dynamic_shift_ratio = 0.1f, .mu = p->mu, .guidance = {0, 7.5f}};
@@ -548,11 +548,8 @@ typedef struct sc_lora_report {
  * shape or holds NaN, or the file has more than LoRA; parts of it may be loaded then. Stays until
  * sc_lora_unload. */
 bool sc_lora_load(sc_dit *dit, const char *path, float scale, sc_lora_report *report);
-/* What a LoRA file's metadata recommends for a number of steps ("3:1@1.5 8:0.6": that of the
- * nearest): the scale, else 1; *guidance (or NULL) becomes the number behind the @, if there is
- * one. */
-float sc_lora_scale(const char *path, int steps, float *guidance);
-/* The same of the list alone; false: it is none. *guidance: NAN where the list names none. */
+/* What a list such as "3:1@1.5 8:0.6" recommends for a number of steps, that of the nearest: the
+ * scale, and the guidance behind the @, NAN where there is none. False: it is no such list. */
 bool sc_scale_for(const char *list, int steps, double *scale, double *guidance);
 void sc_lora_unload(sc_dit *dit); /* takes all loaded LoRAs off again */
 /* Copies a LoRA file, times `scale`, into the sets of `params` (the same layers, the same rank). */
@@ -663,9 +660,8 @@ void sc_dataset_close(sc_dataset *data);
  * clip_l.safetensors, t5xxl_*.safetensors, of any names), tokenizer, tokenizer_2 ...; or one that
  * holds all or some of the parts, the rest being beside it. */
 
-typedef enum {
-    SC_TRANSFORMER, SC_VAE, SC_CLIP, SC_T5, SC_SD3_CLIP_G, SC_SD3_T5, SC_PARTS
-} sc_part; /* SC_T5: FLUX's, whose folder is another than SD3.5's */
+/* SC_T5: FLUX's, whose folder is another than SD3.5's. */
+typedef enum { SC_TRANSFORMER, SC_VAE, SC_CLIP, SC_T5, SC_SD3_CLIP_G, SC_SD3_T5, SC_PARTS } sc_part;
 /* Where a part is: its folder in diffusers' layout, the model itself, or a file in its folder;
  * yours. NULL: it is not there (the error says what to put where), or cannot be told. */
 char *sc_part_path(const char *model, sc_part part);
@@ -1238,8 +1234,7 @@ static bool sc__dit_block(const sc_dit *f, int index, sc_tape *t, sc_block forwa
 bool sc_dit_fits(const sc_dit *f, int h, int w) {
     int side = f->config.position_side;
     return f->config.kind != SC_SD3 || (h <= side && w <= side) ||
-           sc_fail("a picture of %d x %d tokens: this model has places for %d x %d", w, h, side,
-                   side);
+           sc_fail("%d x %d tokens: this model has places for %d x %d only", w, h, side, side);
 }
 
 /* x + the positions of h x w tokens in the middle of the table. */
@@ -1261,8 +1256,7 @@ static sc_tensor *sc__channels_first(sc_tape *t, sc_tensor *x) {
     return sc_reshape(t, sc_swap_axes(t, x), 3, (const int64_t[]){batch, tokens, c});
 }
 
-/* ---- Both ---- */
-
+/* ---- FLUX and SD3.5 ---- */
 sc_tensor *sc_dit_velocity(sc_dit *f, sc_tape *t, const sc_dit_input *in) {
     if (!in->x || !in->context || !in->pooled) return NULL;
     bool sd3 = f->config.kind == SC_SD3;
@@ -5652,16 +5646,6 @@ bool sc_scale_for(const char *table, int steps, double *scale, double *guidance)
         sc__json_take(&p, ','); /* or a space */
     }
     return true;
-}
-
-float sc_lora_scale(const char *path, int steps, float *guidance) {
-    sc_file *file = sc_file_open(path);
-    const char *table = file ? sc_file_metadata(file, "scales") : NULL;
-    double scale = 1, guided = NAN;
-    if (table) sc_scale_for(table, steps, &scale, &guided);
-    if (guidance && isfinite(guided)) *guidance = (float)guided;
-    sc_file_close(file);
-    return (float)scale;
 }
 
 bool sc_lora_start(sc_params *p, const char *path, float scale) {

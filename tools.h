@@ -446,13 +446,20 @@ static bool ends_in(const char *path, const char *endings) {
     return false;
 }
 
-/* FILE:SCALE, or FILE: then what it recommends for `steps`: the scale and, if it does, a guidance
- * (else *guidance stays; it may be NULL). The file's path. */
+/* FILE:SCALE, or FILE: then what its metadata recommends for `steps` (./train --scales): the scale,
+ * else 1, and, if it does, a guidance (else *guidance stays; it may be NULL). The file's path. */
 const char *sc_lora_argument(const char *argument, int steps, float *scale, float *guidance) {
     char *end = NULL, *path = formatted("%s", argument), *colon = strrchr(path, ':');
     *scale = colon ? strtof(colon + 1, &end) : 0;
-    if (colon && end != colon + 1 && !*end && isfinite(*scale) && !exists(path)) *colon = 0;
-    else *scale = sc_lora_scale(path, steps, guidance);
+    if (colon && end != colon + 1 && !*end && isfinite(*scale) && !exists(path))
+        return *colon = 0, path;
+    sc_file *file = sc_file_open(path);
+    const char *list = file ? sc_file_metadata(file, "scales") : NULL;
+    double recommended = 1, guided = NAN;
+    if (list) sc_scale_for(list, steps, &recommended, &guided);
+    if (guidance && isfinite(guided)) *guidance = (float)guided;
+    *scale = (float)recommended;
+    sc_file_close(file);
     return path;
 }
 

@@ -62,10 +62,12 @@ static void test_lora_file(void) {
     sc_params_free(p);
     CHECK(sc_lora_load(f.dit, path, 1, &report));
     CHECK(report.applied == f.dit->module_count && report.total == report.applied);
-    float guidance = 2; /* which stays where none is recommended */
-    CHECK(sc_lora_scale(path, 9, &guidance) == 0.5f && guidance == 2);
-    CHECK(sc_lora_scale(path, 4, &guidance) == 1 && guidance == 1.5f);
-    CHECK(sc_lora_scale(path, 4, NULL) == 1);
+    sc_file *file = sc_file_open(path);
+    const char *scales = sc_file_metadata(file, "scales");
+    double scale, guidance;
+    CHECK(sc_scale_for(scales, 9, &scale, &guidance) && scale == 0.5 && isnan(guidance));
+    CHECK(sc_scale_for(scales, 4, &scale, &guidance) && scale == 1 && guidance == 1.5);
+    sc_file_close(file);
     CHECK(rel_error(run(&f, NULL, NULL), velocity, f.n) < 5e-3);
     float *loaded = malloc((size_t)f.n * 4);
     memcpy(loaded, run(&f, NULL, NULL), (size_t)f.n * 4);
