@@ -21,6 +21,7 @@ for kind in f32 bf16; do
     $train data/10pairs --rank 64 --lr 2e-5 --final-lr 1 --batch 8 --self-steps 2,4,8,16 --shift 2.5,4.5 \
         --dynamic-shift 0.1 --guidance 0,7.5 --caption-dropout 0 --fast 0.99 --slow 0.999 --steps "$steps" \
         --scales 3:1 --preview 0 --run $to/run-$kind --out $to/$kind.safetensors
-    ./shortcut --count 270 --steps 3 --out $to/$kind.png --lora $to/$kind.safetensors:0.5 --lora $to/$kind.safetensors:1 \
-        --lora $to/$kind.safetensors:1.5 --lora $to/$kind.safetensors:2
+    set --
+    for scale in 0.5 0.75 1 1.25 1.5 2 3 4; do set -- "$@" --lora $to/$kind.safetensors:$scale; done
+    ./shortcut --count 270 --steps 3 --out $to/$kind.png "$@"
 done
