@@ -647,7 +647,7 @@ static bool is_model(const char *path) {
 
 /* The transformer's plan: from its file, or, where that is not there or broken, from config.json.
  */
-static sc_dit *info_flux(const char *model) {
+static sc_dit *info_transformer(const char *model) {
     const char *path = kept(sc_part_path(model, SC_TRANSFORMER));
     sc_dit *dit = path ? sc_dit_open(NULL, path, NULL) : NULL;
     if (dit) return dit;
@@ -667,7 +667,7 @@ static void info_tokenizer(const char *model, const char *name) {
 static int info_main(const char *model) {
     if (!is_model(model)) return sc_end(info_file(model));
     printf("%s:\n", model);
-    sc_dit *dit = info_flux(model);
+    sc_dit *dit = info_transformer(model);
     bool sd3 = dit && sc_dit_config_of(dit)->kind == SC_SD3;
     sc_text_encoders *text = sc_text_encoders_open(NULL, model, sd3 ? SC_SD3 : SC_FLUX);
     if (!text) printf("  text encoders: %s\n", sc_error());
