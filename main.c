@@ -554,7 +554,8 @@ static int experiment_main(void) {
     const sc_dit_options how = {.fp8 = !strcmp(o.weights, "fp8"),
                                 .streamed = !strcmp(o.weights_on, "host")};
     bool ok = (sc_rank || (sc_apart(o.out, o.prompts) &&
-                           sc_check_out(o.out, ".png", o.named, o.model, o.lora))) &&
+                           sc_check_out(o.out, ".png", o.named, o.model, o.transformer,
+                                        o.lora))) &&
               (x.p = sc_open_model(o.model, o.transformer, o.device, how)) &&
               evaluator_open(&x.judge, x.p->backend, o.evaluator);
     if (ok && sc_dit_config_of(x.p->dit)->kind == SC_SD3 && !o.cfg)
@@ -709,11 +710,11 @@ static int info_main(const char *model) {
 
 /* LoRAs folded into a copy of the transformer, or, with --kohya, into one file of kohya's names. */
 static int merge_main(void) {
-    const char *path = kept(sc_part_path(o.model, SC_TRANSFORMER));
+    const char *path = o.transformer ? o.transformer : kept(sc_part_path(o.model, SC_TRANSFORMER));
     sc_dit *dit = path ? sc_dit_open(sc_cpu(), path, NULL) : NULL;
     float guidance = NAN; /* that of 3 steps, as the scale: weights cannot keep it */
     bool ok = dit && (o.lora[0] || sc_fail("merge needs --lora FILE[:SCALE]")) &&
-              (o.kohya ? sc_check_out(o.out, SC_WEIGHTS, o.named, o.model, o.lora)
+              (o.kohya ? sc_check_out(o.out, SC_WEIGHTS, o.named, o.model, o.transformer, o.lora)
                        : sc_can_write_model(dit, o.out));
     for (int i = 0; ok && i < 8 && o.lora[i]; i++)
         ok = sc_load_lora_argument(dit, o.lora[i], 3, &guidance);

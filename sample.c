@@ -157,10 +157,10 @@ static const char *numbered(const char *out, int index) {
 
 /* What --out and --latents name, and the names that follow from --out's. */
 static bool check_files(void) {
-    bool ok = sc_check_out(o.out, ".png", o.named, o.model, o.lora) && sc_apart(o.out, o.noise) &&
-              sc_apart(o.out, o.latents);
+    bool ok = sc_check_out(o.out, ".png", o.named, o.model, o.transformer, o.lora) &&
+              sc_apart(o.out, o.noise) && sc_apart(o.out, o.latents);
     if (ok && o.latents)
-        ok = sc_check_out(o.latents, SC_WEIGHTS, true, o.model, o.lora) &&
+        ok = sc_check_out(o.latents, SC_WEIGHTS, true, o.model, o.transformer, o.lora) &&
              sc_apart(o.latents, o.noise);
     for (int i = 1; ok && i < o.count; i++) ok = sc_may_replace(numbered(o.out, i));
     return ok;

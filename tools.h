@@ -464,15 +464,15 @@ const char *sc_lora_argument(const char *argument, int steps, float *scale, floa
 }
 
 /* A file to write: its name ends in one of `endings` (".png" or SC_WEIGHTS), which is what will be
- * in it, or in nothing; named by the user or not; not of the model, none of the LoRAs (up to 8
- * arguments FILE[:SCALE], NULL after the last). */
+ * in it, or in nothing; named by the user or not; not of the model or of another transformer (NULL:
+ * none), none of the LoRAs (up to 8 arguments FILE[:SCALE], NULL after the last). */
 bool sc_check_out(const char *out, const char *endings, bool named, const char *model,
-                  const char *const *loras) {
+                  const char *transformer, const char *const *loras) {
     bool ok = sc_can_write(out);
     if (ok && *sc_ending(out) && !ends_in(out, endings))
         ok = sc_fail("%s: this is written as %.*s only: let its name end so", out,
                      (int)strcspn(endings + 1, ".") + 1, endings);
-    ok = ok && (named || sc_may_replace(out));
+    ok = ok && (named || sc_may_replace(out)) && sc_apart(out, transformer);
     for (int part = 0; ok && exists(out) && part < SC_PARTS; part++)
         ok = sc_apart(out, kept(sc_part_path(model, (sc_part)part)));
     float scale;

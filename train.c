@@ -775,12 +775,12 @@ static bool dry_run(training *t) {
  * looked at when the model is open. */
 static bool check_places(const training *t, bool named, bool *made) {
     const char *const loras[] = {o.start ? o.start : o.teacher, o.start ? o.teacher : NULL, NULL};
-    const char *const others[] = {o.transformer, t->state, t->losses, t->picture, t->cache};
+    const char *const others[] = {t->state, t->losses, t->picture, t->cache};
     bool ok = make_folder(o.run, made) && sc_lock(o.run) &&
               (o.resume || (check_unfinished(t) && sc_may_replace(t->state))) &&
               sc_can_write(t->state) && sc_may_replace(t->losses) && sc_can_write(t->losses);
     if (!ok || all_weights()) return ok;
-    ok = sc_check_out(o.out, SC_WEIGHTS, named, o.model, loras);
+    ok = sc_check_out(o.out, SC_WEIGHTS, named, o.model, o.transformer, loras);
     for (size_t i = 0; ok && i < sizeof others / sizeof *others; i++)
         ok = sc_apart(o.out, others[i]);
     return ok;

@@ -289,6 +289,10 @@ for part in transformer vae text_encoder; do
     file=$(echo "$model/$part"/*.safetensors)
     keeps "$file" 1 "which is read" train --steps 1 --model "$model" --out "$file"
 done
+keeps "$model/$weights" 1 "which is read" train --steps 1 --transformer "$model/transformer" --out "$model/$weights"
+keeps "$model/$weights" 1 "which is read" sample --transformer "$model/transformer" --latents "$model/$weights"
+keeps "$model/$weights" 1 "which is read" ./shortcut merge --kohya --transformer "$model/transformer" --lora "$dir/link" --out "$model/$weights"
+keeps "$model/$weights" 1 "which is read" ./shortcut merge --transformer "$model/transformer" --lora "$dir/link" --out "$model/transformer"
 keeps "$model/$weights" 1 "which is read" ./shortcut merge --model "$model" --lora "$dir/link" --out "$model/transformer"
 keeps "$model/$weights" 1 "which is read" train --full --steps 1 --model "$model" --out "$model/transformer"
 keeps "$model/$weights" 1 "which is read" train --distill-guidance --steps 1 --transformer "$model/transformer" --out "$model/transformer"

@@ -92,6 +92,11 @@ check "lora.safetensors is for its own model" sh -c 'cd "$1" && ln -s "$0/data" 
 check "and for no other" sh -c 'cd "$1" && "$0/sample" "a pig" 1 --model "$2" 2>&1 | grep -q "is not used, it was made for data/tiny-flux"' \
     "$here" "$dir/cwd" "$dir/model"
 check "merged weights" quiet ./shortcut info "$dir/merged"
+check "merge into another transformer" quiet ./shortcut merge --transformer data/pretrained --lora "$dir/lora.safetensors:0" --out "$dir/other"
+for transformer in data/pretrained "$dir/other"; do
+    ./sample "a pig" 1 --no-lora --transformer $transformer --latents "$dir/of" --out "$dir/h.png" >/dev/null && cksum <"$dir/of"
+done >"$dir/sums"
+check "which is that one" test "$(uniq "$dir/sums" | wc -l)" = 1
 check "kohya's names" quiet ./shortcut merge --kohya --lora "$dir/lora.safetensors" --out "$dir/kohya.safetensors"
 check "are read" quiet ./sample "a red apple" 3 --lora "$dir/kohya.safetensors:1" --out "$dir/h.png"
 check "LoRAs stack" quiet ./sample "a red apple" 3 --lora "$dir/kohya.safetensors:-1" --lora "$dir/lora.safetensors:1" \
