@@ -5330,11 +5330,11 @@ static bool sc__lora_own_scale(const sc__lora *l, const char *module, const char
     if (!sc__lora_config_alpha(l, module, &alpha)) return false;
     snprintf(name, sizeof name, "%.*s.alpha", length, stem);
     sc__entry *e = sc__find_entry(l->file, name);
-    if (e) e->used = true;
+    if (e) e->used = true, alpha = NAN;
     if (e && sc_count(&e->tensor) == 1) sc_to_f32(&alpha, e->tensor.data, e->tensor.dtype, 1);
     bool root = sc_json_bool(sc__lora_setting(l, "use_rslora"), false);
     *scale = alpha / (root ? sqrtf((float)rank) : (float)rank);
-    return isfinite(alpha) || sc_fail("%s: '%s' is %g", l->file->path, name, alpha);
+    return isfinite(alpha) || sc_fail("%s: '%s' is not a number", l->file->path, name);
 }
 
 /* Appends a tensor's part for `module`, [rows, columns], times `scale`. */
@@ -5390,11 +5390,12 @@ static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor
     return ok;
 }
 
-/* Whether `name` is an A (side 0) or a B (side 1) of any dialect. */
-static bool sc__lora_side(const char *name, int side) {
-    int end = 0;
-    while (end < SC__LORA_ENDS && !sc__stem(name, sc__lora_ends[end][side])) end++;
-    return end < SC__LORA_ENDS;
+/* Whether `name` is an A (side 0) or a B (side 1) of any dialect; then its partner's name. */
+static bool sc__lora_side(const char *name, int side, char partner[512]) {
+    size_t end = 0, stem = 0;
+    while (end < SC__LORA_ENDS && !(stem = sc__stem(name, sc__lora_ends[end][side]))) end++;
+    if (stem) snprintf(partner, 512, "%.*s%s", (int)stem, name, sc__lora_ends[end][!side]);
+    return stem > 0;
 }
 
 /* What changes one of the text encoders, which take no LoRA here. */
@@ -5402,7 +5403,7 @@ static const char *const sc__lora_of_text[] = {"lora_te*", "text_encoder*", "cli
     "bundle_emb*", "base_model.model.text_model*", "lycoris_text*", NULL};
 
 /* Names what is not LoRA in a file. */
-static bool sc__lora_refuse(const sc_file *file, const char *first, const char *names) {
+static bool sc__lora_refuse(const sc_file *file, const char *names) {
     static const char *const kinds[][2] = {{"lokr_", "LoKr"}, {"hada_", "LoHa"}, {"dora_", "DoRA"},
         {"magnitude", "DoRA"}, {"boft", "BOFT"}, {"oft_", "OFT"}, {".a1.", "GLoRA"},
         {".b1.", "GLoRA"}, {"vera_", "VeRA"}, {"ia3_", "IA3"}, {"hra_", "HRA"},
@@ -5410,33 +5411,32 @@ static bool sc__lora_refuse(const sc_file *file, const char *first, const char *
         {"w_norm", "differences of whole weights"}, {".lora", "LoRA for something else"},
         {".weight", "whole weights"}};
     size_t i = 0, n = sizeof kinds / sizeof *kinds;
-    while (i < n && !strstr(first, kinds[i][0])) i++;
+    while (i < n && !strstr(names, kinds[i][0])) i++;
     return sc_fail("%s: holds %s, which is not read here, only LoRA's pairs of A and B and "
                     "changes of biases and norms; not understood: %s", file->path,
                     i < n ? kinds[i][1] : "a kind of tensors", names);
 }
 
-/* Counts the adapters in the file, and those that no layer took. Anything else that is left over,
- * but for the text encoders', would have changed the picture. */
+/* Counts the adapters in the file by their A, and those that no layer took. Anything else that is
+ * left over, but for the text encoders', would have changed the picture. */
 static bool sc__lora_count(const sc_file *file, sc_lora_report *report) {
-    char strange[256] = "";
-    const char *first = NULL;
+    char strange[256] = "", other[512];
     for (int64_t i = 0; i < file->count; i++) {
         const char *name = file->entries[i].name;
-        bool adapter = sc__lora_side(name, 0), used = file->entries[i].used;
+        bool adapter = sc__lora_side(name, 0, other), used = file->entries[i].used;
+        bool b = !adapter && sc__lora_side(name, 1, other) && sc__find_entry(file, other);
         bool text = sc__any(sc__lora_of_text, name);
         report->total += adapter;
         report->applied += adapter && used;
-        if (used || (!adapter && (sc__lora_side(name, 1) || sc__stem(name, ".alpha")))) continue;
+        if (used || b || sc__stem(name, ".alpha")) continue;
         if (adapter || text) {
             report->total += !adapter;
             sc__list_name(report->missed, sizeof report->missed, name);
             continue;
         }
-        if (!first) first = name;
         sc__list_name(strange, sizeof strange, name);
     }
-    return !first || sc__lora_refuse(file, first, strange);
+    return !*strange || sc__lora_refuse(file, strange);
 }
 
 /* x + scale (values - x), or x + scale values; what x was is kept for sc_lora_unload. */

@@ -834,20 +834,28 @@ static void test_bad_loras(void) {
     t->count++;
     free_tensors(t);
     static const char *const words[] = {"has no partner", "another model", "holds NaN",
-                                        "another model", ".alpha' is"};
-    for (int i = 0; i < 5; i++) {
+                                        "another model", ".alpha' is", "not understood: ",
+                                        ".alpha' is"};
+    for (int i = 0; i < 7; i++) {
         t = random_lora(f, 5, 2, 2, 8, NULL);
         if (i == 0) snprintf(t->name[1], sizeof t->name[1], "nothing");
         if (i == 1) t->named[1].tensor.shape[0]--;
         if (i == 2) ((float *)t->named[1].tensor.data)[3] = NAN;
         if (i == 3) t->named[0].tensor.shape[0]--;
         if (i == 4) *(float *)t->named[2].tensor.data = INFINITY;
+        if (i == 5) snprintf(t->name[0], sizeof t->name[0], "other.alpha"); /* B has no A */
+        if (i == 6) {
+            sc_tensor *alpha = &t->named[2].tensor;
+            alpha->data = realloc(alpha->data, 8), alpha->ndim = 1, alpha->shape[0] = 2;
+            ((float *)alpha->data)[1] = 1;
+        }
         CHECK(!sc_lora_load(f, save(t, "lora.safetensors"), 1, &report) &&
               strstr(sc_error(), words[i]));
         if (!strstr(sc_error(), words[i])) printf("  %s\n", sc_error());
         sc_lora_unload(f);
         sc_params *p = sc_params_lora(f, 2, 2, 1); /* training starts from none of them either */
-        CHECK(!sc_lora_start(p, in_folder("lora.safetensors"), 1) && strstr(sc_error(), words[i]));
+        CHECK(!sc_lora_start(p, in_folder("lora.safetensors"), 1) &&
+              strstr(sc_error(), i == 5 ? "no factors" : words[i]));
         sc_params_free(p);
         free_tensors(t);
     }
