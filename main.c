@@ -36,7 +36,7 @@ static const sc_option table[] = {
     {"--prompts", SC_STRING, &o.prompts, "FILE", "one prompt a line"},
     {"--evaluator", SC_STRING, &o.evaluator, "DIR", "the network that judges"},
     {"--real", SC_STRING, &o.real, "DIR", "real pictures: the distance from them, too"},
-    {"--steps", SC_INTS, o.steps, "N,N", "few steps"},
+    {"--steps", SC_INTS, o.steps, "N,N", "few steps; merge: the first decides the LoRA's scale"},
     {"--full", SC_FLAG, &o.full, NULL, "1026 pictures a row, as in the README, not 108"},
     {"--count", SC_INT, &o.count, "N", "pictures a row (0: 108, or --full's)"},
     {"--guidance", SC_FLOAT, &o.guidance, "G",
@@ -109,7 +109,7 @@ static bool evaluator_open(evaluator *e, const sc_backend *be, const char *folde
     *e = (evaluator){.json = json, .captions = sc_json_get(json, "captions")};
     e->levels = (int)sc_json_length(channels);
     e->groups = whole_number(sc_json_get(json, "norm_num_groups"), 8, MAX_CHANNELS);
-    e->features = whole_number(sc_json_get(json, "feature_dim"), 64, 1 << 24);
+    e->features = whole_number(sc_json_get(json, "feature_dim"), 64, MAX_CHANNELS);
     e->side = whole_number(sc_json_get(json, "sample_size"), 128, 4096);
     e->classes = whole_number(sc_json_get(json, "num_classes"), 0, 1 << 24);
     e->eps = (float)sc_json_number(sc_json_get(json, "norm_eps"), 1e-5);
@@ -501,8 +501,8 @@ static bool run_experiment(experiment *x) {
     if (!sc_rank && !sc_picture_save(&(sc_picture){x->cell * x->columns, x->height, x->sheet},
                                      o.out, formatted(SC_MADE_BY " %s", sc_command)))
         return false;
-    printf("%d pictures a row of the table, from the same noise; contact sheet: %s\n", x->count,
-           o.out);
+    printf("%d pictures a row of the table, from the same noise (seed %llu); contact sheet: %s\n",
+           x->count, (unsigned long long)o.seed, o.out);
     return true;
 }
 
@@ -510,6 +510,7 @@ static bool run_experiment(experiment *x) {
 
 static bool load_prompts(experiment *x) {
     int64_t count;
+    int cut = 0;
     char **lines = sc_load_prompts(o.prompts, &count);
     x->count = o.count ? o.count : o.full ? 1026 : 108;
     x->shown = count < 10 ? (int)count : 10;
@@ -520,6 +521,7 @@ static bool load_prompts(experiment *x) {
     for (int i = 0; ok && i < x->count; i++) {
         x->class_of[i] = class_named(&x->judge, lines[i % count]);
         x->texts[i] = i < count ? sc_pipeline_text(x->p, lines[i]) : x->texts[i - count];
+        cut += i < count && x->texts[i].cut;
         ok = kept(x->texts[i].context) && (!sc_interrupted || sc_fail("stopped"));
     }
     return ok;
@@ -550,7 +552,7 @@ static bool load_real(experiment *x) {
 
 static int experiment_main(void) {
     experiment x = {0};
-    if (!o.lora[0]) o.lora[0] = sc_own_lora(o.model);
+    if (!o.lora[0]) o.lora[0] = sc_own_lora(o.transformer ? o.transformer : o.model);
     const sc_dit_options how = {.fp8 = !strcmp(o.weights, "fp8"),
                                 .streamed = !strcmp(o.weights_on, "host")};
     bool ok = (sc_rank || (sc_apart(o.out, o.prompts) &&
@@ -712,12 +714,12 @@ static int info_main(const char *model) {
 static int merge_main(void) {
     const char *path = o.transformer ? o.transformer : kept(sc_part_path(o.model, SC_TRANSFORMER));
     sc_dit *dit = path ? sc_dit_open(sc_cpu(), path, NULL) : NULL;
-    float guidance = NAN; /* that of 3 steps, as the scale: weights cannot keep it */
+    float guidance = NAN; /* as the scale that of the first of --steps: weights cannot keep it */
     bool ok = dit && (o.lora[0] || sc_fail("merge needs --lora FILE[:SCALE]")) &&
               (o.kohya ? sc_check_out(o.out, SC_WEIGHTS, o.named, o.model, o.transformer, o.lora)
                        : sc_can_write_model(dit, o.out));
     for (int i = 0; ok && i < 8 && o.lora[i]; i++)
-        ok = sc_load_lora_argument(dit, o.lora[i], 3, &guidance);
+        ok = sc_load_lora_argument(dit, o.lora[i], o.steps[0], &guidance);
     const char *metadata[] = {"format", "pt", "command", sc_command, NULL};
     sc_dtype type = ok ? sc_dit_net(dit)->weights[0]->source.dtype : SC_BF16;
     if (type != SC_F32 && type != SC_F16) type = SC_BF16;
@@ -725,7 +727,8 @@ static int merge_main(void) {
     else if (ok) ok = sc_dit_save(dit, o.out, type, metadata);
     const char *what = o.kohya ? "" : ": a transformer folder, to put in place of the model's";
     if (ok) printf("wrote %s%s\n", o.out, what);
-    if (ok && isfinite(guidance)) printf("for 3 steps the LoRA asks for guidance %g\n", guidance);
+    if (ok && isfinite(guidance))
+        printf("for %d steps the LoRA asks for guidance %g\n", o.steps[0], guidance);
     sc_dit_close(dit);
     return sc_end(ok);
 }
@@ -749,10 +752,10 @@ int main(int argc, char **argv) {
     bool merge = count && !strcmp(words[0], "merge");
     o.named = o.out != NULL;
     if (!o.out) o.out = !merge ? "sheet.png" : o.kohya ? "lora-kohya.safetensors" : "merged";
-    if (o.batch < 1 || o.count < 0 || o.count == 1 || o.resolution < 0 || !(o.shift >= 0) ||
-        !(o.cfg >= 0) || (o.cfg_loras && !o.cfg))
-        return sc_fail("--batch from 1, --count from 2 up, no negative numbers; --cfg-loras needs "
-                       "--cfg"), sc_die(), 2;
+    if (o.batch < 1 || o.batch > 4096 || o.count < 0 || o.count == 1 || o.resolution < 0 ||
+        !(o.shift >= 0) || !(o.cfg >= 0) || (o.cfg_loras && !o.cfg))
+        return sc_fail("--batch from 1 to 4096, --count from 2 up, no negative numbers; "
+                       "--cfg-loras needs --cfg"), sc_die(), 2;
     if (count == 0) return experiment_main();
     if (sc_rank && (merge || count == 2)) return sc_end(true); /* for one process */
     if (count == 2 && !strcmp(words[0], "info")) return info_main(words[1]);

@@ -59,7 +59,7 @@ static const sc_option table[] = {
 enum { OPTIONS = sizeof table / sizeof *table };
 
 static const char *loras = ""; /* of a picture's parameters */
-static time_t newest_lora;
+static double newest_input;    /* when the last of the files that it depends on changed */
 
 /* ---- One picture ---- */
 
@@ -102,12 +102,25 @@ static const char *parameters_of(const char *prompt, uint64_t seed, float shift)
         o.noise ? ", Noise: " : "", o.noise ? o.noise : "");
 }
 
-/* Whether the PNG at `path` was drawn with just these parameters, and no LoRA written after it. */
+static double seconds_of(struct timespec t) { return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec; }
+
+/* One more of those files (its shards, if it has any), by the time at which it came to its place:
+ * an older one that was moved there is new as well. */
+static void note_input(const char *path) {
+    sc_file *file = path ? sc_file_open(path) : NULL;
+    const char *part;
+    struct stat s;
+    for (int64_t i = 0; file && (part = sc_file_part(file, i)); i++)
+        if (!stat(part, &s)) newest_input = fmax(newest_input, seconds_of(s.st_ctim));
+    sc_file_close(file);
+}
+
+/* Whether the PNG at `path` was drawn with just these parameters, after all input was there. */
 static bool drawn(const char *path, const char *parameters) {
     struct stat picture;
     const char *text = sc_picture_parameters(path);
     return text && !strcmp(text, parameters) && !stat(path, &picture) &&
-           newest_lora <= picture.st_mtime;
+           newest_input <= seconds_of(picture.st_mtim);
 }
 
 /* Draws one picture and prints how long its parts took. */
@@ -123,16 +136,16 @@ static bool draw(sc_pipeline *p, const char *prompt, uint64_t seed, const char *
     double times[4] = {sc_seconds()};
     sc_text text = sc_pipeline_text(p, prompt);
     static sc_text negative; /* true CFG's, made once */
-    if (o.cfg && text.context && !negative.context)
+    if (o.cfg && text.context && !negative.context) {
         negative = sc_pipeline_text(p, o.negative ? o.negative : "");
+        sc_warn_cut(p, negative.cut, "negative prompt");
+    }
     sc_sampling s = {.steps = o.steps, .shift = shift, .guidance = o.guidance, .h = h, .w = w,
                      .progress = progress, .user = &times[1], .cfg = o.cfg, .no_text = negative};
     bool ok = latents && text.context && (!o.cfg || negative.context);
     if (ok) sc_normal(&(sc_rng){seed}, latents, n);
     ok = ok && (!o.noise || load_noise(o.noise, latents, n));
-    if (ok && text.cut)
-        fprintf(stderr, "warning: the prompt has more than %d tokens: its end is left out\n",
-                p->text_tokens - p->clip_tokens);
+    if (ok) sc_warn_cut(p, text.cut, "prompt");
     times[1] = sc_seconds();
     ok = ok && sc_sample(p->dit, p->tape, &s, 1, p->text_tokens, &text, latents) &&
          (!o.latents || save_latents(o.latents, latents, tokens, c->in_channels));
@@ -196,11 +209,12 @@ static const char *line_of(int64_t index, const char *prompt) {
 }
 
 /* Whether nothing is lost with a line of an old metadata.jsonl: its picture says the same, or it
- * will stand there again. */
-static bool known_line(const char *line) {
+ * will stand there again. *left: those that will not. */
+static bool known_line(const char *line, int64_t *left) {
     long long index = -1;
     sscanf(line, "{\"file_name\": \"%lld.png\"", &index);
     if (index < 0) return false;
+    *left += index >= pictures;
     char *text = sc_picture_parameters(path_of(index));
     if (text) text[strcspn(text, "\n")] = 0;
     return (text && !strcmp(line, line_of(index, text))) ||
@@ -210,15 +224,19 @@ static bool known_line(const char *line) {
 /* A folder may hold pictures of the user's, under such names too. */
 static bool check_folder(const char *metadata) {
     size_t length;
+    int64_t left = 0;
     bool ok = sc_apart(metadata, o.prompts), old = exists(metadata);
     for (int64_t i = 0; ok && i < pictures; i++) ok = sc_may_replace(path_of(i));
     char *text = ok && old ? kept(sc_read_file(metadata, &length)) : NULL;
     ok = ok && (text || !old);
     char *line = text ? strtok(text, "\r\n") : NULL;
     for (; ok && line; line = strtok(NULL, "\r\n"))
-        ok = known_line(line) ||
+        ok = known_line(line, &left) ||
              sc_fail("%s has lines that are not this program's: choose another folder: %s",
                      metadata, line);
+    if (ok && left)
+        fprintf(stderr, "warning: %lld older pictures stay in %s, but not in metadata.jsonl\n",
+                (long long)left, o.out_dir);
     return ok && sc_can_write(metadata);
 }
 
@@ -263,18 +281,22 @@ static bool draw_list(sc_pipeline *p) {
 /* False with the error set where a value makes no sense; `steps` may be NULL. */
 static bool check_options(const char *steps) {
     char *end = NULL, more;
-    o.steps = steps ? (int)strtol(steps, &end, 10) : 3;
-    if (o.steps < 1 || o.steps > 1000 || (end && *end))
+    long number = steps ? strtol(steps, &end, 10) : 3;
+    if (number < 1 || number > 1000 || (end && *end))
         return sc_fail("STEPS is a number from 1 to 1000, not '%s'", steps);
+    o.steps = (int)number;
     if (o.count < 1) return sc_fail("--count is a number from 1 up, not %d", o.count);
     if (!(o.cfg >= 0 && isfinite(o.cfg))) return sc_fail("--cfg is a number from 0 up");
     if (o.negative && !o.cfg) return sc_fail("--negative needs --cfg G: without, nothing reads it");
-    if (o.latents && (o.prompts || o.count > 1))
-        return sc_fail("--latents takes those of one picture");
+    if ((o.latents || o.noise) && (o.prompts || o.count > 1))
+        return sc_fail("--noise and --latents are those of one picture");
+    if (o.prompts ? o.named : o.out_dir != NULL)
+        return sc_fail("--out is for one prompt, --out-dir for --prompts FILE");
+    if (o.no_lora && o.lora[0]) return sc_fail("--lora and --no-lora exclude each other");
     float shift = o.shift && strcmp(o.shift, "auto") ? strtof(o.shift, &end) : 1;
     if (!(shift > 0 && isfinite(shift)) || (end && *end))
         return sc_fail("--shift is a positive number or auto, not '%s'", o.shift);
-    if (o.size && (sscanf(o.size, "%dx%d%c", &o.width, &o.height, &more) != 2 || o.width < 1 ||
+    if (o.size && (sscanf(o.size, "%6dx%6d%c", &o.width, &o.height, &more) != 2 || o.width < 1 ||
                    o.height < 1 || o.width > 1 << 14 || o.height > 1 << 14))
         return sc_fail("--size is WxH, sides up to %d pixels, not '%s'", 1 << 14, o.size);
     return true;
@@ -285,20 +307,24 @@ static bool take_size(const sc_pipeline *p) {
     int side = p->token_pixels;
     if (!o.size) o.width = o.height = p->resolution;
     if (o.width % side || o.height % side)
-        return sc_fail("--size is WxH in multiples of %d pixels, not '%s'", side, o.size);
+        return sc_fail("--size is WxH in multiples of %d pixels, not '%dx%d'", side, o.width,
+                       o.height);
     return sc_dit_fits(p->dit, o.height / side, o.width / side);
 }
 
 static bool load_loras(sc_pipeline *p) {
     float guidance = o.guidance, scale;
-    if (!o.lora[0] && !o.no_lora) o.lora[0] = sc_own_lora(o.model);
+    for (int part = 0; part < SC_PARTS; part++)
+        note_input(kept(sc_part_path(o.model, (sc_part)part)));
+    note_input(o.transformer);
+    note_input(o.noise);
+    if (!o.lora[0] && !o.no_lora) o.lora[0] = sc_own_lora(o.transformer ? o.transformer : o.model);
     for (int i = 0; !o.no_lora && i < 8 && o.lora[i]; i++) {
         const char *path = sc_lora_argument(o.lora[i], o.steps, &scale, NULL);
-        struct stat s;
         if (!sc_load_lora_argument(p->dit, o.lora[i], o.steps, o.guided ? NULL : &guidance))
             return false;
         loras = formatted("%s%s%s:%g", loras, i ? " " : ", Lora: ", path, scale);
-        if (!stat(path, &s) && s.st_mtime > newest_lora) newest_lora = s.st_mtime;
+        note_input(path);
     }
     if (guidance == o.guidance) return true;
     o.guidance = guidance;

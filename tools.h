@@ -489,7 +489,13 @@ bool sc_can_write_model(const sc_dit *dit, const char *folder) {
     const char *input = file ? sc_file_path(file) : NULL;
     if (ends_in(folder, SC_WEIGHTS) && (!exists(folder) || is_file(folder)))
         return sc_fail("%s: this will be a folder: do not let its name end as a file's", folder);
-    if (!exists(folder)) return sc_can_write(folder);
+    size = strlen(folder);
+    while (size > 1 && folder[size - 1] == '/') size--;
+    if (!exists(folder)) return sc_can_write(formatted("%.*s", (int)size, folder));
+    sc_file *there = sc_file_open(folder);
+    bool shards = there && ends_in(sc_file_path(there), ".json");
+    sc_file_close(there);
+    if (shards) return sc_fail("%s: its shards would be read instead: write elsewhere", folder);
     const char *weights = formatted("%s/diffusion_pytorch_model.safetensors", folder);
     const char *config = formatted("%s/config.json", folder);
     const char *text = exists(config) ? kept(sc_read_file(config, &size)) : NULL;
@@ -717,6 +723,13 @@ void sc_print_text(FILE *to, const char *heading, const char *text) {
     fputs(heading, to);
     for (; *text; text++) fputc((unsigned char)*text < ' ' || *text == 127 ? '?' : *text, to);
     fputc('\n', to);
+}
+
+/* Of `count` texts the encoders read the beginning only. */
+void sc_warn_cut(const sc_pipeline *p, int count, const char *what) {
+    if (count)
+        fprintf(stderr, "warning: the end is left out of %d %s%s of more than %d tokens\n", count,
+                what, count == 1 ? "" : "s", p->text_tokens - p->clip_tokens);
 }
 
 /* Loads a LoRA; prints "applied n/N" and the rest. *guidance as for sc_lora_argument. */
@@ -979,7 +992,7 @@ void sc_parse_recipe(const sc_option *options, int count, const char *model, con
     }
 }
 
-/* The lines of a file that are not empty; NULL with the error set. */
+/* The lines of a file that are not blank; NULL with the error set. */
 char **sc_load_prompts(const char *path, int64_t *count) {
     size_t most = 1;
     char *text = kept(sc_text_load(path));
@@ -987,7 +1000,7 @@ char **sc_load_prompts(const char *path, int64_t *count) {
     char **lines = text ? kept(allocate(most, sizeof *lines)) : NULL;
     *count = 0;
     for (char *line = lines ? strtok(text, "\r\n") : NULL; line; line = strtok(NULL, "\r\n"))
-        lines[(*count)++] = line;
+        if (line[strspn(line, " \t")]) lines[(*count)++] = line;
     if (!lines || *count) return lines;
     return sc_fail("%s: no prompts", path), NULL;
 }

@@ -170,10 +170,19 @@ static void draw_batch(training *t) {
 
 /* ---- The state: enough to go on bit for bit ---- */
 
+static float alpha(void) { return o.alpha > 0 ? o.alpha : (float)o.rank; }
+
+/* What the numbers of a state mean. */
+static const char *kind_of_run(void) {
+    return o.full ? "--full" : o.pretrain ? "--pretrain" : o.distill_guidance ? "--distill-guidance"
+           : formatted("a LoRA of alpha %g", alpha());
+}
+
 static bool save_state(const training *t) {
     const char *metadata[] = {"step", formatted("%lld", (long long)t->step),
                               "steps", formatted("%d", o.steps),
                               "rng", formatted("%llu", (unsigned long long)t->rng.state),
+                              "kind", kind_of_run(),
                               "command", sc_command, NULL};
     return sc_params_save(t->params, t->state, metadata);
 }
@@ -186,8 +195,11 @@ static bool load_state(training *t) {
     if (!file) return false;
     const char *step = sc_file_metadata(file, "step"), *rng = sc_file_metadata(file, "rng");
     const char *command = sc_file_metadata(file, "command");
+    const char *kind = sc_file_metadata(file, "kind"); /* older states have none */
     bool ok = (step && rng) || sc_fail("%s: not a training state", t->state);
     ok = ok && sc_params_load(t->params, file);
+    if (ok && kind && strcmp(kind, kind_of_run()))
+        ok = sc_fail("%s: this is the run of %s, not of %s", t->state, kind, kind_of_run());
     if (ok) {
         t->saved = true;
         t->step = t->adamw.step = strtoll(step, NULL, 10);
@@ -287,6 +299,14 @@ static bool save_all(training *t) {
     return state && result;
 }
 
+/* On the way: if it fails, there is time to make room for the next. */
+static void try_save(training *t, FILE *csv) {
+    fflush(csv);
+    if (save_all(t)) return;
+    sc_end_line();
+    fprintf(stderr, "warning: not saved at step %lld: %s\n", (long long)t->step, sc_error());
+}
+
 /* One that fails, or for which there is no time, is no reason to stop. True: it was drawn. */
 static bool try_preview(training *t) {
     if (!o.preview || sc_interrupted || sc_rank) return false;
@@ -369,7 +389,7 @@ static bool train(training *t) {
         /* A GPU gets the next step before it is asked about this one. */
         int late = save || look || t->pipeline->backend->on_host ? 0 : 1;
         while (ok && p.told + late < t->step) ok = tell_step(t, &p);
-        if (ok && save) fflush(csv), ok = save_all(t);
+        if (ok && save) try_save(t, csv);
         if (ok && look) try_preview(t);
     }
     while (ok && p.told < t->step) ok = tell_step(t, &p);
@@ -533,9 +553,7 @@ static bool encode_texts(training *t, const sc_dataset *data) {
         cut += text.cut;
         sc_progress("caption", 0, i + 1, count, started, NULL);
     }
-    if (ok && cut)
-        fprintf(stderr, "warning: %d captions have more than %d tokens: their ends are left out\n",
-                cut, p->text_tokens - p->clip_tokens);
+    if (ok) sc_warn_cut(p, cut, "caption");
     free(texts);
     return ok;
 }
@@ -584,9 +602,11 @@ static bool load_data(training *t) {
     t->pairs = (int)data->count;
     t->data = allocate((size_t)(LATENTS + t->pairs), sizeof *t->data);
     bool ok = t->data != NULL;
-    for (int i = 0; ok && i < t->pairs; i++) ok = sc_apart(o.out, data->pairs[i].path);
+    for (int i = 0; ok && i < t->pairs; i++)
+        ok = sc_apart(o.out, data->pairs[i].path) &&
+             (!o.preview || sc_apart(t->picture, data->pairs[i].path));
     ok = sc_meet(ok, formatted("pictures and captions in %s, or model files,", o.data),
-                 fingerprint_of(t, data, false), NULL);
+                 ok ? fingerprint_of(t, data, false) : 0, NULL);
     bool wait = sc_rank && !o.no_cache; /* for the first one's cache */
     if (ok && wait) ok = sc_agree(ok);
     if (ok && (o.no_cache || !load_cache(t, fingerprint))) {
@@ -626,6 +646,8 @@ static bool check_options(void) {
          "--teacher-ratio, --fm-ratio, --caption-dropout and --dynamic-shift lie between 0 and 1"},
         {o.lr > 0 && isfinite(o.lr), "--lr is a positive number"},
         {o.cfg >= 0 && isfinite(o.cfg), "--cfg is a number from 0 up"},
+        {o.alpha >= 0 && o.final_lr >= 0 && o.weight_decay >= 0 && o.clip >= 0 && o.threads >= 0,
+         "--alpha, --final-lr, --weight-decay, --clip and --threads are numbers from 0 up"},
         {o.cfg || !o.cfg_student, "--cfg-student needs --cfg G"},
         {!o.cfg || !(o.pretrain || o.distill_guidance),
          "--cfg is for SCFM, not for --pretrain or --distill-guidance"},
@@ -669,10 +691,15 @@ static bool open_model(training *t) {
 /* A LoRA that starts from --start, from the teacher's, or from nothing. */
 static bool start_lora(training *t) {
     sc_dit *dit = t->pipeline->dit;
+    const sc_net *net = sc_dit_net(dit);
     float scale;
-    t->params = sc_params_lora(dit, o.rank, o.alpha > 0 ? o.alpha : (float)o.rank, o.seed);
+    t->params = sc_params_lora(dit, o.rank, alpha(), o.seed);
     if (!t->params) return false;
     if (o.teacher && !sc_load_lora_argument(dit, o.teacher, o.teacher_steps, NULL)) return false;
+    for (int64_t i = 0; i < net->count; i++)
+        if (net->weights[i]->before)
+            return sc_fail("%s: changes '%s', which the student's file could not say", o.teacher,
+                           net->weights[i]->name);
     if (o.start || !o.teacher) return !o.start || sc_lora_start(t->params, o.start, 1);
     const char *path = sc_lora_argument(o.teacher, o.teacher_steps, &scale, NULL);
     return sc_lora_start(t->params, path, scale);

@@ -16,6 +16,7 @@ fails 2 "info of what" ./shortcut info
 fails 2 "neither info nor merge" ./shortcut none
 fails 2 "from 1 to 1000" ./sample x 0
 fails 2 "from 1 to 1000" ./sample x y
+fails 2 "from 1 to 1000" ./sample x 4294967299
 fails 2 "unexpected" ./sample x 3 y
 fails 2 "takes N" ./sample x 1 --seed x
 for seed in -1 1.5 1e3 18446744073709551616 ""; do
@@ -32,6 +33,13 @@ fails 1 "written as .png only" ./shortcut --out "$dir/a.jpg"
 fails 1 "will be a folder" train --full --steps 1 --out "$dir/a.safetensors"
 fails 1 "without a name" train --steps 1 --out ""
 fails 2 "of one picture" sample --latents "$dir/l" --count 2
+fails 2 "of one picture" sample --noise "$dir/l" --count 2
+fails 2 "--out-dir for --prompts" sample --out-dir "$dir/set"
+fails 2 "--out is for one" ./sample --prompts "$dir/prompts" 1 --out "$dir/a.png" --out-dir "$dir/set"
+fails 2 "exclude each other" sample --lora "$dir/l"
+fails 2 "from 0 up" train --alpha -4
+fails 2 "from 0 up" train --final-lr -3
+fails 2 "from 1 to 4096" ./shortcut --batch 1073741824
 fails 2 "from 1 up" ./sample x 1 --count 0
 fails 2 "from 1 up" train --steps 0
 fails 2 "from 1 up" train --batch 0
@@ -54,6 +62,7 @@ fails 2 "auto|fp8" train --weights fp
 fails 2 "multiples of 16" sample --size 100x100
 fails 2 "WxH" sample --size 128x128x
 fails 2 "WxH" sample --size 0x16
+fails 2 "WxH" sample --size 4294967424x128
 fails 2 "positive number or auto" sample --shift 3x
 fails 2 "unknown option '--?.31m?b'" ./sample x 1 "$(printf -- '--\033[31m\nb')"
 fails 1 "a?.31m?b: No such file" sample --model "$(printf 'a\033[31m\nb')"
@@ -188,11 +197,12 @@ rm -f "$dir/lora" "$dir/out.png" "$dir/run/state.safetensors"
     ulimit -f 20
     fails 1 "cannot write" sample
     fails 1 "cannot write" sample --latents "$dir/latents"
-    fails 1 "cannot write" train --steps 1 --rank 16
+    fails 1 "cannot write" train --steps 2 --rank 16 --save 1
+    check "what cannot be saved on the way stops nothing" grep -q "^warning: not saved at step 1: .*cannot write" "$dir/output"
     check "the cache is not needed" quiet ./train "$pairs" --steps 1 --batch 1 --dry-run
     report
 ) >"$dir/full"
-check "a full disk: $(cat "$dir/full")" grep -q "^4 passed, 0 failed" "$dir/full"
+check "a full disk: $(cat "$dir/full")" grep -q "^5 passed, 0 failed" "$dir/full"
 check "leaves nothing" test ! -e "$dir/lora" -a ! -e "$dir/out.png" -a ! -e "$dir/latents" -a ! -e "$dir/run/state.safetensors"
 check "no temporary file either" test -z "$(find "$dir" -name '*.tmp*' -o -name 'out.png*' -o -name 'lora*')"
 if [ -c /dev/full ]; then
@@ -264,6 +274,8 @@ done
 echo mine >"$dir/run/preview.png"
 quiet ./train "$pairs" --no-cache --batch 1 --rank 1 --steps 1 --preview 1 --run "$dir/run" --out "$dir/lora"
 check "nor is a picture by the name of the preview" grep -q mine "$dir/run/preview.png"
+mkdir "$dir/drawn" && quiet ./sample x 1 --no-lora --out "$dir/drawn/preview.png" && echo x >"$dir/drawn/preview.txt"
+keeps "$dir/drawn/preview.png" 1 "which is read" ./train "$dir/drawn" --no-cache --batch 1 --steps 1 --preview 1 --run "$dir/drawn" --out "$dir/lora"
 # Links are followed, the mode stays, and read-only is meant.
 mkdir "$dir/far"
 ln -s far/lora "$dir/link"
@@ -278,7 +290,7 @@ chmod 640 "$dir/far/lora"
 # What is read is not written, under whatever name.
 ln "$dir/far/lora" "$dir/hard"
 keeps "$dir/far/lora" 1 "which is read" train --steps 1 --start "$dir/link" --out "$dir/hard"
-keeps "$dir/far/lora" 1 "which is read" sample --lora "$dir/link" --out "$dir/hard"
+keeps "$dir/far/lora" 1 "which is read" ./sample x 1 --lora "$dir/link" --out "$dir/hard"
 keeps "$dir/far/lora" 1 "which is read" ./shortcut --lora "$dir/link:2" --out "$dir/hard"
 keeps "$dir/far/lora" 1 "which is read" ./shortcut merge --kohya --lora "$dir/link:1" --out "$dir/hard"
 keeps "$dir/far/lora" 1 "which is read" sample --noise "$dir/link" --latents "$dir/hard"
@@ -303,6 +315,10 @@ cp data/tiny-flux/vae/*.safetensors "$dir/theirs"
 keeps "$dir/theirs/diffusion_pytorch_model.safetensors" 1 "this file is there" ./shortcut merge --lora "$dir/link" --out "$dir/theirs"
 check "merge" quiet ./shortcut merge --lora "$dir/link" --out "$dir/merged"
 check "merge again: the folder is ours" quiet ./shortcut merge --lora "$dir/link" --out "$dir/merged"
+check "and into one whose name ends in a slash" quiet ./shortcut merge --lora "$dir/link" --out "$dir/new/"
+mv "$dir/new/diffusion_pytorch_model.safetensors" "$dir/new/a-1.safetensors"
+echo '{"weight_map": {"x_embedder.bias": "a-1.safetensors"}}' >"$dir/new/a.safetensors.index.json"
+fails 1 "its shards would be read instead" train --full --steps 1 --out "$dir/new"
 rm -rf "$model"
 # No length is too long that the system takes.
 deep=$dir

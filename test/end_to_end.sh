@@ -15,7 +15,9 @@ check "another seed" quiet ./sample "a red apple" 3 --no-lora --seed 2 --out "$d
 check "gives another picture" differ "$dir/a.png" "$dir/c.png"
 check "empty, long and broken prompts" quiet ./sample "" 1 --no-lora --out "$dir/d.png"
 check "a prompt that is cut is told" sh -c './sample "$(printf "apple %.0s" $(seq 40))" 1 --no-lora --out "$0" 2>&1 |
-    grep -q "^warning: the prompt has more than 16 tokens"' "$dir/d.png"
+    grep -q "^warning: the end is left out of 1 prompt of more than 16 tokens"' "$dir/d.png"
+check "and so is a negative one" sh -c './sample "apple" 1 --no-lora --cfg 2 --negative "$(printf "apple %.0s" $(seq 40))" --out "$0" 2>&1 |
+    grep -q "^warning: the end is left out of 1 negative prompt of"' "$dir/d.png"
 check "one that is not, not" sh -c '! ./sample "a red apple" 1 --no-lora --out "$0" 2>&1 | grep warning' "$dir/d.png"
 check "long prompt" quiet ./sample "$(printf 'apple %.0s' $(seq 2000))" 1 --no-lora --out "$dir/d.png"
 fails 1 "not UTF-8: byte 1 is 0xff" ./sample "$(printf 'a\377\376b')" 1 --no-lora --out "$dir/d.png"
@@ -91,6 +93,8 @@ check "lora.safetensors is for its own model" sh -c 'cd "$1" && ln -s "$0/data" 
     "$here" "$dir/cwd"
 check "and for no other" sh -c 'cd "$1" && "$0/sample" "a pig" 1 --model "$2" 2>&1 | grep -q "is not used, it was made for data/tiny-flux"' \
     "$here" "$dir/cwd" "$dir/model"
+check "nor, by itself, on top of what it is merged into" sh -c 'cd "$1" && "$0/sample" "a pig" 1 --transformer "$2" 2>&1 | grep -q "is not used"' \
+    "$here" "$dir/cwd" "$dir/merged"
 check "merged weights" quiet ./shortcut info "$dir/merged"
 check "merge into another transformer" quiet ./shortcut merge --transformer data/pretrained --lora "$dir/lora.safetensors:0" --out "$dir/other"
 for transformer in data/pretrained "$dir/other"; do
@@ -115,9 +119,20 @@ check "which is newer" quiet ./sample --prompts "$dir/prompts" 2 --lora "$dir/lo
 check "draws them anew" test -z "$(find "$dir/set" -name 000000.png -mmin +1)"
 check "the LoRA's" differ "$dir/set/000000.png" "$dir/bare.png"
 cp "$dir/set/000000.png" "$dir/lora.png"
+mv "$dir/lora.safetensors" "$dir/moved" && touch -d "1 hour ago" "$dir/moved" && sleep 0.01 && mv "$dir/moved" "$dir/lora.safetensors"
+inode=$(ls -i "$dir/set/000000.png")
+check "with one that is older, but came later" quiet ./sample --prompts "$dir/prompts" 2 --lora "$dir/lora.safetensors" --out-dir "$dir/set"
+check "anew, too" test "$inode" != "$(ls -i "$dir/set/000000.png")"
+inode=$(ls -i "$dir/set/000000.png")
+check "and once more" quiet ./sample --prompts "$dir/prompts" 2 --lora "$dir/lora.safetensors" --out-dir "$dir/set"
+check "not again" test "$inode" = "$(ls -i "$dir/set/000000.png")"
 check "and without" quiet ./sample --prompts "$dir/prompts" 2 --no-lora --out-dir "$dir/set"
 check "are drawn anew" differ "$dir/set/000000.png" "$dir/lora.png"
 check "as they were" same "$dir/set/000000.png" "$dir/bare.png"
+printf 'a pig\n  \n' >"$dir/fewer"
+check "a shorter list says what it leaves, and no blank line is a prompt" sh -c './sample --prompts "$0/fewer" 2 --no-lora --out-dir "$0/set" 2>&1 |
+    grep -q "^warning: 1 older pictures stay"' "$dir"
+quiet ./sample --prompts "$dir/prompts" 2 --no-lora --out-dir "$dir/set"
 mkdir "$dir/a.b"
 check "several of a name without an ending" quiet ./sample x 1 --no-lora --count 2 --out "$dir/a.b/x"
 check "are numbered" test -s "$dir/a.b/x" -a -s "$dir/a.b/x-2"
@@ -149,6 +164,14 @@ check "another start has not" quiet taught --start "$dir/lora.safetensors" --tea
 check "as the loss tells" differ "$dir/taught/loss.csv" "$dir/x"
 fails 1 "rank 16; this run has rank 2" taught --teacher "$dir/lora.safetensors" --rank 2
 fails 1 "which is read" taught --teacher "$dir/taught.safetensors:1"
+header='{"transformer.proj_out.diff_b":{"dtype":"F32","shape":[64],"data_offsets":[0,256]}}'
+{ printf "\\$(printf %o ${#header})\\0\\0\\0\\0\\0\\0\\0%s" "$header" && head -c 256 /dev/zero; } >"$dir/bias.safetensors"
+check "a bias alone" quiet ./sample x 1 --lora "$dir/bias.safetensors" --out "$dir/f.png"
+fails 1 "changes 'proj_out.bias', which the student's" taught --start "$dir/lora.safetensors" --teacher "$dir/bias.safetensors:1"
+# A state says what its numbers mean.
+check "a run of alpha 32" quiet taught --alpha 32 --steps 2 --stop-after 1
+fails 1 "the run of a LoRA of alpha 32, not of a LoRA of alpha 16" taught --steps 2 --resume
+check "goes on with it" quiet taught --alpha 32 --steps 2 --resume
 cp -r data/tiny-flux/transformer "$dir/unguided"
 sed 's/"guidance_embeds": true/"guidance_embeds": false/' data/tiny-flux/transformer/config.json >"$dir/unguided/config.json"
 fails 1 "takes no guidance" ./train "$dir/pairs" --distill-guidance --transformer "$dir/unguided" $run --out "$dir/whole"
@@ -165,6 +188,8 @@ check "a LoRA for another transformer" quiet ./train "$dir/pairs" --steps 1 --ba
 check "says so" sh -c './shortcut info "$0" | grep -q "base_model: data/tiny-flux/transformer"' "$dir/other.safetensors"
 cp -r data/evaluator "$dir/judge"
 sed 's/"norm_num_groups": *[0-9]*/"norm_num_groups": 64/' data/evaluator/config.json >"$dir/judge/config.json"
+fails 1 "not an evaluator" ./shortcut --evaluator "$dir/judge" --count 2 --out "$dir/sheet.png"
+sed 's/"feature_dim": *[0-9]*/"feature_dim": 26755/' data/evaluator/config.json >"$dir/judge/config.json"
 fails 1 "not an evaluator" ./shortcut --evaluator "$dir/judge" --count 2 --out "$dir/sheet.png"
 fails 2 "cannot be negative" ./train "$dir/pairs" --save -1 $run
 mkdir "$dir/many" && cp "$dir/pairs/banana_0000.png" "$dir/many/a.png"
