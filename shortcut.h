@@ -1086,7 +1086,7 @@ bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int
 typedef struct sc__stream {         /* one stream of a double block, or a single block's only one */
     sc_linear_layer mod;            /* [6C, C]; single: [3C, C]; SD3.5: see there */
     sc_linear_layer q, k, v, out;   /* [C, C]; single: no out */
-    sc_tensor *norm_q, *norm_k;     /* [D] */
+    sc_linear_layer norm_q, norm_k; /* [D], without bias */
     sc_linear_layer up, down;       /* [4C, C], [C, 4C]; single: down [C, 5C], of both */
 } sc__stream;
 
@@ -1140,8 +1140,8 @@ static sc_tensor *sc__self_attention(sc_tape *t, const sc__block *block, const s
                                      sc_tensor *n) {
     const sc_tensor *rope = &block->dit->rope;
     float scale = 1.f / sqrtf((float)block->dit->config.head_size);
-    sc_tensor *q = sc_norm_rope(t, NULL, sc_linear(t, n, &s->q), NULL, s->norm_q, rope);
-    sc_tensor *k = sc_norm_rope(t, NULL, sc_linear(t, n, &s->k), NULL, s->norm_k, rope);
+    sc_tensor *q = sc_norm_rope(t, NULL, sc_linear(t, n, &s->q), NULL, s->norm_q.weight, rope);
+    sc_tensor *k = sc_norm_rope(t, NULL, sc_linear(t, n, &s->k), NULL, s->norm_k.weight, rope);
     sc_tensor *v = sc_linear(t, n, &s->v);
     return sc_attention(t, q, k, v, block->dit->config.heads, scale, NULL, false);
 }
@@ -1162,8 +1162,10 @@ static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, cons
         v[i] = sc_linear(t, n, &stream[i].v);
     }
     const sc_tensor *rope = &block->dit->rope;
-    sc_tensor *query = sc_norm_rope(t, q[1], q[0], stream[1].norm_q, stream[0].norm_q, rope);
-    sc_tensor *key = sc_norm_rope(t, k[1], k[0], stream[1].norm_k, stream[0].norm_k, rope);
+    sc_tensor *query = sc_norm_rope(t, q[1], q[0], stream[1].norm_q.weight,
+                                    stream[0].norm_q.weight, rope);
+    sc_tensor *key = sc_norm_rope(t, k[1], k[0], stream[1].norm_k.weight,
+                                  stream[0].norm_k.weight, rope);
     sc_tensor *o =
         sc_attention(t, query, key, sc_concat_tokens(t, v[1], v[0]), heads, scale, NULL, false);
     int64_t from[2] = {in[1]->shape[1], 0};
@@ -4998,13 +5000,6 @@ static bool sc__dit_linear(sc_dit *f, sc_linear_layer *layer, const char *prefix
     return sc_net_linear(f->net, layer, m->name, out, in, true);
 }
 
-static bool sc__dit_norm(sc_dit *f, sc_tensor **weight, const char *prefix, const char *name) {
-    char full[SC_MAX_NAME];
-    snprintf(full, sizeof full, "%.60s%.50s.weight", prefix, name);
-    return (*weight = sc_net_weight(f->net, full, 1, (const int64_t[]){f->config.head_size})) !=
-           NULL;
-}
-
 /* What a stream calls its layers, and its norms. */
 typedef struct sc__stream_names {
     const char *mod, *q, *k, *v, *out, *up, *down, *norm_q, *norm_k;
@@ -5026,6 +5021,7 @@ static const sc__stream_names sc__single_names = {
 /* mods: vectors of its modulation. */
 static bool sc__dit_stream(sc_dit *f, sc__stream *s, const char *p, const sc__stream_names *n,
                            int64_t c, int mods) {
+    const int64_t size[] = {f->config.head_size};
     return sc__dit_linear(f, &s->mod, p, n->mod, mods * c, c) &&
            sc__dit_linear(f, &s->q, p, n->q, c, c) &&
            sc__dit_linear(f, &s->k, p, n->k, c, c) &&
@@ -5033,8 +5029,8 @@ static bool sc__dit_stream(sc_dit *f, sc__stream *s, const char *p, const sc__st
            sc__dit_linear(f, &s->out, p, n->out, c, c) &&
            sc__dit_linear(f, &s->up, p, n->up, 4 * c, c) &&
            sc__dit_linear(f, &s->down, p, n->down, c, n->out ? 4 * c : 5 * c) &&
-           sc__dit_norm(f, &s->norm_q, p, n->norm_q) &&
-           sc__dit_norm(f, &s->norm_k, p, n->norm_k);
+           sc__net_layer(f->net, &s->norm_q, p, n->norm_q, 1, size, false) &&
+           sc__net_layer(f->net, &s->norm_k, p, n->norm_k, 1, size, false);
 }
 
 static bool sc__dit_double(sc_dit *f, int index, int64_t c) {
