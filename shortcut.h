@@ -5892,17 +5892,9 @@ static bool sc__vae_read_config(sc_vae_config *c, const sc_net *net, sc__config 
            sc_fail("%s: scaling_factor must be positive", path);
 }
 
-/* path + name: weight [out, in, kernel, kernel] (kernel 0, a norm: [out]) and bias [out]. */
-static bool sc__open_affine(sc_vae *v, sc__affine *a, const char *path, const char *name,
-                            int64_t out, int64_t in, int64_t kernel) {
-    const int64_t shape[] = {out, in, kernel, kernel};
-    return sc__net_layer(v->net, a, path, name, kernel ? 4 : 1, shape, true);
-}
-
 /* Adds a step, whose weights are at the path. */
 static bool sc__vae_add(sc_vae *v, sc__vae_half *h, sc__vae_kind kind, int64_t in, int64_t out,
                         int64_t kernel, const char *format, ...) {
-    static const char *const names[4] = {".to_q", ".to_k", ".to_v", ".to_out.0"};
     sc__vae_step *s = &h->steps[h->count++];
     int64_t side = h->count > 1 ? s[-1].out_side : s->in_side;
     int64_t out_side = kind == SC__UP ? 2 * side : kind == SC__DOWN ? side / 2 : side;
@@ -5915,16 +5907,21 @@ static bool sc__vae_add(sc_vae *v, sc__vae_half *h, sc__vae_kind kind, int64_t i
     vsnprintf(path, sizeof path, format, args);
     va_end(args);
     *s = (sc__vae_step){.kind = kind, .in = in, .out = out, .in_side = side, .out_side = out_side};
-    for (int i = 0; attention && i < 4; i++)
-        if (!sc__net_layer(v->net, &s->linear[i], path, names[i], 2, (const int64_t[]){out, in},
-                           true)) return false;
-    return (attention || sc__open_affine(v, &s->conv1, path, conv, out, in, kernel)) &&
-           (!(resnet || attention || kind == SC__OUT) ||
-            sc__open_affine(v, &s->norm1, path, norm, in, 0, 0)) &&
-           (!resnet || (sc__open_affine(v, &s->norm2, path, ".norm2", out, 0, 0) &&
-                        sc__open_affine(v, &s->conv2, path, ".conv2", out, out, 3))) &&
-           (!resnet || in == out ||
-            sc__open_affine(v, &s->shortcut, path, ".conv_shortcut", out, in, 1));
+    const struct {
+        bool there; sc_linear_layer *layer; const char *name; int ndim; int64_t shape[4];
+    } of[] = {{attention, &s->linear[0], ".to_q", 2, {out, in}},
+              {attention, &s->linear[1], ".to_k", 2, {out, in}},
+              {attention, &s->linear[2], ".to_v", 2, {out, in}},
+              {attention, &s->linear[3], ".to_out.0", 2, {out, in}},
+              {!attention, &s->conv1, conv, 4, {out, in, kernel, kernel}},
+              {resnet || attention || kind == SC__OUT, &s->norm1, norm, 1, {in}},
+              {resnet, &s->norm2, ".norm2", 1, {out}},
+              {resnet, &s->conv2, ".conv2", 4, {out, out, 3, 3}},
+              {resnet && in != out, &s->shortcut, ".conv_shortcut", 4, {out, in, 1, 1}}};
+    for (size_t i = 0; i < sizeof of / sizeof *of; i++)
+        if (of[i].there && !sc__net_layer(v->net, of[i].layer, path, of[i].name, of[i].ndim,
+                                          of[i].shape, true)) return false;
+    return true;
 }
 
 static bool sc__vae_middle(sc_vae *v, sc__vae_half *h, const char *half) {
