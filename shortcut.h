@@ -5287,15 +5287,14 @@ static bool sc__lora_open(sc__lora *l, const sc_dit *f, const char *path) {
     *l = (sc__lora){.file = sc_file_open(path), .blocks = f->config.layers};
     if (!l->file) return false;
     const char *own = l->file->path, *text = sc_file_metadata(l->file, "lora_adapter_metadata");
-    size_t n = strlen(own), stem = sc__stem(own, "model.safetensors");
+    char beside[PATH_MAX] = ""; /* path of adapter_config.json */
+    if (!text && !fnmatch("*adapter_model.safetensors", own, 0))
+        snprintf(beside, sizeof beside, "%.*sconfig.json", (int)sc__stem(own, "model.safetensors"),
+                 own);
+    bool there = text || sc__exists(beside);
     if (text) l->config = sc_json_parse(text, strlen(text), own);
-    bool named = !text && !fnmatch("*adapter_model.safetensors", own, 0);
-    char *beside = named ? (char *)sc__alloc(n, 1) : NULL;
-    if (beside) snprintf(beside, n, "%.*sconfig.json", (int)stem, own); /* adapter_config.json */
-    bool there = text || (beside && sc__exists(beside));
-    if (there && !text) l->config = sc_json_load(beside);
-    SC_FREE(beside);
-    return (!there || l->config) && (!named || beside) && sc__lora_plain(l);
+    else if (there) l->config = sc_json_load(beside);
+    return (!there || l->config) && sc__lora_plain(l);
 }
 
 /* The config's alpha for a module; left alone where there is none. The first of PEFT's patterns
