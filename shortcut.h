@@ -5420,16 +5420,12 @@ static bool sc__lora_count(const sc_file *file, sc_lora_report *report) {
         const char *name = file->entries[i].name;
         bool adapter = sc__lora_side(name, 0, other), used = file->entries[i].used;
         bool b = !adapter && sc__lora_side(name, 1, other) && sc__find_entry(file, other);
-        bool text = sc__any(sc__lora_of_text, name);
-        report->total += adapter;
+        bool missed = !used && !b && !sc__stem(name, ".alpha");
+        bool text = missed && sc__any(sc__lora_of_text, name);
+        report->total += adapter || text;
         report->applied += adapter && used;
-        if (used || b || sc__stem(name, ".alpha")) continue;
-        if (adapter || text) {
-            report->total += !adapter;
-            sc__list_name(report->missed, sizeof report->missed, name);
-            continue;
-        }
-        sc__list_name(strange, sizeof strange, name);
+        if (text || (adapter && missed)) sc__list_name(report->missed, sizeof report->missed, name);
+        else if (missed) sc__list_name(strange, sizeof strange, name);
     }
     return !*strange || sc__lora_refuse(file, strange);
 }
