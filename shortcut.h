@@ -1637,6 +1637,9 @@ int64_t sc_count(const sc_tensor *x) {
     return n;
 }
 
+static inline int64_t sc__min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t sc__max(int64_t a, int64_t b) { return a > b ? a : b; }
+
 static inline float sc__from_bits(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
 static inline uint32_t sc__to_bits(float f) { uint32_t bits; memcpy(&bits, &f, 4); return bits; }
 
@@ -1839,7 +1842,7 @@ static void sc__cpu_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix
     int64_t slice = m * n * k < 100000 ? length : ((length + threads - 1) / threads + 15) / 16 * 16;
     SC_PARALLEL_FOR
     for (int64_t start = 0; start < length; start += slice) {
-        int64_t size = length - start < slice ? length - start : slice;
+        int64_t size = sc__min(slice, length - start);
         int64_t i0 = by_rows ? start : 0, rows = by_rows ? size : m;
         int64_t j0 = by_rows ? 0 : start, columns = by_rows ? n : size;
         for (int64_t i = i0; add && i < i0 + rows; i++) { /* C = beta C + bias */
@@ -1918,7 +1921,7 @@ static void sc__cpu_column_sum(float *sum, const void *x, int64_t rows, int64_t 
     int64_t slice = (columns + sc__threads() - 1) / sc__threads();
     SC_PARALLEL_FOR
     for (int64_t start = 0; start < columns; start += slice) {
-        int64_t end = start + slice < columns ? start + slice : columns;
+        int64_t end = sc__min(start + slice, columns);
         for (int64_t r = 0; r < rows; r++)
             SC_SIMD for (int64_t c = start; c < end; c++) sum[c] += p[r * columns + c];
     }
@@ -2186,8 +2189,7 @@ static void sc__cpu_norm_rope_backward(const sc_tensor *y, int64_t offset, sc_te
  * dV = P^T dO;  dS = P (dO V^T - rowsum(dO O));  dQ = scale dS K;  dK = scale dS^T Q. */
 
 static int64_t sc__attention_rows(int64_t tokens) { /* rows of a block of scores */
-    int64_t rows = 65536 / tokens;
-    return rows < 16 ? 16 : rows > 256 ? 256 : rows;
+    return sc__max(16, sc__min(256, 65536 / tokens));
 }
 
 /* Scores of `rows` queries from `first` on, into p[rows, tokens], and their softmax. lse (or NULL)
@@ -2204,7 +2206,7 @@ static void sc__softmax_scores(float *p, float *lse, const float *q, const float
         SC_PRAGMA(omp simd reduction(max : top))
         for (int64_t c = 0; c < n; c++) top = row[c] > top ? row[c] : top;
         for (int64_t start = 0; start < n; start += 64) {
-            int64_t end = start + 64 < n ? start + 64 : n;
+            int64_t end = sc__min(start + 64, n);
             float part = 0;
             SC_SIMD_SUM(part)
             for (int64_t c = start; c < end; c++) part += row[c] = sc__exp(row[c] - top);
@@ -2228,7 +2230,7 @@ static void sc__cpu_attention(sc_tensor *o, float *lse, const sc_tensor *q, cons
     for (int64_t task = 0; task < q->shape[0] * heads * blocks; task++) {
         int64_t b = task / (heads * blocks), h = task / blocks % heads,
                 first = task % blocks * block;
-        int64_t rows = nq - first < block ? nq - first : block;
+        int64_t rows = sc__min(block, nq - first);
         float *p = scratch + sc__thread() * block * nk;
         int64_t query = (b * nq + first) * ld + h * d, key = b * nk * ld + h * d;
         float *sums = lse ? lse + (b * heads + h) * nq + first : NULL;
@@ -2253,7 +2255,7 @@ static void sc__cpu_attention_backward(const sc_tensor *o, const float *lse, sc_
         const float *pk = sc__f(k) + key, *pv = sc__f(v) + key;
         float *p = scratch + 2 * sc__thread() * block * n, *dp = p + block * n;
         for (int64_t first = 0; first < nq; first += block) {
-            int64_t rows = nq - first < block ? nq - first : block;
+            int64_t rows = sc__min(block, nq - first);
             int64_t query = (b * nq + first) * ld + h * d;
             const float *pq = sc__f(q) + query, *out = sc__f(o) + query, *dout = sc__g(o) + query;
             sc__softmax_scores(p, NULL, pq, pk, rows, n, d, ld, scale, NULL, false, first);
@@ -2299,7 +2301,7 @@ static void sc__cpu_embed_tokens(sc_tensor *y, const sc_tensor *table, const int
 static double sc__sum_of_squares(const float *x, const float *minus, int64_t n) {
     double total = 0;
     for (int64_t start = 0; start < n; start += SC__SLICE) {
-        int64_t end = start + SC__SLICE < n ? start + SC__SLICE : n;
+        int64_t end = sc__min(start + SC__SLICE, n);
         float sum = 0;
         SC_SIMD_SUM(sum) for (int64_t i = start; i < end; i++) {
             float difference = minus ? x[i] - minus[i] : x[i];
@@ -2334,7 +2336,7 @@ static void sc__cpu_update(const sc_params *x, const sc_adamw *o, const float de
     float clip = o->clip > 0 && norm > o->clip ? (float)(o->clip / norm) : 1.f;
     SC_PARALLEL_FOR
     for (int64_t start = 0; start < x->count; start += SC__SLICE) {
-        int64_t end = start + SC__SLICE < x->count ? start + SC__SLICE : x->count;
+        int64_t end = sc__min(start + SC__SLICE, x->count);
         float *w = x->set[SC_STUDENT], *m = x->m, *v = x->v;
         if (isfinite(norm)) {
             SC_SIMD for (int64_t i = start; i < end; i++) {
@@ -2396,7 +2398,7 @@ static void sc__conv_pack(const sc__conv *g, float *packed, const sc_tensor *w, 
     int64_t n = g->in * g->taps, size = n * sc_dtype_size(w->dtype);
     SC_PARALLEL_FOR
     for (int64_t o = 0; o < g->out; o += SC__TILE_O) {
-        int64_t count = g->out - o < SC__TILE_O ? g->out - o : SC__TILE_O;
+        int64_t count = sc__min(SC__TILE_O, g->out - o);
         float *to = packed + o * n, *row = rows + sc__thread() * SC__TILE_O * n;
         sc_to_f32(row, (const char *)w->data + o * size, w->dtype, count * n);
         memset(row + count * n, 0, (size_t)((SC__TILE_O - count) * n) * 4);
@@ -2412,8 +2414,7 @@ static void sc__conv_gather(const sc__conv *g, float *strip, const float *x, int
     for (int64_t plane = 0; plane < g->in * s * s; plane++) {
         const float *channel = x + plane / (s * s) * g->in_height * g->in_width;
         int64_t u = plane / s % s - g->pad, v = plane % s - g->pad; /* where this phase begins */
-        int64_t begin = v < 0 ? (-v + s - 1) / s : 0, end = (g->in_width - v + s - 1) / s;
-        if (end > g->pitch) end = g->pitch;
+        int64_t begin = (s - 1 - v) / s, end = sc__min(g->pitch, (g->in_width + s - 1 - v) / s);
         for (int64_t r = 0; r < height; r++) {
             float *to = strip + plane * g->plane + r * g->pitch;
             int64_t row = (first + r) * s + u;
@@ -2443,11 +2444,10 @@ static void sc__conv_tile(const sc__conv *g, float *y, const float *x, const flo
 /* Adds the bias to the tile that begins at pixel p0 of the strip; stores what is in the picture. */
 static void sc__conv_store(const sc__conv *g, float *y, const float *tile, const float *bias,
                            int64_t o0, int64_t p0, int64_t rows) {
-    int64_t end = p0 + SC__TILE < rows * g->pitch ? p0 + SC__TILE : rows * g->pitch;
-    int64_t outputs = g->out - o0 < SC__TILE_O ? g->out - o0 : SC__TILE_O, r = p0 / g->pitch;
+    int64_t end = sc__min(p0 + SC__TILE, rows * g->pitch), r = p0 / g->pitch;
+    int64_t outputs = sc__min(SC__TILE_O, g->out - o0);
     for (int64_t p = p0; p < end; p = ++r * g->pitch) { /* row by row */
-        int64_t column = p - r * g->pitch, n = end - p;
-        if (n > g->width - column) n = g->width - column;
+        int64_t column = p - r * g->pitch, n = sc__min(end - p, g->width - column);
         for (int64_t o = 0; o < outputs; o++) {
             const float *from = tile + o * SC__TILE + p - p0;
             float *to = y + ((o0 + o) * g->height + r) * g->width + column;
@@ -2465,9 +2465,8 @@ static void sc__cpu_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w,
     int64_t reach = (g.kernel - 1) / stride, batch = y->shape[0], threads = sc__threads();
     g.taps = g.kernel * g.kernel;
     g.pitch = g.width + reach;
-    int64_t rows = SC__STRIP / (g.in * stride * stride * g.pitch) - reach;
     int64_t some = 8 * SC__TILE / g.pitch + 1; /* so that unfinished tiles are rare */
-    if (rows < some) rows = some;
+    int64_t rows = sc__max(some, SC__STRIP / (g.in * stride * stride * g.pitch) - reach);
     int64_t strips = (g.height + rows - 1) / rows; /* of a picture; as many for each thread */
     while (strips < g.height && batch * strips % threads) strips++;
     g.rows = (g.height + strips - 1) / strips;
@@ -2480,7 +2479,7 @@ static void sc__cpu_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w,
     }
     int64_t channels = (g.out + SC__TILE_O - 1) / SC__TILE_O * SC__TILE_O, n = g.in * g.taps;
     int64_t strip_size = g.in * stride * stride * g.plane + 2 * SC__TILE;
-    int64_t buffer = SC__TILE_O * n > strip_size ? SC__TILE_O * n : strip_size; /* a thread's */
+    int64_t buffer = sc__max(SC__TILE_O * n, strip_size); /* a thread's */
     float *packed = sc__scratch(channels * n + threads * buffer);
     if (!packed) return;
     float *buffers = packed + channels * n;
@@ -2488,7 +2487,7 @@ static void sc__cpu_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w,
     SC_PARALLEL_FOR
     for (int64_t task = 0; task < batch * strips; task++) {
         int64_t sample = task / strips, first = task % strips * g.rows;
-        int64_t rows = g.height - first < g.rows ? g.height - first : g.rows;
+        int64_t rows = sc__min(g.rows, g.height - first);
         float *strip = buffers + sc__thread() * buffer, tile[SC__TILE_O * SC__TILE];
         const float *input = sc__f(x) + sample * g.in * g.in_height * g.in_width;
         sc__conv_gather(&g, strip, input, first, rows);
@@ -2512,7 +2511,7 @@ static void sc__cpu_group_sums(double *sums, const sc_tensor *x, int64_t first, 
         for (int64_t c = task * planes; c < (task + 1) * planes; c++) {
             const float *px = sc__f(x) + (c * x->shape[2] + first) * width;
             for (int64_t i = 0; i < size; i += SC__SLICE) {
-                int64_t n = size - i < SC__SLICE ? size - i : SC__SLICE;
+                int64_t n = sc__min(SC__SLICE, size - i);
                 float total = 0, rest = 0, spread = 0;
                 SC_SIMD_SUM(total) for (int64_t j = i; j < i + n; j++) total += px[j];
                 float about = total / (float)n; /* the slice's mean, but for rounding: */
@@ -2565,7 +2564,7 @@ static void sc__cpu_swap_axes(sc_tensor *y, const sc_tensor *x) {
     int64_t m = x->shape[1], n = x->shape[2], strips = (m + 15) / 16;
     SC_PARALLEL_FOR
     for (int64_t task = 0; task < x->shape[0] * strips; task++) {
-        int64_t i0 = task % strips * 16, i1 = i0 + 16 < m ? i0 + 16 : m;
+        int64_t i0 = task % strips * 16, i1 = sc__min(i0 + 16, m);
         const float *from = sc__f(x) + task / strips * m * n;
         float *to = sc__f(y) + task / strips * m * n;
         for (int64_t j0 = 0; j0 < n; j0 += 16)
@@ -3019,7 +3018,7 @@ sc_tensor *sc_activate(sc_tape *t, sc_activation kind, sc_tensor *x) {
 static void sc__copy_rows(sc_tape *t, const sc__op *op, bool back, bool add) {
     const sc_tensor *x = op->in[0], *y = op->out[0];
     int64_t rows = op->n[0], wx = sc_count(x) / rows, wy = sc_count(y) / rows;
-    int64_t skip = op->n[1] * sc_dtype_size(x->dtype), width = wx < wy ? wx : wy;
+    int64_t skip = op->n[1] * sc_dtype_size(x->dtype), width = sc__min(wx, wy);
     char *px = (char *)(back ? x->grad : x->data) + (wx > wy ? skip : 0);
     char *py = (char *)(back ? y->grad : y->data) + (wx > wy ? 0 : skip);
     if (back) t->be->copy_block(px, wx, py, wy, rows, width, x->dtype, add);
@@ -4215,7 +4214,7 @@ static bool sc__write_tensor(sc__writer *w, const sc_named *x) {
         return sc_fail("%s: cannot write '%s' of type %s as %s", w->path, x->name,
                         sc_dtype_name(x->tensor.dtype), sc_dtype_name(x->dtype));
     for (int64_t i = 0, size; i < n; i += size) {
-        size = n - i < SLICE ? n - i : SLICE;
+        size = sc__min(SLICE, n - i);
         for (int64_t j = 0; j < size; j++)
             half[j] = (x->dtype == SC_BF16 ? sc__f32_to_bf16 : sc__f32_to_f16)(values[i + j]);
         if (!sc__write_bytes(w, half, (size_t)size * 2)) return false;
@@ -4613,7 +4612,7 @@ static bool sc__load_weight(sc_net *net, sc_weight *w) {
     bool repeated = !w->source.data && !net->widen;
     int64_t slice = (repeated ? 1 << 20 : 1 << 22) / columns, limit = w->swapped ? rows / 2 : rows;
     int64_t uploaded = narrow ? sc_dtype_size(be->activation) : size; /* bytes of a value */
-    slice = slice < 1 ? 1 : slice > limit ? limit : slice;
+    slice = sc__max(1, sc__min(slice, limit));
     float *wide = (float *)sc__alloc((size_t)(slice * columns), sizeof *wide);
     void *staged = narrow ? be->alloc((size_t)(slice * columns * uploaded)) : NULL;
     if (narrow && !x->scale) x->scale = (float *)be->alloc((size_t)rows * 4);
@@ -4621,7 +4620,7 @@ static bool sc__load_weight(sc_net *net, sc_weight *w) {
     if (ok) x->data = (streamed ? be->alloc_streamed : be->alloc)((size_t)(rows * columns * size));
     ok = ok && x->data;
     for (int64_t r = 0; ok && r < rows; r += slice) {
-        int64_t count = rows - r < slice ? rows - r : slice, n = count * columns;
+        int64_t count = sc__min(slice, rows - r), n = count * columns;
         char *to = (char *)x->data + r * columns * size;
         if (!raw && (r == 0 || !repeated)) {
             ok = sc__weight_rows(net, w, r, count, wide);
@@ -6004,17 +6003,17 @@ static sc__vae_run sc__vae_plan(const sc__vae_step *s, int count, int64_t h, siz
                                 size_t memory) {
     const sc__vae_step *last = s + count - 1;
     sc__vae_run r = {.steps = s, .count = count};
-    r.side = s->in_side < last->out_side ? s->in_side : last->out_side;
+    r.side = sc__min(s->in_side, last->out_side);
     r.height = h * r.side;
     r.kept = unit * (size_t)(s->in * s->in_side * s->in_side +
                              last->out * last->out_side * last->out_side);
     int64_t largest = 0, wrong = 0; /* in units; rows after each step */
     for (int i = 0; i < count; i++) {
         sc__vae_kind kind = s[i].kind;
-        int64_t side = s[i].in_side > s[i].out_side ? s[i].in_side : s[i].out_side;
-        int64_t n = (s[i].in > s[i].out ? s[i].in : s[i].out) * side * side;
+        int64_t side = sc__max(s[i].in_side, s[i].out_side);
+        int64_t n = sc__max(s[i].in, s[i].out) * side * side;
         if (kind == SC__ATTENTION && count > 1) n *= 5; /* sc__vae_do knows better if alone */
-        largest = n > largest ? n : largest;
+        largest = sc__max(largest, n);
         r.norms += kind == SC__RESNET ? 2 : kind == SC__OUT || kind == SC__ATTENTION;
         if (kind == SC__UP) wrong *= 2;
         wrong += kind == SC__RESNET ? 2 : 1;
@@ -6024,8 +6023,7 @@ static sc__vae_run sc__vae_plan(const sc__vae_step *s, int count, int64_t h, siz
     size_t row = r.strip / (size_t)r.height, left = memory > r.kept ? (memory - r.kept) / 3 : 0;
     r.whole = r.strip <= left || (count == 1 && s->kind == SC__ATTENTION);
     r.halo = (wrong * r.side + last->out_side - 1) / last->out_side;
-    r.rows = r.whole ? r.height : (int64_t)(left / row) - 2 * r.halo;
-    if (r.rows < r.halo) r.rows = r.halo;
+    r.rows = sc__max(r.halo, r.whole ? r.height : (int64_t)(left / row) - 2 * r.halo);
     if (r.rows + 2 * r.halo < r.height) r.strip = row * (size_t)(r.rows + 2 * r.halo);
     return r;
 }
@@ -6129,9 +6127,9 @@ static void sc__vae_rows(sc_vae *v, sc_tensor *y, int64_t at, const sc_tensor *x
 
 /* One strip of this sweep: from the input to a norm's sums, or to its rows of the result. */
 static bool sc__vae_strip(sc_vae *v, sc__vae_run *r, const sc_tensor *input, sc_tensor *result) {
-    int64_t above = r->own[0] < r->halo ? r->own[0] : r->halo, end = r->own[1] + r->halo;
+    int64_t above = sc__min(r->halo, r->own[0]);
     r->cut[0] = r->own[0] - above;
-    r->cut[1] = end < r->height ? end : r->height;
+    r->cut[1] = sc__min(r->own[1] + r->halo, r->height);
     r->norm = 0;
     sc_tape *t = v->tapes[v->turn];
     sc_tape_reset(t);
@@ -6170,7 +6168,7 @@ static sc_tensor *sc__vae_do(sc_vae *v, sc__vae_run *r, const sc_tensor *x, int 
     v->net->backend->zero(r->sums, sums);
     for (r->gather = r->whole ? r->norms : 0; r->gather <= r->norms; r->gather++)
         for (r->own[0] = 0; r->own[0] < r->height; r->own[0] = r->own[1]) {
-            r->own[1] = r->own[0] + r->rows < r->height ? r->own[0] + r->rows : r->height;
+            r->own[1] = sc__min(r->own[0] + r->rows, r->height);
             if (!sc__vae_strip(v, r, x, y)) return NULL;
         }
     return y;
@@ -6188,7 +6186,7 @@ static bool sc__vae_apply(sc_vae *v, const sc__vae_half *half, int64_t batch, in
     bool ok = true;
     memory = !memory ? SIZE_MAX : memory > slack ? memory - slack : 0;
     for (int64_t first = 0; ok && first < batch; first += count) {
-        count = count < 1 ? 1 : count > batch - first ? batch - first : count;
+        count = sc__max(1, sc__min(count, batch - first));
         size_t unit = (size_t)(count * h * w * sc_dtype_size(v->net->backend->activation));
         const int64_t shape[] = {count, s->in, h * s->in_side, w * s->in_side};
         sc_tensor *x = NULL;
@@ -7331,11 +7329,9 @@ static bool sc__resample(float *out, int64_t m, const float *in, int64_t rows, i
     SC_PARALLEL_FOR
     for (int64_t i = 0; i < m; i++) {
         double centre = start + ((double)i + 0.5) * scale, sum = 0;
-        int64_t first = (int64_t)floor(centre - 2 * widen + 0.5);
-        int64_t last = (int64_t)(centre + 2 * widen + 0.5);
+        int64_t first = sc__max(0, (int64_t)floor(centre - 2 * widen + 0.5));
+        int64_t last = sc__min(n, (int64_t)(centre + 2 * widen + 0.5));
         float *w = weights + i * taps;
-        if (first < 0) first = 0;
-        if (last > n) last = n;
         for (int64_t j = first; j < last; j++) sum += sc__cubic(((double)j + 0.5 - centre) / widen);
         for (int64_t j = first; j < last; j++)
             w[j - first] = (float)(sc__cubic(((double)j + 0.5 - centre) / widen) / sum);
