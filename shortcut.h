@@ -1135,47 +1135,45 @@ static void sc__rope_turns(const sc_dit_config *c, int text, int h, int w, float
     }
 }
 
-/* Attention of tokens n [B,T,C] among themselves, without its output layer. */
-static sc_tensor *sc__self_attention(sc_tape *t, const sc__block *block, const sc__stream *s,
-                                     sc_tensor *n) {
+/* Attention among the tokens of one stream, n[0] [B,T,C], or of two, image and text, which comes
+ * first; without the output layers. */
+static sc_tensor *sc__attend(sc_tape *t, const sc__block *block, const sc__stream *s,
+                             sc_tensor **n, int streams) {
+    const sc_dit_config *c = &block->dit->config;
     const sc_tensor *rope = &block->dit->rope;
-    float scale = 1.f / sqrtf((float)block->dit->config.head_size);
-    sc_tensor *q = sc_norm_rope(t, NULL, sc_linear(t, n, &s->q), NULL, s->norm_q.weight, rope);
-    sc_tensor *k = sc_norm_rope(t, NULL, sc_linear(t, n, &s->k), NULL, s->norm_k.weight, rope);
-    sc_tensor *v = sc_linear(t, n, &s->v);
-    return sc_attention(t, q, k, v, block->dit->config.heads, scale, NULL, false);
+    const sc__stream none = {0}, *text = streams > 1 ? &s[1] : &none;
+    sc_tensor *q[2] = {NULL}, *k[2] = {NULL}, *v[2] = {NULL};
+    for (int i = 0; i < streams; i++) {
+        q[i] = sc_linear(t, n[i], &s[i].q);
+        k[i] = sc_linear(t, n[i], &s[i].k);
+        v[i] = sc_linear(t, n[i], &s[i].v);
+    }
+    sc_tensor *query = sc_norm_rope(t, q[1], q[0], text->norm_q.weight, s->norm_q.weight, rope);
+    sc_tensor *key = sc_norm_rope(t, k[1], k[0], text->norm_k.weight, s->norm_k.weight, rope);
+    sc_tensor *value = streams > 1 ? sc_concat_tokens(t, v[1], v[0]) : v[0];
+    float scale = 1.f / sqrtf((float)c->head_size);
+    return sc_attention(t, query, key, value, c->heads, scale, NULL, false);
 }
 
 /* in: image [B,Ti,C], text [B,Tt,C], silu of the modulation vector [B,C]; out: image, text. */
 static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context) {
     const sc__block *block = (const sc__block *)context;
     const sc__stream *stream = block->stream;
-    int heads = block->dit->config.heads;
-    float scale = 1.f / sqrtf((float)block->dit->config.head_size);
-    sc_tensor *mod[2], *q[2], *k[2], *v[2];
+    sc_tensor *mod[2], *n[2];
     for (int i = 0; i < 2; i++) { /* 0 image, 1 text */
         mod[i] = sc_linear(t, in[2], &stream[i].mod);
         bool ends = i == 1 && block->last; /* SD3.5: (scale, shift) is all there is */
-        sc_tensor *n = sc_ln_modulate(t, in[i], mod[i], ends ? 1 : 0, ends ? 0 : 1);
-        q[i] = sc_linear(t, n, &stream[i].q);
-        k[i] = sc_linear(t, n, &stream[i].k);
-        v[i] = sc_linear(t, n, &stream[i].v);
+        n[i] = sc_ln_modulate(t, in[i], mod[i], ends ? 1 : 0, ends ? 0 : 1);
     }
-    const sc_tensor *rope = &block->dit->rope;
-    sc_tensor *query = sc_norm_rope(t, q[1], q[0], stream[1].norm_q.weight,
-                                    stream[0].norm_q.weight, rope);
-    sc_tensor *key = sc_norm_rope(t, k[1], k[0], stream[1].norm_k.weight,
-                                  stream[0].norm_k.weight, rope);
-    sc_tensor *o =
-        sc_attention(t, query, key, sc_concat_tokens(t, v[1], v[0]), heads, scale, NULL, false);
+    sc_tensor *o = sc__attend(t, block, stream, n, 2);
     int64_t from[2] = {in[1]->shape[1], 0};
     for (int i = 0; i < (block->last ? 1 : 2); i++) {
         sc_tensor *own = sc_slice_tokens(t, o, from[i], in[i]->shape[1]);
         own = sc_linear(t, own, &stream[i].out);
         sc_tensor *x = sc_gated_residual(t, in[i], own, mod[i], 2);
         if (i == 0 && block->image_only.q.weight) { /* SD3.5-Medium: vectors 6 to 8 */
-            own = sc__self_attention(t, block, &block->image_only,
-                                     sc_ln_modulate(t, in[0], mod[0], 6, 7));
+            n[0] = sc_ln_modulate(t, in[0], mod[0], 6, 7);
+            own = sc__attend(t, block, &block->image_only, n, 1);
             x = sc_gated_residual(t, x, sc_linear(t, own, &block->image_only.out), mod[0], 8);
         }
         sc_tensor *h = sc_linear_gelu(t, sc_ln_modulate(t, x, mod[i], 3, 4), &stream[i].up);
@@ -1191,7 +1189,7 @@ static bool sc__single_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, cons
     const sc__stream *stream = block->stream;
     sc_tensor *mod = sc_linear(t, in[1], &stream->mod);
     sc_tensor *n = sc_ln_modulate(t, in[0], mod, 0, 1);
-    sc_tensor *o = sc__self_attention(t, block, stream, n);
+    sc_tensor *o = sc__attend(t, block, stream, &n, 1);
     sc_tensor *both = sc_concat_gelu(t, o, n, &stream->up);
     out[0] = sc_gated_residual(t, in[0], sc_linear(t, both, &stream->down), mod, 2);
     return out[0] != NULL;
