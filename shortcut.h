@@ -2866,8 +2866,8 @@ bool sc_backward(sc_tape *t) { return sc__backward_from(t, 0); }
 /* ---- Linear layers, and LoRA: y = x W^T + bias + scale (x A^T) B^T ---- >>linear
  * The only place where LoRA exists. The thin products come first: samples next to each other with
  * the same set share one, and one product for all samples then adds x W^T + bias, and may apply a
- * GELU to the sum. Backward: dx += dy W;  dW += dy^T x;  with u = x A^T and e = dy B:
- * dB += scale dy^T u;  dA += scale e^T x;  dx += scale e A. */
+ * GELU to the sum. Backward there are three products of one kind, y += s x W^T: by W, from x to
+ * u = x A^T, and from u to scale u B^T. Of each dx += s dy W;  dW += s dy^T x. */
 
 static sc_matrix sc__matrix(const void *data, sc_dtype dtype, int64_t ld, bool transposed) {
     return (sc_matrix){data, dtype, ld, transposed, NULL, 0};
@@ -2886,35 +2886,18 @@ static sc_set sc__set_of(const sc_tape *t, int64_t sample) {
     return t->sets ? (sc_set)t->sets[sample] : SC_TEACHER;
 }
 
-static void sc__lora_backward(sc_tape *t, sc__op *op) {
-    sc_tensor *x = op->in[0], *a = op->in[1], *b = op->in[2], *u = op->in[3], *y = op->out[0];
-    int64_t first = op->n[0], rows = sc__rows(u), in = sc__last(x), out = sc__last(y);
-    int64_t r = sc__last(u);
-    float s = (float)op->scale;
-    sc_tensor *e = sc__new_like(t, u);
-    if (!e) { t->failed = true; return; }
-    t->be->gemm(rows, r, out, s, sc__part(y, y->grad, first, 0, false), sc__whole(b, false), 0,
-                sc__whole(e, false), NULL);
-    if (b->grad)
-        t->be->gemm(out, r, rows, s, sc__part(y, y->grad, first, 0, true), sc__whole(u, false), 1,
-                    sc__part(b, b->grad, 0, 0, false), NULL);
-    if (a->grad)
-        t->be->gemm(r, in, rows, 1, sc__whole(e, true), sc__part(x, x->data, first, 0, false), 1,
-                    sc__part(a, a->grad, 0, 0, false), NULL);
-    if (sc__grad(t, x))
-        t->be->gemm(rows, in, r, 1, sc__whole(e, false), sc__whole(a, false), 1,
-                    sc__part(x, x->grad, first, 0, false), NULL);
-}
-
+/* Of n[2] rows: those of x from n[0] on, those of y from n[1] on. Where x has more, this is LoRA's
+ * part, which on the way back comes behind W's, where all of dx was stored. */
 static void sc__linear_backward(sc_tape *t, sc__op *op) {
     sc_tensor *x = op->in[0], *w = op->in[1], *bias = op->in[2], *y = op->out[0];
-    int64_t rows = sc__rows(x), in = sc__last(x), out = sc__last(y);
-    float beta;
+    int64_t rows = op->n[2], out = w->shape[0], in = w->shape[1];
+    float s = (float)op->scale, beta;
     if (sc__grad_beta(t, x, &beta))
-        t->be->gemm(rows, in, out, 1, sc__part(y, y->grad, 0, 0, false), sc__whole(w, false), beta,
-                    sc__part(x, x->grad, 0, 0, false), NULL);
+        t->be->gemm(rows, in, out, s, sc__part(y, y->grad, op->n[1], 0, false), sc__whole(w, false),
+                    beta, sc__part(x, x->grad, op->n[0], 0, false), NULL);
     if (w->grad)
-        t->be->gemm(out, in, rows, 1, sc__part(y, y->grad, 0, 0, true), sc__whole(x, false), 1,
+        t->be->gemm(out, in, rows, s, sc__part(y, y->grad, op->n[1], 0, true),
+                    sc__part(x, x->data, op->n[0], 0, false), 1,
                     sc__part(w, w->grad, 0, 0, false), NULL);
     if (bias && bias->grad) t->be->column_sum((float *)bias->grad, y->grad, rows, out);
 }
@@ -2935,8 +2918,10 @@ static bool sc__linear_lora(sc_tape *t, sc_tensor *x, const sc_linear_layer *l, 
         t->be->gemm(rows, out, lora->rank, lora->scale, sc__whole(u, false), sc__whole(b, true),
                     beta, sc__part(y, y->data, first, at, false), NULL);
         beta = 1;
-        sc__record(t, (sc__op){.backward = sc__lora_backward, .in = {x, a, b, u}, .out = {sum},
-                               .n = {first}, .scale = lora->scale});
+        sc__record(t, (sc__op){.backward = sc__linear_backward, .in = {x, a}, .out = {u},
+                               .n = {first, 0, rows}, .scale = 1});
+        sc__record(t, (sc__op){.backward = sc__linear_backward, .in = {u, b}, .out = {sum},
+                               .n = {0, first, rows}, .scale = lora->scale});
     }
     if (beta == 0) { /* this set adds nothing; the other columns are not written yet */
         int64_t size = sc__last(y) * sc_dtype_size(y->dtype);
@@ -2993,7 +2978,7 @@ static sc_tensor *sc__linear(sc_tape *t, const sc_tensor *input, const sc_linear
     if (gelu) t->be->gemm_gelu(rows, out, in, left, right, beta, to, l->bias, sum);
     else t->be->gemm(rows, out, in, 1, left, right, beta, to, l->bias);
     sc__record(t, (sc__op){.backward = sc__linear_backward, .in = {x, l->weight, l->bias},
-                           .out = {sum}});
+                           .out = {sum}, .n = {0, 0, rows}, .scale = 1});
     if (gelu) sc__record(t, sc__activation(SC_GELU_TANH, y, at, sum));
     return y;
 }
