@@ -4602,8 +4602,9 @@ static bool sc__load_weight(sc_net *net, sc_weight *w) {
     bool ok = wide && (!narrow || (staged && x->scale));
     if (ok) x->data = (streamed ? be->alloc_streamed : be->alloc)((size_t)(rows * columns * size));
     ok = ok && x->data;
-    for (int64_t r = 0; ok && r < rows; r += slice) {
-        int64_t count = sc__min(slice, rows - r), n = count * columns;
+    for (int64_t r = 0, count; ok && r < rows; r += count) {
+        count = sc__min(slice, (r < limit ? limit : rows) - r); /* not across the halves */
+        int64_t n = count * columns;
         char *to = (char *)x->data + r * columns * size;
         if (!raw && (r == 0 || !repeated)) {
             ok = sc__weight_rows(net, w, r, count, wide);

@@ -313,6 +313,23 @@ static void test_scale_shapes(void) {
     CHECK(sc__f32_to_f8(NAN) == 0x7f && sc__f32_to_f8(-INFINITY) == 0xfe);
 }
 
+/* Halves that change places, of more values than come to the backend at once; a tensor follows. */
+static void test_large_halves(void) {
+    enum { ROWS = 6, COLUMNS = 1 << 21 };
+    tensors *t = new_tensors();
+    uint8_t *bits = malloc(ROWS * COLUMNS);
+    for (int i = 0; i < ROWS * COLUMNS; i++) bits[i] = sc__f32_to_f8((float)(i / COLUMNS + 1));
+    add(t, "final_layer.adaLN_modulation.1.weight", SC_F8_E4M3, ROWS, COLUMNS, bits);
+    add(t, "behind.weight", SC_F8_E4M3, ROWS, COLUMNS, calloc(ROWS, COLUMNS));
+    sc_net *net = sc_net_open(sc_cpu(), save(t, "halves.safetensors"), false);
+    sc_tensor *x =
+        sc_net_weight(net, "norm_out.linear.weight", 2, (const int64_t[]){ROWS, COLUMNS});
+    for (int i = 0; CHECKED(x) && i < ROWS; i++)
+        CHECK(((float *)x->data)[i * COLUMNS] == (float)((i + ROWS / 2) % ROWS + 1));
+    sc_net_close(net);
+    free_tensors(t);
+}
+
 /* Shapes say the config where there is no config.json; these heads are too small for FLUX's axes.
  */
 static void test_shapes(void) {
@@ -923,6 +940,7 @@ int main(void) {
     if (!mkdtemp(folder)) return perror(folder), 1;
     test_layouts();
     test_scale_shapes();
+    test_large_halves();
     test_shapes();
     test_bad_weights();
     test_unread();
