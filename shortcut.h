@@ -7575,8 +7575,8 @@ static int sc__by_picture(const void *a, const void *b) {
 
 /* Says what is left out in d->unused; false where it may not be. */
 static bool sc__dataset_unused(sc_dataset *d, const sc__folder *f, bool metadata) {
-    enum { NAMES = 5, LONGEST = 999 };
-    char names[NAMES * (LONGEST + 1) + 5] = "", *end = names;
+    enum { NAMES = 5 };
+    char names[NAMES * 1000] = "";
     int64_t unused = 0, pictures = 0, captioned = 0;
     for (sc__item *e = f->items; e < f->items + f->count; e++) {
         sc_pair key = {.path = e->path};
@@ -7586,14 +7586,14 @@ static bool sc__dataset_unused(sc_dataset *d, const sc__folder *f, bool metadata
             continue;
         pictures += picture;
         captioned += picture && e->other;
-        if (++unused <= NAMES) end += sprintf(end, " %.*s", LONGEST, e->path + strlen(f->path) + 1);
+        if (++unused <= NAMES) sc__list_name(names, sizeof names, e->path + strlen(f->path) + 1);
     }
     if (d->count == 0)
         return sc_fail("%s: no pictures: put in metadata.jsonl, or name.txt beside name.png or "
-                       ".jpg%s%s", f->path, unused ? "; not used:" : "", names);
+                       ".jpg%s%s", f->path, unused ? "; not used: " : "", names);
     if (!unused) return true;
     char line[PATH_MAX + sizeof names + 128];
-    snprintf(line, sizeof line, "%s: %lld file%s not used:%s%s (used are %s)", f->path,
+    snprintf(line, sizeof line, "%s: %lld file%s not used: %s%s (used are %s)", f->path,
              (long long)unused, unused == 1 ? " is" : "s are", names, unused > NAMES ? " ..." : "",
              metadata ? "those that metadata.jsonl names"
                       : "PNG and JPEG, in the folder itself, with name.txt beside each");
