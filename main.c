@@ -714,7 +714,7 @@ static int info_main(const char *model) {
 static int merge_main(void) {
     const char *path = o.transformer ? o.transformer : kept(sc_part_path(o.model, SC_TRANSFORMER));
     sc_dit *dit = path ? sc_dit_open(sc_cpu(), path, NULL) : NULL;
-    float guidance = NAN; /* as the scale that of the first of --steps: weights cannot keep it */
+    float guidance = NAN; /* that of the first of --steps, as the scale: weights cannot keep it */
     bool ok = dit && (o.lora[0] || sc_fail("merge needs --lora FILE[:SCALE]")) &&
               (o.kohya ? sc_check_out(o.out, SC_WEIGHTS, o.named, o.model, o.transformer, o.lora)
                        : sc_can_write_model(dit, o.out));
