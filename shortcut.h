@@ -1556,14 +1556,14 @@ static SC_THREAD_LOCAL char sc__message[1024];
 const char *sc_error(void) { return sc__message[0] ? sc__message : "no error"; }
 
 /* Text that comes from files or the command line may hold control characters, which a terminal
- * obeys: they become ?, so that it stays one harmless line. */
+ * obeys: they become ?, so that it stays one harmless line. Those from 0x80 up begin with 0xc2. */
 bool sc_fail(const char *format, ...) {
     va_list args;
     va_start(args, format);
     vsnprintf(sc__message, sizeof sc__message, format, args);
     va_end(args);
-    for (char *c = sc__message; *c; c++)
-        if ((unsigned char)*c < ' ' || *c == 127) *c = '?';
+    for (unsigned char *c = (unsigned char *)sc__message; *c; c++)
+        if (*c < ' ' || *c == 127 || (*c == 0xc2 && c[1] < 0xa0)) *c = '?';
     return false;
 }
 

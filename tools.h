@@ -721,7 +721,8 @@ double sc_seconds(void) {
 /* A line with text out of a file: control characters, which a terminal obeys, become ?. */
 void sc_print_text(FILE *to, const char *heading, const char *text) {
     fputs(heading, to);
-    for (; *text; text++) fputc((unsigned char)*text < ' ' || *text == 127 ? '?' : *text, to);
+    for (const unsigned char *c = (const unsigned char *)text; *c; c++)
+        fputc(*c < ' ' || *c == 127 || (*c == 0xc2 && c[1] < 0xa0) ? '?' : *c, to);
     fputc('\n', to);
 }
 

@@ -123,7 +123,8 @@ typedef struct training {
     sc_adamw adamw;
     sc_rng rng;
     sc_tensor *data; /* [LATENTS + pairs] */
-    sc_file *cached; /* where they are mapped; NULL: their memory is ours */
+    sc_file *cached; /* where the first ones are mapped, or NULL */
+    int mapped;      /* so many; the others' memory is ours */
     int pairs;
     sc_batch batch;
     sc_text *batch_texts;
@@ -408,7 +409,7 @@ static bool train(training *t) {
 
 /* ---- The cache: DATA/.shortcut-cache.safetensors ----
  * The data's tensors, in f32: a cached run equals the first bit for bit. The metadata's fingerprint
- * says what they were made from. */
+ * says what they were made from. Where encoding was stopped the last pictures are missing. */
 
 static const char *data_name(int i) {
     static const char *const names[] = {"caption", "context", "pooled"};
@@ -431,37 +432,38 @@ static bool fits(const sc_tensor *x, sc_dtype dtype, int ndim, const int64_t *sh
 
 static void forget_data(training *t) {
     for (int i = 0; t->data && i < LATENTS + t->pairs; i++) {
-        if (!t->cached) free(t->data[i].data);
+        if (i >= t->mapped) free(t->data[i].data);
         t->data[i].data = NULL;
     }
     sc_file_close(t->cached);
     t->cached = NULL;
+    t->mapped = 0;
 }
 
-/* Maps the cache if it is there, whole and made from the same things; false says nothing. */
-static bool load_cache(training *t, const char *fingerprint) {
+/* Maps the cache if it is there, sound and made from the same things. */
+static void load_cache(training *t, const char *fingerprint) {
     const sc_dit_config *c = t->config;
+    const sc_tensor *context = &t->data[CONTEXT], *pooled = &t->data[POOLED], *x;
+    forget_data(t);
     t->cached = exists(t->cache) ? sc_file_open(t->cache) : NULL;
     const char *made_from = t->cached ? sc_file_metadata(t->cached, "fingerprint") : NULL;
-    if (!made_from || strcmp(made_from, fingerprint)) return false;
-    for (int i = 0; i < LATENTS + t->pairs; i++) {
-        const sc_tensor *x = sc_file_find(t->cached, data_name(i));
-        if (!x) return false;
-        t->data[i] = *x;
-        if (i >= LATENTS && !fits(x, SC_F32, 4, (int64_t[]){2, 0, 0, c->in_channels})) return false;
-    }
-    const sc_tensor *context = &t->data[CONTEXT], *pooled = &t->data[POOLED];
-    bool ok =
-        fits(&t->data[TEXT], SC_I32, 1, (int64_t[]){t->pairs}) &&
-        fits(context, SC_F32, 3, (int64_t[]){0, t->pipeline->text_tokens, c->text_channels}) &&
-        fits(pooled, SC_F32, 2, (int64_t[]){context->shape[0], c->pooled_channels});
+    bool ok = made_from && !strcmp(made_from, fingerprint);
+    while (ok && t->mapped < LATENTS + t->pairs &&
+           (x = sc_file_find(t->cached, data_name(t->mapped))))
+        t->data[t->mapped++] = *x;
+    ok = ok && t->mapped >= LATENTS && fits(&t->data[TEXT], SC_I32, 1, (int64_t[]){t->pairs}) &&
+         fits(context, SC_F32, 3, (int64_t[]){0, t->pipeline->text_tokens, c->text_channels}) &&
+         fits(pooled, SC_F32, 2, (int64_t[]){context->shape[0], c->pooled_channels});
+    for (int i = LATENTS; ok && i < t->mapped; i++)
+        ok = fits(&t->data[i], SC_F32, 4, (int64_t[]){2, 0, 0, c->in_channels});
     for (int i = 0; ok && i < t->pairs; i++)
         ok = text_of(t, i) >= 0 && text_of(t, i) < context->shape[0];
-    return ok;
+    if (!ok) forget_data(t);
 }
 
-static bool save_cache(const training *t, const char *fingerprint) {
-    size_t n = (size_t)(LATENTS + t->pairs);
+/* The texts, and the latents of the first `pictures`. */
+static bool save_cache(const training *t, const char *fingerprint, int pictures) {
+    size_t n = (size_t)(LATENTS + pictures);
     sc_named *named = allocate(n, sizeof *named);
     for (size_t i = 0; named && i < n; i++)
         named[i] = (sc_named){data_name((int)i), t->data[i], t->data[i].dtype};
@@ -576,21 +578,24 @@ static bool encode_picture(training *t, const char *path, sc_tensor *x) {
     return ok;
 }
 
+/* What the cache does not have. */
 static bool encode(training *t, const sc_dataset *data, const char *fingerprint) {
-    bool ok = encode_texts(t, data);
+    int first = t->mapped ? t->mapped - LATENTS : 0, made = first;
+    bool ok = t->mapped || encode_texts(t, data);
     double started = sc_seconds();
-    for (int i = 0; ok && i < t->pairs; i++) {
-        ok = encode_picture(t, data->pairs[i].path, &t->data[LATENTS + i]) &&
-             (!sc_interrupted || sc_fail("stopped"));
-        sc_progress("picture", 0, i + 1, t->pairs, started, NULL);
+    while (ok && made < t->pairs && !sc_interrupted) {
+        ok = encode_picture(t, data->pairs[made].path, &t->data[LATENTS + made]);
+        made += ok;
+        sc_progress("picture", first, made, t->pairs, started, NULL);
     }
-    if (!ok || o.no_cache || sc_rank) return ok;
-    if (!save_cache(t, fingerprint)) { /* a folder to be read only */
-        fprintf(stderr, "warning: not kept for the next run: %s\n", sc_error());
-        return true;
+    if (ok && made > first && !o.no_cache && !sc_rank) {
+        if (save_cache(t, fingerprint, made)) {
+            load_cache(t, fingerprint); /* mapped: the system may take the memory back */
+            ok = t->mapped == LATENTS + made || sc_fail("%s: cannot be read back", t->cache);
+        } else fprintf(stderr, "warning: not kept for the next run: %s\n", sc_error());
     }
-    forget_data(t); /* from now on the system may take the memory back, and read it again */
-    return load_cache(t, fingerprint) || sc_fail("%s: cannot be read back", t->cache);
+    return ok && (made == t->pairs || sc_fail("stopped: the latents of %d of %d pictures are kept",
+                                              t->mapped ? t->mapped - LATENTS : 0, t->pairs));
 }
 
 static bool load_data(training *t) {
@@ -609,10 +614,8 @@ static bool load_data(training *t) {
                  ok ? fingerprint_of(t, data, false) : 0, NULL);
     bool wait = sc_rank && !o.no_cache; /* for the first one's cache */
     if (ok && wait) ok = sc_agree(ok);
-    if (ok && (o.no_cache || !load_cache(t, fingerprint))) {
-        forget_data(t);
-        ok = encode(t, data, fingerprint);
-    }
+    if (ok && !o.no_cache) load_cache(t, fingerprint);
+    ok = ok && (t->mapped == LATENTS + t->pairs || encode(t, data, fingerprint));
     if (ok && !wait) ok = sc_agree(ok);
     sc_dataset_close(data);
     sc_pipeline_release(t->pipeline); /* training needs the transformer alone */

@@ -175,6 +175,10 @@ fails 1 "the prompt is not UTF-8: byte 3 is 0xe9" ./sample "$(printf 'caf\351')"
 printf 'a\033[31m\n' >"$dir/prompts"
 ./sample --prompts "$dir/prompts" 1 --no-lora --out-dir "$dir/set" >"$dir/output"
 check "nor do prompts steer it" grep -q 'a?.31m"' "$dir/output"
+printf 'a\302\23331m\302\265\n' >"$dir/prompts"
+./sample --prompts "$dir/prompts" 1 --no-lora --out-dir "$dir/set" >"$dir/output"
+check "in any of UTF-8's ways" sh -c 'grep -q "$1" "$0"' "$dir/output" "a?$(printf '\23331mµ')"
+fails 1 "$(printf 'a?\23331mµ'): No such file" sample --model "$(printf 'a\302\23331mµ')"
 fails 1 "No such file" ./sample --prompts "$dir/none" 1 --no-lora --out-dir "$dir/set"
 fails 1 "Not a directory" ./sample --prompts README.md 1 --no-lora --out-dir "$dir/prompts/set"
 fails 1 "No such file" ./shortcut --lora "$dir/none"
@@ -340,6 +344,20 @@ kill -INT $!
 wait $!
 check "a stopped list says how to go on" grep -q "^error: stopped after [0-9]* pictures; the same command goes on" "$dir/log"
 check "and has a line for each picture" test "$(wc -l <"$dir/set/metadata.jsonl")" -eq "$(ls "$dir/set" | grep -c png)"
+mkdir "$dir/many"
+for i in $(seq 100); do cp data/10pairs/banana_0000.png "$dir/many/$i.png" && echo "banana $i" >"$dir/many/$i.txt"; done
+encode="--steps 1 --batch 1 --rank 1 --preview 0 --threads 1 --run $dir/run --out $dir/lora"
+./train "$dir/many" $encode >"$dir/log" 2>&1 &
+while kill -0 $! 2>/dev/null && ! grep -q "picture 1/" "$dir/log"; do sleep 0.05; done
+kill -TERM $!
+wait $!
+check "encoding that is stopped keeps what it has" grep -q "^error: stopped: the latents of [1-9][0-9]* of 100 pictures are kept" "$dir/log"
+cp "$dir/many/.shortcut-cache.safetensors" "$dir/part"
+check "the next run goes on" quiet ./train "$dir/many" $encode
+mv "$dir/many/.shortcut-cache.safetensors" "$dir/whole"
+check "and has more" test "$(wc -c <"$dir/whole")" -gt "$(wc -c <"$dir/part")"
+check "one that was not stopped" quiet ./train "$dir/many" $encode
+check "has the same bits" same "$dir/many/.shortcut-cache.safetensors" "$dir/whole"
 rm -rf "$dir/set" "$dir/run" # a run that is going on has its folder for itself
 begin() { # the command, its output into `log`; until it is at work
     rm -rf "$dir/run" "$dir/lora"
