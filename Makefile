@@ -144,9 +144,10 @@ cuda-kit: $(CUDA_OBJECT)
 	for i in test_cuda bench_cuda; do $(CC) $(KIT) test/$$i.c -o build/kit/build/$$i $(KIT_LINK) || exit 1; done
 	mv build/kit/main build/kit/shortcut
 	ldd build/kit/train | awk '/libgomp|libomp/ {print $$3}' | xargs -r cp -L -t build/kit/lib
-	cp -r data README.md LICENSE build/kit
+	cp README.md LICENSE build/kit
+	ln -s ../../data build/kit # cp -rL takes it along
 	cp test/cuda_session.sh test/bench_cuda.py test/cuda-log.md build/kit/test
-	@du -sm build/kit | awk '{ print "build/kit:", $$1, "MiB"; exit $$1 > 64 }'
+	@du -sm build/kit | awk '{ print "build/kit:", $$1, "MiB without data"; exit $$1 > 32 }'
 
 bench: $(PROGRAMS)
 	python3 test/bench.py

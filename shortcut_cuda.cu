@@ -1003,7 +1003,7 @@ static Operand as_bf16(sc_matrix a, int64_t rows, int64_t columns, bf16 *buffer)
 
 /* Two values to nearest even, as sc__f32_to_f8 of shortcut.h. */
 __device__ __forceinline__ uint32_t pack_e4m3(float low, float high) {
-#if __CUDA_ARCH__ >= 890
+#if __CUDA_ARCH__ >= 890 && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
     uint16_t pair;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
     return pair;
@@ -2834,12 +2834,15 @@ extern "C" bool sc_cuda_id(char id[128]) {
     return check(ncclGetUniqueId((ncclUniqueId *)id), "NCCL");
 }
 
-extern "C" bool sc_cuda_join(const char id[128], int number, int count) {
-    return check(ncclCommInitRank(&processes, count, *(const ncclUniqueId *)id, number), "NCCL");
-}
-
 extern "C" void sc_cuda_sum(float *x, int64_t n) {
     if (!gpu.failed)
         check(ncclAllReduce(x, x, (size_t)n, ncclFloat, ncclSum, processes, gpu.stream), "a sum");
+}
+
+extern "C" bool sc_cuda_join(const char id[128], int number, int count) {
+    if (!check(ncclCommInitRank(&processes, count, *(const ncclUniqueId *)id, number), "NCCL"))
+        return false;
+    sc_cuda_sum((float *)gpu.workspace, WORKSPACE / 4); /* takes what memory sums need */
+    return check(cudaStreamSynchronize(gpu.stream), "NCCL");
 }
 #endif

@@ -870,7 +870,7 @@ int main(int argc, char **argv) {
         set_recipe(&t);
         print_plan(&t);
     }
-    ok = ok && plan_memory(&t) && (!o.resume || load_state(&t)) && join(&t) &&
+    ok = ok && (!o.resume || load_state(&t)) && join(&t) && plan_memory(&t) &&
          (o.dry_run ? dry_run(&t) : train(&t));
     close_training(&t);
     if (!ok && made) rmdir(o.run); /* if nothing was put there */

@@ -9,7 +9,7 @@
  *
  * build/bench_cuda [operations] [bf16] [fp8] [small]    without a name: all four
  * bf16, fp8: training at batch 8 and sampling; small: training at batch 1 where only 23 GiB are
- * left, as on a card of 24. */
+ * left, as on a card of 24. build/bench_cuda attention: once each way, to be looked at by ncu. */
 #define _POSIX_C_SOURCE 200809L
 #define SHORTCUT_IMPLEMENTATION
 #include "../shortcut.h"
@@ -193,11 +193,15 @@ static void update(sc_tensor **x) {
     gpu->update(&all, &o, (const float[2]){0.99f, 0.999f}, norm);
 }
 
+static void attention_tensors(sc_tensor **x, int64_t batch, int64_t tokens) {
+    for (int i = 0; i < 4; i++) x[i] = tensor(SC_BF16, batch, tokens, CHANNELS, true);
+    x[4] = tensor(SC_F32, batch, HEADS, tokens, false);
+}
+
 static void measure_attention(int64_t batch, int64_t tokens) {
     sc_tensor *x[5];
     char name[64];
-    for (int i = 0; i < 4; i++) x[i] = tensor(SC_BF16, batch, tokens, CHANNELS, true);
-    x[4] = tensor(SC_F32, batch, HEADS, tokens, false);
+    attention_tensors(x, batch, tokens);
     double n = (double)batch * (double)tokens, flops = 4 * n * (double)tokens * CHANNELS,
            bytes = n * CHANNELS * 2;
     snprintf(name, sizeof name, "attention %lldx%lld", (long long)batch, (long long)tokens);
@@ -342,6 +346,7 @@ static double measure_training(sc_dit *f, int batch, const char *weights) {
         last = seconds();
     }
     if (!sc_params_report(p, &loss, &norm)) stop();
+    if (!isfinite(loss) || !isfinite(norm)) sc_fail("loss %g, gradient %g", loss, norm), stop();
     qsort(times, 7, sizeof *times, ascending);
     double flops = 4 * batch * forward_flops(1024, 256);
     printf("SCFM step, 512x512, batch %d, rank 64, %s: %.3f s, %.0f useful TFLOP/s, %.0f%% of C; "
@@ -395,24 +400,32 @@ static void measure_small_card(void) {
 }
 
 int main(int argc, char **argv) {
-    static const char *const names[] = {"operations", "bf16", "fp8", "small"};
-    enum { OPERATIONS, BF16, FP8, SMALL, PARTS };
+    static const char *const names[] = {"operations", "bf16", "fp8", "small", "attention"};
+    enum { OPERATIONS, BF16, FP8, SMALL, ATTENTION, PARTS };
     bool chosen[PARTS] = {false};
     for (int i = 1, j; i < argc; i++) {
         for (j = 0; j < PARTS && strcmp(argv[i], names[j]); j++) continue;
         if (j == PARTS)
-            return fprintf(stderr, "error: '%s' is not operations, bf16, fp8 or small\n", argv[i]),
+            return fprintf(stderr, "error: '%s' is not operations, bf16, fp8, small or attention\n",
+                           argv[i]),
                    2;
         chosen[j] = true;
     }
     gpu = sc_cuda();
     if (!gpu) return printf("skipped: %s\n", sc_error()), 0;
+    if (chosen[ATTENTION]) {
+        sc_tensor *x[5];
+        attention_tensors(x, 8, 1280);
+        attention(x), attention_backward(x), wait();
+        return 0;
+    }
     measure_ceilings();
     if (argc < 2 || chosen[OPERATIONS]) measure_operations();
     double step[2] = {0, 0};
     for (int i = 0; i < 2; i++) {
         if (argc > 1 && !chosen[i ? FP8 : BF16]) continue;
         const char *weights = i ? "fp8 weights" : "bf16";
+        rng.state = 1; /* of both the same data */
         sc_dit *f = open_flux(i);
         step[i] = measure_training(f, 8, weights);
         measure_sampling(f, weights);

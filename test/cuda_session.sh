@@ -1,6 +1,7 @@
 #!/bin/sh
-# What a GPU has to show, each step under its own limit; the first failure ends it. From a checkout,
-# after make && make build/test_cuda build/bench_cuda, or from a copy of build/kit (make cuda-kit).
+# What a GPU has to show, each step under its own limit. A step that fails is counted, and the next
+# begins; one that hangs, or that leaves the GPU broken, ends all. From a checkout, after make && make
+# build/test_cuda build/bench_cuda, or from a copy (cp -rL) of build/kit (make cuda-kit).
 #
 #   sh test/cuda_session.sh            ten minutes, on one page: look small operations profile whole
 #                                      bf16 fp8 memcheck, the last with the time that is left
@@ -8,7 +9,7 @@
 #       warps                 1 min    operations with attention by mma, beside "operations" by wgmma
 #       synccheck             4 min
 #       racecheck initcheck  10 min
-#       tiny                  4 min    ./train data/10pairs: time, bits, losses, pictures
+#       tiny                  4 min    ./train data/10pairs: time, bits, losses, pictures (into build)
 #       eager compiled       10 min    the same work in PyTorch, where it, diffusers and peft are
 #
 # Whole outputs go to $OUT (build/session). What to expect stands in test/cuda-log.md. $TOTAL: all
@@ -16,6 +17,7 @@
 cd "$(dirname "$0")/.." || exit 1
 out=${OUT:-build/session}
 end=$(($(date +%s) + ${TOTAL:-$([ $# -eq 0 ] && echo 585 || echo 36000)}))
+failed=0
 mkdir -p "$out"
 
 stop() {
@@ -36,11 +38,13 @@ run() { # name, seconds, command...
     if [ "$status" = 0 ]; then grep -E "$show" "$out/$name.txt" | tail -n "$lines" | cut -c1-130
     else
         tail -n 20 "$out/$name.txt" | cut -c1-200
-        [ "$may_fail" ] || stop "$name"
+        failed=$((failed + 1))
+        [ "$status" != 124 ] || [ "$may_hang" ] || stop "$name hangs"
+        grep -E "illegal|misaligned|launch failure|hardware" "$out/$name.txt" && stop "$name"
     fi
 }
 with() { # how many lines to show, which, what must be there
-    lines=$1 show=$2 must=$3 may_fail=
+    lines=$1 show=$2 must=$3 may_hang=
 }
 
 # Leaves in LD_LIBRARY_PATH where the cuBLASLt is that these programs were made for.
@@ -69,31 +73,32 @@ sanitize() { # tool, seconds
 }
 
 profile() {
-    with 24 "_kernel|Duration|Throughput|Registers Per|Achieved Occ" .
-    may_fail=1 # it takes rights that a container may lack
-    if command -v ncu >/dev/null; then
-        run profile 40 ncu -k "regex:attention_kernel|attention_backward_kernel|norm_rope_kernel" \
-            -c 6 --section SpeedOfLight --section LaunchStats --section Occupancy \
-            build/bench_cuda operations
+    with 40 "_kernel|Duration|Throughput|Registers Per|Achieved Occ" .
+    may_hang=1 # it takes rights that a container may lack
+    if command -v ncu >/dev/null; then # with what the choice of attention tries, of few blocks
+        run profile 60 ncu -k regex:attention --clock-control none --section SpeedOfLight \
+            --section LaunchStats --section Occupancy build/bench_cuda attention
     else echo "== profile: skipped: no ncu"; fi
 }
 
 tiny() {
     with 12 . .
+    made=build/session/tiny # not brought back
+    mkdir -p "$made"
     for device in cuda cpu; do
         run "curve_$device" 240 ./train data/10pairs --device $device --stop-after 20 --preview 0 \
-            --out "$out/$device.safetensors" --run "$out/run_$device"
+            --out "$made/$device.safetensors" --run "$made/run_$device"
     done
-    run losses 5 paste -d ' ' "$out/run_cuda/loss.csv" "$out/run_cpu/loss.csv"
+    run losses 5 paste -d ' ' "$made/run_cuda/loss.csv" "$made/run_cpu/loss.csv"
     run streamed 120 ./train data/10pairs --device cuda --weights-on host --preview 0 \
-        --out "$out/streamed.safetensors" --run "$out/run_streamed"
+        --out "$made/streamed.safetensors" --run "$made/run_streamed"
     run fp8 120 ./train data/10pairs --device cuda --weights fp8 --preview 0 \
-        --out "$out/fp8.safetensors" --run "$out/run_fp8"
-    run lora 120 ./train data/10pairs --device cuda --preview 0 --out "$out/lora.safetensors" \
-        --run "$out/run"
+        --out "$made/fp8.safetensors" --run "$made/run_fp8"
+    run lora 120 ./train data/10pairs --device cuda --preview 0 --out "$made/lora.safetensors" \
+        --run "$made/run"
     lines=30
-    run table 200 ./shortcut --device cuda --count 270 --lora "$out/lora.safetensors"
-    may_fail=1 # without Python
+    run table 200 ./shortcut --device cuda --count 270 --lora "$made/lora.safetensors" \
+        --out "$made/sheet.png"
     run repeated 120 python3 test/bench_cuda.py tiny-flux
 }
 
@@ -109,11 +114,11 @@ for part in "$@"; do
     look) ;;
     small | whole)
         with 14 "attention by|wgmma, mma|cuBLASLt:|error|failed" "attention by $way"
-        if [ $part = small ]; then run small 45 build/test_cuda small
+        if [ $part = small ]; then run small 90 build/test_cuda small
         else run whole 120 build/test_cuda; fi
         ;;
     operations)
-        with 40 "TFLOP|GB/s" "attention by $way"
+        with 50 "TFLOP|GB/s" "attention by $way"
         run operations 90 build/bench_cuda operations
         ;;
     warps)
@@ -132,4 +137,5 @@ for part in "$@"; do
     *) echo "error: '$part' is no step of this session" >&2; exit 2 ;;
     esac
 done
-echo "== done; whole outputs: $out"
+echo "== done, $failed failed; whole outputs: $out"
+[ $failed -eq 0 ]

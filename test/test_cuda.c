@@ -381,6 +381,15 @@ static void test_products(void) {
         COMPARE(linear_gelu, 3 * ONE, {'i', 2, {m, k}}, {'i', 2, {n, k}}, {'I', 1, {n}},
                 {'g', 2, {m, width}}, {'o', 2, {m, n}}, {'o', 2, {m, n}});
     }
+    /* FLUX's widths, for which cuBLASLt has other kernels. */
+    for (int i = 0; !small && i < 2; i++) {
+        int64_t m = i ? 256 : 1024, n = 3072, k = i ? 12288 : 3072;
+        COMPARE(fp8_lora, 1.0 / 28, {'i', 2, {m, k + 8}}, {'i', 2, {n, k}}, {'I', 1, {n}},
+                {'g', 2, {m, n + 16}}, {'g', 2, {m, n + 16}}, {'o', 2, {m, n}},
+                {'g', 2, {m, k + 8}});
+        COMPARE(linear_gelu, 3 * ONE, {'i', 2, {m, k}}, {'i', 2, {n, k}}, {'I', 1, {n}},
+                {'g', 2, {m, n}}, {'o', 2, {m, n}}, {'o', 2, {m, n}});
+    }
     a_transposed = false, b_transposed = true;
     COMPARE(gemm, ONE, {'i', 2, {LARGE(1000, 30), 256}}, {'i', 2, {LARGE(512, 48), 256}},
             {'g', 2, {LARGE(1000, 30), LARGE(512, 48)}});
