@@ -510,7 +510,6 @@ static bool run_experiment(experiment *x) {
 
 static bool load_prompts(experiment *x) {
     int64_t count;
-    int cut = 0;
     char **lines = sc_load_prompts(o.prompts, &count);
     x->count = o.count ? o.count : o.full ? 1026 : 108;
     x->shown = count < 10 ? (int)count : 10;
@@ -521,9 +520,10 @@ static bool load_prompts(experiment *x) {
     for (int i = 0; ok && i < x->count; i++) {
         x->class_of[i] = class_named(&x->judge, lines[i % count]);
         x->texts[i] = i < count ? sc_pipeline_text(x->p, lines[i]) : x->texts[i - count];
-        cut += i < count && x->texts[i].cut;
+        if (i < count) sc_note_cut(&x->texts[i], "");
         ok = kept(x->texts[i].context) && (!sc_interrupted || sc_fail("stopped"));
     }
+    sc_note_cut(NULL, "prompt");
     return ok;
 }
 
@@ -720,6 +720,9 @@ static int merge_main(void) {
                        : sc_can_write_model(dit, o.out));
     for (int i = 0; ok && i < 8 && o.lora[i]; i++)
         ok = sc_load_lora_argument(dit, o.lora[i], o.steps[0], &guidance);
+    const char *vae = ok ? kept(sc_part_path(o.model, SC_VAE)) : NULL; /* perhaps in one file */
+    if (ok && (!vae || strcmp(vae, path)))
+        sc_warn_unread((const sc_net *[]){sc_dit_net(dit)}, 1, path);
     const char *metadata[] = {"format", "pt", "command", sc_command, NULL};
     sc_dtype type = ok ? sc_dit_net(dit)->weights[0]->source.dtype : SC_BF16;
     if (type != SC_F32 && type != SC_F16) type = SC_BF16;
@@ -748,7 +751,7 @@ int main(int argc, char **argv) {
     int count = sc_parse(usage, table, OPTIONS, argc, argv, words, 2);
     o.guided = sc_given(argc, argv, "--guidance", NULL) != NULL;
     sc_set_threads(o.threads);
-    sc_catch_interrupt();
+    if (!count) sc_catch_interrupt(); /* info and merge have nothing to keep */
     bool merge = count && !strcmp(words[0], "merge");
     o.named = o.out != NULL;
     if (!o.out) o.out = !merge ? "sheet.png" : o.kohya ? "lora-kohya.safetensors" : "merged";

@@ -106,12 +106,17 @@ static double seconds_of(struct timespec t) { return (double)t.tv_sec + 1e-9 * (
 
 /* One more of those files (its shards, if it has any), by the time at which it came to its place:
  * an older one that was moved there is new as well. */
+static void note_file(const char *path) {
+    struct stat s;
+    if (!stat(path, &s)) newest_input = fmax(newest_input, seconds_of(s.st_ctim));
+}
+
+/* Weights, with all shards, and the config beside them. */
 static void note_input(const char *path) {
     sc_file *file = path ? sc_file_open(path) : NULL;
-    const char *part;
-    struct stat s;
-    for (int64_t i = 0; file && (part = sc_file_part(file, i)); i++)
-        if (!stat(part, &s)) newest_input = fmax(newest_input, seconds_of(s.st_ctim));
+    const char *part, *folder = path ? kept(sc_model_folder(path)) : NULL;
+    for (int64_t i = 0; file && (part = sc_file_part(file, i)); i++) note_file(part);
+    if (folder) note_file(formatted("%s/config.json", folder));
     sc_file_close(file);
 }
 
@@ -138,14 +143,14 @@ static bool draw(sc_pipeline *p, const char *prompt, uint64_t seed, const char *
     static sc_text negative; /* true CFG's, made once */
     if (o.cfg && text.context && !negative.context) {
         negative = sc_pipeline_text(p, o.negative ? o.negative : "");
-        sc_warn_cut(p, negative.cut, "negative prompt");
+        sc_note_cut(&negative, ""), sc_note_cut(NULL, "negative prompt");
     }
     sc_sampling s = {.steps = o.steps, .shift = shift, .guidance = o.guidance, .h = h, .w = w,
                      .progress = progress, .user = &times[1], .cfg = o.cfg, .no_text = negative};
     bool ok = latents && text.context && (!o.cfg || negative.context);
     if (ok) sc_normal(&(sc_rng){seed}, latents, n);
     ok = ok && (!o.noise || load_noise(o.noise, latents, n));
-    if (ok) sc_warn_cut(p, text.cut, "prompt");
+    if (ok) sc_note_cut(&text, ""), sc_note_cut(NULL, "prompt");
     times[1] = sc_seconds();
     ok = ok && sc_sample(p->dit, p->tape, &s, 1, p->text_tokens, &text, latents) &&
          (!o.latents || save_latents(o.latents, latents, tokens, c->in_channels));
@@ -217,8 +222,9 @@ static bool known_line(const char *line, int64_t *left) {
     *left += index >= pictures;
     char *text = sc_picture_parameters(path_of(index));
     if (text) text[strcspn(text, "\n")] = 0;
-    return (text && !strcmp(line, line_of(index, text))) ||
-           (index < pictures && !strcmp(line, line_of(index, prompt_of(index))));
+    size_t length = strlen(line); /* of the last one, perhaps not all */
+    return (text && !strncmp(line, line_of(index, text), length)) ||
+           (index < pictures && !strncmp(line, line_of(index, prompt_of(index)), length));
 }
 
 /* A folder may hold pictures of the user's, under such names too. */
@@ -314,6 +320,10 @@ static bool take_size(const sc_pipeline *p) {
 
 static bool load_loras(sc_pipeline *p) {
     float guidance = o.guidance, scale;
+    const char *folder = kept(sc_model_folder(o.model));
+    for (int i = 0; folder && sc_encoder_files[i]; i++)
+        note_file(formatted("%s/%s", folder, sc_encoder_files[i]));
+    note_file(formatted("%s/scheduler/scheduler_config.json", folder));
     for (int part = 0; part < SC_PARTS; part++)
         note_input(kept(sc_part_path(o.model, (sc_part)part)));
     note_input(o.transformer);

@@ -396,7 +396,7 @@ typedef struct sc_model {
 
 typedef struct sc_text {        /* a prompt as FLUX takes it, host f32 */
     float *context, *pooled;    /* [T, text_channels], [pooled_channels] */
-    bool cut;                   /* the prompt was longer: its end is lost */
+    int cut, pooled_cut;        /* the tokens that T5, CLIP read of a longer prompt; 0: all */
 } sc_text;
 
 typedef struct sc_sampling {
@@ -4073,13 +4073,14 @@ static bool sc__sort_entries(sc_file *f) {
     return true;
 }
 
-/* The path of a folder's weights: an index of shards, else a usual name, else a variant's (fp16),
- * else the only file; where there is only one of another kind, that, so that opening it says so. */
+/* The path of a folder's weights: what diffusers or transformers would take, else a variant's
+ * (fp16), else the only file; where there is only one of another kind, that, so that opening it says
+ * so. */
 static char *sc__weights_in(const char *folder) {
     enum { READ = 8, PATTERNS = READ + 4 };
     static const char *const patterns[PATTERNS] = {
-        "diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json",
-        "diffusion_pytorch_model.safetensors", "model.safetensors", "*.safetensors.index.json",
+        "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors",
+        "model.safetensors", "model.safetensors.index.json", "*.safetensors.index.json",
         "*.safetensors.index.*.json", "*.safetensors", "*.sft", "*.gguf", "*.bin", "*.ckpt",
         "*.pt*"};
     DIR *list = opendir(folder);
@@ -4802,11 +4803,18 @@ static bool sc__config_open(sc__config *c, const char *folder, const char *name)
     return c->path && (c->json || !there);
 }
 
-/* The config.json beside a part's weights, an object; a single file has none. */
+/* The config.json of a part's folder, or beside the file in it; other single files have none. */
 static bool sc__read_config(sc__config *c, const char *path) {
-    if (!sc__is_folder(path)) return (c->path = sc__strdup(path)) != NULL;
-    return sc__config_open(c, path, "config.json") &&
-           (!c->json || c->json->type == SC__OBJECT || sc_fail("%s: not a JSON object", c->path));
+    const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+    if (!sc__is_folder(path) && strncmp(name, "diffusion_pytorch_model.", 24) &&
+        strncmp(name, "model.", 6)) return (c->path = sc__strdup(path)) != NULL;
+    char *folder = sc_model_folder(path);
+    bool ok = folder && sc__config_open(c, folder, "config.json");
+    SC_FREE(folder);
+    if (!ok || !c->json) return ok;
+    if (sc_json_get(c->json, "text_config"))
+        return sc_fail("%s: this is a whole CLIP's, not the text encoder's alone", c->path);
+    return c->json->type == SC__OBJECT || sc_fail("%s: not a JSON object", c->path);
 }
 
 /* A number, or a truth value as 1 or 0; absent, null or wrong: the fallback. */
@@ -5281,19 +5289,23 @@ static bool sc__lora_open(sc__lora *l, const sc_dit *f, const char *path) {
 }
 
 /* The config's alpha for a module; left alone where there is none. The first of PEFT's patterns
- * that fits counts: the end of a name from a dot on or, behind a ^, the whole of it. */
-static bool sc__lora_config_alpha(const sc__lora *l, const char *module, float *alpha) {
+ * that fits counts: the end of a name from a dot on or, behind a ^, the whole of it. `names`: the
+ * module's here and in the file. */
+static bool sc__lora_config_alpha(const sc__lora *l, const char *const names[2], float *alpha) {
     const sc_json *patterns = sc__lora_setting(l, "alpha_pattern");
     bool found = false;
     *alpha = (float)sc_json_number(sc__lora_setting(l, "lora_alpha"), *alpha);
     for (int64_t i = 0; !found && i < sc_json_length(patterns) && sc_json_key(patterns, i); i++) {
         const char *pattern = sc_json_key(patterns, i), *name = pattern + (*pattern == '^');
-        size_t n = strlen(module), m = strlen(name);
+        size_t m = strlen(name);
         if (strpbrk(name, "*+?()[]{}|^$\\"))
             return sc_fail("%s: the alpha_pattern '%s' is a regular expression; only names are "
                             "read here", l->file->path, pattern);
-        found = m <= n && !strcmp(module + n - m, name) &&
-                (m == n || (name == pattern && module[n - m - 1] == '.'));
+        for (int k = 0; k < 2; k++) {
+            const char *end = names[k] + strlen(names[k]) - m;
+            found = found || (end >= names[k] && !strcmp(end, name) &&
+                              (end == names[k] || (name == pattern && end[-1] == '.')));
+        }
         if (found) *alpha = (float)sc_json_number(sc_json_value(patterns, i), *alpha);
     }
     return true;
@@ -5303,9 +5315,12 @@ static bool sc__lora_config_alpha(const sc__lora *l, const char *module, float *
  * (kohya) or in the config; without either it is the rank. */
 static bool sc__lora_own_scale(const sc__lora *l, const char *module, const char *stem, int length,
                                int64_t rank, float *scale) {
+    static const char peft[] = "base_model.model.";
     char name[512];
     float alpha = (float)rank;
-    if (!sc__lora_config_alpha(l, module, &alpha)) return false;
+    snprintf(name, sizeof name, "%.*s", length, stem);
+    const char *own = name + (strncmp(name, peft, sizeof peft - 1) ? 0 : sizeof peft - 1);
+    if (!sc__lora_config_alpha(l, (const char *[]){module, own}, &alpha)) return false;
     snprintf(name, sizeof name, "%.*s.alpha", length, stem);
     sc__entry *e = sc__find_entry(l->file, name);
     if (e) e->used = true, alpha = NAN;
@@ -6280,7 +6295,11 @@ static size_t sc__grapheme(const sc__unicode *u, const uint32_t *s, size_t n);
 /* ---- The tokenizer ---- */
 
 typedef struct sc__word { const char *text; int32_t id; double score; } sc__word;
-typedef struct sc__special { sc__codes text; int32_t id; bool normalized; } sc__special;
+typedef struct sc__special {
+    sc__codes text;
+    int32_t id;
+    bool normalized, left, right; /* left, right: white space there goes with it */
+} sc__special;
 typedef struct sc__merge { int32_t left, right, rank, id; } sc__merge;
 typedef struct sc__charsmap { unsigned char *data; size_t size; } sc__charsmap;
 
@@ -6567,10 +6586,12 @@ static bool sc__emit_text(const sc_tokenizer *t, const uint32_t *s, size_t n, bo
         const sc__special *special = i < n ? sc__special_at(t, s + i, n - i, clean) : NULL;
         sc__codes normal = {0};
         bool at_start = first && !from;
+        size_t end = i;
         if (i < n && !special) continue;
-        if (i > from && clean) ok = sc__emit_words(t, s + from, i - from, at_start, out);
-        else if (i > from) {
-            while (from < i) sc__codes_add(&normal, s[from++]);
+        while (special && special->left && end > from && sc__is_space(s[end - 1])) end--;
+        if (end > from && clean) ok = sc__emit_words(t, s + from, end - from, at_start, out);
+        else if (end > from) {
+            while (from < end) sc__codes_add(&normal, s[from++]);
             sc__normalise(t, &normal);
             ok = !normal.failed && sc__emit_text(t, normal.code, normal.count, true, at_start, out);
             SC_FREE(normal.code);
@@ -6578,6 +6599,7 @@ static bool sc__emit_text(const sc_tokenizer *t, const uint32_t *s, size_t n, bo
         if (!special) break;
         sc__emit(out, special->id);
         from = i + special->text.count;
+        while (special->right && from < n && sc__is_space(s[from])) from++;
         i = from - 1;
     }
     return ok;
@@ -6629,15 +6651,14 @@ static const char *sc__token(const sc_tokenizer *t, const sc_json *config, const
 /* Appends a special token. */
 static bool sc__add_special(sc_tokenizer *t, const char *text, int32_t id, const sc_json *flags,
                             const char *path) {
-    static const char *const refused[] = {"lstrip", "rstrip", "single_word"};
     if (!sc__grow(&t->special, (int64_t)t->special_count, sizeof *t->special)) return false;
     sc__special *x = &t->special[t->special_count++];
-    *x = (sc__special){.id = id};
+    *x = (sc__special){.id = id, .normalized = sc_json_bool(sc_json_get(flags, "normalized"), true),
+                       .left = sc_json_bool(sc_json_get(flags, "lstrip"), false),
+                       .right = sc_json_bool(sc_json_get(flags, "rstrip"), false)};
     if (!*text || id < 0) return sc_fail("%s: an added token without content or id", path);
-    for (int i = 0; i < 3; i++)
-        if (sc_json_bool(sc_json_get(flags, refused[i]), false))
-            return sc_fail("%s: added token '%s': %s is not supported", path, text, refused[i]);
-    x->normalized = sc_json_bool(sc_json_get(flags, "normalized"), true);
+    if (sc_json_bool(sc_json_get(flags, "single_word"), false))
+        return sc_fail("%s: added token '%s': single_word is not supported", path, text);
     t->largest = id > t->largest ? id : t->largest;
     sc__codes_add_text(&x->text, text);
     if (x->normalized) sc__normalise(t, &x->text);
@@ -6744,12 +6765,17 @@ static bool sc__bpe_open(sc_tokenizer *t, const char *folder, const char *vocab,
     sc__bpe_letters(t);
     const char *first = sc__token(t, config, folder, "bos_token", "<|startoftext|>", &t->begin);
     const char *last = first ? sc__token(t, config, folder, "eos_token", end, &t->end) : NULL;
-    return last && sc__token(t, config, folder, "unk_token", end, &t->unknown) &&
-           sc__token(t, config, folder, "pad_token", end, &t->pad) &&
+    const char *pad = last ? sc__token(t, config, folder, "pad_token", end, &t->pad) : NULL;
+    path = pad ? sc__join(folder, "added_tokens.json") : NULL;
+    if (path && !sc_json_get(config, "added_tokens_decoder") && sc__exists(path))
+        pad = (sc_fail("%s: its tokens must be in tokenizer_config.json", path), NULL);
+    SC_FREE(path);
+    return pad && sc__token(t, config, folder, "unk_token", end, &t->unknown) &&
            sc__read_special(t, sc_json_get(config, "added_tokens_decoder"), folder) &&
-           (t->special_count || /* without tokenizer_config.json: the usual two */
+           (t->special_count || /* an older tokenizer_config.json, or none: those with a name */
             (sc__add_special(t, first, t->begin, NULL, folder) &&
-             sc__add_special(t, last, t->end, NULL, folder)));
+             sc__add_special(t, last, t->end, NULL, folder) &&
+             (t->pad == t->end || sc__add_special(t, pad, t->pad, NULL, folder))));
 }
 
 /* ---- Opening: T5 ---- */
@@ -6833,7 +6859,8 @@ static bool sc__unigram_open(sc_tokenizer *t, const char *path, const sc_json *c
     t->unigram = true;
     if (strcmp(sc_json_string(sc_json_get(model, "type"), ""), "Unigram") ||
         sc_json_bool(sc_json_get(model, "byte_fallback"), false))
-        return sc_fail("%s: the model must be a Unigram without byte_fallback", path);
+        return sc_fail("%s: for T5 the model must be a Unigram without byte_fallback; CLIP's is read "
+                        "from vocab.json and merges.txt", path);
     if (!sc__read_words(t, words, path)) return false;
     t->unknown = sc__json_id(sc_json_get(model, "unk_id"));
     if (t->unknown < 0 || t->unknown >= sc_json_length(words))
@@ -7762,16 +7789,19 @@ sc_text sc_pipeline_text(sc_pipeline *p, const char *prompt) {
     if (p->clip_tokens && p->clip_tokens != p->text->clip.length)
         return sc_fail("%s: CLIP reads %d tokens, not %d", p->folder, p->text->clip.length,
                        p->clip_tokens), none;
+    const sc__encoder *clip = &p->text->clip;
     int t5 = p->text_tokens - p->clip_tokens;
     if (p->text->t5.width != c->text_channels || pooled != c->pooled_channels)
         return sc_fail("%s: T5 and CLIP give %d and %d channels, the transformer takes %d and %d",
                        p->folder, p->text->t5.width, pooled, c->text_channels,
                        c->pooled_channels), none;
     size_t n = (size_t)p->text_tokens * (size_t)c->text_channels;
-    sc_text x = {(float *)sc__alloc(n + (size_t)c->pooled_channels, sizeof(float)), NULL, false};
+    sc_text x = {.context = (float *)sc__alloc(n + (size_t)c->pooled_channels, sizeof(float))};
     if (x.context) x.pooled = x.context + n;
     bool ok = x.context && sc_text_encode(p->text, prompt, p->text_tokens, x.context, x.pooled);
-    x.cut = ok && sc_tokenize(p->text->t5.tokenizer, prompt, t5 + 1, ids) > t5;
+    x.cut = ok && sc_tokenize(p->text->t5.tokenizer, prompt, t5 + 1, ids) > t5 ? t5 : 0;
+    x.pooled_cut = ok && sc_tokenize(clip->tokenizer, prompt, clip->length + 1, ids) > clip->length
+                       ? clip->length : 0;
     if (p->backend->memory_left() < sc__net_waiting(p->dit->net) + ((size_t)8 << 30))
         sc_pipeline_release(p);
     if (ok) return x;

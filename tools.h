@@ -726,11 +726,18 @@ void sc_print_text(FILE *to, const char *heading, const char *text) {
     fputc('\n', to);
 }
 
-/* Of `count` texts the encoders read the beginning only. */
-void sc_warn_cut(const sc_pipeline *p, int count, const char *what) {
-    if (count)
-        fprintf(stderr, "warning: the end is left out of %d %s%s of more than %d tokens\n", count,
-                what, count == 1 ? "" : "s", p->text_tokens - p->clip_tokens);
+/* Of how many texts T5 or CLIP read the beginning only; `text`: one more, or NULL: tells. */
+void sc_note_cut(const sc_text *text, const char *what) {
+    static const char *const encoders[] = {"T5", "CLIP"};
+    static int count[2], read[2];
+    for (int i = 0; i < 2; i++) {
+        int cut = !text ? 0 : i ? text->pooled_cut : text->cut;
+        if (cut) count[i]++, read[i] = cut;
+        if (text || !count[i]) continue;
+        fprintf(stderr, "warning: %s reads the first %d tokens only of %d %s%s\n", encoders[i],
+                read[i], count[i], what, count[i] == 1 ? "" : "s");
+        count[i] = 0;
+    }
 }
 
 /* Loads a LoRA; prints "applied n/N" and the rest. *guidance as for sc_lora_argument. */
@@ -751,9 +758,10 @@ const char *sc_own_lora(const char *model) {
     static const char path[] = "lora.safetensors";
     sc_file *file = exists(path) ? sc_file_open(path) : NULL;
     const char *base = file ? sc_file_metadata(file, "base_model") : NULL;
-    bool own = exists(path) && (!base || same_place(base, model));
-    if (base && !own)
-        sc_print_text(stderr, formatted("%s is not used, it was made for ", path), base);
+    bool own = base ? same_place(base, model) : exists(path) && !file;
+    if (file && !own)
+        sc_print_text(stderr, formatted("%s is not used, it was made for ", path),
+                      base ? base : "a model that it does not name");
     sc_file_close(file);
     return own ? path : NULL; /* where it cannot be read, loading it says why */
 }
@@ -1006,21 +1014,34 @@ char **sc_load_prompts(const char *path, int64_t *count) {
     return sc_fail("%s: no prompts", path), NULL;
 }
 
-/* Tells what no part of a model reads of its files. A part that cannot be opened says why later. */
-static void warn_unread(const sc_pipeline *p) {
+/* Tells what none of these nets reads of its files. */
+void sc_warn_unread(const sc_net *const *nets, int count, const char *model) {
     char names[512];
+    long long unread = sc_net_unread(nets, count, names, sizeof names);
+    const char *what = formatted("warning: %lld tensors of %s are not used: ", unread, model);
+    if (unread) sc_print_text(stderr, what, names);
+}
+
+/* Of all parts of a model. A part that cannot be opened says why later. */
+static void warn_unread(const sc_pipeline *p) {
     const char *path = kept(sc_part_path(p->folder, SC_VAE));
     sc_vae *vae = path ? sc_vae_open(NULL, path, false) : NULL;
     sc_text_encoders *text =
         sc_text_encoders_open(NULL, p->folder, sc_dit_config_of(p->dit)->kind);
     const sc_net *const nets[] = {sc_dit_net(p->dit), sc_vae_net(vae), sc_text_net(text, SC_CLIP),
                                   sc_text_net(text, SC_SD3_CLIP_G), sc_text_net(text, SC_T5)};
-    long long unread = sc_net_unread(nets, 5, names, sizeof names);
-    const char *what = formatted("warning: %lld tensors of %s are not used: ", unread, p->folder);
-    if (unread) sc_print_text(stderr, what, names);
+    sc_warn_unread(nets, 5, p->folder);
     sc_text_encoders_close(text);
     sc_vae_close(vae);
 }
+
+/* What the encoders of a model's folder read beside their weights. */
+const char *const sc_encoder_files[] = {
+    "vae/config.json", "text_encoder/config.json", "text_encoder_2/config.json",
+    "text_encoder_3/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt",
+    "tokenizer/tokenizer_config.json", "tokenizer_2/tokenizer.json", "tokenizer_2/vocab.json",
+    "tokenizer_2/merges.txt", "tokenizer_2/tokenizer_config.json", "tokenizer_3/tokenizer.json",
+    "tokenizer_3/tokenizer_config.json", NULL};
 
 /* sc_pipeline_open on one of SC_DEVICES, with what to do where the folder is not there. */
 sc_pipeline *sc_open_model(const char *model, const char *transformer, const char *device,

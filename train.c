@@ -176,7 +176,8 @@ static float alpha(void) { return o.alpha > 0 ? o.alpha : (float)o.rank; }
 /* What the numbers of a state mean. */
 static const char *kind_of_run(void) {
     return o.full ? "--full" : o.pretrain ? "--pretrain" : o.distill_guidance ? "--distill-guidance"
-           : formatted("a LoRA of alpha %g", alpha());
+           : formatted("a LoRA of alpha %g%s%s", alpha(), o.teacher ? ", of the teacher " : "",
+                       o.teacher ? o.teacher : "");
 }
 
 static bool save_state(const training *t) {
@@ -501,12 +502,6 @@ static uint64_t mix_part(uint64_t hash, sc_part part, bool times) {
 
 /* What the cache depends on: pictures, captions, sizes, and the networks that encode them. */
 static uint64_t fingerprint_of(const training *t, const sc_dataset *data, bool times) {
-    static const char *const files[] = {
-        "vae/config.json", "text_encoder/config.json", "text_encoder_2/config.json",
-        "text_encoder_3/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt",
-        "tokenizer/tokenizer_config.json", "tokenizer_2/tokenizer.json", "tokenizer_2/vocab.json",
-        "tokenizer_2/merges.txt", "tokenizer_2/tokenizer_config.json", "tokenizer_3/tokenizer.json",
-        "tokenizer_3/tokenizer_config.json"};
     uint64_t hash = 0xcbf29ce484222325u;
     for (int64_t i = 0; i < data->count; i++) {
         const sc_pair *pair = &data->pairs[i];
@@ -515,8 +510,8 @@ static uint64_t fingerprint_of(const training *t, const sc_dataset *data, bool t
         hash = mix_file(hash, pair->path, times);
     }
     const char *folder = kept(sc_model_folder(o.model));
-    for (size_t i = 0; folder && i < sizeof files / sizeof *files; i++)
-        hash = mix_file(hash, formatted("%s/%s", folder, files[i]), times);
+    for (size_t i = 0; folder && sc_encoder_files[i]; i++)
+        hash = mix_file(hash, formatted("%s/%s", folder, sc_encoder_files[i]), times);
     for (int part = SC_VAE; part < SC_PARTS; part++) hash = mix_part(hash, (sc_part)part, times);
     int sizes[2] = {t->pipeline->resolution, t->pipeline->text_tokens};
     return mix(hash, sizes, sizeof sizes);
@@ -540,7 +535,7 @@ static bool encode_texts(training *t, const sc_dataset *data) {
     sc_tensor *context = &t->data[CONTEXT], *pooled = &t->data[POOLED];
     const char **texts = allocate((size_t)t->pairs + 1, sizeof *texts);
     bool ok = texts && new_tensor(&t->data[TEXT], SC_I32, 1, (int64_t[]){t->pairs});
-    int count = ok ? list_texts(data, texts, t->data[TEXT].data) : 0, cut = 0;
+    int count = ok ? list_texts(data, texts, t->data[TEXT].data) : 0;
     ok = ok &&
          new_tensor(context, SC_F32, 3,
                     (int64_t[]){count, p->text_tokens, t->config->text_channels}) &&
@@ -552,10 +547,10 @@ static bool encode_texts(training *t, const sc_dataset *data) {
         if (ok) memcpy(row.context, text.context, (size_t)(sc_count(context) / count) * 4);
         if (ok) memcpy(row.pooled, text.pooled, (size_t)(sc_count(pooled) / count) * 4);
         free(text.context);
-        cut += text.cut;
+        sc_note_cut(&text, "");
         sc_progress("caption", 0, i + 1, count, started, NULL);
     }
-    if (ok) sc_warn_cut(p, cut, "caption");
+    sc_note_cut(NULL, "caption");
     free(texts);
     return ok;
 }

@@ -141,6 +141,8 @@ broken transformer/config.json "sed 's/\(attention_heads\": \)6/\15/'" "must be 
 broken transformer/config.json "sed 's/\(num_layers\": \)2/\11e300/'" "whole number"
 fails 1 "a part is not whole" ./shortcut info "$model"
 broken text_encoder/config.json "sed 's/\(vocab_size\": \)1000/\110/'" "must be .10,64. here"
+broken text_encoder/config.json "sed '1s/{/{\"text_config\": {},/'" "a whole CLIP's, not the text encoder's"
+broken tokenizer_2/tokenizer.json "sed 's/\"Unigram\"/\"BPE\"/'" "CLIP's is read from vocab.json and merges.txt"
 broken vae/config.json "sed 's/\(norm_num_groups\": \)[0-9]*/\10/'" "whole number"
 broken tokenizer/merges.txt "head -n 1" "no merges"
 broken scheduler/scheduler_config.json "sed 's/\"shift\": [0-9.]*/\"shift\": -1/'" "must be positive"

@@ -320,7 +320,7 @@ static double measure_training(sc_dit *f, int batch, const char *weights) {
     if (!p || !t) stop();
     sc_text *texts = malloc((size_t)batch * sizeof *texts);
     for (int i = 0; i < batch; i++)
-        texts[i] = (sc_text){normal((int64_t)256 * 4096), normal(768), false};
+        texts[i] = (sc_text){.context = normal((int64_t)256 * 4096), .pooled = normal(768)};
     sc_batch b = {.size = batch,
                   .h = 32,
                   .w = 32,
@@ -369,7 +369,7 @@ static void measure_sampling(sc_dit *f, const char *weights) {
     float *latents = normal(4096 * 64), *context = normal(512 * 4096), *pooled = normal(768),
           *noise = normal(4096 * 64);
     sc_sampling s = {.steps = 3, .shift = 3.16f, .guidance = 3.5f, .h = 64, .w = 64};
-    const sc_text text = {context, pooled, false};
+    const sc_text text = {.context = context, .pooled = pooled};
     double times[5];
     for (int i = -1; i < 5; i++) {
         memcpy(latents, noise, 4096 * 64 * 4);

@@ -1,6 +1,6 @@
 """Compares the ids of shortcut.h's tokenizers with Hugging Face's.
 
-    compare_tokenizers.py FOLDER [COUNT]     FOLDER/tokenizer: CLIP's, FOLDER/tokenizer_2: T5's
+    compare_tokenizers.py FOLDER [COUNT]     FOLDER/tokenizer, tokenizer_2 and, of SD3.5, tokenizer_3
 """
 import os
 import subprocess
@@ -44,8 +44,11 @@ def main(folder, count):
         program = os.path.join(temporary, "tokenize")
         subprocess.run([os.environ.get("CC", "cc"), "-std=c99", "-O2", "-w", os.path.join(HERE, "tokenize.c"),
                         "-o", program, "-lm"], check=True)
-        for name, kind in ("tokenizer", CLIPTokenizerFast), ("tokenizer_2", T5TokenizerFast):
+        for name in "tokenizer", "tokenizer_2", "tokenizer_3":
             part = os.path.join(folder, name)
+            if not os.path.exists(part):
+                continue
+            kind = CLIPTokenizerFast if os.path.exists(os.path.join(part, "merges.txt")) else T5TokenizerFast
             tokenizer = kind.from_pretrained(part)
             for length in (tokenizer.model_max_length, 4096):
                 wrong = 0
@@ -53,7 +56,7 @@ def main(folder, count):
                     some = data[first:first + 1000]
                     wrong += compare(some, ours(program, part, some, length), theirs(tokenizer, some, length))
                 failed += wrong
-                print(f"{kind.__name__}, {length} tokens: {len(data)} texts, {wrong} differ")
+                print(f"{name}, {kind.__name__}, {length} tokens: {len(data)} texts, {wrong} differ")
     return failed > 0
 
 

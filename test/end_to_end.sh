@@ -15,9 +15,14 @@ check "another seed" quiet ./sample "a red apple" 3 --no-lora --seed 2 --out "$d
 check "gives another picture" differ "$dir/a.png" "$dir/c.png"
 check "empty, long and broken prompts" quiet ./sample "" 1 --no-lora --out "$dir/d.png"
 check "a prompt that is cut is told" sh -c './sample "$(printf "apple %.0s" $(seq 40))" 1 --no-lora --out "$0" 2>&1 |
-    grep -q "^warning: the end is left out of 1 prompt of more than 16 tokens"' "$dir/d.png"
+    grep -q "^warning: T5 reads the first 16 tokens only of 1 prompt"' "$dir/d.png"
 check "and so is a negative one" sh -c './sample "apple" 1 --no-lora --cfg 2 --negative "$(printf "apple %.0s" $(seq 40))" --out "$0" 2>&1 |
-    grep -q "^warning: the end is left out of 1 negative prompt of"' "$dir/d.png"
+    grep -q "^warning: T5 reads the first 16 tokens only of 1 negative prompt"' "$dir/d.png"
+check "CLIP's end, too" sh -c './sample "$(printf "apple %.0s" $(seq 40))" 1 --no-lora --out "$0" 2>&1 |
+    grep -q "^warning: CLIP reads the first 32 tokens only of 1 prompt$"' "$dir/d.png"
+printf 'a pig\n%s\n' "$(printf 'apple %.0s' $(seq 40))" >"$dir/prompts"
+check "and by ./shortcut" sh -c './shortcut --prompts "$0/prompts" --count 2 --steps 1 --out "$0/sheet.png" 2>&1 |
+    grep -q "^warning: T5 reads the first 16 tokens only of 1 prompt$"' "$dir"
 check "one that is not, not" sh -c '! ./sample "a red apple" 1 --no-lora --out "$0" 2>&1 | grep warning' "$dir/d.png"
 check "long prompt" quiet ./sample "$(printf 'apple %.0s' $(seq 2000))" 1 --no-lora --out "$dir/d.png"
 fails 1 "not UTF-8: byte 1 is 0xff" ./sample "$(printf 'a\377\376b')" 1 --no-lora --out "$dir/d.png"
@@ -96,6 +101,20 @@ check "and for no other" sh -c 'cd "$1" && "$0/sample" "a pig" 1 --model "$2" 2>
 check "nor, by itself, on top of what it is merged into" sh -c 'cd "$1" && "$0/sample" "a pig" 1 --transformer "$2" 2>&1 | grep -q "is not used"' \
     "$here" "$dir/cwd" "$dir/merged"
 check "merged weights" quiet ./shortcut info "$dir/merged"
+for transformer in data/tiny-flux/transformer data/tiny-flux/transformer/diffusion_pytorch_model.safetensors; do
+    ./sample "a pig" 1 --no-lora --transformer $transformer --latents "$dir/of" --out "$dir/h.png" >/dev/null && cksum <"$dir/of"
+done >"$dir/sums"
+check "a transformer's file has the config of its folder" test "$(uniq -d "$dir/sums" | wc -l)" = 1
+weights=data/tiny-flux/transformer/diffusion_pytorch_model.safetensors
+n=$(od -An -t d8 -N 8 $weights | tr -d ' ')
+header="{\"ip.weight\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]},$(tail -c +10 $weights | head -c $((n - 1)))"
+{
+    printf "\\$(printf %o $((${#header} % 256)))\\$(printf %o $((${#header} / 256 % 256)))\\$(printf %o $((${#header} / 65536)))\\0\\0\\0\\0\\0"
+    printf %s "$header"
+    tail -c +$((n + 9)) $weights
+} >"$dir/adapted.safetensors"
+check "merging says what it leaves out" sh -c './shortcut merge --transformer "$0/adapted.safetensors" --lora "$0/lora.safetensors:1" --out "$0/more" 2>&1 |
+    grep -q "^warning: 1 tensors of .*adapted.safetensors are not used: ip.weight"' "$dir"
 check "merge into another transformer" quiet ./shortcut merge --transformer data/pretrained --lora "$dir/lora.safetensors:0" --out "$dir/other"
 for transformer in data/pretrained "$dir/other"; do
     ./sample "a pig" 1 --no-lora --transformer $transformer --latents "$dir/of" --out "$dir/h.png" >/dev/null && cksum <"$dir/of"
@@ -133,6 +152,14 @@ printf 'a pig\n  \n' >"$dir/fewer"
 check "a shorter list says what it leaves, and no blank line is a prompt" sh -c './sample --prompts "$0/fewer" 2 --no-lora --out-dir "$0/set" 2>&1 |
     grep -q "^warning: 1 older pictures stay"' "$dir"
 quiet ./sample --prompts "$dir/prompts" 2 --no-lora --out-dir "$dir/set"
+truncate -s -20 "$dir/set/metadata.jsonl"
+check "a list whose last line was cut off" quiet ./sample --prompts "$dir/prompts" 2 --no-lora --out-dir "$dir/set"
+check "is whole again" grep -q '"a lemon"}$' "$dir/set/metadata.jsonl"
+quiet ./sample --prompts "$dir/prompts" 2 --no-lora --model "$dir/model" --out-dir "$dir/set2"
+inode=$(ls -i "$dir/set2/000000.png")
+sleep 0.01 && touch "$dir/model/vae/config.json"
+check "a config that changed" quiet ./sample --prompts "$dir/prompts" 2 --no-lora --model "$dir/model" --out-dir "$dir/set2"
+check "changes the pictures" test "$inode" != "$(ls -i "$dir/set2/000000.png")"
 mkdir "$dir/a.b"
 check "several of a name without an ending" quiet ./sample x 1 --no-lora --count 2 --out "$dir/a.b/x"
 check "are numbered" test -s "$dir/a.b/x" -a -s "$dir/a.b/x-2"
@@ -166,12 +193,18 @@ fails 1 "rank 16; this run has rank 2" taught --teacher "$dir/lora.safetensors" 
 fails 1 "which is read" taught --teacher "$dir/taught.safetensors:1"
 header='{"transformer.proj_out.diff_b":{"dtype":"F32","shape":[64],"data_offsets":[0,256]}}'
 { printf "\\$(printf %o ${#header})\\0\\0\\0\\0\\0\\0\\0%s" "$header" && head -c 256 /dev/zero; } >"$dir/bias.safetensors"
+cp "$dir/bias.safetensors" "$dir/cwd/lora.safetensors"
+check "a LoRA that names no model is none's own" sh -c 'cd "$1" && "$0/sample" "a pig" 1 2>&1 | grep -q "is not used, it was made for a model that it does not name"' \
+    "$here" "$dir/cwd"
 check "a bias alone" quiet ./sample x 1 --lora "$dir/bias.safetensors" --out "$dir/f.png"
 fails 1 "changes 'proj_out.bias', which the student's" taught --start "$dir/lora.safetensors" --teacher "$dir/bias.safetensors:1"
 # A state says what its numbers mean.
 check "a run of alpha 32" quiet taught --alpha 32 --steps 2 --stop-after 1
 fails 1 "the run of a LoRA of alpha 32, not of a LoRA of alpha 16" taught --steps 2 --resume
 check "goes on with it" quiet taught --alpha 32 --steps 2 --resume
+check "a run with a teacher" quiet taught --teacher "$dir/lora.safetensors:3" --steps 2 --stop-after 1
+fails 1 "of the teacher .*lora.safetensors:3, not of a LoRA of alpha 16" taught --steps 2 --resume
+check "goes on with it" quiet taught --teacher "$dir/lora.safetensors:3" --steps 2 --resume
 cp -r data/tiny-flux/transformer "$dir/unguided"
 sed 's/"guidance_embeds": true/"guidance_embeds": false/' data/tiny-flux/transformer/config.json >"$dir/unguided/config.json"
 fails 1 "takes no guidance" ./train "$dir/pairs" --distill-guidance --transformer "$dir/unguided" $run --out "$dir/whole"

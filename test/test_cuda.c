@@ -723,7 +723,8 @@ static void train_model(const sc_backend *be, bool fp8, way how, int steps, doub
     sc_normal(&random, context, B * T * 24);
     sc_normal(&random, pooled, B * 20);
     sc_text texts[B];
-    for (int i = 0; i < B; i++) texts[i] = (sc_text){context + i * T * 24, pooled + i * 20, false};
+    for (int i = 0; i < B; i++)
+        texts[i] = (sc_text){.context = context + i * T * 24, .pooled = pooled + i * 20};
     sc_batch batch = {
         .size = B, .h = H, .w = W, .text_tokens = T, .x0 = x0, .noise = noise, .texts = texts};
     sc_recipe recipe = {.teacher_ratio = 0.5f,

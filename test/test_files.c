@@ -629,9 +629,12 @@ static void test_folders(void) {
                  {"x.safetensors", "x.safetensors"},
                  {"y.safetensors", NULL},
                  {"model.safetensors.index.fp16.json", "model.safetensors.index.fp16.json"},
-                 {"model.safetensors", "model.safetensors"},
+                 {"model.safetensors.index.json", "model.safetensors.index.json"},
+                 {"model.safetensors", "model.safetensors"}, /* before shards, as transformers */
                  {"diffusion_pytorch_model.fp16.safetensors", "model.safetensors"},
-                 {"diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors"}};
+                 {"diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors"},
+                 {"diffusion_pytorch_model.safetensors.index.json", /* shards first, as diffusers */
+                  "diffusion_pytorch_model.safetensors.index.json"}};
     CHECK(!mkdir(in_folder("weights"), 0700));
     for (size_t i = 0; i < sizeof steps / sizeof *steps; i++) {
         char name[128];

@@ -662,6 +662,35 @@ static void test_lora_configs(void) {
     sc_dit_close(f), sc_dit_close(base);
 }
 
+/* PEFT's patterns are of the names in the file: BFL's, whose layers are several modules here. */
+static void test_lora_pattern_of_bfl(void) {
+    static const char config[] = "{\"lora_alpha\": 3, \"alpha_pattern\": {\"img_attn.qkv\": 12, "
+                                 "\"^double_blocks.0.txt_attn.proj\": 6, \"proj\": 3}}";
+    sc_dit *base = sc_dit_open(sc_cpu(), MODEL, NULL);
+    sc_dit *f = sc_dit_open(sc_cpu(), MODEL, NULL);
+    sc_lora_report report;
+    float **w = zero_differences(f);
+    tensors *t = random_lora(f, 6, 4, 3, 7, w);
+    for (int64_t i = 0; i < t->count; i++) { /* as get_peft_model_state_dict writes it */
+        char name[200];
+        snprintf(name, sizeof name, "base_model.model.%s", strchr(t->named[i].name, '.') + 1);
+        strcpy((char *)t->named[i].name, name);
+    }
+    for (int m = 0; m < f->module_count; m++) {
+        const char *name = f->modules[m].name;
+        bool qkv = strstr(name, "attn.to_q") || strstr(name, "attn.to_k") || strstr(name, "attn.to_v");
+        float more = !strcmp(name, DOUBLE "attn.to_add_out") ? 2 : 1;
+        if (qkv && strncmp(name, "single_", 7)) more = 4;
+        for (int64_t j = 0; j < sc_count(f->modules[m].layer->weight); j++) w[m][j] *= more;
+    }
+    CHECK(sc_file_save(in_folder("peft/adapter_model.safetensors"), t->named, t->count, NULL));
+    CHECK(sc_write_file(in_folder("peft/adapter_config.json"), config, strlen(config)));
+    CHECK(sc_lora_load(f, in_folder("peft/adapter_model.safetensors"), 1, &report));
+    CHECK(report.applied == report.total && merged_error(f, base, w) < 1e-5);
+    free_tensors(t);
+    sc_dit_close(f), sc_dit_close(base);
+}
+
 /* Of each vector that a file changes, in every form: at scale 0.5, twice, and taken off again. */
 static void test_lora_vectors(void) {
     static const char *const forms[][3] = {
@@ -949,6 +978,7 @@ int main(void) {
     test_parts();
     test_dialects();
     test_lora_configs();
+    test_lora_pattern_of_bfl();
     test_bad_loras();
     test_lora_vectors();
     test_other_adapters();

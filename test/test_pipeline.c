@@ -202,7 +202,8 @@ static void test_sd3_texts(const sc_file *f) {
                     *b = (const float *)pools->data + i * pooled;
         sc_text text = sc_pipeline_text(p, prompt_of(f, i));
         if (!CHECKED(text.context != NULL)) printf("%s\n", sc_error()), exit(1);
-        CHECK(text.cut == (i == 2 || i == 4)); /* of T5's 20 tokens, or of CLIP's 16 */
+        bool cut = i == 2 || i == 4;
+        CHECK(text.cut == (cut ? 20 : 0) && text.pooled_cut == (cut ? 16 : 0));
         double errors[3] = {
             rel_error(text.context, a, clip * width),
             rel_error(text.context + clip * width, a + clip * width, (tokens - clip) * width),
@@ -300,7 +301,7 @@ static void test_scheduler(void) {
     sc_pipeline *p = sc_pipeline_open(sc_cpu(), copy, NULL, NULL);
     if (!p) printf("%s\n", sc_error()), exit(1);
     const float *settings = find(f, "settings")->data;
-    const sc_text text = {find(f, "context")->data, find(f, "pooled")->data, false};
+    const sc_text text = {.context = find(f, "context")->data, .pooled = find(f, "pooled")->data};
     sc_sampling s = {.steps = (int)settings[0],
                      .guidance = settings[1],
                      .h = (int)settings[2],
@@ -371,6 +372,45 @@ static void test_lengths(void) {
     remove_copy(copy);
 }
 
+/* Added tokens that take the white space beside them along, as SD3.5's tokenizer_3 has a hundred. */
+static void test_strip(void) {
+    enum { LENGTH = 20 };
+    static const char spaced[] = " a red \t</s> \n apple </s>", close[] = " a red</s>apple</s>";
+    int32_t ids[4][LENGTH];
+    size_t size;
+    sc_tokenizer *plain = sc_tokenizer_open("data/tiny-flux/tokenizer_2");
+    char *json = sc_read_file("data/tiny-flux/tokenizer_2/tokenizer.json", &size);
+    if (!plain || !json) printf("%s\n", sc_error()), exit(1);
+    for (char *c = json; (c = strstr(c, "strip\": false")); c++) memcpy(c, "strip\": true ", 13);
+    copy_with("test/reference/pipeline_a", "tokenizer_2", "tokenizer.json", json);
+    sc_tokenizer *t = sc_tokenizer_open(in_copy("tokenizer_2"));
+    if (!CHECKED(t != NULL)) printf("%s\n", sc_error()), exit(1);
+    CHECK(sc_tokenize(t, spaced, LENGTH, ids[0]) > 4 && sc_tokenize(t, close, LENGTH, ids[1]) > 4);
+    CHECK(sc_tokenize(plain, spaced, LENGTH, ids[2]) > 4);
+    CHECK(sc_tokenize(plain, close, LENGTH, ids[3]) > 4);
+    CHECK(!memcmp(ids[0], ids[3], sizeof *ids) && !memcmp(ids[1], ids[3], sizeof *ids));
+    CHECK(memcmp(ids[0], ids[2], sizeof *ids));
+    sc_tokenizer_close(plain), sc_tokenizer_close(t);
+    free(json);
+    remove_copy(copy);
+}
+
+/* Of CLIP without added_tokens_decoder the padding is a token of its own, too (SDXL's tokenizer_2);
+ * added_tokens.json is not read, and so refused. */
+static void test_older_clip(void) {
+    static const int32_t padded[] = {521, 0, 0, 522, 0};
+    int32_t ids[5];
+    copy_with("test/reference/pipeline_a", "tokenizer", "tokenizer_config.json",
+              "{\"pad_token\": \"!\", \"model_max_length\": 9}");
+    sc_tokenizer *t = sc_tokenizer_open(in_copy("tokenizer"));
+    if (!CHECKED(t != NULL)) printf("%s\n", sc_error()), exit(1);
+    CHECK(sc_tokenize(t, "!!", 5, ids) == 4 && !memcmp(ids, padded, sizeof ids));
+    sc_tokenizer_close(t);
+    CHECK(sc_write_file(in_copy("tokenizer/added_tokens.json"), "{\"<sks>\": 523}", 14));
+    CHECK(!sc_tokenizer_open(in_copy("tokenizer")) && strstr(sc_error(), "added_tokens.json"));
+    remove_copy(copy);
+}
+
 /* A Stable Diffusion 3.5 that lacks a part of its three text encoders. */
 static void test_bad_sd3(void) {
     static const char *const bad[][3] = {
@@ -400,7 +440,7 @@ int main(void) {
     test_encoders("data/tiny-flux", "text_tiny");
     test_mismatch();
     test_pipeline("pipeline_a"), test_pipeline("pipeline_b");
-    test_lengths(), test_scheduler(), test_bad_schedulers();
+    test_lengths(), test_strip(), test_older_clip(), test_scheduler(), test_bad_schedulers();
     test_sd3(), test_bad_sd3();
     replay(TEST_DIR "/corpus/tokenizer", LLVMFuzzerTestOneInput);
     return test_report();
