@@ -3552,8 +3552,7 @@ char *sc_read_file(const char *path, size_t *length) {
         ok = sc_fail("%s: %s", path, sc__foreign(data, *length));
     if (f) fclose(f);
     if (ok) return data;
-    SC_FREE(data);
-    return NULL;
+    return SC_FREE(data), NULL;
 }
 
 /* Writing: beside `path`, or beside what that links to, into a file that takes its place and its
@@ -3812,8 +3811,7 @@ sc_json *sc_json_parse(const char *text, size_t length, const char *name) {
         if (p.at == p.end) return root;
         sc__json_fail(&p, "unexpected text behind the value");
     }
-    sc_json_free(root);
-    return NULL;
+    return sc_json_free(root), NULL;
 }
 
 /* A server's answer may have been saved in the file's place. */
@@ -3827,8 +3825,7 @@ sc_json *sc_json_load(const char *path) {
     if (what) sc_fail("%s: %s", path, what);
     if (!answer) return root;
     sc_fail("%s: a server's answer, '%s': download the file again", path, answer);
-    sc_json_free(root);
-    return NULL;
+    return sc_json_free(root), NULL;
 }
 
 static bool sc__json_is(const sc_json *v, sc__json_type type) { return v && v->type == type; }
@@ -4115,8 +4112,7 @@ sc_file *sc_file_open(const char *path) {
     bool ok = f->path && (!fnmatch("*.json", f->path, 0) ? sc__map_shards(f, f->path)
                                                          : sc__map_part(f, f->path, NULL, NULL));
     if (ok && sc__sort_entries(f)) return f;
-    sc_file_close(f);
-    return NULL;
+    return sc_file_close(f), NULL;
 }
 
 const char *sc_file_path(const sc_file *f) { return f->path; }
@@ -4472,10 +4468,7 @@ sc_net *sc_net_open(const sc_backend *backend, const char *path, bool widen) {
     net->backend = backend;
     net->widen = widen;
     net->prefixes = sc__weight_prefixes;
-    if (path && !(net->file = sc_file_open(path))) {
-        SC_FREE(net);
-        return NULL;
-    }
+    if (path && !(net->file = sc_file_open(path))) return SC_FREE(net), NULL;
     return net;
 }
 
@@ -5106,8 +5099,7 @@ sc_dit *sc_dit_open(const sc_backend *backend, const char *path, const sc_dit_op
     }
     if (ok && o.random && o.widen && backend) sc__dit_zero(f);
     if (ok) return f;
-    sc_dit_close(f);
-    return NULL;
+    return sc_dit_close(f), NULL;
 }
 
 void sc_dit_close(sc_dit *f) {
@@ -5125,8 +5117,7 @@ void sc_dit_close(sc_dit *f) {
 static float *sc__fetch(const sc_backend *be, const void *from, int64_t n) {
     float *values = (float *)sc__alloc((size_t)n, sizeof *values);
     if (values && be->download(values, from, (size_t)n * sizeof *values)) return values;
-    SC_FREE(values);
-    return NULL;
+    return SC_FREE(values), NULL;
 }
 
 /* The factors of a LoRA, [rank, in] and behind it [out, rank]; yours. */
@@ -5158,8 +5149,7 @@ static float *sc__merged_values(const sc_dit *f, const sc_tensor *w) {
         SC_FREE(a);
     }
     if (ok) return values;
-    SC_FREE(values);
-    return NULL;
+    return SC_FREE(values), NULL;
 }
 
 /* A matrix [rows, side side c] as disks have it where it is a convolution, as is its LoRA. */
@@ -5761,8 +5751,7 @@ static char *sc__part_file(const char *folder, sc_part part) {
         sc_fail("%s: no %s here: neither a folder of that name with weights nor a file such as %s",
                  folder, kind, sc__parts[part].file);
     SC_FREE(second);
-    SC_FREE(found);
-    return NULL;
+    return SC_FREE(found), NULL;
 }
 
 char *sc_part_path(const char *model, sc_part part) {
@@ -5963,8 +5952,7 @@ sc_vae *sc_vae_open(const sc_backend *backend, const char *path, bool widen) {
     ok = ok && sc__vae_steps(v, &v->encoder, true) && sc__vae_steps(v, &v->decoder, false) &&
          sc__net_complete(v->net) && sc_net_load(v->net);
     if (ok) return v;
-    sc_vae_close(v);
-    return NULL;
+    return sc_vae_close(v), NULL;
 }
 
 void sc_vae_close(sc_vae *v) {
@@ -6888,8 +6876,7 @@ sc_tokenizer *sc_tokenizer_open(const char *folder) {
     SC_FREE(vocab);
     SC_FREE(unigram);
     if (ok) return t;
-    sc_tokenizer_close(t);
-    return NULL;
+    return sc_tokenizer_close(t), NULL;
 }
 
 /* ==== Text encoders ============================================================ >>text =======
@@ -7147,8 +7134,7 @@ sc_text_encoders *sc_text_encoders_open(const sc_backend *backend, const char *m
                      "T5's %d", model, t->clip.length, t->clip_g.length, t->clip.width,
                      t->clip_g.width, t->t5.width);
     if (ok) return t;
-    sc_text_encoders_close(t);
-    return NULL;
+    return sc_text_encoders_close(t), NULL;
 }
 
 /* ---- Forward ---- */
@@ -7451,8 +7437,7 @@ char *sc_text_load(const char *path) {
     if (at == text + n) return text;
     sc_fail("%s:%zu: byte %zu (0x%02x) is no UTF-8 text: save the file as UTF-8, or as UTF-16 with "
             "a byte order mark", path, line, (size_t)(at - text), *at & 0xffu);
-    SC_FREE(text);
-    return NULL;
+    return SC_FREE(text), NULL;
 }
 
 /* ---- Folders of pictures with captions ---- */
@@ -7643,8 +7628,7 @@ sc_dataset *sc_dataset_open(const char *folder) {
     SC_FREE(f.items);
     SC_FREE(path);
     if (ok) return d;
-    sc_dataset_close(d);
-    return NULL;
+    return sc_dataset_close(d), NULL;
 }
 
 void sc_dataset_close(sc_dataset *d) {
@@ -7753,8 +7737,7 @@ sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *model,
     if (p->folder && path) p->dit = sc_dit_open(backend, path, &how);
     SC_FREE(path);
     if (p->dit && sc__pipeline_settings(p) && (p->tape = sc_tape_new(backend))) return p;
-    sc_pipeline_close(p);
-    return NULL;
+    return sc_pipeline_close(p), NULL;
 }
 
 void sc_pipeline_release(sc_pipeline *p) {
