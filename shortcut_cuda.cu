@@ -74,6 +74,10 @@ static void launch(const char *name, void (*kernel)(P...), dim3 blocks, int thre
 }
 
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+/* So many blocks, as CUDA takes them. */
+static dim3 grid(int64_t x, int64_t y = 1, int64_t z = 1) {
+    return dim3((unsigned)x, (unsigned)y, (unsigned)z);
+}
 
 /* ==== Instructions ===========================================================================
  * What C++ has no words for; test/emulation/cuda_runtime.h has the same in plain loops. */
@@ -614,8 +618,7 @@ static bool wide(int64_t n, const void *a, const void *b = NULL, const void *c =
 }
 /* Runs the kernel's 8-wide form where `w`, else its plain one. */
 #define LAUNCH(w, kernel, blocks, threads, ...)                                                    \
-    ((w) ? launch(#kernel, kernel<8>, dim3((unsigned)(blocks)), threads, 0, __VA_ARGS__)           \
-         : launch(#kernel, kernel<1>, dim3((unsigned)(blocks)), threads, 0, __VA_ARGS__))
+    launch(#kernel, (w) ? kernel<8> : kernel<1>, grid(blocks), threads, 0, __VA_ARGS__)
 /* The same for kernels that take n values one after the other, 256 threads a block. */
 #define LAUNCH_FLAT(w, kernel, n, ...)                                                             \
     LAUNCH(w, kernel, ceil_div(n, (w) ? 2048 : 256), 256, __VA_ARGS__)
@@ -706,13 +709,12 @@ static void column_sums(F f, int64_t samples, int64_t rows, int64_t n, T *const 
     int64_t slices = ceil_div(rows, slice);
     Scratch<float> partial(samples * slices * K * n);
     bool w = f.wide();
-    dim3 blocks((unsigned)ceil_div(n, w ? 256 : 32), (unsigned)slices, (unsigned)samples);
-    launch("column_partials", w ? column_partials<8, K, F> : column_partials<1, K, F>, blocks, 256,
-           0, partial.p, f, rows, slice, (int)n);
+    launch("column_partials", w ? column_partials<8, K, F> : column_partials<1, K, F>,
+           grid(ceil_div(n, w ? 256 : 32), slices, samples), 256, 0, partial.p, f, rows, slice,
+           (int)n);
     for (int k = 0; k < K; k++)
-        launch("column_totals", column_totals<T>,
-               dim3((unsigned)ceil_div(n, 128), (unsigned)samples), 128, 0, to[k], stride,
-               (const float *)partial.p, (int)slices, K, k, (int)n);
+        launch("column_totals", column_totals<T>, grid(ceil_div(n, 128), samples), 128, 0, to[k],
+               stride, (const float *)partial.p, (int)slices, K, k, (int)n);
 }
 
 struct PlainColumns {
@@ -984,10 +986,10 @@ static void convert(bf16 *to, const T *from, const float *scale, int64_t rows, i
     if (ld == columns && !scale) columns *= rows, ld = columns, rows = 1;
     bool w = wide(columns | ld, to, from);
     for (int64_t r = 0; r < rows; r += 65535) { /* the grid's limit */
-        dim3 blocks((unsigned)ceil_div(columns, w ? 2048 : 256),
-                    (unsigned)(rows - r < 65535 ? rows - r : 65535));
-        launch("convert", w ? convert_kernel<8, T> : convert_kernel<1, T>, blocks, 256, 0,
-               to + r * columns, from + r * ld, scale ? scale + r : NULL, columns, ld);
+        int64_t some = rows - r < 65535 ? rows - r : 65535;
+        launch("convert", w ? convert_kernel<8, T> : convert_kernel<1, T>,
+               grid(ceil_div(columns, w ? 2048 : 256), some), 256, 0, to + r * columns,
+               from + r * ld, scale ? scale + r : NULL, columns, ld);
     }
 }
 
@@ -1192,9 +1194,8 @@ static bool fp8_matmul(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix x
         !plan_for(m, n, k, qx, qw, CUDA_R_8F_E4M3, to, false, Epilogue(), 1))
         return gpu.failed;
     if (transpose)
-        launch("transpose_bytes", transpose_bytes_kernel,
-               dim3((unsigned)ceil_div(n, 64), (unsigned)ceil_div(k, 64)), 256, 0, transposed.p,
-               ones.p, (const uint8_t *)w.data, k, n, w.ld);
+        launch("transpose_bytes", transpose_bytes_kernel, grid(ceil_div(n, 64), ceil_div(k, 64)),
+               256, 0, transposed.p, ones.p, (const uint8_t *)w.data, k, n, w.ld);
     quantize_left(m, k, x, transpose ? w.scale : NULL);
     if (matmul(m, n, k, alpha, px, pw, CUDA_R_8F_E4M3, beta, y, false, e, 1)) return true;
     Scratch<bf16> sum(m * n);
@@ -1222,9 +1223,8 @@ static bool multiply(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, 
     Epilogue e = {f32 ? (const void *)f32_data(bias) : bf16_bias.p, gelu, before};
     if (m < 16 && !f32 && a.dtype == SC_BF16 && b.dtype == SC_F8_E4M3 && !a.transposed &&
         b.transposed && wide(k | a.ld | b.ld, a.data, b.data)) {
-        launch("few_rows", few_rows_kernel,
-               dim3((unsigned)ceil_div(n, 8), (unsigned)ceil_div(m, 8)), 256, 0, (bf16 *)c.data,
-               c.ld, (const bf16 *)a.data, a.ld, b, alpha, beta, e, m, n, k);
+        launch("few_rows", few_rows_kernel, grid(ceil_div(n, 8), ceil_div(m, 8)), 256, 0,
+               (bf16 *)c.data, c.ld, (const bf16 *)a.data, a.ld, b, alpha, beta, e, m, n, k);
         return true;
     }
     if (fits_fp8(m, n, k, a, b, to, f32) && fp8_matmul(m, n, k, alpha, a, b, beta, to, e))
@@ -1278,7 +1278,7 @@ static void cuda_copy_block(void *dst, int64_t dst_ld, const void *src, int64_t 
     else {
         int64_t chunk = all % 16 == 0 ? 16 : all % 4 == 0 ? 4 : all % 2 == 0 ? 2 : 1;
         int64_t n = columns * size / chunk;
-        launch("copy", copy_kernel, dim3((unsigned)ceil_div(rows * n, 256)), 256, 0, (char *)dst,
+        launch("copy", copy_kernel, grid(ceil_div(rows * n, 256)), 256, 0, (char *)dst,
                dst_ld * size / chunk, (const char *)src, src_ld * size / chunk, rows * n, n, chunk);
     }
 }
@@ -1695,8 +1695,8 @@ static Heads head_map(const sc_tensor *y, int64_t offset, const sc_tensor *x, in
                  false};
 }
 #define LAUNCH_HEADS(w, kernel, m, ...)                                                            \
-    launch(#kernel, (w) ? kernel<8> : kernel<2>, dim3((unsigned)ceil_div(m.items, (w) ? 16 : 8)),  \
-           256, 0, __VA_ARGS__, m)
+    launch(#kernel, (w) ? kernel<8> : kernel<2>, grid(ceil_div(m.items, (w) ? 16 : 8)), 256, 0,    \
+           __VA_ARGS__, m)
 
 static void cuda_norm_rope(sc_tensor *y, int64_t offset, const sc_tensor *x,
                            const sc_tensor *weight, const sc_tensor *rope) {
@@ -2289,7 +2289,7 @@ static void attention_by_matmul(const Attention &a, int64_t batch, int64_t size,
             Operand s = {scores.p, ld, false, rows * ld, NULL},
                     weights = {p.p, ld, false, rows * ld, NULL};
             matmul(rows, a.nk, size, a.scale, q, k, CUDA_R_16BF, 0, s, true, Epilogue(), a.heads);
-            launch("softmax", softmax_kernel, dim3((unsigned)rows, (unsigned)a.heads), 256, 0, p.p,
+            launch("softmax", softmax_kernel, grid(rows, a.heads), 256, 0, p.p,
                    (const float *)scores.p, bias, a.lse ? a.lse + b * a.heads * a.nq : NULL, rows,
                    ld, (int64_t)a.nq, a.nk, first, causal);
             matmul(rows, size, a.nk, 1, weights, v, CUDA_R_16BF, 0, o, false, Epilogue(), a.heads);
@@ -2309,9 +2309,8 @@ static Attention attention_arguments(const sc_tensor *o, const float *lse, const
 
 template <int D, bool WGMMA> static void flash_attention(const Attention &a, int64_t batch) {
     size_t shared = (size_t)(QUERIES + (WGMMA ? 4 : 2) * KEYS) * D * sizeof(bf16);
-    launch("attention", attention_kernel<D, WGMMA>,
-           dim3((unsigned)ceil_div(a.nq, QUERIES), (unsigned)a.heads, (unsigned)batch), 128, shared,
-           a);
+    launch("attention", attention_kernel<D, WGMMA>, grid(ceil_div(a.nq, QUERIES), a.heads, batch),
+           128, shared, a);
 }
 
 template <int D, int BN, int STAGES, bool WGMMA>
@@ -2329,10 +2328,10 @@ static void flash_backward(Attention a, int64_t batch) {
     int64_t groups = (5 * a.all_heads + gpu.sm_count / 2) / gpu.sm_count;
     a.group = (int)ceil_div(a.all_heads, groups < 1 ? 1 : groups);
     cuda_zero(semaphore.p, (size_t)count * sizeof(int));
-    launch("attention_delta", attention_delta_kernel<D>, dim3((unsigned)ceil_div(items, 8)), 256, 0,
-           a, items);
+    launch("attention_delta", attention_delta_kernel<D>, grid(ceil_div(items, 8)), 256, 0, a,
+           items);
     launch("attention_backward", attention_backward_kernel<D, BN, STAGES, WGMMA>,
-           dim3((unsigned)(tiles * a.all_heads)), 256, shared, a);
+           grid(tiles * a.all_heads), 256, shared, a);
 }
 
 /* Whether attention by wgmma agrees with attention by mma. */
@@ -2442,16 +2441,15 @@ static void cuda_embed_tokens(sc_tensor *y, const sc_tensor *table, const int32_
     Scratch<int32_t> device(rows);
     if (!device.p) return;
     cuda_upload(device.p, ids, (size_t)rows * 4);
-    dim3 grid((unsigned)rows);
     const int32_t *at = device.p;
     bf16 *to = (bf16 *)y->data;
     if (table->dtype == SC_F32)
-        launch("embed", embed_kernel<float>, grid, 128, 0, to, f32_data(table), at, n);
+        launch("embed", embed_kernel<float>, grid(rows), 128, 0, to, f32_data(table), at, n);
     else if (table->dtype == SC_BF16)
-        launch("embed", embed_kernel<bf16>, grid, 128, 0, to, bf16_data(table), at, n);
+        launch("embed", embed_kernel<bf16>, grid(rows), 128, 0, to, bf16_data(table), at, n);
     else if (table->dtype == SC_F8_E4M3)
-        launch("embed", embed_kernel<uint8_t>, grid, 128, 0, to, (const uint8_t *)table->data, at,
-               n);
+        launch("embed", embed_kernel<uint8_t>, grid(rows), 128, 0, to,
+               (const uint8_t *)table->data, at, n);
     else fail("embed_tokens", "the table must be f32, bf16 or e4m3");
 }
 
@@ -2514,8 +2512,8 @@ static void cuda_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, co
             const bf16 *from = bf16_data(x) + sample * (sc_count(x) / x->shape[0]);
             if (!direct)
                 launch("im2col", w8 ? im2col_kernel<8> : im2col_kernel<1>,
-                       dim3((unsigned)ceil_div(count, w8 ? 2048 : 256), (unsigned)inner), 256, 0,
-                       columns.p, from, g, first, count);
+                       grid(ceil_div(count, w8 ? 2048 : 256), inner), 256, 0, columns.p, from, g,
+                       first, count);
             Operand px = {direct ? from : columns.p, count, false, 0, NULL};
             Operand py = {(bf16 *)y->data + sample * out * pixels + first, pixels, false, 0, NULL};
             matmul(out, count, inner, 1, pw, px, CUDA_R_16BF, b ? 1.f : 0.f, py, false, Epilogue(),
@@ -2560,9 +2558,9 @@ static void cuda_group_sums(double *sums, const sc_tensor *x, int64_t first, int
     int64_t planes = x->shape[0] * x->shape[1], width = x->shape[3], size = rows * width;
     int64_t count = x->shape[0] * groups, slices = ceil_div(size, NORM_SLICE);
     Scratch<float2> partial(planes * slices);
-    launch("group_moments", group_moments_kernel, dim3((unsigned)planes, (unsigned)slices), 256, 0,
-           partial.p, bf16_data(x), x->shape[2] * width, first * width, size);
-    launch("group_sums", group_sums_kernel, dim3((unsigned)ceil_div(count, 32)), 32, 0, sums,
+    launch("group_moments", group_moments_kernel, grid(planes, slices), 256, 0, partial.p,
+           bf16_data(x), x->shape[2] * width, first * width, size);
+    launch("group_sums", group_sums_kernel, grid(ceil_div(count, 32)), 32, 0, sums,
            (const float2 *)partial.p, count, planes / count, slices, size);
 }
 
@@ -2597,8 +2595,8 @@ static void cuda_group_norm(sc_tensor *y, const sc_tensor *x, const double *sums
     int64_t channels = x->shape[1], pixels = x->shape[2] * x->shape[3], total = sc_count(x),
             count = x->shape[0] * groups;
     Scratch<float2> moments(count);
-    launch("group_merge", group_merge_kernel, dim3((unsigned)ceil_div(count, 32)), 32, 0, moments.p,
-           sums, count, (double)size, eps);
+    launch("group_merge", group_merge_kernel, grid(ceil_div(count, 32)), 32, 0, moments.p, sums,
+           count, (double)size, eps);
     LAUNCH_FLAT(wide(pixels, y->data, x->data), group_norm_kernel, total, (bf16 *)y->data,
                 bf16_data(x), (const float2 *)moments.p, f32_data(w), f32_data(b), channels, pixels,
                 channels / groups, silu, total);
@@ -2610,8 +2608,8 @@ __global__ void upsample_kernel(bf16 *y, const bf16 *x, int64_t width, int64_t t
 }
 static void cuda_upsample(sc_tensor *y, const sc_tensor *x) {
     int64_t total = sc_count(y);
-    launch("upsample", upsample_kernel, dim3((unsigned)ceil_div(total, 256)), 256, 0,
-           (bf16 *)y->data, bf16_data(x), x->shape[3], total);
+    launch("upsample", upsample_kernel, grid(ceil_div(total, 256)), 256, 0, (bf16 *)y->data,
+           bf16_data(x), x->shape[3], total);
 }
 
 /* y[b][j][i] = x[b][i][j], tiles of 32 x 32 transposed in shared memory. */
@@ -2627,8 +2625,7 @@ __global__ void swap_axes_kernel(bf16 *y, const bf16 *x, int64_t m, int64_t n) {
 }
 static void cuda_swap_axes(sc_tensor *y, const sc_tensor *x) {
     int64_t m = x->shape[1], n = x->shape[2];
-    launch("swap_axes", swap_axes_kernel,
-           dim3((unsigned)ceil_div(n, 32), (unsigned)ceil_div(m, 32), (unsigned)x->shape[0]), 256,
+    launch("swap_axes", swap_axes_kernel, grid(ceil_div(n, 32), ceil_div(m, 32), x->shape[0]), 256,
            0, (bf16 *)y->data, bf16_data(x), m, n);
 }
 
@@ -2676,8 +2673,8 @@ template <class F>
 static void sum_squares(double *total, F f, int64_t n, double factor, bool root) {
     int64_t slices = ceil_div(n, SUM_SLICE);
     Scratch<double> partial(slices);
-    launch("square_partials", square_partials<F>, dim3((unsigned)slices), 256, 0, partial.p, f, n);
-    launch("square_total", square_total, dim3(1), 32, 0, total, (const double *)partial.p, slices,
+    launch("square_partials", square_partials<F>, grid(slices), 256, 0, partial.p, f, n);
+    launch("square_total", square_total, grid(1), 32, 0, total, (const double *)partial.p, slices,
            factor, root);
 }
 
@@ -2734,8 +2731,8 @@ static void cuda_update(const sc_params *x, const sc_adamw *o, const float decay
     Step s = {o->beta1, o->beta2, o->eps,  1 - o->lr * o->weight_decay,
               rate,     root,     o->clip, {1 - decay[0], 1 - decay[1]}};
     sum_squares(norm, Plain{x->grad}, x->count, 1, true);
-    launch("update", update_kernel, dim3((unsigned)ceil_div(x->count, 256)), 256, 0, *x,
-           (const double *)norm, s);
+    launch("update", update_kernel, grid(ceil_div(x->count, 256)), 256, 0, *x, (const double *)norm,
+           s);
 }
 
 /* ==== The table ============================================================================== */
