@@ -788,9 +788,9 @@ enum { WORKSPACE = 64 << 20, PLANS = 1024 };
 struct Operand {
     const void *data;
     int64_t ld;
-    bool transposed;
-    int64_t stride;
-    const float *scale;
+    bool transposed = false;
+    int64_t stride = 0;
+    const float *scale = NULL;
 };
 
 /* Each of C's type, or NULL: bias [n]; where the GELU's input is kept [m,n] (cuBLASLt's aux). */
@@ -995,12 +995,12 @@ static void convert(bf16 *to, const T *from, const float *scale, int64_t rows, i
 
 /* The stored [rows, columns] matrix `a` in bf16: itself, or converted into `buffer`. */
 static Operand as_bf16(sc_matrix a, int64_t rows, int64_t columns, bf16 *buffer) {
-    if (a.dtype == SC_BF16) return Operand{a.data, a.ld, a.transposed, 0, NULL};
+    if (a.dtype == SC_BF16) return Operand{a.data, a.ld, a.transposed};
     if (a.dtype == SC_F32) convert(buffer, (const float *)a.data, NULL, rows, columns, a.ld);
     else if (a.dtype == SC_F8_E4M3)
         convert(buffer, (const uint8_t *)a.data, a.scale, rows, columns, a.ld);
     else fail("matmul", "matrices must be f32, bf16 or e4m3");
-    return Operand{buffer, columns, a.transposed, 0, NULL};
+    return Operand{buffer, columns, a.transposed};
 }
 
 /* Two values to nearest even, as sc__f32_to_f8 of shortcut.h. */
@@ -1188,7 +1188,7 @@ static bool fp8_matmul(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix x
     Operand px = {quantized.data, k, false, 0, quantized.scale},
             pw = {w.data, w.ld, true, 0, columns};
     if (transpose) pw.data = transposed.p, pw.ld = k;
-    Operand qx = px, qw = pw, to = {NULL, n, false, 0, NULL}; /* the second way, without scales */
+    Operand qx = px, qw = pw, to = {NULL, n}; /* the second way, without scales */
     qx.scale = qw.scale = NULL;
     if (!plan_for(m, n, k, px, pw, CUDA_R_8F_E4M3, y, false, e, 1) &&
         !plan_for(m, n, k, qx, qw, CUDA_R_8F_E4M3, to, false, Epilogue(), 1))
@@ -1210,11 +1210,10 @@ static bool fp8_matmul(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix x
 /* As gemm, b on the device. False: there is no such product with a GELU, and C is as it was. */
 static bool multiply(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix a, sc_matrix b,
                      float beta, sc_matrix c, const sc_tensor *bias, bool gelu, void *before) {
-    Operand to = {c.data, c.ld, false, 0, NULL};
+    Operand to = {c.data, c.ld};
     bool f32 = c.dtype == SC_F32;
     if (f32 && a.dtype == SC_F32 && b.dtype == SC_F32) {
-        Operand pa = {a.data, a.ld, a.transposed, 0, NULL},
-                pb = {b.data, b.ld, b.transposed, 0, NULL};
+        Operand pa = {a.data, a.ld, a.transposed}, pb = {b.data, b.ld, b.transposed};
         return matmul(m, n, k, alpha, pa, pb, CUDA_R_32F, beta, to, true,
                       Epilogue{f32_data(bias), false, NULL}, 1);
     }
@@ -2282,12 +2281,10 @@ static void attention_by_matmul(const Attention &a, int64_t batch, int64_t size,
         for (int64_t first = 0; first < a.nq; first += block) {
             int64_t rows = a.nq - first < block ? a.nq - first : block,
                     query = (b * a.nq + first) * width;
-            Operand q = {a.q + query, width, false, size, NULL},
-                    k = {a.k + b * a.nk * width, width, true, size, NULL};
-            Operand v = {a.v + b * a.nk * width, width, false, size, NULL},
-                    o = {a.o + query, width, false, size, NULL};
-            Operand s = {scores.p, ld, false, rows * ld, NULL},
-                    weights = {p.p, ld, false, rows * ld, NULL};
+            Operand q = {a.q + query, width, false, size}, o = {a.o + query, width, false, size};
+            Operand k = {a.k + b * a.nk * width, width, true, size};
+            Operand v = {a.v + b * a.nk * width, width, false, size};
+            Operand s = {scores.p, ld, false, rows * ld}, weights = {p.p, ld, false, rows * ld};
             matmul(rows, a.nk, size, a.scale, q, k, CUDA_R_16BF, 0, s, true, Epilogue(), a.heads);
             launch("softmax", softmax_kernel, grid(rows, a.heads), 256, 0, p.p,
                    (const float *)scores.p, bias, a.lse ? a.lse + b * a.heads * a.nq : NULL, rows,
@@ -2514,8 +2511,8 @@ static void cuda_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w, co
                 launch("im2col", w8 ? im2col_kernel<8> : im2col_kernel<1>,
                        grid(ceil_div(count, w8 ? 2048 : 256), inner), 256, 0, columns.p, from, g,
                        first, count);
-            Operand px = {direct ? from : columns.p, count, false, 0, NULL};
-            Operand py = {(bf16 *)y->data + sample * out * pixels + first, pixels, false, 0, NULL};
+            Operand px = {direct ? from : columns.p, count};
+            Operand py = {(bf16 *)y->data + sample * out * pixels + first, pixels};
             matmul(out, count, inner, 1, pw, px, CUDA_R_16BF, b ? 1.f : 0.f, py, false, Epilogue(),
                    1);
         }
