@@ -2734,26 +2734,18 @@ static void cuda_update(const sc_params *x, const sc_adamw *o, const float decay
 
 /* ==== The table ============================================================================== */
 
+#define CUDA(operation) t.operation = cuda_##operation
 static sc_backend make_table() {
     sc_backend t = {};
     t.name = gpu.name, t.activation = SC_BF16;
-    t.alloc = cuda_alloc, t.release = cuda_release, t.memory_left = cuda_memory_left;
-    t.alloc_streamed = cuda_alloc_streamed;
-    t.upload = cuda_upload, t.download = cuda_download, t.zero = cuda_zero;
-    t.post = cuda_post, t.collect = cuda_collect;
-    t.gemm = cuda_gemm, t.gemm_gelu = cuda_gemm_gelu, t.quantize = cuda_quantize,
-    t.copy_block = cuda_copy_block, t.column_sum = cuda_column_sum;
-    t.blend = cuda_blend, t.embed_timestep = cuda_embed_timestep, t.multiply = cuda_multiply;
-    t.activate = cuda_activate, t.activate_backward = cuda_activate_backward;
-    t.ln_modulate = cuda_ln_modulate, t.ln_modulate_backward = cuda_ln_modulate_backward;
-    t.gated_residual = cuda_gated_residual,
-    t.gated_residual_backward = cuda_gated_residual_backward;
-    t.norm_rope = cuda_norm_rope, t.norm_rope_backward = cuda_norm_rope_backward;
-    t.attention = cuda_attention, t.attention_backward = cuda_attention_backward;
-    t.layer_norm = cuda_layer_norm, t.embed_tokens = cuda_embed_tokens;
-    t.group_sums = cuda_group_sums, t.group_norm = cuda_group_norm, t.conv2d = cuda_conv2d;
-    t.upsample = cuda_upsample, t.swap_axes = cuda_swap_axes;
-    t.mse = cuda_mse, t.mse_backward = cuda_mse_backward, t.update = cuda_update;
+    CUDA(alloc), CUDA(release), CUDA(memory_left), CUDA(alloc_streamed), CUDA(upload),
+    CUDA(download), CUDA(post), CUDA(collect), CUDA(zero), CUDA(gemm), CUDA(gemm_gelu),
+    CUDA(quantize), CUDA(copy_block), CUDA(column_sum), CUDA(blend), CUDA(embed_timestep),
+    CUDA(activate), CUDA(activate_backward), CUDA(multiply), CUDA(ln_modulate),
+    CUDA(ln_modulate_backward), CUDA(gated_residual), CUDA(gated_residual_backward),
+    CUDA(norm_rope), CUDA(norm_rope_backward), CUDA(attention), CUDA(attention_backward),
+    CUDA(layer_norm), CUDA(embed_tokens), CUDA(group_sums), CUDA(group_norm), CUDA(conv2d),
+    CUDA(upsample), CUDA(swap_axes), CUDA(mse), CUDA(mse_backward), CUDA(update);
     return t;
 }
 
