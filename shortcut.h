@@ -1634,9 +1634,13 @@ int64_t sc_count(const sc_tensor *x) {
     for (int i = 0; i < x->ndim; i++) n *= x->shape[i];
     return n;
 }
+static size_t sc__size(const sc_tensor *x) { /* bytes */
+    return (size_t)(sc_count(x) * sc_dtype_size(x->dtype));
+}
 
 static inline int64_t sc__min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t sc__max(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t sc__ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 static inline float sc__from_bits(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
 static inline uint32_t sc__to_bits(float f) { uint32_t bits; memcpy(&bits, &f, 4); return bits; }
@@ -1837,7 +1841,7 @@ static void sc__cpu_gemm(int64_t m, int64_t n, int64_t k, float alpha, sc_matrix
     /* Cut the longer side of C into one slice per thread, in multiples of 16. */
     bool by_rows = m >= n;
     int64_t length = by_rows ? m : n, threads = sc__threads();
-    int64_t slice = m * n * k < 100000 ? length : ((length + threads - 1) / threads + 15) / 16 * 16;
+    int64_t slice = m * n * k < 100000 ? length : sc__ceil_div(length, 16 * threads) * 16;
     SC_PARALLEL_FOR
     for (int64_t start = 0; start < length; start += slice) {
         int64_t size = sc__min(slice, length - start);
@@ -1916,7 +1920,7 @@ static void sc__cpu_copy_block(void *dst, int64_t dst_ld, const void *src, int64
 
 static void sc__cpu_column_sum(float *sum, const void *x, int64_t rows, int64_t columns) {
     const float *p = (const float *)x;
-    int64_t slice = (columns + sc__threads() - 1) / sc__threads();
+    int64_t slice = sc__ceil_div(columns, sc__threads());
     SC_PARALLEL_FOR
     for (int64_t start = 0; start < columns; start += slice) {
         int64_t end = sc__min(start + slice, columns);
@@ -2221,7 +2225,7 @@ static void sc__cpu_attention(sc_tensor *o, float *lse, const sc_tensor *q, cons
                               const sc_tensor *v, int heads, float scale, const sc_tensor *bias,
                               bool causal) {
     int64_t ld = q->shape[2], d = ld / heads, nq = q->shape[1], nk = k->shape[1];
-    int64_t block = sc__attention_rows(nk), blocks = (nq + block - 1) / block;
+    int64_t block = sc__attention_rows(nk), blocks = sc__ceil_div(nq, block);
     float *scratch = sc__scratch(sc__threads() * block * nk);
     if (!scratch) return;
     SC_PARALLEL_FOR
@@ -2465,17 +2469,17 @@ static void sc__cpu_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w,
     g.pitch = g.width + reach;
     int64_t some = 8 * SC__TILE / g.pitch + 1; /* so that unfinished tiles are rare */
     int64_t rows = sc__max(some, SC__STRIP / (g.in * stride * stride * g.pitch) - reach);
-    int64_t strips = (g.height + rows - 1) / rows; /* of a picture; as many for each thread */
+    int64_t strips = sc__ceil_div(g.height, rows); /* of a picture; as many for each thread */
     while (strips < g.height && batch * strips % threads) strips++;
-    g.rows = (g.height + strips - 1) / strips;
-    strips = (g.height + g.rows - 1) / g.rows;
+    g.rows = sc__ceil_div(g.height, strips);
+    strips = sc__ceil_div(g.height, g.rows);
     g.plane = (g.rows + reach) * g.pitch;
     for (int64_t t = 0; t < g.taps; t++) {
         int64_t u = t / g.kernel, v = t % g.kernel;
         int64_t phase = u % stride * stride + v % stride;
         g.offset[t] = phase * g.plane + u / stride * g.pitch + v / stride;
     }
-    int64_t channels = (g.out + SC__TILE_O - 1) / SC__TILE_O * SC__TILE_O, n = g.in * g.taps;
+    int64_t channels = sc__ceil_div(g.out, SC__TILE_O) * SC__TILE_O, n = g.in * g.taps;
     int64_t strip_size = g.in * stride * stride * g.plane + 2 * SC__TILE;
     int64_t buffer = sc__max(SC__TILE_O * n, strip_size); /* a thread's */
     float *packed = sc__scratch(channels * n + threads * buffer);
@@ -2559,7 +2563,7 @@ static void sc__cpu_upsample(sc_tensor *y, const sc_tensor *x) {
 
 /* [B,M,N] -> [B,N,M], 16 x 16 values at a time. */
 static void sc__cpu_swap_axes(sc_tensor *y, const sc_tensor *x) {
-    int64_t m = x->shape[1], n = x->shape[2], strips = (m + 15) / 16;
+    int64_t m = x->shape[1], n = x->shape[2], strips = sc__ceil_div(m, 16);
     SC_PARALLEL_FOR
     for (int64_t task = 0; task < x->shape[0] * strips; task++) {
         int64_t i0 = task % strips * 16, i1 = sc__min(i0 + 16, m);
@@ -2734,8 +2738,7 @@ static sc_tensor *sc__new(sc_tape *t, bool cheap, int ndim, const int64_t *shape
     sc_tensor *x = sc__struct(t, ndim, shape, t->be->activation);
     if (!x) return NULL;
     x->shared = cheap && t->sharing && t->in_block && t->recording;
-    x->data = sc__arena_take(x->shared ? &t->shared : &t->device,
-                             (size_t)(sc_count(x) * sc_dtype_size(x->dtype)));
+    x->data = sc__arena_take(x->shared ? &t->shared : &t->device, sc__size(x));
     return x->data ? x : NULL;
 }
 
@@ -2764,10 +2767,9 @@ sc_tensor *sc_from(sc_tape *t, int ndim, const int64_t *shape, const float *valu
 
 /* Its values without the scales of rows. */
 static bool sc__download(const sc_backend *be, const sc_tensor *x, float *values) {
-    size_t bytes = (size_t)(sc_count(x) * sc_dtype_size(x->dtype));
-    if (x->dtype == SC_F32) return be->download(values, x->data, bytes);
-    void *raw = sc__alloc(bytes, 1);
-    bool ok = raw && be->download(raw, x->data, bytes);
+    if (x->dtype == SC_F32) return be->download(values, x->data, sc__size(x));
+    void *raw = sc__alloc(sc__size(x), 1);
+    bool ok = raw && be->download(raw, x->data, sc__size(x));
     if (ok) sc_to_f32(values, raw, x->dtype, sc_count(x));
     SC_FREE(raw);
     return ok;
@@ -2780,14 +2782,14 @@ bool sc_read(sc_tape *t, const sc_tensor *x, float *values) {
  * one is written next, or it is zeroed first. */
 static void *sc__whole_grad(sc_tape *t, sc_tensor *x) {
     if (!x || !x->needs_grad || x->grad) return x ? x->grad : NULL;
-    x->grad = sc__arena_take(&t->device, (size_t)(sc_count(x) * sc_dtype_size(x->dtype)));
+    x->grad = sc__arena_take(&t->device, sc__size(x));
     if (x->grad) x->new_grad = true;
     else t->failed = true;
     return x->grad;
 }
 static void *sc__grad(sc_tape *t, sc_tensor *x) {
     if (!sc__whole_grad(t, x)) return NULL;
-    if (x->new_grad) t->be->zero(x->grad, (size_t)(sc_count(x) * sc_dtype_size(x->dtype)));
+    if (x->new_grad) t->be->zero(x->grad, sc__size(x));
     x->new_grad = false;
     return x->grad;
 }
@@ -6009,7 +6011,7 @@ static sc__vae_run sc__vae_plan(const sc__vae_step *s, int count, int64_t h, siz
     r.strip = unit * (size_t)largest;
     size_t row = r.strip / (size_t)r.height, left = memory > r.kept ? (memory - r.kept) / 3 : 0;
     r.whole = r.strip <= left || (count == 1 && s->kind == SC__ATTENTION);
-    r.halo = (wrong * r.side + last->out_side - 1) / last->out_side;
+    r.halo = sc__ceil_div(wrong * r.side, last->out_side);
     r.rows = sc__max(r.halo, r.whole ? r.height : (int64_t)(left / row) - 2 * r.halo);
     if (r.rows + 2 * r.halo < r.height) r.strip = row * (size_t)(r.rows + 2 * r.halo);
     return r;
