@@ -1447,7 +1447,7 @@ static sc_tensor *sc__dit_model_velocity(void *self, sc_tape *t, sc_tensor *x, c
  * memory. */
 static bool sc__dit_text(sc__dit_model *m, sc_tape *t, int batch, int text_tokens,
                           const sc_text *texts, sc_text none) {
-    const sc_dit_config *c = sc_dit_config_of(m->dit);
+    const sc_dit_config *c = &m->dit->config;
     int64_t text[] = {batch, text_tokens, c->text_channels}, vector[] = {batch, c->pooled_channels};
     m->context = sc_new(t, 3, text);
     m->pooled = sc_new(t, 2, vector);
@@ -1473,7 +1473,7 @@ static int64_t sc__part_of(int64_t n, float part, sc_rng *rng) {
 bool sc_train_gradient(sc_dit *dit, sc_params *params, sc_tape *t, const sc_recipe *r,
                        const sc_batch *b, sc_rng *rng) {
     int64_t n = b->size, own = b->count ? b->count : n, first = b->first;
-    int64_t tokens = (int64_t)b->h * b->w, channels = sc_dit_config_of(dit)->in_channels;
+    int64_t tokens = (int64_t)b->h * b->w, channels = dit->config.in_channels;
     const int64_t shape[] = {own, tokens, channels};
     sc_tape_reset(t);
     sc_tape_record(t, false);
@@ -1528,7 +1528,7 @@ bool sc_train_gradient(sc_dit *dit, sc_params *params, sc_tape *t, const sc_reci
 
 bool sc_sample(sc_dit *f, sc_tape *t, const sc_sampling *s, int batch, int text_tokens,
                const sc_text *texts, float *latents) {
-    const int64_t shape[] = {batch, (int64_t)s->h * s->w, sc_dit_config_of(f)->in_channels};
+    const int64_t shape[] = {batch, (int64_t)s->h * s->w, f->config.in_channels};
     sc__dit_model self = {.dit = f, .h = s->h, .w = s->w};
     sc_tape_reset(t);
     bool ok = (batch < 1 || sc__dit_text(&self, t, batch, text_tokens, texts, s->no_text)) &&
@@ -4540,7 +4540,7 @@ static bool sc__read_scale(const sc_file *f, const sc__entry *weight, const sc__
 /* Finds the source of a weight, by its name, and of its shape. */
 static bool sc__find_weight(const sc_net *net, sc_weight *w) {
     char expected[96], actual[96];
-    const char *path = sc_file_path(net->file), *name = w->name;
+    const char *path = net->file->path, *name = w->name;
     const sc_tensor *want = &w->tensor;
     sc__slice rows;
     sc__entry *e = sc__find_as(net->file, net->prefixes, name, "", net->levels, &rows);
@@ -5685,7 +5685,7 @@ bool sc_params_load(sc_params *p, const sc_file *file) {
         const sc_tensor *x = sc_file_find(file, named[i].name);
         if (!x || x->dtype != SC_F32 || sc_count(x) != p->count)
             return sc_fail("%s: '%s' does not fit: resume with the model, rank and mode the run "
-                            "had", sc_file_path(file), named[i].name);
+                            "had", file->path, named[i].name);
         p->backend->upload(named[i].tensor.data, x->data, (size_t)p->count * 4);
     }
     return true;
@@ -6979,19 +6979,19 @@ static bool sc__activation_named(const char *name, const char *path, sc_activati
     return sc_fail("%s: activation '%s' is not supported", path, name);
 }
 
-/* A side of a matrix of the first layer. */
-static int sc__layer_side(const sc__encoder *e, const char *name, int dim, int fallback) {
+/* The rows of a matrix of the first layer. */
+static int sc__layer_rows(const sc__encoder *e, const char *name, int fallback) {
     char full[SC_MAX_NAME];
     snprintf(full, sizeof full, "%s0%s%s.weight", e->names->layer, e->names->inside, name);
-    return sc__side(e->net, full, dim, fallback);
+    return sc__side(e->net, full, 0, fallback);
 }
 
 static bool sc__encoder_config(sc__encoder *e, sc__config *c) {
     const sc__encoder_names *n = e->names;
     char layers[SC_MAX_NAME];
     snprintf(layers, sizeof layers, "%s%%d%s%s.weight", n->layer, n->inside, n->attention[0]);
-    int gate = n->gate ? sc__layer_side(e, n->gate, 0, 0) : 0;
-    int hidden = gate ? gate : sc__layer_side(e, n->plain, 0, 2048);
+    int gate = n->gate ? sc__layer_rows(e, n->gate, 0) : 0;
+    int hidden = gate ? gate : sc__layer_rows(e, n->plain, 2048);
     int heads = c->json ? 8 : sc__side(e->net, n->position, 1, 512) / n->columns;
     int words = sc__side(e->net, n->tokens, 0, n->usual_words);
     e->width = sc__config_int(c, 1, n->width, sc__side(e->net, n->tokens, 1, 512));
@@ -7010,7 +7010,7 @@ static bool sc__clip_config(sc_text_encoders *t, sc__encoder *e, sc__config *c) 
     const sc_json *end = sc_json_get(c->json, "eos_token_id");
     const char *usual = big && !c->json ? "gelu" : "quick_gelu";
     const char *activation = sc_json_string(sc_json_get(c->json, "hidden_act"), usual);
-    int length = e->tokenizer ? sc_tokenizer_length(e->tokenizer) : 0;
+    int length = e->tokenizer ? e->tokenizer->length : 0;
     bool projected = t->kind == SC_SD3 && (big || c->json);
     int channels = sc__side(e->net, "text_projection.weight", 0, 512);
     e->pooled = projected ? sc__config_int(c, 1, "projection_dim", channels) : e->width;
@@ -7031,8 +7031,8 @@ static bool sc__clip_config(sc_text_encoders *t, sc__encoder *e, sc__config *c) 
 static bool sc__t5_config(sc_text_encoders *t, sc__config *c) {
     sc__encoder *e = &t->t5;
     const sc_json *json = c->json;
-    bool gate = !json && sc__layer_side(e, e->names->gate, 0, 0);
-    int inner = sc__layer_side(e, e->names->attention[0], 0, 512);
+    bool gate = !json && sc__layer_rows(e, e->names->gate, 0);
+    int inner = sc__layer_rows(e, e->names->attention[0], 512);
     const char *both = sc_json_string(sc_json_get(json, "feed_forward_proj"),
                                       gate ? "gated-gelu" : "relu");
     bool gated = strstr(both, "gated-") == both;
@@ -7767,7 +7767,7 @@ sc_text sc_pipeline_text(sc_pipeline *p, const char *prompt) {
     if (*bad)
         return sc_fail("the prompt is not UTF-8: byte %d is 0x%02x", (int)(bad - prompt),
                         (unsigned char)*bad), none;
-    const sc_dit_config *c = sc_dit_config_of(p->dit);
+    const sc_dit_config *c = &p->dit->config;
     if (!p->text) p->text = sc_text_encoders_open(p->backend, p->folder, c->kind);
     if (!p->text) return none;
     int pooled = p->text->clip.pooled + p->text->clip_g.pooled;
@@ -7813,7 +7813,7 @@ static size_t sc__vae_memory(const sc_pipeline *p) {
 bool sc_pipeline_encode(sc_pipeline *p, const float *rgb, int width, int height, float *mean,
                         float *std) {
     if (!sc__pipeline_vae(p)) return false;
-    int64_t channels = sc_vae_config_of(p->vae)->latent_channels, f = sc_vae_factor(p->vae);
+    int64_t channels = p->vae->config.latent_channels, f = sc_vae_factor(p->vae);
     int64_t h = height / f, w = width / f, n = channels * h * w;
     if (width % p->token_pixels || height % p->token_pixels)
         return sc_fail("encode: sides of a picture must be multiples of %d, not %d x %d",
@@ -7833,7 +7833,7 @@ bool sc_pipeline_decode(sc_pipeline *p, const float *tokens, int batch, int h, i
     if (batch < 1 || h < 1 || w < 1)
         return sc_fail("decode: %d pictures of %dx%d tokens", batch, w, h);
     if (!sc__pipeline_vae(p)) return false;
-    int64_t channels = sc_vae_config_of(p->vae)->latent_channels, n = batch * channels * 4 * h * w;
+    int64_t channels = p->vae->config.latent_channels, n = batch * channels * 4 * h * w;
     float *latents = (float *)sc__alloc((size_t)n, sizeof *latents);
     if (!latents) return false;
     if (!p->backend->on_host) sc_tape_reserve(p->tape, 0); /* its memory is the VAE's now */
