@@ -758,7 +758,7 @@ int main(int argc, char **argv) {
     if (o.batch < 1 || o.batch > 4096 || o.count < 0 || o.count == 1 || o.resolution < 0 ||
         !(o.shift >= 0) || !(o.cfg >= 0) || (o.cfg_loras && !o.cfg))
         return sc_fail("--batch from 1 to 4096, --count from 2 up, no negative numbers; "
-                       "--cfg-loras needs --cfg"), sc_die(), 2;
+                       "--cfg-loras needs --cfg"), sc_bad_usage(NULL);
     if (count == 0) return experiment_main();
     if (sc_rank && (merge || count == 2)) return sc_end(true); /* for one process */
     if (count == 2 && !strcmp(words[0], "info")) return info_main(words[1]);

@@ -246,18 +246,17 @@ static const char *jpeg_about(about *a, const uint8_t *bytes, size_t size) {
 
 /* The orientation by all that is said of it, in the order in which Pillow asks. */
 static int orientation_of(about *a) {
-    bytes_read *exif = a->exif.data ? &a->exif : &a->raw;
+    bool text = !a->exif.data; /* behind three lines: its digits become bytes, in place */
+    bytes_read *exif = text ? &a->raw : &a->exif;
     size_t lines = 0, digits = 0;
-    for (size_t i = 0; exif == &a->raw && i < exif->length;
-         i++) { /* in place, behind three lines */
+    for (size_t i = 0; text && i < exif->length; i++) {
         int c = (uint8_t)exif->data[i], digit = c <= '9' ? c - '0' : (c | 32) - 'a' + 10;
         char *byte = &exif->data[digits / 2];
         if (lines >= 3 && isxdigit(c)) *byte = (char)(digits++ % 2 ? *byte << 4 | digit : digit);
         lines += c == '\n';
     }
     append(&a->xmp, "", 1);
-    return sc_orientation((uint8_t *)exif->data, exif == &a->raw ? digits / 2 : exif->length,
-                          a->xmp.data);
+    return sc_orientation((uint8_t *)exif->data, text ? digits / 2 : exif->length, a->xmp.data);
 }
 
 /* A PNG or JPEG file as floats, upright, without alpha. Free it with sc_picture_free. */
