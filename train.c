@@ -20,25 +20,25 @@ static const char usage[] =
     "The defaults in [] are those of --model: its recipe.json's, else the paper's.";
 
 /* Every option; the table below says what it means. The defaults are the paper's for FLUX.1-dev. */
+static sc_recipe recipe = {.teacher_ratio = 0.4f, .teacher_steps = 32, .self_steps = {2, 4, 8, 16},
+                           .shift = {2.5f, 4.5f}, .dynamic_shift_ratio = 0.1f,
+                           .guidance = {0, 7.5f}};
+static sc_adamw adamw = {.lr = 2e-5f, .beta1 = 0.9f, .beta2 = 0.999f, .eps = 1e-8f,
+                         .weight_decay = 1e-4f, .clip = 10};
 static struct options {
     const char *data, *model, *out, *run, *device, *weights, *weights_on;
     const char *transformer, *start, *teacher, *scales;
-    bool full, pretrain, distill_guidance; /* default: SCFM with a LoRA */
-    bool cfg_student;
+    bool full, pretrain; /* default: SCFM with a LoRA */
     bool resume, dry_run, no_cache, checkpointing;
-    int rank, steps, batch, warmup, ema_restart, teacher_steps, self_steps[8];
-    float alpha, lr, final_lr, weight_decay, beta2, clip, fast, slow;
-    float teacher_ratio, shift[2], dynamic_shift, guidance[2], cfg, fm_ratio, caption_dropout;
+    int rank, steps, batch, warmup, ema_restart;
+    float alpha, final_lr, fast, slow;
     int resolution, text_tokens, threads, preview, save, stop_after;
     uint64_t seed;
 } o = {.model = "data/tiny-flux", .run = "run", .device = "auto", .weights = "auto",
-       .weights_on = "device", .rank = 64, .steps = 10000, .batch = 8, .teacher_steps = 32,
-       .self_steps = {2, 4, 8, 16}, .lr = 2e-5f, .final_lr = 1, .weight_decay = 1e-4f,
-       .beta2 = 0.999f, .clip = 10, .fast = 0.99f, .slow = 0.999f, .teacher_ratio = 0.4f,
-       .shift = {2.5f, 4.5f}, .dynamic_shift = 0.1f, .guidance = {0, 7.5f}, .preview = 500,
-       .save = 500, .seed = 1};
+       .weights_on = "device", .rank = 64, .steps = 10000, .batch = 8, .final_lr = 1,
+       .fast = 0.99f, .slow = 0.999f, .preview = 500, .save = 500, .seed = 1};
 
-static bool all_weights(void) { return o.full || o.pretrain || o.distill_guidance; }
+static bool all_weights(void) { return o.full || o.pretrain || recipe.distil_guidance; }
 
 /* The command line; recipe.json of the model folder uses the same names. */
 static const sc_option table[] = {
@@ -46,7 +46,8 @@ static const sc_option table[] = {
     {"--model", SC_STRING, &o.model, "DIR", "FLUX.1's or SD3.5's pipeline folder"},
     {"--full", SC_FLAG, &o.full, NULL, "all weights instead of a LoRA"},
     {"--pretrain", SC_FLAG, &o.pretrain, NULL, "all weights, from random ones, by flow matching"},
-    {"--distill-guidance", SC_FLAG, &o.distill_guidance, NULL, "all weights: guidance as an input"},
+    {"--distill-guidance", SC_FLAG, &recipe.distil_guidance, NULL,
+     "all weights: guidance as an input"},
     {"--transformer", SC_STRING, &o.transformer, "DIR", "take the transformer from this folder"},
     {"--start", SC_STRING, &o.start, "FILE", "start from this LoRA"},
     {"--teacher", SC_STRING, &o.teacher, "FILE",
@@ -56,29 +57,31 @@ static const sc_option table[] = {
     {NULL, SC_FLAG, NULL, NULL, "How long and how fast:"},
     {"--steps", SC_INT, &o.steps, "N", "training steps"},
     {"--batch", SC_INT, &o.batch, "N", "pairs in a step"},
-    {"--lr", SC_FLOAT, &o.lr, "X", "learning rate"},
+    {"--lr", SC_FLOAT, &adamw.lr, "X", "learning rate"},
     {"--warmup", SC_INT, &o.warmup, "N", "steps of linear warm-up"},
     {"--final-lr", SC_FLOAT, &o.final_lr, "X", "the rate ends, on a cosine, at this part of --lr"},
-    {"--weight-decay", SC_FLOAT, &o.weight_decay, "X", "AdamW weight decay"},
-    {"--beta2", SC_FLOAT, &o.beta2, "X", "AdamW's second beta"},
-    {"--clip", SC_FLOAT, &o.clip, "X", "gradient norm at most this"},
+    {"--weight-decay", SC_FLOAT, &adamw.weight_decay, "X", "AdamW weight decay"},
+    {"--beta2", SC_FLOAT, &adamw.beta2, "X", "AdamW's second beta"},
+    {"--clip", SC_FLOAT, &adamw.clip, "X", "gradient norm at most this"},
     {"--fast", SC_FLOAT, &o.fast, "X", "decay of the fast average"},
     {"--slow", SC_FLOAT, &o.slow, "X", "decay of the slow average"},
     {"--ema-restart", SC_INT, &o.ema_restart, "N", "restart both every N steps (0: never)"},
     {NULL, SC_FLAG, NULL, NULL, "The SCFM recipe:"},
-    {"--teacher-ratio", SC_FLOAT, &o.teacher_ratio, "X",
+    {"--teacher-ratio", SC_FLOAT, &recipe.teacher_ratio, "X",
      "samples whose first half-step is the teacher's"},
-    {"--teacher-steps", SC_INT, &o.teacher_steps, "N", "grid of the teacher's half-steps"},
-    {"--self-steps", SC_INTS, &o.self_steps, "N,N", "grids of the student's own"},
-    {"--shift", SC_RANGE, &o.shift, "A,B", "time shift, uniform between these"},
-    {"--dynamic-shift", SC_FLOAT, &o.dynamic_shift, "X", "samples with the dynamic shift"},
-    {"--guidance", SC_RANGE, &o.guidance, "A,B", "guidance, uniform between these"},
-    {"--cfg", SC_FLOAT, &o.cfg, "G",
+    {"--teacher-steps", SC_INT, &recipe.teacher_steps, "N", "grid of the teacher's half-steps"},
+    {"--self-steps", SC_INTS, &recipe.self_steps, "N,N", "grids of the student's own"},
+    {"--shift", SC_RANGE, &recipe.shift, "A,B", "time shift, uniform between these"},
+    {"--dynamic-shift", SC_FLOAT, &recipe.dynamic_shift_ratio, "X",
+     "samples with the dynamic shift"},
+    {"--guidance", SC_RANGE, &recipe.guidance, "A,B", "guidance, uniform between these"},
+    {"--cfg", SC_FLOAT, &recipe.cfg, "G",
      "true CFG of the teacher, folded into the student (0: none)"},
-    {"--cfg-student", SC_FLAG, &o.cfg_student, NULL,
+    {"--cfg-student", SC_FLAG, &recipe.cfg_student, NULL,
      "guide student and averages, too: then sample with --cfg"},
-    {"--fm-ratio", SC_FLOAT, &o.fm_ratio, "X", "samples of plain flow matching (--pretrain: 1)"},
-    {"--caption-dropout", SC_FLOAT, &o.caption_dropout, "X",
+    {"--fm-ratio", SC_FLOAT, &recipe.fm_ratio, "X",
+     "samples of plain flow matching (--pretrain: 1)"},
+    {"--caption-dropout", SC_FLOAT, &recipe.caption_dropout, "X",
      "captions left empty (--pretrain: 0.1)"},
     {"--scales", SC_STRING, &o.scales, "LIST",
      "kept in the file: \"3:1@1.5 8:0.5\" is scale 1 and guidance 1.5 for 3 steps, ..."},
@@ -119,7 +122,6 @@ typedef struct training {
     sc_pipeline *pipeline;
     const sc_dit_config *config;
     sc_params *params;
-    sc_recipe recipe;
     sc_adamw adamw;
     sc_rng rng;
     sc_tensor *data; /* [LATENTS + pairs] */
@@ -175,7 +177,8 @@ static float alpha(void) { return o.alpha > 0 ? o.alpha : (float)o.rank; }
 
 /* What the numbers of a state mean. */
 static const char *kind_of_run(void) {
-    return o.full ? "--full" : o.pretrain ? "--pretrain" : o.distill_guidance ? "--distill-guidance"
+    return o.full ? "--full" : o.pretrain ? "--pretrain"
+           : recipe.distil_guidance ? "--distill-guidance"
            : formatted("a LoRA of alpha %g%s%s", alpha(), o.teacher ? ", of the teacher " : "",
                        o.teacher ? o.teacher : "");
 }
@@ -264,13 +267,13 @@ static bool preview(training *t) {
     float *sheet = panel + rows * row;
     const sc_text text = text_row(t, text_of(t, 0)), empty = text_row(t, 0);
     sc_sampling s = {.shift = sc_pipeline_shift(p, h * w), .h = (int)h, .w = (int)w,
-                     .guidance = 0.5f * (o.guidance[0] + o.guidance[1]),
+                     .guidance = 0.5f * (recipe.guidance[0] + recipe.guidance[1]),
                      .progress = sc_not_interrupted, .no_text = empty};
     size_t held = sc_tape_bytes(p->tape); /* given back while the VAE works */
     for (int i = 0; ok && i < panels; i++) {
         s.steps = steps[i];
         s.sets = &sets[i];
-        s.cfg = sets[i] == SC_TEACHER || o.cfg_student ? o.cfg : 0;
+        s.cfg = sets[i] == SC_TEACHER || recipe.cfg_student ? recipe.cfg : 0;
         if (!t->params->adapters) sc_params_use(t->params, (sc_set)sets[i]);
         ok = sc_pipeline_draw(p, &s, 1, &text, o.seed, panel);
         for (int64_t y = 0; ok && y < rows; y++)
@@ -289,8 +292,8 @@ static bool preview(training *t) {
 
 static float learning_rate(int64_t step) {
     float done = (float)step / (float)o.steps;
-    if (step < o.warmup) return o.lr * (float)(step + 1) / (float)o.warmup;
-    return o.lr * (o.final_lr + (1 - o.final_lr) * 0.5f * (1 + cosf(3.14159265f * done)));
+    if (step < o.warmup) return adamw.lr * (float)(step + 1) / (float)o.warmup;
+    return adamw.lr * (o.final_lr + (1 - o.final_lr) * 0.5f * (1 + cosf(3.14159265f * done)));
 }
 
 /* One of the two may fail, as where --out cannot be written; the other keeps what was learned. */
@@ -322,7 +325,7 @@ static bool try_preview(training *t) {
 static bool train_step(training *t) {
     sc_pipeline *p = t->pipeline;
     draw_batch(t);
-    if (!sc_agree(sc_train_gradient(p->dit, t->params, p->tape, &t->recipe, &t->batch, &t->rng)))
+    if (!sc_agree(sc_train_gradient(p->dit, t->params, p->tape, &recipe, &t->batch, &t->rng)))
         return false;
     t->adamw.lr = learning_rate(t->step);
     sc_params_step(t->params, &t->adamw, o.fast, o.slow);
@@ -627,7 +630,7 @@ static bool is_grid(int steps) { return steps >= 2 && steps % 2 == 0; }
 static bool check_options(void) {
     double scale, guidance;
     bool grids = true;
-    for (int i = 0; o.self_steps[i]; i++) grids = grids && is_grid(o.self_steps[i]);
+    for (int i = 0; recipe.self_steps[i]; i++) grids = grids && is_grid(recipe.self_steps[i]);
     const struct {
         bool holds;
         const char *rule;
@@ -636,24 +639,25 @@ static bool check_options(void) {
         {o.batch >= 1 && o.batch <= 4096, "--batch is a number from 1 up to 4096"},
         {o.batch >= sc_processes, "--batch is smaller than the number of processes"},
         {o.rank >= 1 && o.rank <= 1024, "--rank is a number from 1 to 1024"},
-        {is_grid(o.teacher_steps), "--teacher-steps is an even number"},
+        {is_grid(recipe.teacher_steps), "--teacher-steps is an even number"},
         {grids, "--self-steps are even numbers"},
-        {o.shift[0] > 0 && o.shift[1] > 0, "--shift is a positive number, or two"},
-        {is_part(o.teacher_ratio) && is_part(o.fm_ratio) && is_part(o.caption_dropout) &&
-             is_part(o.dynamic_shift),
+        {recipe.shift[0] > 0 && recipe.shift[1] > 0, "--shift is a positive number, or two"},
+        {is_part(recipe.teacher_ratio) && is_part(recipe.fm_ratio) &&
+             is_part(recipe.caption_dropout) && is_part(recipe.dynamic_shift_ratio),
          "--teacher-ratio, --fm-ratio, --caption-dropout and --dynamic-shift lie between 0 and 1"},
-        {o.lr > 0 && isfinite(o.lr), "--lr is a positive number"},
-        {o.cfg >= 0 && isfinite(o.cfg), "--cfg is a number from 0 up"},
-        {o.alpha >= 0 && o.final_lr >= 0 && o.weight_decay >= 0 && o.clip >= 0 && o.threads >= 0,
+        {adamw.lr > 0 && isfinite(adamw.lr), "--lr is a positive number"},
+        {recipe.cfg >= 0 && isfinite(recipe.cfg), "--cfg is a number from 0 up"},
+        {o.alpha >= 0 && o.final_lr >= 0 && adamw.weight_decay >= 0 && adamw.clip >= 0 &&
+             o.threads >= 0,
          "--alpha, --final-lr, --weight-decay, --clip and --threads are numbers from 0 up"},
-        {o.cfg || !o.cfg_student, "--cfg-student needs --cfg G"},
-        {!o.cfg || !(o.pretrain || o.distill_guidance),
+        {recipe.cfg || !recipe.cfg_student, "--cfg-student needs --cfg G"},
+        {!recipe.cfg || !(o.pretrain || recipe.distil_guidance),
          "--cfg is for SCFM, not for --pretrain or --distill-guidance"},
-        {is_decay(o.beta2) && is_decay(o.fast) && is_decay(o.slow),
+        {is_decay(adamw.beta2) && is_decay(o.fast) && is_decay(o.slow),
          "--beta2, --fast and --slow lie from 0 to below 1"},
-        {o.full + o.pretrain + o.distill_guidance <= 1,
+        {o.full + o.pretrain + recipe.distil_guidance <= 1,
          "--full, --pretrain and --distill-guidance exclude each other"},
-        {!o.pretrain || o.teacher_ratio == 0,
+        {!o.pretrain || recipe.teacher_ratio == 0,
          "--pretrain has no teacher: --teacher-ratio is 0 there"},
         {!o.start || !all_weights(), "--start is for a LoRA, not for all weights"},
         {!o.teacher || !all_weights(), "--teacher is for a LoRA, not for all weights"},
@@ -680,7 +684,7 @@ static bool open_model(training *t) {
     if (t->config->kind == SC_SD3 && o.pretrain && !o.transformer)
         return sc_fail("SD3.5 does not start from random weights here, which are no table of "
                        "positions: give --transformer DIR");
-    return !o.distill_guidance || t->config->guidance ||
+    return !recipe.distil_guidance || t->config->guidance ||
            sc_fail("%s: this model takes no guidance, so that --distill-guidance has nothing to "
                    "teach: its config.json has no \"guidance_embeds\": true",
                    o.transformer ? o.transformer : o.model);
@@ -693,27 +697,22 @@ static bool start_lora(training *t) {
     float scale;
     t->params = sc_params_lora(dit, o.rank, alpha(), o.seed);
     if (!t->params) return false;
-    if (o.teacher && !sc_load_lora_argument(dit, o.teacher, o.teacher_steps, NULL)) return false;
+    if (o.teacher && !sc_load_lora_argument(dit, o.teacher, recipe.teacher_steps, NULL))
+        return false;
     for (int64_t i = 0; i < net->count; i++)
         if (net->weights[i]->before)
             return sc_fail("%s: changes '%s', which the student's file could not say", o.teacher,
                            net->weights[i]->name);
     if (o.start || !o.teacher) return !o.start || sc_lora_start(t->params, o.start, 1);
-    const char *path = sc_lora_argument(o.teacher, o.teacher_steps, &scale, NULL);
+    const char *path = sc_lora_argument(o.teacher, recipe.teacher_steps, &scale, NULL);
     return sc_lora_start(t->params, path, scale);
 }
 
+/* What no option says. */
 static void set_recipe(training *t) {
-    t->recipe = (sc_recipe){.teacher_ratio = o.teacher_ratio, .teacher_steps = o.teacher_steps,
-                            .shift = {o.shift[0], o.shift[1]},
-                            .dynamic_shift_ratio = o.dynamic_shift, .mu = t->pipeline->mu,
-                            .guidance = {o.guidance[0], o.guidance[1]}, .cfg = o.cfg,
-                            .cfg_student = o.cfg_student, .fm_ratio = o.fm_ratio,
-                            .caption_dropout = o.distill_guidance ? 0 : o.caption_dropout,
-                            .distil_guidance = o.distill_guidance};
-    memcpy(t->recipe.self_steps, o.self_steps, sizeof o.self_steps);
-    t->adamw = (sc_adamw){.beta1 = 0.9f, .beta2 = o.beta2, .eps = 1e-8f, .clip = o.clip,
-                          .weight_decay = o.weight_decay};
+    recipe.mu = t->pipeline->mu;
+    if (recipe.distil_guidance) recipe.caption_dropout = 0;
+    t->adamw = adamw;
     t->rng.state = o.seed;
 }
 
@@ -746,7 +745,7 @@ static bool plan_memory(training *t) {
     if (p->backend->on_host || o.checkpointing) return true;
     const double gib = 1 << 30;
     sc_memory_plan plan;
-    if (!sc_plan_memory(p->dit, t->params, p->tape, &t->recipe, &t->batch, &plan)) return false;
+    if (!sc_plan_memory(p->dit, t->params, p->tape, &recipe, &t->batch, &plan)) return false;
     printf("memory of %s: a step of %d pictures of %dx%d takes %.1f GiB, and %.1f GiB more for %d "
            "of %d blocks that are not run twice%s; %.1f GiB were left\n",
            p->backend->name, o.batch, t->batch.w * p->token_pixels, t->batch.h * p->token_pixels,
@@ -824,7 +823,7 @@ static void use_sd3_recipe(const char *transformer, const char *model, float cfg
     const char *path = transformer ? transformer : kept(sc_part_path(model, SC_TRANSFORMER));
     sc_dit *plan = path ? sc_dit_open(NULL, path, NULL) : NULL;
     if (plan && sc_dit_config_of(plan)->kind == SC_SD3)
-        o.cfg = cfg, o.dynamic_shift = 0, o.clip = 2, o.ema_restart = 2000;
+        recipe.cfg = cfg, recipe.dynamic_shift_ratio = 0, adamw.clip = 2, o.ema_restart = 2000;
     sc_dit_close(plan);
 }
 
@@ -837,9 +836,9 @@ static void read_options(int argc, char **argv) {
     if (scfm && !sc_given(argc, argv, "--full", NULL))
         sc_parse_recipe(table, OPTIONS, model, "train");
     if (pretrain) { /* there is no teacher */
-        o.fm_ratio = 1;
-        o.teacher_ratio = 0;
-        o.caption_dropout = 0.1f;
+        recipe.fm_ratio = 1;
+        recipe.teacher_ratio = 0;
+        recipe.caption_dropout = 0.1f;
     }
     sc_parse(usage, table, OPTIONS, argc, argv, &o.data, 1);
     if (!o.data) sc_fail("which folder of pictures? (see %s --help)", argv[0]);
@@ -862,8 +861,8 @@ int main(int argc, char **argv) {
               (idle || !all_weights() || sc_can_write_model(t.pipeline->dit, o.out)) &&
               load_data(&t) && open_params(&t);
     if (ok) {
-        set_recipe(&t);
         print_plan(&t);
+        set_recipe(&t);
     }
     ok = ok && (!o.resume || load_state(&t)) && join(&t) && plan_memory(&t) &&
          (o.dry_run ? dry_run(&t) : train(&t));
