@@ -752,9 +752,9 @@ bool sc_can_write(const char *path); /* would that work? Tried, without a trace 
  * For whoever writes one.
  * What each computes, forward and backward, and on which shapes, stands over its CPU version. Every
  * pointer inside a tensor that a backend is given is memory of that backend. Activations have the
- * type `activation`; LoRA factors, optimiser state and losses are f32; frozen weights keep the type
- * they have on disk. `_backward` functions add into the gradients of inputs that need them, or,
- * where `new_grad` says so, store (of x, h, q, k and v, of which they write all). */
+ * type `activation`; LoRA factors and optimiser state are f32, losses f64; frozen weights keep the
+ * type they have on disk. `_backward` functions add into the gradients of inputs that need them,
+ * or, where `new_grad` says so, store (of x, h, q, k and v, of which they write all). */
 typedef struct sc_matrix {      /* row-major; `transposed`: used as its transpose */
     const void *data;
     sc_dtype dtype;
@@ -842,7 +842,6 @@ struct sc_backend {
                    int stride, int pad_before);
     void (*upsample)(sc_tensor *y, const sc_tensor *x);
     void (*swap_axes)(sc_tensor *y, const sc_tensor *x);
-    /* Loss and optimiser, all f32. */
     /* *loss and *norm are the backend's memory. */
     void (*mse)(double *loss, const sc_tensor *x, const sc_tensor *target, double part);
     void (*mse_backward)(sc_tensor *x, const sc_tensor *target, double part);
@@ -2549,7 +2548,6 @@ static void sc__cpu_group_norm(sc_tensor *y, const sc_tensor *x, const double *s
     }
 }
 
-/* Nearest neighbour, twice the sides. */
 static void sc__cpu_upsample(sc_tensor *y, const sc_tensor *x) {
     int64_t width = x->shape[3], rows = sc__rows(x);
     SC_PARALLEL_FOR
@@ -4206,9 +4204,9 @@ static bool sc__write_tensor(sc__writer *w, const sc_named *x) {
 
 static float *sc__merged_values(const sc_dit *f, const sc_tensor *w); /* >>open */
 
-/* Wider types go first, so that each tensor is aligned to its type; else the given order stays.
- * metadata: key, value, key, value, ..., NULL; or NULL. dit NULL: the values are on the host, else
- * where it computes, from where they come one tensor at a time: the host never holds more. */
+/* Wider types go first, so that each tensor is aligned to its type; else the given order stays. dit
+ * NULL: the values are on the host, else where it computes, from where they come one tensor at a
+ * time: the host never holds more. */
 static bool sc__save(const char *path, const sc_named *tensors, int64_t count,
                      const char *const *metadata, const sc_dit *dit) {
     sc_named *sorted = (sc_named *)sc__alloc((size_t)count, sizeof *sorted);
@@ -6638,7 +6636,6 @@ static const char *sc__token(const sc_tokenizer *t, const sc_json *config, const
     return text;
 }
 
-/* Appends a special token. */
 static bool sc__add_special(sc_tokenizer *t, const char *text, int32_t id, const sc_json *flags,
                             const char *path) {
     if (!sc__grow(&t->special, (int64_t)t->special_count, sizeof *t->special)) return false;

@@ -1,8 +1,8 @@
 /* shortcut_cuda.cu: the operations of shortcut.h on an NVIDIA GPU (8.0 or up)          >>cuda
  *
- * Activations and their gradients are bf16, sums f32; losses, LoRA factors, optimiser state and
- * averages are f32. Matrix products go to cuBLASLt, everything else is a kernel below, in the order
- * of the backend table; shortcut.h's CPU operations are the specification, with the formulas.
+ * Activations and their gradients are bf16, sums f32; LoRA factors, optimiser state and averages
+ * are f32, losses f64. Matrix products go to cuBLASLt, everything else is a kernel below, in the
+ * order of the backend table; shortcut.h's CPU operations are the specification, with the formulas.
  *
  * - Work is queued on one stream, in order. Within a training step the host waits in `download` and
  * `collect` only, so that no step waits for another (`upload` waits where it is steps ahead).
