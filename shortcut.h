@@ -897,6 +897,9 @@ struct sc_backend {
 #define SC_SIMD SC_PRAGMA(omp simd)
 #define SC_SIMD_SUM(s) SC_PRAGMA(omp simd reduction(+ : s))
 
+static inline int64_t sc__min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t sc__max(int64_t a, int64_t b) { return a > b ? a : b; }
+
 /* #############################################################################################
  * PART I: THE PAPER AND THE MODEL                                                       >>part1
  *
@@ -1418,8 +1421,7 @@ static sc_tensor *sc__dit_model_velocity(void *self, sc_tape *t, sc_tensor *x, c
     for (int64_t i = 0; q->cfg && i < n; i++)
         if (q->cfg[i] != 1) guided = i + 1;
     if (!guided) return sc__dit_sets(&m, t, x, q);
-    if (!m.no_context || !m.no_pooled)
-        return sc_fail("true CFG without an empty or negative prompt"), NULL;
+    if (!m.no_context) return sc_fail("true CFG without an empty or negative prompt"), NULL;
     bool recording = sc_tape_record(t, false);
     if (recording) guided = n;
     float *rest = sc__floats(t, guided + 2 * (n + guided), 1), *time = rest + guided;
@@ -1451,9 +1453,9 @@ static bool sc__dit_text(sc__dit_model *m, sc_tape *t, int batch, int text_token
     m->context = sc_new(t, 3, text);
     m->pooled = sc_new(t, 2, vector);
     text[0] = vector[0] = 1;
-    if (none.context) m->no_context = sc_from(t, 3, text, none.context);
-    if (none.pooled) m->no_pooled = sc_from(t, 2, vector, none.pooled);
-    bool ok = (!none.context || m->no_context) && (!none.pooled || m->no_pooled);
+    bool ok = !none.context || !none.pooled ||
+              ((m->no_context = sc_from(t, 3, text, none.context)) &&
+               (m->no_pooled = sc_from(t, 2, vector, none.pooled)));
     sc_mark mark = sc_tape_mark(t);
     for (int i = 0; ok && i < batch; i++) {
         ok = sc_copy(t, sc_samples(t, m->context, i, 1), sc_from(t, 3, text, texts[i].context)) &&
@@ -1496,7 +1498,7 @@ bool sc_train_gradient(sc_dit *dit, sc_params *params, sc_tape *t, const sc_reci
     }
     /* From here on, of all samples those of this process. */
     draws += first, time += first, cfg += first, guidance += first, texts += first;
-    plain = plain < first ? 0 : plain - first < own ? plain - first : own;
+    plain = sc__max(0, sc__min(plain - first, own));
     /* Step 5: noisy input. */
     sc__dit_model self = {.dit = dit, .params = params, .h = b->h, .w = b->w};
     sc_model model = {sc__dit_model_velocity, &self};
@@ -1637,8 +1639,6 @@ static size_t sc__size(const sc_tensor *x) { /* bytes */
     return (size_t)(sc_count(x) * sc_dtype_size(x->dtype));
 }
 
-static inline int64_t sc__min(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t sc__max(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t sc__ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 static inline float sc__from_bits(uint32_t bits) { float f; memcpy(&f, &bits, 4); return f; }
