@@ -42,8 +42,9 @@
  *     }
  *     sc_lora_save(lora, SC_STUDENT, "lora.safetensors", NULL);
  *
- * CONTENTS. Search for a tag; each section opens with what it does and why. To understand FLUX and
- * the paper read Part I; of the declarations before it, those up to the training step are enough.
+ * CONTENTS. Search for a tag; each section opens with what it does and why. To understand the
+ * paper read >>flow, >>scfm and >>step, for the model >>flux and >>lora between them, and look up
+ * in >>api what they use: sc_tensor, the tape's operations, sc_query, sc_model, sc_recipe, sc_draw.
  *     >>api         declarations of all that is public, the table of a backend last (>>backend)
  *   Part I, the paper and the model
  *     >>flow        flow matching: times, and the sampler
@@ -80,6 +81,7 @@
  *     B batch   T tokens   C channels   H heads   D head size   L layers   h, w grid of tokens
  *     x_t = (1 - t) x0 + t eps   x0 data, eps noise; t = 1 is noise
  *     v   velocity, eps - x0     g  guidance scale     s  time shift     N  steps of a grid
+ *     t0, t1, t2  in SCFM: where a step begins, its middle, its end; d1, d2 its halves
  *     [B,T,C]  shape, row-major  A, B  LoRA factors: W + scale * B A
  *
  * EASY TO GET WRONG
@@ -144,7 +146,7 @@ typedef struct sc_tensor {
     void *grad;                 /* d loss / d data, same shape; NULL until something asks for it */
     bool needs_grad;            /* backward passes reach this tensor */
     bool new_grad;              /* nothing is in grad yet: the first to give a part stores it */
-    bool shared, stale;         /* in memory that blocks share; another block's by now */
+    bool shared, stale;         /* in memory that blocks use by turns; another has it now */
     sc_dtype dtype;
     int ndim;
     int64_t shape[SC_MAX_DIMS];
@@ -171,7 +173,9 @@ const sc_backend *sc_cuda(void);    /* shortcut_cuda.cu; NULL with the error set
 typedef struct sc_tape sc_tape;
 typedef enum { SC_SILU, SC_GELU_TANH, SC_GELU, SC_QUICK_GELU } sc_activation;
 
-/* The four sets of LoRA weights that share one frozen base. */
+/* Four versions of the trained numbers (LoRA factors, or all weights): the frozen teacher's, the
+ * student's, its fast and its slow average (>>scfm). A model that only samples is the teacher, with
+ * the LoRAs that were loaded. */
 typedef enum { SC_TEACHER, SC_STUDENT, SC_FAST, SC_SLOW, SC_SETS } sc_set;
 
 typedef struct sc_adapter {     /* LoRA on one linear layer: W + scale * B A */
@@ -383,7 +387,7 @@ void sc_schedule(float *times, int steps, float shift);
 /* A velocity model in four versions: what the sampler and SCFM ask for, and no more. FLUX with a
  * batch's text is one, a toy network another. */
 typedef struct sc_query {       /* arrays [B], of the samples that x holds: */
-    int64_t first;              /* [first, first + B) of the batch */
+    int64_t first;              /* x's first sample's place in the batch, whose texts `self` has */
     const uint8_t *sets;        /* sc_set; NULL: all teacher */
     const float *time, *guidance;
     const float *cfg;           /* true CFG: v_u + cfg (v_c - v_u), v_u without the caption, in two
@@ -405,7 +409,7 @@ typedef struct sc_sampling {
     float guidance;             /* the model's input, where it has one */
     int h, w;                   /* sc_sample: grid of tokens */
     float cfg;                  /* true CFG, in two evaluations a step; 0 or 1: none */
-    sc_text no_text;            /* for it: the negative, or empty, prompt */
+    sc_text no_text;            /* for cfg: the negative, or empty, prompt */
     const uint8_t *sets;        /* [B] LoRA set of each sample; NULL: the loaded LoRAs, if any */
     /* After each step; false stops. NULL: none. */
     bool (*progress)(void *user, int step, int steps);
@@ -416,7 +420,8 @@ typedef struct sc_sampling {
  * the samples after. */
 bool sc_euler(const sc_model *model, sc_tape *tape, const sc_sampling *s, int ndim,
               const int64_t *shape, float *x);
-/* The same of a transformer: latents [B, h*w, in_channels], texts [B] of text_tokens; resets it. */
+/* The same with a transformer: latents [B, h*w, in_channels], texts [B] of text_tokens. Resets the
+ * tape. */
 bool sc_sample(sc_dit *dit, sc_tape *tape, const sc_sampling *s, int batch, int text_tokens,
                const sc_text *texts, float *latents);
 
@@ -494,10 +499,10 @@ typedef struct sc_batch {       /* host f32; one text-picture pair per sample */
 typedef struct sc_draw {        /* what chance decides for one sample */
     bool teacher;               /* the first half-step is the teacher's, else the fast average's */
     bool no_caption;
-    int steps, j;               /* N, and the even index into its times */
+    int steps, j;               /* N, and the even number of t0 in its grid */
     float shift, guidance;
     float cfg[2];               /* the teacher's; the student's and its averages' */
-    float t[3];                 /* t_j, t_j+1, t_j+2 */
+    float t[3];                 /* t0, t1, t2: times j, j + 1, j + 2 of the grid */
 } sc_draw;
 
 /* tokens: of the picture; flow_matching: t[0] is any time, t[1] and t[2] mean nothing, cfg is 1. */
@@ -905,7 +910,7 @@ static inline int64_t sc__max(int64_t a, int64_t b) { return a > b ? a : b; }
  *
  * All of SCFM, FLUX.1 and SD3.5, in the order of a training step's ideas: how a picture is drawn,
  * what is learned, what computes the velocity, which numbers are trained, and the step that puts
- * all of it together. It uses what the API above declares, and these four of the parts below. */
+ * all of it together. It uses what the API above declares, and four functions from below: */
 static void *sc__alloc(size_t count, size_t size); /* zeroed host memory */
 static sc_params *sc__params_new(sc_dit *dit, int64_t count, bool teacher); /* arrays, all 0 */
 static void sc__params_start(sc_params *p, const float *values); /* every set becomes these */
@@ -916,7 +921,8 @@ static bool sc__rope(sc_dit *f, int text, int h, int w); /* makes f->rope, where
  * A model learns the velocity v = eps - x0 of the straight path x_t = (1 - t) x0 + t eps from data
  * (t = 0) to noise (t = 1). A sample is drawn by following it back from noise with Euler steps,
  * x_t' = x_t - (t - t') v(x_t, t, c); a time shift s > 1 puts more of them near the noise, where
- * the picture's structure is decided. The learned velocity of a trained model is an average over
+ * the picture's structure is decided (FLUX's dynamic shift: the more, the larger the picture; mu is
+ * its logarithm). The learned velocity of a trained model is an average over
  * pictures, so its paths are curved, and few large steps leave them: SCFM, below, straightens them.
  */
 
@@ -930,10 +936,11 @@ float sc_dynamic_shift(const sc_mu *mu, int64_t tokens) {
 
 void sc_schedule(float *times, int steps, float shift) {
     for (int i = 0; i <= steps; i++) times[i] = sc_shift_time(1.f - (float)i / (float)steps, shift);
-    times[0] = 1.f - 1e-5f;
+    times[0] = 1.f - 1e-5f; /* the paper's first time */
 }
 
-/* `n` host numbers on the tape, all `value` at first: times, guidances, sc_blend's coefficients. */
+/* `n` host numbers on the tape, all `value` at first: times, guidances, sc_blend's coefficients. Of
+ * 3 n numbers x, three arrays are x, x + n and x + 2 n. */
 static float *sc__floats(sc_tape *t, int64_t n, float value) {
     float *x = (float *)sc_tape_host(t, (size_t)n * sizeof *x);
     for (int64_t i = 0; x && i < n; i++) x[i] = value;
@@ -960,7 +967,7 @@ bool sc_euler(const sc_model *model, sc_tape *t, const sc_sampling *s, int ndim,
         for (int64_t b = 0; b < batch; b++) time[b] = times[i], delta[b] = times[i + 1] - times[i];
         sc_tensor *now = sc_from(t, ndim, shape, x);
         sc_tensor *v = now ? model->velocity(model->self, t, now, &query) : NULL;
-        ok = sc_read(t, sc_blend(t, one, now, delta, v), x); /* x - (t - t') v */
+        ok = sc_read(t, sc_blend(t, one, now, delta, v), x); /* x + (t' - t) v */
         for (int64_t j = 0; ok && j < sc_count(now); j++)
             if (!isfinite(x[j]))
                 ok = sc_fail("step %d gave NaN or infinity: are the weights damaged?", i + 1);
@@ -978,14 +985,15 @@ bool sc_euler(const sc_model *model, sc_tape *t, const sc_sampling *s, int ndim,
  * scale at once. A step of training, for each sample:
  *
  *  1. x0, c: a picture's latents and its caption; eps ~ N(0, I). These are the caller's.
- *  2. Teacher's case (0.4 of the samples): N = 32. Else the student's own: N from {2, 4, 8, 16}.
- *  3. Times t_i = shift(1 - i / N), the shift drawn, t_0 = 1 - 1e-5. The guidance g is drawn too:
- *     how strongly the caption is followed, an input of FLUX.
- *  4. j even: the step from t_j down to t_j+2, its halves d1 = t_j - t_j+1, d2 = t_j+1 - t_j+2.
- *  5. x = (1 - t_j) x0 + t_j eps
- *  6. v1 = first(x, t_j, c, g);  x' = x - d1 v1;  v2 = slow(x', t_j+1, c, g);
+ *  2. With a chance of 0.4 the teacher's case: N = 32. Else the student's own: N of {2, 4, 8, 16}.
+ *  3. The grid's times, shift(1 - i / N) for i = 0 ... N, the shift drawn; the first is 1 - 1e-5.
+ *     The guidance g is drawn too: how strongly the caption is followed, an input of FLUX.
+ *  4. j even, below N: the step from t0 over t1 down to t2, the grid's times j, j + 1 and j + 2.
+ *     Its halves are d1 = t0 - t1 and d2 = t1 - t2.
+ *  5. x = (1 - t0) x0 + t0 eps
+ *  6. v1 = first(x, t0, c, g);  x' = x - d1 v1;  v2 = slow(x', t1, c, g);
  *     target = (d1 v1 + d2 v2) / (d1 + d2)
- *  7. loss = mean((student(x, t_j, c, g) - target)^2), over the batch. Then AdamW.
+ *  7. loss = mean((student(x, t0, c, g) - target)^2), over the batch. Then AdamW.
  *
  * `slow` and `fast` are the student with exponential averages of its weights, of decay 0.999 and
  * 0.99: they move less from step to step than it does, and so does the target. `first` is the
@@ -995,10 +1003,10 @@ bool sc_euler(const sc_model *model, sc_tape *t, const sc_sampling *s, int ndim,
  * of them is constant along its trajectory: the flow becomes straight for a few Euler steps.
  *
  * A model without a guidance input is guided by two evaluations (true CFG), v_u + cfg (v_c - v_u),
- * v_u without the caption. Either only the teacher is, who then answers both halves of its case, as
- * `slow` is not guided; the student answers alone and learns the guidance with the flow: sampling
- * takes one evaluation a step. Or, as in the official SD3.5 trainer, all four are, the gradient
- * goes through both evaluations of the student, and sampling takes two.
+ * v_u without the caption. Either only the teacher is guided, and then answers both halves of its
+ * case, since `slow` is not; the student learns the guidance with the flow, and sampling takes one
+ * evaluation a step. Or, as in the official SD3.5 trainer, all four are guided, the gradient goes
+ * through both evaluations of the student, and sampling takes two.
  */
 
 /* ---- Steps 2 to 4: chance ---- */
@@ -1007,6 +1015,7 @@ static float sc__between(sc_rng *rng, const float range[2]) {
     return range[0] + (range[1] - range[0]) * sc_uniform(rng);
 }
 
+/* All is drawn, wanted or not: each sample takes as much of the random stream. */
 void sc_draw_sample(const sc_recipe *r, sc_rng *rng, int64_t tokens, bool flow_matching,
                     sc_draw *d) {
     int choices = 0;
@@ -1056,7 +1065,7 @@ bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int
         float d1 = d->t[0] - d->t[1], d2 = d->t[1] - d->t[2];
         t0[i] = d->t[0], t1[i] = d->t[1], g[i] = d->guidance;
         minus_d1[i] = -d1, part1[i] = d1 / (d1 + d2), part2[i] = d2 / (d1 + d2);
-        bool folded = d->teacher && d->cfg[0] != d->cfg[1]; /* slow is not guided: both halves */
+        bool folded = d->teacher && d->cfg[0] != d->cfg[1]; /* only the teacher is guided */
         set1[i] = d->teacher ? SC_TEACHER : SC_FAST, cfg1[i] = d->cfg[!d->teacher];
         set2[i] = folded ? SC_TEACHER : SC_SLOW, cfg2[i] = d->cfg[!folded];
     }
@@ -1086,7 +1095,7 @@ bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int
  */
 
 typedef struct sc__stream {         /* one stream of a double block, or a single block's only one */
-    sc_linear_layer mod;            /* [6C, C]; single: [3C, C]; SD3.5: see there */
+    sc_linear_layer mod;            /* [6C, C]; single: [3C, C]; SD3.5: [9C, C] or [2C, C], too */
     sc_linear_layer q, k, v, out;   /* [C, C]; single: no out */
     sc_linear_layer norm_q, norm_k; /* [D], without bias */
     sc_linear_layer up, down;       /* [4C, C], [C, 4C]; single: down [C, 5C], of both */
@@ -1110,7 +1119,7 @@ struct sc_dit {
     sc_net *net;                    /* its weights */
     sc_linear_layer x_embedder, context_embedder; /* SD3.5's first is a convolution on disk */
     sc_tensor *positions;           /* SD3.5: [side^2, C] */
-    sc_linear_layer time[2], guidance[2], pooled[2];
+    sc_linear_layer time[2], guidance[2], pooled[2]; /* an MLP of two layers for each */
     sc__block *blocks;              /* the double ones, then the single ones */
     sc_linear_layer norm_out, proj_out;
     sc__module *modules;            /* every linear layer by name: what LoRA can adapt */
@@ -1118,11 +1127,11 @@ struct sc_dit {
     sc_tensor rope;                 /* [T, D/2, 2], made for: */
     int rope_text, rope_h, rope_w;
     char *config_text;              /* config.json, as it was read */
-    int checkpointed;   /* so many of the blocks keep only their inputs for the backward pass */
+    int checkpointed;   /* the first so many blocks keep only their inputs for the way back */
 };
 
 /* RoPE's (cos, sin) for each token and channel pair, turn [text + h w, D/2, 2]: pair i of an axis
- * of d channels turns by position * 10000^(-2i/d). SD3.5's do not turn. */
+ * of d channels turns by position * 10000^(-2i/d). SD3.5's stay: (1, 0). */
 static void sc__rope_turns(const sc_dit_config *c, int text, int h, int w, float *turn) {
     for (int64_t token = -text; token < (int64_t)h * w; token++) {
         for (int i = 0; c->kind == SC_SD3 && i < c->head_size; i++) *turn++ = i % 2 ? 0 : 1;
@@ -1137,8 +1146,8 @@ static void sc__rope_turns(const sc_dit_config *c, int text, int h, int w, float
     }
 }
 
-/* Attention among the tokens of one stream, n[0] [B,T,C], or of two, image and text, which comes
- * first; without the output layers. */
+/* Attention among the tokens of one stream, n[0] [B,T,C], or of two, n[0] the image's and n[1] the
+ * text's, joined with the text first; without the output layers. */
 static sc_tensor *sc__attend(sc_tape *t, const sc__block *block, const sc__stream *s,
                              sc_tensor **n, int streams) {
     const sc_dit_config *c = &block->dit->config;
@@ -1157,7 +1166,8 @@ static sc_tensor *sc__attend(sc_tape *t, const sc__block *block, const sc__strea
     return sc_attention(t, query, key, value, c->heads, scale, NULL, false);
 }
 
-/* in: image [B,Ti,C], text [B,Tt,C], silu of the modulation vector [B,C]; out: image, text. */
+/* in: image [B,Ti,C], text [B,Tt,C], the modulation vector [B,C]; out: image, text. Of the vectors
+ * in mod, 0, 1, 2 are attention's shift, scale and gate, 3, 4, 5 the MLP's. */
 static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context) {
     const sc__block *block = (const sc__block *)context;
     const sc__stream *stream = block->stream;
@@ -1185,7 +1195,8 @@ static bool sc__double_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, cons
     return out[0] && (block->last || out[1]);
 }
 
-/* in: joined tokens [B,T,C], silu of the modulation vector [B,C]; out: joined tokens. */
+/* in: joined tokens [B,T,C], the modulation vector [B,C]; out: joined tokens. One layer, `down`,
+ * takes attention's result and the MLP's side by side. */
 static bool sc__single_forward(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context) {
     const sc__block *block = (const sc__block *)context;
     const sc__stream *stream = block->stream;
@@ -1339,7 +1350,7 @@ sc_params *sc_params_lora(sc_dit *dit, int rank, float alpha, uint64_t seed) {
     size_t modules = (size_t)dit->module_count;
     if (start) p->adapters = (sc_adapter *)sc__alloc(modules, sizeof *p->adapters);
     if (p) p->rank = rank;
-    sc_rng own = {sc_random_bits(&(sc_rng){seed})}; /* the seed's own stream is the training's */
+    sc_rng own = {sc_random_bits(&(sc_rng){seed})}; /* not the stream that training draws from */
     bool ok = start && p->adapters;
     if (ok) sc__attach(p, alpha / (float)rank, own, start), sc__params_start(p, start);
     SC_FREE(start);
@@ -1413,8 +1424,8 @@ static sc_tensor *sc__extended(sc_tape *t, sc_tensor *x, sc_tensor *y, int64_t m
 }
 
 /* sc_model.velocity. True CFG's two evaluations are one pass: all samples with their captions and,
- * behind them, those up to the last guided one again, without; while recording all of them, since
- * there is no way back through sc_copy, which would append the rest. */
+ * behind them, the first `guided` ones again, without: up to the last whose cfg is not 1, or, while
+ * recording, all: sc_copy, which appends the others' v, is not recorded. rest: 1 - cfg. */
 static sc_tensor *sc__dit_model_velocity(void *self, sc_tape *t, sc_tensor *x, const sc_query *q) {
     sc__dit_model m = *(sc__dit_model *)self;
     int64_t n = x->shape[0], guided = 0;
@@ -1496,7 +1507,7 @@ bool sc_train_gradient(sc_dit *dit, sc_params *params, sc_tape *t, const sc_reci
         minus[i] = -1, student[at] = SC_STUDENT, teacher[at] = SC_TEACHER;
         texts[at] = d.no_caption ? b->no_text : b->texts[at];
     }
-    /* From here on, of all samples those of this process. */
+    /* From here on, of all samples those of this process; the first `plain` by flow matching. */
     draws += first, time += first, cfg += first, guidance += first, texts += first;
     plain = sc__max(0, sc__min(plain - first, own));
     /* Step 5: noisy input. */
