@@ -4081,9 +4081,8 @@ static bool sc__sort_entries(sc_file *f) {
     return true;
 }
 
-/* The path of a folder's weights: what diffusers or transformers would take, else a variant's
- * (fp16), else the only file; where there is only one of another kind, that, so that opening it says
- * so. */
+/* The path of a folder's weights: what diffusers or transformers take, a variant's (fp16), else the
+ * only file; where there is only one of another kind, that, so that opening it says so. */
 static char *sc__weights_in(const char *folder) {
     enum { READ = 8, PATTERNS = READ + 4 };
     static const char *const patterns[PATTERNS] = {
@@ -5303,9 +5302,10 @@ static bool sc__lora_config_alpha(const sc__lora *l, const char *const names[2],
             return sc_fail("%s: the alpha_pattern '%s' is a regular expression; only names are "
                             "read here", l->file->path, pattern);
         for (int k = 0; k < 2; k++) {
-            const char *end = names[k] + strlen(names[k]) - m;
-            found = found || (end >= names[k] && !strcmp(end, name) &&
-                              (end == names[k] || (name == pattern && end[-1] == '.')));
+            const char *own = names[k];
+            size_t n = strlen(own);
+            found = found || (m <= n && !strcmp(own + n - m, name) &&
+                              (m == n || (name == pattern && own[n - m - 1] == '.')));
         }
         if (found) *alpha = (float)sc_json_number(sc_json_value(patterns, i), *alpha);
     }
@@ -6294,10 +6294,8 @@ static size_t sc__grapheme(const sc__unicode *u, const uint32_t *s, size_t n);
 /* ---- The tokenizer ---- */
 
 typedef struct sc__word { const char *text; int32_t id; double score; } sc__word;
-typedef struct sc__special {
-    sc__codes text;
-    int32_t id;
-    bool normalized, left, right; /* left, right: white space there goes with it */
+typedef struct sc__special { /* left, right: white space there goes with it */
+    sc__codes text; int32_t id; bool normalized, left, right;
 } sc__special;
 typedef struct sc__merge { int32_t left, right, rank, id; } sc__merge;
 typedef struct sc__charsmap { unsigned char *data; size_t size; } sc__charsmap;
@@ -6857,8 +6855,8 @@ static bool sc__unigram_open(sc_tokenizer *t, const char *path, const sc_json *c
     t->unigram = true;
     if (strcmp(sc_json_string(sc_json_get(model, "type"), ""), "Unigram") ||
         sc_json_bool(sc_json_get(model, "byte_fallback"), false))
-        return sc_fail("%s: for T5 the model must be a Unigram without byte_fallback; CLIP's is read "
-                        "from vocab.json and merges.txt", path);
+        return sc_fail("%s: the model must be a Unigram without byte_fallback (CLIP's is read from "
+                        "vocab.json and merges.txt)", path);
     if (!sc__read_words(t, words, path)) return false;
     t->unknown = sc__json_id(sc_json_get(model, "unk_id"));
     if (t->unknown < 0 || t->unknown >= sc_json_length(words))

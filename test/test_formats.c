@@ -678,7 +678,8 @@ static void test_lora_pattern_of_bfl(void) {
     }
     for (int m = 0; m < f->module_count; m++) {
         const char *name = f->modules[m].name;
-        bool qkv = strstr(name, "attn.to_q") || strstr(name, "attn.to_k") || strstr(name, "attn.to_v");
+        const char *to = strstr(name, "attn.to_");
+        bool qkv = to && strchr("qkv", to[8]);
         float more = !strcmp(name, DOUBLE "attn.to_add_out") ? 2 : 1;
         if (qkv && strncmp(name, "single_", 7)) more = 4;
         for (int64_t j = 0; j < sc_count(f->modules[m].layer->weight); j++) w[m][j] *= more;

@@ -372,7 +372,7 @@ static void test_lengths(void) {
     remove_copy(copy);
 }
 
-/* Added tokens that take the white space beside them along, as SD3.5's tokenizer_3 has a hundred. */
+/* Added tokens that take white space beside them along, as a hundred of SD3.5's tokenizer_3 do. */
 static void test_strip(void) {
     enum { LENGTH = 20 };
     static const char spaced[] = " a red \t</s> \n apple </s>", close[] = " a red</s>apple</s>";
