@@ -189,7 +189,7 @@ check "its teacher has it" quiet taught --teacher "$dir/lora.safetensors:1" --te
 mv "$dir/taught/loss.csv" "$dir/x"
 check "another start has not" quiet taught --start "$dir/lora.safetensors" --teacher-ratio 1
 check "as the loss tells" differ "$dir/taught/loss.csv" "$dir/x"
-fails 1 "rank 16; this run has rank 2" taught --teacher "$dir/lora.safetensors" --rank 2
+fails 1 "rank 64; this run has rank 2" taught --teacher "$dir/lora.safetensors" --rank 2
 fails 1 "which is read" taught --teacher "$dir/taught.safetensors:1"
 header='{"transformer.proj_out.diff_b":{"dtype":"F32","shape":[64],"data_offsets":[0,256]}}'
 { printf "\\$(printf %o ${#header})\\0\\0\\0\\0\\0\\0\\0%s" "$header" && head -c 256 /dev/zero; } >"$dir/bias.safetensors"
@@ -200,10 +200,10 @@ check "a bias alone" quiet ./sample x 1 --lora "$dir/bias.safetensors" --out "$d
 fails 1 "changes 'proj_out.bias', which the student's" taught --start "$dir/lora.safetensors" --teacher "$dir/bias.safetensors:1"
 # A state says what its numbers mean.
 check "a run of alpha 32" quiet taught --alpha 32 --steps 2 --stop-after 1
-fails 1 "the run of a LoRA of alpha 32, not of a LoRA of alpha 16" taught --steps 2 --resume
+fails 1 "the run of a LoRA of alpha 32, not of a LoRA of alpha 64" taught --steps 2 --resume
 check "goes on with it" quiet taught --alpha 32 --steps 2 --resume
 check "a run with a teacher" quiet taught --teacher "$dir/lora.safetensors:3" --steps 2 --stop-after 1
-fails 1 "of the teacher .*lora.safetensors:3, not of a LoRA of alpha 16" taught --steps 2 --resume
+fails 1 "of the teacher .*lora.safetensors:3, not of a LoRA of alpha 64" taught --steps 2 --resume
 check "goes on with it" quiet taught --teacher "$dir/lora.safetensors:3" --steps 2 --resume
 cp -r data/tiny-flux/transformer "$dir/unguided"
 sed 's/"guidance_embeds": true/"guidance_embeds": false/' data/tiny-flux/transformer/config.json >"$dir/unguided/config.json"
