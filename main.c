@@ -520,10 +520,10 @@ static bool load_prompts(experiment *x) {
     for (int i = 0; ok && i < x->count; i++) {
         x->class_of[i] = class_named(&x->judge, lines[i % count]);
         x->texts[i] = i < count ? sc_pipeline_text(x->p, lines[i]) : x->texts[i - count];
-        if (i < count) sc_note_cut(&x->texts[i], "");
+        if (i < count) sc_note_cut(&x->texts[i]);
         ok = kept(x->texts[i].context) && (!sc_interrupted || sc_fail("stopped"));
     }
-    sc_note_cut(NULL, "prompt");
+    sc_warn_cut("prompt");
     return ok;
 }
 

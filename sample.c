@@ -143,14 +143,14 @@ static bool draw(sc_pipeline *p, const char *prompt, uint64_t seed, const char *
     static sc_text negative; /* true CFG's, made once */
     if (o.cfg && text.context && !negative.context) {
         negative = sc_pipeline_text(p, o.negative ? o.negative : "");
-        sc_note_cut(&negative, ""), sc_note_cut(NULL, "negative prompt");
+        sc_note_cut(&negative), sc_warn_cut("negative prompt");
     }
     sc_sampling s = {.steps = o.steps, .shift = shift, .guidance = o.guidance, .h = h, .w = w,
                      .progress = progress, .user = &times[1], .cfg = o.cfg, .no_text = negative};
     bool ok = latents && text.context && (!o.cfg || negative.context);
     if (ok) sc_normal(&(sc_rng){seed}, latents, n);
     ok = ok && (!o.noise || load_noise(o.noise, latents, n));
-    if (ok) sc_note_cut(&text, ""), sc_note_cut(NULL, "prompt");
+    if (ok) sc_note_cut(&text), sc_warn_cut("prompt");
     times[1] = sc_seconds();
     ok = ok && sc_sample(p->dit, p->tape, &s, 1, p->text_tokens, &text, latents) &&
          (!o.latents || save_latents(o.latents, latents, tokens, c->in_channels));

@@ -725,18 +725,22 @@ void sc_print_text(FILE *to, const char *heading, const char *text) {
     fputc('\n', to);
 }
 
-/* Of how many texts T5 or CLIP read the beginning only; `text`: one more, or NULL: tells. */
-void sc_note_cut(const sc_text *text, const char *what) {
-    static const char *const encoders[] = {"T5", "CLIP"};
-    static int count[2], read[2];
-    for (int i = 0; i < 2; i++) {
-        int cut = !text ? 0 : i ? text->pooled_cut : text->cut;
-        if (cut) count[i]++, read[i] = cut;
-        if (text || !count[i]) continue;
-        fprintf(stderr, "warning: %s reads the first %d tokens only of %d %s%s\n", encoders[i],
-                read[i], count[i], what, count[i] == 1 ? "" : "s");
-        count[i] = 0;
-    }
+/* Texts of which T5 or CLIP read the beginning only, and how many tokens each reads. */
+static struct { const char *encoder; int count, tokens; } cuts[] = {{"T5", 0, 0}, {"CLIP", 0, 0}};
+
+void sc_note_cut(const sc_text *text) {
+    const int read[] = {text->cut, text->pooled_cut};
+    for (int i = 0; i < 2; i++)
+        if (read[i]) cuts[i].count++, cuts[i].tokens = read[i];
+}
+
+/* Tells of those that were noted. */
+void sc_warn_cut(const char *what) {
+    for (int i = 0; i < 2; cuts[i++].count = 0)
+        if (cuts[i].count)
+            fprintf(stderr, "warning: %s reads the first %d tokens only of %d %s%s\n",
+                    cuts[i].encoder, cuts[i].tokens, cuts[i].count, what,
+                    cuts[i].count == 1 ? "" : "s");
 }
 
 /* Loads a LoRA; prints "applied n/N" and the rest. *guidance as for sc_lora_argument. */

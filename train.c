@@ -550,10 +550,10 @@ static bool encode_texts(training *t, const sc_dataset *data) {
         if (ok) memcpy(row.context, text.context, (size_t)(sc_count(context) / count) * 4);
         if (ok) memcpy(row.pooled, text.pooled, (size_t)(sc_count(pooled) / count) * 4);
         free(text.context);
-        sc_note_cut(&text, "");
+        sc_note_cut(&text);
         sc_progress("caption", 0, i + 1, count, started, NULL);
     }
-    sc_note_cut(NULL, "caption");
+    sc_warn_cut("caption");
     free(texts);
     return ok;
 }
