@@ -7542,8 +7542,8 @@ static bool sc__dataset_line(sc_dataset *d, const char *folder, const char *wher
     sc_json *json = sc_json_parse(line, strlen(line), where);
     if (!json) return false;
     const char *name = sc_json_string(sc_json_get(json, "file_name"), NULL), *caption = NULL;
-    for (int i = 0; i < 3 && !caption; i++)
-        caption = sc_json_string(sc_json_get(json, keys[i]), NULL);
+    for (int i = 0; i < 3 && (!caption || !*caption); i++)
+        caption = sc_json_string(sc_json_get(json, keys[i]), caption);
     while (name && !strncmp(name, "./", 2)) name += 2;
     bool ok = false;
     if (!name || !*name) sc_fail("%s: no 'file_name'", where);
