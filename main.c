@@ -35,7 +35,8 @@ static const sc_option table[] = {
      "LoRA to compare, repeatable [lora.safetensors, if it is there and of this model]"},
     {"--prompts", SC_STRING, &o.prompts, "FILE", "one prompt a line"},
     {"--evaluator", SC_STRING, &o.evaluator, "DIR", "the network that judges"},
-    {"--real", SC_STRING, &o.real, "DIR", "real pictures: the distance from them, too"},
+    {"--real", SC_STRING, &o.real, "DIR",
+     "real pictures, as for ./train: the distance from them, too"},
     {"--steps", SC_INTS, o.steps, "N,N", "few steps; merge: the first decides the LoRA's scale"},
     {"--full", SC_FLAG, &o.full, NULL, "1026 pictures a row, as in the README, not 108"},
     {"--count", SC_INT, &o.count, "N", "pictures a row (0: 108, or --full's)"},
@@ -552,7 +553,7 @@ static bool load_real(experiment *x) {
 
 static int experiment_main(void) {
     experiment x = {0};
-    if (!o.lora[0]) o.lora[0] = sc_own_lora(o.transformer ? o.transformer : o.model);
+    if (!o.lora[0]) o.lora[0] = sc_own_lora(o.model, o.transformer);
     const sc_dit_options how = {.fp8 = !strcmp(o.weights, "fp8"),
                                 .streamed = !strcmp(o.weights_on, "host")};
     bool ok = (sc_rank || (sc_apart(o.out, o.prompts) &&
@@ -560,8 +561,7 @@ static int experiment_main(void) {
                                         o.lora))) &&
               (x.p = sc_open_model(o.model, o.transformer, o.device, how)) &&
               evaluator_open(&x.judge, x.p->backend, o.evaluator);
-    if (ok && sc_dit_config_of(x.p->dit)->kind == SC_SD3 && !o.cfg)
-        fprintf(stderr, "note: without --cfg G (4.5, say) SD3.5's base hardly follows prompts\n");
+    if (ok) sc_note_guidance(x.p->dit, o.guided, o.cfg > 0);
     if (ok && o.resolution) x.p->resolution = o.resolution;
     if (ok && (x.p->resolution % x.p->token_pixels || x.p->resolution > 1 << 14))
         ok = sc_fail("--resolution is a multiple of %d pixels, not %d", x.p->token_pixels,
@@ -608,7 +608,8 @@ static bool info_file(const char *path) {
     print_types(numbers, "");
     printf(")\n");
     static const char *const keys[] = {"base_model", "method", "rank",   "alpha",
-                                       "steps",      "seed",   "scales", "command"};
+                                       "steps",      "seed",   "scales", "command",
+                                       "merged"};
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
         const char *value = sc_file_metadata(file, keys[i]);
         if (value) sc_print_text(stdout, formatted("  %s: ", keys[i]), value);
@@ -718,22 +719,34 @@ static int merge_main(void) {
     bool ok = dit && (o.lora[0] || sc_fail("merge needs --lora FILE[:SCALE]")) &&
               (o.kohya ? sc_check_out(o.out, SC_WEIGHTS, o.named, o.model, o.transformer, o.lora)
                        : sc_can_write_model(dit, o.out));
-    for (int i = 0; ok && i < 8 && o.lora[i]; i++)
+    const char *merged = "";
+    for (int i = 0; ok && i < 8 && o.lora[i]; i++) {
         ok = sc_load_lora_argument(dit, o.lora[i], o.steps[0], &guidance);
+        merged = formatted("%s%s%s", merged, i ? " " : "", o.lora[i]);
+    }
     const char *vae = ok ? kept(sc_part_path(o.model, SC_VAE)) : NULL; /* perhaps in one file */
     if (ok && (!vae || strcmp(vae, path)))
         sc_warn_unread((const sc_net *[]){sc_dit_net(dit)}, 1, path);
-    const char *metadata[] = {"format", "pt", "command", sc_command, NULL};
+    const char *metadata[] = {"format", "pt", "command", sc_command, "merged", merged, NULL};
     sc_dtype type = ok ? sc_dit_net(dit)->weights[0]->source.dtype : SC_BF16;
     if (type != SC_F32 && type != SC_F16) type = SC_BF16;
     if (ok && o.kohya) ok = sc_lora_save_kohya(dit, o.out, metadata);
     else if (ok) ok = sc_dit_save(dit, o.out, type, metadata);
-    const char *what = o.kohya ? "" : ": a transformer folder, to put in place of the model's";
-    if (ok) printf("wrote %s%s\n", o.out, what);
+    const char *how = formatted(": take it with --transformer %s", o.out);
+    if (ok) printf("wrote %s%s\n", o.out, o.kohya ? "" : how);
     if (ok && isfinite(guidance))
         printf("for %d steps the LoRA asks for guidance %g\n", o.steps[0], guidance);
     sc_dit_close(dit);
     return sc_end(ok);
+}
+
+/* Refuses options that nothing would read: those given, but for the ones in the list. */
+static bool reads(const char *what, const char *list, int argc, char **argv) {
+    for (int i = 0; i < OPTIONS; i++)
+        if (table[i].name && sc_given(argc, argv, table[i].name, NULL) &&
+            !is_listed(list, table[i].name))
+            return sc_fail("%s does not read %s", what, table[i].name);
+    return true;
 }
 
 static int wrong_words(const char *command, int count, const char *program) {
@@ -752,15 +765,18 @@ int main(int argc, char **argv) {
     o.guided = sc_given(argc, argv, "--guidance", NULL) != NULL;
     sc_set_threads(o.threads);
     if (!count) sc_catch_interrupt(); /* info and merge have nothing to keep */
-    bool merge = count && !strcmp(words[0], "merge");
+    bool info = count == 2 && !strcmp(words[0], "info");
+    bool merge = count == 1 && !strcmp(words[0], "merge");
     o.named = o.out != NULL;
     if (!o.out) o.out = !merge ? "sheet.png" : o.kohya ? "lora-kohya.safetensors" : "merged";
     if (o.batch < 1 || o.batch > 4096 || o.count < 0 || o.count == 1 || o.resolution < 0 ||
-        !(o.shift >= 0) || !(o.cfg >= 0) || (o.cfg_loras && !o.cfg))
+        !(o.shift >= 0) || !(o.cfg >= 0) || (o.cfg_loras && !o.cfg) || (o.kohya && !merge))
         return sc_fail("--batch from 1 to 4096, --count from 2 up, no negative numbers; "
-                       "--cfg-loras needs --cfg"), sc_bad_usage(NULL);
-    if (count == 0) return experiment_main();
-    if (sc_rank && (merge || count == 2)) return sc_end(true); /* for one process */
-    if (count == 2 && !strcmp(words[0], "info")) return info_main(words[1]);
-    return merge && count == 1 ? merge_main() : wrong_words(words[0], count, argv[0]);
+                       "--cfg-loras needs --cfg, --kohya is for merge"), sc_bad_usage(NULL);
+    if (count && !info && !merge) return wrong_words(words[0], count, argv[0]);
+    const char *read = "--model|--transformer|--lora|--steps|--out|--kohya|--threads";
+    if (count && !reads(words[0], info ? "" : read, argc, argv)) return sc_bad_usage(NULL);
+    if (!count) return experiment_main();
+    if (sc_rank) return sc_end(true); /* for one process */
+    return info ? info_main(words[1]) : merge_main();
 }

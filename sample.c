@@ -328,7 +328,7 @@ static bool load_loras(sc_pipeline *p) {
         note_input(kept(sc_part_path(o.model, (sc_part)part)));
     note_input(o.transformer);
     note_input(o.noise);
-    if (!o.lora[0] && !o.no_lora) o.lora[0] = sc_own_lora(o.transformer ? o.transformer : o.model);
+    if (!o.lora[0] && !o.no_lora) o.lora[0] = sc_own_lora(o.model, o.transformer);
     for (int i = 0; !o.no_lora && i < 8 && o.lora[i]; i++) {
         const char *path = sc_lora_argument(o.lora[i], o.steps, &scale, NULL);
         if (!sc_load_lora_argument(p->dit, o.lora[i], o.steps, o.guided ? NULL : &guidance))
@@ -363,9 +363,7 @@ int main(int argc, char **argv) {
                           .streamed = !strcmp(o.weights_on, "host")};
     sc_pipeline *p = sc_open_model(o.model, o.transformer, o.device, how);
     bool usage_ok = !p || take_size(p);
-    if (p && sc_dit_config_of(p->dit)->kind == SC_SD3 && !o.cfg)
-        fprintf(stderr, "note: without --cfg G (4.5, say) SD3.5 hardly follows the prompt, but for "
-                        "LoRAs that guidance is folded into, as ./train does\n");
+    if (p) sc_note_guidance(p->dit, o.guided, o.cfg > 0);
     bool ok = p && usage_ok && load_loras(p) && (o.prompts ? draw_list(p) : draw_all(p, prompt));
     sc_pipeline_close(p);
     int status = sc_end(ok);

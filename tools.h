@@ -157,7 +157,7 @@ static void keep_last(bytes_read *text, const uint8_t *p, size_t n) {
 /* The text of a PNG's tEXt, zTXt or iTXt chunk if it has this keyword; the last two may be packed.
  * False: it cannot be unpacked. */
 static bool png_keyword(const uint8_t *type, size_t n, const char *keyword, bytes_read *text) {
-    enum { LIMIT = 1 << 20 };
+    enum { LIMIT = 1 << 26 };
     const uint8_t *p = type + 4, *end = p + n;
     bool international = !memcmp(type, "iTXt", 4), packed = !memcmp(type, "zTXt", 4);
     if ((!international && !packed && memcmp(type, "tEXt", 4)) ||
@@ -756,15 +756,35 @@ bool sc_load_lora_argument(sc_dit *dit, const char *argument, int steps, float *
     return true;
 }
 
-/* lora.safetensors of this folder, where it is there and was made for this model; else NULL. */
-const char *sc_own_lora(const char *model) {
+/* What is to be known of a model's guidance, where --guidance or --cfg was given or not. */
+void sc_note_guidance(const sc_dit *dit, bool guided, bool cfg) {
+    const sc_dit_config *c = sc_dit_config_of(dit);
+    if (guided && !c->guidance)
+        fprintf(stderr, "note: this model has no input for guidance: --guidance changes nothing, "
+                        "--cfg G does\n");
+    if (c->kind == SC_SD3 && !cfg)
+        fprintf(stderr, "note: without --cfg G (4.5, say) SD3.5 hardly follows the prompt, but for "
+                        "LoRAs that guidance is folded into, as ./train does\n");
+}
+
+/* lora.safetensors of this folder, where it is there and was made for this model (or the other
+ * transformer, if not NULL), which has no LoRA merged into it; else NULL. */
+const char *sc_own_lora(const char *model, const char *transformer) {
     static const char path[] = "lora.safetensors";
     sc_file *file = exists(path) ? sc_file_open(path) : NULL;
+    const char *weights = transformer ? transformer : kept(sc_part_path(model, SC_TRANSFORMER));
+    sc_file *into = file && weights ? sc_file_open(weights) : NULL;
     const char *base = file ? sc_file_metadata(file, "base_model") : NULL;
-    bool own = base ? same_place(base, model) : exists(path) && !file;
-    if (file && !own)
+    const char *merged = into ? sc_file_metadata(into, "merged") : NULL;
+    bool same = base && same_place(base, transformer ? transformer : model);
+    bool own = file ? same && !merged : exists(path);
+    if (same && !own)
+        sc_print_text(stderr, formatted("%s is not used, the transformer has merged in: ", path),
+                      merged);
+    else if (file && !own)
         sc_print_text(stderr, formatted("%s is not used, it was made for ", path),
                       base ? base : "a model that it does not name");
+    sc_file_close(into);
     sc_file_close(file);
     return own ? path : NULL; /* where it cannot be read, loading it says why */
 }
@@ -884,6 +904,7 @@ static bool set_option(const sc_option *o, const char *text) {
     const char **strings = (const char **)o->value;
     char *end = NULL;
     int i = 0;
+    if (o->kind == SC_FLAG) return *(bool *)o->value = !strcmp(text, "yes"), true;
     if (o->kind > SC_SEED) return set_numbers(o, text);
     if (o->kind == SC_SEED) { /* exactly: no double holds all of them */
         errno = 0;
@@ -900,6 +921,12 @@ static bool set_option(const sc_option *o, const char *text) {
     return strings[i] = text, true;
 }
 
+/* The number, and no more digits than it takes. */
+static const char *real_text(float x) {
+    const char *text = formatted("%g", x);
+    return strtof(text, NULL) == x ? text : formatted("%.9g", x);
+}
+
 /* The value; "" where there is none. */
 static const char *option_text(const sc_option *o) {
     const float *real = (const float *)o->value;
@@ -914,18 +941,19 @@ static const char *option_text(const sc_option *o) {
         for (const int *x = (const int *)o->value; *x; x++)
             text = formatted("%s%s%d", text, *text ? "," : "", *x);
         return text;
-    case SC_FLOAT: return formatted("%g", *real);
-    case SC_RANGE: return formatted("%g,%g", real[0], real[1]);
+    case SC_FLOAT: return real_text(*real);
+    case SC_RANGE: return formatted("%s,%s", real_text(real[0]), real_text(real[1]));
     }
     return "";
 }
 
-void sc_print_options(const sc_option *options, int count) {
-    for (int i = 0; i < count; i++) {
-        const char *value = options[i].name ? option_text(&options[i]) : "";
-        if (*value) printf(" %s %s", options[i].name, value);
-    }
-    printf("\n");
+/* All that have a value, but for those in the list `but` ("--this|--that"): lines "NAME VALUE". */
+const char *sc_options_text(const sc_option *options, int count, const char *but) {
+    const char *text = "", *value;
+    for (const sc_option *o = options; o < options + count; o++)
+        if (o->name && !is_listed(but, o->name) && *(value = option_text(o)))
+            text = formatted("%s%s %s\n", text, o->name, value);
+    return text;
 }
 
 static void print_help(const char *usage, const sc_option *options, int count) {
@@ -965,7 +993,7 @@ int sc_parse(const char *usage, const sc_option *options, int count, int argc, c
         } else if (!word[2]) literal = true;
         else if (!(o = find_option(options, count, word + 2)))
             ok = sc_fail("unknown option '%s'", word);
-        else if (o->kind == SC_FLAG) *(bool *)o->value = true;
+        else if (o->kind == SC_FLAG) ok = set_option(o, "yes");
         else if (i + 1 == argc) ok = sc_fail("%s needs a value: %s", o->name, o->argument);
         else ok = set_option(o, argv[++i]);
     }
@@ -979,6 +1007,19 @@ const char *sc_given(int argc, char **argv, const char *name, const char *value)
     for (int i = 1; i < argc; i++)
         if (!strcmp(argv[i], name)) value = i + 1 < argc ? argv[i + 1] : "";
     return value;
+}
+
+/* Takes what sc_options_text wrote. */
+bool sc_take_options(const sc_option *options, int count, const char *text) {
+    for (const char *end; (end = strchr(text, '\n')); text = end + 1) {
+        int name = (int)strcspn(text, " "), value = (int)(end - text) - name - 1;
+        const sc_option *o = NULL;
+        if (name > 2 && value > 0)
+            o = find_option(options, count, formatted("%.*s", name - 2, text + 2));
+        if (!o) return sc_fail("'%.*s' is no option", (int)(end - text), text);
+        if (!set_option(o, formatted("%.*s", value, text + name + 1))) return false;
+    }
+    return true;
 }
 
 /* Values from the object `section` of MODEL/recipe.json, where there is one: the defaults measured

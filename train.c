@@ -15,6 +15,7 @@ static const char usage[] =
     "\n"
     "  ./train data/10pairs                         the shipped small model, minutes on a CPU\n"
     "  ./train my-pictures --model FLUX.1-dev --resolution 512\n"
+    "  ./train --resume                             goes on where Ctrl-C stopped\n"
     "  ./train pictures --pretrain --out tiny/transformer       all weights, from random ones\n"
     "\n"
     "The defaults in [] are those of --model: its recipe.json's, else the paper's.";
@@ -29,6 +30,7 @@ static struct options {
     const char *data, *model, *out, *run, *device, *weights, *weights_on;
     const char *transformer, *start, *teacher, *scales;
     bool full, pretrain; /* default: SCFM with a LoRA */
+    bool ranked;         /* by --rank or --alpha */
     bool resume, dry_run, no_cache, checkpointing;
     int rank, steps, batch, warmup, ema_restart;
     float alpha, final_lr, fast, slow;
@@ -51,7 +53,7 @@ static const sc_option table[] = {
     {"--transformer", SC_STRING, &o.transformer, "DIR", "take the transformer from this folder"},
     {"--start", SC_STRING, &o.start, "FILE", "start from this LoRA"},
     {"--teacher", SC_STRING, &o.teacher, "FILE",
-     "the teacher's LoRA (FILE:SCALE); the student starts so"},
+     "the teacher's LoRA (FILE:SCALE); without --start the student starts so"},
     {"--rank", SC_INT, &o.rank, "N", "LoRA rank"},
     {"--alpha", SC_FLOAT, &o.alpha, "X", "LoRA alpha (0: the rank)"},
     {NULL, SC_FLAG, NULL, NULL, "How long and how fast:"},
@@ -98,8 +100,10 @@ static const sc_option table[] = {
     {NULL, SC_FLAG, NULL, NULL, "Running:"},
     {"--out", SC_STRING, &o.out, "PATH", "result (LoRA: lora.safetensors; all weights: a folder)"},
     {"--run", SC_STRING, &o.run, "DIR", "folder for loss.csv, preview.png and the state"},
-    {"--resume", SC_FLAG, &o.resume, NULL, "go on from the state in the run folder"},
-    {"--dry-run", SC_FLAG, &o.dry_run, NULL, "print the plan, the memory and the time, and stop"},
+    {"--resume", SC_FLAG, &o.resume, NULL,
+     "go on from the state in the run folder, with its DATA and options but for those given"},
+    {"--dry-run", SC_FLAG, &o.dry_run, NULL,
+     "encode DATA, print the plan, the memory and the time, and stop"},
     {"--preview", SC_INT, &o.preview, "N", "a preview picture every N steps (0: none)"},
     {"--save", SC_INT, &o.save, "N", "save result and state every N steps (0: at the end)"},
     {"--stop-after", SC_INT, &o.stop_after, "N", "save and stop after step N (0: go through)"},
@@ -108,6 +112,8 @@ static const sc_option table[] = {
     {"--seed", SC_SEED, &o.seed, "N", "of everything random"},
 };
 enum { OPTIONS = sizeof table / sizeof *table };
+/* What --resume does not take from the run. */
+static const char of_one_call[] = "--run|--resume|--dry-run|--stop-after|--no-cache";
 
 /* What the encoders make of DATA, once: one tensor for all pairs of each of these, and then each
  * pair's latents [2, h, w, in_channels], mean and std of the posterior. Text 0 is empty. */
@@ -173,6 +179,7 @@ static void draw_batch(training *t) {
 
 /* ---- The state: enough to go on bit for bit ---- */
 
+static const char *base(void) { return o.transformer ? o.transformer : o.model; }
 static float alpha(void) { return o.alpha > 0 ? o.alpha : (float)o.rank; }
 
 /* What the numbers of a state mean. */
@@ -188,8 +195,23 @@ static bool save_state(const training *t) {
                               "steps", formatted("%d", o.steps),
                               "rng", formatted("%llu", (unsigned long long)t->rng.state),
                               "kind", kind_of_run(),
+                              "data", o.data,
+                              "options", sc_options_text(table, OPTIONS, of_one_call),
                               "command", sc_command, NULL};
     return sc_params_save(t->params, t->state, metadata);
+}
+
+/* The data and options of the run in `folder`; false where its state has none, as older ones. */
+static bool take_run(const char *folder) {
+    const char *state = formatted("%s/state.safetensors", folder);
+    sc_file *file = exists(state) ? sc_file_open(state) : NULL;
+    const char *data = file ? sc_file_metadata(file, "data") : NULL;
+    const char *options = file ? sc_file_metadata(file, "options") : NULL;
+    bool there = data && options;
+    if (there) o.data = formatted("%s", data);
+    if (there && !sc_take_options(table, OPTIONS, options)) exit(sc_die());
+    sc_file_close(file);
+    return there;
 }
 
 static bool load_state(training *t) {
@@ -212,7 +234,7 @@ static bool load_state(training *t) {
         ok = t->step <= o.steps || sc_fail("%s is at step %lld already, beyond --steps %d",
                                            t->state, (long long)t->step, o.steps);
     }
-    if (ok && command) { /* with other options it would be another run */
+    if (ok && command) {
         sc_print_text(stderr, "resumed; this run was saved by: ", command);
         sc_command = formatted("%s && %s", command, sc_command);
     }
@@ -233,18 +255,27 @@ static bool check_unfinished(const training *t) {
     return ok;
 }
 
+/* What the program named itself does not replace what was made of another model. */
+static bool check_base(void) {
+    sc_file *file = exists(o.out) ? sc_file_open(o.out) : NULL;
+    const char *other = file ? sc_file_metadata(file, "base_model") : NULL;
+    bool ok = !other || same_place(other, base()) ||
+              sc_fail("%s was made for %s: name another place with --out", o.out, other);
+    sc_file_close(file);
+    return ok;
+}
+
 /* The slow average of all weights, or the student's LoRA: what the run is for. */
 static bool save_result(const training *t) {
     const char *rank = formatted("%d", o.rank), *steps = formatted("%lld", (long long)t->step);
     const char *seed = formatted("%llu", (unsigned long long)o.seed);
-    const char *base = o.transformer ? o.transformer : o.model;
     /* alpha is the rank: what --alpha asks for is multiplied into B */
-    const char *metadata[] = {"base_model", base, "method", "SCFM", "rank", rank, "alpha", rank,
+    const char *metadata[] = {"method", "SCFM", "rank", rank, "alpha", rank, "base_model", base(),
                               "steps", steps, "seed", seed, "command", sc_command, "format", "pt",
                               o.scales ? "scales" : NULL, o.scales, NULL};
     if (t->params->adapters) return sc_lora_save(t->params, SC_STUDENT, o.out, metadata);
     sc_params_use(t->params, SC_SLOW);
-    bool ok = sc_dit_save(t->pipeline->dit, o.out, SC_BF16, metadata + 8); /* from steps on */
+    bool ok = sc_dit_save(t->pipeline->dit, o.out, SC_BF16, metadata + 6); /* from the base on */
     sc_params_use(t->params, SC_STUDENT);
     return ok;
 }
@@ -371,7 +402,7 @@ static bool tell_step(training *t, progress *p) {
 static FILE *open_csv(const char *path, int64_t done) {
     FILE *csv = done ? fopen(path, "r+") : NULL;
     if (!csv) {
-        if ((csv = fopen(path, "w"))) fputs(SC_LOSS_COLUMNS, csv);
+        if ((csv = fopen(path, "w"))) fputs(SC_LOSS_COLUMNS, csv), fflush(csv);
         return csv;
     }
     for (int64_t line = 0; line <= done; line++) /* the heading, and a line for each step */
@@ -385,6 +416,7 @@ static bool train(training *t) {
     if (sc_stop) return sc_fail("stopped before the first step: nothing was written");
     FILE *csv = p.csv = open_csv(t->losses, sc_rank ? 0 : p.first);
     if (!csv) return sc_fail("%s: %s", t->losses, strerror(errno));
+    if (!p.first && !sc_rank) remove(t->state); /* the last run's: nothing to resume any more */
     bool ok = true;
     int64_t last = o.stop_after && o.stop_after < o.steps ? o.stop_after : o.steps;
     while (ok && t->step < last && !sc_stop) {
@@ -506,15 +538,16 @@ static uint64_t mix_part(uint64_t hash, sc_part part, bool times) {
 /* What the cache depends on: pictures, captions, sizes, and the networks that encode them. */
 static uint64_t fingerprint_of(const training *t, const sc_dataset *data, bool times) {
     uint64_t hash = 0xcbf29ce484222325u;
+    size_t folder = strlen(o.data); /* however it was called: paths in it count */
     for (int64_t i = 0; i < data->count; i++) {
         const sc_pair *pair = &data->pairs[i];
-        hash = mix(hash, pair->path, strlen(pair->path) + 1);
+        hash = mix(hash, pair->path + folder, strlen(pair->path + folder) + 1);
         hash = mix(hash, pair->caption, strlen(pair->caption) + 1);
         hash = mix_file(hash, pair->path, times);
     }
-    const char *folder = kept(sc_model_folder(o.model));
-    for (size_t i = 0; folder && sc_encoder_files[i]; i++)
-        hash = mix_file(hash, formatted("%s/%s", folder, sc_encoder_files[i]), times);
+    const char *model = kept(sc_model_folder(o.model));
+    for (size_t i = 0; model && sc_encoder_files[i]; i++)
+        hash = mix_file(hash, formatted("%s/%s", model, sc_encoder_files[i]), times);
     for (int part = SC_VAE; part < SC_PARTS; part++) hash = mix_part(hash, (sc_part)part, times);
     int sizes[2] = {t->pipeline->resolution, t->pipeline->text_tokens};
     return mix(hash, sizes, sizeof sizes);
@@ -546,7 +579,7 @@ static bool encode_texts(training *t, const sc_dataset *data) {
     double started = sc_seconds();
     for (int i = 0; ok && i < count; i++) {
         sc_text text = sc_pipeline_text(p, texts[i]), row = text_row(t, i);
-        ok = text.context && (!sc_interrupted || sc_fail("stopped"));
+        ok = text.context && (!sc_interrupted || sc_fail("stopped: no captions are kept"));
         if (ok) memcpy(row.context, text.context, (size_t)(sc_count(context) / count) * 4);
         if (ok) memcpy(row.pooled, text.pooled, (size_t)(sc_count(pooled) / count) * 4);
         free(text.context);
@@ -556,6 +589,27 @@ static bool encode_texts(training *t, const sc_dataset *data) {
     sc_warn_cut("caption");
     free(texts);
     return ok;
+}
+
+/* Pictures that become something else in their frame: how many, and one of them. */
+static struct misfit {
+    const char *what, *first;
+    int count;
+} misfits[] = {{"half and more is cut off (no side is longer than four of the other)", NULL, 0},
+               {"enlarged more than twofold", NULL, 0}};
+
+static void note_fit(const char *path, const sc_picture *p, int width, int height) {
+    double x = (double)width / p->width, y = (double)height / p->height;
+    const bool found[] = {fmin(x, y) <= 0.5 * fmax(x, y), fmax(x, y) > 2};
+    for (int i = 0; i < 2; i++)
+        if (found[i] && !misfits[i].count++) misfits[i].first = formatted("%s", path);
+}
+
+static void warn_misfits(int pictures) {
+    for (const struct misfit *m = misfits; m < misfits + 2; m++)
+        if (m->count)
+            sc_print_text(stderr, formatted("warning: %s: %d of %d pictures, such as ", m->what,
+                                            m->count, pictures), m->first);
 }
 
 static bool encode_picture(training *t, const char *path, sc_tensor *x) {
@@ -568,6 +622,7 @@ static bool encode_picture(training *t, const char *path, sc_tensor *x) {
         sc_bucket(picture.width, picture.height, p->resolution, multiple, &width, &height);
         int64_t shape[4] = {2, height / side, width / side, t->config->in_channels};
         ok = sc_picture_fit(&fitted, &picture, width, height) && new_tensor(x, SC_F32, 4, shape);
+        note_fit(path, &picture, width, height);
     }
     float *mean = x->data;
     ok = ok && sc_pipeline_encode(p, fitted.rgb, width, height, mean, mean + sc_count(x) / 2);
@@ -576,24 +631,39 @@ static bool encode_picture(training *t, const char *path, sc_tensor *x) {
     return ok;
 }
 
+/* Before hours of work on the others: can all be read? */
+static bool check_pictures(const sc_dataset *data, int first) {
+    double started = sc_seconds();
+    for (int i = first; i < data->count; i++) {
+        sc_picture picture;
+        if (sc_interrupted) return sc_fail("stopped");
+        if (!sc_picture_load(&picture, data->pairs[i].path)) return false;
+        sc_picture_free(&picture);
+        sc_progress("picture checked", first, i + 1, data->count, started, NULL);
+    }
+    return true;
+}
+
 /* What the cache does not have. */
 static bool encode(training *t, const sc_dataset *data, const char *fingerprint) {
     int first = t->mapped ? t->mapped - LATENTS : 0, made = first;
-    bool ok = t->mapped || encode_texts(t, data);
+    bool ok = check_pictures(data, first) && (t->mapped || encode_texts(t, data));
     double started = sc_seconds();
     while (ok && made < t->pairs && !sc_interrupted) {
         ok = encode_picture(t, data->pairs[made].path, &t->data[LATENTS + made]);
         made += ok;
         sc_progress("picture", first, made, t->pairs, started, NULL);
     }
-    if (ok && made > first && !o.no_cache && !sc_rank) {
+    warn_misfits(made - first);
+    if (ok && (made > first || !t->mapped) && !o.no_cache && !sc_rank) {
         if (save_cache(t, fingerprint, made)) {
             load_cache(t, fingerprint); /* mapped: the system may take the memory back */
             ok = t->mapped == LATENTS + made || sc_fail("%s: cannot be read back", t->cache);
         } else fprintf(stderr, "warning: not kept for the next run: %s\n", sc_error());
     }
-    return ok && (made == t->pairs || sc_fail("stopped: the latents of %d of %d pictures are kept",
-                                              t->mapped ? t->mapped - LATENTS : 0, t->pairs));
+    int kept_pictures = t->mapped ? t->mapped - LATENTS : 0;
+    return ok && (made == t->pairs || sc_fail("stopped: captions and latents of %d of %d pictures "
+                                              "are kept", kept_pictures, t->pairs));
 }
 
 static bool load_data(training *t) {
@@ -659,6 +729,7 @@ static bool check_options(void) {
          "--full, --pretrain and --distill-guidance exclude each other"},
         {!o.pretrain || recipe.teacher_ratio == 0,
          "--pretrain has no teacher: --teacher-ratio is 0 there"},
+        {!o.ranked || !all_weights(), "--rank and --alpha are for a LoRA, not for all weights"},
         {!o.start || !all_weights(), "--start is for a LoRA, not for all weights"},
         {!o.teacher || !all_weights(), "--teacher is for a LoRA, not for all weights"},
         {o.resolution >= 0 && o.text_tokens >= 0 && o.warmup >= 0 && o.ema_restart >= 0 &&
@@ -687,7 +758,7 @@ static bool open_model(training *t) {
     return !recipe.distil_guidance || t->config->guidance ||
            sc_fail("%s: this model takes no guidance, so that --distill-guidance has nothing to "
                    "teach: its config.json has no \"guidance_embeds\": true",
-                   o.transformer ? o.transformer : o.model);
+                   base());
 }
 
 /* A LoRA that starts from --start, from the teacher's, or from nothing. */
@@ -771,8 +842,9 @@ static void print_plan(const training *t) {
     for (int64_t i = 0; i < net->count; i++) parameters += sc_count(&net->weights[i]->tensor);
     printf("%s: %d pairs, %d captions; %lld of %lld parameters trained\n", o.data, t->pairs,
            (int)t->data[CONTEXT].shape[0] - 1, (long long)t->params->count, parameters);
-    printf("options:");
-    sc_print_options(table, OPTIONS);
+    printf("options: ");
+    for (const char *c = sc_options_text(table, OPTIONS, ""); *c; c++)
+        putchar(*c == '\n' && c[1] ? ' ' : *c);
     fflush(stdout);
 }
 
@@ -802,7 +874,8 @@ static bool check_places(const training *t, bool named, bool *made) {
     const char *const others[] = {t->state, t->losses, t->picture, t->cache};
     bool ok = make_folder(o.run, made) && sc_lock(o.run) &&
               (o.resume || (check_unfinished(t) && sc_may_replace(t->state))) &&
-              sc_can_write(t->state) && sc_may_replace(t->losses) && sc_can_write(t->losses);
+              sc_can_write(t->state) && sc_may_replace(t->losses) && sc_can_write(t->losses) &&
+              (named || check_base());
     if (!ok || all_weights()) return ok;
     ok = sc_check_out(o.out, SC_WEIGHTS, named, o.model, o.transformer, loras);
     for (size_t i = 0; ok && i < sizeof others / sizeof *others; i++)
@@ -827,8 +900,8 @@ static void use_sd3_recipe(const char *transformer, const char *model, float cfg
     sc_dit_close(plan);
 }
 
-/* The options, the model's recipe first. Whatever is wrong with them ends the program. */
-static void read_options(int argc, char **argv) {
+/* Those of the model and of what is trained. */
+static void set_defaults(int argc, char **argv) {
     bool pretrain = sc_given(argc, argv, "--pretrain", NULL) != NULL;
     bool scfm = !pretrain && !sc_given(argc, argv, "--distill-guidance", NULL);
     const char *model = sc_given(argc, argv, "--model", o.model);
@@ -840,15 +913,24 @@ static void read_options(int argc, char **argv) {
         recipe.teacher_ratio = 0;
         recipe.caption_dropout = 0.1f;
     }
+}
+
+/* Whatever is wrong with them ends the program. */
+static void read_options(int argc, char **argv) {
+    const char *run = sc_given(argc, argv, "--run", o.run);
+    bool resume = sc_given(argc, argv, "--resume", NULL) != NULL;
+    if (!resume || !take_run(run)) set_defaults(argc, argv);
     sc_parse(usage, table, OPTIONS, argc, argv, &o.data, 1);
     if (!o.data) sc_fail("which folder of pictures? (see %s --help)", argv[0]);
+    if (!o.data && resume) sc_fail("nothing to resume in %s", run);
+    o.ranked = sc_given(argc, argv, "--rank", NULL) || sc_given(argc, argv, "--alpha", NULL);
     if (!o.data || !check_options()) exit(sc_bad_usage(o.data ? NULL : usage));
 }
 
 int main(int argc, char **argv) {
     sc_start(argv);
     read_options(argc, argv);
-    bool made = false, named = o.out != NULL;
+    bool made = false, named = sc_given(argc, argv, "--out", NULL) != NULL;
     if (!o.out) o.out = all_weights() ? "transformer" : "lora.safetensors";
     sc_set_threads(o.threads);
     sc_catch_interrupt();

@@ -8,6 +8,7 @@ mkdir "$pairs"
 cp data/10pairs/balloon_0000.png "$pairs/a.png"
 echo "a balloon" >"$pairs/a.txt"
 train() { ./train "$pairs" --no-cache --batch 1 --rank 1 --preview 0 --run "$dir/run" --out "$dir/lora" "$@"; }
+all() { ./train "$pairs" --no-cache --batch 1 --preview 0 --run "$dir/run" "$@"; } # weights
 sample() { ./sample x 1 --no-lora --out "$dir/out.png" "$@"; }
 
 # ---- Usage ----
@@ -30,7 +31,7 @@ for name in a.ckpt a.PT a.png; do
     fails 1 "written as .safetensors only" sample --latents "$dir/$name"
 done
 fails 1 "written as .png only" ./shortcut --out "$dir/a.jpg"
-fails 1 "will be a folder" train --full --steps 1 --out "$dir/a.safetensors"
+fails 1 "will be a folder" all --full --steps 1 --out "$dir/a.safetensors"
 fails 1 "without a name" train --steps 1 --out ""
 fails 2 "of one picture" sample --latents "$dir/l" --count 2
 fails 2 "of one picture" sample --noise "$dir/l" --count 2
@@ -223,7 +224,7 @@ check "previews that cannot be written" sh -c '"$@" >"$0" 2>&1' "$dir/output" ./
     --rank 1 --steps 3 --preview 1 --run "$dir/looked" --out "$dir/lora"
 check "stop nothing, every time" test "$(grep -c "^warning: no preview: .*preview.png" "$dir/output")" -eq 3
 fails 1 "cannot write" ./shortcut --count 2 --out "$dir/none/sheet.png"
-fails 1 "cannot write" train --pretrain --steps 1 --out "$dir/none/whole"
+fails 1 "cannot write" all --pretrain --steps 1 --out "$dir/none/whole"
 mkfifo "$dir/pipe"
 cat "$dir/pipe" >"$dir/piped.png" &
 check "a picture into a pipe" quiet sample --out "$dir/pipe"
@@ -312,8 +313,8 @@ keeps "$model/$weights" 1 "which is read" sample --transformer "$model/transform
 keeps "$model/$weights" 1 "which is read" ./shortcut merge --kohya --transformer "$model/transformer" --lora "$dir/link" --out "$model/$weights"
 keeps "$model/$weights" 1 "which is read" ./shortcut merge --transformer "$model/transformer" --lora "$dir/link" --out "$model/transformer"
 keeps "$model/$weights" 1 "which is read" ./shortcut merge --model "$model" --lora "$dir/link" --out "$model/transformer"
-keeps "$model/$weights" 1 "which is read" train --full --steps 1 --model "$model" --out "$model/transformer"
-keeps "$model/$weights" 1 "which is read" train --distill-guidance --steps 1 --transformer "$model/transformer" --out "$model/transformer"
+keeps "$model/$weights" 1 "which is read" all --full --steps 1 --model "$model" --out "$model/transformer"
+keeps "$model/$weights" 1 "which is read" all --distill-guidance --steps 1 --transformer "$model/transformer" --out "$model/transformer"
 mkdir "$dir/theirs"
 cp data/tiny-flux/vae/config.json "$dir/theirs"
 keeps "$dir/theirs/config.json" 1 "config.json: this file is there" ./shortcut merge --lora "$dir/link" --out "$dir/theirs"
@@ -324,7 +325,7 @@ check "merge again: the folder is ours" quiet ./shortcut merge --lora "$dir/link
 check "and into one whose name ends in a slash" quiet ./shortcut merge --lora "$dir/link" --out "$dir/new/"
 mv "$dir/new/diffusion_pytorch_model.safetensors" "$dir/new/a-1.safetensors"
 echo '{"weight_map": {"x_embedder.bias": "a-1.safetensors"}}' >"$dir/new/a.safetensors.index.json"
-fails 1 "its shards would be read instead" train --full --steps 1 --out "$dir/new"
+fails 1 "its shards would be read instead" all --full --steps 1 --out "$dir/new"
 rm -rf "$model"
 # No length is too long that the system takes.
 deep=$dir
@@ -353,7 +354,7 @@ encode="--steps 1 --batch 1 --rank 1 --preview 0 --threads 1 --run $dir/run --ou
 while kill -0 $! 2>/dev/null && ! grep -q "picture 1/" "$dir/log"; do sleep 0.05; done
 kill -TERM $!
 wait $!
-check "encoding that is stopped keeps what it has" grep -q "^error: stopped: the latents of [1-9][0-9]* of 100 pictures are kept" "$dir/log"
+check "encoding that is stopped keeps what it has" grep -q "^error: stopped: captions and latents of [1-9][0-9]* of 100 pictures are kept" "$dir/log"
 cp "$dir/many/.shortcut-cache.safetensors" "$dir/part"
 check "the next run goes on" quiet ./train "$dir/many" $encode
 mv "$dir/many/.shortcut-cache.safetensors" "$dir/whole"

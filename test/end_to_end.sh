@@ -35,7 +35,7 @@ check "interrupted" quiet ./train "$dir/pairs" --steps 6 --batch 2 --stop-after 
 cp "$dir/run/state.safetensors" "$dir/x"
 fails 1 "stopped at step 3 of 6: go on with --resume" ./train "$dir/pairs" --steps 6 --batch 2 $run
 check "a new run leaves a stopped one alone" same "$dir/run/state.safetensors" "$dir/x"
-check "resume" quiet ./train "$dir/pairs" --steps 6 --batch 2 --resume $run
+check "resume, with the data and options of the run" quiet ./train --resume --run "$dir/run"
 check "its LoRA says both commands" sh -c './shortcut info "$0" | grep -q "stop-after 3.* && .*--resume"' "$dir/lora.safetensors"
 check "resumed LoRA is the same but for its command line" quiet ./shortcut info "$dir/lora.safetensors"
 tail -c 100000 "$dir/lora.safetensors" >"$dir/x"
@@ -46,7 +46,7 @@ for mode in "--fm-ratio 0.5" "--cfg 2" "--cfg 2 --cfg-student --fm-ratio .5" "--
     check "$mode" quiet ./train $all --run "$dir/run1"
     check "$mode, interrupted" quiet ./train $all --run "$dir/run2" --stop-after 2
     echo "3,of a step whose state was not saved" >>"$dir/run2/loss.csv"
-    check "$mode, resumed" quiet ./train $all --run "$dir/run2" --resume
+    check "$mode, resumed" quiet ./train --run "$dir/run2" --resume
     tail -c 1000000 "$dir/run1/state.safetensors" >"$dir/x"
     tail -c 1000000 "$dir/run2/state.safetensors" >"$dir/y"
     check "$mode: resumed equals uninterrupted bit for bit" same "$dir/x" "$dir/y"
@@ -82,6 +82,8 @@ cache="$dir/pairs/.shortcut-cache.safetensors"
 first=$(ls -i "$cache")
 check "cached" quiet ./train "$dir/pairs" --steps 1 --batch 1 $run
 check "latents and embeddings are used again" test "$first" = "$(ls -i "$cache")"
+check "cached under another name of the folder" quiet ./train "$dir/../$(basename "$dir")/pairs/" --steps 1 --batch 1 $run
+check "they are used again" test "$first" = "$(ls -i "$cache")"
 touch "$(ls "$dir"/pairs/*.png | head -n 1)"
 check "a changed picture" quiet ./train "$dir/pairs" --steps 1 --batch 1 $run
 check "makes them anew" test "$first" != "$(ls -i "$cache")"
@@ -100,7 +102,17 @@ check "and for no other" sh -c 'cd "$1" && "$0/sample" "a pig" 1 --model "$2" 2>
     "$here" "$dir/cwd" "$dir/model"
 check "nor, by itself, on top of what it is merged into" sh -c 'cd "$1" && "$0/sample" "a pig" 1 --transformer "$2" 2>&1 | grep -q "is not used"' \
     "$here" "$dir/cwd" "$dir/merged"
+cp -r data/tiny-flux "$dir/with" && cp "$dir/merged"/* "$dir/with/transformer" && cp "$dir/lora.safetensors" "$dir/with.safetensors"
 check "merged weights" quiet ./shortcut info "$dir/merged"
+check "in the model's place" quiet ./train "$dir/pairs" --steps 1 --batch 1 --preview 0 --model "$dir/with" --run "$dir/run4" --out "$dir/cwd/lora.safetensors"
+check "they have their LoRA once" sh -c 'cd "$1" && "$0/sample" "a pig" 1 --model "$2" 2>&1 | grep -q "is not used, the transformer has merged in: .*lora.safetensors"' \
+    "$here" "$dir/cwd" "$dir/with"
+fails 1 "lora.safetensors was made for .*/with: name another place with --out" \
+    sh -c 'cd "$1" && "$0/train" "$2" --steps 1 --batch 1 --preview 0' "$here" "$dir/cwd" "$dir/pairs"
+fails 2 "merge does not read --weights" ./shortcut merge --weights fp8 --lora "$dir/lora.safetensors"
+fails 2 "info does not read --seed" ./shortcut info README.md --seed 1
+fails 2 "kohya is for merge" ./shortcut --kohya
+fails 2 "rank and --alpha are for a LoRA" ./train "$dir/pairs" --full --rank 3
 for transformer in data/tiny-flux/transformer data/tiny-flux/transformer/diffusion_pytorch_model.safetensors; do
     ./sample "a pig" 1 --no-lora --transformer $transformer --latents "$dir/of" --out "$dir/h.png" >/dev/null && cksum <"$dir/of"
 done >"$dir/sums"
@@ -200,13 +212,21 @@ check "a bias alone" quiet ./sample x 1 --lora "$dir/bias.safetensors" --out "$d
 fails 1 "changes 'proj_out.bias', which the student's" taught --start "$dir/lora.safetensors" --teacher "$dir/bias.safetensors:1"
 # A state says what its numbers mean.
 check "a run of alpha 32" quiet taught --alpha 32 --steps 2 --stop-after 1
-fails 1 "the run of a LoRA of alpha 32, not of a LoRA of alpha 64" taught --steps 2 --resume
-check "goes on with it" quiet taught --alpha 32 --steps 2 --resume
+fails 1 "the run of a LoRA of alpha 32, not of a LoRA of alpha 64" taught --steps 2 --resume --alpha 64
+check "goes on with it" quiet taught --steps 2 --resume
 check "a run with a teacher" quiet taught --teacher "$dir/lora.safetensors:3" --steps 2 --stop-after 1
-fails 1 "of the teacher .*lora.safetensors:3, not of a LoRA of alpha 64" taught --steps 2 --resume
-check "goes on with it" quiet taught --teacher "$dir/lora.safetensors:3" --steps 2 --resume
+fails 1 "of the teacher .*lora.safetensors:3, not of a LoRA of alpha 64, of the teacher .*:1" taught --steps 2 --resume \
+    --teacher "$dir/lora.safetensors:1"
+check "goes on with it" quiet taught --steps 2 --resume
+check "a new run after one that ended" sh -c '! "$@" 2>/dev/null' sh timeout -s KILL 2 ./train "$dir/pairs" --steps 100000 --batch 1 \
+    --run "$dir/taught" --out "$dir/taught.safetensors"
+fails 2 "nothing to resume" ./train --resume --run "$dir/taught"
+fails 1 "nothing to resume" ./train "$dir/pairs" --resume --run "$dir/taught"
+check "and its loss.csv is ours" quiet taught --steps 1
 cp -r data/tiny-flux/transformer "$dir/unguided"
 sed 's/"guidance_embeds": true/"guidance_embeds": false/' data/tiny-flux/transformer/config.json >"$dir/unguided/config.json"
+check "guidance is no input there" sh -c './sample x 1 --no-lora --transformer "$0/unguided" --guidance 9 --out "$0/h.png" 2>&1 |
+    grep -q "^note: .*--guidance changes nothing"' "$dir"
 fails 1 "takes no guidance" ./train "$dir/pairs" --distill-guidance --transformer "$dir/unguided" $run --out "$dir/whole"
 # Parts that do not belong together.
 cp -r data/tiny-flux "$dir/odd"
@@ -231,8 +251,17 @@ fails 1 "stopped" timeout --foreground --preserve-status -k 9 -s TERM 1 ./train 
 head -c 1000 "$dir/lora.safetensors" >"$dir/cut.safetensors"
 fails 1 "truncated" ./sample "x" 1 --lora "$dir/cut.safetensors"
 fails 1 "not understood: decoder.conv_in" ./sample "x" 1 --lora data/tiny-flux/vae/diffusion_pytorch_model.safetensors
+mkdir "$dir/odd-sizes"
+./sample "a pig" 1 --no-lora --size 256x16 --out "$dir/odd-sizes/a.png" >/dev/null
+./sample "a pig" 1 --no-lora --size 16x16 --out "$dir/odd-sizes/b.png" >/dev/null
+printf '{"file_name": "a.png", "prompt": "", "text": "a pig"}\n{"file_name": "b.png", "text": "a pig"}\n' >"$dir/odd-sizes/metadata.jsonl"
+./train "$dir/odd-sizes" --no-cache --steps 1 --batch 1 $run >"$dir/output" 2>&1
+check "a picture that is cut is told" grep -q "^warning: half and more is cut off .*: 1 of 2 pictures, such as .*/a.png" "$dir/output"
+check "one that is enlarged, too" grep -q "^warning: enlarged more than twofold: 2 of 2 pictures" "$dir/output"
+check "an empty caption beside another is none" grep -q ": 2 pairs, 1 captions" "$dir/output"
 printf 'not a picture' >"$dir/pairs/banana_0000.png"
 fails 1 "banana_0000.png" ./train "$dir/pairs" $run
+check "before anything is encoded" sh -c '! ./train "$0/pairs" --run "$0/run" 2>&1 | grep caption' "$dir"
 fails 1 "lower --lr" ./train data/10pairs --no-cache --steps 20 --lr 1e30 $run
 
 report
