@@ -63,10 +63,10 @@
  *   Part III, files and formats
  *     >>files       whole files, JSON, safetensors       >>names     what weights are called where
  *     >>weights     of a network, from its file          >>open      FLUX: opened and saved
- *     >>lorafiles   LoRAs of all dialects                >>parts     where a model's parts are
- *     >>vae         pictures <-> latents                 >>tokens    prompts -> ids
- *     >>text        ids -> vectors: CLIP and T5          >>pictures  and data sets
- *     >>pipeline    a whole model folder
+ *     >>lorafiles   LoRAs of all dialects                >>state     a run's, to go on later
+ *     >>parts       where a model's parts are            >>vae       pictures <-> latents
+ *     >>tokens      prompts -> ids                       >>text      ids -> vectors: CLIP and T5
+ *     >>pictures    and data sets                        >>pipeline  a whole model folder
  *   Part IV, tables
  *     >>unicode     what the tokenizers ask of characters
  *
@@ -5667,11 +5667,8 @@ bool sc_lora_start(sc_params *p, const char *path, float scale) {
 
 /* ==== A run's state =========================================================== >>state =======
  *
- * All that a run needs to go on as if it had never stopped: the arrays of trained numbers. Step and
- * random state are the caller's, who may keep them in the file's metadata.
+ * The arrays of trained numbers by name, the teacher's only where it is a copy of all weights.
  */
-
-/* The arrays by name; the teacher's only where it is a copy of all weights. */
 static int sc__state_arrays(const sc_params *p, sc_named named[6]) {
     static const char *const names[] = {"student", "fast", "slow", "m", "v", "teacher"};
     float *arrays[] = {p->set[SC_STUDENT], p->set[SC_FAST], p->set[SC_SLOW], p->m, p->v,
