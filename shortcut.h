@@ -84,17 +84,9 @@
  *     t0, t1, t2  in SCFM: where a step begins, its middle, its end; d1, d2 its halves
  *     [B,T,C]  shape, row-major  A, B  LoRA factors: W + scale * B A
  *
- * EASY TO GET WRONG
+ * EASY TO GET WRONG (more stands beside the code: search for "Easy to get wrong")
  *   - t = 1 is noise, t = 0 is data, and an Euler step goes down: x - (t - t') v.
- *   - Time and guidance enter their sinusoids times 1000, in f32, cosines first.
  *   - The first time is 1 - 1e-5, not 1 (which is what bf16 makes of it).
- *   - Text tokens come before image tokens in attention; RoPE turns pairs (2i, 2i + 1).
- *   - A block's modulation is (shift, scale, gate) twice; norm_out's is (scale, shift), and the
- *     authors' files have those two swapped: rows of W, and of a LoRA's B, never of A.
- *   - In SCFM the second half-step is the slow average's (the teacher's, where true CFG is folded
- *     in and the case is its own), and no gradient enters the target.
- *   - CLIP's pooled vector is taken where the highest id first stands (the eos_token_id in its
- *     config.json is wrong); T5's padding is not masked.
  *   - Latents are (z - shift_factor) * scaling_factor, then packed 2x2: channel, row, column.
  */
 #ifndef SHORTCUT_H
@@ -992,7 +984,7 @@ bool sc_euler(const sc_model *model, sc_tape *t, const sc_sampling *s, int ndim,
  *     Its halves are d1 = t0 - t1 and d2 = t1 - t2.
  *  5. x = (1 - t0) x0 + t0 eps
  *  6. v1 = first(x, t0, c, g);  x' = x - d1 v1;  v2 = slow(x', t1, c, g);
- *     target = (d1 v1 + d2 v2) / (d1 + d2)
+ *     target = (d1 v1 + d2 v2) / (d1 + d2), through which no gradient goes
  *  7. loss = mean((student(x, t0, c, g) - target)^2), over the batch. Then AdamW.
  *
  * `slow` and `fast` are the student with exponential averages of its weights, of decay 0.999 and
@@ -1956,8 +1948,9 @@ static void sc__cpu_multiply(sc_tensor *y, const sc_tensor *a, const sc_tensor *
 }
 
 /* Sinusoids of 1000 t, cosines first: y[b] = [cos(1000 t f_i), sin(1000 t f_i)],
- * f_i = 10000^(-i/half). Each step is rounded as there: at t = 1 the last bit of f_i already turns
- * the result by 1e-4. (diffusers: Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)) */
+ * f_i = 10000^(-i/half). (diffusers: Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0))
+ * Easy to get wrong: each step is rounded to f32 as there; at t = 1 the last bit of f_i already
+ * turns the result by 1e-4. */
 static void sc__cpu_embed_timestep(sc_tensor *y, const float *t) {
     int64_t half = y->shape[1] / 2;
     for (int64_t b = 0; b < y->shape[0]; b++) {
