@@ -1352,8 +1352,7 @@ sc_params *sc_params_lora(sc_dit *dit, int rank, float alpha, uint64_t seed) {
 
 /* ==== A training step ========================================================== >>step =======
  *
- * FLUX with a batch's text is a velocity model in four sets: what SCFM and the sampler ask for. A
- * step draws, asks for the target, lets the student answer, and goes back from the loss to the
+ * A step draws, asks for the target, lets the student answer, and goes back from the loss to the
  * gradients of all trained numbers (>>tape). sc_params_step then moves the numbers w and both
  * averages (>>adamw), with the gradient g shortened to the norm `clip`:
  *   m = b1 m + (1 - b1) g;  s = b2 s + (1 - b2) g^2;
@@ -1361,7 +1360,7 @@ sc_params *sc_params_lora(sc_dit *dit, int rank, float alpha, uint64_t seed) {
  *   fast = 0.99 fast + 0.01 w;  slow = 0.999 slow + 0.001 w.
  */
 
-typedef struct sc__dit_model {
+typedef struct sc__dit_model {  /* FLUX with a batch's text, as an sc_model */
     sc_dit *dit;
     sc_params *params;          /* NULL: sampling, with the loaded LoRAs */
     int h, w;
@@ -1550,17 +1549,14 @@ bool sc_sample(sc_dit *f, sc_tape *t, const sc_sampling *s, int batch, int text_
 
 /* ==== Errors, memory, random numbers, data types =============================== >>base =======
  *
- * Nothing here exits or prints. A function that can fail returns false or NULL and leaves one line
- * for sc_error(): what it was doing, what it expected, what it found. Callers that only pass a
- * failure on say nothing ("error already set").
+ * A failure is told once, where it is found (>>api): callers that only pass it on say nothing.
  */
 
 static SC_THREAD_LOCAL char sc__message[1024];
 
 const char *sc_error(void) { return sc__message[0] ? sc__message : "no error"; }
 
-/* Text that comes from files or the command line may hold control characters, which a terminal
- * obeys: they become ?, so that it stays one harmless line. Those from 0x80 up begin with 0xc2. */
+/* Text of files and options may hold control characters; those from 0x80 up begin with 0xc2. */
 bool sc_fail(const char *format, ...) {
     va_list args;
     va_start(args, format);
@@ -3338,9 +3334,8 @@ bool sc_run_block(sc_tape *t, sc_block block, const void *context, sc_tensor **i
 
 /* ==== Trained numbers ======================================================== >>params =======
  *
- * The student, its averages, its gradient and Adam's moments, each an array of `count` numbers in
- * the backend's memory. Of a LoRA they are the factors of all its layers (>>lora), or else they are
- * all weights of the model, which sc_params_use points into one of the arrays.
+ * The arrays of sc_params. Of a LoRA they are the factors of all its layers (>>lora), or else they
+ * are all weights of the model, which sc_params_use points into one of the arrays.
  */
 
 /* All arrays, zero, one behind the other; with `teacher`, one for the frozen copy too. */
@@ -5208,9 +5203,8 @@ static bool sc__rope(sc_dit *f, int text, int h, int w) {
 
 /* ==== LoRA files ========================================================== >>lorafiles =======
  *
- * A LoRA (Hu et al. 2021) is a pair of thin matrices for each linear layer, W + scale * B A. We
- * write PEFT's names, which diffusers reads. Others name layers as BFL does, where q, k and v (and
- * a single block's MLP) are one fused layer: its A serves all parts, its B is cut by rows.
+ * We write PEFT's names, which diffusers reads. Others name layers as BFL does, where q, k and v
+ * (and a single block's MLP) are one fused layer: its A serves all parts, its B is cut by rows.
  * A file that fits no layer is an error, since a model that ignores its LoRA looks healthy.
  */
 
@@ -5692,12 +5686,9 @@ bool sc_params_load(sc_params *p, const sc_file *file) {
 
 /* ==== The parts of a model, wherever they are ================================= >>parts =======
  *
- * People keep a model as a folder in diffusers' layout, as single files side by side, or all in one
- * file. A part is found by a weight that no other part has, under any prefix: names of files mean
- * nothing. What is missing is named, with a file that would be right.
+ * A part is a folder of diffusers' layout, or any file with a weight that no other part has, the
+ * probe, under any prefix. Names of files mean nothing; `file` is for messages on what is missing.
  */
-
-/* Their folders in diffusers' layout, a weight that no other part has, and a single file's name. */
 static const struct { const char *folder, *probe, *file; } sc__parts[SC_PARTS] = {
     {"transformer", "context_embedder.weight", "flux1-dev.safetensors"},
     {"vae", "decoder.conv_in.weight", "ae.safetensors"},
@@ -7253,8 +7244,7 @@ bool sc_text_encode(sc_text_encoders *t, const char *prompt, int tokens, float *
 
 /* ==== Pictures and data sets =============================================== >>pictures =======
  *
- * A picture is [3, height, width] floats in [-1, 1], whatever it was in its file. Decoding and
- * encoding belong to the programs (see tools.h); here is what a decoder leaves to do:
+ * Decoding and encoding belong to the programs (see tools.h); here is what a decoder leaves to do:
  * grey, alpha, 16 bits, EXIF orientation, scaling and cropping to a bucket, and reading folders of
  * pictures with captions.
  */
