@@ -7845,7 +7845,7 @@ bool sc_pipeline_draw(sc_pipeline *p, const sc_sampling *s, int n, const sc_text
 /* ##############################################################################################
  * PART IV: TABLES                                                                        >>part4
  *
- * Read off the Unicode standard by a script; nobody reads them, but for the functions at the end.
+ * Written by a script; nobody reads them, but for the functions at the end.
  */
 
 /* ==== Unicode =============================================================== >>unicode =======
@@ -7996,8 +7996,7 @@ static bool sc__unpack_bit(sc__packed *p, uint32_t context) {
     return bit;
 }
 
-/* A number: how many bits are below the first, these bits (Elias' gamma code), the lowest the sign.
- */
+/* A number in Elias' gamma code: how many bits are below the first, and these; the lowest: sign. */
 static int32_t sc__unpack(sc__packed *p, uint32_t context) {
     uint32_t n = 1, bits = 0;
     context *= 0x85ebca6b;
