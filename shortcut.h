@@ -1216,12 +1216,11 @@ static sc_tensor *sc__dit_modulation(sc_dit *f, sc_tape *t, const sc_dit_input *
     return sc_activate(t, SC_SILU, sc_add(t, sum, sc__embed(t, f->pooled, in->pooled)));
 }
 
-/* Replaces the first one or two of x by the block's outputs. While recording, a block keeps its
- * activations for the backward pass, or, to save memory, only its inputs, and runs again there. */
+/* Replaces the first one or two of x by the block's outputs. */
 static bool sc__dit_block(const sc_dit *f, int index, sc_tape *t, sc_block forward,
                            sc_tensor **x, int inputs) {
     sc_tensor *out[2] = {NULL, NULL};
-    bool keep = index >= f->checkpointed;
+    bool keep = index >= f->checkpointed; /* its activations; or it runs again for the way back */
     bool ok = sc_run_block(t, forward, &f->blocks[index], x, inputs, out, keep);
     x[0] = out[0];
     if (out[1]) x[1] = out[1];
@@ -3436,8 +3435,7 @@ bool sc_params_report(sc_params *p, double *loss, double *norm) {
  *
  * A block of the transformer keeps its activations for the backward pass; or all but those that are
  * cheap to make again; or only its inputs, and runs again (Chen et al. 2016). How many can keep
- * theirs is measured, not estimated: one step with all blocks run again says how much memory that
- * takes, and how much each block would add.
+ * theirs is measured: one step with all blocks run again says what it takes, and each would add.
  */
 
 bool sc_plan_memory(sc_dit *dit, sc_params *params, sc_tape *t, const sc_recipe *recipe,
@@ -4970,8 +4968,7 @@ static char *sc__dit_config_text(const sc_dit_config *c) {
     return sc__strdup(text);
 }
 
-/* No name: there is no such layer. SD3.5's LoRA leaves alone what its authors' does: the text's
- * modulation and MLP, attn2. */
+/* No name: there is no such layer. SD3.5's LoRA leaves alone what its authors' does. */
 static bool sc__dit_linear(sc_dit *f, sc_linear_layer *layer, const char *prefix,
                            const char *name, int64_t out, int64_t in) {
     if (!name) return true;
