@@ -1568,9 +1568,7 @@ bool sc_fail(const char *format, ...) {
 
 /* Zeroed memory for `count` items of `size` bytes; NULL with the error set. */
 static void *sc__alloc(size_t count, size_t size) {
-    void *p = NULL;
-    if (size == 0 || count <= SIZE_MAX / 2 / size)
-        p = SC_CALLOC(count ? count : 1, size ? size : 1);
+    void *p = count <= SIZE_MAX / 2 / size ? SC_CALLOC(count ? count : 1, size) : NULL;
     if (!p) sc_fail("out of memory (%zu items of %zu bytes)", count, size);
     return p;
 }
