@@ -5474,8 +5474,7 @@ static bool sc__lora_add(const sc_backend *be, sc_linear_layer *layer, const sc_
     int64_t out = layer->weight->shape[0], in = layer->weight->shape[1];
     size_t bytes = (size_t)(x->rank * (in + out)) * sizeof *x->values;
     sc_adapter *lora = (sc_adapter *)sc__alloc(1, sizeof *lora);
-    if (!lora) return false;
-    float *a = (float *)be->alloc(bytes);
+    float *a = lora ? (float *)be->alloc(bytes) : NULL;
     if (!a) return SC_FREE(lora), false;
     *lora = (sc_adapter){.rank = (int)x->rank, .scale = scale, .loaded = true};
     lora->a[SC_TEACHER] = sc__factor(a, x->rank, in);
@@ -5624,21 +5623,20 @@ bool sc_lora_start(sc_params *p, const char *path, float scale) {
     sc__lora file;
     bool ok = sc__lora_open(&file, p->dit, path);
     for (int i = 0; ok && i < p->dit->module_count; i++) {
-        const char *module = p->dit->modules[i].name;
-        const sc_tensor *w = p->dit->modules[i].layer->weight;
-        bool untrained = p->dit->modules[i].untrained;
+        const sc__module *m = &p->dit->modules[i];
+        const sc_tensor *w = m->layer->weight;
         sc__factors x = {0};
-        ok = sc__lora_read(&file, module, w, &x);
-        if (ok && !x.values != untrained)
-            ok = sc_fail(untrained ? "%s: has factors for '%s', which are not trained here"
-                                   : "%s: no factors for '%s'", path, module);
+        ok = sc__lora_read(&file, m->name, w, &x);
+        if (ok && !x.values != m->untrained)
+            ok = sc_fail(m->untrained ? "%s: has factors for '%s', which are not trained here"
+                                      : "%s: no factors for '%s'", path, m->name);
         if (ok && x.bias)
-            ok = sc_fail("%s: changes the bias of '%s'; only A and B are trained", path, module);
-        if (ok && !untrained && x.rank != p->rank)
+            ok = sc_fail("%s: changes the bias of '%s'; only A and B are trained", path, m->name);
+        if (ok && !m->untrained && x.rank != p->rank)
             ok = sc_fail("%s: rank %lld; this run has rank %d", path, (long long)x.rank, p->rank);
         for (int64_t j = p->rank * w->shape[1]; ok && j < x.count; j++) /* B */
             x.values[j] *= scale / p->adapters[i].scale;
-        for (int s = SC_STUDENT; ok && !untrained && s < SC_SETS; s++)
+        for (int s = SC_STUDENT; ok && !m->untrained && s < SC_SETS; s++)
             p->backend->upload(p->adapters[i].a[s].data, x.values, (size_t)x.count * 4);
         SC_FREE(x.values);
     }
