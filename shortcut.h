@@ -6944,7 +6944,7 @@ void sc_text_encoders_close(sc_text_encoders *t) {
     sc__encoder_close(&t->clip);
     sc__encoder_close(&t->clip_g);
     sc__encoder_close(&t->t5);
-    if (t->tape) sc_tape_free(t->tape);
+    sc_tape_free(t->tape);
     SC_FREE(t);
 }
 
@@ -7749,21 +7749,19 @@ sc_text sc_pipeline_text(sc_pipeline *p, const char *prompt) {
     const sc_dit_config *c = &p->dit->config;
     if (!p->text) p->text = sc_text_encoders_open(p->backend, p->folder, c->kind);
     if (!p->text) return none;
-    int pooled = p->text->clip.pooled + p->text->clip_g.pooled;
-    if (p->clip_tokens && p->clip_tokens != p->text->clip.length)
-        return sc_fail("%s: CLIP reads %d tokens, not %d", p->folder, p->text->clip.length,
+    const sc__encoder *clip = &p->text->clip, *t5 = &p->text->t5;
+    int pooled = clip->pooled + p->text->clip_g.pooled, most = p->text_tokens - p->clip_tokens;
+    if (p->clip_tokens && p->clip_tokens != clip->length)
+        return sc_fail("%s: CLIP reads %d tokens, not %d", p->folder, clip->length,
                        p->clip_tokens), none;
-    const sc__encoder *clip = &p->text->clip;
-    int t5 = p->text_tokens - p->clip_tokens;
-    if (p->text->t5.width != c->text_channels || pooled != c->pooled_channels)
+    if (t5->width != c->text_channels || pooled != c->pooled_channels)
         return sc_fail("%s: T5 and CLIP give %d and %d channels, the transformer takes %d and %d",
-                       p->folder, p->text->t5.width, pooled, c->text_channels,
-                       c->pooled_channels), none;
+                       p->folder, t5->width, pooled, c->text_channels, c->pooled_channels), none;
     size_t n = (size_t)p->text_tokens * (size_t)c->text_channels;
     sc_text x = {.context = (float *)sc__alloc(n + (size_t)c->pooled_channels, sizeof(float))};
     if (x.context) x.pooled = x.context + n;
     bool ok = x.context && sc_text_encode(p->text, prompt, p->text_tokens, x.context, x.pooled);
-    x.cut = ok && sc_tokenize(p->text->t5.tokenizer, prompt, t5 + 1, ids) > t5 ? t5 : 0;
+    x.cut = ok && sc_tokenize(t5->tokenizer, prompt, most + 1, ids) > most ? most : 0;
     x.pooled_cut = ok && sc_tokenize(clip->tokenizer, prompt, clip->length + 1, ids) > clip->length
                        ? clip->length : 0;
     if (p->backend->memory_left() < sc__net_waiting(p->dit->net) + ((size_t)8 << 30))
