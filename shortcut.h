@@ -7325,13 +7325,12 @@ static bool sc__resample(float *out, int64_t m, const float *in, int64_t rows, i
 }
 
 bool sc_picture_fit(sc_picture *out, const sc_picture *p, int width, int height) {
-    *out = (sc_picture){0};
     double scale_x = (double)width / p->width, scale_y = (double)height / p->height;
     double scale = scale_x > scale_y ? scale_x : scale_y;
     double box_width = width / scale, box_height = height / scale; /* of p; the part that is kept */
-    size_t columns = width > 0 ? (size_t)width : 1;
-    float *half = (float *)sc__alloc((size_t)p->height, columns * sizeof *half);
-    bool ok = half && sc__picture_new(out, width, height);
+    bool ok = sc__picture_new(out, width, height);
+    float *half = ok ? (float *)sc__alloc((size_t)p->height, (size_t)width * sizeof *half) : NULL;
+    ok = half != NULL;
     for (int64_t c = 0; ok && c < 3; c++)
         ok = sc__resample(half, width, p->rgb + c * p->width * p->height, p->height, p->width,
                           (p->width - box_width) / 2, box_width) &&
