@@ -2361,8 +2361,7 @@ static void sc__cpu_update(const sc_params *x, const sc_adamw *o, const float de
  * s * s planes, one for each phase (u mod s, v mod s). Then every tap (u, v) reads its plane at a
  * fixed distance from the output pixel, whatever row that pixel is in, and a tile of 4 or 8 output
  * channels by 3 vectors of pixels stays in registers while all channels and taps are added. Where
- * the strip is wider than the picture, the tile computes a few pixels that nobody reads.
- */
+ * the strip is wider than the picture, the tile computes a few pixels that nobody reads. */
 
 #if defined(__GNUC__)
 #if defined(__AVX512F__)
@@ -2385,8 +2384,7 @@ typedef float sc__vec;
 typedef struct sc__conv {
     int64_t in, out, kernel, stride, pad;
     int64_t in_height, in_width, height, width;
-    int64_t rows;               /* output rows of a strip */
-    int64_t pitch, plane;       /* floats of a row and of a plane of the strip */
+    int64_t pitch, plane;       /* floats of a row and of a plane of a strip */
     int64_t taps, offset[25];   /* of each tap (5 x 5 at most) from the output pixel */
 } sc__conv;
 
@@ -2464,12 +2462,12 @@ static void sc__cpu_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w,
     g.taps = g.kernel * g.kernel;
     g.pitch = g.width + reach;
     int64_t some = 8 * SC__TILE / g.pitch + 1; /* so that unfinished tiles are rare */
-    int64_t rows = sc__max(some, SC__STRIP / (g.in * stride * stride * g.pitch) - reach);
-    int64_t strips = sc__ceil_div(g.height, rows); /* of a picture; as many for each thread */
+    int64_t strip_rows = sc__max(some, SC__STRIP / (g.in * stride * stride * g.pitch) - reach);
+    int64_t strips = sc__ceil_div(g.height, strip_rows); /* of a picture; as many for each thread */
     while (strips < g.height && batch * strips % threads) strips++;
-    g.rows = sc__ceil_div(g.height, strips);
-    strips = sc__ceil_div(g.height, g.rows);
-    g.plane = (g.rows + reach) * g.pitch;
+    strip_rows = sc__ceil_div(g.height, strips);
+    strips = sc__ceil_div(g.height, strip_rows);
+    g.plane = (strip_rows + reach) * g.pitch;
     for (int64_t t = 0; t < g.taps; t++) {
         int64_t u = t / g.kernel, v = t % g.kernel;
         int64_t phase = u % stride * stride + v % stride;
@@ -2484,8 +2482,8 @@ static void sc__cpu_conv2d(sc_tensor *y, const sc_tensor *x, const sc_tensor *w,
     sc__conv_pack(&g, packed, w, buffers);
     SC_PARALLEL_FOR
     for (int64_t task = 0; task < batch * strips; task++) {
-        int64_t sample = task / strips, first = task % strips * g.rows;
-        int64_t rows = sc__min(g.rows, g.height - first);
+        int64_t sample = task / strips, first = task % strips * strip_rows;
+        int64_t rows = sc__min(strip_rows, g.height - first);
         float *strip = buffers + sc__thread() * buffer, tile[SC__TILE_O * SC__TILE];
         const float *input = sc__f(x) + sample * g.in * g.in_height * g.in_width;
         sc__conv_gather(&g, strip, input, first, rows);
@@ -3641,10 +3639,8 @@ static int sc__utf8_encode(uint32_t c, char *out) {
 }
 
 /* ---- JSON ----
- *
  * A parse works on its own copy of the text, which lies behind the root: strings are unescaped in
- * place (they never grow). Items of a container are one array of values.
- */
+ * place (they never grow). Items of a container are one array of values. */
 
 typedef enum { SC__NULL, SC__BOOL, SC__NUMBER, SC__STRING, SC__ARRAY, SC__OBJECT } sc__json_type;
 
