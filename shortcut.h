@@ -4448,8 +4448,7 @@ static bool sc__same_shape(const sc_tensor *a, const sc_tensor *want) {
 /* ==== Weights of a network ================================================== >>weights =======
  *
  * A network asks for its weights by their names on disk and states the shape it needs, so opening
- * a model is at the same time the check that the file fits. Frozen matrices stay as they are on
- * disk, mapped; vectors (biases, norms) become f32, and so does everything that will be trained.
+ * a model is at the same time the check that the file fits. Frozen matrices stay there, mapped.
  */
 
 sc_net *sc_net_open(const sc_backend *backend, const char *path, bool widen) {
@@ -7143,8 +7142,7 @@ static bool sc__encoder_run(sc_tape *t, const sc__encoder *e, sc_tensor *x, cons
     return sc_read(t, e->projection.weight ? sc_linear(t, x, &e->projection) : x, out);
 }
 
-/* A prompt -> the pooled vector [e->pooled], at the first end token, which for the config's 2 is
- * the highest id; and, unless NULL, all tokens before the last layer [length, width]. */
+/* pooled [e->pooled]; hidden [length, width], or NULL: all tokens before the last layer. */
 static bool sc__clip_encode(sc_text_encoders *s, const sc__encoder *e, const char *prompt,
                             float *pooled, float *hidden) {
     sc_tape *t = s->tape;
@@ -7153,7 +7151,7 @@ static bool sc__clip_encode(sc_text_encoders *s, const sc__encoder *e, const cha
     if (sc_tokenize(e->tokenizer, prompt, length, ids) < 0) return false;
     for (int i = length - 1; i >= 0; i--) {
         places[i] = i;
-        if (e->end == 2 ? ids[i] >= ids[end] : ids[i] == e->end) end = i;
+        if (e->end == 2 ? ids[i] >= ids[end] : ids[i] == e->end) end = i; /* the first */
     }
     sc_tape_reset(t);
     sc_tensor *x = sc_add(t, sc_embed_tokens(t, e->tokens, ids, 1, length),
