@@ -1986,7 +1986,7 @@ static inline void sc__activate_row(sc_activation kind, float *y, const float *x
     }
 }
 
-#define SC__SLICE 4096 /* elements of one parallel task */
+#define SC__SLICE 4096 /* elements that are worked on at a time */
 
 /* Where no library has the product and its GELU in one, they follow each other. */
 static void sc__cpu_gemm_gelu(int64_t m, int64_t n, int64_t k, sc_matrix a, sc_matrix b, float beta,
@@ -4174,8 +4174,7 @@ static void sc__write_header(FILE *f, const sc_named *x, int64_t count,
 
 /* The data of one tensor as its `dtype`; f32 is rounded to bf16 or f16 in slices. */
 static bool sc__write_tensor(sc__writer *w, const sc_named *x) {
-    enum { SLICE = 4096 };
-    uint16_t half[SLICE];
+    uint16_t half[SC__SLICE];
     const float *values = (const float *)x->tensor.data;
     int64_t n = sc_count(&x->tensor);
     if (x->dtype == x->tensor.dtype)
@@ -4184,7 +4183,7 @@ static bool sc__write_tensor(sc__writer *w, const sc_named *x) {
         return sc_fail("%s: cannot write '%s' of type %s as %s", w->path, x->name,
                         sc_dtype_name(x->tensor.dtype), sc_dtype_name(x->dtype));
     for (int64_t i = 0, size; i < n; i += size) {
-        size = sc__min(SLICE, n - i);
+        size = sc__min(SC__SLICE, n - i);
         for (int64_t j = 0; j < size; j++)
             half[j] = (x->dtype == SC_BF16 ? sc__f32_to_bf16 : sc__f32_to_f16)(values[i + j]);
         if (!sc__write_bytes(w, half, (size_t)size * 2)) return false;
@@ -7319,8 +7318,7 @@ static bool sc__resample(float *out, int64_t m, const float *in, int64_t rows, i
 }
 
 bool sc_picture_fit(sc_picture *out, const sc_picture *p, int width, int height) {
-    double scale_x = (double)width / p->width, scale_y = (double)height / p->height;
-    double scale = scale_x > scale_y ? scale_x : scale_y;
+    double scale = fmax((double)width / p->width, (double)height / p->height);
     double box_width = width / scale, box_height = height / scale; /* of p; the part that is kept */
     bool ok = sc__picture_new(out, width, height);
     float *half = ok ? (float *)sc__alloc((size_t)p->height, (size_t)width * sizeof *half) : NULL;
