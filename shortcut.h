@@ -180,7 +180,7 @@ typedef struct sc_adapter {     /* LoRA on one linear layer: W + scale * B A */
 } sc_adapter;
 
 typedef struct sc_linear_layer {
-    sc_tensor *weight;          /* [out, in] */
+    sc_tensor *weight;          /* [out, in]; of a norm [C], of a convolution [out, in, k, k] */
     sc_tensor *bias;            /* [out], or NULL */
     sc_adapter *adapters;
 } sc_linear_layer;
@@ -5770,17 +5770,15 @@ static bool sc__small_file(const sc_backend *backend, const char *path) {
  * Easy to get wrong: downsampling pads the bottom and right only; every norm has eps 1e-6.
  */
 
-typedef sc_linear_layer sc__affine; /* of a convolution or a norm */
-
 typedef enum { SC__CONV, SC__DOWN, SC__UP, SC__OUT, SC__RESNET, SC__ATTENTION } sc__vae_kind;
 
 typedef struct sc__vae_step {
     sc__vae_kind kind;
     int64_t in, out;                /* channels */
     int64_t in_side, out_side;      /* of a latent pixel's square: 1 to f */
-    sc__affine conv1, norm1;        /* all but an attention have conv1; OUT is norm, SiLU, conv */
-    sc__affine norm2, conv2;        /* of a residual block */
-    sc__affine shortcut;            /* 1x1, where a residual block changes the channels */
+    sc_linear_layer conv1, norm1;   /* all but an attention have conv1; OUT is norm, SiLU, conv */
+    sc_linear_layer norm2, conv2;   /* of a residual block */
+    sc_linear_layer shortcut;       /* 1x1, where a residual block changes the channels */
     sc_linear_layer linear[4];      /* of an attention, [C, C]: q, k, v, and out */
 } sc__vae_step;
 
@@ -6013,7 +6011,7 @@ static sc__vae_run sc__vae_next(const sc__vae_step *s, int left, int64_t h, size
 
 /* y = norm(x), in x's own place if t is NULL; or NULL, when this sweep ends here. */
 static sc_tensor *sc__vae_norm(sc_vae *v, sc__vae_run *r, sc_tape *t, sc_tensor *x,
-                               const sc__affine *a, bool silu) {
+                               const sc_linear_layer *a, bool silu) {
     sc_tensor *y = x && t ? sc__new_like(t, x) : x;
     if (!y) return NULL;
     const sc_backend *be = v->net->backend;
@@ -6031,7 +6029,7 @@ static sc_tensor *sc__vae_norm(sc_vae *v, sc__vae_run *r, sc_tape *t, sc_tensor 
 }
 
 /* A convolution that keeps the sides. */
-static sc_tensor *sc__vae_same(sc_tape *t, const sc_tensor *x, const sc__affine *a) {
+static sc_tensor *sc__vae_same(sc_tape *t, const sc_tensor *x, const sc_linear_layer *a) {
     return sc_conv2d(t, x, a->weight, a->bias, 1, (int)a->weight->shape[2] / 2);
 }
 
@@ -6898,7 +6896,7 @@ static const sc__encoder_names sc__t5_names = {
     "1.DenseReluDense.wo", 6, 32, 32128, 1, 1e-6f};
 
 typedef struct sc__text_layer { /* y = down(f(gate x) * up x), or without up */
-    sc__affine norm[2];         /* before attention, before the MLP */
+    sc_linear_layer norm[2];    /* before attention, before the MLP */
     sc_linear_layer q, k, v, out, gate, up, down;
 } sc__text_layer;
 
@@ -6915,7 +6913,7 @@ typedef struct sc__encoder {
     sc_linear_layer projection; /* of that vector, [pooled, width]; no weight: none */
     sc_tensor *tokens;          /* [vocabulary, width] */
     sc_tensor *position;        /* CLIP: [rows, width] for each place; T5: [rows, heads] */
-    sc__affine last;
+    sc_linear_layer last;
     sc__text_layer *layer;
 } sc__encoder;
 
