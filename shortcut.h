@@ -2725,8 +2725,7 @@ static sc_tensor *sc__struct(sc_tape *t, int ndim, const int64_t *shape, sc_dtyp
     return x;
 }
 
-/* cheap: for the result of an operation of one pass, which may lie where other blocks' results do
- * and be made again; sc__run_op must make it. */
+/* cheap: the result of an operation of one pass (see above), which sc__run_op must make. */
 static sc_tensor *sc__new(sc_tape *t, bool cheap, int ndim, const int64_t *shape) {
     sc_tensor *x = sc__struct(t, ndim, shape, t->be->activation);
     if (!x) return NULL;
