@@ -542,7 +542,7 @@ typedef struct sc_lora_report {
 } sc_lora_report;
 /* Adds a LoRA file to a model, under the teacher set (what sampling uses), on top of those that are
  * loaded; biases and norms change for all sets. False if nothing applies, an adapter has the wrong
- * shape or holds NaN, or the file has more than LoRA; parts of it may be loaded then. Stays until
+ * shape or holds NaN, or the file has more than LoRA; then none is loaded any more. Stays until
  * sc_lora_unload. */
 bool sc_lora_load(sc_dit *dit, const char *path, float scale, sc_lora_report *report);
 /* What a list such as "3:1@1.5 8:0.6" recommends for a number of steps, that of the nearest: the
@@ -3137,6 +3137,7 @@ sc_tensor *sc_timestep_embedding(sc_tape *t, const float *times, int64_t batch, 
 static void sc__blend_backward(sc_tape *t, sc__op *op) { /* of one of the two: dx += p dy */
     sc_tensor *x = op->in[0], dx = *x, dy = *op->out[0];
     const float *one = sc__floats(t, x->shape[0], 1);
+    t->failed = t->failed || !one;
     dx.data = one ? sc__grad(t, x) : NULL, dy.data = dy.grad;
     if (dx.data) t->be->blend(&dx, one, &dx, (const float *)op->extra, &dy);
 }
@@ -4845,7 +4846,7 @@ void sc_dit_checkpointing(sc_dit *f, bool on) {
 /* ---- Opening ---- */
 
 /* What only FLUX has. */
-static bool sc__flux_read_config(sc_dit_config *c, const sc__config *from, const sc_net *net) {
+static bool sc__flux_read_config(sc_dit_config *c, sc__config *from, const sc_net *net) {
     static const char guidance[] = "time_text_embed.guidance_embedder.linear_1.weight";
     const sc_json *axes = sc_json_get(from->json, "axes_dims_rope");
     int sum = 0;
@@ -4856,8 +4857,9 @@ static bool sc__flux_read_config(sc_dit_config *c, const sc__config *from, const
             return sc_fail("%s: axes_dims_rope must be even numbers up to 256", from->path);
         sum += c->rope_axes[i] = (int)axis;
     }
-    c->guidance = sc_json_bool(sc_json_get(from->json, "guidance_embeds"),
-                               sc__side(net, guidance, 0, 0) > 0);
+    bool has_guidance = sc__side(net, guidance, 0, 0) > 0;
+    c->guidance = sc__config_number(from, "guidance_embeds", has_guidance) != 0;
+    if (from->wrong) return false;
     return (sum == c->head_size && sum <= 256) ||
            sc_fail("%s: axes_dims_rope sum to %d; attention_head_dim is %d (at most 256)",
                    from->path, sum, c->head_size);
@@ -4931,8 +4933,8 @@ static bool sc__dit_read_config(sc_dit_config *c, sc__config *from, const sc_net
 /* The config.json of weights that came without one. */
 static char *sc__dit_config_text(const sc_dit_config *c) {
     const int *axes = c->rope_axes;
-    char text[2048], dual[512] = "";
-    for (int i = 0, n = 0; i < c->dual_layers && n < 500; i++)
+    char text[8192], dual[6144] = ""; /* up to 1024 blocks */
+    for (int i = 0, n = 0; i < c->dual_layers; i++)
         n += snprintf(dual + n, sizeof dual - (size_t)n, "%s%d", i ? ", " : "", i);
     if (c->kind == SC_SD3)
         snprintf(text, sizeof text,
@@ -5269,7 +5271,8 @@ static bool sc__lora_open(sc__lora *l, const sc_dit *f, const char *path) {
 static bool sc__lora_config_alpha(const sc__lora *l, const char *const names[2], float *alpha) {
     const sc_json *patterns = sc__lora_setting(l, "alpha_pattern");
     bool found = false;
-    *alpha = (float)sc_json_number(sc__lora_setting(l, "lora_alpha"), *alpha);
+    const sc_json *usual = sc__lora_setting(l, "lora_alpha");
+    if (usual) *alpha = (float)sc_json_number(usual, NAN);
     for (int64_t i = 0; !found && i < sc_json_length(patterns) && sc_json_key(patterns, i); i++) {
         const char *pattern = sc_json_key(patterns, i), *name = pattern + (*pattern == '^');
         size_t m = strlen(name);
@@ -5282,9 +5285,9 @@ static bool sc__lora_config_alpha(const sc__lora *l, const char *const names[2],
             found = found || (m <= n && !strcmp(own + n - m, name) &&
                               (m == n || (name == pattern && own[n - m - 1] == '.')));
         }
-        if (found) *alpha = (float)sc_json_number(sc_json_value(patterns, i), *alpha);
+        if (found) *alpha = (float)sc_json_number(sc_json_value(patterns, i), NAN);
     }
-    return true;
+    return isfinite(*alpha) || sc_fail("%s: alpha is no number", l->file->path);
 }
 
 /* What B A is multiplied by: alpha / rank, with rsLoRA alpha / sqrt(rank). alpha is a tensor
@@ -5317,7 +5320,7 @@ static bool sc__lora_take(const sc__lora *l, sc__entry *e, const sc__slice *part
         return sc_fail("%s: '%s' of shape %s does not fit '%s', where it must be %lld x %lld: is "
                        "this LoRA for another model?", l->file->path, e->name,
                        sc__shape_text(&e->tensor, shape), module,
-                       (long long)(rows * (part->whole ? part->whole / part->parts : 1)),
+                       (long long)(part->whole ? rows * part->whole / part->parts : rows),
                        (long long)columns);
     int64_t n = rows * columns, from = part->swapped ? n / 2 : 0, i = 0; /* the second half first */
     float *values = (float *)SC_REALLOC(f->values, (size_t)(f->count + n) * sizeof *values);
@@ -5498,6 +5501,7 @@ bool sc_lora_load(sc_dit *f, const char *path, float scale, sc_lora_report *repo
         ok = sc_fail("%s: 0 of %d LoRA layers fit this model: is it a LoRA for another one?", path,
                       report->total);
     sc__lora_close(&file);
+    if (!ok) sc_lora_unload(f); /* no half of it, under the others */
     return ok;
 }
 
@@ -5838,14 +5842,15 @@ static bool sc__vae_read_config(sc_vae_config *c, const sc_net *net, sc__config 
                             path, c->groups);
         c->channels[i] = (int)n;
     }
-    c->attention = sc_json_bool(sc_json_get(json, "mid_block_add_attention"), true);
-    c->quant = sc_json_bool(sc_json_get(json, "use_quant_conv"),
-                            json || sc__side(net, "quant_conv.weight", 0, 0));
-    c->post_quant = sc_json_bool(sc_json_get(json, "use_post_quant_conv"),
-                                 json || sc__side(net, "post_quant_conv.weight", 0, 0));
-    c->scale = (float)sc_json_number(sc_json_get(json, "scaling_factor"), json ? 0.18215 : 0.3611);
-    c->shift = (float)sc_json_number(sc_json_get(json, "shift_factor"), json ? 0 : 0.1159);
+    bool quant = json || sc__side(net, "quant_conv.weight", 0, 0);
+    bool post_quant = json || sc__side(net, "post_quant_conv.weight", 0, 0);
+    c->attention = sc__config_number(from, "mid_block_add_attention", true) != 0;
+    c->quant = sc__config_number(from, "use_quant_conv", quant) != 0;
+    c->post_quant = sc__config_number(from, "use_post_quant_conv", post_quant) != 0;
+    c->scale = (float)sc__config_number(from, "scaling_factor", json ? 0.18215 : 0.3611);
+    c->shift = (float)sc__config_number(from, "shift_factor", json ? 0 : 0.1159);
     c->assumed = !json;
+    if (from->wrong) return false;
     return (c->scale > 0 && isfinite(c->scale) && isfinite(c->shift)) ||
            sc_fail("%s: scaling_factor must be positive", path);
 }
@@ -6971,7 +6976,7 @@ static bool sc__encoder_config(sc__encoder *e, sc__config *c) {
     e->hidden = sc__config_int(c, 1, n->hidden, hidden);
     e->vocabulary = sc__config_int(c, 1, "vocab_size", words);
     e->rows = sc__config_int(c, 1, n->rows, sc__side(e->net, n->position, 0, n->usual_rows));
-    e->eps = (float)sc_json_number(sc_json_get(c->json, n->eps), n->usual_eps);
+    e->eps = (float)sc__config_number(c, n->eps, n->usual_eps);
     return !c->wrong && (e->layers <= 1024 || sc_fail("%s: more than 1024 layers", c->path));
 }
 

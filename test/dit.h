@@ -69,9 +69,10 @@ static fixture open_fixture(const char *name) {
     bool guidance = sc_file_find(f.file, "guidance") != NULL; /* Stable Diffusion takes none */
     f.guidance = guidance ? load(f.file, "guidance") : calloc((size_t)f.batch, 4);
     for (int64_t i = 0; i < 8 && i < f.batch; i++)
-        f.texts[i] = (sc_text){f.context + i * f.text * f.dit->config.text_channels,
-                               f.pooled + i * f.dit->config.pooled_channels, false};
-    f.no_text = (sc_text){load(f.file, "no_context"), load(f.file, "no_pooled"), false};
+        f.texts[i] = (sc_text){.context = f.context + i * f.text * f.dit->config.text_channels,
+                               .pooled = f.pooled + i * f.dit->config.pooled_channels};
+    f.no_text.context = load(f.file, "no_context");
+    f.no_text.pooled = load(f.file, "no_pooled");
     find_layers(&f);
     return f;
 }

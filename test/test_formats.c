@@ -626,13 +626,14 @@ static void test_lora_configs(void) {
         "\"attn.to_q\": 4.5, \"q\": 1}}",
         "{\"transformer.lora_alpha\": 3, \"transformer.use_rslora\": false, "
         "\"transformer.alpha_pattern\": {\"^proj_out\": 6, \"to_q\": 9}}",
-        "{\"lora_alpha\": 1, \"alpha_pattern\": {\"attn.*\": 3}}", "{\"lora_alpha\": 1"};
+        "{\"lora_alpha\": 1, \"alpha_pattern\": {\"attn.*\": 3}}", "{\"lora_alpha\": 1",
+        "{\"lora_alpha\": \"3\"}", "{\"lora_alpha\": 3, \"alpha_pattern\": {\"to_q\": null}}"};
     sc_dit *base = sc_dit_open(sc_cpu(), MODEL, NULL);
     sc_dit *f = sc_dit_open(sc_cpu(), MODEL, NULL);
     sc_lora_report report;
     mkdir(in_folder("peft"), 0777);
     for (int inside = 0; inside < 2; inside++)
-        for (int i = 0; i < 5; i++) {
+        for (int i = 0; i < 7; i++) {
             float **w = zero_differences(f);
             tensors *t = random_lora(f, inside ? 0 : 2, 4, 3, 5, w);
             for (int m = 0; m < f->module_count; m++) {
@@ -649,7 +650,8 @@ static void test_lora_configs(void) {
             if (i < 3) CHECK(sc_lora_load(f, path, 1, &report) && merged_error(f, base, w) < 1e-5);
             else {
                 CHECK(!sc_lora_load(f, path, 1, &report) &&
-                      strstr(sc_error(), i == 3   ? "regular expression"
+                      strstr(sc_error(), i > 4    ? "alpha is no number"
+                                         : i == 3 ? "regular expression"
                                          : inside ? path
                                                   : "adapter_config"));
                 CHECK(merged_error(f, base, zero_differences(f)) == 0);

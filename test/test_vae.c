@@ -232,6 +232,8 @@ static void test_bad(void) {
         {"{\"block_out_channels\": [32], \"down_block_types\": [\"AttnDownEncoderBlock2D\"]}",
          "AttnDown"},
         {"{\"block_out_channels\": [32], \"scaling_factor\": 0}", "scaling_factor"},
+        {"{\"block_out_channels\": [32], \"scaling_factor\": \"1\"}", "must be a number"},
+        {"{\"block_out_channels\": [32], \"use_quant_conv\": \"false\"}", "must be a number"},
         {"{\"block_out_channels\": [32]}", "no weights"},
     };
     char folder[] = "/tmp/test_vae_XXXXXX", path[64];
