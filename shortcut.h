@@ -154,8 +154,8 @@ void sc_to_f32(float *dst, const void *src, sc_dtype dtype, int64_t n);
 /* ==== What computes ====
  * A backend is a table of operations (its declaration stands at the end: >>backend). */
 typedef struct sc_backend sc_backend;
-const sc_backend *sc_cpu(void);
-void sc_set_threads(int n);         /* CPU threads; 0: OMP_NUM_THREADS, else one per core */
+const sc_backend *sc_cpu(void);     /* OpenBLAS gets one thread for each of OpenMP's */
+void sc_set_threads(int n);         /* CPU threads that this one may use; 0: no change */
 const sc_backend *sc_cuda(void);    /* shortcut_cuda.cu; NULL with the error set: no usable GPU */
 
 /* ==== Tape: eager operations, recorded when a gradient is wanted ====
@@ -186,7 +186,7 @@ typedef struct sc_linear_layer {
 } sc_linear_layer;
 
 sc_tape *sc_tape_new(const sc_backend *backend);
-void sc_tape_free(sc_tape *tape);
+void sc_tape_free(sc_tape *tape);       /* and this thread's working memory; NULL: that alone */
 void sc_tape_reset(sc_tape *tape);                       /* forget all tensors, keep the memory */
 bool sc_tape_record(sc_tape *tape, bool recording);      /* returns how it was before */
 void sc_tape_use(sc_tape *tape, const uint8_t *set_of_sample); /* [B] sc_set; NULL: all teacher */
@@ -362,7 +362,8 @@ typedef struct sc_dit_input {
     int h, w;                   /* the grid of tokens: latent sides / 2 */
 } sc_dit_input;
 
-/* The velocity v(x, t, c, g), [B, h*w, out_channels]; recorded if the tape records. */
+/* The velocity v(x, t, c, g), [B, h*w, out_channels]; recorded if the tape records: then the next
+ * of other sizes comes after sc_backward. */
 sc_tensor *sc_dit_velocity(sc_dit *dit, sc_tape *tape, const sc_dit_input *in);
 
 /* ==== Flow matching ====
@@ -446,15 +447,15 @@ sc_params *sc_params_lora(sc_dit *dit, int rank, float alpha, uint64_t seed);
 /* All weights (opened with `widen`); teacher: keep a frozen copy of them. From then on the model's
  * weights are these: it computes nothing after sc_params_free. */
 sc_params *sc_params_full(sc_dit *dit, bool teacher);
-void sc_params_free(sc_params *params);
+void sc_params_free(sc_params *params);               /* before the model is closed */
 void sc_params_use(sc_params *params, sc_set set);    /* all weights only: compute with this copy */
 void sc_params_copy(sc_params *params, sc_set to, sc_set from);
 /* One step of the student and both averages (see sc_backend.update), counted in adamw->step. */
 void sc_params_step(sc_params *params, sc_adamw *adamw, float fast_decay, float slow_decay);
 /* The loss, and the gradient's norm before clipping, of the first step that was not asked about.
  * Asked one step late, it keeps a GPU busy: this waits for that step only. The last SC_POSTS steps
- * of a thread are kept, whichever params made them: ask one before another steps. A norm that is
- * not finite: the step changed nothing. */
+ * of a thread are kept, whichever params made them: ask one, on that thread, before another steps
+ * or it is freed. A norm that is not finite: the step changed nothing. */
 bool sc_params_report(sc_params *params, double *loss, double *norm);
 /* A run's state in one file, to go on from bit for bit: the student, both averages, Adam's moments,
  * and the teacher where all weights are trained. The metadata (as in sc_file_save) is yours: step
@@ -467,7 +468,7 @@ bool sc_params_load(sc_params *params, const sc_file *file);
  * (target); all share one batch and one student pass. */
 typedef struct sc_recipe {
     float teacher_ratio;        /* SCFM: how often the first half-step is the teacher's */
-    int teacher_steps;          /* N of the teacher case */
+    int teacher_steps;          /* N of the teacher case, even */
     int self_steps[8];          /* N of the self case: one of these even numbers, ended by 0 */
     float shift[2];             /* the random time shift: uniform between these */
     float dynamic_shift_ratio;  /* how often the dynamic shift of `mu` is used instead */
@@ -509,7 +510,7 @@ bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int
                     const sc_tensor *x, sc_tensor *target);
 
 /* One training step's gradient: draws, target, student pass, backward. Resets the tape. On a GPU it
- * may still run on return: sc_params_report has the loss after sc_params_step. */
+ * may still run on return: sc_params_report has the loss after sc_params_step. False: it is 0. */
 bool sc_train_gradient(sc_dit *dit, sc_params *params, sc_tape *t, const sc_recipe *recipe,
                        const sc_batch *batch, sc_rng *rng);
 
@@ -549,7 +550,8 @@ bool sc_lora_load(sc_dit *dit, const char *path, float scale, sc_lora_report *re
  * scale, and the guidance behind the @, NAN where there is none. False: it is no such list. */
 bool sc_scale_for(const char *list, int steps, double *scale, double *guidance);
 void sc_lora_unload(sc_dit *dit); /* takes all loaded LoRAs off again */
-/* Copies a LoRA file, times `scale`, into the sets of `params` (the same layers, the same rank). */
+/* Copies a LoRA file, times `scale`, into the sets of `params` (the same layers, the same rank).
+ * False: of another model or rank; some may be copied. */
 bool sc_lora_start(sc_params *params, const char *path, float scale);
 
 /* ==== VAE: pictures <-> latents ==== */
@@ -673,7 +675,7 @@ typedef struct sc_pipeline {
     const sc_backend *backend;
     char *folder;
     sc_dit *dit;
-    sc_vae *vae;
+    sc_vae *vae;                /* NULL until it is needed, as `text` */
     sc_text_encoders *text;     /* CLIP and T5 with their tokenizers */
     sc_tape *tape;
     int text_tokens;            /* of a prompt: T5's, behind */
@@ -1477,6 +1479,10 @@ bool sc_train_gradient(sc_dit *dit, sc_params *params, sc_tape *t, const sc_reci
     int64_t n = b->size, own = b->count ? b->count : n, first = b->first;
     int64_t tokens = (int64_t)b->h * b->w, channels = dit->config.in_channels;
     const int64_t shape[] = {own, tokens, channels};
+    bool scfm = r->fm_ratio < 1 && !r->distil_guidance;
+    if (!(r->shift[0] > 0 && r->shift[1] > 0) ||
+        (scfm && (r->teacher_steps < 2 || r->teacher_steps % 2)))
+        return sc_fail("a recipe's shift must be positive, its teacher_steps even");
     sc_tape_reset(t);
     sc_tape_record(t, false);
     sc_text *texts = (sc_text *)sc_tape_host(t, (size_t)n * sizeof *texts);
@@ -1517,14 +1523,18 @@ bool sc_train_gradient(sc_dit *dit, sc_params *params, sc_tape *t, const sc_reci
     } else if (plain) /* flow matching's, eps - x0, of which SCFM replaces its own */
         ok = sc_copy(t, target, sc_blend(t, one, noise, minus, x0));
     if (ok && plain < own) ok = sc_scfm_target(&model, t, draws, plain, x, target);
-    if (!ok) return false;
     /* Step 7: the student's answer, and the way back. */
     sc_tape_record(t, true);
     const sc_query query = {0, student, time, guidance, cfg};
-    sc_tensor *v = sc__dit_model_velocity(&self, t, x, &query);
+    sc_tensor *v = ok ? sc__dit_model_velocity(&self, t, x, &query) : NULL;
     ok = sc_mse(t, v, target, (double)own / (double)n, &params->results[0]) && sc_backward(t);
+    const sc_backend *be = params->backend;
+    double loss; /* a GPU is not waited for; here it is there, unless an operation failed */
+    ok = ok && (!be->on_host || be->download(&loss, params->results, sizeof loss));
     sc_tape_record(t, false);
     sc_tape_use(t, NULL);
+    if (!params->adapters) sc_params_use(params, SC_STUDENT);
+    if (!ok) be->zero(params->grad, (size_t)params->count * sizeof(float));
     return ok;
 }
 
@@ -1557,10 +1567,12 @@ const char *sc_error(void) { return sc__message[0] ? sc__message : "no error"; }
 
 /* Text of files and options may hold control characters; those from 0x80 up begin with 0xc2. */
 bool sc_fail(const char *format, ...) {
+    char text[sizeof sc__message]; /* of which the message until now may become a part */
     va_list args;
     va_start(args, format);
-    vsnprintf(sc__message, sizeof sc__message, format, args);
+    vsnprintf(text, sizeof text, format, args);
     va_end(args);
+    strcpy(sc__message, text);
     for (unsigned char *c = (unsigned char *)sc__message; *c; c++)
         if (*c < ' ' || *c == 127 || (*c == 0xc2 && c[1] < 0xa0)) *c = '?';
     return false;
@@ -2679,13 +2691,13 @@ sc_tape *sc_tape_new(const sc_backend *backend) {
 }
 
 void sc_tape_free(sc_tape *t) {
+    sc__scratch_free(); /* other tapes of this thread make it anew */
     if (!t) return;
     sc__arena_free(&t->host);
     sc__arena_free(&t->device);
     sc__arena_free(&t->shared);
     SC_FREE(t->ops);
     SC_FREE(t);
-    sc__scratch_free(); /* other tapes of this thread make it anew */
 }
 
 void sc_tape_reset(sc_tape *t) {
@@ -2743,7 +2755,7 @@ static sc_tensor *sc__new_like(sc_tape *t, const sc_tensor *x) { /* NULL: of wha
 
 sc_tensor *sc_from(sc_tape *t, int ndim, const int64_t *shape, const float *values) {
     sc_tensor *x = sc_new(t, ndim, shape);
-    if (!x) return NULL;
+    if (!x || !values) return x ? (sc_fail("a tensor from nothing: no prompt?"), NULL) : NULL;
     int64_t n = sc_count(x);
     if (x->dtype == SC_F32) {
         t->be->upload(x->data, values, (size_t)n * 4);
@@ -2967,7 +2979,7 @@ static sc_tensor *sc__linear(sc_tape *t, const sc_tensor *input, const sc_linear
     sc_matrix left = sc__whole(x, false), right = sc__whole(l->weight, true);
     sc_matrix to = sc__part(y, y->data, 0, at, false);
     static SC_THREAD_LOCAL uint64_t contents;
-    if (t->input != x) t->input = x, t->content = ++contents; /* no tensor is written twice */
+    if (t->input != x) t->input = x, t->content = ++contents; /* none but sc_copy writes twice */
     left.content = t->content;
     if (gelu) t->be->gemm_gelu(rows, out, in, left, right, beta, to, l->bias, sum);
     else t->be->gemm(rows, out, in, 1, left, right, beta, to, l->bias);
@@ -3228,6 +3240,7 @@ sc_tensor *sc_samples(sc_tape *t, const sc_tensor *x, int64_t first, int64_t cou
 
 bool sc_copy(sc_tape *t, sc_tensor *y, const sc_tensor *x) {
     int64_t n = x ? sc_count(x) : 0;
+    t->input = NULL; /* it may be y */
     if (x && y) t->be->copy_block(y->data, n, x->data, n, 1, n, x->dtype, false);
     return x && y;
 }
@@ -3260,8 +3273,9 @@ static bool sc__run_lean(sc_tape *t, sc_block block, const void *context, sc_ten
     sc_mark mark = sc_tape_mark(t);
     bool recording = sc_tape_record(t, false), ok = kept[0] && block(t, in, out, context);
     for (int i = 0; ok && i < 2 && out[i]; i++) {
-        if (!kept[i] || sc_count(out[i]) > sc_count(kept[i]))
-            return sc_fail("a block makes more than it reads");
+        ok = (kept[i] && sc_count(out[i]) <= sc_count(kept[i])) ||
+             sc_fail("a block makes more than it reads");
+        if (!ok) break;
         sc_tensor copy = *out[i];
         copy.data = kept[i]->data;
         sc_copy(t, &copy, out[i]);
@@ -3367,8 +3381,14 @@ sc_params *sc_params_full(sc_dit *dit, bool teacher) {
     if (!dit->net->widen)
         return sc_fail("to train all weights the model must be opened with `widen`"), NULL;
     int64_t count = 0, n;
-    for (int64_t i = 0; i < dit->net->count; i++)
-        if (!dit->net->weights[i]->fixed) count += sc_count(&dit->net->weights[i]->tensor);
+    bool plain = true;
+    for (int i = 0; i < dit->module_count; i++) plain = plain && !dit->modules[i].layer->adapters;
+    for (int64_t i = 0; i < dit->net->count; i++) {
+        const sc_weight *w = dit->net->weights[i];
+        plain = plain && (w->fixed || (w->owned && !w->before));
+        if (!w->fixed) count += sc_count(&w->tensor);
+    }
+    if (!plain) return sc_fail("all weights: a LoRA is on them, or they are trained already"), NULL;
     sc_params *p = sc__params_new(dit, count, teacher);
     float *to = p ? p->set[SC_STUDENT] : NULL;
     for (int64_t i = 0; p && i < dit->net->count; i++, to += n) {
@@ -5580,6 +5600,7 @@ static bool sc__lora_write(const sc_dit *f, const sc_params *p, sc_set set, cons
             to[k].name = names[written], to[k].dtype = SC_BF16;
         }
     }
+    if (ok && !written) ok = sc_fail("%s: there is no LoRA to write", path);
     ok = ok && sc_file_save(path, named, written, metadata);
     for (int i = 0; named && i < 2 * n; i++) SC_FREE(named[i].tensor.data);
     SC_FREE(named);
@@ -5588,6 +5609,7 @@ static bool sc__lora_write(const sc_dit *f, const sc_params *p, sc_set set, cons
 }
 
 bool sc_lora_save(const sc_params *p, sc_set set, const char *path, const char *const *metadata) {
+    if (!p->set[set]) return sc_fail("%s: the teacher of a LoRA has none", path);
     return sc__lora_write(p->dit, p, set, path, metadata);
 }
 
@@ -5613,7 +5635,7 @@ bool sc_scale_for(const char *table, int steps, double *scale, double *guidance)
             nearest = fabs(count - steps), *scale = value, *guidance = guided;
         sc__json_take(&p, ','); /* or a space */
     }
-    return true;
+    return nearest < INFINITY;
 }
 
 bool sc_lora_start(sc_params *p, const char *path, float scale) {
@@ -7257,6 +7279,7 @@ bool sc_picture_from_pixels(sc_picture *p, const uint16_t *pixels, int width, in
     bool swap = orientation > 4;
     bool flip_x = orientation == 2 || orientation == 3 || orientation == 7 || orientation == 8;
     bool flip_y = orientation == 3 || orientation == 4 || orientation == 6 || orientation == 7;
+    *p = (sc_picture){0};
     if (channels < 1 || channels > 4) return sc_fail("%d channels of pixels, not 1 to 4", channels);
     if (!sc__picture_new(p, swap ? height : width, swap ? width : height)) return false;
     int64_t area = (int64_t)width * height;
@@ -7700,8 +7723,8 @@ float sc_pipeline_shift(const sc_pipeline *p, int64_t tokens) {
 sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *model,
                               const char *transformer, const sc_dit_options *options) {
     sc_dit_options how = options ? *options : (sc_dit_options){0};
-    sc_pipeline *p = (sc_pipeline *)sc__alloc(1, sizeof *p);
-    if (!p) return NULL;
+    sc_pipeline *p = backend ? (sc_pipeline *)sc__alloc(1, sizeof *p) : NULL;
+    if (!p) return NULL; /* sc_cuda has said why */
     p->backend = backend;
     p->folder = sc__strdup(model);
     char *path = transformer  ? sc__strdup(transformer)

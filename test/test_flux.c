@@ -128,6 +128,65 @@ static void test_part_of_batch(void) {
     CHECK_CLOSE(sum, 2500, 200);
 }
 
+static bool has_memory;
+static void *scarce(size_t bytes) {
+    return has_memory ? sc_cpu()->alloc(bytes) : (sc_fail("nothing left"), NULL);
+}
+
+/* A step for which there is no memory leaves no half of a gradient, and the student in place. */
+static void test_out_of_memory(void) {
+    fixture f = open_fixture("flux_a");
+    sc_backend be = *sc_cpu();
+    be.alloc = scarce;
+    sc_recipe r = {.teacher_ratio = 0.5f, .teacher_steps = 8, .self_steps = {4}, .shift = {3, 3},
+                   .guidance = {2, 2}, .fm_ratio = 0.3f};
+    const sc_batch batch = {f.batch, f.h, f.w, f.text, 0, 0, f.x, f.x, f.texts, f.no_text};
+    sc_params *p = sc_params_full(f.dit, true);
+    const float *weight = f.dit->x_embedder.weight->data;
+    bool done = false;
+    int failed = 0;
+    CHECK(!sc_params_full(f.dit, true) && strstr(sc_error(), "trained already"));
+    CHECK(!sc_lora_save(p, SC_STUDENT, "build/none", NULL) && strstr(sc_error(), "no LoRA"));
+    for (size_t kib = 4; !done; kib += 1 + kib / 16) {
+        sc_tape *t = sc_tape_new(&be);
+        has_memory = true;
+        CHECK(sc_tape_reserve(t, kib << 10));
+        has_memory = false;
+        sc_rng rng = {7};
+        done = sc_train_gradient(f.dit, p, t, &r, &batch, &rng);
+        double sum = sc__sum_of_squares(p->grad, NULL, p->count);
+        if (!done && (sum || strcmp(sc_error(), "nothing left"))) CHECK(!"a part is left");
+        CHECK(f.dit->x_embedder.weight->data == weight && (!done || sum > 0));
+        failed += !done;
+        sc_tape_free(t);
+    }
+    CHECK(failed > 20);
+    r.shift[1] = 0;
+    CHECK(!sc_train_gradient(f.dit, p, f.tape, &r, &batch, &(sc_rng){1}) &&
+          strstr(sc_error(), "shift must be positive"));
+    r.shift[1] = 3, r.teacher_steps = 7;
+    CHECK(!sc_train_gradient(f.dit, p, f.tape, &r, &batch, &(sc_rng){1}));
+    sc_params_free(p);
+    close_fixture(&f);
+}
+
+/* What a program could get wrong is an error, not a crash. */
+static void test_misuse(void) {
+    fixture f = open_fixture("flux_a");
+    double scale, guidance;
+    sc_params *p = sc_params_lora(f.dit, 2, 2, 1);
+    CHECK(!sc_params_full(f.dit, false) && strstr(sc_error(), "a LoRA is on them"));
+    CHECK(!sc_lora_save(p, SC_TEACHER, "build/none", NULL) && strstr(sc_error(), "teacher"));
+    CHECK(!sc_lora_save_kohya(f.dit, "build/none", NULL) && strstr(sc_error(), "no LoRA"));
+    CHECK(!sc_from(f.tape, 1, (const int64_t[]){3}, NULL) && strstr(sc_error(), "from nothing"));
+    CHECK(!sc_pipeline_open(NULL, "data/tiny-flux", NULL, NULL));
+    CHECK(!sc_scale_for("", 3, &scale, &guidance));
+    sc_fail("first"), sc_fail("%s, then %s", sc_error(), "second");
+    CHECK(!strcmp(sc_error(), "first, then second"));
+    sc_params_free(p);
+    close_fixture(&f);
+}
+
 /* Steps that nobody asks about are nobody else's; the last few are kept. */
 static void test_reports(void) {
     fixture f = open_fixture("flux_a");
@@ -204,6 +263,8 @@ int main(void) {
     test_draws();
     test_part_of_batch();
     test_reports();
+    test_out_of_memory();
+    test_misuse();
     test_adamw();
     return test_report();
 }
