@@ -31,7 +31,8 @@ many() { # processes, program, arguments...
 run() { # processes (0: the program without MPI), name of the run, options...
     number=$1 name=$2
     shift 2
-    set -- "$dir/pairs" --rank 16 --preview 0 --run "$dir/$name" --out "$dir/out-$name" "$@"
+    case "$*" in *--full*) ;; *) set -- --rank 16 "$@" ;; esac
+    set -- "$dir/pairs" --preview 0 --run "$dir/$name" --out "$dir/out-$name" "$@"
     if [ "$number" = 0 ]; then ./train "$@"; else many "$number" train "$@"; fi >"$dir/log" 2>&1
 }
 near() { # two runs, steps: are the losses within 1e-6 (or so much)?
