@@ -209,7 +209,8 @@ static bool take_run(const char *folder) {
     const char *options = file ? sc_file_metadata(file, "options") : NULL;
     bool there = data && options;
     if (there) o.data = formatted("%s", data);
-    if (there && !sc_take_options(table, OPTIONS, options)) exit(sc_die());
+    if (there && !sc_take_options(table, OPTIONS, options))
+        sc_fail("%s: %s", state, sc_error()), exit(sc_die());
     sc_file_close(file);
     return there;
 }

@@ -35,6 +35,9 @@ check "interrupted" quiet ./train "$dir/pairs" --steps 6 --batch 2 --stop-after 
 cp "$dir/run/state.safetensors" "$dir/x"
 fails 1 "stopped at step 3 of 6: go on with --resume" ./train "$dir/pairs" --steps 6 --batch 2 $run
 check "a new run leaves a stopped one alone" same "$dir/run/state.safetensors" "$dir/x"
+sed 's/--clip/--clap/' "$dir/x" >"$dir/run/state.safetensors"
+fails 1 "state.safetensors: '--clap 10' is no option" ./train --resume --run "$dir/run"
+cp "$dir/x" "$dir/run/state.safetensors"
 check "resume, with the data and options of the run" quiet ./train --resume --run "$dir/run"
 check "its LoRA says both commands" sh -c './shortcut info "$0" | grep -q "stop-after 3.* && .*--resume"' "$dir/lora.safetensors"
 check "resumed LoRA is the same but for its command line" quiet ./shortcut info "$dir/lora.safetensors"
