@@ -510,7 +510,8 @@ bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int
                     const sc_tensor *x, sc_tensor *target);
 
 /* One training step's gradient: draws, target, student pass, backward. Resets the tape. On a GPU it
- * may still run on return: sc_params_report has the loss after sc_params_step. False: it is 0. */
+ * may still run on return: sc_params_report has the loss after sc_params_step. False: the
+ * gradient has no part of it. */
 bool sc_train_gradient(sc_dit *dit, sc_params *params, sc_tape *t, const sc_recipe *recipe,
                        const sc_batch *batch, sc_rng *rng);
 
@@ -3451,7 +3452,7 @@ bool sc_params_report(sc_params *p, double *loss, double *norm) {
  *
  * A block of the transformer keeps its activations for the backward pass; or all but those that are
  * cheap to make again; or only its inputs, and runs again (Chen et al. 2016). How many can keep
- * theirs is measured: one step with all blocks run again says what it takes, and each would add.
+ * theirs is measured: one step with all blocks run again says what it takes, and what each adds.
  */
 
 bool sc_plan_memory(sc_dit *dit, sc_params *params, sc_tape *t, const sc_recipe *recipe,

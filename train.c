@@ -113,7 +113,7 @@ static const sc_option table[] = {
 };
 enum { OPTIONS = sizeof table / sizeof *table };
 /* What --resume does not take from the run. */
-static const char of_one_call[] = "--run|--resume|--dry-run|--stop-after|--no-cache";
+static const char of_one_call[] = "--run|--resume|--dry-run|--stop-after";
 
 /* What the encoders make of DATA, once: one tensor for all pairs of each of these, and then each
  * pair's latents [2, h, w, in_channels], mean and std of the posterior. Text 0 is empty. */

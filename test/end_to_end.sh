@@ -221,6 +221,9 @@ check "a run with a teacher" quiet taught --teacher "$dir/lora.safetensors:3" --
 fails 1 "of the teacher .*lora.safetensors:3, not of a LoRA of alpha 64, of the teacher .*:1" taught --steps 2 --resume \
     --teacher "$dir/lora.safetensors:1"
 check "goes on with it" quiet taught --steps 2 --resume
+check "a run without a cache" quiet ./train data/10pairs --no-cache --steps 2 --batch 1 --stop-after 1 --preview 0 --run "$dir/run5" --out "$dir/taught.safetensors"
+check "goes on" quiet ./train --resume --run "$dir/run5"
+check "without one" grep -q -a -e '--no-cache yes' "$dir/run5/state.safetensors"
 check "a new run after one that ended" sh -c '! "$@" 2>/dev/null' sh timeout -s KILL 2 ./train "$dir/pairs" --steps 100000 --batch 1 \
     --run "$dir/taught" --out "$dir/taught.safetensors"
 fails 2 "nothing to resume" ./train --resume --run "$dir/taught"
