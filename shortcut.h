@@ -7532,14 +7532,19 @@ static bool sc__dataset_line(sc_dataset *d, const char *folder, const char *wher
     sc_json *json = sc_json_parse(line, strlen(line), where);
     if (!json) return false;
     const char *name = sc_json_string(sc_json_get(json, "file_name"), NULL), *caption = NULL;
-    for (int i = 0; i < 3 && (!caption || !*caption); i++)
-        caption = sc_json_string(sc_json_get(json, keys[i]), caption);
+    bool ok = false, two = false;
+    for (int i = 0; i < 3; i++) {
+        const char *text = sc_json_string(sc_json_get(json, keys[i]), caption);
+        two = two || (caption && *caption && *text && strcmp(caption, text));
+        if (!caption || !*caption) caption = text;
+    }
     while (name && !strncmp(name, "./", 2)) name += 2;
-    bool ok = false;
     if (!name || !*name) sc_fail("%s: no 'file_name'", where);
     else if (!caption) sc_fail("%s: no 'prompt', 'text' or 'caption' for %s", where, name);
-    else if (*name == '/' || !strncmp(name, "../", 3) || strstr(name, "/../"))
-        sc_fail("%s: file_name '%s' is outside the folder", where, name);
+    else if (two) sc_fail("%s: 'prompt', 'text', 'caption' of %s differ: keep one", where, name);
+    else if (*name == '/' || !strncmp(name, "../", 3) || strstr(name, "/../") ||
+             strstr(name, "/./") || strstr(name, "//"))
+        sc_fail("%s: file_name '%s' is no plain path in the folder", where, name);
     else if (strstr(caption, lost) && !strstr(line, lost))
         sc_fail("%s: a \\u in the caption of %s is no character", where, name);
     else ok = sc__dataset_add(d, sc__join(folder, name), sc__strdup(caption));

@@ -98,7 +98,7 @@ done <<'LINES'
 { metadata.jsonl:1
 {"file_name":"a.png"} no 'prompt'
 {"file_name":"b.png","prompt":"x"} b.png: No such file
-{"file_name":"../../a.png","prompt":"x"} outside the folder
+{"file_name":"../../a.png","prompt":"x"} no plain path in the folder
 {"file_name":3,"prompt":"x"} no 'file_name'
 [1] no 'file_name'
 LINES
