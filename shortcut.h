@@ -43,8 +43,8 @@
  *     sc_lora_save(lora, SC_STUDENT, "lora.safetensors", NULL);
  *
  * CONTENTS. Search for a tag; each section opens with what it does and why. To understand the
- * paper read >>flow, >>scfm and >>step, for the model >>flux and >>lora between them, and look up
- * in >>api what they use: sc_tensor, the tape's operations, sc_query, sc_model, sc_recipe, sc_draw.
+ * paper read >>flow, >>scfm and >>step, for the model >>flux and >>lora between them; what they use
+ * is in >>api: sc_tensor, the tape's operations, sc_query, sc_model, sc_recipe, sc_draw.
  *     >>api         declarations of all that is public, the table of a backend last (>>backend)
  *   Part I, the paper and the model
  *     >>flow        flow matching: times, and the sampler
@@ -78,7 +78,7 @@
  *   - swap weights to disk: a model fits in memory, its frozen matrices mapped, or it does not run
  *
  * NOTATION
- *     B batch   T tokens   C channels   H heads   D head size   L layers   h, w grid of tokens
+ *     B batch   T tokens   C channels   H heads   D head size   c caption   h, w grid of tokens
  *     x_t = (1 - t) x0 + t eps   x0 data, eps noise; t = 1 is noise
  *     v   velocity, eps - x0     g  guidance scale     s  time shift     N  steps of a grid
  *     t0, t1, t2  in SCFM: where a step begins, its middle, its end; d1, d2 its halves
@@ -138,7 +138,7 @@ typedef struct sc_tensor {
     void *grad;                 /* d loss / d data, same shape; NULL until something asks for it */
     bool needs_grad;            /* backward passes reach this tensor */
     bool new_grad;              /* nothing is in grad yet: the first to give a part stores it */
-    bool shared, stale;         /* in memory that blocks use by turns; another has it now */
+    bool shared, stale;         /* its memory serves all blocks by turns; overwritten */
     sc_dtype dtype;
     int ndim;
     int64_t shape[SC_MAX_DIMS];
@@ -154,7 +154,7 @@ void sc_to_f32(float *dst, const void *src, sc_dtype dtype, int64_t n);
 /* ==== What computes ====
  * A backend is a table of operations (its declaration stands at the end: >>backend). */
 typedef struct sc_backend sc_backend;
-const sc_backend *sc_cpu(void);     /* OpenBLAS gets one thread for each of OpenMP's */
+const sc_backend *sc_cpu(void);     /* OpenMP's threads call OpenBLAS, which gets one each */
 void sc_set_threads(int n);         /* CPU threads that this one may use; 0: no change */
 const sc_backend *sc_cuda(void);    /* shortcut_cuda.cu; NULL with the error set: no usable GPU */
 
@@ -231,7 +231,7 @@ sc_tensor *sc_concat_gelu(sc_tape *t, sc_tensor *a, const sc_tensor *x,
  * Not recorded if it has a bias or is causal. */
 sc_tensor *sc_attention(sc_tape *t, sc_tensor *q, sc_tensor *k, sc_tensor *v, int heads,
                         float scale, const sc_tensor *bias, bool causal);
-/* times [batch] on the host, in [0, 1] -> sinusoids of 1000 t, [batch, channels] */
+/* times, or guidance, [batch] on the host -> sinusoids of 1000 times it, [batch, channels] */
 sc_tensor *sc_timestep_embedding(sc_tape *t, const float *times, int64_t batch, int64_t channels);
 /* p[b] u[b] + q[b] v[b]; p and q [B] on the host, as long as tensors live */
 sc_tensor *sc_blend(sc_tape *t, const float *p, sc_tensor *u, const float *q, sc_tensor *v);
@@ -261,8 +261,8 @@ bool sc_copy(sc_tape *t, sc_tensor *y, const sc_tensor *x);
 sc_tensor *sc_reshape(sc_tape *t, const sc_tensor *x, int ndim, const int64_t *shape);
 
 /* A block reads in[] (2 to 5) and makes out[0] and perhaps out[1], no larger than in[0] and in[1].
- * For the backward pass it is kept, or only its inputs are, and it runs again (checkpointing); the
- * gradients inside it live no longer than its part of that pass. */
+ * For the backward pass its activations are kept, or only its inputs, and it runs again
+ * (checkpointing); gradients inside it live no longer than its part of that pass. */
 typedef bool (*sc_block)(sc_tape *t, sc_tensor **in, sc_tensor **out, const void *context);
 bool sc_run_block(sc_tape *t, sc_block block, const void *context, sc_tensor **in, int inputs,
                   sc_tensor **out, bool keep);
@@ -362,13 +362,14 @@ typedef struct sc_dit_input {
     int h, w;                   /* the grid of tokens: latent sides / 2 */
 } sc_dit_input;
 
-/* The velocity v(x, t, c, g), [B, h*w, out_channels]; recorded if the tape records: then the next
- * of other sizes comes after sc_backward. */
+/* The velocity v(x, t, c, g), [B, h*w, out_channels]; recorded if the tape records: then call
+ * sc_backward before asking for another size. */
 sc_tensor *sc_dit_velocity(sc_dit *dit, sc_tape *tape, const sc_dit_input *in);
 
 /* ==== Flow matching ====
  * t = 1 is noise, t = 0 is data: x_t = (1 - t) x0 + t eps; the velocity is eps - x0. */
 float sc_shift_time(float u, float shift);                      /* s u / (1 + (s - 1) u) */
+enum { SC_MAX_SHIFT = 1000 };   /* with a larger one the first time, 1 - 1e-5, is not the largest */
 typedef struct sc_mu {          /* of a scheduler: mu, linear in the number of image tokens */
     float base, max;            /* mu at base_tokens and at max_tokens */
     int base_tokens, max_tokens; /* the latter 0: FLUX.1's mu, 0.5 at 256 and 1.15 at 4096 */
@@ -383,8 +384,8 @@ typedef struct sc_query {       /* arrays [B], of the samples that x holds: */
     int64_t first;              /* x's first sample's place in the batch, whose texts `self` has */
     const uint8_t *sets;        /* sc_set; NULL: all teacher */
     const float *time, *guidance;
-    const float *cfg;           /* true CFG: v_u + cfg (v_c - v_u), v_u without the caption, in two
-                                 * evaluations where it is not 1; NULL: none */
+    const float *cfg;           /* true classifier-free guidance (CFG): v_u + cfg (v_c - v_u), v_u
+                                 * without caption; two evaluations where not 1; NULL: none */
 } sc_query;
 typedef struct sc_model {
     sc_tensor *(*velocity)(void *self, sc_tape *t, sc_tensor *x, const sc_query *query);
@@ -448,14 +449,14 @@ sc_params *sc_params_lora(sc_dit *dit, int rank, float alpha, uint64_t seed);
  * weights are these: it computes nothing after sc_params_free. */
 sc_params *sc_params_full(sc_dit *dit, bool teacher);
 void sc_params_free(sc_params *params);               /* before the model is closed */
-void sc_params_use(sc_params *params, sc_set set);    /* all weights only: compute with this copy */
-void sc_params_copy(sc_params *params, sc_set to, sc_set from);
+void sc_params_use(sc_params *params, sc_set set);    /* all weights only: compute with this one */
+void sc_params_copy(sc_params *params, sc_set to, sc_set from); /* sets that are there */
 /* One step of the student and both averages (see sc_backend.update), counted in adamw->step. */
 void sc_params_step(sc_params *params, sc_adamw *adamw, float fast_decay, float slow_decay);
-/* The loss, and the gradient's norm before clipping, of the first step that was not asked about.
- * Asked one step late, it keeps a GPU busy: this waits for that step only. The last SC_POSTS steps
- * of a thread are kept, whichever params made them: ask one, on that thread, before another steps
- * or it is freed. A norm that is not finite: the step changed nothing. */
+/* The loss, and the gradient's norm before clipping, of the oldest step not yet reported. Asked one
+ * step late, it keeps a GPU busy: this waits for that step only. A thread keeps its last 4 steps,
+ * of whichever params: report on that thread, before other params step or these are freed. A norm
+ * that is not finite: the step changed nothing. */
 bool sc_params_report(sc_params *params, double *loss, double *norm);
 /* A run's state in one file, to go on from bit for bit: the student, both averages, Adam's moments,
  * and the teacher where all weights are trained. The metadata (as in sc_file_save) is yours: step
@@ -492,13 +493,13 @@ typedef struct sc_batch {       /* host f32; one text-picture pair per sample */
 typedef struct sc_draw {        /* what chance decides for one sample */
     bool teacher;               /* the first half-step is the teacher's, else the fast average's */
     bool no_caption;
-    int steps, j;               /* N, and the even number of t0 in its grid */
+    int steps, j;               /* N, and t0's index in its grid, even */
     float shift, guidance;
     float cfg[2];               /* the teacher's; the student's and its averages' */
     float t[3];                 /* t0, t1, t2: times j, j + 1, j + 2 of the grid */
 } sc_draw;
 
-/* tokens: of the picture; flow_matching: t[0] is any time, t[1] and t[2] mean nothing, cfg is 1. */
+/* tokens: of the picture; flow_matching: t[0] is any in (0, 1), t[1], t[2] mean nothing, cfg 1. */
 void sc_draw_sample(const sc_recipe *recipe, sc_rng *rng, int64_t tokens, bool flow_matching,
                     sc_draw *draw);
 
@@ -510,8 +511,8 @@ bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int
                     const sc_tensor *x, sc_tensor *target);
 
 /* One training step's gradient: draws, target, student pass, backward. Resets the tape. On a GPU it
- * may still run on return: sc_params_report has the loss after sc_params_step. False: the
- * gradient has no part of it. */
+ * may still run on return: sc_params_report has the loss after sc_params_step. False: it added
+ * nothing to the gradient, and may have cleared it. */
 bool sc_train_gradient(sc_dit *dit, sc_params *params, sc_tape *t, const sc_recipe *recipe,
                        const sc_batch *batch, sc_rng *rng);
 
@@ -631,8 +632,8 @@ void sc_picture_free(sc_picture *p);
 /* Scales `p` to cover width x height (bicubic, antialiased), cuts what sticks out on both sides. */
 bool sc_picture_fit(sc_picture *out, const sc_picture *p, int width, int height);
 /* The sides of the aspect bucket for a picture: multiples of `multiple`, no side above twice the
- * resolution, the area up to resolution^2: of the widest for each height and the tallest for each
- * width that whose ratio is nearest to the picture's. */
+ * resolution, the area up to resolution^2. Of the widest for each height and the tallest for each
+ * width, the one whose ratio is nearest to the picture's. */
 void sc_bucket(int width, int height, int resolution, int multiple, int *bucket_width,
                int *bucket_height);
 /* The orientation, 1 to 8, in an EXIF block (with or without its "Exif\0\0"), else in the text of
@@ -761,7 +762,7 @@ typedef struct sc_matrix {      /* row-major; `transposed`: used as its transpos
     int64_t ld;                 /* elements from one stored row to the next */
     bool transposed;
     const float *scale;         /* of each stored row, with SC_F8_E4M3 only; NULL: 1 */
-    uint64_t content;           /* of a layer's input: same number, same values; 0: not known */
+    uint64_t content;           /* of a layer's input: same id, same values; 0: not known */
 } sc_matrix;
 
 enum { SC_POSTS = 4, SC_POST_SIZE = 4 };
@@ -845,8 +846,8 @@ struct sc_backend {
     /* *loss and *norm are the backend's memory. */
     void (*mse)(double *loss, const sc_tensor *x, const sc_tensor *target, double part);
     void (*mse_backward)(sc_tensor *x, const sc_tensor *target, double part);
-    /* One step of the student, w: clips, AdamW, moves the averages, fast and slow (or NULL: average
-     * = decay average + (1 - decay) w), clears the gradient. Of p it reads these arrays and their
+    /* One step of the student, w: clips, AdamW, moves the averages that are not NULL (average =
+     * decay average + (1 - decay) w), clears the gradient. Of p it reads these arrays and their
      * count. *norm: the gradient's before clipping; not finite: w did not change. */
     void (*update)(const sc_params *p, const sc_adamw *o, const float decay[2], double *norm);
 };
@@ -948,8 +949,9 @@ bool sc_euler(const sc_model *model, sc_tape *t, const sc_sampling *s, int ndim,
     if (s->steps < 1 || batch < 1)
         return sc_fail("a sample of %d steps, %lld at once: both must be positive", s->steps,
                        (long long)batch);
-    if (!(s->shift > 0))
-        return sc_fail("a sample with a time shift of %g: it must be positive", (double)s->shift);
+    if (!(s->shift > 0 && s->shift <= SC_MAX_SHIFT))
+        return sc_fail("a time shift of %g: it must lie between 0 and %d", (double)s->shift,
+                       SC_MAX_SHIFT);
     float *times = sc__floats(t, s->steps + 1, 0), *guidance = sc__floats(t, batch, s->guidance);
     float *cfg = sc__floats(t, batch, s->cfg), *one = sc__floats(t, 3 * batch, 1);
     float *time = one + batch, *delta = time + batch;
@@ -980,22 +982,23 @@ bool sc_euler(const sc_model *model, sc_tape *t, const sc_sampling *s, int ndim,
  * scale at once. A step of training, for each sample:
  *
  *  1. x0, c: a picture's latents and its caption; eps ~ N(0, I). These are the caller's.
- *  2. With a chance of 0.4 the teacher's case: N = 32. Else the student's own: N of {2, 4, 8, 16}.
- *  3. The grid's times, shift(1 - i / N) for i = 0 ... N, the shift drawn; the first is 1 - 1e-5.
- *     The guidance g is drawn too: how strongly the caption is followed, an input of FLUX.
+ *  2. With probability 0.4 the teacher case, N = 32; else the self case, N of {2, 4, 8, 16}.
+ *  3. The grid's times, shift(1 - i / N) for i = 0 ... N, the first 1 - 1e-5; shift ~ U(2.5, 4.5),
+ *     or the dynamic one. Guidance g ~ U(0, 7.5): how strongly the caption is followed.
  *  4. j even, below N: the step from t0 over t1 down to t2, the grid's times j, j + 1 and j + 2.
- *     Its halves are d1 = t0 - t1 and d2 = t1 - t2.
+ *     Its halves, unequal because of the shift, are d1 = t0 - t1 and d2 = t1 - t2.
  *  5. x = (1 - t0) x0 + t0 eps
  *  6. v1 = first(x, t0, c, g);  x' = x - d1 v1;  v2 = slow(x', t1, c, g);
  *     target = (d1 v1 + d2 v2) / (d1 + d2), through which no gradient goes
  *  7. loss = mean((student(x, t0, c, g) - target)^2), over the batch. Then AdamW.
  *
- * `slow` and `fast` are the student with exponential averages of its weights, of decay 0.999 and
- * 0.99: they move less from step to step than it does, and so does the target. `first` is the
- * teacher on the fine grid, which anchors the student to the model it came from, or `fast` on a
- * coarse one. So two steps of the grid of 32 teach one of 16, two of 16 one of 8, and two of 2 the
- * way as a whole. The network is never told the step size, so the only velocity that satisfies all
- * of them is constant along its trajectory: the flow becomes straight for a few Euler steps.
+ * `slow` and `fast` are exponential moving averages (EMA) of the student, of decay 0.999 and 0.99,
+ * at first equal to it: they move less from step to step than it does, and so does the target.
+ * `first` is the teacher in its case, which anchors the student to the model it came from, or
+ * `fast` in the self case. So two steps of the grid of 32 teach one of 16, two of 16 one of 8, and
+ * two of 2 the way as a whole. The network is never told the step size, so the only velocity that
+ * satisfies all of them is constant along its trajectory: the flow becomes straight, and few steps
+ * follow it.
  *
  * A model without a guidance input is guided by two evaluations (true CFG), v_u + cfg (v_c - v_u),
  * v_u without the caption. Either only the teacher is guided, and then answers both halves of its
@@ -1080,13 +1083,13 @@ bool sc_scfm_target(const sc_model *model, sc_tape *t, const sc_draw *draws, int
  * Peebles & Xie's diffusion transformer in its multimodal form (Esser et al. 2024), as released in
  * FLUX.1: `layers` double blocks, in which text and image keep their own weights and meet in one
  * attention, then `single_layers` blocks on the joined sequence, attention and MLP side by side.
- * Time, guidance and pooled text become one vector, which modulates every norm. Names are those of
- * diffusers' FluxTransformer2DModel; how the weights get here is told at >>open.
+ * Time, guidance and pooled text become one vector, which modulates every norm (adaLN). Names are
+ * diffusers' FluxTransformer2DModel's; how the weights get here is told at >>open.
  *
  * Easy to get wrong: text comes first in every joined sequence. A block's modulation is cut into
- * (shift, scale, gate) for attention, then the same for the MLP; norm_out alone has (scale, shift).
- * RoPE turns neighbouring channels (0,1), (2,3)...; text tokens sit at position (0,0,0), image
- * tokens at (0,row,column). There is no final norm on the text stream. C: heads times head size.
+ * (shift, scale, gate) for attention, then the same for the MLP; norm_out has (scale, shift).
+ * RoPE (rotary positions) turns channels (0,1), (2,3)...; text tokens are at (0,0,0), image tokens
+ * at (0,row,column). There is no final norm on the text stream. C: heads times head size.
  */
 
 typedef struct sc__stream {         /* one stream of a double block, or a single block's only one */
@@ -1271,6 +1274,11 @@ sc_tensor *sc_dit_velocity(sc_dit *f, sc_tape *t, const sc_dit_input *in) {
     if (in->x->shape[1] != image_tokens)
         return sc_fail("latent has %lld tokens, the grid is %d x %d", (long long)in->x->shape[1],
                        in->h, in->w), NULL;
+    int64_t batch = in->x->shape[0];
+    if (in->context->shape[0] != batch || in->pooled->shape[0] != batch || !in->time ||
+        (f->config.guidance && !in->guidance))
+        return sc_fail("%lld latents: as many contexts, pooled texts, times, and guidance scales "
+                       "if the model takes them", (long long)batch), NULL;
     if (!sc_net_load(f->net) || !sc__rope(f, (int)text_tokens, in->h, in->w)) return NULL;
     sc_tensor *mod = sc__dit_modulation(f, t, in);
     sc_tensor *x[3] = {sc_linear(t, in->x, &f->x_embedder),
@@ -1356,9 +1364,9 @@ sc_params *sc_params_lora(sc_dit *dit, int rank, float alpha, uint64_t seed) {
  *
  * A step draws, asks for the target, lets the student answer, and goes back from the loss to the
  * gradients of all trained numbers (>>tape). sc_params_step then moves the numbers w and both
- * averages (>>adamw), with the gradient g shortened to the norm `clip`:
- *   m = b1 m + (1 - b1) g;  s = b2 s + (1 - b2) g^2;
- *   w -= lr (m' / (sqrt(s') + eps) + decay w), m' = m / (1 - b1^step), s' = s / (1 - b2^step);
+ * averages (>>adamw), with the gradient g clipped to the norm `clip`:
+ *   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
+ *   w -= lr (m' / (sqrt(v') + eps) + weight_decay w), m' = m / (1 - b1^step), v' likewise;
  *   fast = 0.99 fast + 0.01 w;  slow = 0.999 slow + 0.001 w.
  */
 
@@ -1416,9 +1424,9 @@ static sc_tensor *sc__extended(sc_tape *t, sc_tensor *x, sc_tensor *y, int64_t m
     return ok ? both : NULL;
 }
 
-/* sc_model.velocity. True CFG's two evaluations are one pass: all samples with their captions and,
- * behind them, the first `guided` ones again, without: up to the last whose cfg is not 1, or, while
- * recording, all: sc_copy, which appends the others' v, is not recorded. rest: 1 - cfg. */
+/* sc_model.velocity. True CFG's two evaluations are one pass: all samples with their captions, then
+ * the first `guided` again without, up to the last whose cfg is not 1. While recording these are
+ * all, since sc_copy, which would append the others' v, is not recorded. rest: 1 - cfg. */
 static sc_tensor *sc__dit_model_velocity(void *self, sc_tape *t, sc_tensor *x, const sc_query *q) {
     sc__dit_model m = *(sc__dit_model *)self;
     int64_t n = x->shape[0], guided = 0;
@@ -1469,7 +1477,7 @@ static bool sc__dit_text(sc__dit_model *m, sc_tape *t, int batch, int text_token
     return ok;
 }
 
-/* This part of n samples, in whole ones: 2.3 are 2, and with a chance of 0.3 one more. */
+/* part * n, rounded at random: 2.3 is 3 with probability 0.3, else 2. */
 static int64_t sc__part_of(int64_t n, float part, sc_rng *rng) {
     float exact = part * (float)n, whole = floorf(exact);
     return (int64_t)whole + (exact > whole && sc_uniform(rng) < exact - whole);
@@ -1480,10 +1488,14 @@ bool sc_train_gradient(sc_dit *dit, sc_params *params, sc_tape *t, const sc_reci
     int64_t n = b->size, own = b->count ? b->count : n, first = b->first;
     int64_t tokens = (int64_t)b->h * b->w, channels = dit->config.in_channels;
     const int64_t shape[] = {own, tokens, channels};
-    bool scfm = r->fm_ratio < 1 && !r->distil_guidance;
-    if (!(r->shift[0] > 0 && r->shift[1] > 0) ||
-        (scfm && (r->teacher_steps < 2 || r->teacher_steps % 2)))
-        return sc_fail("a recipe's shift must be positive, its teacher_steps even");
+    bool grids = r->teacher_steps >= 2 && r->teacher_steps % 2 == 0, sound = true;
+    for (const int *N = r->self_steps; *N; N++) grids = grids && *N >= 2 && *N % 2 == 0;
+    for (int i = 0; i < 2; i++) sound = sound && r->shift[i] > 0 && r->shift[i] <= SC_MAX_SHIFT;
+    if (!sound || (r->fm_ratio < 1 && !r->distil_guidance && !grids))
+        return sc_fail("a recipe: shift up to %d, teacher_steps and self_steps even", SC_MAX_SHIFT);
+    if (n < 1 || first < 0 || own < 1 || own > n - first || !b->texts)
+        return sc_fail("samples %lld to %lld of a batch of %lld, or no texts", (long long)first,
+                       (long long)(first + own), (long long)n);
     sc_tape_reset(t);
     sc_tape_record(t, false);
     sc_text *texts = (sc_text *)sc_tape_host(t, (size_t)n * sizeof *texts);
@@ -1521,7 +1533,7 @@ bool sc_train_gradient(sc_dit *dit, sc_params *params, sc_tape *t, const sc_reci
     if (r->distil_guidance) {
         const sc_query query = {0, teacher, time, one, guidance};
         ok = sc_copy(t, target, sc__dit_model_velocity(&self, t, x, &query));
-    } else if (plain) /* flow matching's, eps - x0, of which SCFM replaces its own */
+    } else if (plain) /* eps - x0 for all; SCFM then overwrites its samples */
         ok = sc_copy(t, target, sc_blend(t, one, noise, minus, x0));
     if (ok && plain < own) ok = sc_scfm_target(&model, t, draws, plain, x, target);
     /* Step 7: the student's answer, and the way back. */
@@ -1530,7 +1542,7 @@ bool sc_train_gradient(sc_dit *dit, sc_params *params, sc_tape *t, const sc_reci
     sc_tensor *v = ok ? sc__dit_model_velocity(&self, t, x, &query) : NULL;
     ok = sc_mse(t, v, target, (double)own / (double)n, &params->results[0]) && sc_backward(t);
     const sc_backend *be = params->backend;
-    double loss; /* a GPU is not waited for; here it is there, unless an operation failed */
+    double loss; /* on the host: did an operation fail? A GPU is not waited for. */
     ok = ok && (!be->on_host || be->download(&loss, params->results, sizeof loss));
     sc_tape_record(t, false);
     sc_tape_use(t, NULL);
@@ -1970,11 +1982,11 @@ static void sc__cpu_embed_timestep(sc_tensor *y, const float *t) {
 }
 
 /* ---- Activations: y = f(x), dx += f'(x) dy ----
- * silu(x) = x s(x);  gelu_tanh(x) = x s(2 k (x + 0.044715 x^3)), k = sqrt(2/pi);
+ * silu(x) = x s(x);  gelu_tanh(x) = x s(k (x + 0.044715 x^3)), k = 2 sqrt(2/pi);
  * quick_gelu(x) = x s(1.702 x);  s is the logistic function: all are x s(u(x)), and
  * (x s(u))' = s(u) + x s(u) (1 - s(u)) u'(x). gelu is exact, x Phi(x). */
 static inline float sc__activated(sc_activation kind, float x, float *slope) {
-    const float k = 1.5957691216057308f; /* 2 sqrt(2/pi) */
+    const float k = 1.5957691216057308f; /* see above */
     if (kind == SC_GELU) {
         float phi = 0.5f * (1 + erff(x * 0.70710678f));
         *slope = phi + x * 0.39894228f * expf(-0.5f * x * x);
@@ -2211,7 +2223,7 @@ static void sc__softmax_scores(float *p, float *lse, const float *q, const float
     sc__sgemm(false, true, rows, tokens, size, scale, q, ld, k, ld, 0, p, tokens);
     for (int64_t r = 0; r < rows; r++) {
         float *row = p + r * tokens, top = -INFINITY;
-        double sum = 0; /* of parts: hundreds of equal values, as of padding, all round one way */
+        double sum = 0; /* in one float many equal values, as padding's, would all round one way */
         int64_t n = causal ? first + r + 1 : tokens;
         if (bias) SC_SIMD for (int64_t c = 0; c < n; c++) row[c] += bias[r * tokens + c];
         SC_PRAGMA(omp simd reduction(max : top))
@@ -2641,7 +2653,7 @@ struct sc_tape {
     bool recording, failed, sharing, in_block;
     const uint8_t *sets;        /* LoRA set of each sample, or NULL */
     const sc_tensor *input;     /* of the last linear layer, until its memory is given back; */
-    uint64_t content;           /* the number of its values */
+    uint64_t content;           /* an id of its values */
     sc__block_bytes *sizes;     /* where each block that is run again notes its own, or NULL */
     sc__op *ops;
     int64_t count;
@@ -2873,8 +2885,8 @@ bool sc_backward(sc_tape *t) { return sc__backward_from(t, 0); }
 /* ---- Linear layers, and LoRA: y = x W^T + bias + scale (x A^T) B^T ---- >>linear
  * The only place where LoRA exists. The thin products come first: samples next to each other with
  * the same set share one, and one product for all samples then adds x W^T + bias, and may apply a
- * GELU to the sum. Backward there are three products of one kind, y += s x W^T: by W, from x to
- * u = x A^T, and from u to scale u B^T. Of each dx += s dy W;  dW += s dy^T x. */
+ * GELU to the sum. For the backward pass these are three products y += s x W^T: x by W, x by A,
+ * which gives u, and u by B. For each dx += s dy W;  dW += s dy^T x. */
 
 static sc_matrix sc__matrix(const void *data, sc_dtype dtype, int64_t ld, bool transposed) {
     return (sc_matrix){data, dtype, ld, transposed, NULL, 0};
@@ -2893,8 +2905,8 @@ static sc_set sc__set_of(const sc_tape *t, int64_t sample) {
     return t->sets ? (sc_set)t->sets[sample] : SC_TEACHER;
 }
 
-/* Of n[2] rows: those of x from n[0] on, those of y from n[1] on. Where x has more, this is LoRA's
- * part, which on the way back comes behind W's, where all of dx was stored. */
+/* Of n[2] rows: those of x from n[0] on, those of y from n[1] on. LoRA's products may have
+ * only some of x's: backward they come after W's, which has stored all of dx. */
 static void sc__linear_backward(sc_tape *t, sc__op *op) {
     sc_tensor *x = op->in[0], *w = op->in[1], *bias = op->in[2], *y = op->out[0];
     int64_t rows = op->n[2], out = w->shape[0], in = w->shape[1];
@@ -2909,8 +2921,8 @@ static void sc__linear_backward(sc_tape *t, sc__op *op) {
     if (bias && bias->grad) t->be->column_sum((float *)bias->grad, y->grad, rows, out);
 }
 
-/* Sets the rows of a run of samples with one set, in y's columns from `at` on, to the adapters'
- * part, and records it as a part of `sum`, whose gradient is that of the layer's output. */
+/* Writes LoRA's term, of a run of samples that share a set, into y's columns from `at` on, and
+ * records it as a part of `sum`, whose gradient is that of the layer's output. */
 static bool sc__linear_lora(sc_tape *t, sc_tensor *x, const sc_linear_layer *l, sc_tensor *y,
                             int64_t at, sc_tensor *sum, sc_set set, int64_t first, int64_t rows) {
     int64_t in = sc__last(x), out = l->weight->shape[0];
@@ -3299,8 +3311,8 @@ static bool sc__run_recorded(sc_tape *t, sc_block block, const void *context, sc
     return ok;
 }
 
-/* The block's operations: those that were kept on the tape from n[1] on, or, where that is -1, made
- * now; backwards, between a mark and its release. */
+/* Runs the block's operations backwards, those on the tape from n[1] on or, where that is -1,
+ * recorded again now; then gives their memory back. */
 static void sc__block_backward(sc_tape *t, sc__op *op) {
     for (int i = 0; i < op->n[0]; i++) sc__grad(t, op->in[i]);
     sc_mark mark = sc_tape_mark(t);

@@ -70,21 +70,21 @@ static const sc_option table[] = {
     {"--ema-restart", SC_INT, &o.ema_restart, "N", "restart both every N steps (0: never)"},
     {NULL, SC_FLAG, NULL, NULL, "The SCFM recipe:"},
     {"--teacher-ratio", SC_FLOAT, &recipe.teacher_ratio, "X",
-     "samples whose first half-step is the teacher's"},
-    {"--teacher-steps", SC_INT, &recipe.teacher_steps, "N", "grid of the teacher's half-steps"},
-    {"--self-steps", SC_INTS, &recipe.self_steps, "N,N", "grids of the student's own"},
+     "part of the samples in the teacher case"},
+    {"--teacher-steps", SC_INT, &recipe.teacher_steps, "N", "N of the teacher case"},
+    {"--self-steps", SC_INTS, &recipe.self_steps, "N,...", "N of the self case, up to 7"},
     {"--shift", SC_RANGE, &recipe.shift, "A,B", "time shift, uniform between these"},
     {"--dynamic-shift", SC_FLOAT, &recipe.dynamic_shift_ratio, "X",
-     "samples with the dynamic shift"},
+     "part of the samples with the dynamic shift"},
     {"--guidance", SC_RANGE, &recipe.guidance, "A,B", "guidance, uniform between these"},
     {"--cfg", SC_FLOAT, &recipe.cfg, "G",
      "true CFG of the teacher, folded into the student (0: none)"},
     {"--cfg-student", SC_FLAG, &recipe.cfg_student, NULL,
      "guide student and averages, too: then sample with --cfg"},
     {"--fm-ratio", SC_FLOAT, &recipe.fm_ratio, "X",
-     "samples of plain flow matching (--pretrain: 1)"},
+     "part of the samples with plain flow matching (--pretrain: 1)"},
     {"--caption-dropout", SC_FLOAT, &recipe.caption_dropout, "X",
-     "captions left empty (--pretrain: 0.1)"},
+     "part of the captions that is left empty (--pretrain: 0.1)"},
     {"--scales", SC_STRING, &o.scales, "LIST",
      "kept in the file: \"3:1@1.5 8:0.5\" is scale 1 and guidance 1.5 for 3 steps, ..."},
     {NULL, SC_FLAG, NULL, NULL, "Data and memory:"},
@@ -323,8 +323,8 @@ static bool preview(training *t) {
 /* ---- The loop ---- */
 
 static float learning_rate(int64_t step) {
-    float done = (float)step / (float)o.steps;
     if (step < o.warmup) return adamw.lr * (float)(step + 1) / (float)o.warmup;
+    float done = (float)(step - o.warmup) / (float)(o.steps - o.warmup);
     return adamw.lr * (o.final_lr + (1 - o.final_lr) * 0.5f * (1 + cosf(3.14159265f * done)));
 }
 
@@ -596,7 +596,7 @@ static bool encode_texts(training *t, const sc_dataset *data) {
 static struct misfit {
     const char *what, *first;
     int count;
-} misfits[] = {{"half and more is cut off (no side is longer than four of the other)", NULL, 0},
+} misfits[] = {{"half or more is cut off (frames go up to 4:1)", NULL, 0},
                {"enlarged more than twofold", NULL, 0}};
 
 static void note_fit(const char *path, const sc_picture *p, int width, int height) {
@@ -712,7 +712,8 @@ static bool check_options(void) {
         {o.rank >= 1 && o.rank <= 1024, "--rank is a number from 1 to 1024"},
         {is_grid(recipe.teacher_steps), "--teacher-steps is an even number"},
         {grids, "--self-steps are even numbers"},
-        {recipe.shift[0] > 0 && recipe.shift[1] > 0, "--shift is a positive number, or two"},
+        {recipe.shift[0] > 0 && recipe.shift[1] > 0 && recipe.shift[0] <= SC_MAX_SHIFT &&
+             recipe.shift[1] <= SC_MAX_SHIFT, "--shift is a number above 0 and up to 1000, or two"},
         {is_part(recipe.teacher_ratio) && is_part(recipe.fm_ratio) &&
              is_part(recipe.caption_dropout) && is_part(recipe.dynamic_shift_ratio),
          "--teacher-ratio, --fm-ratio, --caption-dropout and --dynamic-shift lie between 0 and 1"},
@@ -841,8 +842,12 @@ static void print_plan(const training *t) {
     const sc_net *net = sc_dit_net(t->pipeline->dit);
     long long parameters = 0;
     for (int64_t i = 0; i < net->count; i++) parameters += sc_count(&net->weights[i]->tensor);
-    printf("%s: %d pairs, %d captions; %lld of %lld parameters trained\n", o.data, t->pairs,
-           (int)t->data[CONTEXT].shape[0] - 1, (long long)t->params->count, parameters);
+    printf("%s: %d pairs, %d captions; training ", o.data, t->pairs,
+           (int)t->data[CONTEXT].shape[0] - 1);
+    if (t->params->adapters)
+        printf("a LoRA of %lld parameters on %lld frozen ones\n", (long long)t->params->count,
+               parameters);
+    else printf("%lld of %lld parameters\n", (long long)t->params->count, parameters);
     printf("options: ");
     for (const char *c = sc_options_text(table, OPTIONS, ""); *c; c++)
         putchar(*c == '\n' && c[1] ? ' ' : *c);

@@ -47,7 +47,8 @@ fails 2 "from 1 up" train --batch 0
 fails 2 "up to 4096" train --batch 5000
 fails 2 "merge takes --lora" ./shortcut merge lora.safetensors
 fails 2 "from 1 to" train --rank 0
-fails 2 "takes N,N" train --self-steps 4,a
+fails 2 "takes N,..." train --self-steps 4,a
+fails 2 "up to 1000" train --shift 2000
 fails 2 "even" train --self-steps 3
 fails 2 "from 1" train --self-steps 4,0,8
 fails 2 "3:1@1.5 8:0.5" train --scales "3:1 8:.5"

@@ -27,6 +27,10 @@ check "one that is not, not" sh -c '! ./sample "a red apple" 1 --no-lora --out "
 check "long prompt" quiet ./sample "$(printf 'apple %.0s' $(seq 2000))" 1 --no-lora --out "$dir/d.png"
 fails 1 "not UTF-8: byte 1 is 0xff" ./sample "$(printf 'a\377\376b')" 1 --no-lora --out "$dir/d.png"
 
+check "a warm-up" quiet ./train "$dir/pairs" --steps 4 --batch 1 --warmup 2 --lr 2e-4 --final-lr 0 $run
+check "to the rate that the cosine begins with" test "$(sed 1d "$dir/run/loss.csv" | cut -d, -f4 | tr '\n' ' ')" = \
+    "0.0001 0.0002 0.0002 0.0001 "
+
 # Six steps at once, and three, then three more: the same bits.
 check "train" quiet ./train "$dir/pairs" --steps 6 --batch 2 $run
 mv "$dir/lora.safetensors" "$dir/six.safetensors"
@@ -262,7 +266,7 @@ mkdir "$dir/odd-sizes"
 ./sample "a pig" 1 --no-lora --size 16x16 --out "$dir/odd-sizes/b.png" >/dev/null
 printf '{"file_name": "a.png", "prompt": "", "text": "a pig"}\n{"file_name": "b.png", "text": "a pig"}\n' >"$dir/odd-sizes/metadata.jsonl"
 ./train "$dir/odd-sizes" --no-cache --steps 1 --batch 1 $run >"$dir/output" 2>&1
-check "a picture that is cut is told" grep -q "^warning: half and more is cut off .*: 1 of 2 pictures, such as .*/a.png" "$dir/output"
+check "a picture that is cut is told" grep -q "^warning: half or more is cut off .*: 1 of 2 pictures, such as .*/a.png" "$dir/output"
 check "one that is enlarged, too" grep -q "^warning: enlarged more than twofold: 2 of 2 pictures" "$dir/output"
 check "an empty caption beside another is none" grep -q ": 2 pairs, 1 captions" "$dir/output"
 printf 'not a picture' >"$dir/pairs/banana_0000.png"

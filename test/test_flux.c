@@ -163,9 +163,23 @@ static void test_out_of_memory(void) {
     CHECK(failed > 20);
     r.shift[1] = 0;
     CHECK(!sc_train_gradient(f.dit, p, f.tape, &r, &batch, &(sc_rng){1}) &&
-          strstr(sc_error(), "shift must be positive"));
+          strstr(sc_error(), "shift up to"));
+    r.shift[1] = 2000;
+    CHECK(!sc_train_gradient(f.dit, p, f.tape, &r, &batch, &(sc_rng){1}));
     r.shift[1] = 3, r.teacher_steps = 7;
     CHECK(!sc_train_gradient(f.dit, p, f.tape, &r, &batch, &(sc_rng){1}));
+    r.teacher_steps = 8, r.self_steps[1] = 1;
+    CHECK(!sc_train_gradient(f.dit, p, f.tape, &r, &batch, &(sc_rng){1}));
+    r.self_steps[1] = 0;
+    for (int i = 0; i < 4; i++) {
+        sc_batch wrong = batch;
+        if (i == 0) wrong.size = 0;
+        if (i == 1) wrong.count = f.batch + 1;
+        if (i == 2) wrong.first = f.batch, wrong.count = 1;
+        if (i == 3) wrong.texts = NULL;
+        CHECK(!sc_train_gradient(f.dit, p, f.tape, &r, &wrong, &(sc_rng){1}) &&
+              strstr(sc_error(), "of a batch of"));
+    }
     sc_params_free(p);
     close_fixture(&f);
 }
@@ -181,6 +195,20 @@ static void test_misuse(void) {
     CHECK(!sc_from(f.tape, 1, (const int64_t[]){3}, NULL) && strstr(sc_error(), "from nothing"));
     CHECK(!sc_pipeline_open(NULL, "data/tiny-flux", NULL, NULL));
     CHECK(!sc_scale_for("", 3, &scale, &guidance));
+    const int64_t n = f.dit->config.in_channels, latents[] = {2, f.h * f.w, n};
+    const int64_t text[] = {2, f.text, f.dit->config.text_channels};
+    const int64_t pooled[] = {2, f.dit->config.pooled_channels};
+    const float one[] = {1, 1};
+    sc_dit_input in = {sc_new(f.tape, 3, latents), sc_new(f.tape, 3, text),
+                       sc_new(f.tape, 2, pooled), one, one, f.h, f.w};
+    CHECK(sc_dit_velocity(f.dit, f.tape, &in));
+    for (int i = 0; i < 3; i++) {
+        sc_dit_input wrong = in;
+        if (i == 0) wrong.time = NULL;
+        if (i == 1) wrong.guidance = NULL;
+        if (i == 2) wrong.pooled = sc_samples(f.tape, in.pooled, 0, 1);
+        CHECK(!sc_dit_velocity(f.dit, f.tape, &wrong) && strstr(sc_error(), "as many"));
+    }
     sc_fail("first"), sc_fail("%s, then %s", sc_error(), "second");
     CHECK(!strcmp(sc_error(), "first, then second"));
     sc_params_free(p);
