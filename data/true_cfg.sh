@@ -5,7 +5,8 @@
 # are measured, from seed 1001.
 set -e
 mkdir -p run
-base="--transformer data/pretrained --guidance 1"
+model="--transformer data/pretrained"
+base="$model --guidance 1"
 sed 's/.*"prompt": *"\([^"]*\)".*/\1/' data/10pairs/metadata.jsonl | cat - data/prompts.txt >run/captions.txt
 awk 'NR % 2 == 0' data/prompts.txt >run/measured.txt
 draw() { # folder, pictures of each caption
@@ -21,7 +22,7 @@ distil() { # pictures, name, options...
         --run "run/$name" --out "run/$name.safetensors" "$@"
 }
 mix() { # name, seed, parts of the two LoRAs
-    ./shortcut merge --kohya $base --lora "run/guidance$2.safetensors:$3" \
+    ./shortcut merge --kohya $model --lora "run/guidance$2.safetensors:$3" \
         --lora "run/shortcut$2.safetensors:$4" --out "run/$1$2.safetensors"
 }
 for seed in 1 2 3; do

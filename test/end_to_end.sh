@@ -274,4 +274,19 @@ fails 1 "banana_0000.png" ./train "$dir/pairs" $run
 check "before anything is encoded" sh -c '! ./train "$0/pairs" --run "$0/run" 2>&1 | grep caption' "$dir"
 fails 1 "lower --lr" ./train data/10pairs --no-cache --steps 20 --lr 1e30 $run
 
+# The scripts behind the README's tables run, in small: what is given last counts.
+small="$dir/small" here=$PWD
+mkdir -p "$small/data" && ln -s "$here"/data/* "$small/data"
+ln -s "$here/data/10pairs" "$small/data/emoji-301"
+[ -e "$small/data/emoji-test" ] || ln -s "$here/data/10pairs" "$small/data/emoji-test"
+echo "a banana" >"$small/prompts"
+echo "'$here/train' \"\$@\" --no-cache --steps 2 --batch 2" >"$small/train"
+echo "'$here/sample' \"\$@\" --prompts prompts --count 2" >"$small/sample"
+echo "case \$1 in merge) '$here/shortcut' \"\$@\" ;; *) '$here/shortcut' \"\$@\" --prompts prompts --count 2 --steps 2 ;; esac" \
+    >"$small/shortcut"
+chmod +x "$small/train" "$small/sample" "$small/shortcut"
+for script in true_cfg scfm_pretraining; do
+    check "data/$script.sh" sh -c 'cd "$0" && sh "data/$1.sh" >output 2>&1 || { tail -n 5 output; false; }' "$small" $script
+done
+
 report
