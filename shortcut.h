@@ -3518,11 +3518,10 @@ bool sc_plan_memory(sc_dit *dit, sc_params *params, sc_tape *t, const sc_recipe 
  * Nothing that comes from a file is trusted: every length, offset and shape is checked first.
  */
 
-static char *sc__join(const char *folder, const char *name) {
-    size_t n = strlen(folder) + strlen(name) + 2;
-    char *path = (char *)sc__alloc(n, 1);
-    if (path) snprintf(path, n, "%s/%s", folder, name);
-    return path;
+enum { SC__PATH = PATH_MAX + 1 }; /* bytes: a path that was cut is too long for the system, too */
+
+static char *sc__join(char path[SC__PATH], const char *folder, const char *name) {
+    return snprintf(path, SC__PATH, "%s/%s", folder, name) < 0 ? NULL : path;
 }
 
 /* What is there, as stat says it; 0: nothing. */
@@ -3533,6 +3532,14 @@ static mode_t sc__mode(const char *path) {
 static bool sc__exists(const char *path) { return sc__mode(path) != 0; }
 static bool sc__is_file(const char *path) { return S_ISREG(sc__mode(path)); }
 static bool sc__is_folder(const char *path) { return S_ISDIR(sc__mode(path)); }
+
+static char *sc__model_folder(char folder[SC__PATH], const char *model) {
+    snprintf(folder, SC__PATH, "%s", model);
+    char *slash = strrchr(folder, '/');
+    if (!sc__exists(model) || sc__is_folder(model)) return folder;
+    if (slash) slash[slash == folder] = 0; /* "/" stays */
+    return slash ? folder : strcpy(folder, ".");
+}
 
 /* The size of a regular file that can be read; -1 with the error set. Asking before opening keeps
  * a pipe from blocking. */
@@ -3900,7 +3907,7 @@ typedef struct sc__entry {
 } sc__entry;
 
 struct sc_file {
-    char *path;
+    char path[SC__PATH];
     sc_json *index;             /* of shards, or NULL */
     sc__mapping *parts;
     int64_t part_count;
@@ -3927,7 +3934,6 @@ void sc_file_close(sc_file *f) {
     sc_json_free(f->index);
     SC_FREE(f->parts);
     SC_FREE(f->entries);
-    SC_FREE(f->path);
     SC_FREE(f);
 }
 
@@ -4063,21 +4069,18 @@ static bool sc__map_shards(sc_file *f, const char *path) {
     const sc_json *map = sc_json_get(f->index, "weight_map");
     if (!f->index) return false;
     if (!sc__json_is(map, SC__OBJECT)) return sc_fail("%s: no weight_map", path);
-    char *folder = sc_model_folder(path);
-    bool ok = folder != NULL;
-    for (int32_t i = 0; ok && i < map->count; i++) {
+    char folder[SC__PATH], full[SC__PATH];
+    sc__model_folder(folder, path);
+    for (int32_t i = 0; i < map->count; i++) {
         const char *shard = sc_json_string(&map->u.items[i], "");
         int64_t known = 0;
         while (known < f->part_count && strcmp(f->parts[known].shard, shard)) known++;
         if (known < f->part_count) continue;
-        bool plain = *shard && !strchr(shard, '/'); /* never a file outside the folder */
-        char *full = plain ? sc__join(folder, shard) : NULL;
-        if (!plain) sc_fail("%s: shard '%s' is not a plain file name", path, shard);
-        ok = full && sc__map_part(f, full, map, shard);
-        SC_FREE(full);
+        if (!*shard || strchr(shard, '/')) /* never a file outside the folder */
+            return sc_fail("%s: shard '%s' is not a plain file name", path, shard);
+        if (!sc__map_part(f, sc__join(full, folder, shard), map, shard)) return false;
     }
-    SC_FREE(folder);
-    return ok;
+    return true;
 }
 
 /* Sorts by name; no name may stand twice, and none of the index be missing. */
@@ -4096,7 +4099,7 @@ static bool sc__sort_entries(sc_file *f) {
 
 /* The path of a folder's weights: what diffusers or transformers take, a variant's (fp16), else the
  * only file; where there is only one of another kind, that, so that opening it says so. */
-static char *sc__weights_in(const char *folder) {
+static bool sc__weights_in(char found[SC__PATH], const char *folder) {
     enum { READ = 8, PATTERNS = READ + 4 };
     static const char *const patterns[PATTERNS] = {
         "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors",
@@ -4104,10 +4107,9 @@ static char *sc__weights_in(const char *folder) {
         "*.safetensors.index.*.json", "*.safetensors", "*.sft", "*.gguf", "*.bin", "*.ckpt",
         "*.pt*"};
     DIR *list = opendir(folder);
-    char *found = NULL;
     int best = PATTERNS;
     bool several = false;
-    if (!list) return sc_fail("%s: %s", folder, strerror(errno)), NULL;
+    if (!list) return sc_fail("%s: %s", folder, strerror(errno));
     for (struct dirent *entry; (entry = readdir(list));) {
         const char *name = entry->d_name;
         int rank = 0;
@@ -4115,25 +4117,23 @@ static char *sc__weights_in(const char *folder) {
         if (rank == PATTERNS || rank > best || *name == '.') continue;
         several = rank == best && rank < READ;
         best = rank;
-        SC_FREE(found);
-        found = sc__join(folder, name);
+        sc__join(found, folder, name);
     }
     closedir(list);
     if (best == PATTERNS)
-        sc_fail("%s: no weights here; expected diffusion_pytorch_model.safetensors, "
-                 "model.safetensors, or an .index.json of shards", folder);
-    if (!several) return found;
-    SC_FREE(found);
-    return sc_fail("%s: several %s here and no .index.json of shards: give the path of one",
-                    folder, patterns[best]), NULL;
+        return sc_fail("%s: no weights here; expected diffusion_pytorch_model.safetensors, "
+                       "model.safetensors, or an .index.json of shards", folder);
+    return !several || sc_fail("%s: several %s here and no .index.json of shards: give the path "
+                               "of one", folder, patterns[best]);
 }
 
 sc_file *sc_file_open(const char *path) {
     sc_file *f = (sc_file *)sc__alloc(1, sizeof *f);
     if (!f) return NULL;
-    f->path = sc__is_folder(path) ? sc__weights_in(path) : sc__strdup(path);
-    bool ok = f->path && (!fnmatch("*.json", f->path, 0) ? sc__map_shards(f, f->path)
-                                                         : sc__map_part(f, f->path, NULL, NULL));
+    snprintf(f->path, sizeof f->path, "%s", path);
+    bool ok = (!sc__is_folder(path) || sc__weights_in(f->path, path)) &&
+              (!fnmatch("*.json", f->path, 0) ? sc__map_shards(f, f->path)
+                                              : sc__map_part(f, f->path, NULL, NULL));
     if (ok && sc__sort_entries(f)) return f;
     return sc_file_close(f), NULL;
 }
@@ -4799,33 +4799,25 @@ static int sc__count_layers(const sc_net *net, const char *format, int fallback)
 
 /* A file of settings, which may not be there: json is then NULL. */
 typedef struct sc__config {
-    char *path;
+    char path[SC__PATH];
     sc_json *json;
     bool wrong;                 /* a setting is; the error of the first is set */
 } sc__config;
 
-static void sc__config_close(sc__config *c) {
-    sc_json_free(c->json);
-    SC_FREE(c->path);
-}
-
 /* folder/name; false if it is broken. */
 static bool sc__config_open(sc__config *c, const char *folder, const char *name) {
-    c->path = sc__join(folder, name);
-    bool there = c->path && sc__exists(c->path);
-    if (there) c->json = sc_json_load(c->path);
-    return c->path && (c->json || !there);
+    return !sc__exists(sc__join(c->path, folder, name)) || (c->json = sc_json_load(c->path));
 }
 
 /* The config.json of a part's folder, or beside the file in it; other single files have none. */
 static bool sc__read_config(sc__config *c, const char *path) {
     const char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+    char folder[SC__PATH];
+    snprintf(c->path, sizeof c->path, "%s", path);
     if (!sc__is_folder(path) && strncmp(name, "diffusion_pytorch_model.", 24) &&
-        strncmp(name, "model.", 6)) return (c->path = sc__strdup(path)) != NULL;
-    char *folder = sc_model_folder(path);
-    bool ok = folder && sc__config_open(c, folder, "config.json");
-    SC_FREE(folder);
-    if (!ok || !c->json) return ok;
+        strncmp(name, "model.", 6)) return true;
+    if (!sc__config_open(c, sc__model_folder(folder, path), "config.json")) return false;
+    if (!c->json) return true;
     if (sc_json_get(c->json, "text_config"))
         return sc_fail("%s: this is a whole CLIP's, not the text encoder's alone", c->path);
     return c->json->type == SC__OBJECT || sc_fail("%s: not a JSON object", c->path);
@@ -5108,7 +5100,7 @@ sc_dit *sc_dit_open(const sc_backend *backend, const char *path, const sc_dit_op
          sc__dit_read_config(&f->config, &c, f->net) &&
          (f->config_text = c.json ? sc_read_file(c.path, &length)
                                   : sc__dit_config_text(&f->config));
-    sc__config_close(&c);
+    sc_json_free(c.json);
     if (ok) {
         size_t doubles = (size_t)f->config.layers, singles = (size_t)f->config.single_layers;
         f->blocks = (sc__block *)sc__alloc(doubles + singles, sizeof *f->blocks);
@@ -5182,15 +5174,12 @@ static void sc__as_convolution(sc_tensor *x, int side) {
 
 bool sc_dit_save(const sc_dit *f, const char *folder, sc_dtype dtype, const char *const *metadata) {
     sc_net *net = f->net;
-    char *config = sc__join(folder, "config.json");
-    char *weights = sc__join(folder, "diffusion_pytorch_model.safetensors");
+    char path[SC__PATH];
     sc_named *named = (sc_named *)sc__alloc((size_t)net->count, sizeof *named);
-    bool ok = config && weights && named && sc_net_load(net), made = ok && !mkdir(folder, 0777);
+    bool ok = named && sc_net_load(net), made = ok && !mkdir(folder, 0777);
     if (ok && !made && errno != EEXIST) ok = sc_fail("%s: %s", folder, strerror(errno));
-    char *there = ok && !made ? sc__weights_in(folder) : NULL;
-    if (there && !fnmatch("*.json", there, 0))
-        ok = sc_fail("%s: these shards would be read instead: write to another folder", there);
-    SC_FREE(there);
+    if (ok && !made && sc__weights_in(path, folder) && !fnmatch("*.json", path, 0))
+        ok = sc_fail("%s: these shards would be read instead: write to another folder", path);
     for (int64_t i = 0; ok && i < net->count; i++) {
         named[i] = (sc_named){net->weights[i]->name, net->weights[i]->tensor, dtype};
         sc_tensor *x = &named[i].tensor;
@@ -5198,12 +5187,12 @@ bool sc_dit_save(const sc_dit *f, const char *folder, sc_dtype dtype, const char
         if (f->positions && x->data == f->positions->data)
             x->ndim = 3, x->shape[2] = x->shape[1], x->shape[1] = x->shape[0], x->shape[0] = 1;
     }
-    ok = ok && sc__save(weights, named, net->count, metadata, f) &&
-         sc_write_file(config, f->config_text, strlen(f->config_text));
+    sc__join(path, folder, "diffusion_pytorch_model.safetensors");
+    ok = ok && sc__save(path, named, net->count, metadata, f) &&
+         sc_write_file(sc__join(path, folder, "config.json"), f->config_text,
+                       strlen(f->config_text));
     if (!ok && made) rmdir(folder); /* if it is empty */
     SC_FREE(named);
-    SC_FREE(weights);
-    SC_FREE(config);
     return ok;
 }
 
@@ -5723,11 +5712,8 @@ static const struct { const char *folder, *probe, *file; } sc__parts[SC_PARTS] =
     {"text_encoder_3", "encoder.block.0.layer.0.SelfAttention.q.weight", "t5xxl_fp16.safetensors"}};
 
 char *sc_model_folder(const char *model) {
-    char *folder = sc__strdup(model), *slash = folder ? strrchr(folder, '/') : NULL;
-    if (!folder || !sc__exists(model) || sc__is_folder(model)) return folder;
-    if (slash) slash[slash == folder] = 0; /* "/" stays */
-    else snprintf(folder, strlen(folder) + 1, ".");
-    return folder;
+    char folder[SC__PATH];
+    return sc__strdup(sc__model_folder(folder, model));
 }
 
 int sc_part_in_file(const char *path, sc_part part) {
@@ -5745,46 +5731,45 @@ int sc_part_in_file(const char *path, sc_part part) {
 
 /* The only file in `folder` that has this part. Where none has it, one that cannot be read, as if
  * its download had stopped, may be what is missing. */
-static char *sc__part_file(const char *folder, sc_part part) {
+static bool sc__part_file(char found[SC__PATH], const char *folder, sc_part part) {
     const char *kind = sc__parts[part].folder;
-    char *found = NULL, *second = NULL, broken[sizeof sc__message] = "";
+    char path[SC__PATH], second[SC__PATH] = "", broken[sizeof sc__message] = "";
     DIR *list = opendir(folder);
-    if (!list) return sc_fail("%s: %s", folder, strerror(errno)), NULL;
-    for (struct dirent *entry; !second && (entry = readdir(list));) {
+    if (!list) return sc_fail("%s: %s", folder, strerror(errno));
+    *found = 0;
+    for (struct dirent *entry; !*second && (entry = readdir(list));) {
         bool named = *entry->d_name != '.' && (!fnmatch("*.safetensors", entry->d_name, 0) ||
                                                !fnmatch("*.sft", entry->d_name, 0));
-        char *path = named ? sc__join(folder, entry->d_name) : NULL;
-        int has = path ? sc_part_in_file(path, part) : 0;
+        int has = named ? sc_part_in_file(sc__join(path, folder, entry->d_name), part) : 0;
         if (has < 0) snprintf(broken, sizeof broken, "%s", sc_error());
-        if (has > 0) *(found ? &second : &found) = path;
-        else SC_FREE(path);
+        if (has > 0) strcpy(*found ? second : found, path);
     }
     closedir(list);
-    if (found && !second) return found;
-    if (second)
-        sc_fail("%s and %s both hold a %s: leave one of them in this folder", found, second, kind);
-    else if (*broken) sc_fail("%s (and no other file there holds a %s)", broken, kind);
-    else
-        sc_fail("%s: no %s here: neither a folder of that name with weights nor a file such as %s",
-                 folder, kind, sc__parts[part].file);
-    SC_FREE(second);
-    return SC_FREE(found), NULL;
+    if (*second)
+        return sc_fail("%s and %s both hold a %s: leave one of them in this folder", found, second,
+                       kind);
+    if (*found) return true;
+    if (*broken) return sc_fail("%s (and no other file there holds a %s)", broken, kind);
+    return sc_fail("%s: no %s here: neither a folder of that name with weights nor a file such as "
+                   "%s", folder, kind, sc__parts[part].file);
+}
+
+static bool sc__part_path(char path[SC__PATH], const char *model, sc_part part) {
+    char base[SC__PATH], folder[SC__PATH];
+    if (!sc__exists(model)) return sc_fail("%s: No such file or directory", model);
+    int has = sc_part_in_file(model, part);
+    snprintf(path, SC__PATH, "%s", model);
+    if (has) return has > 0;
+    sc__join(folder, sc__model_folder(base, model), sc__parts[part].folder);
+    bool there = sc__exists(folder);
+    if (there && sc__weights_in(path, folder)) return strcpy(path, folder), true;
+    if (sc__part_file(path, base, part)) return true;
+    return there && sc__weights_in(path, folder); /* says what is wrong */
 }
 
 char *sc_part_path(const char *model, sc_part part) {
-    if (!sc__exists(model)) return sc_fail("%s: No such file or directory", model), NULL;
-    int has = sc_part_in_file(model, part);
-    if (has) return has > 0 ? sc__strdup(model) : NULL;
-    char *base = sc_model_folder(model);
-    char *folder = base ? sc__join(base, sc__parts[part].folder) : NULL;
-    bool there = folder && sc__exists(folder);
-    char *weights = there ? sc__weights_in(folder) : NULL;
-    char *found = weights ? sc__strdup(folder) : folder ? sc__part_file(base, part) : NULL;
-    if (there && !found && !weights) weights = sc__weights_in(folder); /* says what is wrong */
-    SC_FREE(weights);
-    SC_FREE(folder);
-    SC_FREE(base);
-    return found;
+    char path[SC__PATH];
+    return sc__part_path(path, model, part) ? sc__strdup(path) : NULL;
 }
 
 /* Weights of up to 512 MiB that a CPU will use: worth widening to f32 once, since then no product
@@ -5962,7 +5947,7 @@ sc_vae *sc_vae_open(const sc_backend *backend, const char *path, bool widen) {
               (!c.json || sc__vae_read_config(&v->config, &(sc_net){0}, &c)) &&
               (v->net = sc_net_open(backend, path, widen)) &&
               (c.json || sc__vae_read_config(&v->config, v->net, &c));
-    sc__config_close(&c);
+    sc_json_free(c.json);
     if (ok) v->net->levels = v->config.levels;
     for (int i = 0; ok && backend && i < 5; i++) ok = (v->tapes[i] = sc_tape_new(backend)) != NULL;
     ok = ok && sc__vae_steps(v, &v->encoder, true) && sc__vae_steps(v, &v->decoder, false) &&
@@ -6753,24 +6738,22 @@ static void sc__bpe_letters(sc_tokenizer *t) {
 static bool sc__bpe_open(sc_tokenizer *t, const char *folder, const char *vocab,
                          const sc_json *config) {
     static const char end[] = "<|endoftext|>";
-    char *path = sc__join(folder, "merges.txt");
+    char path[SC__PATH];
     size_t length = 0;
     t->space = ' ';
     t->steps[t->step_count++].fold = true;
-    char *merges = path ? sc_read_file(path, &length) : NULL;
+    char *merges = sc_read_file(sc__join(path, folder, "merges.txt"), &length);
     bool ok = merges && (t->json = sc_json_load(vocab)) && sc__read_words(t, t->json, vocab) &&
               sc__bpe_read_merges(t, merges, path);
-    SC_FREE(path);
     SC_FREE(merges);
     if (!ok) return false;
     sc__bpe_letters(t);
     const char *first = sc__token(t, config, folder, "bos_token", "<|startoftext|>", &t->begin);
     const char *last = first ? sc__token(t, config, folder, "eos_token", end, &t->end) : NULL;
     const char *pad = last ? sc__token(t, config, folder, "pad_token", end, &t->pad) : NULL;
-    path = pad ? sc__join(folder, "added_tokens.json") : NULL;
-    if (path && !sc_json_get(config, "added_tokens_decoder") && sc__exists(path))
-        pad = (sc_fail("%s: its tokens must be in tokenizer_config.json", path), NULL);
-    SC_FREE(path);
+    sc__join(path, folder, "added_tokens.json");
+    if (pad && !sc_json_get(config, "added_tokens_decoder") && sc__exists(path))
+        return sc_fail("%s: its tokens must be in tokenizer_config.json", path);
     return pad && sc__token(t, config, folder, "unk_token", end, &t->unknown) &&
            sc__read_special(t, sc_json_get(config, "added_tokens_decoder"), folder) &&
            (t->special_count || /* an older tokenizer_config.json, or none: those with a name */
@@ -6874,20 +6857,20 @@ static bool sc__unigram_open(sc_tokenizer *t, const char *path, const sc_json *c
 
 sc_tokenizer *sc_tokenizer_open(const char *folder) {
     sc_tokenizer *t = (sc_tokenizer *)sc__alloc(1, sizeof *t);
-    char *vocab = sc__join(folder, "vocab.json"), *unigram = sc__join(folder, "tokenizer.json");
+    char path[SC__PATH];
     sc__config c = {0};
-    bool ok = t && vocab && unigram && (t->unicode = sc__unicode_open()) &&
+    bool ok = t && (t->unicode = sc__unicode_open()) &&
               sc__config_open(&c, folder, "tokenizer_config.json");
-    if (ok && sc__exists(vocab)) ok = sc__bpe_open(t, folder, vocab, c.json);
-    else if (ok && sc__exists(unigram)) ok = sc__unigram_open(t, unigram, c.json);
+    if (ok && sc__exists(sc__join(path, folder, "vocab.json")))
+        ok = sc__bpe_open(t, folder, path, c.json);
+    else if (ok && sc__exists(sc__join(path, folder, "tokenizer.json")))
+        ok = sc__unigram_open(t, path, c.json);
     else if (ok)
         ok = sc_fail("%s: no tokenizer here; copy CLIP's vocab.json and merges.txt, or T5's "
                       "tokenizer.json, into this folder", folder);
     double length = sc_json_number(sc_json_get(c.json, "model_max_length"), 0);
     if (ok) t->length = length >= 1 && length <= 1 << 20 ? (int)length : 0;
-    sc__config_close(&c);
-    SC_FREE(vocab);
-    SC_FREE(unigram);
+    sc_json_free(c.json);
     if (ok) return t;
     return sc_tokenizer_close(t), NULL;
 }
@@ -7090,19 +7073,14 @@ static bool sc__encoder_weights(sc__encoder *e) {
 
 /* A tokenizer's folder beside the models; what single files never carry. */
 static sc_tokenizer *sc__open_tokenizer(const char *model, const char *name, bool clip) {
-    char *base = sc_model_folder(model), *path = base ? sc__join(base, name) : NULL;
-    sc_tokenizer *t = NULL;
-    if (path && sc__exists(path)) t = sc_tokenizer_open(path);
-    else if (path)
-        sc_fail("%s: no tokenizer here; single-file models carry none: copy the folder %s of this "
-                "kind of model in diffusers' layout to %s", path, name, base);
-    if (t && t->unigram == clip) {
-        sc_fail("%s: this is %s's tokenizer", path, clip ? "T5" : "CLIP");
-        sc_tokenizer_close(t), t = NULL;
-    }
-    SC_FREE(base);
-    SC_FREE(path);
-    return t;
+    char base[SC__PATH], path[SC__PATH];
+    if (!sc__exists(sc__join(path, sc__model_folder(base, model), name)))
+        return sc_fail("%s: no tokenizer here; single-file models carry none: copy the folder %s "
+                       "of this kind of model in diffusers' layout to %s", path, name, base), NULL;
+    sc_tokenizer *t = sc_tokenizer_open(path);
+    if (!t || t->unigram != clip) return t;
+    sc_tokenizer_close(t);
+    return sc_fail("%s: this is %s's tokenizer", path, clip ? "T5" : "CLIP"), NULL;
 }
 
 /* Opens the weights at `path` and checks the tokenizer, which a plan has not, against them: tokens
@@ -7110,12 +7088,13 @@ static sc_tokenizer *sc__open_tokenizer(const char *model, const char *name, boo
 static bool sc__encoder_open(sc_text_encoders *t, sc__encoder *e, const char *model, sc_part part,
                              const char *tokenizer) {
     bool clip = e != &t->t5;
-    char *path = sc_part_path(model, part);
+    char path[SC__PATH];
     sc__config c = {0};
     e->names = clip ? &sc__clip_names : &sc__t5_names;
     e->biased = clip;
-    if (path && t->backend) e->tokenizer = sc__open_tokenizer(model, tokenizer, clip);
-    bool ok = path && (!t->backend || e->tokenizer) && sc__read_config(&c, path) &&
+    bool ok = sc__part_path(path, model, part) &&
+              (!t->backend || (e->tokenizer = sc__open_tokenizer(model, tokenizer, clip))) &&
+              sc__read_config(&c, path) &&
               (e->net = sc_net_open(t->backend, path, sc__small_file(t->backend, path)));
     if (ok && part == SC_SD3_CLIP_G) e->net->prefixes = sc__clip_g_prefixes;
     if (ok && part == SC_SD3_CLIP_G && e->tokenizer) e->tokenizer->pad = 0; /* not CLIP-L's */
@@ -7124,8 +7103,7 @@ static bool sc__encoder_open(sc_text_encoders *t, sc__encoder *e, const char *mo
     if (ok && e->tokenizer && e->tokenizer->largest >= e->vocabulary)
         ok = sc_fail("%s: vocab_size is %d, but the tokenizer has the id %d", path, e->vocabulary,
                       (int)e->tokenizer->largest);
-    sc__config_close(&c);
-    SC_FREE(path);
+    sc_json_free(c.json);
     return ok;
 }
 
@@ -7481,24 +7459,24 @@ static void sc__classify(sc__item *item) {
     item->stem = dot ? (size_t)(dot - item->path) : strlen(item->path);
 }
 
-static bool sc__list_add(sc__folder *f, char *path) {
-    if (!path || !sc__grow(&f->items, f->count, sizeof *f->items)) return SC_FREE(path), false;
-    f->items[f->count++] = (sc__item){.path = path};
-    return true;
+static bool sc__list_add(sc__folder *f, const char *path) {
+    if (!sc__grow(&f->items, f->count, sizeof *f->items)) return false;
+    f->items[f->count] = (sc__item){.path = sc__strdup(path)};
+    return f->items[f->count++].path != NULL;
 }
 
 /* Lists the folder, and all below it but hidden names. Folders that cannot be read, and links to
  * folders, as they may lead in circles, are files of another kind: they may hold pictures. */
 static bool sc__list(sc__folder *f) {
-    bool ok = sc__list_add(f, sc__strdup(f->path));
+    bool ok = sc__list_add(f, f->path);
     for (int64_t i = 0; ok && i < f->count; i++) {
         struct stat s;
-        char *path = f->items[i].path;
+        char *path = f->items[i].path, item[SC__PATH];
         DIR *folder = i == 0 || (!lstat(path, &s) && S_ISDIR(s.st_mode)) ? opendir(path) : NULL;
         if (i == 0 && !folder) return sc_fail("%s: %s", path, strerror(errno));
         if (!folder) sc__classify(&f->items[i]);
         for (struct dirent *e; ok && folder && (e = readdir(folder));)
-            ok = *e->d_name == '.' || sc__list_add(f, sc__join(path, e->d_name));
+            ok = *e->d_name == '.' || sc__list_add(f, sc__join(item, path, e->d_name));
         if (folder) closedir(folder);
     }
     return ok;
@@ -7525,17 +7503,17 @@ static void sc__find_captions(sc__folder *f) {
     }
 }
 
-/* Takes both, without white space at the caption's ends. NULL: error already set. */
-static bool sc__dataset_add(sc_dataset *d, char *path, char *caption) {
+/* Takes the caption, without white space at its ends. NULL: error already set. */
+static bool sc__dataset_add(sc_dataset *d, const char *path, char *caption) {
     static const char space[] = " \t\n\v\f\r"; /* isspace would ask the locale */
-    if (!path || !caption || !sc__grow(&d->pairs, d->count, sizeof *d->pairs))
-        return SC_FREE(path), SC_FREE(caption), false;
+    if (!caption || !sc__grow(&d->pairs, d->count, sizeof *d->pairs))
+        return SC_FREE(caption), false;
     size_t start = strspn(caption, space), n = strlen(caption + start);
     while (n && strchr(space, caption[start + n - 1])) n--;
     memmove(caption, caption + start, n);
     caption[n] = 0;
-    d->pairs[d->count++] = (sc_pair){path, caption};
-    return true;
+    d->pairs[d->count] = (sc_pair){sc__strdup(path), caption};
+    return d->pairs[d->count++].path != NULL;
 }
 
 static bool sc__dataset_line(sc_dataset *d, const char *folder, const char *where,
@@ -7544,22 +7522,26 @@ static bool sc__dataset_line(sc_dataset *d, const char *folder, const char *wher
     sc_json *json = sc_json_parse(line, strlen(line), where);
     if (!json) return false;
     const char *name = sc_json_string(sc_json_get(json, "file_name"), NULL), *caption = NULL;
-    bool ok = false, two = false;
+    const char *wrong = NULL;
+    bool ok = false;
     for (int i = 0; i < 3; i++) {
-        const char *text = sc_json_string(sc_json_get(json, keys[i]), caption);
-        two = two || (caption && *caption && *text && strcmp(caption, text));
+        const sc_json *value = sc_json_get(json, keys[i]);
+        const char *text = sc_json_string(value, caption);
+        if (value && value->type != SC__STRING && value->type != SC__NULL) wrong = "are no text";
+        if (caption && *caption && *text && strcmp(caption, text)) wrong = "differ: keep one";
         if (!caption || !*caption) caption = text;
     }
     while (name && !strncmp(name, "./", 2)) name += 2;
+    char path[SC__PATH];
     if (!name || !*name) sc_fail("%s: no 'file_name'", where);
+    else if (wrong) sc_fail("%s: 'prompt', 'text', 'caption' of %s %s", where, name, wrong);
     else if (!caption) sc_fail("%s: no 'prompt', 'text' or 'caption' for %s", where, name);
-    else if (two) sc_fail("%s: 'prompt', 'text', 'caption' of %s differ: keep one", where, name);
     else if (*name == '/' || !strncmp(name, "../", 3) || strstr(name, "/../") ||
              strstr(name, "/./") || strstr(name, "//"))
         sc_fail("%s: file_name '%s' is no plain path in the folder", where, name);
     else if (strstr(caption, lost) && !strstr(line, lost))
         sc_fail("%s: a \\u in the caption of %s is no character", where, name);
-    else ok = sc__dataset_add(d, sc__join(folder, name), sc__strdup(caption));
+    else ok = sc__dataset_add(d, sc__join(path, folder, name), sc__strdup(caption));
     sc_json_free(json);
     return ok;
 }
@@ -7585,7 +7567,7 @@ static bool sc__dataset_captions(sc_dataset *d, const sc__folder *f) {
     bool ok = true;
     for (sc__item *e = f->items; ok && e < f->items + f->count; e++) {
         if (e->kind != SC__PICTURE_FILE || strchr(e->path + strlen(f->path) + 1, '/')) continue;
-        if (e->other) ok = sc__dataset_add(d, sc__strdup(e->path), sc_text_load(e->other->path));
+        if (e->other) ok = sc__dataset_add(d, e->path, sc_text_load(e->other->path));
         else if (!lacking++) first = e->path;
     }
     return ok && (!lacking || sc_fail("%s: no caption for %lld of the pictures, as %s: write one "
@@ -7633,15 +7615,15 @@ static bool sc__dataset_unused(sc_dataset *d, const sc__folder *f, bool metadata
 sc_dataset *sc_dataset_open(const char *folder) {
     sc_dataset *d = (sc_dataset *)sc__alloc(1, sizeof *d);
     sc__folder f = {.path = folder};
-    char *path = sc__join(folder, "metadata.jsonl");
-    bool ok = d && path && sc__list(&f), metadata = ok && sc__exists(path);
+    char path[SC__PATH];
+    sc__join(path, folder, "metadata.jsonl");
+    bool ok = d && sc__list(&f), metadata = ok && sc__exists(path);
     if (ok) sc__find_captions(&f);
     if (ok) ok = metadata ? sc__dataset_metadata(d, folder, path) : sc__dataset_captions(d, &f);
     if (ok && d->count) qsort(d->pairs, (size_t)d->count, sizeof *d->pairs, sc__by_picture);
     ok = ok && sc__dataset_unused(d, &f, metadata);
     for (int64_t i = 0; i < f.count; i++) SC_FREE(f.items[i].path);
     SC_FREE(f.items);
-    SC_FREE(path);
     if (ok) return d;
     return sc_dataset_close(d), NULL;
 }
@@ -7707,9 +7689,9 @@ static bool sc__read_sizes(sc_pipeline *p, const sc_vae *plan, const char *path)
 
 /* What decides how the model is used. */
 static bool sc__pipeline_settings(sc_pipeline *p) {
-    char *folder = sc_model_folder(p->folder);
-    char *vae = folder ? sc_part_path(p->folder, SC_VAE) : NULL;
-    sc_vae *plan = vae ? sc_vae_open(NULL, vae, false) : NULL;
+    char folder[SC__PATH], vae[SC__PATH];
+    sc__model_folder(folder, p->folder);
+    sc_vae *plan = sc__part_path(vae, p->folder, SC_VAE) ? sc_vae_open(NULL, vae, false) : NULL;
     sc__config scheduler = {0}, t5 = {0}, clip = {0};
     int most = p->dit->config.guidance ? 512 : 256; /* of T5's tokens, in diffusers */
     bool ok = plan && sc__read_sizes(p, plan, vae) &&
@@ -7725,12 +7707,10 @@ static bool sc__pipeline_settings(sc_pipeline *p) {
     if (sc__is_sd3(p)) p->clip_tokens = length >= 1 && length <= 77 ? (int)length : 77;
     p->text_tokens += p->clip_tokens;
     ok = ok && !t5.wrong && !clip.wrong;
-    sc__config_close(&clip);
-    sc__config_close(&t5);
-    sc__config_close(&scheduler);
+    sc_json_free(clip.json);
+    sc_json_free(t5.json);
+    sc_json_free(scheduler.json);
     sc_vae_close(plan);
-    SC_FREE(vae);
-    SC_FREE(folder);
     return ok;
 }
 
@@ -7745,12 +7725,13 @@ sc_pipeline *sc_pipeline_open(const sc_backend *backend, const char *model,
     if (!p) return NULL; /* sc_cuda has said why */
     p->backend = backend;
     p->folder = sc__strdup(model);
-    char *path = transformer  ? sc__strdup(transformer)
-                 : how.random ? sc__join(model, "transformer")
-                              : sc_part_path(model, SC_TRANSFORMER);
-    how.widen = how.widen || (path && !how.random && !how.fp8 && sc__small_file(backend, path));
-    if (p->folder && path) p->dit = sc_dit_open(backend, path, &how);
-    SC_FREE(path);
+    char path[SC__PATH];
+    if (transformer) snprintf(path, sizeof path, "%s", transformer);
+    else sc__join(path, model, "transformer");
+    bool ok = p->folder &&
+              (transformer || how.random || sc__part_path(path, model, SC_TRANSFORMER));
+    how.widen = how.widen || (ok && !how.random && !how.fp8 && sc__small_file(backend, path));
+    if (ok) p->dit = sc_dit_open(backend, path, &how);
     if (p->dit && sc__pipeline_settings(p) && (p->tape = sc_tape_new(backend))) return p;
     return sc_pipeline_close(p), NULL;
 }
@@ -7806,11 +7787,11 @@ sc_text sc_pipeline_text(sc_pipeline *p, const char *prompt) {
 }
 
 static bool sc__pipeline_vae(sc_pipeline *p) {
-    char *path = p->vae ? NULL : sc_part_path(p->folder, SC_VAE);
-    if (path) p->vae = sc_vae_open(p->backend, path, sc__small_file(p->backend, path));
+    char path[SC__PATH];
+    if (!p->vae && sc__part_path(path, p->folder, SC_VAE))
+        p->vae = sc_vae_open(p->backend, path, sc__small_file(p->backend, path));
     if (p->vae && sc__is_sd3(p) && p->vae->config.assumed)
         p->vae->config.scale = 1.5305f, p->vae->config.shift = 0.0609f;
-    SC_FREE(path);
     return p->vae != NULL;
 }
 

@@ -338,7 +338,7 @@ static void test_shapes(void) {
     CHECK(!sc_dit_open(sc_cpu(), path, NULL) && strstr(sc_error(), "axes_dims_rope"));
     sc_net *net = sc_net_open(NULL, path, false);
     sc_dit_config c;
-    CHECK(!sc__dit_read_config(&c, &(sc__config){.path = (char *)path}, net));
+    CHECK(!sc__dit_read_config(&c, &(sc__config){0}, net));
     CHECK(c.layers == 1 && c.single_layers == 2 && c.heads == 2 && c.head_size == 16 &&
           c.in_channels == 16 && c.text_channels == 24 && c.pooled_channels == 20);
     sc_net_close(net);
