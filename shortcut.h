@@ -4283,8 +4283,8 @@ typedef struct sc__slice {
 } sc__slice;
 
 /* `name` is in `other`. In both, * stands for one word between dots, or the rest of it; ? for q, k
- * or v, which in `other` is 0, 1 or 2, or the part of the rows; ~ for a level of the VAE, counted
- * from the other end in `other`; ! for the last block. What follows the name is kept. */
+ * or v, which in `other` is 0, 1 or 2, or as $ query or key, or the part of the rows; ~ for a level
+ * of the VAE, counted from the other end in `other`; ! for the last block. What follows is kept. */
 typedef struct sc__alias {
     const char *name, *other;
     sc__slice rows;
@@ -4314,15 +4314,13 @@ static const sc__alias sc__aliases[] = {
     SC__SAME("time_text_embed.text_embedder.linear_2", "vector_in.out_layer"),
     SC__DOUBLE("norm1.linear", "img_mod.lin"),
     SC__THIRD("transformer_blocks.*.attn.to_?", "double_blocks.*.img_attn.qkv"),
-    SC__DOUBLE("attn.norm_q.weight", "img_attn.norm.query_norm.scale"),
-    SC__DOUBLE("attn.norm_k.weight", "img_attn.norm.key_norm.scale"),
+    SC__DOUBLE("attn.norm_?.weight", "img_attn.norm.$_norm.scale"),
     SC__DOUBLE("attn.to_out.0", "img_attn.proj"),
     SC__DOUBLE("ff.net.0.proj", "img_mlp.0"),
     SC__DOUBLE("ff.net.2", "img_mlp.2"),
     SC__DOUBLE("norm1_context.linear", "txt_mod.lin"),
     SC__THIRD("transformer_blocks.*.attn.add_?_proj", "double_blocks.*.txt_attn.qkv"),
-    SC__DOUBLE("attn.norm_added_q.weight", "txt_attn.norm.query_norm.scale"),
-    SC__DOUBLE("attn.norm_added_k.weight", "txt_attn.norm.key_norm.scale"),
+    SC__DOUBLE("attn.norm_added_?.weight", "txt_attn.norm.$_norm.scale"),
     SC__DOUBLE("attn.to_add_out", "txt_attn.proj"),
     SC__DOUBLE("ff_context.net.0.proj", "txt_mlp.0"),
     SC__DOUBLE("ff_context.net.2", "txt_mlp.2"),
@@ -4330,17 +4328,13 @@ static const sc__alias sc__aliases[] = {
     {"single_transformer_blocks.*.attn.to_?", "single_blocks.*.linear1", {0, 1, 7, false}, SC_FLUX},
     {"single_transformer_blocks.*.proj_mlp", "single_blocks.*.linear1", {3, 4, 7, false}, SC_FLUX},
     SC__SINGLE("proj_out", "linear2"),
-    SC__SINGLE("attn.norm_q.weight", "norm.query_norm.scale"),
-    SC__SINGLE("attn.norm_k.weight", "norm.key_norm.scale"),
+    SC__SINGLE("attn.norm_?.weight", "norm.$_norm.scale"),
     {"norm_out.linear", "final_layer.adaLN_modulation.1", {0, 0, 0, true}, SC_FLUX},
     SC__SAME("proj_out", "final_layer.linear"),
     /* ComfyUI's own name for the weight of these norms. */
-    SC__DOUBLE("attn.norm_q", "img_attn.norm.query_norm"),
-    SC__DOUBLE("attn.norm_k", "img_attn.norm.key_norm"),
-    SC__DOUBLE("attn.norm_added_q", "txt_attn.norm.query_norm"),
-    SC__DOUBLE("attn.norm_added_k", "txt_attn.norm.key_norm"),
-    SC__SINGLE("attn.norm_q", "norm.query_norm"),
-    SC__SINGLE("attn.norm_k", "norm.key_norm"),
+    SC__DOUBLE("attn.norm_?", "img_attn.norm.$_norm"),
+    SC__DOUBLE("attn.norm_added_?", "txt_attn.norm.$_norm"),
+    SC__SINGLE("attn.norm_?", "norm.$_norm"),
     /* LoRA files in the OMI format, OneTrainer's. */
     SC__SAME("x_embedder", "img_in.proj"),
     SC__DOUBLE("attn.to_?", "img_attn.qkv.?"),
@@ -4424,6 +4418,7 @@ static bool sc__translate(const sc__alias *alias, const char *name, int levels, 
         if (*p == '*' || *p == '!')
             n += snprintf(other + n, (size_t)(256 - n), "%.*s", length[next], word[next]);
         else if (*p == '~') n += snprintf(other + n, 32, "%d", levels - 1 - atoi(word[next]));
+        else if (*p == '$') n += snprintf(other + n, 8, part ? "key" : "query");
         else other[n++] = *p == '?' ? (char)('0' + part) : *p;
         next += *p == '*' || *p == '~' || *p == '!';
     }
