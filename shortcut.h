@@ -7194,30 +7194,25 @@ static int sc__t5_bucket(int distance, int buckets, int largest) {
     return bucket + (far < half - 1 ? far : half - 1);
 }
 
-/* The bias for each head and pair of tokens, [H, T, T]: a learned number for the bucket of their
- * distance. A query's row is a part of the numbers for all distances. */
-static sc_tensor *sc__t5_position_bias(sc_text_encoders *s, int tokens) {
+/* context [tokens, width]. The bias of a head for two tokens, [H, T, T], is a learned number
+ * for the bucket of their distance: a query's row is a part of those for all distances. */
+static bool sc__t5_encode(sc_text_encoders *s, const char *prompt, int tokens, float *context) {
+    const sc__encoder *e = &s->t5;
     sc_tape *t = s->tape;
-    int32_t buckets[2 * SC__MAX_TOKENS];
-    int64_t n = tokens, all = 2 * n - 1, heads = s->t5.heads;
+    int32_t ids[SC__MAX_TOKENS], buckets[2 * SC__MAX_TOKENS];
+    int64_t n = tokens, all = 2 * n - 1, size = sc_dtype_size(t->be->activation);
+    if (sc_tokenize(e->tokenizer, prompt, tokens, ids) < 0) return false;
     for (int i = 0; i < all; i++)
-        buckets[i] = sc__t5_bucket(i + 1 - tokens, s->t5.rows, s->t5_distance);
-    sc_tensor *bias = sc_new(t, 3, (const int64_t[]){heads, n, n});
-    sc_tensor *x = sc_swap_axes(t, sc_embed_tokens(t, s->t5.position, buckets, 1, all));
-    int64_t size = sc_dtype_size(t->be->activation);
-    for (int64_t q = 0; bias && x && q < n; q++)
-        t->be->copy_block((char *)bias->data + q * n * size, n * n,
-                          (char *)x->data + (n - 1 - q) * size, all, heads, n, x->dtype, false);
-    return x ? bias : NULL;
-}
-
-/* ids [tokens] -> context [tokens, t5_width]. */
-static bool sc__t5_encode(sc_text_encoders *s, const int32_t *ids, int tokens, float *context) {
-    sc_tape *t = s->tape;
+        buckets[i] = sc__t5_bucket(i + 1 - tokens, e->rows, s->t5_distance);
     sc_tape_reset(t);
-    sc_tensor *x = sc_embed_tokens(t, s->t5.tokens, ids, 1, tokens);
-    sc_tensor *bias = sc__t5_position_bias(s, tokens);
-    return bias && sc__encoder_run(t, &s->t5, x, bias, 0, tokens, context, NULL);
+    sc_tensor *x = sc_embed_tokens(t, e->tokens, ids, 1, n);
+    sc_tensor *bias = sc_new(t, 3, (const int64_t[]){e->heads, n, n});
+    sc_tensor *row = sc_swap_axes(t, sc_embed_tokens(t, e->position, buckets, 1, all));
+    for (int64_t q = 0; bias && row && q < n; q++)
+        t->be->copy_block((char *)bias->data + q * n * size, n * n,
+                          (char *)row->data + (n - 1 - q) * size, all, e->heads, n, row->dtype,
+                          false);
+    return bias && row && sc__encoder_run(t, e, x, bias, 0, n, context, NULL);
 }
 
 const sc_net *sc_text_net(const sc_text_encoders *t, sc_part part) {
@@ -7227,15 +7222,13 @@ const sc_net *sc_text_net(const sc_text_encoders *t, sc_part part) {
 
 bool sc_text_encode(sc_text_encoders *t, const char *prompt, int tokens, float *context,
                     float *pooled) {
-    int32_t ids[SC__MAX_TOKENS];
     int clip = t->kind == SC_SD3 ? t->clip.length : 0, least = clip + 1;
     if (tokens < least || tokens > SC__MAX_TOKENS)
         return sc_fail("a prompt takes from %d to %d text tokens, not %d", least, SC__MAX_TOKENS,
                        tokens);
     return (clip ? sc__clips_encode(t, prompt, context, pooled)
                  : sc__clip_encode(t, &t->clip, prompt, pooled, NULL)) &&
-           sc_tokenize(t->t5.tokenizer, prompt, tokens - clip, ids) >= 0 &&
-           sc__t5_encode(t, ids, tokens - clip, context + (int64_t)clip * t->t5.width);
+           sc__t5_encode(t, prompt, tokens - clip, context + (int64_t)clip * t->t5.width);
 }
 
 /* ==== Pictures and data sets =============================================== >>pictures =======
