@@ -906,11 +906,10 @@ static inline int64_t sc__max(int64_t a, int64_t b) { return a > b ? a : b; }
  *
  * All of SCFM, FLUX.1 and SD3.5, in the order of a training step's ideas: how a picture is drawn,
  * what is learned, what computes the velocity, which numbers are trained, and the step that puts
- * all of it together. It uses what the API above declares, and four functions from below: */
+ * all of it together. It uses what the API above declares, and three functions from below: */
 static void *sc__alloc(size_t count, size_t size); /* zeroed host memory */
 static sc_params *sc__params_new(sc_dit *dit, int64_t count, bool teacher); /* arrays, all 0 */
 static void sc__params_start(sc_params *p, const float *values); /* every set becomes these */
-static bool sc__rope(sc_dit *f, int text, int h, int w); /* makes f->rope, where it does not fit */
 
 /* ==== Flow matching: times and sampler ========================================= >>flow =======
  *
@@ -1128,11 +1127,17 @@ struct sc_dit {
     int checkpointed;   /* the first so many blocks keep only their inputs for the way back */
 };
 
-/* RoPE's (cos, sin) for each token and channel pair, turn [text + h w, D/2, 2]: pair i of an axis
- * of d channels turns by position * 10000^(-2i/d). SD3.5's stay: (1, 0). */
-static void sc__rope_turns(const sc_dit_config *c, int text, int h, int w, float *turn) {
+/* RoPE's (cos, sin) for each token and channel pair, f->rope, kept until the sizes change: pair i
+ * of an axis of d channels turns by position * 10000^(-2i/d). SD3.5's stay: (1, 0). */
+static bool sc__rope(sc_dit *f, int text, int h, int w) {
+    if (f->rope.data && f->rope_text == text && f->rope_h == h && f->rope_w == w) return true;
+    const sc_dit_config *c = &f->config;
+    const sc_backend *be = f->net->backend;
+    int64_t tokens = text + (int64_t)h * w, size = c->head_size;
+    float *table = (float *)sc__alloc((size_t)(tokens * size), sizeof *table), *turn = table;
+    if (!table) return false;
     for (int64_t token = -text; token < (int64_t)h * w; token++) {
-        for (int i = 0; c->kind == SC_SD3 && i < c->head_size; i++) *turn++ = i % 2 ? 0 : 1;
+        for (int i = 0; c->kind == SC_SD3 && i < size; i++) *turn++ = i % 2 ? 0 : 1;
         double position[3] = {0, token < 0 ? 0 : (double)(token / w),
                               token < 0 ? 0 : (double)(token % w)};
         for (int axis = 0; axis < 3; axis++)
@@ -1142,6 +1147,13 @@ static void sc__rope_turns(const sc_dit_config *c, int text, int h, int w, float
                 *turn++ = (float)sin(angle);
             }
     }
+    if (f->rope.data) be->release(f->rope.data);
+    f->rope = (sc_tensor){.dtype = SC_F32, .ndim = 3, .shape = {tokens, size / 2, 2}};
+    f->rope.data = be->alloc((size_t)(tokens * size) * 4);
+    if (f->rope.data) be->upload(f->rope.data, table, (size_t)(tokens * size) * 4);
+    SC_FREE(table);
+    f->rope_text = text, f->rope_h = h, f->rope_w = w;
+    return f->rope.data != NULL;
 }
 
 /* Attention among the tokens of one stream, n[0] [B,T,C], or of two, n[0] the image's and n[1] the
@@ -5189,23 +5201,6 @@ bool sc_dit_save(const sc_dit *f, const char *folder, sc_dtype dtype, const char
     if (!ok && made) rmdir(folder); /* if it is empty */
     SC_FREE(named);
     return ok;
-}
-
-/* The table of RoPE's turns on the model's backend, kept until the sizes change. */
-static bool sc__rope(sc_dit *f, int text, int h, int w) {
-    if (f->rope.data && f->rope_text == text && f->rope_h == h && f->rope_w == w) return true;
-    const sc_backend *be = f->net->backend;
-    int64_t tokens = text + (int64_t)h * w, size = f->config.head_size;
-    float *table = (float *)sc__alloc((size_t)(tokens * size), sizeof *table);
-    if (!table) return false;
-    sc__rope_turns(&f->config, text, h, w, table);
-    if (f->rope.data) be->release(f->rope.data);
-    f->rope = (sc_tensor){.dtype = SC_F32, .ndim = 3, .shape = {tokens, size / 2, 2}};
-    f->rope.data = be->alloc((size_t)(tokens * size) * 4);
-    if (f->rope.data) be->upload(f->rope.data, table, (size_t)(tokens * size) * 4);
-    SC_FREE(table);
-    f->rope_text = text, f->rope_h = h, f->rope_w = w;
-    return f->rope.data != NULL;
 }
 
 /* ==== LoRA files ========================================================== >>lorafiles =======
