@@ -65,10 +65,10 @@
  *     >>weights     of a network, from its file          >>open      FLUX: opened and saved
  *     >>lorafiles   LoRAs of all dialects                >>state     a run's, to go on later
  *     >>parts       where a model's parts are            >>vae       pictures <-> latents
+ *     >>unicode     what the tokenizers ask of characters
  *     >>tokens      prompts -> ids                       >>text      ids -> vectors: CLIP and T5
  *     >>pictures    and data sets                        >>pipeline  a whole model folder
- *   Part IV, tables
- *     >>unicode     what the tokenizers ask of characters
+ *   Part IV, tables of >>unicode
  *
  * DOES NOT
  *   - read or write picture files (stb does, in tools.h), download anything, print, or exit
@@ -6229,16 +6229,11 @@ static void sc__pack(int64_t batch, int64_t channels, int64_t h, int64_t w, floa
     }
 }
 
-/* ==== Tokenizers ============================================================= >>tokens =======
+/* ==== Unicode =============================================================== >>unicode =======
  *
- * CLIP's is a byte-level BPE (Sennrich et al. 2016): lower-case text is cut into words, each byte
- * of a word is a token, and pairs of tokens merge in the order of merges.txt; "</w>" ends a word.
- * T5's is a Unigram model (Kudo 2018): text is normalised with a table that the file carries,
- * spaces become U+2581, and of all ways to cut a word the one with the highest sum of scores wins.
- * The ids are those of Hugging Face's CLIPTokenizerFast and T5TokenizerFast.
- *
- * Text goes this way: special tokens are found in it, what lies between is normalised, special
- * tokens are found again (each has one of the two ways), and what lies between is cut into words.
+ * What the tokenizers ask of characters: which are letters or numbers, their lower case, canonical
+ * composition (NFC) and graphemes (what a reader takes for one character). The tables (>>part4)
+ * were read off the library whose token ids ours have to equal, and packed by arithmetic coding.
  */
 
 /* ---- Text as code points ---- */
@@ -6261,15 +6256,216 @@ static bool sc__is_space(uint32_t c) {
            c == 0x205f || c == 0x3000;
 }
 
-/* What tables know of characters; the section Unicode has them. */
-typedef struct sc__unicode sc__unicode;
-enum { SC__LETTER = 1, SC__DIGIT = 2 };
-static sc__unicode *sc__unicode_open(void);
-static int sc__word_kind(const sc__unicode *u, uint32_t c);
-/* NFC, then lower case. */
-static void sc__fold(const sc__unicode *u, const uint32_t *s, size_t n, sc__codes *out);
-/* How many of the n code points at s are the first grapheme. */
-static size_t sc__grapheme(const sc__unicode *u, const uint32_t *s, size_t n);
+/* ---- What the tables know of them ---- */
+
+enum { SC__LETTER = 1, SC__DIGIT = 2, SC__EXTEND = 4, SC__SPACING = 8, SC__CONTROL = 16,
+       SC__PREPEND = 32, SC__PICTURE = 64, SC__CONSONANT = 128, SC__LINKER = 256 };
+
+/* Of Hangul: the first syllable; how many initial jamo, vowels, final ones, of which one none */
+enum { SC__HANGUL = 0xac00, SC__SYLLABLES = 19 * 21 * 28, SC__CODES = 0x110000 };
+
+typedef struct sc__pair {
+    uint32_t whole, first, second; /* second 0: one for another */
+    int next;                   /* pair with the same first, if NFC composes this one again; or 0 */
+} sc__pair;
+
+enum { SC__KIND, SC__CLASS, SC__LOWER }; /* flags; combining class; how far lower case is away */
+
+typedef struct sc__unicode {
+    int32_t facts[4096][3];     /* these of a run of code points, */
+    uint16_t run[SC__CODES];    /* which is the number of the one that a code point is in */
+    uint16_t split[SC__CODES];  /* the number of its decomposition among pairs; 0: none */
+    uint16_t joined[SC__CODES]; /* the first of the pairs that begin with it and compose; 0: none */
+    sc__pair pairs[SC__SYLLABLES + 4096]; /* from 1 on */
+    int count;
+} sc__unicode;
+
+static const int32_t *sc__facts(const sc__unicode *u, uint32_t c) { return u->facts[u->run[c]]; }
+static int sc__class(const sc__unicode *u, uint32_t c) { return sc__facts(u, c)[SC__CLASS]; }
+static int sc__word_kind(const sc__unicode *u, uint32_t c) {
+    return sc__facts(u, c)[SC__KIND] & (SC__LETTER | SC__DIGIT);
+}
+
+/* ---- Unpacking ---- */
+
+/* The text is the digits, of base 92, of a fraction. Each bit divides the range that it is known to
+ * lie in, as often as 0 and 1 were seen in the bit's context: which part it is in is the bit. */
+typedef struct sc__packed {
+    const char *text;
+    uint32_t code, range;       /* the fraction above the range's beginning */
+    unsigned char seen[1 << 18][2];
+} sc__packed;
+
+static bool sc__unpack_bit(sc__packed *p, uint32_t context) {
+    unsigned char *seen = p->seen[context * 0x9e3779b1u >> 14];
+    for (; p->range < 1 << 25; p->text++) { /* printed from ' ' on without '"', '?' and '\' */
+        char c = *p->text;
+        p->range *= 92;
+        p->code = p->code * 92 + (uint32_t)(c - ' ' - (c > '"') - (c > '?') - (c > '\\'));
+    }
+    uint32_t zeros = p->range / (2u * (seen[0] + seen[1]) + 2) * (2u * seen[0] + 1);
+    bool bit = p->code >= zeros;
+    p->code -= bit ? zeros : 0;
+    p->range = bit ? p->range - zeros : zeros;
+    if (++seen[bit] == 24) {
+        seen[0] /= 2;
+        seen[1] /= 2;
+    }
+    return bit;
+}
+
+/* A number in Elias' gamma code: how many bits are below the first, and these; the lowest: sign. */
+static int32_t sc__unpack(sc__packed *p, uint32_t context) {
+    uint32_t n = 1, bits = 0;
+    context *= 0x85ebca6b;
+    while (sc__unpack_bit(p, context + bits)) bits++;
+    for (; bits; bits--) n = 2 * n + sc__unpack_bit(p, context + 32 * n + bits);
+    return n & 1 ? (int32_t)(n / 2) : -(int32_t)(n / 2);
+}
+
+/* Runs: the facts, each in the context of those before it and of the run before; length - 1. */
+static void sc__unpack_facts(sc__unicode *u, sc__packed *p) {
+    int32_t now[3] = {0};
+    for (uint32_t code = 0, run = 0; code < SC__CODES; run++) {
+        uint32_t context = 0;
+        for (uint32_t i = 0; i < 3; i++) {
+            now[i] = sc__unpack(p, 4 * (context + (uint32_t)now[i]) + i);
+            u->facts[run][i] = now[i];
+            context = 1009 * (context + (uint32_t)now[i]);
+        }
+        for (int32_t n = sc__unpack(p, 4 * context + 3); n >= 0; n--)
+            u->run[code++] = (uint16_t)run;
+    }
+}
+
+static void sc__add_pair(sc__unicode *u, uint32_t whole, uint32_t first, uint32_t second,
+                         bool composed) {
+    u->pairs[++u->count] = (sc__pair){whole, first, second, u->joined[first]};
+    u->split[whole] = (uint16_t)u->count;
+    if (composed) u->joined[first] = (uint16_t)u->count;
+}
+
+/* Decompositions into one code point (kind 0), or two (1), or two that NFC composes again (2), all
+ * code points as distances: from the one before, but the first from that of the same kind. */
+static void sc__unpack_pairs(sc__unicode *u, sc__packed *p) {
+    uint32_t whole = 0, kind = 0, first[3] = {0}, second = 0;
+    while ((whole += (uint32_t)sc__unpack(p, kind)) < SC__CODES) {
+        kind = (uint32_t)sc__unpack(p, 3 + kind);
+        uint32_t step = (uint32_t)sc__unpack(p, 6 + kind);
+        first[kind] += step;
+        if (kind) second += (uint32_t)sc__unpack(p, 9 + kind + 100 * step);
+        sc__add_pair(u, whole, first[kind], kind ? second : 0, kind == 2);
+    }
+}
+
+static const char *sc__packed_text(bool pairs); /* or facts: see >>part4 */
+
+static sc__unicode *sc__unicode_open(void) {
+    sc__unicode *u = (sc__unicode *)sc__alloc(1, sizeof *u);
+    sc__packed *p = (sc__packed *)sc__alloc(2, sizeof *p);
+    if (!u || !p) return SC_FREE(u), SC_FREE(p), NULL;
+    p[0].text = sc__packed_text(false);
+    p[1].text = sc__packed_text(true);
+    p[0].range = p[1].range = 1;
+    sc__unpack_facts(u, &p[0]);
+    sc__unpack_pairs(u, &p[1]);
+    SC_FREE(p);
+    for (uint32_t i = 0; i < SC__SYLLABLES; i++) {
+        uint32_t c = SC__HANGUL + i, final = i % 28;
+        uint32_t first = final ? c - final : 0x1100 + i / 588;
+        sc__add_pair(u, c, first, final ? 0x11a7 + final : 0x1161 + i % 588 / 28, true);
+    }
+    return u;
+}
+
+/* ---- Normalisation (UAX 15) ---- */
+
+/* Appends the canonical decomposition of c. */
+static void sc__decompose(const sc__unicode *u, uint32_t c, sc__codes *out) {
+    const sc__pair *p = &u->pairs[u->split[c]];
+    if (!u->split[c]) sc__codes_add(out, c);
+    else sc__decompose(u, p->first, out);
+    if (p->second) sc__decompose(u, p->second, out);
+}
+
+/* Appends NFC of s[n], then lower case: of U+0130 two code points, of all others one. NFC: all is
+ * decomposed, marks that follow each other are sorted by their classes, and a mark joins the last
+ * starter (class 0) unless one in between has the same class or a higher. */
+static void sc__fold(const sc__unicode *u, const uint32_t *s, size_t n, sc__codes *out) {
+    sc__codes x = {0};
+    for (size_t i = 0; i < n; i++) sc__decompose(u, s[i], &x);
+    for (size_t i = 0; i < x.count; i++) {
+        uint32_t c = x.code[i];
+        size_t at = i;
+        for (; sc__class(u, c) && at && sc__class(u, x.code[at - 1]) > sc__class(u, c); at--)
+            x.code[at] = x.code[at - 1];
+        x.code[at] = c;
+    }
+    size_t starter = SIZE_MAX, count = 0;
+    int last = 0; /* class of the last mark behind the starter */
+    for (size_t i = 0; i < x.count; i++) {
+        uint32_t c = x.code[i], whole = 0;
+        int class_ = sc__class(u, c);
+        bool joins = starter < count && (count == starter + 1 || last < class_);
+        for (int k = joins ? u->joined[x.code[starter]] : 0; k && !whole; k = u->pairs[k].next)
+            if (u->pairs[k].second == c) whole = u->pairs[k].whole;
+        if (whole) {
+            x.code[starter] = whole;
+            continue;
+        }
+        if (class_ == 0) starter = count;
+        last = class_;
+        x.code[count++] = c;
+    }
+    for (size_t i = 0; i < count; i++) {
+        uint32_t c = x.code[i];
+        if (c == 0x130) sc__codes_add_text(out, "i\xcc\x87");
+        else sc__codes_add(out, c + (uint32_t)sc__facts(u, c)[SC__LOWER]);
+    }
+    out->failed = out->failed || x.failed;
+    SC_FREE(x.code);
+}
+
+/* ---- Graphemes (UAX 29) ----
+ * But those of jamo, or of a flag's two letters, count as several: they have 6 bytes or more, so
+ * that no charsmap replaces them whole, and T5's has nothing for their parts. */
+
+static size_t sc__grapheme(const sc__unicode *u, const uint32_t *s, size_t n) {
+    enum { JOINER = 0x200d, NON_JOINER = 0x200c };
+    int kind = sc__facts(u, *s)[SC__KIND];
+    bool picture = kind & SC__PICTURE, consonant = kind & SC__CONSONANT;
+    bool glued = false, linked = false;
+    size_t i = 1;
+    for (; i < n; i++) {
+        uint32_t a = s[i - 1], b = s[i];
+        int before = kind;
+        if (a == '\r' && b == '\n') continue;
+        if (a < 0x80 && b < 0x80) break;
+        kind = sc__facts(u, b)[SC__KIND];
+        bool joins = (kind & (SC__EXTEND | SC__SPACING)) || (before & SC__PREPEND) ||
+                     (glued && (kind & SC__PICTURE)) || (linked && (kind & SC__CONSONANT));
+        if (((before | kind) & SC__CONTROL) || !joins) break;
+        bool extends = kind & SC__EXTEND;
+        bool extends_conjunct = extends ? b != NON_JOINER : b == JOINER;
+        glued = picture && b == JOINER;
+        picture = (kind & SC__PICTURE) || (picture && extends);
+        linked = extends_conjunct && (linked || (consonant && (kind & SC__LINKER)));
+        consonant = (kind & SC__CONSONANT) || (consonant && extends_conjunct);
+    }
+    return i;
+}
+
+/* ==== Tokenizers ============================================================= >>tokens =======
+ *
+ * CLIP's is a byte-level BPE (Sennrich et al. 2016): lower-case text is cut into words, each byte
+ * of a word is a token, and pairs of tokens merge in the order of merges.txt; "</w>" ends a word.
+ * T5's is a Unigram model (Kudo 2018): text is normalised with a table that the file carries,
+ * spaces become U+2581, and of all ways to cut a word the one with the highest sum of scores wins.
+ * The ids are those of Hugging Face's CLIPTokenizerFast and T5TokenizerFast.
+ *
+ * Text goes this way: special tokens are found in it, what lies between is normalised, special
+ * tokens are found again (each has one of the two ways), and what lies between is cut into words.
+ */
 
 /* ---- The tokenizer ---- */
 
@@ -7833,19 +8029,7 @@ bool sc_pipeline_draw(sc_pipeline *p, const sc_sampling *s, int n, const sc_text
 
 /* ##############################################################################################
  * PART IV: TABLES                                                                        >>part4
- *
- * Written by a script; nobody reads them, but for the functions at the end.
  */
-
-/* ==== Unicode =============================================================== >>unicode =======
- *
- * What the tokenizers ask of characters: which are letters or numbers, their lower case, canonical
- * composition (NFC) and graphemes (what a reader takes for one character). The tables were read off
- * the library whose token ids ours have to equal, and are packed by arithmetic coding.
- */
-
-enum { SC__EXTEND = 4, SC__SPACING = 8, SC__CONTROL = 16, SC__PREPEND = 32, SC__PICTURE = 64,
-       SC__CONSONANT = 128, SC__LINKER = 256 };
 
 /* Packed by test/make_unicode_tables.py, as tokenizers 0.22.2 has them. */
 static const char sc__facts_text[] =
@@ -7932,196 +8116,6 @@ static const char sc__pairs_text[] =
     "HkNoFL35'80ahIbd1#`11)G<@S6sjGO>Mpa-B#7E|[{@T$[LTIDc_OC.1'.HY8z5{oYGH-0A0+k9O@2 kK/5fZ!aQe]o=V"
     "v4*0.NUgtX45|vu.DhQ1]ln$bULHdq1!c&/ADpRFVFj#hIxE7eM{O7=R0L!;X;uYn(T340j/hcim+E'Rn ";
 
-/* Of Hangul: the first syllable; how many initial jamo, vowels, final ones, of which one none */
-enum { SC__HANGUL = 0xac00, SC__SYLLABLES = 19 * 21 * 28, SC__CODES = 0x110000 };
-
-typedef struct sc__pair {
-    uint32_t whole, first, second; /* second 0: one for another */
-    int next;                   /* pair with the same first, if NFC composes this one again; or 0 */
-} sc__pair;
-
-enum { SC__KIND, SC__CLASS, SC__LOWER }; /* flags; combining class; how far lower case is away */
-
-struct sc__unicode {
-    int32_t facts[4096][3];     /* these of a run of code points, */
-    uint16_t run[SC__CODES];    /* which is the number of the one that a code point is in */
-    uint16_t split[SC__CODES];  /* the number of its decomposition among pairs; 0: none */
-    uint16_t joined[SC__CODES]; /* the first of the pairs that begin with it and compose; 0: none */
-    sc__pair pairs[SC__SYLLABLES + 4096]; /* from 1 on */
-    int count;
-};
-
-static const int32_t *sc__facts(const sc__unicode *u, uint32_t c) { return u->facts[u->run[c]]; }
-static int sc__class(const sc__unicode *u, uint32_t c) { return sc__facts(u, c)[SC__CLASS]; }
-static int sc__word_kind(const sc__unicode *u, uint32_t c) {
-    return sc__facts(u, c)[SC__KIND] & (SC__LETTER | SC__DIGIT);
-}
-
-/* ---- Unpacking ---- */
-
-/* The text is the digits, of base 92, of a fraction. Each bit divides the range that it is known to
- * lie in, as often as 0 and 1 were seen in the bit's context: which part it is in is the bit. */
-typedef struct sc__packed {
-    const char *text;
-    uint32_t code, range;       /* the fraction above the range's beginning */
-    unsigned char seen[1 << 18][2];
-} sc__packed;
-
-static bool sc__unpack_bit(sc__packed *p, uint32_t context) {
-    unsigned char *seen = p->seen[context * 0x9e3779b1u >> 14];
-    for (; p->range < 1 << 25; p->text++) { /* printed from ' ' on without '"', '?' and '\' */
-        char c = *p->text;
-        p->range *= 92;
-        p->code = p->code * 92 + (uint32_t)(c - ' ' - (c > '"') - (c > '?') - (c > '\\'));
-    }
-    uint32_t zeros = p->range / (2u * (seen[0] + seen[1]) + 2) * (2u * seen[0] + 1);
-    bool bit = p->code >= zeros;
-    p->code -= bit ? zeros : 0;
-    p->range = bit ? p->range - zeros : zeros;
-    if (++seen[bit] == 24) {
-        seen[0] /= 2;
-        seen[1] /= 2;
-    }
-    return bit;
-}
-
-/* A number in Elias' gamma code: how many bits are below the first, and these; the lowest: sign. */
-static int32_t sc__unpack(sc__packed *p, uint32_t context) {
-    uint32_t n = 1, bits = 0;
-    context *= 0x85ebca6b;
-    while (sc__unpack_bit(p, context + bits)) bits++;
-    for (; bits; bits--) n = 2 * n + sc__unpack_bit(p, context + 32 * n + bits);
-    return n & 1 ? (int32_t)(n / 2) : -(int32_t)(n / 2);
-}
-
-/* Runs: the facts, each in the context of those before it and of the run before; length - 1. */
-static void sc__unpack_facts(sc__unicode *u, sc__packed *p) {
-    int32_t now[3] = {0};
-    for (uint32_t code = 0, run = 0; code < SC__CODES; run++) {
-        uint32_t context = 0;
-        for (uint32_t i = 0; i < 3; i++) {
-            now[i] = sc__unpack(p, 4 * (context + (uint32_t)now[i]) + i);
-            u->facts[run][i] = now[i];
-            context = 1009 * (context + (uint32_t)now[i]);
-        }
-        for (int32_t n = sc__unpack(p, 4 * context + 3); n >= 0; n--)
-            u->run[code++] = (uint16_t)run;
-    }
-}
-
-static void sc__add_pair(sc__unicode *u, uint32_t whole, uint32_t first, uint32_t second,
-                         bool composed) {
-    u->pairs[++u->count] = (sc__pair){whole, first, second, u->joined[first]};
-    u->split[whole] = (uint16_t)u->count;
-    if (composed) u->joined[first] = (uint16_t)u->count;
-}
-
-/* Decompositions into one code point (kind 0), or two (1), or two that NFC composes again (2), all
- * code points as distances: from the one before, but the first from that of the same kind. */
-static void sc__unpack_pairs(sc__unicode *u, sc__packed *p) {
-    uint32_t whole = 0, kind = 0, first[3] = {0}, second = 0;
-    while ((whole += (uint32_t)sc__unpack(p, kind)) < SC__CODES) {
-        kind = (uint32_t)sc__unpack(p, 3 + kind);
-        uint32_t step = (uint32_t)sc__unpack(p, 6 + kind);
-        first[kind] += step;
-        if (kind) second += (uint32_t)sc__unpack(p, 9 + kind + 100 * step);
-        sc__add_pair(u, whole, first[kind], kind ? second : 0, kind == 2);
-    }
-}
-
-static sc__unicode *sc__unicode_open(void) {
-    sc__unicode *u = (sc__unicode *)sc__alloc(1, sizeof *u);
-    sc__packed *p = (sc__packed *)sc__alloc(2, sizeof *p);
-    if (!u || !p) return SC_FREE(u), SC_FREE(p), NULL;
-    p[0].text = sc__facts_text;
-    p[1].text = sc__pairs_text;
-    p[0].range = p[1].range = 1;
-    sc__unpack_facts(u, &p[0]);
-    sc__unpack_pairs(u, &p[1]);
-    SC_FREE(p);
-    for (uint32_t i = 0; i < SC__SYLLABLES; i++) {
-        uint32_t c = SC__HANGUL + i, final = i % 28;
-        uint32_t first = final ? c - final : 0x1100 + i / 588;
-        sc__add_pair(u, c, first, final ? 0x11a7 + final : 0x1161 + i % 588 / 28, true);
-    }
-    return u;
-}
-
-/* ---- Normalisation (UAX 15) ---- */
-
-/* Appends the canonical decomposition of c. */
-static void sc__decompose(const sc__unicode *u, uint32_t c, sc__codes *out) {
-    const sc__pair *p = &u->pairs[u->split[c]];
-    if (!u->split[c]) sc__codes_add(out, c);
-    else sc__decompose(u, p->first, out);
-    if (p->second) sc__decompose(u, p->second, out);
-}
-
-/* Appends NFC of s[n], then lower case: of U+0130 two code points, of all others one. NFC: all is
- * decomposed, marks that follow each other are sorted by their classes, and a mark joins the last
- * starter (class 0) unless one in between has the same class or a higher. */
-static void sc__fold(const sc__unicode *u, const uint32_t *s, size_t n, sc__codes *out) {
-    sc__codes x = {0};
-    for (size_t i = 0; i < n; i++) sc__decompose(u, s[i], &x);
-    for (size_t i = 0; i < x.count; i++) {
-        uint32_t c = x.code[i];
-        size_t at = i;
-        for (; sc__class(u, c) && at && sc__class(u, x.code[at - 1]) > sc__class(u, c); at--)
-            x.code[at] = x.code[at - 1];
-        x.code[at] = c;
-    }
-    size_t starter = SIZE_MAX, count = 0;
-    int last = 0; /* class of the last mark behind the starter */
-    for (size_t i = 0; i < x.count; i++) {
-        uint32_t c = x.code[i], whole = 0;
-        int class_ = sc__class(u, c);
-        bool joins = starter < count && (count == starter + 1 || last < class_);
-        for (int k = joins ? u->joined[x.code[starter]] : 0; k && !whole; k = u->pairs[k].next)
-            if (u->pairs[k].second == c) whole = u->pairs[k].whole;
-        if (whole) {
-            x.code[starter] = whole;
-            continue;
-        }
-        if (class_ == 0) starter = count;
-        last = class_;
-        x.code[count++] = c;
-    }
-    for (size_t i = 0; i < count; i++) {
-        uint32_t c = x.code[i];
-        if (c == 0x130) sc__codes_add_text(out, "i\xcc\x87");
-        else sc__codes_add(out, c + (uint32_t)sc__facts(u, c)[SC__LOWER]);
-    }
-    out->failed = out->failed || x.failed;
-    SC_FREE(x.code);
-}
-
-/* ---- Graphemes (UAX 29) ----
- * But those of jamo, or of a flag's two letters, count as several: they have 6 bytes or more, so
- * that no charsmap replaces them whole, and T5's has nothing for their parts. */
-
-static size_t sc__grapheme(const sc__unicode *u, const uint32_t *s, size_t n) {
-    enum { JOINER = 0x200d, NON_JOINER = 0x200c };
-    int kind = sc__facts(u, *s)[SC__KIND];
-    bool picture = kind & SC__PICTURE, consonant = kind & SC__CONSONANT;
-    bool glued = false, linked = false;
-    size_t i = 1;
-    for (; i < n; i++) {
-        uint32_t a = s[i - 1], b = s[i];
-        int before = kind;
-        if (a == '\r' && b == '\n') continue;
-        if (a < 0x80 && b < 0x80) break;
-        kind = sc__facts(u, b)[SC__KIND];
-        bool joins = (kind & (SC__EXTEND | SC__SPACING)) || (before & SC__PREPEND) ||
-                     (glued && (kind & SC__PICTURE)) || (linked && (kind & SC__CONSONANT));
-        if (((before | kind) & SC__CONTROL) || !joins) break;
-        bool extends = kind & SC__EXTEND;
-        bool extends_conjunct = extends ? b != NON_JOINER : b == JOINER;
-        glued = picture && b == JOINER;
-        picture = (kind & SC__PICTURE) || (picture && extends);
-        linked = extends_conjunct && (linked || (consonant && (kind & SC__LINKER)));
-        consonant = (kind & SC__CONSONANT) || (consonant && extends_conjunct);
-    }
-    return i;
-}
+static const char *sc__packed_text(bool pairs) { return pairs ? sc__pairs_text : sc__facts_text; }
 
 #endif /* SHORTCUT_IMPLEMENTATION */
