@@ -4164,6 +4164,13 @@ static sc__entry *sc__find_entry(const sc_file *f, const char *name) {
     return (sc__entry *)bsearch(&key, f->entries, (size_t)f->count, sizeof key, sc__by_name);
 }
 
+/* The tensor whose name is the first n characters of this one, and `end`. */
+static sc__entry *sc__find_beside(const sc_file *f, const char *name, size_t n, const char *end) {
+    char full[512];
+    snprintf(full, sizeof full, "%.*s%s", (int)n, name, end);
+    return sc__find_entry(f, full);
+}
+
 const sc_tensor *sc_file_find(const sc_file *f, const char *name) {
     const sc__entry *found = sc__find_entry(f, name);
     return found ? &found->tensor : NULL;
@@ -4527,20 +4534,15 @@ static size_t sc__net_waiting(const sc_net *net) {
  * plain casts; one that announces scales (ComfyUI's mark `scaled_fp8`) must have them. */
 static bool sc__read_scale(const sc_file *f, const sc__entry *weight, const sc__slice *rows,
                            sc_weight *w) {
-    static const char *const forms[] = {"weight_scale", "scale_weight"};
-    char name[512];
-    sc__entry *found = NULL, *mark = NULL;
-    int stem = (int)sc__stem(weight->name, "weight");
-    for (int i = 0; i < 2 && !found; i++) {
-        snprintf(name, sizeof name, "%.*s%s", stem, weight->name, forms[i]);
-        found = sc__find_entry(f, name);
-    }
+    size_t stem = sc__stem(weight->name, "weight");
+    sc__entry *found = sc__find_beside(f, weight->name, stem, "weight_scale"), *mark = NULL;
+    if (!found) found = sc__find_beside(f, weight->name, stem, "scale_weight");
     for (int i = 0; !mark && sc__weight_prefixes[i]; i++) {
-        const char *prefix = sc__weight_prefixes[i];
-        if (strncmp(weight->name, prefix, strlen(prefix))) continue; /* the mark of another part */
-        snprintf(name, sizeof name, "%sscaled_fp8", prefix);
-        if ((mark = sc__find_entry(f, name))) mark->used = true;
+        size_t n = strlen(sc__weight_prefixes[i]);
+        if (!strncmp(weight->name, sc__weight_prefixes[i], n)) /* not the mark of another part */
+            mark = sc__find_beside(f, weight->name, n, "scaled_fp8");
     }
+    if (mark) mark->used = true;
     if (!found) return !mark || sc_fail("%s: '%s' is an 8-bit weight without its '.scale_weight'; "
                                          "the file says that it has them", f->path, weight->name);
     found->used = true;
@@ -4740,7 +4742,6 @@ static bool sc__net_complete(const sc_net *net) {
     const sc_file *f = net->backend ? net->file : NULL;
     for (int64_t i = 0; f && i < f->count; i++) {
         const char *name = f->entries[i].name, *dot = strrchr(name, '.');
-        char weight[512];
         if (f->entries[i].used) continue;
         for (const char *at = name; (at = strchr(at, '.')); at++) {
             size_t n = (size_t)(at + 1 - name), digits = strspn(at + 1, "0123456789");
@@ -4748,13 +4749,12 @@ static bool sc__net_complete(const sc_net *net) {
                 !sc__used_below(f, name, n + digits + 1))
                 return sc_fail("%s: '%s' is of a block that the model does not have: is "
                                 "config.json that of another one?", f->path, name);
-            snprintf(weight, sizeof weight, "%.*sweight", (int)n, name);
-            const sc__entry *e = sc__find_entry(f, weight);
+            const sc__entry *e = sc__find_beside(f, name, n, "weight");
             if (e && e->used && e->tensor.dtype == SC_F8_E4M3 && !strstr(at, "input") &&
                 strcmp(dot, ".comfy_quant") && strcmp(dot, ".bias"))
                 return sc_fail("%s: '%s' is not understood beside the 8-bit '%s': scales are read "
                                 "as .weight_scale or .scale_weight, one number or one a row",
-                                f->path, name, weight);
+                                f->path, name, e->name);
         }
     }
     return true;
@@ -5304,21 +5304,20 @@ static bool sc__lora_config_alpha(const sc__lora *l, const char *const names[2],
 
 /* What B A is multiplied by: alpha / rank, with rsLoRA alpha / sqrt(rank). alpha is a tensor
  * (kohya) or in the config; without either it is the rank. */
-static bool sc__lora_own_scale(const sc__lora *l, const char *module, const char *stem, int length,
+static bool sc__lora_own_scale(const sc__lora *l, const char *module, const char *a, size_t stem,
                                int64_t rank, float *scale) {
     static const char peft[] = "base_model.model.";
     char name[512];
     float alpha = (float)rank;
-    snprintf(name, sizeof name, "%.*s", length, stem);
+    snprintf(name, sizeof name, "%.*s", (int)stem, a);
     const char *own = name + (strncmp(name, peft, sizeof peft - 1) ? 0 : sizeof peft - 1);
     if (!sc__lora_config_alpha(l, (const char *[]){module, own}, &alpha)) return false;
-    snprintf(name, sizeof name, "%.*s.alpha", length, stem);
-    sc__entry *e = sc__find_entry(l->file, name);
+    sc__entry *e = sc__find_beside(l->file, a, stem, ".alpha");
     if (e) e->used = true, alpha = NAN;
     if (e && sc_count(&e->tensor) == 1) sc_to_f32(&alpha, e->tensor.data, e->tensor.dtype, 1);
     bool root = sc_json_bool(sc__lora_setting(l, "use_rslora"), false);
     *scale = alpha / (root ? sqrtf((float)rank) : (float)rank);
-    return isfinite(alpha) || sc_fail("%s: '%s' is not a number", l->file->path, name);
+    return isfinite(alpha) || sc_fail("%s: '%s' is not a number", l->file->path, e->name);
 }
 
 /* Appends a tensor's part for `module`, [rows, columns], times `scale`. */
@@ -5346,25 +5345,31 @@ static bool sc__lora_take(const sc__lora *l, sc__entry *e, const sc__slice *part
     return i == n || sc_fail("%s: '%s' holds NaN or infinity", l->file->path, e->name);
 }
 
+/* The length of the stem of a name that is an A (side 0) or a B (side 1) of any dialect, and its
+ * partner's name; 0: it is none. */
+static size_t sc__lora_side(const char *name, int side, char partner[512]) {
+    size_t end = 0, stem = 0;
+    while (end < SC__LORA_ENDS && !(stem = sc__stem(name, sc__lora_ends[end][side]))) end++;
+    if (stem) snprintf(partner, 512, "%.*s%s", (int)stem, name, sc__lora_ends[end][!side]);
+    return stem;
+}
+
 /* The factors of `module`, whose weight is w [out, in], if the file has any; x is empty before, its
  * values are yours in any case. */
 static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor *w,
                           sc__factors *x) {
     const sc_file *file = l->file;
     sc__slice part, whole = {0, 0, 0, false};
-    sc__entry *a = NULL, *b, *c;
-    char name[512];
+    sc__entry *a = NULL;
+    char other[512];
     float scale;
-    int end = -1;
-    while (!a && ++end < SC__LORA_ENDS)
-        a = sc__find_as(file, sc__lora_prefixes, module, sc__lora_ends[end][0], l->blocks, &part);
+    for (int i = 0; !a && i < SC__LORA_ENDS; i++)
+        a = sc__find_as(file, sc__lora_prefixes, module, sc__lora_ends[i][0], l->blocks, &part);
     if (!a) return true;
-    int stem = (int)sc__stem(a->name, sc__lora_ends[end][0]);
-    int n = snprintf(name, sizeof name, "%.*s%s", stem, a->name, sc__lora_ends[end][1]);
-    b = sc__find_entry(file, name);
-    if (!b) return sc_fail("%s: '%s' has no partner '%s'", file->path, a->name, name);
-    snprintf(name + n - 6, 8, "bias"); /* in place of "weight" */
-    c = sc__find_entry(file, name);
+    size_t stem = sc__lora_side(a->name, 0, other);
+    sc__entry *b = sc__find_entry(file, other);
+    if (!b) return sc_fail("%s: '%s' has no partner '%s'", file->path, a->name, other);
+    sc__entry *c = sc__find_beside(file, other, sc__stem(other, "weight"), "bias");
     int64_t out = w->shape[0], in = w->shape[1], rank = x->rank = a->tensor.shape[0];
     bool ok = sc__lora_take(l, a, &whole, module, rank, in, 1, x) &&
               sc__lora_own_scale(l, module, a->name, stem, rank, &scale) &&
@@ -5372,14 +5377,6 @@ static bool sc__lora_read(const sc__lora *l, const char *module, const sc_tensor
               (!c || sc__lora_take(l, c, &part, module, out, 1, scale, x));
     if (ok && c) x->bias = x->values + rank * (in + out);
     return ok;
-}
-
-/* Whether `name` is an A (side 0) or a B (side 1) of any dialect; then its partner's name. */
-static bool sc__lora_side(const char *name, int side, char partner[512]) {
-    size_t end = 0, stem = 0;
-    while (end < SC__LORA_ENDS && !(stem = sc__stem(name, sc__lora_ends[end][side]))) end++;
-    if (stem) snprintf(partner, 512, "%.*s%s", (int)stem, name, sc__lora_ends[end][!side]);
-    return stem > 0;
 }
 
 /* What changes one of the text encoders, which take no LoRA here. */
