@@ -581,7 +581,7 @@ static int experiment_main(void) {
     free(x.class_of), free(x.texts), free(x.base), free(x.real), free(x.sheet);
     evaluator_close(&x.judge);
     sc_pipeline_close(x.p);
-    return sc_end(ok);
+    return sc_end(ok && sc_printed());
 }
 
 /* ---- info and merge ---- */
@@ -669,7 +669,7 @@ static void info_tokenizer(const char *model, const char *name) {
 }
 
 static int info_main(const char *model) {
-    if (!is_model(model)) return sc_end(info_file(model));
+    if (!is_model(model)) return sc_end(info_file(model) && sc_printed());
     printf("%s:\n", model);
     sc_dit *dit = info_transformer(model);
     bool sd3 = dit && sc_dit_config_of(dit)->kind == SC_SD3;
@@ -708,7 +708,7 @@ static int info_main(const char *model) {
     sc_text_encoders_close(text);
     sc_vae_close(vae);
     if (!ok) sc_fail("%s: a part is not whole, or not one that is read here", model);
-    return sc_end(ok);
+    return sc_end(ok && sc_printed());
 }
 
 /* LoRAs folded into a copy of the transformer, or, with --kohya, into one file of kohya's names. */
@@ -716,20 +716,30 @@ static int merge_main(void) {
     const char *path = o.transformer ? o.transformer : kept(sc_part_path(o.model, SC_TRANSFORMER));
     sc_dit *dit = path ? sc_dit_open(sc_cpu(), path, NULL) : NULL;
     float guidance = NAN; /* that of the first of --steps, as the scale: weights cannot keep it */
+    float scale;
     bool ok = dit && (o.lora[0] || sc_fail("merge needs --lora FILE[:SCALE]")) &&
               (o.kohya ? sc_check_out(o.out, SC_WEIGHTS, o.named, o.model, o.transformer, o.lora)
                        : sc_can_write_model(dit, o.out));
+    const char *weights = formatted("%s/diffusion_pytorch_model.safetensors", o.out);
     const char *merged = "";
     for (int i = 0; ok && i < 8 && o.lora[i]; i++) {
-        ok = sc_load_lora_argument(dit, o.lora[i], o.steps[0], &guidance);
+        ok = sc_apart(weights, sc_lora_argument(o.lora[i], o.steps[0], &scale, NULL)) &&
+             sc_load_lora_argument(dit, o.lora[i], o.steps[0], &guidance);
         merged = formatted("%s%s%s", merged, i ? " " : "", o.lora[i]);
     }
     const char *vae = ok ? kept(sc_part_path(o.model, SC_VAE)) : NULL; /* perhaps in one file */
     if (ok && (!vae || strcmp(vae, path)))
         sc_warn_unread((const sc_net *[]){sc_dit_net(dit)}, 1, path);
     const char *metadata[] = {"format", "pt", "command", sc_command, "merged", merged, NULL};
-    sc_dtype type = ok ? sc_dit_net(dit)->weights[0]->source.dtype : SC_BF16;
-    if (type != SC_F32 && type != SC_F16) type = SC_BF16;
+    int64_t all = 0, wide = 0, half = 0; /* numbers; the type is that of most, of fp8 bf16 */
+    for (int64_t i = 0; ok && i < sc_dit_net(dit)->count; i++) {
+        const sc_weight *w = sc_dit_net(dit)->weights[i];
+        int64_t n = sc_count(&w->tensor);
+        all += n;
+        wide += w->source.dtype == SC_F32 ? n : 0;
+        half += w->source.dtype == SC_F16 ? n : 0;
+    }
+    sc_dtype type = 2 * wide > all ? SC_F32 : 2 * half > all ? SC_F16 : SC_BF16;
     if (ok && o.kohya) ok = sc_lora_save_kohya(dit, o.out, metadata);
     else if (ok) ok = sc_dit_save(dit, o.out, type, metadata);
     const char *how = formatted(": take it with --transformer %s", o.out);
@@ -769,6 +779,8 @@ int main(int argc, char **argv) {
     bool merge = count == 1 && !strcmp(words[0], "merge");
     o.named = o.out != NULL;
     if (!o.out) o.out = !merge ? "sheet.png" : o.kohya ? "lora-kohya.safetensors" : "merged";
+    if (o.threads < 0 || o.threads > SC_MAX_THREADS)
+        return sc_fail("--threads is a number from 0 to %d", SC_MAX_THREADS), sc_bad_usage(NULL);
     if (o.batch < 1 || o.batch > 4096 || o.count < 0 || o.count == 1 || o.resolution < 0 ||
         !(o.shift >= 0) || !(o.cfg >= 0) || (o.cfg_loras && !o.cfg) || (o.kohya && !merge))
         return sc_fail("--batch from 1 to 4096, --count from 2 up, no negative numbers; "

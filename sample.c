@@ -123,8 +123,12 @@ static void note_input(const char *path) {
 /* Whether the PNG at `path` was drawn with just these parameters, after all input was there. */
 static bool drawn(const char *path, const char *parameters) {
     struct stat picture;
+    char end[8] = "";
     const char *text = sc_picture_parameters(path);
-    return text && !strcmp(text, parameters) && !stat(path, &picture) &&
+    FILE *f = text ? fopen(path, "rb") : NULL;
+    bool whole = f && !fseek(f, -8, SEEK_END) && fread(end, 8, 1, f) && !memcmp(end, "IEND", 4);
+    if (f) fclose(f);
+    return whole && !strcmp(text, parameters) && !stat(path, &picture) &&
            newest_input <= seconds_of(picture.st_mtim);
 }
 
@@ -175,12 +179,14 @@ static const char *numbered(const char *out, int index) {
 
 /* What --out and --latents name, and the names that follow from --out's. */
 static bool check_files(void) {
-    bool ok = sc_check_out(o.out, ".png", o.named, o.model, o.transformer, o.lora) &&
-              sc_apart(o.out, o.noise) && sc_apart(o.out, o.latents);
-    if (ok && o.latents)
-        ok = sc_check_out(o.latents, SC_WEIGHTS, true, o.model, o.transformer, o.lora) &&
-             sc_apart(o.latents, o.noise);
-    for (int i = 1; ok && i < o.count; i++) ok = sc_may_replace(numbered(o.out, i));
+    bool ok = !o.latents ||
+              (sc_check_out(o.latents, SC_WEIGHTS, true, o.model, o.transformer, o.lora) &&
+               sc_apart(o.latents, o.noise));
+    for (int i = 0; ok && i < o.count; i++) {
+        const char *out = numbered(o.out, i);
+        ok = sc_check_out(out, ".png", o.named && !i, o.model, o.transformer, o.lora) &&
+             sc_apart(out, o.noise) && sc_apart(out, o.latents);
+    }
     return ok;
 }
 
@@ -218,11 +224,11 @@ static const char *line_of(int64_t index, const char *prompt) {
 static bool known_line(const char *line, int64_t *left) {
     long long index = -1;
     sscanf(line, "{\"file_name\": \"%lld.png\"", &index);
-    if (index < 0) return false;
+    size_t length = strlen(line); /* of the last one, perhaps not all */
+    if (index < 0) return !strncmp(line, "{\"file_name\": \"", length);
     *left += index >= pictures;
     char *text = sc_picture_parameters(path_of(index));
     if (text) text[strcspn(text, "\n")] = 0;
-    size_t length = strlen(line); /* of the last one, perhaps not all */
     return (text && !strncmp(line, line_of(index, text), length)) ||
            (index < pictures && !strncmp(line, line_of(index, prompt_of(index)), length));
 }
@@ -291,7 +297,10 @@ static bool check_options(const char *steps) {
     if (number < 1 || number > 1000 || (end && *end))
         return sc_fail("STEPS is a number from 1 to 1000, not '%s'", steps);
     o.steps = (int)number;
-    if (o.count < 1) return sc_fail("--count is a number from 1 up, not %d", o.count);
+    if (o.count < 1 || o.count > 1000000)
+        return sc_fail("--count is a number from 1 up to 1000000, not %d", o.count);
+    if (o.threads < 0 || o.threads > SC_MAX_THREADS)
+        return sc_fail("--threads is a number from 0 to %d", SC_MAX_THREADS);
     if (!(o.cfg >= 0 && isfinite(o.cfg))) return sc_fail("--cfg is a number from 0 up");
     if (o.negative && !o.cfg) return sc_fail("--negative needs --cfg G: without, nothing reads it");
     if ((o.latents || o.noise) && (o.prompts || o.count > 1))

@@ -4229,18 +4229,24 @@ static bool sc__write_tensor(sc__writer *w, const sc_named *x) {
     uint16_t half[SC__SLICE];
     const float *values = (const float *)x->tensor.data;
     int64_t n = sc_count(&x->tensor);
-    if (x->dtype == x->tensor.dtype)
+    bool finite = true;
+    for (int64_t i = 0; i < n && x->dtype == SC_F32 && x->tensor.dtype == SC_F32; i++)
+        finite = finite && isfinite(values[i]);
+    if (finite && x->dtype == x->tensor.dtype)
         return sc__write_bytes(w, values, (size_t)n * (size_t)sc_dtype_size(x->dtype));
-    if (x->tensor.dtype != SC_F32 || (x->dtype != SC_BF16 && x->dtype != SC_F16))
+    if (finite && (x->tensor.dtype != SC_F32 || (x->dtype != SC_BF16 && x->dtype != SC_F16)))
         return sc_fail("%s: cannot write '%s' of type %s as %s", w->path, x->name,
                         sc_dtype_name(x->tensor.dtype), sc_dtype_name(x->dtype));
-    for (int64_t i = 0, size; i < n; i += size) {
+    const int exponent = x->dtype == SC_BF16 ? 0x7f80 : 0x7c00; /* all set: NaN or infinity */
+    for (int64_t i = 0, size; finite && i < n; i += size) {
         size = sc__min(SC__SLICE, n - i);
-        for (int64_t j = 0; j < size; j++)
+        for (int64_t j = 0; j < size; j++) {
             half[j] = (x->dtype == SC_BF16 ? sc__f32_to_bf16 : sc__f32_to_f16)(values[i + j]);
+            finite = finite && (half[j] & exponent) != exponent;
+        }
         if (!sc__write_bytes(w, half, (size_t)size * 2)) return false;
     }
-    return true;
+    return finite || sc_fail("%s: not written: '%s' would hold NaN or infinity", w->path, x->name);
 }
 
 static float *sc__merged_values(const sc_dit *f, const sc_tensor *w); /* >>open */
@@ -5315,8 +5321,11 @@ static bool sc__lora_own_scale(const sc__lora *l, const char *module, const char
     sc__entry *e = sc__find_beside(l->file, a, stem, ".alpha");
     if (e) e->used = true, alpha = NAN;
     if (e && sc_count(&e->tensor) == 1) sc_to_f32(&alpha, e->tensor.data, e->tensor.dtype, 1);
-    bool root = sc_json_bool(sc__lora_setting(l, "use_rslora"), false);
+    const sc_json *set = sc__lora_setting(l, "use_rslora");
+    bool root = sc_json_bool(set, false);
     *scale = alpha / (root ? sqrtf((float)rank) : (float)rank);
+    if (set && !sc__json_is(set, SC__BOOL))
+        return sc_fail("%s: use_rslora is neither true nor false", l->file->path);
     return isfinite(alpha) || sc_fail("%s: '%s' is not a number", l->file->path, e->name);
 }
 
@@ -5750,6 +5759,8 @@ static bool sc__part_path(char path[SC__PATH], const char *model, sc_part part) 
     sc__join(folder, sc__model_folder(base, model), sc__parts[part].folder);
     bool there = sc__exists(folder);
     if (there && sc__weights_in(path, folder)) return strcpy(path, folder), true;
+    if (!there && sc__weights_in(path, base) && !fnmatch("*.json", path, 0) &&
+        sc_part_in_file(path, part) > 0) return true; /* of shards, the whole */
     if (sc__part_file(path, base, part)) return true;
     return there && sc__weights_in(path, folder); /* says what is wrong */
 }

@@ -401,10 +401,10 @@ bool sc_apart(const char *out, const char *input) {
  * with SC_MADE_BY; safetensors say it with the command, loss.csv with its heading. */
 static bool wrote(const char *path) {
     const char *text = sc_picture_parameters(path);
-    const char *settings = text ? strstr(text, "\nSteps: ") : NULL;
+    const char *settings = text;
     char line[sizeof SC_LOSS_COLUMNS] = "";
     int end = 0;
-    if (settings)
+    while (!end && settings && (settings = strstr(settings + 1, "\nSteps: "))) /* or the prompt's */
         sscanf(settings,
                "\nSteps: %*d, Sampler: Euler, CFG scale: %*f, Distilled CFG Scale: %*f, Seed: %*u, "
                "Size: %*dx%*d, Shift: %*f, Model:%n",
@@ -663,10 +663,18 @@ bool sc_meet(bool ok, const char *what, uint64_t same, double *sum) {
 #define sc_share(params) true
 #endif
 
+/* Whether all that was printed went out, or to a reader that went away. */
+bool sc_printed(void) {
+    return (!fflush(stdout) && !ferror(stdout)) || errno == EPIPE ||
+           sc_fail("standard output: %s", strerror(errno));
+}
+
 /* What main returns. */
 int sc_end(bool ok) { return sc_agree(ok) ? 0 : sc_die(); }
 
 /* ==== The program: start, interrupt, clock, device ============================================ */
+
+enum { SC_MAX_THREADS = 1024 };
 
 /* First thing in main: threads that wait spin for some microseconds, the usual time to the next
  * loop, and then sleep. Spinning on costs a program that shares its cores a factor of ten and more;
@@ -674,6 +682,9 @@ int sc_end(bool ok) { return sc_agree(ok) ? 0 : sc_die(); }
  * a quarter as fast. Both libraries read this when they are loaded: start once again. A reader that
  * went away, and a limit on the size of files, make a write fail; they do not end the program. */
 void sc_start(char **argv) {
+    int fd = 0; /* what is closed would be the next file that is opened */
+    while (fd >= 0 && fd < 3) fd = open("/dev/null", O_RDWR);
+    close(fd);
     sc_command = argv[0];
     for (int i = 1; argv[i]; i++) sc_command = formatted("%s %s", sc_command, argv[i]);
     signal(SIGPIPE, SIG_IGN);
@@ -886,7 +897,7 @@ static bool set_numbers(const sc_option *o, const char *text) {
     char *end = NULL;
     for (const char *at = text; !end || *end; at = end + 1, count++) {
         double x = strtod(at, &end);
-        if (end == at || (*end && *end != ',') || !isfinite(x) || count == most)
+        if (end == at || (*end && *end != ',') || !isfinite((float)x) || count == most)
             return sc_fail("%s takes %s, not '%s'", o->name, o->argument, text);
         if (whole && (x != floor(x) || fabs(x) > INT_MAX))
             return sc_fail("%s takes whole numbers, not '%s'", o->name, text);

@@ -138,6 +138,7 @@ typedef struct training {
     sc_text *batch_texts;
     float *batch_memory;
     const char *state, *losses, *picture, *cache; /* paths */
+    const char *frozen;             /* frozen_weights() at the start */
     int64_t step;
     bool saved; /* the run folder has a state of this run */
 } training;
@@ -177,6 +178,34 @@ static void draw_batch(training *t) {
     t->batch.w = (int)first->shape[2];
 }
 
+/* ---- What a cache or a run depends on, as a number ---- */
+
+static const uint64_t nothing_mixed = 0xcbf29ce484222325u;
+
+static uint64_t mix(uint64_t hash, const void *data, size_t n) { /* FNV-1a */
+    for (size_t i = 0; i < n; i++)
+        hash = (hash ^ ((const unsigned char *)data)[i]) * 0x100000001b3u;
+    return hash;
+}
+
+/* Its size and, with `times`, when it was written, which a copy on another host does not keep. */
+static uint64_t mix_file(uint64_t hash, const char *path, bool times) {
+    struct stat s;
+    if (stat(path, &s)) return hash;
+    int64_t facts[3] = {s.st_size, s.st_mtim.tv_sec, s.st_mtim.tv_nsec};
+    return mix(hash, facts, times ? sizeof facts : sizeof *facts);
+}
+
+/* All shards of the weights at `path` (NULL: none), wherever they are. */
+static uint64_t mix_weights(uint64_t hash, const char *path, bool times) {
+    const char *shard;
+    sc_file *file = path ? sc_file_open(path) : NULL;
+    for (int64_t i = 0; file && (shard = sc_file_part(file, i)); i++)
+        hash = mix_file(hash, shard, times);
+    sc_file_close(file);
+    return hash;
+}
+
 /* ---- The state: enough to go on bit for bit ---- */
 
 static const char *base(void) { return o.transformer ? o.transformer : o.model; }
@@ -190,11 +219,24 @@ static const char *kind_of_run(void) {
                        o.teacher ? o.teacher : "");
 }
 
+/* The frozen weights that a run stands on. */
+static const char *frozen_weights(void) {
+    float scale;
+    const char *path = o.transformer ? o.transformer
+                       : o.pretrain  ? NULL : kept(sc_part_path(o.model, SC_TRANSFORMER));
+    uint64_t hash = mix_weights(nothing_mixed, path, true);
+    if (o.teacher)
+        hash = mix_weights(hash, sc_lora_argument(o.teacher, recipe.teacher_steps, &scale, NULL),
+                           true);
+    return formatted("%016llx", (unsigned long long)hash);
+}
+
 static bool save_state(const training *t) {
     const char *metadata[] = {"step", formatted("%lld", (long long)t->step),
                               "steps", formatted("%d", o.steps),
                               "rng", formatted("%llu", (unsigned long long)t->rng.state),
                               "kind", kind_of_run(),
+                              "frozen", t->frozen,
                               "data", o.data,
                               "options", sc_options_text(table, OPTIONS, of_one_call),
                               "command", sc_command, NULL};
@@ -235,6 +277,10 @@ static bool load_state(training *t) {
         ok = t->step <= o.steps || sc_fail("%s is at step %lld already, beyond --steps %d",
                                            t->state, (long long)t->step, o.steps);
     }
+    const char *frozen = sc_file_metadata(file, "frozen");
+    if (ok && frozen && strcmp(frozen, t->frozen))
+        fprintf(stderr, "warning: the files of the transformer or the teacher are not those that "
+                        "this run was saved with\n");
     if (ok && command) {
         sc_print_text(stderr, "resumed; this run was saved by: ", command);
         sc_command = formatted("%s && %s", command, sc_command);
@@ -512,33 +558,9 @@ static bool save_cache(const training *t, const char *fingerprint, int pictures)
 
 /* ---- Data from the folder ---- */
 
-static uint64_t mix(uint64_t hash, const void *data, size_t n) { /* FNV-1a */
-    for (size_t i = 0; i < n; i++)
-        hash = (hash ^ ((const unsigned char *)data)[i]) * 0x100000001b3u;
-    return hash;
-}
-
-/* Its size and, with `times`, when it was written, which a copy on another host does not keep. */
-static uint64_t mix_file(uint64_t hash, const char *path, bool times) {
-    struct stat s;
-    if (stat(path, &s)) return hash;
-    int64_t facts[3] = {s.st_size, s.st_mtim.tv_sec, s.st_mtim.tv_nsec};
-    return mix(hash, facts, times ? sizeof facts : sizeof *facts);
-}
-
-/* The files of a part's weights: all shards, wherever they are. */
-static uint64_t mix_part(uint64_t hash, sc_part part, bool times) {
-    const char *path = kept(sc_part_path(o.model, part)), *shard;
-    sc_file *file = path ? sc_file_open(path) : NULL;
-    for (int64_t i = 0; file && (shard = sc_file_part(file, i)); i++)
-        hash = mix_file(hash, shard, times);
-    sc_file_close(file);
-    return hash;
-}
-
 /* What the cache depends on: pictures, captions, sizes, and the networks that encode them. */
 static uint64_t fingerprint_of(const training *t, const sc_dataset *data, bool times) {
-    uint64_t hash = 0xcbf29ce484222325u;
+    uint64_t hash = nothing_mixed;
     size_t folder = strlen(o.data); /* however it was called: paths in it count */
     for (int64_t i = 0; i < data->count; i++) {
         const sc_pair *pair = &data->pairs[i];
@@ -549,7 +571,8 @@ static uint64_t fingerprint_of(const training *t, const sc_dataset *data, bool t
     const char *model = kept(sc_model_folder(o.model));
     for (size_t i = 0; model && sc_encoder_files[i]; i++)
         hash = mix_file(hash, formatted("%s/%s", model, sc_encoder_files[i]), times);
-    for (int part = SC_VAE; part < SC_PARTS; part++) hash = mix_part(hash, (sc_part)part, times);
+    for (int part = SC_VAE; part < SC_PARTS; part++) 
+        hash = mix_weights(hash, kept(sc_part_path(o.model, (sc_part)part)), times);
     int sizes[2] = {t->pipeline->resolution, t->pipeline->text_tokens};
     return mix(hash, sizes, sizeof sizes);
 }
@@ -695,7 +718,7 @@ static bool load_data(training *t) {
 
 static bool is_part(float x) { return x >= 0 && x <= 1; }
 static bool is_decay(float x) { return x >= 0 && x < 1; }
-static bool is_grid(int steps) { return steps >= 2 && steps % 2 == 0; }
+static bool is_grid(int steps) { return steps >= 2 && steps <= 1000 && steps % 2 == 0; }
 
 /* Refuses what cannot be meant. */
 static bool check_options(void) {
@@ -710,8 +733,8 @@ static bool check_options(void) {
         {o.batch >= 1 && o.batch <= 4096, "--batch is a number from 1 up to 4096"},
         {o.batch >= sc_processes, "--batch is smaller than the number of processes"},
         {o.rank >= 1 && o.rank <= 1024, "--rank is a number from 1 to 1024"},
-        {is_grid(recipe.teacher_steps), "--teacher-steps is an even number"},
-        {grids, "--self-steps are even numbers"},
+        {is_grid(recipe.teacher_steps), "--teacher-steps is an even number up to 1000"},
+        {grids, "--self-steps are even numbers up to 1000"},
         {recipe.shift[0] > 0 && recipe.shift[1] > 0 && recipe.shift[0] <= SC_MAX_SHIFT &&
              recipe.shift[1] <= SC_MAX_SHIFT, "--shift is a number above 0 and up to 1000, or two"},
         {is_part(recipe.teacher_ratio) && is_part(recipe.fm_ratio) &&
@@ -719,9 +742,9 @@ static bool check_options(void) {
          "--teacher-ratio, --fm-ratio, --caption-dropout and --dynamic-shift lie between 0 and 1"},
         {adamw.lr > 0 && isfinite(adamw.lr), "--lr is a positive number"},
         {recipe.cfg >= 0 && isfinite(recipe.cfg), "--cfg is a number from 0 up"},
-        {o.alpha >= 0 && o.final_lr >= 0 && adamw.weight_decay >= 0 && adamw.clip >= 0 &&
-             o.threads >= 0,
-         "--alpha, --final-lr, --weight-decay, --clip and --threads are numbers from 0 up"},
+        {o.alpha >= 0 && o.final_lr >= 0 && adamw.weight_decay >= 0 && adamw.clip >= 0,
+         "--alpha, --final-lr, --weight-decay and --clip are numbers from 0 up"},
+        {o.threads >= 0 && o.threads <= SC_MAX_THREADS, "--threads is a number from 0 to 1024"},
         {recipe.cfg || !recipe.cfg_student, "--cfg-student needs --cfg G"},
         {!recipe.cfg || !(o.pretrain || recipe.distil_guidance),
          "--cfg is for SCFM, not for --pretrain or --distill-guidance"},
@@ -734,6 +757,7 @@ static bool check_options(void) {
         {!o.ranked || !all_weights(), "--rank and --alpha are for a LoRA, not for all weights"},
         {!o.start || !all_weights(), "--start is for a LoRA, not for all weights"},
         {!o.teacher || !all_weights(), "--teacher is for a LoRA, not for all weights"},
+        {o.resolution <= 1 << 14, "--resolution is at most 16384"},
         {o.resolution >= 0 && o.text_tokens >= 0 && o.warmup >= 0 && o.ema_restart >= 0 &&
              o.preview >= 0 && o.save >= 0 && o.stop_after >= 0,
          "a number of pixels, tokens or steps cannot be negative"},
@@ -776,6 +800,7 @@ static bool start_lora(training *t) {
         if (net->weights[i]->before)
             return sc_fail("%s: changes '%s', which the student's file could not say", o.teacher,
                            net->weights[i]->name);
+    if (o.resume) return true; /* the state has the student */
     if (o.start || !o.teacher) return !o.start || sc_lora_start(t->params, o.start, 1);
     const char *path = sc_lora_argument(o.teacher, recipe.teacher_steps, &scale, NULL);
     return sc_lora_start(t->params, path, scale);
@@ -831,7 +856,8 @@ static bool plan_memory(training *t) {
 /* What else all processes must have alike; from here on they sum their gradients. */
 static bool join(training *t) {
     int64_t state[] = {t->step, (int64_t)t->rng.state, t->pipeline->backend->on_host};
-    uint64_t hash = mix_part(mix(1, state, sizeof state), SC_TRANSFORMER, false);
+    uint64_t hash = mix_weights(mix(1, state, sizeof state),
+                                kept(sc_part_path(o.model, SC_TRANSFORMER)), false);
     hash = mix_file(hash, formatted("%s/recipe.json", o.model), false);
     hash = mix(hash, sc_command, strlen(sc_command));
     return sc_meet(true, "options, weights, state or kind of device", hash, NULL) &&
@@ -878,7 +904,7 @@ static bool dry_run(training *t) {
 static bool check_places(const training *t, bool named, bool *made) {
     const char *const loras[] = {o.start ? o.start : o.teacher, o.start ? o.teacher : NULL, NULL};
     const char *const others[] = {t->state, t->losses, t->picture, t->cache};
-    bool ok = make_folder(o.run, made) && sc_lock(o.run) &&
+    bool ok = sc_apart(o.run, o.data) && make_folder(o.run, made) && sc_lock(o.run) &&
               (o.resume || (check_unfinished(t) && sc_may_replace(t->state))) &&
               sc_can_write(t->state) && sc_may_replace(t->losses) && sc_can_write(t->losses) &&
               (named || check_base());
@@ -925,8 +951,14 @@ static void set_defaults(int argc, char **argv) {
 static void read_options(int argc, char **argv) {
     const char *run = sc_given(argc, argv, "--run", o.run);
     bool resume = sc_given(argc, argv, "--resume", NULL) != NULL;
-    if (!resume || !take_run(run)) set_defaults(argc, argv);
+    bool taken = resume && take_run(run);
+    if (!taken) set_defaults(argc, argv);
+    uint64_t seed = o.seed;
     sc_parse(usage, table, OPTIONS, argc, argv, &o.data, 1);
+    if (taken && o.seed != seed) {
+        sc_fail("--seed: a run goes on with its own, %llu", (unsigned long long)seed);
+        exit(sc_die());
+    }
     if (!o.data) sc_fail("which folder of pictures? (see %s --help)", argv[0]);
     if (!o.data && resume) sc_fail("nothing to resume in %s", run);
     o.ranked = sc_given(argc, argv, "--rank", NULL) || sc_given(argc, argv, "--alpha", NULL);
@@ -945,6 +977,7 @@ int main(int argc, char **argv) {
                   .picture = formatted("%s/preview.png", o.run),
                   .cache = formatted("%s/.shortcut-cache.safetensors", o.data)};
     bool idle = o.dry_run || sc_rank; /* writes nothing */
+    t.frozen = frozen_weights();
     bool ok = (idle || check_places(&t, named, &made)) && open_model(&t) &&
               (idle || !all_weights() || sc_can_write_model(t.pipeline->dit, o.out)) &&
               load_data(&t) && open_params(&t);
@@ -953,7 +986,7 @@ int main(int argc, char **argv) {
         set_recipe(&t);
     }
     ok = ok && (!o.resume || load_state(&t)) && join(&t) && plan_memory(&t) &&
-         (o.dry_run ? dry_run(&t) : train(&t));
+         (o.dry_run ? dry_run(&t) && sc_printed() : train(&t));
     close_training(&t);
     if (!ok && made) rmdir(o.run); /* if nothing was put there */
     return sc_end(ok);

@@ -49,6 +49,13 @@ fails 2 "merge takes --lora" ./shortcut merge lora.safetensors
 fails 2 "from 1 to" train --rank 0
 fails 2 "takes N,..." train --self-steps 4,a
 fails 2 "up to 1000" train --shift 2000
+fails 2 "up to 1000" train --teacher-steps 2147483646
+fails 2 "takes X" train --final-lr 1e39
+fails 2 "to 1024" sample --threads 100000
+fails 2 "to 1024" train --threads 100000
+fails 2 "to 1024" ./shortcut --threads -1
+fails 2 "up to 1000000" ./sample x 1 --count 2147483647
+fails 2 "at most 16384" train --resolution 100000
 fails 2 "even" train --self-steps 3
 fails 2 "from 1" train --self-steps 4,0,8
 fails 2 "3:1@1.5 8:0.5" train --scales "3:1 8:.5"

@@ -274,6 +274,35 @@ fails 1 "banana_0000.png" ./train "$dir/pairs" $run
 check "before anything is encoded" sh -c '! ./train "$0/pairs" --run "$0/run" 2>&1 | grep caption' "$dir"
 fails 1 "lower --lr" ./train data/10pairs --no-cache --steps 20 --lr 1e30 $run
 
+# What is read is never replaced, and what is written is whole.
+tiny="--no-cache --batch 1 --rank 1 --preview 0"
+check "a LoRA" quiet ./train data/10pairs $tiny --steps 1 --out "$dir/p-2" --run "$dir/r"
+fails 1 "choose another place" ./sample "a pig" 1 --lora "$dir/p-2" --out "$dir/p" --count 2
+mkdir "$dir/folder" && cp "$dir/p-2" "$dir/folder/diffusion_pytorch_model.safetensors"
+fails 1 "choose another place" ./shortcut merge --lora "$dir/folder" --out "$dir/folder"
+fails 1 "choose another place" ./train "$dir/odd-sizes" --steps 1 --run "$dir/odd-sizes"
+check "without stdout and stderr" sh -c './train data/10pairs $1 --steps 30 --out "$0/closed" --run "$0/r" >&- 2>&-' "$dir" "$tiny"
+check "loss.csv is what it should be" sh -c 'test $(wc -l <"$0") = 31 && ! grep -q "^step [0-9]" "$0"' "$dir/r/loss.csv"
+fails 1 "would hold NaN or infinity" ./train data/10pairs $tiny --steps 1 --lr 3e38 --out "$dir/nan" --run "$dir/r"
+check "so it is not there" test ! -e "$dir/nan"
+fails 1 "No space left" sh -c './shortcut info data/tiny-flux >/dev/full'
+check "a run with a teacher" quiet ./train data/10pairs $tiny --steps 2 --stop-after 1 --teacher "$dir/p-2" --out "$dir/t" --run "$dir/rt"
+fails 1 "goes on with its own, 1" ./train --resume --seed 9 --run "$dir/rt"
+cp "$dir/closed" "$dir/p-2"
+check "another teacher is told" sh -c './train --resume --run "$0" 2>&1 | grep -q "^warning: the files of the transformer or the teacher"' "$dir/rt"
+check "a run with a start" quiet ./train data/10pairs $tiny --steps 2 --stop-after 1 --start "$dir/closed" --out "$dir/t" --run "$dir/rs"
+rm "$dir/closed"
+check "goes on without it" quiet ./train --resume --run "$dir/rs"
+check "a prompt with settings in it" quiet ./sample "$(printf 'a pig\nSteps: one')" 1 --no-lora --out "$dir/numbers-2.png"
+check "is this program's picture" quiet ./sample "x" 1 --no-lora --out "$dir/numbers.png" --count 2
+echo "a pig" >"$dir/prompts"
+check "a folder of pictures" quiet ./sample --prompts "$dir/prompts" 1 --no-lora --out-dir "$dir/cut"
+cp "$dir/cut/000000.png" "$dir/x"
+head -c 3000 "$dir/x" >"$dir/cut/000000.png"
+printf '{"file_na' >"$dir/cut/metadata.jsonl"
+check "a cut one" quiet ./sample --prompts "$dir/prompts" 1 --no-lora --out-dir "$dir/cut"
+check "is drawn again" same "$dir/x" "$dir/cut/000000.png"
+
 # The scripts behind the README's tables run, in small: what is given last counts.
 small="$dir/small" here=$PWD
 mkdir -p "$small/data" && ln -s "$here"/data/* "$small/data"
