@@ -4224,19 +4224,19 @@ static void sc__write_header(FILE *f, const sc_named *x, int64_t count,
     fprintf(f, "%*s", (int)(56 - ftell(f)) & 63, ""); /* data at n * 64, behind 8 of length */
 }
 
-/* The data of one tensor as its `dtype`; f32 is rounded to bf16 or f16 in slices. */
-static bool sc__write_tensor(sc__writer *w, const sc_named *x) {
+/* The data of one tensor as its `dtype`; f32 is rounded to bf16 or f16 in slices. What would become
+ * NaN or infinity is refused and, of f32 that is `checked`, what is. */
+static bool sc__write_tensor(sc__writer *w, const sc_named *x, bool checked) {
     uint16_t half[SC__SLICE];
     const float *values = (const float *)x->tensor.data;
     int64_t n = sc_count(&x->tensor);
-    bool finite = true;
-    for (int64_t i = 0; i < n && x->dtype == SC_F32 && x->tensor.dtype == SC_F32; i++)
-        finite = finite && isfinite(values[i]);
-    if (finite && x->dtype == x->tensor.dtype)
-        return sc__write_bytes(w, values, (size_t)n * (size_t)sc_dtype_size(x->dtype));
-    if (finite && (x->tensor.dtype != SC_F32 || (x->dtype != SC_BF16 && x->dtype != SC_F16)))
+    bool finite = true, same = x->dtype == x->tensor.dtype;
+    if (!same && (x->tensor.dtype != SC_F32 || (x->dtype != SC_BF16 && x->dtype != SC_F16)))
         return sc_fail("%s: cannot write '%s' of type %s as %s", w->path, x->name,
                         sc_dtype_name(x->tensor.dtype), sc_dtype_name(x->dtype));
+    for (int64_t i = 0; checked && i < n; i++) finite = finite && isfinite(values[i]);
+    if (finite && same)
+        return sc__write_bytes(w, values, (size_t)n * (size_t)sc_dtype_size(x->dtype));
     const int exponent = x->dtype == SC_BF16 ? 0x7f80 : 0x7c00; /* all set: NaN or infinity */
     for (int64_t i = 0, size; finite && i < n; i += size) {
         size = sc__min(SC__SLICE, n - i);
@@ -4274,7 +4274,7 @@ static bool sc__save(const char *path, const sc_named *tensors, int64_t count,
         for (int64_t i = 0; ok && i < count; i++) {
             sc_tensor *x = &sorted[i].tensor;
             if (dit) x->data = sc__merged_values(dit, x), x->dtype = SC_F32;
-            ok = (!dit || x->data) && sc__write_tensor(&w, &sorted[i]);
+            ok = (!dit || x->data) && sc__write_tensor(&w, &sorted[i], dit != NULL);
             if (dit) SC_FREE(x->data);
         }
         ok = sc__write_end(&w, ok);

@@ -413,6 +413,25 @@ static void test_model_shards(void) {
     CHECK(sc_file_save(in_folder("2.safetensors"), t->named + half, n - half, NULL));
     sc_dit *whole = open_shards(t, "2.safetensors");
     CHECK(whole && difference(whole, original) == 0);
+    char *path = sc_part_path(in_folder("bad"), SC_TRANSFORMER); /* not one of the shards */
+    CHECK(path && strstr(path, "/x.safetensors.index.json"));
+    free(path);
+    float *matrix = NULL; /* a number that f16 has not, and one that is none */
+    for (int i = 0; !matrix; i++)
+        if (!strcmp(t->name[i], "x_embedder.weight")) matrix = t->named[i].tensor.data;
+    for (int i = 0; i < 2; i++) {
+        float before = matrix[1];
+        matrix[1] = i ? NAN : 1e6f;
+        CHECK(sc_file_save(in_folder("bad/1.safetensors"), t->named, half, NULL));
+        CHECK(sc_file_save(in_folder("bad/2.safetensors"), t->named + half, n - half, NULL));
+        sc_dit *odd = open_shards(t, "2.safetensors");
+        CHECK(odd && !sc_dit_save(odd, in_folder("none"), i ? SC_F32 : SC_F16, NULL) &&
+              strstr(sc_error(), "not written: 'x_embedder.weight'"));
+        CHECK(access(in_folder("none"), F_OK));
+        sc_dit_close(odd);
+        matrix[1] = before;
+    }
+    CHECK(sc_file_save(in_folder("bad/1.safetensors"), t->named, half, NULL));
     CHECK(!sc_dit_save(original, in_folder("bad"), SC_F32, NULL) &&
           strstr(sc_error(), "x.safetensors.index.json: these shards would be read instead"));
     refused(open_shards(t, "3.safetensors"), "3.safetensors: No such file");
@@ -627,13 +646,14 @@ static void test_lora_configs(void) {
         "{\"transformer.lora_alpha\": 3, \"transformer.use_rslora\": false, "
         "\"transformer.alpha_pattern\": {\"^proj_out\": 6, \"to_q\": 9}}",
         "{\"lora_alpha\": 1, \"alpha_pattern\": {\"attn.*\": 3}}", "{\"lora_alpha\": 1",
-        "{\"lora_alpha\": \"3\"}", "{\"lora_alpha\": 3, \"alpha_pattern\": {\"to_q\": null}}"};
+        "{\"lora_alpha\": \"3\"}", "{\"lora_alpha\": 3, \"alpha_pattern\": {\"to_q\": null}}",
+        "{\"lora_alpha\": 3, \"use_rslora\": \"true\"}"};
     sc_dit *base = sc_dit_open(sc_cpu(), MODEL, NULL);
     sc_dit *f = sc_dit_open(sc_cpu(), MODEL, NULL);
     sc_lora_report report;
     mkdir(in_folder("peft"), 0777);
     for (int inside = 0; inside < 2; inside++)
-        for (int i = 0; i < 7; i++) {
+        for (int i = 0; i < 8; i++) {
             float **w = zero_differences(f);
             tensors *t = random_lora(f, inside ? 0 : 2, 4, 3, 5, w);
             for (int m = 0; m < f->module_count; m++) {
@@ -650,7 +670,8 @@ static void test_lora_configs(void) {
             if (i < 3) CHECK(sc_lora_load(f, path, 1, &report) && merged_error(f, base, w) < 1e-5);
             else {
                 CHECK(!sc_lora_load(f, path, 1, &report) &&
-                      strstr(sc_error(), i > 4    ? "alpha is no number"
+                      strstr(sc_error(), i == 7   ? "neither true nor false"
+                                         : i > 4  ? "alpha is no number"
                                          : i == 3 ? "regular expression"
                                          : inside ? path
                                                   : "adapter_config"));

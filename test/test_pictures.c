@@ -572,7 +572,7 @@ static void test_dataset(void) {
     expect_bad("[]", "no 'file_name'");
     expect_bad("{\"file_name\": \"a.png\", \"prompt\": \"\\udce9\"}", "is no character");
     expect_bad("\n{\"file_name\": \"a.png\", \"prompt\": \"\xe9\"}", "jsonl:2: byte 35 (0xe9)");
-    expect_bad("{\"file_name\": \"a.png\", \"prompt\": 5, \"text\": \"x\"}", "of a.png are no text");
+    expect_bad("{\"file_name\": \"a.png\", \"prompt\": 5, \"text\": \"x\"}", "are no text");
     expect_bad("{\"file_name\": \"../a.png\", \"prompt\": \"x\"}", "no plain path in");
     expect_bad("{\"file_name\": \"/etc/passwd\", \"prompt\": \"x\"}", "no plain path in");
     expect_bad("{\"file_name\": \"a/../../b.png\", \"prompt\": \"x\"}", "no plain path in");
