@@ -141,6 +141,7 @@ typedef struct training {
     const char *frozen;             /* frozen_weights() at the start */
     int64_t step;
     bool saved; /* the run folder has a state of this run */
+    struct stat result; /* the file of the result, as this run found or left it */
 } training;
 
 /* A text's rows of CONTEXT and POOLED. */
@@ -312,18 +313,36 @@ static bool check_base(void) {
     return ok;
 }
 
+/* The result's file as it is now; st_ino is 0 where there is none, or no file that stays. */
+static struct stat result_now(void) {
+    struct stat s;
+    bool all = all_weights();
+    const char *path = formatted("%s%s", o.out, all ? "/diffusion_pytorch_model.safetensors" : "");
+    return stat(path, &s) || !S_ISREG(s.st_mode) ? (struct stat){0} : s;
+}
+
 /* The slow average of all weights, or the student's LoRA: what the run is for. */
-static bool save_result(const training *t) {
+static bool save_result(training *t) {
+    struct stat now = result_now();
+    if (now.st_ino && (now.st_ino != t->result.st_ino ||
+                       now.st_mtim.tv_sec != t->result.st_mtim.tv_sec ||
+                       now.st_mtim.tv_nsec != t->result.st_mtim.tv_nsec))
+        return sc_fail("%s: another program wrote it during this run: go on with --resume --out "
+                       "FILE", o.out);
     const char *rank = formatted("%d", o.rank), *steps = formatted("%lld", (long long)t->step);
     const char *seed = formatted("%llu", (unsigned long long)o.seed);
     /* alpha is the rank: what --alpha asks for is multiplied into B */
     const char *metadata[] = {"method", "SCFM", "rank", rank, "alpha", rank, "base_model", base(),
                               "steps", steps, "seed", seed, "command", sc_command, "format", "pt",
                               o.scales ? "scales" : NULL, o.scales, NULL};
-    if (t->params->adapters) return sc_lora_save(t->params, SC_STUDENT, o.out, metadata);
-    sc_params_use(t->params, SC_SLOW);
-    bool ok = sc_dit_save(t->pipeline->dit, o.out, SC_BF16, metadata + 6); /* from the base on */
-    sc_params_use(t->params, SC_STUDENT);
+    bool ok;
+    if (t->params->adapters) ok = sc_lora_save(t->params, SC_STUDENT, o.out, metadata);
+    else {
+        sc_params_use(t->params, SC_SLOW);
+        ok = sc_dit_save(t->pipeline->dit, o.out, SC_BF16, metadata + 6); /* from the base on */
+        sc_params_use(t->params, SC_STUDENT);
+    }
+    if (ok) t->result = result_now();
     return ok;
 }
 
@@ -463,6 +482,7 @@ static bool train(training *t) {
     if (sc_stop) return sc_fail("stopped before the first step: nothing was written");
     FILE *csv = p.csv = open_csv(t->losses, sc_rank ? 0 : p.first);
     if (!csv) return sc_fail("%s: %s", t->losses, strerror(errno));
+    t->result = result_now();
     if (!p.first && !sc_rank) remove(t->state); /* the last run's: nothing to resume any more */
     bool ok = true;
     int64_t last = o.stop_after && o.stop_after < o.steps ? o.stop_after : o.steps;
@@ -947,6 +967,16 @@ static void set_defaults(int argc, char **argv) {
     }
 }
 
+/* Whether --resume would find the same text: of UTF-8, on one line. */
+static bool can_be_kept(const char *text) {
+    char *quoted = formatted("\"%s\"", text);
+    for (char *c = quoted + 1; c[0] && c[1]; c++)
+        if (strchr("\"\\", *c)) *c = '\'';
+    sc_json *json = sc_json_parse(quoted, strlen(quoted), "");
+    sc_json_free(json);
+    return json != NULL;
+}
+
 /* Whatever is wrong with them ends the program. */
 static void read_options(int argc, char **argv) {
     const char *run = sc_given(argc, argv, "--run", o.run);
@@ -961,6 +991,11 @@ static void read_options(int argc, char **argv) {
     }
     if (!o.data) sc_fail("which folder of pictures? (see %s --help)", argv[0]);
     if (!o.data && resume) sc_fail("nothing to resume in %s", run);
+    for (int i = 0; o.data && i < OPTIONS; i++)
+        if (!can_be_kept(o.data) || (table[i].name && !can_be_kept(option_text(&table[i])))) {
+            sc_fail("names with control characters, or not UTF-8, cannot be kept for --resume");
+            exit(sc_bad_usage(NULL));
+        }
     o.ranked = sc_given(argc, argv, "--rank", NULL) || sc_given(argc, argv, "--alpha", NULL);
     if (!o.data || !check_options()) exit(sc_bad_usage(o.data ? NULL : usage));
 }

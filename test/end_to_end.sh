@@ -293,6 +293,16 @@ check "another teacher is told" sh -c './train --resume --run "$0" 2>&1 | grep -
 check "a run with a start" quiet ./train data/10pairs $tiny --steps 2 --stop-after 1 --start "$dir/closed" --out "$dir/t" --run "$dir/rs"
 rm "$dir/closed"
 check "goes on without it" quiet ./train --resume --run "$dir/rs"
+fails 2 "cannot be kept for --resume" ./train data/10pairs $tiny --steps 1 --out "$(printf "$dir/caf\351")" --run "$dir/r"
+./train data/10pairs $tiny --steps 100000 --out "$dir/both" --run "$dir/r1" >"$dir/output" 2>&1 &
+for i in $(seq 300); do [ -s "$dir/r1/loss.csv" ] || sleep 0.1; done
+check "a second run to the same file" quiet ./train data/10pairs $tiny --steps 1 --out "$dir/both" --run "$dir/r2"
+cp "$dir/both" "$dir/x"
+kill $!
+wait $!
+check "which the first does not replace" same "$dir/both" "$dir/x"
+check "but says so" grep -q "^error: .*another program wrote it during this run" "$dir/output"
+check "and keeps what it learned" quiet ./train --resume --run "$dir/r1" --out "$dir/first" --stop-after 1
 check "a prompt with settings in it" quiet ./sample "$(printf 'a pig\nSteps: one')" 1 --no-lora --out "$dir/numbers-2.png"
 check "is this program's picture" quiet ./sample "x" 1 --no-lora --out "$dir/numbers.png" --count 2
 echo "a pig" >"$dir/prompts"
