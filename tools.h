@@ -401,11 +401,10 @@ bool sc_apart(const char *out, const char *input) {
  * with SC_MADE_BY; safetensors say it with the command, loss.csv with its heading. */
 static bool wrote(const char *path) {
     const char *text = sc_picture_parameters(path);
-    const char *settings = text;
     char line[sizeof SC_LOSS_COLUMNS] = "";
     int end = 0;
-    while (!end && settings && (settings = strstr(settings + 1, "\nSteps: "))) /* or the prompt's */
-        sscanf(settings,
+    for (const char *at = text; at && !end && (at = strstr(at, "\nSteps: ")); at++) /* a prompt's? */
+        sscanf(at,
                "\nSteps: %*d, Sampler: Euler, CFG scale: %*f, Distilled CFG Scale: %*f, Seed: %*u, "
                "Size: %*dx%*d, Shift: %*f, Model:%n",
                &end);
@@ -665,8 +664,8 @@ bool sc_meet(bool ok, const char *what, uint64_t same, double *sum) {
 
 /* Whether all that was printed went out, or to a reader that went away. */
 bool sc_printed(void) {
-    return (!fflush(stdout) && !ferror(stdout)) || errno == EPIPE ||
-           sc_fail("standard output: %s", strerror(errno));
+    return (fflush(stdout) ? errno == EPIPE : !ferror(stdout)) ||
+           sc_fail("standard output: not all could be written");
 }
 
 /* What main returns. */

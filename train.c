@@ -591,7 +591,7 @@ static uint64_t fingerprint_of(const training *t, const sc_dataset *data, bool t
     const char *model = kept(sc_model_folder(o.model));
     for (size_t i = 0; model && sc_encoder_files[i]; i++)
         hash = mix_file(hash, formatted("%s/%s", model, sc_encoder_files[i]), times);
-    for (int part = SC_VAE; part < SC_PARTS; part++) 
+    for (int part = SC_VAE; part < SC_PARTS; part++)
         hash = mix_weights(hash, kept(sc_part_path(o.model, (sc_part)part)), times);
     int sizes[2] = {t->pipeline->resolution, t->pipeline->text_tokens};
     return mix(hash, sizes, sizeof sizes);

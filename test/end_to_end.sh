@@ -285,7 +285,7 @@ check "without stdout and stderr" sh -c './train data/10pairs $1 --steps 30 --ou
 check "loss.csv is what it should be" sh -c 'test $(wc -l <"$0") = 31 && ! grep -q "^step [0-9]" "$0"' "$dir/r/loss.csv"
 fails 1 "would hold NaN or infinity" ./train data/10pairs $tiny --steps 1 --lr 3e38 --out "$dir/nan" --run "$dir/r"
 check "so it is not there" test ! -e "$dir/nan"
-fails 1 "No space left" sh -c './shortcut info data/tiny-flux >/dev/full'
+fails 1 "not all could be written" sh -c './shortcut info data/tiny-flux >/dev/full'
 check "a run with a teacher" quiet ./train data/10pairs $tiny --steps 2 --stop-after 1 --teacher "$dir/p-2" --out "$dir/t" --run "$dir/rt"
 fails 1 "goes on with its own, 1" ./train --resume --seed 9 --run "$dir/rt"
 cp "$dir/closed" "$dir/p-2"
@@ -304,7 +304,9 @@ check "which the first does not replace" same "$dir/both" "$dir/x"
 check "but says so" grep -q "^error: .*another program wrote it during this run" "$dir/output"
 check "and keeps what it learned" quiet ./train --resume --run "$dir/r1" --out "$dir/first" --stop-after 1
 check "a prompt with settings in it" quiet ./sample "$(printf 'a pig\nSteps: one')" 1 --no-lora --out "$dir/numbers-2.png"
-check "is this program's picture" quiet ./sample "x" 1 --no-lora --out "$dir/numbers.png" --count 2
+check "and an empty prompt" quiet ./sample "" 1 --no-lora --out "$dir/numbers-3.png"
+check "are this program's pictures" quiet ./sample "x" 1 --no-lora --out "$dir/numbers.png" --count 3
+check "info to a reader that went away" sh -c '{ ./shortcut info data/tiny-flux; echo $? >"$0"; } | true; grep -q "^0$" "$0"' "$dir/output"
 echo "a pig" >"$dir/prompts"
 check "a folder of pictures" quiet ./sample --prompts "$dir/prompts" 1 --no-lora --out-dir "$dir/cut"
 cp "$dir/cut/000000.png" "$dir/x"
