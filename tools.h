@@ -403,7 +403,7 @@ static bool wrote(const char *path) {
     const char *text = sc_picture_parameters(path);
     char line[sizeof SC_LOSS_COLUMNS] = "";
     int end = 0;
-    for (const char *at = text; at && !end && (at = strstr(at, "\nSteps: ")); at++) /* a prompt's? */
+    for (const char *at = text; at && !end && (at = strstr(at, "\nSteps: ")); at++)
         sscanf(at,
                "\nSteps: %*d, Sampler: Euler, CFG scale: %*f, Distilled CFG Scale: %*f, Seed: %*u, "
                "Size: %*dx%*d, Shift: %*f, Model:%n",
