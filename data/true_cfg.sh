@@ -38,7 +38,7 @@ distil run/guided-6 official --cfg 2 --cfg-student --teacher-ratio 0.7 --batch 8
 measure() { # steps, options...
     steps=$1
     shift
-    ./shortcut $base --cfg 2 --prompts run/measured.txt --count 270 --seed 1001 --steps "$steps" \
+    ./shortcut $base --cfg 2 --prompts run/measured.txt --count 540 --seed 1001 --steps "$steps" \
         --out run/sheet.png "$@"
 }
 measure 3 --lora run/three1.safetensors --lora run/three2.safetensors --lora run/three3.safetensors
