@@ -991,11 +991,13 @@ static void read_options(int argc, char **argv) {
     }
     if (!o.data) sc_fail("which folder of pictures? (see %s --help)", argv[0]);
     if (!o.data && resume) sc_fail("nothing to resume in %s", run);
-    for (int i = 0; o.data && i < OPTIONS; i++)
-        if (!can_be_kept(o.data) || (table[i].name && !can_be_kept(option_text(&table[i])))) {
-            sc_fail("names with control characters, or not UTF-8, cannot be kept for --resume");
-            exit(sc_bad_usage(NULL));
-        }
+    bool plain = !o.data || can_be_kept(o.data);
+    for (int i = 0; i < OPTIONS; i++)
+        plain = plain && (!table[i].name || can_be_kept(option_text(&table[i])));
+    if (!plain) {
+        sc_fail("names with control characters, or not UTF-8, cannot be kept for --resume");
+        exit(sc_bad_usage(NULL));
+    }
     o.ranked = sc_given(argc, argv, "--rank", NULL) || sc_given(argc, argv, "--alpha", NULL);
     if (!o.data || !check_options()) exit(sc_bad_usage(o.data ? NULL : usage));
 }
